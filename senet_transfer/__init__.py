@@ -1,0 +1,19 @@
+"""Squeeze-and-Excitation networks beyond ImageNet, on Detectron2.
+
+Importing this package registers its trunks, heads and data sets with Detectron2.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "senet_transfer needs Detectron2, which is not on the package index under its own name. "
+        "In a clone of this project run `python tools/install_detectron2.py`, or build "
+        "Detectron2 from its official source."
+    ) from error
+
+from senet_transfer.backbones import create_backbone, list_models
+from senet_transfer.classification import create_classifier
+from senet_transfer.errors import UserError
+
+__all__ = ["UserError", "create_backbone", "create_classifier", "list_models"]

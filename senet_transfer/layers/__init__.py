@@ -1,0 +1,5 @@
+"""The SE operator and what else knows no network."""
+
+from senet_transfer.layers.squeeze_excitation import SEOptions, SqueezeExcitation
+
+__all__ = ["SEOptions", "SqueezeExcitation"]

@@ -1,0 +1,200 @@
+"""ResNet, ResNeXt and SENet-154, with and without SE, inside Detectron2's own ``ResNet``.
+
+Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
+authors' network definition). A trunk without SE is made of Detectron2's own blocks.
+"""
+
+from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+
+from senet_transfer.backbones.blocks import (
+    ResNetStem,
+    SEBasicBlock,
+    SEBottleneckBlock,
+    SENet154Block,
+    SENet154Stem,
+)
+from senet_transfer.backbones.registry import register_model, register_with_se
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+FEATURES = ("stem", "res2", "res3", "res4", "res5")
+
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+
+
+def build_resnet(
+    *,
+    depth: int,
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    se: SEOptions | None = None,
+    stride_in_1x1: bool = False,
+    stem_pool: str = "pad",
+    norm: str = "BN",
+    res5_dilation: int = 1,
+    in_channels: int = 3,
+    stem_out_channels: int = 64,
+    res2_out_channels: int | None = None,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Builds a residual trunk.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_groups: groups of the 3x3 convolutions; 32 is ResNeXt's.
+        width_per_group: channels a group in res2.
+        se: the SE variant; None is the plain network.
+        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
+        stem_pool: "pad" or "ceil"; see :class:`ResNetStem`.
+        norm: Detectron2's name of a norm.
+        res5_dilation: 2 keeps res5 at stride 16 and dilates it.
+        in_channels: channels of the image.
+        stem_out_channels: channels of the stem.
+        res2_out_channels: channels of res2, doubled with every stage; None is the usual number.
+        out_features: the stages to return, by name; None is the last one.
+        freeze_at: how many stages to freeze, counted from the stem.
+
+    Raises:
+        UserError: a value that makes no sense for the network.
+    """
+    check_out_features(out_features)
+    stages = [
+        resnet_stage(
+            stage,
+            depth=depth,
+            num_groups=num_groups,
+            width_per_group=width_per_group,
+            se=se,
+            stride_in_1x1=stride_in_1x1,
+            norm=norm,
+            dilation=res5_dilation if stage == 5 else 1,
+            stem_out_channels=stem_out_channels,
+            res2_out_channels=res2_out_channels,
+        )
+        for stage in (2, 3, 4, 5)
+    ]
+    stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
+    return ResNet(stem, stages, out_features=out_features, freeze_at=_check_freeze_at(freeze_at))
+
+
+def resnet_stage(
+    stage: int,
+    *,
+    depth: int,
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    se: SEOptions | None = None,
+    stride_in_1x1: bool = False,
+    norm: str = "BN",
+    dilation: int = 1,
+    stem_out_channels: int = 64,
+    res2_out_channels: int | None = None,
+) -> list[CNNBlockBase]:
+    """The blocks of one stage, 2 to 5, of :func:`build_resnet`, whose arguments these are."""
+    check_choice("The norm", norm, NORMS)
+    if depth not in BLOCKS_PER_STAGE:
+        depths = ", ".join(map(str, BLOCKS_PER_STAGE))
+        raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")
+    if dilation not in (1, 2):
+        raise UserError(f"The dilation of res5 is {dilation!r}, expected 1 or 2.")
+    bottleneck = depth >= 50
+    if not bottleneck and (num_groups != 1 or dilation != 1 or stride_in_1x1):
+        raise UserError(
+            f"ResNet-{depth} has no bottlenecks, so groups, dilation and a stride in the 1x1 "
+            "convolution mean nothing there: leave them at 1, 1 and False, or take depth 50 up."
+        )
+    level = 2 ** (stage - 2)
+    res2 = res2_out_channels or (256 if bottleneck else 64)
+    stride = 1 if stage == 2 or dilation == 2 else 2
+    blocks = BLOCKS_PER_STAGE[depth][stage - 2]
+    arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
+    if bottleneck:
+        arguments["bottleneck_channels"] = num_groups * width_per_group * level
+        arguments["num_groups"] = num_groups
+        arguments["stride_in_1x1"] = stride_in_1x1
+        arguments["dilation"] = dilation
+    if se is not None and stage in se.stages:
+        block = SEBottleneckBlock if bottleneck else SEBasicBlock
+        arguments["se"] = se
+    else:
+        block = BottleneckBlock if bottleneck else BasicBlock
+    return ResNet.make_stage(
+        block,
+        blocks,
+        in_channels=stem_out_channels if stage == 2 else res2 * level // 2,
+        out_channels=res2 * level,
+        **arguments,
+    )
+
+
+def build_senet154(
+    *,
+    se: SEOptions = SEOptions(),
+    stem_pool: str = "pad",
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Builds SENet-154; arguments as those of :func:`build_resnet`.
+
+    Raises:
+        UserError: a value that makes no sense for the network.
+    """
+    check_choice("The norm", norm, NORMS)
+    check_out_features(out_features)
+    if set(se.stages) != {2, 3, 4, 5}:
+        raise UserError(f"SENet-154 has SE in every stage, found stages {se.stages!r}. Leave it.")
+    stages = [
+        ResNet.make_stage(
+            SENet154Block,
+            blocks,
+            in_channels=128 if stage == 2 else 2 ** (5 + stage),
+            out_channels=2 ** (6 + stage),
+            stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
+            norm=norm,
+            se=se,
+        )
+        for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[152], strict=True)
+    ]
+    stem = SENet154Stem(in_channels, norm=norm, pool=stem_pool)
+    return ResNet(stem, stages, out_features=out_features, freeze_at=_check_freeze_at(freeze_at))
+
+
+def check_out_features(out_features: list[str] | None) -> None:
+    """Raises UserError unless these are names of features, or None."""
+    if out_features is None:
+        return
+    unknown = [name for name in out_features if name not in FEATURES]
+    if isinstance(out_features, str) or unknown or not out_features:
+        raise UserError(
+            f"out_features is {out_features!r}, expected a list with names of "
+            f"{', '.join(FEATURES)}."
+        )
+
+
+def _check_freeze_at(freeze_at: int) -> int:
+    if freeze_at not in range(6):
+        raise UserError(
+            f"freeze_at is {freeze_at!r}, expected 0 (nothing) to 5 (the stem and res2 to res5)."
+        )
+    return freeze_at
+
+
+for _depth in BLOCKS_PER_STAGE:
+    register_with_se(f"resnet{_depth}", build_resnet, depth=_depth)
+for _depth in (50, 101):
+    register_with_se(
+        f"resnext{_depth}_32x4d", build_resnet, depth=_depth, num_groups=32, width_per_group=4
+    )
+register_model("senet154", build_senet154, has_se=True, dropout=0.2)

@@ -1,0 +1,82 @@
+"""A trunk with a linear classifier on its last stage."""
+
+from typing import Any
+
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+from senet_transfer.backbones.registry import build_trunk, model_entry
+from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import Preprocessing
+
+
+class Classifier(nn.Module):
+    """Global average pooling, dropout and a linear layer on a trunk's only feature map."""
+
+    def __init__(self, backbone: Backbone, *, num_classes: int, dropout: float = 0.0):
+        """
+        Args:
+            backbone: a trunk that returns one feature map.
+            num_classes: classes to tell apart.
+            dropout: before the linear layer, 0-1.
+
+        Raises:
+            UserError: the trunk returns several feature maps, or a value makes no sense.
+        """
+        super().__init__()
+        shapes = backbone.output_shape()
+        if len(shapes) != 1:
+            raise UserError(
+                f"A classifier stands on one feature map, the trunk returns {', '.join(shapes)}. "
+                "Build the trunk with one name in out_features."
+            )
+        if num_classes < 1 or not 0 <= dropout < 1:
+            raise UserError(
+                f"num_classes is {num_classes}, expected at least 1; "
+                f"dropout is {dropout}, expected 0 up to, not including, 1."
+            )
+        ((self.feature, shape),) = shapes.items()
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(shape.channels, num_classes)
+        # Small, so that training starts from even class probabilities (Goyal et al. 2017).
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the model expects of an image."""
+        return self.backbone.preprocessing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        features = self.backbone(x)[self.feature]
+        return self.linear(self.dropout(features.mean((2, 3))))
+
+
+def create_classifier(
+    name: str, num_classes: int = 1000, *, dropout: float | None = None, **overrides: Any
+) -> Classifier:
+    """Builds a classifier by name.
+
+    Args:
+        name: one of :func:`senet_transfer.list_models`.
+        num_classes: classes to tell apart.
+        dropout: before the classifier, 0-1; None is the network's own.
+        overrides: as for :func:`senet_transfer.create_backbone`.
+
+    Returns:
+        A module from normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``; its
+        ``preprocessing`` says what it expects of an image.
+
+    Raises:
+        UserError: an unknown name or option, or a value that makes no sense.
+    """
+    entry = model_entry(name)
+    if "out_features" in overrides:
+        raise UserError("A classifier stands on the last stage: out_features can't be set.")
+    return Classifier(
+        build_trunk(entry, **overrides),
+        num_classes=num_classes,
+        dropout=entry.dropout if dropout is None else dropout,
+    )
