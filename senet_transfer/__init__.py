@@ -14,6 +14,14 @@ except ImportError as error:
 
 from senet_transfer.backbones import create_backbone, list_models
 from senet_transfer.classification import create_classifier
+from senet_transfer.config import add_senet_config, get_senet_config
 from senet_transfer.errors import UserError
 
-__all__ = ["UserError", "create_backbone", "create_classifier", "list_models"]
+__all__ = [
+    "UserError",
+    "add_senet_config",
+    "create_backbone",
+    "create_classifier",
+    "get_senet_config",
+    "list_models",
+]
