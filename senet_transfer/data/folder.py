@@ -12,7 +12,9 @@ from senet_transfer.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def open_folder(root: str | Path, classes: list[str] | None = None) -> Images:
+def open_folder(
+    root: str | Path, classes: list[str] | None = None, *, skip_empty: int = 0
+) -> Images:
     """Lists a tree of images; a class is the path, below the root, of a folder that holds some.
 
     For folders right under the root that is torchvision's ImageFolder: classes sorted by name.
@@ -23,6 +25,7 @@ def open_folder(root: str | Path, classes: list[str] | None = None) -> Images:
         root: of the tree.
         classes: names in the order of their labels, for a tree that lacks some classes or has to
             agree with another one; None to take the folders', sorted.
+        skip_empty: this many empty files are left out.
 
     Raises:
         UserError: there are no images, images outside of all classes, or folders that are none of
@@ -58,7 +61,7 @@ def open_folder(root: str | Path, classes: list[str] | None = None) -> Images:
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
     labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)
-    return locate(root, names, labels, classes, complete=False)
+    return locate(root, names, labels, classes, complete=False, skip_missing=skip_empty)
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:

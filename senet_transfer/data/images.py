@@ -26,6 +26,7 @@ class Images:
         classes: names.
         sizes: `(N,)` int64, of the files in bytes.
         offsets: `(N,)` int64, where each image begins in the archive; None for a folder.
+        missing: listed images that are not there and were left out.
     """
 
     root: Path
@@ -34,6 +35,7 @@ class Images:
     classes: list[str]
     sizes: np.ndarray
     offsets: np.ndarray | None = None
+    missing: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,7 +71,13 @@ def read_image(root: Path, name: str, size: int, offset: int | None) -> bytes:
 
 
 def locate(
-    root: Path, names: Sequence[str], labels: np.ndarray, classes: list[str], *, complete: bool
+    root: Path,
+    names: Sequence[str],
+    labels: np.ndarray,
+    classes: list[str],
+    *,
+    complete: bool,
+    skip_missing: int = 0,
 ) -> Images:
     """Finds every listed image in a folder or an archive.
 
@@ -79,6 +87,7 @@ def locate(
         labels: `(N,)`.
         classes: names.
         complete: whether images that are not listed are an error too.
+        skip_missing: this many listed images that are not there are left out.
 
     Raises:
         UserError: listed images are missing or empty, or there are others; all are named up to a
@@ -86,28 +95,27 @@ def locate(
     """
     archived = not root.is_dir()
     found = _archive_members(root) if archived else _folder_files(root, names, complete)
-    missing = [name for name in names if name not in found]
-    if missing:
+    missing = [name for name in names if found.get(name, (0, 0))[1] == 0]
+    if len(missing) > skip_missing or len(missing) == len(names):
         raise UserError(
-            f"{len(missing)} of {len(names)} listed images are not in {root}: {named(missing)}. "
-            "Expected every image of the list; unpack the archive again, or use the list that "
-            "belongs to it."
+            f"{len(missing)} of {len(names)} listed images are not in {root}, or empty: "
+            f"{named(missing)}. Expected every image of the list; unpack the archive again, or "
+            "use the list that belongs to it."
         )
-    if complete and len(found) != len(names):
+    if complete and not set(found).issubset(names):
         extra = sorted(set(found).difference(names))
         raise UserError(
             f"{root} holds {len(extra)} images that the list does not name: {named(extra)}. "
             "Expected the list and the images of one split; use the list that belongs to it."
         )
+    labels = np.asarray(labels, np.int32)
+    if missing:
+        absent = set(missing)
+        keep = [index for index, name in enumerate(names) if name not in absent]
+        names, labels = [names[index] for index in keep], labels[keep]
     sizes = np.array([found[name][1] for name in names], np.int64)
-    empty = [names[index] for index in np.flatnonzero(sizes == 0)[: NAMED + 1]]
-    if empty:
-        raise UserError(
-            f"{np.sum(sizes == 0)} images in {root} are empty files: {named(empty)}. "
-            "Unpack the archive again."
-        )
     offsets = np.array([found[name][0] for name in names], np.int64) if archived else None
-    return Images(root, names, np.asarray(labels, np.int32), classes, sizes, offsets)
+    return Images(root, names, labels, classes, sizes, offsets, tuple(missing))
 
 
 def named(names: Sequence[str]) -> str:

@@ -69,6 +69,11 @@ class Manifest:
         """The number of images in all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, with those that have no images."""
+        return len(self.classes)
+
     def save(self, folder: Path) -> None:
         """Writes the manifest into a folder, atomically."""
         write_json(

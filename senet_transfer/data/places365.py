@@ -36,13 +36,16 @@ def image_places(split: str, size: str) -> list[str]:
     return [f"data_{size}_{variant}", f"train_{size}_places365{variant}.tar", f"data_{size}"]
 
 
-def open_places365(source: str | Path, split: str, size: str = "256") -> Images:
+def open_places365(
+    source: str | Path, split: str, size: str = "256", *, skip_missing: int = 0
+) -> Images:
     """Finds a split's images and labels.
 
     Args:
         source: the folder with the lists, and the images' folders or archives.
         split: one of `SPLITS`.
         size: "256" or "large".
+        skip_missing: this many listed images that are not there are left out.
 
     Raises:
         UserError: a list is missing or damaged, or images and list do not match.
@@ -62,16 +65,19 @@ def open_places365(source: str | Path, split: str, size: str = "256") -> Images:
             f"found no images of {split} in {source}: expected one of {', '.join(places)}. "
             "Download the archive from the data set's site, or give the folder that holds it."
         )
-    return open_places365_images(found[0], source, split)
+    return open_places365_images(found[0], source, split, skip_missing=skip_missing)
 
 
-def open_places365_images(images: Path, lists: Path, split: str) -> Images:
+def open_places365_images(
+    images: Path, lists: Path, split: str, *, skip_missing: int = 0
+) -> Images:
     """As `open_places365`, of a known folder or archive with the lists in another folder."""
     classes = read_categories(_read_list(lists, CATEGORIES), str(lists / CATEGORIES))
     where = lists / list_name(split)
     names, labels = read_list(_read_list(lists, list_name(split)), str(where), len(classes))
     # A folder of train images can hold both variants; one of val holds val.
-    return locate(images, names, labels, classes, complete=split == "val")
+    complete = split == "val"
+    return locate(images, names, labels, classes, complete=complete, skip_missing=skip_missing)
 
 
 def has_lists(folder: Path, split: str) -> bool:

@@ -106,11 +106,6 @@ class _Hashing:
         return self.stream.write(data)
 
 
-def packed_size(image_bytes: int) -> int:
-    """Bytes of a sample in a shard: two headers, the label, the image in whole blocks."""
-    return 3 * tarfile.BLOCKSIZE + -(-image_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
 def read_shard(
     stream: BinaryIO, url: str, *, samples: int, num_classes: int
 ) -> Iterator[RawSample]:
