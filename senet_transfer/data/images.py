@@ -96,7 +96,7 @@ def locate(
     archived = not root.is_dir()
     found = _archive_members(root) if archived else _folder_files(root, names, complete)
     missing = [name for name in names if found.get(name, (0, 0))[1] == 0]
-    if len(missing) > skip_missing or len(missing) == len(names):
+    if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
             f"{len(missing)} of {len(names)} listed images are not in {root}, or empty: "
             f"{named(missing)}. Expected every image of the list; unpack the archive again, or "
