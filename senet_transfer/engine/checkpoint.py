@@ -1,5 +1,6 @@
 """Loading and saving, strictly."""
 
+import os
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -34,3 +35,19 @@ class Checkpointer(DetectionCheckpointer):
             f"{self._loading} does not fit the model, in {len(lines)} tensors:\n{shown}\n"
             "Set MODEL.WEIGHTS to a checkpoint of this model, or the config to that of the file."
         )
+
+
+class UntaggedCheckpointer(Checkpointer):
+    """Saves models that are no points to resume from, each wholly or not at all."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's, but for the tag; an interrupted one leaves the file that was there."""
+        partial = f".{name}-incoming"
+        super().save(partial, **kwargs)
+        os.replace(
+            os.path.join(self.save_dir, f"{partial}.pth"),
+            os.path.join(self.save_dir, f"{name}.pth"),
+        )
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Leaves the tag to the checkpoints that a run is resumed from."""

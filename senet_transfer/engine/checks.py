@@ -6,6 +6,8 @@ import os
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from senet_transfer.classification.from_config import is_classification
+from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set it to False."
         )
     if not eval_only:
+        _check_solver(cfg)
         _warn_of_learning_rate(cfg)
 
 
@@ -73,11 +76,32 @@ def _check_processes(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of all "
             f"{processes} processes together, and can't be shared evenly. Set it to a multiple."
         )
+    share = cfg.SOLVER.IMS_PER_BATCH // processes
+    if cfg.SOLVER.MICRO_BATCHES < 1 or share % cfg.SOLVER.MICRO_BATCHES:
+        raise UserError(
+            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, and each process has {share} "
+            "images a step, which can't be cut into that many equal parts. Set it to a divisor."
+        )
     norms = [cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.ROI_BOX_HEAD.NORM]
     if processes > 1 and cfg.MODEL.DEVICE == "cpu" and "SyncBN" in norms:
         raise UserError(
             f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set the norm "
             "(MODEL.RESNETS.NORM, MODEL.FPN.NORM, MODEL.ROI_BOX_HEAD.NORM) to GN or BN."
+        )
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    check_epochs(cfg)
+    if cfg.SOLVER.EPOCHS > 0 and not is_classification(cfg):
+        raise UserError(
+            "SOLVER.EPOCHS counts passes over a classifier's data; a detector's schedule is in "
+            "iterations. Set SOLVER.EPOCHS 0 and SOLVER.MAX_ITER."
+        )
+    evaluates = cfg.TEST.EVAL_PERIOD > 0 or cfg.TEST.EVAL_EPOCHS > 0
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
+        raise UserError(
+            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, whose rate follows evaluations, and "
+            "there are none: set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
         )
 
 

@@ -16,6 +16,10 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
+from senet_transfer.classification.from_config import (
+    is_classification,
+    use_classification_datasets,
+)
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import check_datasets_on_disk, dataset_classes
@@ -100,7 +104,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     logger = _start_logging(cfg)
     use_available_device(cfg, logger)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
-    use_datasets(cfg, eval_only=args.eval_only)
+    if is_classification(cfg):
+        use_classification_datasets(cfg, eval_only=args.eval_only)
+    else:
+        use_datasets(cfg, eval_only=args.eval_only)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     default_setup(cfg, args)
