@@ -72,15 +72,15 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.PLATEAU.THRESHOLD = 0.0
     cfg.SOLVER.PLATEAU.MAX_DROPS = 3
 
-    # Classification counts in epochs where EPOCHS is above 0: it takes the place of MAX_ITER,
-    # STEP_EPOCHS that of STEPS. The others take the place of WARMUP_ITERS, FROZEN_BN_ITERS,
-    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD where they are above 0 themselves.
-    cfg.SOLVER.EPOCHS = 0.0
+    # Classification counts in epochs, whole or not, where EPOCHS is set: it takes the place of
+    # MAX_ITER, STEP_EPOCHS that of STEPS. The others take the place of WARMUP_ITERS,
+    # FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD where they are set themselves.
+    cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
-    cfg.SOLVER.WARMUP_EPOCHS = 0.0
-    cfg.SOLVER.FROZEN_BN_EPOCHS = 0.0
-    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
-    cfg.TEST.EVAL_EPOCHS = 0.0
+    cfg.SOLVER.WARMUP_EPOCHS = None
+    cfg.SOLVER.FROZEN_BN_EPOCHS = None
+    cfg.SOLVER.CHECKPOINT_EPOCHS = None
+    cfg.TEST.EVAL_EPOCHS = None
     # The model of the best evaluation is kept in model_best.pth: the metric as logged, such as
     # "classification/top1_error" or "bbox/AP"; lower is better for an error or a loss. Empty: none.
     cfg.TEST.BEST_METRIC = ""

@@ -92,12 +92,13 @@ def _check_processes(cfg: CfgNode) -> None:
 
 def _check_solver(cfg: CfgNode) -> None:
     check_epochs(cfg)
-    if cfg.SOLVER.EPOCHS > 0 and not is_classification(cfg):
+    if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
         raise UserError(
             "SOLVER.EPOCHS counts passes over a classifier's data; a detector's schedule is in "
-            "iterations. Set SOLVER.EPOCHS 0 and SOLVER.MAX_ITER."
+            "iterations. Set SOLVER.EPOCHS None and SOLVER.MAX_ITER."
         )
-    evaluates = cfg.TEST.EVAL_PERIOD > 0 or cfg.TEST.EVAL_EPOCHS > 0
+    counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
+    evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
         raise UserError(
             "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, whose rate follows evaluations, and "

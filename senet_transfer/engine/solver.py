@@ -31,24 +31,25 @@ _IN_EPOCHS = {
 def check_epochs(cfg: CfgNode) -> None:
     """Refuses a config that counts in epochs and iterations at once.
 
+    Where ``SOLVER.EPOCHS`` is not set, other keys in epochs are of no effect: a recipe in epochs
+    is turned to one in iterations by that key alone.
+
     Raises:
-        UserError: it names both, or epochs that nothing makes use of.
+        UserError: it counts in both, or in something that is no number above 0.
     """
-    given = [key for key in ("SOLVER.STEP_EPOCHS", *_IN_EPOCHS.values()) if _get(cfg, key)]
-    if cfg.SOLVER.EPOCHS <= 0:
-        if given:
-            raise UserError(
-                f"{given[0]} is set and SOLVER.EPOCHS is not. Set SOLVER.EPOCHS, or count in "
-                "iterations (SOLVER.MAX_ITER, SOLVER.STEPS, ...) alone."
-            )
+    if cfg.SOLVER.EPOCHS is None:
         return
+    for key in ("SOLVER.EPOCHS", *_IN_EPOCHS.values()):
+        value = _get(cfg, key)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"{key} is {value!r}, expected a number of epochs, such as 90 or 0.5.")
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
         if _get(cfg, key) != _get(defaults, key):
             raise UserError(
                 f"{key} is {_get(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: which is "
-                f"meant? To count in iterations, set SOLVER.EPOCHS 0, SOLVER.STEP_EPOCHS '()' "
-                f"and the other *_EPOCHS to 0; to count in epochs, leave {key} out."
+                f"meant? To count in iterations, set SOLVER.EPOCHS None; to count in epochs, leave "
+                f"{key} out."
             )
 
 
@@ -56,10 +57,10 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     """A copy of a config in which epochs are iterations, ``ceil(epochs * images / batch)``.
 
     Args:
-        cfg: as it is where ``SOLVER.EPOCHS`` is 0.
+        cfg: given back as it is where ``SOLVER.EPOCHS`` is not set.
         images: in the training set.
     """
-    if cfg.SOLVER.EPOCHS <= 0:
+    if cfg.SOLVER.EPOCHS is None:
         return cfg
 
     def iterations(epochs: float) -> int:
