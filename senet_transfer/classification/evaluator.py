@@ -58,7 +58,9 @@ class ClassificationEvaluator(DatasetEvaluator):
             )
         finite = logits.isfinite().all(1)
         if not finite.all():
-            keys = [key for key, good in zip(inputs["key"], finite.tolist(), strict=True) if not good]
+            keys = [
+                key for key, good in zip(inputs["key"], finite.tolist(), strict=True) if not good
+            ]
             raise UserError(
                 f"The logits of {len(keys)} images are not finite, the first of {keys[0]}: the "
                 "model has diverged, or was not loaded as it was trained."

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
