@@ -37,11 +37,13 @@ class Storage:
         options: passed to fsspec's file system, such as `{"anon": True}` for a public bucket.
         retries: how often a read that failed is taken up again before it is an error.
         backoff: seconds before the first retry; doubled for each further one, up to a minute.
+        timeout: seconds without an answer over http(s) after which a read has failed.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     retries: int = 6
     backoff: float = 0.5
+    timeout: float = 60.0
 
 
 def check_scheme(url: str) -> str | None:
@@ -141,7 +143,14 @@ def file_system(url: str, storage: Storage) -> fsspec.AbstractFileSystem:
     """
     scheme = check_scheme(url)
     try:
-        return fsspec.filesystem(scheme, **storage.options)
+        options = dict(storage.options)
+        if scheme.startswith("http"):
+            import aiohttp
+
+            # By default a whole file has five minutes, and a server that hangs has them too.
+            limit = aiohttp.ClientTimeout(sock_connect=storage.timeout, sock_read=storage.timeout)
+            options["client_kwargs"] = {"timeout": limit} | options.get("client_kwargs", {})
+        return fsspec.filesystem(scheme, **options)
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
         raise UserError(
@@ -189,11 +198,16 @@ class ResumingReader(io.RawIOBase):
         for attempt in range(self.storage.retries + 1):
             try:
                 return self._read(wanted)
-            except FileNotFoundError as error:
-                raise UserError(f"there is no {self.url}. Check the address.") from error
             except UserError:
                 raise
             except Exception as error:  # each file system fails with exceptions of its own
+                if _is_absent(error):
+                    raise UserError(f"there is no {self.url}. Check the address.") from error
+                if _is_denied(error):
+                    raise UserError(
+                        f"may not read {self.url}: {type(error).__name__}: {error}. Give this "
+                        "process credentials that may, or anonymous access to what is public."
+                    ) from error
                 self._drop()
                 failure = error
             if attempt < self.storage.retries:
@@ -245,6 +259,24 @@ class ResumingReader(io.RawIOBase):
             with contextlib.suppress(Exception):
                 self._file.close()
         self._file = None
+
+
+def _is_absent(error: BaseException) -> bool:
+    """Says whether a server answered that there is no such file.
+
+    Fsspec reports a server that does not answer as a missing file too; only the cause tells.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410)
+
+
+def _is_denied(error: BaseException) -> bool:
+    """Says whether an error is about who asks, which no retry changes."""
+    unknown = "Credentials" in type(error).__name__  # botocore's, which need not be installed
+    return (
+        unknown or isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
+    )
 
 
 @contextlib.contextmanager
