@@ -48,5 +48,8 @@ def add_senet_config(cfg: CfgNode) -> None:
     # What BASE_LR / IMS_PER_BATCH is in the recipe, for a warning where a run is far off that.
     # 0 means: no such rule.
     cfg.SOLVER.REFERENCE_LR_PER_IMAGE = 0.0
+    # "SGD" (Detectron2's) or "AdamW", which learns faster from scratch; both take BASE_LR,
+    # WEIGHT_DECAY and what else SOLVER says of parameters and gradients.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # "float16" or "bfloat16", for SOLVER.AMP.ENABLED; empty: float16 on a GPU, bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = ""

@@ -24,11 +24,13 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from senet_transfer.data.mapper import CheckedDatasetMapper
 from senet_transfer.engine.amp import AutocastTrainer
 from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,11 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """The config's optimizer."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
