@@ -16,12 +16,16 @@ from senet_transfer.backbones import create_backbone, list_models
 from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry, load_weights, save_weights
 
 __all__ = [
     "UserError",
     "add_senet_config",
+    "apply_file_geometry",
     "create_backbone",
     "create_classifier",
     "get_senet_config",
     "list_models",
+    "load_weights",
+    "save_weights",
 ]
