@@ -87,6 +87,8 @@ class Architecture:
             name = f"a residual network of {'-'.join(map(str, self.blocks))} {kind}"
         elif self.groups > 1 or self.width_per_group != 64:
             name = f"resnext{depth}_{self.groups}x{self.width_per_group}d"
+        if self.deep_stem:
+            name += " with a stem of three convolutions"
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:

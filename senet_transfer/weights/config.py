@@ -26,7 +26,7 @@ class Change:
 
 
 def local_weights(name: str) -> str:
-    """The file that ``MODEL.WEIGHTS`` means, fetched into Detectron2's cache where it is remote.
+    """The file that is meant by ``MODEL.WEIGHTS``, fetched into the cache where it is remote.
 
     Raises:
         UserError: there is no such file, or it can't be fetched.
@@ -34,24 +34,26 @@ def local_weights(name: str) -> str:
     try:
         path = PathManager.get_local_path(name)
     except Exception as error:  # every handler of a scheme raises what it likes
-        raise UserError(f"MODEL.WEIGHTS is {name}, which can't be fetched: {error}.") from error
+        raise UserError(f"The weights {name} can't be fetched: {error}.") from error
     if not os.path.isfile(path):
         raise UserError(
-            f"MODEL.WEIGHTS is {name}, and there is no such file ({os.path.abspath(path)}). Put it "
-            "there, or set MODEL.WEIGHTS to where it is."
+            f"There is no weight file {name} ({os.path.abspath(path)}). Put it there, or set "
+            "MODEL.WEIGHTS to where it is."
         )
     return path
 
 
-def apply_file_geometry(cfg: CfgNode) -> list[Change]:
-    """Gives a config what the file in ``MODEL.WEIGHTS`` needs, before the model is built.
+def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change]:
+    """Gives a config what its weight file needs, before the model is built.
 
     These are stride placement, stem pool, channel order, mean and std, and of SE layers whether
     they have biases, their rounding and a ReLU before the gate. What changes is logged as a table.
     With ``MODEL.WEIGHTS_PIN`` the config stays as it is.
 
     Args:
-        cfg: changed in place, frozen or not. An empty ``MODEL.WEIGHTS`` changes nothing.
+        cfg: changed in place, frozen or not.
+        weights: the file, where it is another than ``MODEL.WEIGHTS``: a run that is resumed starts
+            from its last checkpoint. An empty name changes nothing.
 
     Returns:
         The keys that changed.
@@ -60,9 +62,13 @@ def apply_file_geometry(cfg: CfgNode) -> list[Change]:
         UserError: the file can't be read or is of no known family; or it contradicts a pinned
             config.
     """
-    if not cfg.MODEL.WEIGHTS:
+    resumed = weights is not None and weights != cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS if weights is None else weights
+    if not weights:
         return []
-    source = examine(local_weights(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS_FAMILY or None)
+    # The family is said of MODEL.WEIGHTS; a checkpoint says its own.
+    family = None if resumed else cfg.MODEL.WEIGHTS_FAMILY or None
+    source = examine(local_weights(weights), family)
     changes = [
         Change(key, _get(cfg, key), value)
         for key, value in _wanted(cfg, source).items()
