@@ -1,14 +1,13 @@
 """Networks of other projects with random weights, and the comparison with ours."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from senet_transfer import UserError, create_classifier, load_weights
 from senet_transfer.classification import Classifier
-from senet_transfer.weights.load import LoadReport, load_weights
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -91,16 +90,46 @@ def save(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def loads_unchanged(model: nn.Module, load: Callable[[], LoadReport] | Path) -> None:
-    """Asserts nothing; runs a load that must fail, and checks that the model stayed as it was."""
+def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
+    """Loads, which must raise, and checks that the model stayed as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     preprocessing = getattr(model, "preprocessing", None)
     try:
-        if isinstance(load, Path):
-            load_weights(model, load)
-        else:
-            load()
+        load_weights(model, path)
     finally:
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         assert getattr(model, "preprocessing", None) == preprocessing
+
+
+def geometry_options(model: Classifier) -> dict[str, object]:
+    """How a classifier was built, in what files differ in."""
+    block = model.backbone.res3[0]
+    options: dict[str, object] = {"stem_pool": model.backbone.stem.pool}
+    if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
+        options["stride_in_1x1"] = block.conv1.stride == (2, 2)
+    if hasattr(block, "se"):
+        widths = [stage[0].se.fc1.out_features for stage in model.backbone.stages]
+        options["se_relu_before"] = block.relu_before
+        options["se_divisor"] = 8 if widths[0] == widths[1] else 1
+        options["se_bias"] = block.se.fc1.bias is not None
+    return options
+
+
+def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
+    """Builds networks that take the same tensors and compute something else.
+
+    Each must be refused by ``load_weights``; ``load_state_dict`` takes it, and the comparison with
+    the peer must then see it, or it could not have seen a wrong load either.
+    """
+    fixed["num_classes"] = right.linear.out_features
+    options = {**geometry_options(right), **fixed}
+    for name in ("stem_pool", "stride_in_1x1", "se_relu_before"):
+        if name not in options:
+            continue
+        other = {"pad": "ceil", "ceil": "pad", True: False, False: True}[options[name]]
+        model = create_classifier(ours, **{**options, name: other}).eval()
+        with pytest.raises(UserError, match=rf"(?s)would still compute something else.*\({name}"):
+            load_and_expect_no_change(model, path)
+        model.load_state_dict(right.state_dict(), strict=True)
+        assert worst(expected, outputs_of_ours(model, images())) > 1e-3, name

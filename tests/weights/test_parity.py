@@ -1,14 +1,13 @@
 """Networks of packages on the index, saved by them and loaded here, compute what they compute."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from senet_transfer import UserError, create_classifier, load_weights
 from tests.weights.peers import (
+    check_traps,
+    geometry_options,
     images,
-    loads_unchanged,
     outputs_of_ours,
     outputs_of_peer,
     peer,
@@ -73,46 +72,13 @@ def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours,
     created = create_classifier(ours, weights=path).eval()
     assert worst(expected, outputs_of_ours(created, images())) < 1e-5
 
-    options = _options(created)
+    options = geometry_options(created)
     report = load_weights(empty := create_classifier(ours, **options).eval(), path)
     assert report.family == family
     assert not report.initialised
     assert worst(expected, outputs_of_ours(empty, images())) < 1e-5
 
-    for wrong in _wrong_geometries(ours, options):
-        _check_trap(ours, wrong, created, expected, path)
-
-
-def _options(model) -> dict[str, object]:
-    """How a classifier was built, where files differ in it."""
-    block = model.backbone.res3[0]
-    options = {"stem_pool": model.backbone.stem.pool}
-    if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
-        options["stride_in_1x1"] = block.conv1.stride == (2, 2)
-    if hasattr(block, "se"):
-        options["se_relu_before"] = block.relu_before
-        widths = [stage[0].se.fc1.out_features for stage in model.backbone.stages]
-        options["se_divisor"] = 8 if widths[0] == widths[1] else 1
-    return options
-
-
-def _wrong_geometries(ours: str, options: dict[str, object]) -> list[dict[str, object]]:
-    """The options with one of those exchanged that change no shape."""
-    other_pool = "ceil" if options["stem_pool"] == "pad" else "pad"
-    wrong = [{**options, "stem_pool": other_pool}]
-    for name in ("stride_in_1x1", "se_relu_before"):
-        if name in options:
-            wrong.append({**options, name: not options[name]})
-    return wrong
-
-
-def _check_trap(ours: str, wrong: dict, right, expected: dict, path: Path) -> None:
-    model = create_classifier(ours, **wrong).eval()
-    with pytest.raises(UserError, match="would still compute something else"):
-        loads_unchanged(model, path)
-    # Torch sees nothing wrong, and the comparison above does.
-    model.load_state_dict(right.state_dict(), strict=True)
-    assert worst(expected, outputs_of_ours(model, images())) > 1e-3, wrong
+    check_traps(ours, created, expected, path)
 
 
 def test_the_same_network_under_another_name_is_refused(tmp_path):
