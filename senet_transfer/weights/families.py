@@ -111,19 +111,12 @@ def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Pre
     return lambda arch: preprocessing
 
 
-def _plain_torchvision(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    return {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys() and not any(
-        re.match(r"layer\d\.\d+\.se(_layer|_module)?\.", name) for name in tensors
-    )
-
-
-def _places365(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
-    return _plain_torchvision(tensors, metadata) and shape[:1] == (365,)
-
-
 def _with(*needed: str) -> Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool]:
-    """Recognises a family by patterns, for each of which some name must match wholly."""
+    """Recognises a family by patterns, for each of which some name must match wholly.
+
+    Patterns match many names of a file, so that one that lacks a few is still known, and refused
+    for what it lacks.
+    """
     patterns = [re.compile(pattern) for pattern in needed]
 
     def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
@@ -132,20 +125,40 @@ def _with(*needed: str) -> Callable[[Mapping[str, Tensor], Mapping[str, Any]], b
     return detect
 
 
+_plain_blocks = _with(r"layer\d\.\d+\.conv\d\.weight", r"(conv1|bn1)\.weight")
+
+_any_se = _with(r"layer\d\.\d+\.se(_layer|_module)?\..*")
+
+
+_deep_stem = _with(r"conv1\.\d\.weight")
+
+
+def _plain_torchvision(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
+    others = (_any_se, _deep_stem)
+    return _plain_blocks(tensors, metadata) and not any(d(tensors, metadata) for d in others)
+
+
+def _places365(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
+    shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
+    return _plain_torchvision(tensors, metadata) and shape[:1] == (365,)
+
+
 def _timm(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    with_se = _with(r"conv1\.(0\.)?weight", r"layer\d\.\d+\.se\.fc1\.weight")
-    deep = _with(r"conv1\.0\.weight", r"layer1\.0\.conv1\.weight")
-    return any(detect(tensors, metadata) for detect in (_plain_torchvision, with_se, deep))
+    with_se = _with(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")
+    deep = _plain_blocks(tensors, metadata) and _deep_stem(tensors, metadata)
+    return deep or _plain_torchvision(tensors, metadata) or with_se(tensors, metadata)
 
 
 def _cadene(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
     # Cadene's have bottlenecks only.
-    return _cadene_like(tensors, metadata) and "layer1.0.conv3.weight" in tensors
+    return _cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
 
 
-_cadene_like = _with(r"layer0\.conv1\.weight", r"layer\d\.\d+\.se_module\.fc1\.weight")
+_cadene_like = _with(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.fc\d\.weight")
 
-_own_names = _with(r"(.*\.)?stem\.conv1\.weight", r"(.*\.)?res2\.0\.conv1\.weight")
+_bottlenecks = _with(r"layer\d\.\d+\.conv3\.weight")
+
+_own_names = _with(r"(.*\.)?stem\.conv\d\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.conv\d\.weight")
 
 
 def _marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
@@ -158,10 +171,17 @@ def _own(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
     return _own_names(tensors, metadata) and not metadata.get("__author__")
 
 
+def _detectron1(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
+    folded = _with(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
+    return folded(tensors, metadata) and not _detectron2(tensors, metadata)
+
+
 def _detectron2(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
     if _marked(tensors, metadata):
         return False
-    names_of_caffe2 = _with(r"conv1_w", r"res2_0_branch2a_bn_(gamma|running_mean)")
+    names_of_caffe2 = _with(
+        r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)"
+    )
     return names_of_caffe2(tensors, metadata) or (
         _own_names(tensors, metadata) and metadata.get("__author__") != "torchvision"
     )
@@ -190,7 +210,7 @@ _RECORDS = (
     Family(
         "caffe",
         "the SENet authors' Caffe models",
-        _with(r"conv1(/7x7_s2|_1/3x3_s2)/weight", r"conv2_1_1x1_reduce/weight"),
+        _with(r"conv\d_\d+_1x1_reduce/weight", r"conv\d_\d+_3x3/bn/.*"),
         names.caffe,
         _authors,
         _always(_BGR),
@@ -198,7 +218,7 @@ _RECORDS = (
     Family(
         "places365_caffe",
         "CSAIL's Places365 Caffe models, under the names of He et al.'s ResNets",
-        _with(r"conv1/weight", r"res2a_branch2a/weight"),
+        _with(r"res\d[a-z]\d*_branch2a/weight", r"bn\d[a-z]\d*_branch2a/.*"),
         names.msra_caffe,
         lambda arch: Geometry(stride_in_1x1=True if arch.bottleneck else None, stem_pool="ceil"),
         _always(_PLACES_BGR),
@@ -255,7 +275,7 @@ _RECORDS = (
     Family(
         "moskomule",
         "moskomule's senet.pytorch",
-        _with(r"conv1\.weight", r"layer\d\.\d+\.se\.fc\.0\.weight"),
+        _with(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\.[02]\.weight"),
         names.moskomule,
         _stride_in_3x3,
         _always(_RGB),
@@ -273,7 +293,7 @@ _RECORDS = (
     Family(
         "detectron1",
         "Detectron's .pkl, whose norms are folded",
-        _with(r"conv1_w", r"res2_0_branch2a_bn_s"),
+        _detectron1,
         names.detectron,
         _msra,
         _detectron_pixels((102.9801, 115.9465, 122.7717)),
