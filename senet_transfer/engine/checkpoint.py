@@ -74,8 +74,8 @@ class Checkpointer(DetectionCheckpointer):
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
     """What a checkpoint holds beside the model, read without running anything in it."""
     try:
-        # Mapped, because the model's tensors are read elsewhere.
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
+        # Not mapped: the run will write its next checkpoint over this file.
+        checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{filename} is no checkpoint of a run: its training state can't be read "

@@ -160,7 +160,13 @@ def _blob(message: Message) -> np.ndarray:
     return values.reshape(shape)
 
 
-def caffe_tensors(layers: Iterable[CaffeLayer]) -> dict[str, torch.Tensor]:
+class _UnlikeError(ValueError):
+    """A layer's numbers are not those of its type and parameters."""
+
+
+def caffe_tensors(
+    layers: Iterable[CaffeLayer], path: str | Path = "Caffe network"
+) -> dict[str, torch.Tensor]:
     """The tensors of a network, named by layer and role.
 
     ``{layer}/weight`` and ``/bias`` for Convolution, Deconvolution, InnerProduct and Scale;
@@ -168,15 +174,23 @@ def caffe_tensors(layers: Iterable[CaffeLayer]) -> dict[str, torch.Tensor]:
     factor it keeps as its third blob; ``{layer}/blob0`` and so on for any other type with numbers.
     Weights have PyTorch's shapes; biases and statistics have one dimension.
 
+    Args:
+        layers: of :func:`read_caffemodel`.
+        path: for error messages.
+
     Raises:
         UserError: a layer has other blobs than its type and parameters say.
     """
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
-        for role, values in _roles(layer):
+        try:
+            roles = _roles(layer)
+        except _UnlikeError as error:
+            raise UserError(f"{path}: {error}") from error
+        for role, values in roles:
             name = f"{layer.name}/{role}"
             if name in tensors:
-                raise UserError(f"Caffe layer {layer.name!r} has numbers twice in the file.")
+                raise UserError(f"{path}: layer {layer.name!r} is there twice, with numbers.")
             # A copy of its own: aligned, writable, and not keeping the whole file in memory.
             tensors[name] = torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
     return tensors
@@ -240,9 +254,9 @@ def _batch_norm(layer: CaffeLayer) -> list[tuple[str, np.ndarray]]:
     return [("running_mean", mean * scale), ("running_var", variance * scale)]
 
 
-def _unlike(layer: CaffeLayer, expected: str) -> UserError:
+def _unlike(layer: CaffeLayer, expected: str) -> _UnlikeError:
     found = ", ".join(str(tuple(blob.shape)) for blob in layer.blobs)
-    return UserError(
-        f"Caffe layer {layer.name!r} ({layer.type}) has numbers of shape {found}, where {expected} "
+    return _UnlikeError(
+        f"layer {layer.name!r} ({layer.type}) has numbers of shape {found}, where {expected} "
         "is expected. The file is damaged, or of a fork of Caffe that is not known here."
     )

@@ -221,7 +221,7 @@ def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
             f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
             f"or a damaged .caffemodel: {error}. Check what it is, or get it again."
         ) from error
-    tensors = caffe_tensors(layers)
+    tensors = caffe_tensors(layers, path)
     if not tensors:
         raise UserError(f"{path}: a Caffe file, but no layer in it has numbers. Get it again.")
     return "caffemodel", Checkpoint(tensors, {"name": name}), layers

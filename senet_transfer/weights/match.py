@@ -34,7 +34,7 @@ class Match:
         filled: the model's tensors that the file fills.
         initialised: those that keep their initial values, each with the reason.
         ignored: tensors of the file that go nowhere, by the file's names, each with the reason.
-        missing: tensors of the model that the file should have and has not.
+        missing: tensors of the model, by its own names, that the file should have and has not.
         left_over: tensors of the file, by its names, that nobody asked for.
         misfits: tensors of both that differ in shape or kind, in words.
     """
@@ -70,7 +70,8 @@ def match(source: Source, target: Target, *, exact: bool = False) -> Match:
         elif not exact and (reason := _other_classes(source, target, name)):
             result.initialised[name] = reason
         else:
-            result.misfits.append(_misfit(name, source.tensors[name], tensor))
+            own = target.own_names[name]
+            result.misfits.append(_misfit(own, source.tensors[name], tensor))
     for name, original in source.original.items():
         if name in source.tensors and name not in target.tensors:
             if reason := _why_ignored(source, target, name, exact):
@@ -93,7 +94,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
         # A counter that evaluation does not use; old files and other frameworks have none.
         return
     if exact:
-        result.missing.append(name)
+        result.missing.append(target.own_names[name])
     elif se:
         result.initialised[name] = "SE layers: the file is of a plain network"
     elif classifier and not any(other.startswith("linear.") for other in source.tensors):
@@ -101,7 +102,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
     elif name in target.beside and not source.detector:
         result.initialised[name] = "parts around the trunk: not in the file"
     else:
-        result.missing.append(name)
+        result.missing.append(target.own_names[name])
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
@@ -151,7 +152,7 @@ def check_match(result: Match, source: Source, target: Target) -> None:
         problems = source.architecture.differences(target.architecture)
     wrong = [
         _listed(f"{len(result.missing)} missing in the file", result.missing),
-        _listed(f"{len(result.left_over)} left over in the file", result.left_over),
+        _listed(f"{len(result.left_over)} left over", result.left_over),
         _listed(f"{len(result.misfits)} of another shape", result.misfits),
     ]
     if result.fits or not any(wrong):

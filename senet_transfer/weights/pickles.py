@@ -9,6 +9,7 @@ of this project's own functions, and the work and memory a file may cause are bo
 
 import codecs
 import io
+import pickle
 import pickletools
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 _PUSHES_ITS_ARGUMENT = _TEXTS | _BYTES | _NUMBERS
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_IGNORED = frozenset({"PROTO", "FRAME"})
+_IGNORED = frozenset({"FRAME"})
 
 
 class PlainUnpickler:
@@ -135,6 +136,10 @@ class PlainUnpickler:
         return self._stack[-1]
 
     # The operations, by the names that pickletools gives the instructions.
+
+    def _op_proto(self, protocol: int) -> None:
+        if protocol > pickle.HIGHEST_PROTOCOL:
+            raise ValueError(f"pickle protocol {protocol} is not known")
 
     def _op_mark(self, _: Any) -> None:
         self._marks.append(len(self._stack))

@@ -59,9 +59,11 @@ class _DType:
         self.value = np.dtype(code)
 
     def build(self, state: Any) -> None:
-        _, byteorder, subdtype, names, fields = state[:5]
+        _, byteorder, subdtype, names, fields, size, _, flags = state[:8]
         if subdtype is not None or names is not None or fields is not None:
             raise ValueError("a structured dtype is not one that weights have")
+        if size not in (-1, self.value.itemsize) or (flags and self.value.kind in "biufc"):
+            raise ValueError(f"dtype {self.value} of {size} bytes, flags {flags}")
         self.value = self.value.newbyteorder(byteorder)
 
 

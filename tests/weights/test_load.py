@@ -73,7 +73,7 @@ def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
     message = str(error.value)
     assert "taken for torchvision_v1" in message
     assert "1 missing in the file: res2.0.conv1.weight" in message
-    assert "2 left over in the file: layer9.weights, layer1.0.conv1.weight_" in message
+    assert "2 left over: layer9.weights, layer1.0.conv1.weight_" in message
     assert "res3.0.conv1.norm.bias ((7,) in the file, (128,) in the model)" in message
 
 
