@@ -3,6 +3,10 @@
 One record a family. What no shape shows (stride placement, stem pool, channel order, mean, std)
 is part of the record, so that no user has to remember it. Sources: the projects' own model code
 and network definitions.
+
+Not told apart, because nothing in the file does: timm's networks with blurred or averaged
+downsampling (``resnetblur*``, ``resnetaa*``, ``seresnetaa*`` with a plain stem), whose names and
+shapes are those of the plain ones. They load, and compute something else.
 """
 
 import re
@@ -161,6 +165,10 @@ _bottlenecks = _with(r"layer\d\.\d+\.conv3\.weight")
 _own_names = _with(r"(.*\.)?stem\.conv\d\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.conv\d\.weight")
 
 
+# Networks without residual stages, saved bare: the trunk's norms are named as Detectron2's are.
+_own_of_another_kind = _with(r".*\.norm\.running_var", r"linear\.weight")
+
+
 def _marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
     return OWN_METADATA in metadata
 
@@ -168,7 +176,9 @@ def _marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
 def _own(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
     if OWN_METADATA in metadata:
         return True
-    return _own_names(tensors, metadata) and not metadata.get("__author__")
+    if metadata.get("__author__"):
+        return False
+    return any(detect(tensors, metadata) for detect in (_own_names, _own_of_another_kind))
 
 
 def _detectron1(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:

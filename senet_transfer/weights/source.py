@@ -92,7 +92,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     if family:
         if family not in FAMILIES:
             raise UserError(f"There is no weight family {family!r}. Known: {', '.join(FAMILIES)}.")
-        if FAMILIES[family] not in found:
+        # Under this project's own names anything can be saved, and loading tells whether it fits.
+        if FAMILIES[family] not in found and family != "senet_transfer":
             taken = " or ".join(f.name for f in found) or "none that is known here"
             raise UserError(
                 f"{file.path} is no file of the family {family}: by its names it is of {taken}. "
@@ -213,7 +214,12 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
             if name in known:
                 first, second, third = (float(value) for value in known[name])
                 known[name] = (first, second, third)
-        return Preprocessing(**known)
+        found = Preprocessing(**known)
+        if found.format not in ("RGB", "BGR") or found.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError("an unknown order of channels or interpolation")
+        if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
+            raise ValueError("a size that is none")
+        return found
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{file.path} states a preprocessing that is none: {dict(values)}. Its metadata is "

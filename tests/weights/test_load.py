@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from detectron2.layers import Conv2d, get_norm
+from detectron2.modeling import Backbone
 
 from senet_transfer import (
     UserError,
@@ -10,6 +12,7 @@ from senet_transfer import (
     load_weights,
     save_weights,
 )
+from senet_transfer.classification import Classifier
 from senet_transfer.preprocessing import Preprocessing
 from tests.weights.detectors import detector
 from tests.weights.peers import load_and_expect_no_change, peer, randomise, save
@@ -264,6 +267,49 @@ def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "own.pth").read_bytes() == b"before"
     with pytest.raises(UserError, match=r"saved as .pth or .safetensors"):
         save_weights(create_backbone("resnet18"), tmp_path / "own.bin")
+
+
+class OtherTrunk(Backbone):
+    """A trunk without residual stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Conv2d(3, 8, 3, bias=False, norm=get_norm("BN", 8))
+        self._out_features = ["res5"]
+        self._out_feature_channels = {"res5": 8}
+        self._out_feature_strides = {"res5": 1}
+        self.preprocessing = Preprocessing(resize=40)
+
+    def forward(self, x):
+        return {"res5": self.block(x)}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_path):
+    first, path = randomise(Classifier(OtherTrunk(), num_classes=4)), tmp_path / "own.pth"
+    if marked:
+        save_weights(first, path)
+    else:
+        save(first, path)
+    report = load_weights(second := Classifier(OtherTrunk(), num_classes=4), path)
+    assert report.family == "senet_transfer"
+    assert second.preprocessing == Preprocessing(resize=40)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    torch.save({"block.weight": first.backbone.block.weight.data}, path)
+    with pytest.raises(UserError, match="3 missing|4 missing"):
+        load_and_expect_no_change(OtherTrunk(), _forced(path))
+
+
+def _forced(path):
+    """A file whose names say nothing: the family has to be given."""
+    with pytest.raises(UserError, match="names of no family"):
+        load_weights(OtherTrunk(), path)
+    with pytest.raises(UserError, match="taken for senet_transfer"):
+        load_weights(OtherTrunk(), path, family="senet_transfer")
+    torch.save({"block.weight": torch.zeros(8, 3, 3, 3), "x.norm.running_var": torch.ones(8),
+                "linear.weight": torch.zeros(4, 8)}, path)  # fmt: skip
+    return path
 
 
 def test_the_report_reads_well(r18, caplog):
