@@ -15,6 +15,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.caffe_layers import CaffeLayer
 from senet_transfer.weights.caffe_schema import LAYER, SHAPE, V1_LAYER, V1_TYPES, Field, Schema
 from senet_transfer.weights.caffe_wire import BYTES, FIXED32, FIXED64, VARINT, Message
+from senet_transfer.weights.refusal import shown
 
 _V1_NAMES = {number: name for number, _, name in V1_TYPES}
 # Fields of NetParameter besides its layers: name, layers (V1), input, input_dim, force_backward,
@@ -190,7 +191,9 @@ def caffe_tensors(
         for role, values in roles:
             name = f"{layer.name}/{role}"
             if name in tensors:
-                raise UserError(f"{path}: layer {layer.name!r} is there twice, with numbers.")
+                raise UserError(
+                    f"{path}: layer {shown(layer.name)!r} is there twice, with numbers."
+                )
             # A copy of its own: aligned, writable, and not keeping the whole file in memory.
             tensors[name] = torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
     return tensors
@@ -257,6 +260,6 @@ def _batch_norm(layer: CaffeLayer) -> list[tuple[str, np.ndarray]]:
 def _unlike(layer: CaffeLayer, expected: str) -> _UnlikeError:
     found = ", ".join(str(tuple(blob.shape)) for blob in layer.blobs)
     return _UnlikeError(
-        f"layer {layer.name!r} ({layer.type}) has numbers of shape {found}, where {expected} "
-        "is expected. The file is damaged, or of a fork of Caffe that is not known here."
+        f"layer {shown(layer.name)!r} ({shown(layer.type)}) has numbers of shape {found}, where "
+        f"{expected} is expected. The file is damaged, or of an unknown fork of Caffe."
     )

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from senet_transfer.errors import UserError
 from senet_transfer.weights.caffe_layers import CaffeLayer
 from senet_transfer.weights.caffe_schema import LAYER, V1_TYPES, Field, Schema
+from senet_transfer.weights.refusal import shown
 
 # The longest published definition, SENet-154's, has 150 kB.
 _MAX_BYTES = 2**24
@@ -260,5 +261,6 @@ def _old_inputs(path: Path, entries: list[_Entry]) -> list[CaffeLayer]:
 
 def _fail(path: Path, line: int, what: str) -> NoReturn:
     raise UserError(
-        f"{path}, line {line}: {what}. Expected is a Caffe network definition (.prototxt)."
+        f"{path}, line {line}: {shown(what, 200)}. Expected is a Caffe network definition "
+        "(.prototxt)."
     )

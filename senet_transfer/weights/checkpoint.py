@@ -12,6 +12,7 @@ import torch
 
 from senet_transfer.errors import UserError
 from senet_transfer.weights.plain import TensorSource
+from senet_transfer.weights.refusal import shown
 
 # In this order: a file with "state_dict" and "state_dict_ema", or "model" and "ema", means the
 # first; the second is taken where the first is absent.
@@ -74,7 +75,7 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     sources = _flatten(tree)
     _take_plain(metadata, {k: v for k, v in tree.items() if not isinstance(v, dict)}, sources)
     if not sources:
-        found = ", ".join(repr(key) for key in list(tree)[:8]) or "nothing"
+        found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
         raise UserError(f"{path}: no model tensors inside (found: {found}). Check the file.")
     return Checkpoint(_materialise(_strip_prefixes(sources), size), metadata)
 

@@ -22,6 +22,7 @@ from senet_transfer.weights.caffe_layers import CaffeLayer
 from senet_transfer.weights.checkpoint import Checkpoint, collect
 from senet_transfer.weights.pickles import PlainUnpickler
 from senet_transfer.weights.pth import LEGACY_MAGIC, read_legacy, read_tar, read_zip
+from senet_transfer.weights.refusal import shown
 from senet_transfer.weights.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
 
 # Where this project's own files keep what they say about themselves: a dictionary of that name
@@ -77,13 +78,12 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
     try:
         name, checkpoint, layers = _READERS[kind](path)
         _verify_own_hash(path, checkpoint, verified)
-    except UserError:
+    except (UserError, NameError, ImportError):  # the last two can only be our own mistakes
         raise
     except Exception as error:  # a damaged or hostile file can raise anything in any reader
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path}: damaged or incomplete ({path.stat().st_size:,} bytes): "
-            f"{reason or type(error).__name__}. Get the file again."
+            f"{shown(error, 300) or type(error).__name__}. Get the file again."
         ) from error
     if kind == ZIP:
         verified.append("zip CRC")
@@ -106,9 +106,9 @@ def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights")
     bad = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad.append(f"{name} (not finite)")
+            bad.append(f"{shown(name)} (not finite)")
         elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
-            bad.append(f"{name} (a negative variance)")
+            bad.append(f"{shown(name)} (a negative variance)")
     if bad:
         more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         raise UserError(
@@ -219,7 +219,7 @@ def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     except ValueError as error:
         raise UserError(
             f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
-            f"or a damaged .caffemodel: {error}. Check what it is, or get it again."
+            f"or a damaged .caffemodel: {shown(error)}. Check what it is, or get it again."
         ) from error
     tensors = caffe_tensors(layers, path)
     if not tensors:

@@ -47,7 +47,6 @@ _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 _PUSHES_ITS_ARGUMENT = _TEXTS | _BYTES | _NUMBERS
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_IGNORED = frozenset({"FRAME"})
 
 
 class PlainUnpickler:
@@ -101,7 +100,7 @@ class PlainUnpickler:
                 self._stack.append(argument)
             elif name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[name])
-            elif name not in _IGNORED:
+            else:
                 operation = getattr(self, f"_op_{name.lower()}", None)
                 if operation is None:
                     raise ValueError(f"the pickle instruction {name}, which weights do not need")
@@ -140,6 +139,10 @@ class PlainUnpickler:
     def _op_proto(self, protocol: int) -> None:
         if protocol > pickle.HIGHEST_PROTOCOL:
             raise ValueError(f"pickle protocol {protocol} is not known")
+
+    def _op_frame(self, length: int) -> None:
+        if self._stream.tell() + length > length_of(self._stream):
+            raise ValueError("the file ends in the middle of the pickle")
 
     def _op_mark(self, _: Any) -> None:
         self._marks.append(len(self._stack))

@@ -31,6 +31,7 @@ from senet_transfer.weights.plain import (
     Global,
     TensorSource,
 )
+from senet_transfer.weights.refusal import shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _CHUNK = 2**22
@@ -190,7 +191,8 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
     if root is None:
         raise UserError(
             f"{path}: a zip archive, but not one of torch.save (it holds "
-            f"{', '.join(names[:4]) or 'nothing'}). If the weights are inside, unpack it first."
+            f"{shown(', '.join(names[:4])) or 'nothing'}). If the weights are inside, unpack it "
+            "first."
         )
     if f"{root}/constants.pkl" in names:
         raise UserError(
@@ -260,7 +262,7 @@ def read_tar(path: Path) -> Checkpoint:
     with tarfile.open(path, mode="r:") as tar:
         members = {member.name: member for member in tar.getmembers()}
         if not {"storages", "tensors", "pickle"} <= members.keys():
-            names = ", ".join(list(members)[:4]) or "nothing"
+            names = shown(", ".join(list(members)[:4])) or "nothing"
             raise UserError(
                 f"{path}: a tar archive that holds {names}, not one of torch.save. "
                 "If the weights are inside, unpack it first."

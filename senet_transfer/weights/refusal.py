@@ -1,5 +1,6 @@
-"""Why a pickle was refused, in words that say what to do."""
+"""Why a file was refused, in words that say what to do."""
 
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +23,22 @@ _RUNS_CODE = _SYSTEM | _PYTHON | _FILES
 _MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
 
 
+def shown(text: object, limit: int = 80) -> str:
+    """What a file says, fit for a message: short, on one line, and no control characters."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
+    line = " ".join(words)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
 def refuse(path: Path, name: str) -> NoReturn:
-    """Raises the error for a pickle that names the class or function ``name``."""
+    """Raises the error for a pickle that names the class or function ``name``.
+
+    Raises:
+        UserError: the file asks for something that is not admitted.
+        ValueError: the name is none, so that the file is damaged.
+    """
+    if not re.fullmatch(r"[\w.]{1,200}", name):
+        raise ValueError(f"{shown(name)!r} where the name of a class is expected")
     start = f"{path}: refused, because loading it would call or create `{name}`"
     if name.split(".")[0] in _RUNS_CODE:
         raise UserError(

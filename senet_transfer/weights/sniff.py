@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from senet_transfer.errors import UserError
+from senet_transfer.weights.refusal import shown
 
 ZIP, TAR, PICKLE, SAFETENSORS, CAFFE = "zip", "tar", "pickle", "safetensors", "caffe"
 
@@ -79,7 +80,7 @@ def _refuse_text(path: Path, head: bytes) -> None:
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         words = title.group(1) if title else re.sub(r"<[^>]*>", " ", text)
         raise UserError(
-            f'{path}: a web page ("{_words(html.unescape(words))}"), so the download failed. Open '
+            f'{path}: a web page ("{shown(html.unescape(words))}"), so the download failed. Open '
             "its address in a browser, download the file itself, and check its size."
         )
     if lower.startswith("version https://git-lfs"):
@@ -95,10 +96,6 @@ def _refuse_text(path: Path, head: bytes) -> None:
             f"{path}: a Caffe network definition (text), without weights. Name its .caffemodel."
         )
     raise UserError(
-        f'{path}: a text file that begins "{_words(text)}", not weights. If it was downloaded, the '
+        f'{path}: a text file that begins "{shown(text)}", not weights. If it was downloaded, the '
         "download failed: get it again."
     )
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())[:80]
