@@ -35,6 +35,23 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         _warn_of_learning_rate(cfg)
 
 
+def last_checkpoint(cfg: CfgNode) -> str:
+    """The checkpoint that a resumed run goes on from, which :func:`check_run` has seen.
+
+    Raises:
+        UserError: it is gone.
+    """
+    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    with open(tag) as file:
+        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--resume found no {path}, which {tag} names as the last checkpoint. Write the name "
+            "of one that is there into that file, or start a new run without --resume."
+        )
+    return path
+
+
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(weights):

@@ -19,8 +19,9 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import check_datasets_on_disk, dataset_classes
-from senet_transfer.engine.checks import check_run
+from senet_transfer.engine.checks import check_run, last_checkpoint
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
 
 _RECORDED = (
     "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
@@ -102,6 +103,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
     use_datasets(cfg, eval_only=args.eval_only)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
     cfg.freeze()
     default_setup(cfg, args)
     if comm.is_main_process():
