@@ -17,7 +17,7 @@ from senet_transfer.errors import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     parser = argparse.ArgumentParser(
         description="Renders the shapes data set, in COCO's format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -26,14 +26,18 @@ from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
 from senet_transfer.data.coco import register_shapes
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry, load_weights, save_weights
 
 register_shapes()
 
 __all__ = [
     "UserError",
     "add_senet_config",
+    "apply_file_geometry",
     "create_backbone",
     "create_classifier",
     "get_senet_config",
     "list_models",
+    "load_weights",
+    "save_weights",
 ]

@@ -8,6 +8,7 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.checks import last_checkpoint
 from senet_transfer.engine.launch import run
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -22,8 +23,11 @@ def main(args):
         trainer.train()
         return
     model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    # The whole model, or else what is new in it would be evaluated, too.
+    if args.resume:
+        Checkpointer(model).load(last_checkpoint(cfg))
+    else:
+        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     results = Trainer.evaluate(cfg, model)
     if comm.is_main_process():
         with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as file:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from senet_transfer.classification.from_config import is_classification
-from senet_transfer.engine.solver import check_epochs
+from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,23 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not eval_only:
         _check_solver(cfg)
         _warn_of_learning_rate(cfg)
+
+
+def last_checkpoint(cfg: CfgNode) -> str:
+    """The checkpoint that a resumed run goes on from, which :func:`check_run` has seen.
+
+    Raises:
+        UserError: it is gone.
+    """
+    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    with open(tag) as file:
+        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--resume found no {path}, which {tag} names as the last checkpoint. Write the name "
+            "of one that is there into that file, or start a new run without --resume."
+        )
+    return path
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:

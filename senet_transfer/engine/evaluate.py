@@ -22,6 +22,7 @@ from senet_transfer.data.classification import ClassificationDataset, open_datas
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +164,23 @@ def _model(
             f"There is no weight file {args.weights} ({os.path.abspath(args.weights)})."
         )
     if cfg is None:
-        model = wrap_classifier(create_classifier(args.model, dataset.num_classes))
+        classifier = create_classifier(
+            args.model, dataset.num_classes, weights=args.weights, family=args.family
+        )
+        model = wrap_classifier(classifier)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(args.device or device)
+        family = args.family or ""
     else:
         cfg.MODEL.DEVICE = args.device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = dataset.num_classes
+        cfg.MODEL.WEIGHTS_FAMILY = family = args.family or cfg.MODEL.WEIGHTS_FAMILY
+        cfg.MODEL.WEIGHTS = args.weights
+        apply_file_geometry(cfg)
         model = build_model(cfg)
-    Checkpointer(model).load(args.weights)
+    # Wholly this time: a classifier of other classes would be evaluated untrained.
+    Checkpointer(model, family=family).load(args.weights)
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet_transfer.engine.checkpoint import UntaggedCheckpointer
-from senet_transfer.engine.solver import PlateauLR, lower_is_better
+from senet_transfer.engine.schedule import PlateauLR, lower_is_better
 
 BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"

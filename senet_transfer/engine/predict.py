@@ -21,6 +21,7 @@ from senet_transfer.data.mapper import read_image
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -42,7 +43,7 @@ class Predictor(DefaultPredictor):
         cfg.defrost()
         cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST = "", ()
         super().__init__(cfg)
-        Checkpointer(self.model).load(weights)
+        Checkpointer(self.model, family=cfg.MODEL.WEIGHTS_FAMILY).load(weights)
         if cfg.TEST.AUG.ENABLED:
             self.model = GeneralizedRCNNWithTTA(cfg, self.model)
 
@@ -68,6 +69,7 @@ def load_trained(weights: str, config_file: str = "", options: Iterable[str] = (
         )
     cfg = load_config(config_file or beside, list(options))
     cfg.MODEL.WEIGHTS = weights
+    apply_file_geometry(cfg)
     use_available_device(cfg, logger)
     if not cfg.DATASETS.CLASSES:
         raise UserError(

@@ -23,8 +23,9 @@ from senet_transfer.classification.from_config import (
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import check_datasets_on_disk, dataset_classes
-from senet_transfer.engine.checks import check_run
+from senet_transfer.engine.checks import check_run, last_checkpoint
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
 
 _RECORDED = (
     "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
@@ -119,6 +120,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     else:
         use_datasets(cfg, eval_only=args.eval_only)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
     cfg.freeze()
     default_setup(cfg, args)
     if comm.is_main_process():

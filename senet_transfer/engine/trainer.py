@@ -27,8 +27,9 @@ from senet_transfer.classification import from_config as classification
 from senet_transfer.classification.evaluator import ClassificationEvaluator
 from senet_transfer.data.loader import ClassificationLoader
 from senet_transfer.data.mapper import CheckedDatasetMapper
-from senet_transfer.engine import hooks, solver
+from senet_transfer.engine import hooks, schedule
 from senet_transfer.engine.checkpoint import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.engine.step import StepTrainer
 from senet_transfer.errors import UserError
 
@@ -54,7 +55,7 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if classification.is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
-            cfg = solver.epochs_to_iterations(cfg, images)
+            cfg = schedule.epochs_to_iterations(cfg, images)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -67,7 +68,12 @@ class Trainer(DefaultTrainer):
             micro_batches=cfg.SOLVER.MICRO_BATCHES,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            family=cfg.MODEL.WEIGHTS_FAMILY,
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -84,13 +90,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Detectron2's SGD, with ``SOLVER.BACKBONE_MULTIPLIER``."""
-        return solver.build_optimizer(cfg, model)
+        """The config's optimizer."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         """Detectron2's schedules, and "WarmupPlateauLR"."""
-        return solver.build_lr_scheduler(cfg, optimizer)
+        return schedule.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(
@@ -178,7 +184,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             evaluate = EvalHook(0, lambda: self._test_with_augmentation(cfg, self.model))
             evaluation.append(evaluate)
-        if isinstance(self.scheduler, solver.PlateauLR):
+        if isinstance(self.scheduler, schedule.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
             # A checkpoint has to know of the evaluation that was made at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *writer]

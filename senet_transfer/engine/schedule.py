@@ -1,4 +1,4 @@
-"""Optimizer and schedule from a config, where Detectron2's own are not enough."""
+"""The schedule of a run: epochs as iterations, and a rate that follows evaluations."""
 
 import logging
 import math
@@ -8,9 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from senet_transfer.config import get_senet_config
@@ -87,39 +85,6 @@ def _get(cfg: CfgNode, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Detectron2's SGD, with a rate of its own for the trunk.
-
-    Raises:
-        UserError: the trunk's rate and another rate for biases are asked for at once.
-    """
-    solver = cfg.SOLVER
-    factor = solver.BACKBONE_MULTIPLIER
-    if factor != 1 and solver.BIAS_LR_FACTOR != 1:
-        # Detectron2 would give all biases the one rate, those of the trunk among them.
-        raise UserError(
-            f"SOLVER.BACKBONE_MULTIPLIER is {factor:g} and SOLVER.BIAS_LR_FACTOR is "
-            f"{solver.BIAS_LR_FACTOR:g}. Set one of them to 1."
-        )
-    params = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: factor if name.startswith("backbone.") else 1.0,
-    )
-    optimizer = SGD(
-        params,
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
-        weight_decay=solver.WEIGHT_DECAY,
-        foreach=True,
-    )
-    return maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
