@@ -3,9 +3,18 @@
 Importing this package registers its trunks, heads and data sets with Detectron2.
 """
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
-except ImportError as error:
+    with warnings.catch_warnings():
+        # Detectron2 scripts some functions when it is imported, which recent versions of torch
+        # call deprecated; nothing here uses them.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
+        import detectron2.engine  # noqa: F401
+        import detectron2.modeling  # noqa: F401
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("detectron2"):
+        raise
     raise ImportError(
         "senet_transfer needs Detectron2, which is not on the package index under its own name. "
         "In a clone of this project run `python tools/install_detectron2.py`, or build "
@@ -15,13 +24,20 @@ except ImportError as error:
 from senet_transfer.backbones import create_backbone, list_models
 from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
+from senet_transfer.data.coco import register_shapes
 from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry, load_weights, save_weights
+
+register_shapes()
 
 __all__ = [
     "UserError",
     "add_senet_config",
+    "apply_file_geometry",
     "create_backbone",
     "create_classifier",
     "get_senet_config",
     "list_models",
+    "load_weights",
+    "save_weights",
 ]

@@ -38,6 +38,17 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.STAGES = (2, 3, 4, 5)
     # Biases of the two layers: True in the authors' files, False in the paper's ablations.
     cfg.MODEL.SE.BIAS = True
+    # The hidden width is rounded to a multiple of this: 8 in timm's SE-ResNet-18 and -34.
+    cfg.MODEL.SE.DIVISOR = 1
+    # A ReLU before the gate, as in timm's legacy_seresnet18 and 34.
+    cfg.MODEL.SE.RELU_BEFORE = False
+
+    # The family of the file in MODEL.WEIGHTS (`senet_transfer.weights.FAMILIES`), where its keys
+    # are those of several, such as "torchvision_v2". Empty: recognised, or the stated default.
+    cfg.MODEL.WEIGHTS_FAMILY = ""
+    # The config takes stride placement, stem pool, channel order, mean and std from the file in
+    # MODEL.WEIGHTS. True: it keeps its own, and where the file's differ, the run doesn't start.
+    cfg.MODEL.WEIGHTS_PIN = False
 
     # Own data sets in COCO's format: a list of [name, JSON file, image folder].
     cfg.DATASETS.REGISTER = []
@@ -48,5 +59,8 @@ def add_senet_config(cfg: CfgNode) -> None:
     # What BASE_LR / IMS_PER_BATCH is in the recipe, for a warning where a run is far off that.
     # 0 means: no such rule.
     cfg.SOLVER.REFERENCE_LR_PER_IMAGE = 0.0
+    # "SGD" (Detectron2's) or "AdamW", which learns faster from scratch; both take BASE_LR,
+    # WEIGHT_DECAY and what else SOLVER says of parameters and gradients.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # "float16" or "bfloat16", for SOLVER.AMP.ENABLED; empty: float16 on a GPU, bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = ""

@@ -27,11 +27,13 @@ class _SEBlock(CNNBlockBase):
             )
         channels = {"pre": self.in_channels, "3x3": inner_channels}
         self.placement = se.placement
+        self.relu_before = se.relu_before
         self.se = se.operator(channels.get(se.placement, self.out_channels))
 
     def _join(self, x: Tensor, residual: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
         if self.placement == "standard":
+            residual = F.relu_(residual) if self.relu_before else residual
             out = self.se.join(residual, shortcut)
         elif self.placement == "identity":
             out = self.se.join(shortcut, residual)

@@ -5,6 +5,7 @@ import fnmatch
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from detectron2.modeling import Backbone
@@ -12,6 +13,8 @@ from detectron2.modeling import Backbone
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.load import load_source
+from senet_transfer.weights.source import Source, examine
 
 _SE_OVERRIDES = tuple(f"se_{field.name}" for field in fields(SEOptions))
 
@@ -120,16 +123,24 @@ def build_trunk(
 
 
 def create_backbone(
-    name: str, *, out_features: list[str] | None = None, norm: str = "BN", **overrides: Any
+    name: str,
+    weights: str | Path | None = None,
+    family: str | None = None,
+    *,
+    out_features: list[str] | None = None,
+    norm: str = "BN",
+    **overrides: Any,
 ) -> Backbone:
     """Builds a trunk by name, as a Detectron2 ``Backbone``.
 
     Without weights, every residual trunk has stride 2 in the 3x3 convolution, the padded stem
     pool, nothing frozen, and torchvision's preprocessing. The paper's 3.86 GMACs of SE-ResNet-50
-    are with ``stride_in_1x1=True``.
+    are with ``stride_in_1x1=True``. With weights, it has what the file's network has.
 
     Args:
         name: one of :func:`list_models`.
+        weights: a weight file of any family; see :func:`senet_transfer.load_weights`.
+        family: the file's family, where its names are those of several.
         out_features: the stages to return, of "stem", "res2" ... "res5"; None is the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
         overrides: the network's options: ``stride_in_1x1=True``, ``stem_pool="ceil"``,
@@ -140,6 +151,50 @@ def create_backbone(
         ``preprocessing`` says what it expects of an image.
 
     Raises:
-        UserError: an unknown name or option, or a value that makes no sense.
+        UserError: an unknown name or option, a value that makes no sense; a file that does not fit
+            the network, or whose network an override contradicts.
     """
-    return build_trunk(model_entry(name), out_features=out_features, norm=norm, **overrides)
+    entry = model_entry(name)
+    source = examine_weights(weights, family)
+    options = options_of_file(entry, source, overrides)
+    trunk = build_trunk(entry, out_features=out_features, norm=norm, **options)
+    if source is not None:
+        load_source(trunk, source)
+    return trunk
+
+
+def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
+    """The file that a model is created with, understood; None for none."""
+    if weights is not None:
+        return examine(weights, family)
+    if family is not None:
+        raise UserError(f"family={family!r} says what the file in weights= is, and there is none.")
+    return None
+
+
+def options_of_file(
+    entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """``overrides``, and over them the options that the network of a file has.
+
+    Raises:
+        UserError: an override says otherwise.
+    """
+    if source is None:
+        return overrides
+    stated = source.geometry.options()
+    arch = source.architecture
+    if arch and arch.se_stages:
+        stated |= {"se_bias": arch.se_bias, "se_stages": arch.se_stages}
+        if arch.se_ratio:
+            stated |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
+    known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
+    stated = {key: value for key, value in stated.items() if key in known}
+    for key, value in stated.items():
+        given = overrides.get(key, value)
+        if (tuple(given) if key == "se_stages" else given) != value:
+            raise UserError(
+                f"{key}={given!r} contradicts {source.path}: the network of this file, taken for "
+                f"{source.taken_for}, has {value!r}. Leave the option out, or take other weights."
+            )
+    return {**overrides, **stated}

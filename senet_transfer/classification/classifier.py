@@ -1,13 +1,20 @@
 """A trunk with a linear classifier on its last stage."""
 
+from pathlib import Path
 from typing import Any
 
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from senet_transfer.backbones.registry import build_trunk, model_entry
+from senet_transfer.backbones.registry import (
+    build_trunk,
+    examine_weights,
+    model_entry,
+    options_of_file,
+)
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.load import load_source
 
 
 class Classifier(nn.Module):
@@ -55,13 +62,22 @@ class Classifier(nn.Module):
 
 
 def create_classifier(
-    name: str, num_classes: int = 1000, *, dropout: float | None = None, **overrides: Any
+    name: str,
+    num_classes: int = 1000,
+    weights: str | Path | None = None,
+    family: str | None = None,
+    *,
+    dropout: float | None = None,
+    **overrides: Any,
 ) -> Classifier:
     """Builds a classifier by name.
 
     Args:
         name: one of :func:`senet_transfer.list_models`.
         num_classes: classes to tell apart.
+        weights: a weight file of any family. Its classifier is taken where it has as many
+            classes; where it has not, the new one starts untrained, which the log says.
+        family: the file's family, where its names are those of several.
         dropout: before the classifier, 0-1; None is the network's own.
         overrides: as for :func:`senet_transfer.create_backbone`.
 
@@ -70,13 +86,18 @@ def create_classifier(
         ``preprocessing`` says what it expects of an image.
 
     Raises:
-        UserError: an unknown name or option, or a value that makes no sense.
+        UserError: an unknown name or option, a value that makes no sense; a file that does not fit
+            the network, or whose network an override contradicts.
     """
     entry = model_entry(name)
     if "out_features" in overrides:
         raise UserError("A classifier stands on the last stage: out_features can't be set.")
-    return Classifier(
-        build_trunk(entry, **overrides),
+    source = examine_weights(weights, family)
+    model = Classifier(
+        build_trunk(entry, **options_of_file(entry, source, overrides)),
         num_classes=num_classes,
         dropout=entry.dropout if dropout is None else dropout,
     )
+    if source is not None:
+        load_source(model, source)
+    return model

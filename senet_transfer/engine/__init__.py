@@ -1,0 +1,1 @@
+"""Training, evaluation and what the command lines need."""

@@ -37,6 +37,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...] | dict[str, 
         raise UserError(f"{name} is {value!r}, expected one of: {', '.join(choices)}.")
 
 
+def hidden_width(channels: int, ratio: int, divisor: int = 1) -> int:
+    """Units of the hidden layer: ``channels // ratio``, or that to the nearest multiple."""
+    if divisor == 1:
+        return channels // ratio
+    return max(divisor, int(channels / ratio + divisor / 2) // divisor * divisor)
+
+
 @dataclass(frozen=True)
 class SEOptions:
     """How a network is equipped with SE: the operator's variant, and where it sits.
@@ -51,6 +58,9 @@ class SEOptions:
             3x3 convolution, after its norm and ReLU.
         stages: the stages that get SE, of 2 to 5.
         bias: whether the two layers have biases.
+        divisor: the hidden width is rounded to a multiple of it (timm: 8); 1 is channels // ratio.
+        relu_before: whether a ReLU stands between the residual branch and its gate, which timm's
+            legacy_seresnet18 and 34 have and the paper has not; for the standard placement.
 
     Raises:
         UserError: a value outside of these.
@@ -62,6 +72,8 @@ class SEOptions:
     placement: str = "standard"
     stages: tuple[int, ...] = (2, 3, 4, 5)
     bias: bool = True
+    divisor: int = 1
+    relu_before: bool = False
 
     def __post_init__(self) -> None:
         check_choice("The squeeze", self.squeeze, SQUEEZES)
@@ -69,6 +81,13 @@ class SEOptions:
         check_choice("The SE placement", self.placement, PLACEMENTS)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int) or self.ratio < 1:
             raise UserError(f"The SE reduction ratio is {self.ratio!r}, expected 1 or more.")
+        if isinstance(self.divisor, bool) or not isinstance(self.divisor, int) or self.divisor < 1:
+            raise UserError(f"The SE divisor is {self.divisor!r}, expected 1 or more.")
+        if self.relu_before and self.placement != "standard":
+            raise UserError(
+                "A ReLU before the gate (relu_before) exists in the standard SE placement only, "
+                f"found {self.placement!r}. Leave one of the two at its default."
+            )
         if not self.stages or not set(self.stages) <= {2, 3, 4, 5}:
             raise UserError(
                 f"The stages with SE are {self.stages!r}, expected some of 2, 3, 4, 5. "
@@ -83,6 +102,7 @@ class SEOptions:
             bias=self.bias,
             squeeze=self.squeeze,
             excitation=self.excitation,
+            divisor=self.divisor,
         )
 
 
@@ -100,6 +120,7 @@ class SqueezeExcitation(nn.Module):
         bias: bool = True,
         squeeze: str = "avg",
         excitation: str = "sigmoid",
+        divisor: int = 1,
     ):
         """
         Args:
@@ -110,6 +131,7 @@ class SqueezeExcitation(nn.Module):
             squeeze: "avg" or "max" pooling over all positions; "none" keeps the positions, so
                 that the two layers act as 1x1 convolutions (the paper's NoSqueeze).
             excitation: the non-linearity of the gate: "sigmoid", "tanh" or "relu".
+            divisor: the hidden width is rounded to a multiple of it; see :class:`SEOptions`.
 
         Raises:
             UserError: a value that makes no sense, such as a ratio above the channels.
@@ -122,7 +144,7 @@ class SqueezeExcitation(nn.Module):
                 f"The SE reduction ratio is {ratio}, expected 1 to {channels}: a layer of "
                 f"{channels} channels would be left without a hidden unit. Lower the ratio."
             )
-        hidden = channels // ratio
+        hidden = hidden_width(channels, ratio, divisor)
         self.channels = channels
         self.squeeze = squeeze
         self.excitation = excitation

@@ -1,0 +1,11 @@
+"""Weight files of every family that people have, loaded right or refused.
+
+Knows no network by class: it looks at tensors and at modules, so that the trunks can use it.
+"""
+
+from senet_transfer.weights.config import apply_file_geometry
+from senet_transfer.weights.families import FAMILIES
+from senet_transfer.weights.load import LoadReport, load_weights
+from senet_transfer.weights.save import save_weights
+
+__all__ = ["FAMILIES", "LoadReport", "apply_file_geometry", "load_weights", "save_weights"]

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Renders the shapes data set, the small detection problem that `make demo` trains on.
+
+    python datasets/prepare_shapes.py
+
+Takes some seconds on one core. A second run finds the data set and does nothing.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from senet_transfer.data.shapes import make_shapes
+from senet_transfer.errors import UserError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    parser = argparse.ArgumentParser(
+        description="Renders the shapes data set, in COCO's format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=root / "shapes", help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
+    parser.add_argument("--train", type=int, default=400, help="number of training images")
+    parser.add_argument("--val", type=int, default=100, help="number of validation images")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The command line of training: Detectron2's arguments, and own data sets."""
+
+import argparse
+
+from detectron2.engine import default_argument_parser
+
+_EPILOG = """
+Examples:
+
+Train the paper's detector on COCO with 8 GPUs:
+    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
+
+The same under torchrun, which sets rank and world size:
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
+
+Go on after an interruption; evaluate:
+    python tools/train_net.py --config-file output/config.yaml --resume
+    python tools/train_net.py --config-file output/config.yaml --eval-only \\
+        MODEL.WEIGHTS output/model_final.pth
+
+Own data in COCO's format (classes and their number come from the JSON):
+    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml \\
+        --dataset my_train train.json images/ --dataset my_val val.json images/ \\
+        DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)"
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments and ``--dataset``."""
+    parser = default_argument_parser(epilog=_EPILOG)
+    add_dataset_argument(parser)
+    return parser
+
+
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dataset NAME JSON FOLDER``, which may be repeated."""
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "FOLDER"),
+        help="makes a data set in COCO's format known by name, for DATASETS.TRAIN and "
+        "DATASETS.TEST; may be repeated",
+    )

@@ -1,0 +1,115 @@
+"""What is refused, or warned of, before a run starts."""
+
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from senet_transfer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+    """Refuses a run that could only waste its user's time.
+
+    Raises:
+        UserError: the message says what was found and the remedy.
+    """
+    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if resume and not os.path.isfile(tag):
+        raise UserError(
+            f"--resume found nothing to resume: there is no {tag}. Set OUTPUT_DIR to the folder "
+            "of the run to go on with, or start a new run without --resume."
+        )
+    if not resume:
+        _check_weights(cfg, eval_only=eval_only)
+    _check_processes(cfg)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UserError(
+            "TEST.AUG.ENABLED: test-time augmentation is Detectron2's for GeneralizedRCNN, and "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set it to False."
+        )
+    if not eval_only:
+        _warn_of_learning_rate(cfg)
+
+
+def last_checkpoint(cfg: CfgNode) -> str:
+    """The checkpoint that a resumed run goes on from, which :func:`check_run` has seen.
+
+    Raises:
+        UserError: it is gone.
+    """
+    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    with open(tag) as file:
+        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--resume found no {path}, which {tag} names as the last checkpoint. Write the name "
+            "of one that is there into that file, or start a new run without --resume."
+        )
+    return path
+
+
+def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(
+            f"MODEL.WEIGHTS is {weights}, and there is no such file "
+            f"({os.path.abspath(weights)}). Put the pretrained file there or set MODEL.WEIGHTS "
+            "to where it is. To train from scratch: MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
+            "MODEL.BACKBONE.FREEZE_AT 0."
+        )
+    if weights:
+        return
+    if eval_only:
+        raise UserError(
+            "--eval-only with an empty MODEL.WEIGHTS would evaluate random weights. Set "
+            "MODEL.WEIGHTS to a checkpoint, or add --resume to take the last one of OUTPUT_DIR."
+        )
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        raise UserError(
+            "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty: a frozen norm has the "
+            "statistics of its pretrained file, and without one it normalises nothing. Set "
+            "MODEL.WEIGHTS to a file, or train from scratch with MODEL.RESNETS.NORM GN (or BN "
+            "where each process has 8 images or more) and MODEL.BACKBONE.FREEZE_AT 0."
+        )
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        logger.warning(
+            "MODEL.BACKBONE.FREEZE_AT is %d and MODEL.WEIGHTS is empty: the frozen stages keep "
+            "their random weights. From scratch, set it to 0.",
+            cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
+
+
+def _check_processes(cfg: CfgNode) -> None:
+    processes = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of all "
+            f"{processes} processes together, and can't be shared evenly. Set it to a multiple."
+        )
+    norms = [cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.ROI_BOX_HEAD.NORM]
+    if processes > 1 and cfg.MODEL.DEVICE == "cpu" and "SyncBN" in norms:
+        raise UserError(
+            f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set the norm "
+            "(MODEL.RESNETS.NORM, MODEL.FPN.NORM, MODEL.ROI_BOX_HEAD.NORM) to GN or BN."
+        )
+
+
+def _warn_of_learning_rate(cfg: CfgNode) -> None:
+    reference = cfg.SOLVER.REFERENCE_LR_PER_IMAGE
+    if not reference:
+        return
+    scaled = reference * cfg.SOLVER.IMS_PER_BATCH
+    if not 0.5 <= cfg.SOLVER.BASE_LR / scaled <= 2:
+        logger.warning(
+            "SOLVER.BASE_LR is %g at %d images a step; this recipe's rate scaled to that batch "
+            "(linear rule) is %g. A rate too high is the usual cause of NaN: consider "
+            "SOLVER.BASE_LR %g, and as many more iterations as the batch is smaller.",
+            cfg.SOLVER.BASE_LR,
+            cfg.SOLVER.IMS_PER_BATCH,
+            scaled,
+            scaled,
+        )

@@ -1,0 +1,183 @@
+"""Predictions on a user's own images."""
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import Metadata
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from tqdm import tqdm
+
+from senet_transfer.data.mapper import read_image
+from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.setup import load_config, use_available_device
+from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor(DefaultPredictor):
+    """Detectron2's predictor with strictly loaded weights and, where asked for, augmentation."""
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: of a trained detector; ``MODEL.WEIGHTS`` is its checkpoint and ``TEST.AUG`` turns
+                test-time augmentation on.
+        """
+        # The parent loads leniently; it is given no file, and the file is loaded after it.
+        weights = cfg.MODEL.WEIGHTS
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST = "", ()
+        super().__init__(cfg)
+        Checkpointer(self.model, family=cfg.MODEL.WEIGHTS_FAMILY).load(weights)
+        if cfg.TEST.AUG.ENABLED:
+            self.model = GeneralizedRCNNWithTTA(cfg, self.model)
+
+
+def load_trained(weights: str, config_file: str = "", options: Iterable[str] = ()) -> CfgNode:
+    """The config of a trained detector.
+
+    Args:
+        weights: its checkpoint.
+        config_file: empty for the ``config.yaml`` that training wrote beside the checkpoint.
+        options: alternating keys and values that override the config.
+
+    Raises:
+        UserError: a file is missing, or the config names no classes.
+    """
+    if not os.path.isfile(weights):
+        raise UserError(f"There is no checkpoint {weights}. Give the path of a .pth file.")
+    beside = os.path.join(os.path.dirname(weights), "config.yaml")
+    if not config_file and not os.path.isfile(beside):
+        raise UserError(
+            f"There is no {beside}, which training writes beside its checkpoints. Name the "
+            "config of the checkpoint with --config-file."
+        )
+    cfg = load_config(config_file or beside, list(options))
+    cfg.MODEL.WEIGHTS = weights
+    apply_file_geometry(cfg)
+    use_available_device(cfg, logger)
+    if not cfg.DATASETS.CLASSES:
+        raise UserError(
+            f"{config_file or beside} does not name the classes (DATASETS.CLASSES), as the "
+            "config.yaml in a run's output folder does. Use that one."
+        )
+    return cfg
+
+
+def find_images(inputs: Iterable[str]) -> list[str]:
+    """The image files that paths, folders and shell patterns name, sorted, each once.
+
+    Raises:
+        UserError: one of them names no image.
+    """
+    found: set[str] = set()
+    for name in inputs:
+        if os.path.isdir(name):
+            paths = [os.path.join(name, entry) for entry in os.listdir(name)]
+            paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+        else:
+            # A file's own name comes first: it may hold characters that a pattern has, too.
+            paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+            paths = [path for path in paths if os.path.isfile(path)]
+        if not paths:
+            raise UserError(
+                f"{name} names no image. Expected an image file, a folder that holds images "
+                f"({', '.join(IMAGE_SUFFIXES)}), or a pattern such as 'images/*.jpg'."
+            )
+        found.update(paths)
+    return sorted(found)
+
+
+def predict_images(
+    cfg: CfgNode, images: list[str], output_dir: str, *, threshold: float, quiet: bool = False
+) -> str:
+    """Detects objects in images, draws them, and writes them in COCO's format.
+
+    Args:
+        cfg: as of :func:`load_trained`.
+        images: paths.
+        output_dir: takes the drawn images, under the names of the originals, and
+            ``predictions.json`` with COCO's ``images``, ``annotations`` (each with ``score``)
+            and ``categories`` (ids from 1).
+        threshold: the score, 0-1, below which a detection is neither drawn nor written.
+        quiet: no progress bar.
+
+    Returns:
+        The path of the JSON.
+
+    Raises:
+        UserError: an image can't be read, or two would be drawn to the same file.
+    """
+    predictor = Predictor(cfg)
+    classes = list(cfg.DATASETS.CLASSES)
+    drawn = _output_names(images, output_dir)
+    os.makedirs(output_dir, exist_ok=True)
+    records, annotations = [], []
+    for image_id, path in enumerate(tqdm(images, unit="image", disable=quiet or None), start=1):
+        image = _read(path)
+        instances = predictor(image)["instances"].to("cpu")
+        instances = instances[instances.scores >= threshold]
+        _draw(image, instances, classes, drawn[path])
+        height, width = image.shape[:2]
+        records.append({"id": image_id, "file_name": path, "height": height, "width": width})
+        annotations += instances_to_coco_json(instances, image_id)
+    for index, annotation in enumerate(annotations, start=1):
+        annotation["id"] = index
+        annotation["category_id"] += 1
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation["iscrowd"] = 0
+    categories = [{"id": index, "name": name} for index, name in enumerate(classes, start=1)]
+    json_file = os.path.join(output_dir, "predictions.json")
+    with open(json_file, "w") as file:
+        json.dump({"images": records, "annotations": annotations, "categories": categories}, file)
+    return json_file
+
+
+def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for path in images:
+        name = os.path.join(output_dir, os.path.splitext(os.path.basename(path))[0] + ".jpg")
+        if name in names.values():
+            raise UserError(
+                f"Two images would be drawn to {name}; one is {path}. Predict them into two "
+                "folders, or rename one."
+            )
+        if os.path.abspath(name) == os.path.abspath(path):
+            raise UserError(f"{path} would be overwritten by its drawing. Take another --output.")
+        names[path] = name
+    return names
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        return read_image(path, "BGR")
+    except MemoryError:
+        raise
+    # Decoders raise whatever the damage makes them stumble over.
+    except Exception as error:
+        raise UserError(f"{path} can't be read as an image: {error}. Leave it out.") from error
+
+
+def _draw(image: np.ndarray, instances: Instances, classes: list[str], path: str) -> None:
+    metadata = Metadata(thing_classes=classes)
+    # Small images are enlarged, so that the names of the classes can be read.
+    scale = max(1.0, 480 / min(image.shape[:2]))
+    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    drawing = visualizer.draw_instance_predictions(instances).get_image()
+    if not cv2.imwrite(path, drawing[:, :, ::-1]):
+        raise UserError(f"The drawing {path} can't be written. Check the folder and the disk.")

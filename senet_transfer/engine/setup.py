@@ -1,0 +1,167 @@
+"""From a command line to a config that a run can start with."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+
+from senet_transfer.config import get_senet_config
+from senet_transfer.data.coco import register_datasets, registered_entry
+from senet_transfer.data.preflight import check_datasets_on_disk, dataset_classes
+from senet_transfer.engine.checks import check_run, last_checkpoint
+from senet_transfer.errors import UserError
+from senet_transfer.weights import apply_file_geometry
+
+_RECORDED = (
+    "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
+    "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
+)  # fmt: skip
+
+
+def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
+    """Reads a config file and options over it, on this project's defaults.
+
+    Args:
+        config_file: a YAML file; empty for the defaults alone.
+        options: alternating keys and values, as on a command line.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a value of the wrong type.
+    """
+    cfg = get_senet_config()
+    if config_file:
+        _merge(cfg, config_file, cfg.merge_from_file)
+    if len(options) % 2:
+        raise UserError(
+            f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
+            f"{' '.join(options)}. Put a value that has spaces in quotes."
+        )
+    if options:
+        _merge(cfg, "the command line", lambda _: cfg.merge_from_list(list(options)))
+    return cfg
+
+
+def _merge(cfg: CfgNode, source: str, merge) -> None:
+    try:
+        merge(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {source} can't be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The config file {source} is not YAML: {error}") from error
+    except KeyError as error:
+        raise UserError(f"In {source}: {_explain_key(cfg, str(error.args[0]))}") from error
+    except (ValueError, AssertionError, AttributeError, TypeError, SyntaxError) as error:
+        raise UserError(
+            f"In {source}: {error}. Expected a value of the type of the key's default; see "
+            "Detectron2's config reference and senet_transfer/config.py."
+        ) from error
+
+
+def _explain_key(cfg: CfgNode, message: str) -> str:
+    key = message.rpartition(": ")[2]
+    near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
+    return f"{message}. {hint}"
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Makes everything ready for a run: config, logging, data sets, device, checks.
+
+    Writes the full config, the command line and the versions of everything to the output folder.
+
+    Args:
+        args: of :func:`senet_transfer.engine.arguments.argument_parser`.
+
+    Returns:
+        The config, frozen.
+
+    Raises:
+        UserError: the run can't start as asked; the message says why and what to do.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    logger = _start_logging(cfg)
+    use_available_device(cfg, logger)
+    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
+    use_datasets(cfg, eval_only=args.eval_only)
+    check_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if comm.is_main_process():
+        _record_environment(cfg.OUTPUT_DIR)
+    return cfg
+
+
+def _start_logging(cfg: CfgNode) -> logging.Logger:
+    try:
+        if comm.is_main_process():
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        return setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="senet_transfer")
+    except OSError as error:
+        raise UserError(
+            f"The output folder {cfg.OUTPUT_DIR} can't be written: {error}. "
+            "Set OUTPUT_DIR to a folder that can."
+        ) from error
+
+
+def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
+    """Turns ``MODEL.DEVICE`` to the CPU where the config wants a GPU and there is none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(
+            "No GPU is available: running on the CPU, with %d threads.", torch.get_num_threads()
+        )
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def use_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Registers and checks the config's data sets and takes the classes from them.
+
+    Raises:
+        UserError: a data set is unknown, not on disk, malformed, or has other classes than the
+            rest.
+    """
+    registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
+    # Absolute, so that the saved config works from any folder.
+    cfg.DATASETS.REGISTER = [[d.name, d.json_file, d.image_dir] for d in registered]
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    if not names:
+        raise UserError(
+            "DATASETS.TRAIN and DATASETS.TEST are empty: there is nothing to run on. Name data "
+            "sets there, such as \"('coco_2017_train',)\"."
+        )
+    check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
+    classes = dataset_classes(names)
+    cfg.DATASETS.CLASSES = classes
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _record_environment(output_dir: str) -> None:
+    versions = []
+    for name in _RECORDED:
+        try:
+            versions.append(f"{name}=={metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{name}: not installed")
+    with open(os.path.join(output_dir, "environment.txt"), "w") as file:
+        file.write(f"{' '.join(sys.argv)}\n\n")
+        file.write("\n".join(versions) + f"\n\n{collect_env_info()}\n")

@@ -1,0 +1,151 @@
+"""What the tensors of a residual trunk tell of its network."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_BLOCK = re.compile(r"res([2-5])\.(\d+)\.")
+
+_DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A residual trunk, as far as shapes show it.
+
+    Attributes:
+        blocks: how many blocks each stage has, from res2 on; shorter where the trunk is cut.
+        bottleneck: whether its blocks are bottlenecks.
+        groups: groups of the 3x3 convolutions.
+        width_per_group: channels a group in res2.
+        deep_stem: whether the stem is three 3x3 convolutions.
+        se_stages: the stages with SE.
+        se_ratio: channels over hidden units in the last stage with SE; 0 without SE.
+        se_divisor: 8 where the hidden widths are rounded to multiples of it, else 1.
+        se_bias: whether the SE layers have biases; True without SE.
+        classes: outputs of the classifier; 0 without one.
+    """
+
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    groups: int
+    width_per_group: int
+    deep_stem: bool
+    se_stages: tuple[int, ...]
+    se_ratio: int
+    se_divisor: int
+    se_bias: bool
+    classes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
+        """Reads it from tensors under this project's names; None for another kind of network."""
+        counts: dict[int, int] = {}
+        for name in tensors:
+            if match := _BLOCK.match(name):
+                stage, index = int(match[1]), int(match[2])
+                counts[stage] = max(counts.get(stage, 0), index + 1)
+        # The second convolution alone tells all widths; where it is missing nothing can be told.
+        conv = _shape(tensors, "res2.0.conv2.weight")
+        if not counts or len(conv) != 4 or 0 in conv:
+            return None
+        bottleneck = "res2.0.conv3.weight" in tensors
+        groups = _groups(tensors, conv) if bottleneck else 1
+        linear = _shape(tensors, "linear.weight")
+        return cls(
+            blocks=tuple(counts[stage] for stage in sorted(counts)),
+            bottleneck=bottleneck,
+            groups=groups,
+            width_per_group=conv[0] // groups,
+            deep_stem="stem.conv3.weight" in tensors,
+            **_se(tensors),
+            classes=linear[0] if linear else 0,
+        )
+
+    @property
+    def is_senet154(self) -> bool:
+        """Whether this is SENet-154, whose stem and shortcuts differ from ResNeXt's."""
+        return self.deep_stem and self.groups == 64 and self.bottleneck
+
+    @property
+    def name(self) -> str:
+        """The model's name, or a description of what has none."""
+        if self.is_senet154 and self.blocks == (3, 8, 36, 3):
+            return "senet154"
+        depth = _DEPTHS.get((self.blocks, self.bottleneck))
+        kind = "bottlenecks" if self.bottleneck else "basic blocks"
+        name = f"resnet{depth}"
+        if depth is None:
+            name = f"a residual network of {'-'.join(map(str, self.blocks))} {kind}"
+        elif self.groups > 1 or self.width_per_group != 64:
+            name = f"resnext{depth}_{self.groups}x{self.width_per_group}d"
+        if self.deep_stem:
+            name += " with a stem of three convolutions"
+        return f"se_{name}" if self.se_stages and depth else name
+
+    def differences(self, other: "Architecture") -> list[str]:
+        """What tells this network, a file's, from a model's, in sentences for an error."""
+        found = []
+        if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
+            found.append(f"The file is {self.name}, the model is {other.name}.")
+        if self.se_stages and not other.se_stages:
+            found.append(
+                "The file has SE layers and the model has none: take the model with SE "
+                "(se_..., or MODEL.SE.ENABLED True)."
+            )
+        elif self.se_stages and self.se_stages != other.se_stages:
+            found.append(f"The file has SE in stages {self.se_stages}, not {other.se_stages}.")
+        if not (self.se_stages and other.se_stages):
+            return found
+        if self.se_bias != other.se_bias:
+            has, lacks = ("have", "has none") if self.se_bias else ("have no", "has them")
+            found.append(
+                f"The SE layers of the file {has} biases and the model {lacks}: they would not "
+                f"compute the same. Set se_bias={self.se_bias} (MODEL.SE.BIAS)."
+            )
+        if (self.se_ratio, self.se_divisor) != (other.se_ratio, other.se_divisor):
+            found.append(
+                f"The file's hidden SE widths are those of ratio {self.se_ratio}, divisor "
+                f"{self.se_divisor}, the model's of {other.se_ratio}, {other.se_divisor} "
+                "(se_ratio, se_divisor; MODEL.SE.RATIO, MODEL.SE.DIVISOR)."
+            )
+        return found
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tensors[name].shape) if name in tensors else ()
+
+
+def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
+    inputs = (_shape(tensors, "res2.0.conv1.weight") or (conv[0],))[0]
+    return max(1, inputs // conv[1])
+
+
+def _se(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    widths = {}
+    for name in tensors:
+        match = _BLOCK.match(name)
+        if match and name.endswith(".se.fc1.weight") and tensors[name].ndim == 2:
+            hidden, channels = tensors[name].shape
+            widths[int(match[1])] = (channels, max(1, hidden))
+    # An SE layer without a readable fc1 still counts, so that it is not taken for a plain file.
+    stages = {int(m[1]) for name in tensors if ".se." in name and (m := _BLOCK.match(name))}
+    ratio = 0
+    if widths:
+        channels, hidden = widths[max(widths)]
+        ratio = channels // hidden
+    exact = all(channels // hidden == ratio for channels, hidden in widths.values())
+    return {
+        "se_stages": tuple(sorted(stages)),
+        "se_ratio": ratio,
+        "se_divisor": 1 if exact else 8,
+        "se_bias": not widths or any(name.endswith(".se.fc1.bias") for name in tensors),
+    }

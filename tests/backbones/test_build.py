@@ -1,0 +1,221 @@
+"""From configs to trunks and detectors."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import FPN
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from senet_transfer import UserError, add_senet_config, create_backbone, get_senet_config
+
+
+def config(**keys):
+    cfg = get_senet_config()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_senet_backbone"
+    cfg.merge_from_list([word for item in keys.items() for word in item])
+    return cfg
+
+
+def build(cfg):
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+def small(cfg):
+    """Little work for the detector's heads."""
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
+    return cfg
+
+
+def picture(objects: bool = True):
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0]])[: int(objects)])
+    instances.gt_classes = torch.tensor([1])[: int(objects)]
+    return {"image": torch.randint(0, 256, (3, 64, 64)), "instances": instances}
+
+
+def test_our_keys_leave_detectron2s_defaults_alone():
+    ours, theirs = get_senet_config(), get_cfg()
+    for key in ("RESNETS", "FPN", "RPN", "PIXEL_MEAN", "WEIGHTS"):
+        found = ours.MODEL[key]
+        if key == "RESNETS":
+            found = found.clone()
+            del found["STEM_POOL"]
+        assert found == theirs.MODEL[key]
+
+
+def test_adding_our_keys_again_is_harmless():
+    cfg = get_senet_config()
+    before = cfg.dump()
+    add_senet_config(cfg)
+    assert cfg.dump() == before
+
+
+def test_the_switch_turns_a_described_trunk_into_its_se_twin():
+    plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
+    twin = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
+    added = set(twin.state_dict()) - set(plain.state_dict())
+    assert added
+    assert all(".se." in key for key in added)
+    assert set(plain.state_dict()) < set(twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"MODEL.BACKBONE.ARCH": "se_resnet50"}, "se_resnet50"),
+        ({"MODEL.BACKBONE.ARCH": "resnet50", "MODEL.SE.ENABLED": True}, "se_resnet50"),
+        ({"MODEL.BACKBONE.ARCH": "resnet18"}, "resnet18"),
+        (
+            {
+                "MODEL.RESNETS.NUM_GROUPS": 32,
+                "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+                "MODEL.SE.ENABLED": True,
+            },
+            "se_resnext50_32x4d",
+        ),
+    ],
+)
+def test_a_config_names_or_describes_the_same_trunks(keys, name):
+    trunk = build(config(**{"MODEL.RESNETS.OUT_FEATURES": ["res5"], **keys}))
+    expected = create_backbone(name, norm="FrozenBN")
+    assert {key: value.shape for key, value in trunk.state_dict().items()} == {
+        key: value.shape for key, value in expected.state_dict().items()
+    }
+
+
+def test_every_se_key_reaches_the_blocks():
+    trunk = build(
+        config(
+            **{
+                "MODEL.SE.ENABLED": True,
+                "MODEL.SE.RATIO": 8,
+                "MODEL.SE.SQUEEZE": "max",
+                "MODEL.SE.EXCITATION": "tanh",
+                "MODEL.SE.PLACEMENT": "3x3",
+                "MODEL.SE.STAGES": (3, 4),
+                "MODEL.SE.BIAS": False,
+            }
+        )
+    )
+    assert not hasattr(trunk.res2[0], "se")
+    block = trunk.res3[0]
+    assert block.placement == "3x3"
+    assert (block.se.squeeze, block.se.excitation) == ("max", "tanh")
+    assert block.se.fc1.weight.shape == (128 // 8, 128)
+    assert block.se.fc1.bias is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"MODEL.BACKBONE.ARCH": "se_resnet50", "MODEL.SE.ENABLED": False}, "has SE, and"),
+        ({"MODEL.RESNETS.DEPTH": 18}, "RES2_OUT_CHANNELS is 256"),
+        ({"MODEL.RESNETS.DEPTH": 51}, "depth 51 is not known"),
+        ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True]}, "deformable"),
+        ({"MODEL.BACKBONE.ARCH": "resnet51"}, "Did you mean"),
+        ({"MODEL.SE.ENABLED": True, "MODEL.SE.PLACEMENT": "after"}, "SE placement is 'after'"),
+        ({"MODEL.BACKBONE.NAME": "build_senet_fpn_backbone"}, "MODEL.FPN.IN_FEATURES"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(keys, words):
+    with pytest.raises(UserError, match=words):
+        build(config(**keys))
+
+
+def test_freezing_is_detectron2s():
+    """The same parameters train, and the same norms are frozen, as in Detectron2's own trunk."""
+    keys = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3}
+    keys["MODEL.RESNETS.OUT_FEATURES"] = ["res5"]
+    ours = build(config(**keys))
+    theirs = build(config(**keys, **{"MODEL.BACKBONE.NAME": "build_resnet_backbone"}))
+    for module in (ours, theirs):
+        module.trained = {key for key, p in module.named_parameters() if p.requires_grad}
+        module.frozen = {k for k, m in module.named_modules() if isinstance(m, FrozenBatchNorm2d)}
+    assert ours.trained == theirs.trained
+    assert ours.frozen == theirs.frozen != set()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_c4_heads_res5_has_the_trunks_own_gates(enabled):
+    keys = {"MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads", "MODEL.SE.ENABLED": enabled}
+    model = build_model(config(**keys))
+    gates = [p for key, p in model.roi_heads.res5.named_parameters() if ".se." in key]
+    expected = 3 * (2 * 2048 * 128 + 2048 + 128) if enabled else 0
+    assert sum(p.numel() for p in gates) == expected
+    stage = create_backbone("se_resnet50" if enabled else "resnet50", norm="FrozenBN").res5
+    assert set(model.roi_heads.res5.state_dict()) == set(stage.state_dict())
+    assert model.roi_heads.res5[0].conv1.stride == (2, 2)  # Detectron2's STRIDE_IN_1X1 default
+
+
+def test_detectron2s_own_c4_head_would_drop_the_gates():
+    """Why there is a head of ours."""
+    model = build_model(config(**{"MODEL.SE.ENABLED": True}))
+    assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
+
+
+FPN_KEYS = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.SE.ENABLED": True,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128], [256]],
+}
+RCNN_KEYS = {
+    **FPN_KEYS,
+    "MODEL.BACKBONE.NAME": "build_senet_fpn_backbone",
+    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+}
+C4_KEYS = {
+    "MODEL.BACKBONE.ARCH": "se_resnet18",
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads",
+}
+RETINANET_KEYS = {
+    **FPN_KEYS,
+    "MODEL.META_ARCHITECTURE": "RetinaNet",
+    "MODEL.BACKBONE.NAME": "build_retinanet_senet_fpn_backbone",
+}
+
+
+@pytest.mark.parametrize("keys", [RCNN_KEYS, C4_KEYS, RETINANET_KEYS], ids=["fpn", "c4", "retina"])
+def test_detectors_train_a_step_and_predict_with_and_without_objects(keys):
+    torch.manual_seed(0)
+    model = build_model(small(config(**keys)))
+    with EventStorage():
+        losses = model.train()([picture(), picture(objects=False)])
+    total = sum(losses.values())
+    assert torch.isfinite(total)
+    total.backward()
+    gates = [p.grad for key, p in model.named_parameters() if ".se.fc2" in key]
+    assert gates
+    assert all(grad is not None and grad.any() for grad in gates)
+    with torch.no_grad():
+        (output,) = model.eval()([picture()])
+    assert output["instances"].image_size == (64, 64)
+
+
+def test_the_fpn_stands_on_the_trunk_as_detectron2s_does():
+    fpn = build(config(**RCNN_KEYS))
+    assert isinstance(fpn, FPN)
+    assert fpn.size_divisibility == 32
+    assert {key: shape.stride for key, shape in fpn.output_shape().items()} == {
+        "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
+    }  # fmt: skip
+    assert fpn.bottom_up.preprocessing.format == "BGR"

@@ -1,0 +1,180 @@
+"""Promises that every registered trunk keeps."""
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import Backbone
+
+from senet_transfer import UserError, create_backbone, create_classifier, list_models
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+# The paper's tables: weights, biases and the affine part of the norms, with 1000 classes.
+PARAMETERS = {
+    "resnet50": 25_557_032,
+    "se_resnet50": 28_088_024,
+    "resnet101": 44_549_160,
+    "se_resnet101": 49_326_872,
+    "resnet152": 60_192_808,
+    "se_resnet152": 66_821_848,
+    "resnext50_32x4d": 25_028_904,
+    "se_resnext50_32x4d": 27_559_896,
+    "resnext101_32x4d": 44_177_704,
+    "se_resnext101_32x4d": 48_955_416,
+    "senet154": 115_088_984,
+}
+
+every_model = pytest.mark.parametrize("name", list_models())
+every_se_model = pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_all_residual_networks_are_registered():
+    names = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+    names += ["resnext50_32x4d", "resnext101_32x4d"]
+    assert {*names, *(f"se_{name}" for name in names), "senet154"} <= set(list_models())
+    assert set(list_models("se_*")) == {name for name in list_models() if name.startswith("se_")}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_parameters_are_those_of_the_released_networks(name, parameters):
+    assert count(create_classifier(name)) == parameters
+
+
+def test_bias_free_se_has_the_papers_parameters():
+    assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
+
+
+@pytest.mark.parametrize("name", list_models("se_*"))
+def test_se_adds_what_the_formula_says(name):
+    """2/r times the sum of squared widths (paper, equation 5), and the two layers' biases."""
+    trunk, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
+    widths = [stage[0].out_channels for stage in trunk.stages for _ in range(len(stage))]
+    expected = sum(2 * width * (width // 16) + width + width // 16 for width in widths)
+    assert count(trunk) - count(plain) == expected
+
+
+@every_model
+def test_features_have_the_shapes_that_are_declared(name):
+    trunk = create_backbone(name, out_features=STAGES).eval()
+    assert isinstance(trunk, Backbone)
+    with torch.no_grad():
+        features = trunk(torch.randn(1, 3, 64, 96))
+    assert list(features) == STAGES
+    for index, (key, shape) in enumerate(trunk.output_shape().items()):
+        assert shape.stride == 4 * 2**index
+        assert features[key].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+
+
+@every_model
+def test_every_parameter_gets_a_gradient(name):
+    torch.manual_seed(0)
+    model = create_classifier(name, num_classes=3)
+    for module in model.modules():
+        # Gates start closed to gradients of fc1: its way leads through fc2's weight, which is 0.
+        if hasattr(module, "fc2"):
+            torch.nn.init.normal_(module.fc2.weight, std=0.1)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A hidden unit that is off for both images has none; a whole layer never.
+    assert not [key for key in without if "se.fc1" not in key]
+    assert len(without) < 0.2 * len(list(model.parameters()))
+
+
+@every_model
+def test_an_exported_trunk_computes_the_same(name):
+    trunk = create_backbone(name, out_features=["res2", "res5"]).eval()
+    x = torch.randn(1, 3, 64, 64)
+    exported = torch.export.export(trunk, (x,)).module()
+    with torch.no_grad():
+        expected, found = trunk(x), exported(x)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
+
+
+@pytest.mark.parametrize("name", ["se_resnet18", pytest.param("senet154", marks=pytest.mark.slow)])
+def test_a_compiled_trunk_computes_the_same(name):
+    trunk = create_backbone(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found = torch.compile(trunk, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(found["res5"], trunk(x)["res5"])
+
+
+@every_model
+def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
+    trunk = create_backbone(name, freeze_at=3, out_features=STAGES)
+    for stage in ("stem", "res2", "res3"):
+        module = getattr(trunk, stage)
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules())
+    for stage in ("res4", "res5"):
+        module = getattr(trunk, stage)
+        assert all(parameter.requires_grad for parameter in module.parameters())
+        assert not any(isinstance(m, FrozenBatchNorm2d) for m in module.modules())
+
+
+@every_se_model
+def test_freezing_covers_the_gates(name):
+    trunk = create_backbone(name, freeze_at=2, out_features=STAGES)
+    frozen = {key for key, p in trunk.named_parameters() if ".se." in key and not p.requires_grad}
+    gates = {key for key, _ in trunk.named_parameters() if ".se." in key}
+    assert frozen == {key for key in gates if key.startswith("res2.")} != set()
+
+
+@every_model
+def test_bad_arguments_are_refused_by_name(name):
+    with pytest.raises(UserError, match="has no option 'stem_pol'.*stem_pool"):
+        create_backbone(name, stem_pol="ceil")
+    with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
+        create_backbone(name, norm="BatchNorm")
+    with pytest.raises(UserError, match="out_features"):
+        create_backbone(name, out_features=["res6"])
+    with pytest.raises(UserError, match="freeze_at is 7"):
+        create_backbone(name, freeze_at=7)
+    with pytest.raises(UserError, match="The stem pool is 'same', expected one of: pad, ceil"):
+        create_backbone(name, stem_pool="same")
+
+
+def test_an_unknown_name_is_answered_with_near_ones():
+    with pytest.raises(UserError, match="se_resnet50"):
+        create_backbone("seresnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("resnet50", {"se_ratio": 8}, "has no SE"),
+        ("se_resnet18", {"se_placement": "3x3"}, "bottleneck"),
+        ("se_resnet18", {"stride_in_1x1": True}, "no bottlenecks"),
+        ("se_resnet50", {"se_ratio": 4096}, "expected 1 to 256"),
+        ("se_resnet50", {"res5_dilation": 3}, "expected 1 or 2"),
+        ("senet154", {"se_stages": (2, 3)}, "SE in every stage"),
+    ],
+)
+def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, words):
+    with pytest.raises(UserError, match=words):
+        create_backbone(name, **overrides)
+
+
+@every_model
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+def test_the_norm_is_the_one_asked_for(name, norm):
+    if norm == "GN" and name == "senet154":
+        pytest.skip("covered by FrozenBN: 115M parameters twice take long")
+    kind = {"GN": torch.nn.GroupNorm, "FrozenBN": FrozenBatchNorm2d}[norm]
+    trunk = create_backbone(name, norm=norm)
+    assert any(isinstance(module, kind) for module in trunk.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in trunk.modules())
+
+
+def test_preprocessing_is_torchvisions_without_weights():
+    preprocessing = create_backbone("se_resnet18").preprocessing
+    assert (preprocessing.format, preprocessing.resize, preprocessing.crop) == ("RGB", 256, 224)
+    mean = [value / 255 for value in preprocessing.mean]
+    std = [value / 255 for value in preprocessing.std]
+    assert mean == pytest.approx([0.485, 0.456, 0.406])
+    assert std == pytest.approx([0.229, 0.224, 0.225])

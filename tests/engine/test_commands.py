@@ -1,0 +1,85 @@
+"""The command lines as users call them, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def words(command):
+    def make(*flags, **overrides) -> list[str]:
+        args = command(**overrides)
+        own = [word for entry in args.dataset for word in ("--dataset", *entry)]
+        return ["tools/train_net.py", "--config-file", args.config_file, *flags, *own, *args.opts]
+
+    return make
+
+
+SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
+
+
+def test_a_users_mistake_is_one_line_and_status_2(words):
+    done = call(sys.executable, *words(**{"MODEL.WEIGHTS": "no/such.pth"}))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.WEIGHTS is no/such.pth")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_image_broken_in_a_worker_is_named_without_the_workers_traceback(
+    words, shapes, tmp_path
+):
+    import shutil
+
+    data = tmp_path / "copy"
+    shutil.copytree(shapes, data)
+    for path in (data / "tiny").iterdir():
+        path.write_bytes(b"")
+    line = words(**SHORT, **{"DATALOADER.NUM_WORKERS": "1"})
+    done = call(sys.executable, *[word.replace(str(shapes), str(data)) for word in line])
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: Image ")
+    assert "it is empty (0 bytes)" in last
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_two_processes_on_the_cpu_train_evaluate_and_resume(words, launcher, tmp_path):
+    def start(*flags, **overrides):
+        if launcher == "spawn":
+            return call(
+                sys.executable,
+                *words("--num-gpus", "2", "--dist-url", "auto", *flags, **overrides),
+            )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return call(*torchrun, "--nproc-per-node", "2", *words(*flags, **overrides))
+
+    done = start(**SHORT)
+    assert done.returncode == 0, done.stderr
+    assert "World size: 2" in (tmp_path / "run" / "log.txt").read_text()
+    again = start("--resume", **{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"})
+    assert again.returncode == 0, again.stderr
+    assert "Starting training from iteration 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_sync_bn_in_several_cpu_processes_is_refused(words):
+    line = words("--num-gpus", "2", "--dist-url", "auto", **{"MODEL.RESNETS.NORM": "SyncBN"})
+    done = call(sys.executable, *line)
+    assert done.returncode == 2
+    assert "SyncBN needs GPUs" in done.stderr

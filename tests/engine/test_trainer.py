@@ -1,0 +1,172 @@
+"""Training, checkpoints, evaluation and prediction, small but real."""
+
+import contextlib
+import io
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from senet_transfer import UserError
+from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.predict import find_images, load_trained, predict_images
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+
+
+def train(args) -> Trainer:
+    trainer = Trainer(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    return trainer
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+
+
+def test_a_run_saves_resumes_and_goes_on_where_it_was(command, tmp_path):
+    run = tmp_path / "run"
+    train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
+    first = torch.load(run / "model_final.pth", weights_only=True)
+    assert first["iteration"] == 1
+    trainer = Trainer(setup(command("--resume")))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    for key, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, first["model"][key], rtol=0, atol=0)
+    momenta = trainer.optimizer.state_dict()["state"]
+    assert len(momenta) == len([p for p in trainer.model.parameters() if p.requires_grad])
+    trainer.train()
+    assert torch.load(run / "model_final.pth", weights_only=True)["iteration"] == 3
+    assert (run / "model_0000001.pth").is_file()
+    assert list(run.glob("events.out.tfevents.*"))
+    assert "total_loss" in metrics(run)[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_and_resumes_on_any_device(command, dtype, tmp_path):
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
+    trainer = train(command(**{**amp, "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    scaler = saved["trainer"]["_trainer"]["grad_scaler"]
+    assert ("scale" in scaler) == (dtype == "float16")
+    resumed = train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
+    assert resumed.start_iter == 1
+
+
+def test_another_precision_is_refused(command):
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float8"}
+    with pytest.raises(UserError, match="float8.*expected float16 or bfloat16"):
+        Trainer(setup(command(**amp)))
+
+
+def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
+    trainer = train(command())
+    printed = trainer._last_eval_results["bbox"]
+    written = tmp_path / "run" / "inference" / "own" / "coco_instances_results.json"
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(shapes / "annotations" / "instances_tiny.json"))
+        evaluation = COCOeval(truth, truth.loadRes(str(written)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    for key, value in zip(("AP", "AP50", "AP75"), evaluation.stats, strict=False):
+        assert printed[key] == 100 * value
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp_path):
+    trainer = Trainer(setup(command()))
+    state = trainer.model.state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    removed = "backbone.bottom_up.res2.0.se.fc1.weight"
+    del state[removed]
+    path = tmp_path / "other.pth"
+    torch.save({"model": state}, path)
+    with pytest.raises(UserError) as error:
+        Checkpointer(trainer.model).load(str(path))
+    assert f"missing in the file: {removed}" in str(error.value)
+    assert "left over: extra.weight" in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture
+def trained(command, tmp_path):
+    """The checkpoint of a run that detects something, if not well."""
+    train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
+    return str(tmp_path / "run" / "model_final.pth")
+
+
+def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, shapes, tmp_path):
+    cfg = load_trained(trained)
+    images = find_images([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
+    out = tmp_path / "predictions"
+    json_file = predict_images(cfg, images, str(out), threshold=0.0, quiet=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(json_file)
+    assert [image["file_name"] for image in coco.dataset["images"]] == images
+    assert [category["name"] for category in coco.dataset["categories"]] == cfg.DATASETS.CLASSES
+    # The same boxes, scores and classes as Detectron2's own predictor.
+    theirs = DefaultPredictor(cfg)
+    for image_id, path in enumerate(images, start=1):
+        instances = theirs(cv2.imread(path))["instances"].to("cpu")
+        found = coco.imgToAnns[image_id]
+        assert len(found) == len(instances) > 0
+        boxes = instances.pred_boxes.tensor.numpy()
+        boxes[:, 2:] -= boxes[:, :2]
+        np.testing.assert_allclose([a["bbox"] for a in found], boxes, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose([a["score"] for a in found], instances.scores, rtol=1e-5)
+        assert [a["category_id"] - 1 for a in found] == instances.pred_classes.tolist()
+        assert cv2.imread(str(out / path.rpartition("/")[2])) is not None
+
+
+def test_augmentation_at_test_time_predicts_and_evaluates(trained, shapes, command):
+    sizes = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.AUG.MAX_SIZE"]
+    cfg = load_trained(trained, "", [*sizes, "128"])
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).load(trained)
+    results = Trainer.evaluate(setup_tta(command, trained), model)
+    assert set(results) == {"bbox", "bbox_TTA"}
+
+
+def setup_tta(command, weights):
+    keys = {"TEST.AUG.MIN_SIZES": "(64, 96)", "TEST.AUG.MAX_SIZE": "128"}
+    keys |= {"TEST.AUG.ENABLED": "True", "MODEL.WEIGHTS": weights}
+    return setup(command("--eval-only", **keys))
+
+
+def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
+    folder = shapes / "tiny"
+    files = sorted(str(path) for path in folder.glob("*.jpg"))
+    assert find_images([str(folder)]) == files
+    assert find_images([str(folder / "*.jpg"), files[0]]) == files
+    with pytest.raises(UserError, match="names no image"):
+        find_images([str(folder / "*.png")])
+
+
+def test_a_drawing_never_overwrites_an_image(trained, shapes):
+    images = find_images([str(shapes / "tiny")])[:1]
+    with pytest.raises(UserError, match="would be overwritten"):
+        predict_images(load_trained(trained), images, str(shapes / "tiny"), threshold=0.5)
+
+
+def test_an_image_that_cannot_be_read_is_named(trained, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="broken.jpg can't be read"):
+        predict_images(load_trained(trained), [str(broken)], str(tmp_path / "o"), threshold=0.5)
+
+
+def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match="--config-file"):
+        load_trained(str(path))
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        load_trained(str(tmp_path / "other.pth"))

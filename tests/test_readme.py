@@ -1,0 +1,39 @@
+"""What the README shows in Python works."""
+
+import re
+from pathlib import Path
+
+import torch
+from detectron2.config import instantiate
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_python_example_runs():
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert set(names["trunk"](torch.randn(1, 3, 64, 64))) == {"res2", "res5"}
+
+
+def test_the_lazy_config_builds_an_fpn_over_our_trunk():
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    fpn = instantiate(names["backbone"])
+    assert list(fpn(torch.randn(1, 3, 64, 64))) == ["p2", "p3", "p4", "p5", "p6"]
+    assert any(".se." in key for key, _ in fpn.bottom_up.named_parameters())
+
+
+def test_every_config_in_the_table_exists():
+    text = (ROOT / "README.md").read_text()
+    found = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    listed = set(re.findall(r"\| `([a-z_0-9]+)` ", text))
+    assert listed <= found
+    for stem in found:
+        assert stem in text or f"_{stem.removeprefix('faster_rcnn_')}" in text
+
+
+def test_every_path_that_is_named_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:senet_transfer|tools|configs|datasets)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path

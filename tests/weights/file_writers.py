@@ -1,0 +1,99 @@
+"""Files as other people's programs write them: Python 2's pickles and torch's first formats."""
+
+import io
+import pickle
+import struct
+import tarfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes text and bytes as Python 2 did: both are its one string type."""
+
+    def __init__(self, file: Any, protocol: int = 2, **_: Any):
+        super().__init__(file, protocol)
+
+    def save_text(self, text: str) -> None:
+        self._save_string(text.encode("latin-1"), text)
+
+    def save_raw(self, raw: bytes) -> None:
+        self._save_string(raw, raw)
+
+    def _save_string(self, raw: bytes, memo_key: Any) -> None:
+        if not self.bin:
+            self.write(b"S" + repr(raw)[1:].encode("ascii") + b"\n")
+        elif len(raw) < 256:
+            self.write(b"U" + bytes([len(raw)]) + raw)
+        else:
+            self.write(b"T" + struct.pack("<i", len(raw)) + raw)
+        self.memoize(memo_key)
+
+    dispatch = {  # noqa: RUF012 - the base class's own table, by its own rule
+        **pickle._Pickler.dispatch,
+        str: save_text,
+        bytes: save_raw,
+    }
+
+
+def python2_pickle(value: Any, protocol: int = 2) -> bytes:
+    """A pickle as Python 2 and numpy of its time wrote it."""
+    file = io.BytesIO()
+    Python2Pickler(file, protocol).dump(value)
+    return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
+
+
+def python2_torch_file(value: Any, path: Path) -> None:
+    """A file of ``torch.save`` under Python 2: the legacy format, with Python 2's strings."""
+    module = types.SimpleNamespace(
+        Pickler=Python2Pickler,
+        dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),
+        __name__="pickle",
+    )
+    with path.open("wb") as file:
+        torch.save(value, file, pickle_module=module, _use_new_zipfile_serialization=False)
+
+
+def tar_torch_file(tensors: dict[str, torch.Tensor], path: Path, **besides: Any) -> None:
+    """A file of torch's first format, before 0.1.12, with one storage a tensor.
+
+    Written from what ``torch.load`` still reads, and read by it in the tests.
+    """
+    storages, views = io.BytesIO(), io.BytesIO()
+    storages.write(python2_pickle(len(tensors)))
+    views.write(python2_pickle(len(tensors)))
+    for number, tensor in enumerate(tensors.values()):
+        kind = tensor.type().removeprefix("torch.").removesuffix("Tensor")
+        _write_triple(storages, 100 + number, "cpu", f"torch\n{kind}Storage")
+        storages.write(struct.pack("<q", tensor.numel()) + tensor.contiguous().numpy().tobytes())
+        _write_triple(views, 200 + number, 100 + number, f"torch\n{kind}Tensor")
+        views.write(struct.pack("<ii", tensor.dim(), 0))
+        strides = tensor.contiguous().stride()
+        views.write(struct.pack(f"<{2 * tensor.dim() + 1}q", *tensor.shape, *strides, 0))
+    storages.write(python2_pickle([]))
+
+    class Reference:
+        def __init__(self, number: int):
+            self.number = number
+
+    class TarPickler(Python2Pickler):
+        def persistent_id(self, obj: Any) -> int | None:
+            return obj.number if isinstance(obj, Reference) else None
+
+    body = io.BytesIO()
+    names = {name: Reference(200 + i) for i, name in enumerate(tensors)}
+    TarPickler(body).dump({"state_dict": names, **besides} if besides else names)
+    with tarfile.open(path, "w:") as tar:
+        for name, part in (("storages", storages), ("tensors", views), ("pickle", body)):
+            info = tarfile.TarInfo(name)
+            info.size = len(part.getvalue())
+            tar.addfile(info, io.BytesIO(part.getvalue()))
+
+
+def _write_triple(file: io.BytesIO, key: int, other: Any, global_name: str) -> None:
+    where = python2_pickle(other)[2:-1] if isinstance(other, int) else b"U\x03cpu"
+    file.write(b"\x80\x02" + b"J" + struct.pack("<i", key) + where)
+    file.write(b"c" + global_name.encode() + b"\n" + b"\x87.")

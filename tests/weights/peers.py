@@ -1,0 +1,135 @@
+"""Networks of other projects with random weights, and the comparison with ours."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from senet_transfer import UserError, create_classifier, load_weights
+from senet_transfer.classification import Classifier
+
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights and random norm statistics, such that signals neither die nor explode."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.0),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            module.weight.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            if module.bias is not None:
+                module.bias.data.uniform_(-0.5, 0.5, generator=generator)
+    return model.eval()
+
+
+def peer(package: str, name: str, seed: int = 0) -> nn.Module:
+    """A network of a package on the package index, random; skips where that is not installed."""
+    library = pytest.importorskip(package)
+    if package == "timm":
+        model = library.create_model(name)
+    elif package == "torchvision":
+        model = library.models.get_model(name)
+    else:
+        model = getattr(library, name)(pretrained=None)
+        # Theirs is a window of 7 pixels, for images of 224 alone.
+        model.avg_pool = nn.AdaptiveAvgPool2d(1)
+    return randomise(model, seed)
+
+
+def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
+    """Two images of sides divisible by 32, where no wrong geometry shows in a shape."""
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None = None) -> dict:
+    """res2 to res5, and logits, of a network that has ``layer1`` to ``layer4``."""
+    found: dict[str, Tensor] = {}
+    modules = stages or [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
+    hooks = [
+        # A copy, because the next block may work in place.
+        module.register_forward_hook(lambda m, args, out, name=name: found.update({name: +out}))
+        for name, module in zip(STAGES, modules, strict=True)
+    ]
+    found["logits"] = model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def outputs_of_ours(model: Classifier, x: Tensor) -> dict[str, Tensor]:
+    """The same of a classifier of this project."""
+    stages = [getattr(model.backbone, name) for name in STAGES]
+    return outputs_of_peer(model, x, stages)
+
+
+def worst(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference of two networks' outputs, relative to the outputs' largest value."""
+    assert first.keys() == second.keys()
+    differences = []
+    for name, value in first.items():
+        assert value.shape == second[name].shape, name
+        differences.append(((value - second[name]).abs().max() / value.abs().max()).item())
+    return max(differences)
+
+
+def save(model: nn.Module, path: Path) -> Path:
+    """As its users save it."""
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
+    """Loads, which must raise, and checks that the model stayed as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    preprocessing = getattr(model, "preprocessing", None)
+    try:
+        load_weights(model, path)
+    finally:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert getattr(model, "preprocessing", None) == preprocessing
+
+
+def geometry_options(model: Classifier) -> dict[str, object]:
+    """How a classifier was built, in what files differ in."""
+    block = model.backbone.res3[0]
+    options: dict[str, object] = {"stem_pool": model.backbone.stem.pool}
+    if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
+        options["stride_in_1x1"] = block.conv1.stride == (2, 2)
+    if hasattr(block, "se"):
+        widths = [stage[0].se.fc1.out_features for stage in model.backbone.stages]
+        options["se_relu_before"] = block.relu_before
+        options["se_divisor"] = 8 if widths[0] == widths[1] else 1
+        options["se_bias"] = block.se.fc1.bias is not None
+    return options
+
+
+def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
+    """Builds networks that take the same tensors and compute something else.
+
+    Each must be refused by ``load_weights``; ``load_state_dict`` takes it, and the comparison with
+    the peer must then see it, or it could not have seen a wrong load either.
+    """
+    fixed["num_classes"] = right.linear.out_features
+    options = {**geometry_options(right), **fixed}
+    for name in ("stem_pool", "stride_in_1x1", "se_relu_before"):
+        if name not in options:
+            continue
+        other = {"pad": "ceil", "ceil": "pad", True: False, False: True}[options[name]]
+        model = create_classifier(ours, **{**options, name: other}).eval()
+        with pytest.raises(UserError, match=rf"(?s)would still compute something else.*\({name}"):
+            load_and_expect_no_change(model, path)
+        model.load_state_dict(right.state_dict(), strict=True)
+        assert worst(expected, outputs_of_ours(model, images())) > 1e-3, name

@@ -1,0 +1,324 @@
+"""Every tensor is accounted for, or nothing is loaded."""
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, get_norm
+from detectron2.modeling import Backbone
+
+from senet_transfer import (
+    UserError,
+    create_backbone,
+    create_classifier,
+    load_weights,
+    save_weights,
+)
+from senet_transfer.classification import Classifier
+from senet_transfer.preprocessing import Preprocessing
+from tests.weights.detectors import detector
+from tests.weights.peers import load_and_expect_no_change, peer, randomise, save
+
+AUTHORS = {"stem_pool": "ceil", "stride_in_1x1": True}
+
+
+@pytest.fixture(scope="module")
+def r18(tmp_path_factory):
+    """A plain ResNet-18 of torchvision."""
+    return save(peer("torchvision", "resnet18"), tmp_path_factory.mktemp("r18") / "r18.pth")
+
+
+@pytest.fixture(scope="module")
+def se_r18(tmp_path_factory):
+    """An SE-ResNet-18 of timm, whose trunk is built with `se_divisor=8`."""
+    return save(peer("timm", "seresnet18"), tmp_path_factory.mktemp("se_r18") / "se_r18.pth")
+
+
+def _changed(path, folder, change):
+    """A copy of a file with its dict changed in place."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, folder / "changed.pth")
+    return folder / "changed.pth"
+
+
+def _is_filled_from(model, prefix, path):
+    """Whether the trunk's tensors are those that a trunk built from the file has."""
+    trunk = create_backbone("se_resnet18", weights=path).state_dict()
+    state = model.state_dict()
+    return all(torch.equal(state[prefix + name], tensor) for name, tensor in trunk.items()
+               if "num_batches" not in name)  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_all_statistics_must_come_from_the_file(norm, r18, tmp_path):
+    """Trap: Detectron2's frozen norms fill missing statistics with 0 and 1 without a word."""
+    path = _changed(r18, tmp_path, lambda state: state.pop("layer3.1.bn2.running_var"))
+    model = create_backbone("resnet18", norm=norm)
+    with pytest.raises(UserError, match=r"1 missing in the file: res4.1.conv2.norm.running_var"):
+        load_and_expect_no_change(model, path)
+
+
+def test_frozen_norms_are_filled_and_have_no_counters(r18):
+    model = create_backbone("resnet18", norm="FrozenBN")
+    report = load_weights(model, r18)
+    expected = torch.load(r18, weights_only=True)["layer1.0.bn1.running_mean"]
+    assert torch.equal(model.res2[0].conv1.norm.running_mean, expected)
+    assert "a counter that frozen norms don't keep" in report.ignored.values()
+
+
+def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
+    def change(state):
+        state["layer9.weights"] = torch.zeros(2)
+        state["layer1.0.conv1.weight_"] = state.pop("layer1.0.conv1.weight")
+        state["layer2.0.bn1.bias"] = torch.zeros(7)
+
+    with pytest.raises(UserError) as error:
+        load_and_expect_no_change(create_backbone("resnet18"), _changed(r18, tmp_path, change))
+    message = str(error.value)
+    assert "taken for torchvision_v1" in message
+    assert "1 missing in the file: res2.0.conv1.weight" in message
+    assert "2 left over: layer9.weights, layer1.0.conv1.weight_" in message
+    assert "res3.0.conv1.norm.bias ((7,) in the file, (128,) in the model)" in message
+
+
+def test_integers_in_place_of_weights_are_refused(r18, tmp_path):
+    path = _changed(r18, tmp_path, lambda s: s.update({"bn1.bias": torch.zeros(64).long()}))
+    with pytest.raises(UserError, match="stem.conv1.norm.bias .int64 in the file"):
+        load_and_expect_no_change(create_backbone("resnet18"), path)
+
+
+def test_a_plain_file_starts_a_trunk_with_se_which_is_said(r18):
+    model = create_backbone("se_resnet18", weights=r18)
+    report = load_weights(model, r18)
+    names = {name for name in model.state_dict() if ".se." in name}
+    assert set(report.initialised) == names
+    assert set(report.initialised.values()) == {"SE layers: the file is of a plain network"}
+    assert "SE layers" in str(report)
+
+
+def test_a_file_with_se_does_not_go_into_a_plain_trunk(se_r18):
+    with pytest.raises(UserError, match="has SE layers and the model has none"):
+        load_and_expect_no_change(create_backbone("resnet18"), se_r18)
+
+
+def test_a_file_with_se_in_other_stages_is_refused(se_r18):
+    model = create_backbone("se_resnet18", se_stages=(4, 5), se_divisor=8)
+    with pytest.raises(UserError, match="SE in stages"):
+        load_and_expect_no_change(model, se_r18)
+
+
+def test_a_classifier_of_another_size_is_new_which_is_said(r18):
+    model = create_classifier("resnet18", 10)
+    before = model.linear.weight.clone()
+    report = load_weights(model, r18)
+    why = "the classifier: 1000 classes in the file, 10 in the model"
+    assert report.initialised == {"linear.weight": why, "linear.bias": why}
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_a_trunk_cut_short_leaves_the_rest_of_the_file(r18):
+    trunk = create_backbone("resnet18", out_features=["res3"])
+    report = load_weights(trunk, r18)
+    assert {"the trunk ends before res4", "the trunk ends before res5"} < set(
+        report.ignored.values()
+    )
+    assert report.ignored["fc.weight"] == "the classifier: the model has none"
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
+def test_a_detector_takes_a_trunk_and_says_what_is_new(kind, se_r18, tmp_path):
+    """The C4 head's res5 is the trunk's."""
+    model = detector("resnet18", kind=kind, NORM="BN")
+    plain = save(peer("torchvision", "resnet18"), tmp_path / "plain.pth")
+    report = _load_rgb(model, plain)
+    assert set(report.initialised.values()) == {"parts around the trunk: not in the file"}
+    trunk = create_backbone("resnet18", weights=plain).state_dict()
+    state = model.state_dict()
+    for name, tensor in trunk.items():
+        prefix = "backbone.bottom_up." if kind == "fpn" else "backbone."
+        prefix = "roi_heads." if kind == "c4" and name.startswith("res5") else prefix
+        if "num_batches" not in name:
+            assert torch.equal(state[prefix + name], tensor), name
+    rest = set(state) - set(report.loaded) - set(report.initialised)
+    assert all("num_batches" in name for name in rest)
+
+
+def _load_rgb(model, path):
+    """Loads a file of RGB images into a detector that was built without it."""
+    model.input_format = "RGB"
+    model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
+    model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])
+    return load_weights(model, path)
+
+
+def test_a_detector_refuses_pixels_of_another_kind(r18):
+    """Trap: channel order, mean and std show in no tensor."""
+    with pytest.raises(UserError, match="INPUT.FORMAT") as error:
+        load_and_expect_no_change(detector("resnet18"), r18)
+    assert "MODEL.PIXEL_MEAN" in str(error.value)
+    assert "MODEL.PIXEL_STD" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "predictors"),
+    [
+        ("fpn", {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}),
+        ("c4", {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}),
+        (
+            "mask",
+            {
+                "roi_heads.box_predictor.cls_score",
+                "roi_heads.box_predictor.bbox_pred",
+                "roi_heads.mask_head.predictor",
+            },
+        ),
+        ("retinanet", {"head.cls_score"}),
+    ],
+)
+def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
+    coco = randomise(detector("se_resnet18", 80, kind, seed=1))
+    torch.save({"model": coco.state_dict(), "iteration": 5}, tmp_path / "coco.pth")
+    model = detector("se_resnet18", 3, kind, seed=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, tmp_path / "coco.pth")
+
+    assert {name.rpartition(".")[0] for name in report.initialised} == predictors
+    assert set(report.initialised.values()) == {"predictors of another class count"}
+    assert not report.ignored
+    for name, tensor in model.state_dict().items():
+        expected = before if name in report.initialised else coco.state_dict()
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path):
+    torch.save({"model": detector("resnet18", kind="fpn").state_dict()}, tmp_path / "fpn.pth")
+    with pytest.raises(UserError, match="(?s)missing in the file.*left over"):
+        load_and_expect_no_change(detector("resnet18", kind="retinanet"), tmp_path / "fpn.pth")
+    state = detector("resnet18", kind="fpn").state_dict()
+    state.pop("backbone.fpn_lateral3.weight")
+    torch.save({"model": state}, tmp_path / "fpn.pth")
+    with pytest.raises(UserError, match="1 missing in the file: backbone.fpn_lateral3.weight"):
+        load_and_expect_no_change(detector("resnet18", kind="fpn"), tmp_path / "fpn.pth")
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
+def test_a_detector_s_trunk_can_be_taken_out(kind, tmp_path):
+    model = randomise(detector("se_resnet18", kind=kind))
+    torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
+    trunk = create_backbone("se_resnet18", norm="FrozenBN")
+    report = load_weights(trunk, tmp_path / "detector.pth")
+    assert set(report.ignored.values()) == {"parts of a detector: the model is none"}
+    prefix = "roi_heads." if kind == "c4" else "backbone.bottom_up."
+    state = model.state_dict()
+    assert torch.equal(trunk.res5[0].se.fc1.weight, state[f"{prefix}res5.0.se.fc1.weight"])
+
+
+def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
+    import pickle
+
+    zoo = detector("resnet50", 80, STRIDE_IN_1X1=True)
+    state = {name: tensor.numpy() for name, tensor in zoo.state_dict().items()}
+    path = tmp_path / "model_final_280758.pkl"
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
+    report = load_weights(detector("resnet50", 80, STRIDE_IN_1X1=True, seed=3), path)
+    assert report.family == "detectron2"
+    assert not report.initialised
+    with pytest.raises(UserError, match="stride_in_1x1"):
+        load_and_expect_no_change(detector("resnet50", 80, STRIDE_IN_1X1=False), path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("whole", [True, False], ids=["classifier", "trunk"])
+def test_own_files_say_what_they_are(suffix, whole, tmp_path):
+    """Geometry and preprocessing travel inside, and come back with the weights."""
+    path = tmp_path / f"own{suffix}"
+    first = randomise(create_classifier("se_resnet50", 10, se_ratio=8, **AUTHORS))
+    first.backbone.preprocessing = Preprocessing("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 300, 299)
+    save_weights(first if whole else first.backbone, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+    second = create_classifier("se_resnet50", 10, weights=path)
+    assert second.preprocessing == first.preprocessing
+    assert second.backbone.stem.pool == "ceil"
+    for name, tensor in first.state_dict().items():
+        if "num_batches" not in name and (whole or name.startswith("backbone.")):
+            assert torch.equal(tensor, second.state_dict()[name]), name
+    with pytest.raises(UserError, match="stride_in_1x1"):
+        load_and_expect_no_change(create_classifier("se_resnet50", 10, se_ratio=8), path)
+    with pytest.raises(UserError, match="stem_pool='pad' contradicts"):
+        create_backbone("se_resnet50", weights=path, stem_pool="pad")
+
+
+def test_own_files_remember_where_their_weights_came_from(r18, tmp_path):
+    save_weights(create_backbone("resnet18", weights=r18), tmp_path / "own.pth")
+    source = torch.load(tmp_path / "own.pth", weights_only=True)["senet_transfer"]["source"]
+    assert source == {"family": "torchvision_v1", "file": "r18.pth"}
+
+
+def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "own.pth").write_bytes(b"before")
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match="No space left"):
+        save_weights(create_backbone("resnet18"), tmp_path / "own.pth")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["own.pth"]
+    assert (tmp_path / "own.pth").read_bytes() == b"before"
+    with pytest.raises(UserError, match=r"saved as .pth or .safetensors"):
+        save_weights(create_backbone("resnet18"), tmp_path / "own.bin")
+
+
+class OtherTrunk(Backbone):
+    """A trunk without residual stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Conv2d(3, 8, 3, bias=False, norm=get_norm("BN", 8))
+        self._out_features = ["res5"]
+        self._out_feature_channels = {"res5": 8}
+        self._out_feature_strides = {"res5": 1}
+        self.preprocessing = Preprocessing(resize=40)
+
+    def forward(self, x):
+        return {"res5": self.block(x)}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_path):
+    first, path = randomise(Classifier(OtherTrunk(), num_classes=4)), tmp_path / "own.pth"
+    if marked:
+        save_weights(first, path)
+    else:
+        save(first, path)
+    report = load_weights(second := Classifier(OtherTrunk(), num_classes=4), path)
+    assert report.family == "senet_transfer"
+    assert second.preprocessing == Preprocessing(resize=40)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    torch.save({"block.weight": first.backbone.block.weight.data}, path)
+    with pytest.raises(UserError, match="3 missing|4 missing"):
+        load_and_expect_no_change(OtherTrunk(), _forced(path))
+
+
+def _forced(path):
+    """A file whose names say nothing: the family has to be given."""
+    with pytest.raises(UserError, match="names of no family"):
+        load_weights(OtherTrunk(), path)
+    with pytest.raises(UserError, match="taken for senet_transfer"):
+        load_weights(OtherTrunk(), path, family="senet_transfer")
+    torch.save({"block.weight": torch.zeros(8, 3, 3, 3), "x.norm.running_var": torch.ones(8),
+                "linear.weight": torch.zeros(4, 8)}, path)  # fmt: skip
+    return path
+
+
+def test_the_report_reads_well(r18, caplog):
+    caplog.set_level("INFO", "senet_transfer")
+    model = create_classifier("se_resnet18", 10)
+    text = str(load_weights(model, r18))
+    assert text in caplog.text
+    assert "120 tensors loaded, family torchvision_v1" in text
+    assert "could also be: torchvision_v2, timm" in text
+    assert "initialised, 32 (SE layers: the file is of a plain network): backbone.res2.0.se" in text
+    assert "and 20 more" in text
+    assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

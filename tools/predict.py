@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Detects objects in images: drawn boxes and a JSON in COCO's format."""
+
+import argparse
+
+from senet_transfer.engine.launch import run_single
+from senet_transfer.engine.predict import find_images, load_trained, predict_images
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", required=True, help="a checkpoint of a trained detector")
+    parser.add_argument(
+        "--config-file", default="", help="its config; default: the config.yaml beside it"
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="images, folders of images, or patterns"
+    )
+    parser.add_argument("--output", required=True, help="folder for the drawings and the JSON")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0-1")
+    parser.add_argument("--limit", type=int, help="take the first N images alone")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Predicts and says where the results are."""
+    options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
+    cfg = load_trained(args.weights, args.config_file, options)
+    images = find_images(args.input)[: args.limit]
+    json_file = predict_images(cfg, images, args.output, threshold=args.threshold, quiet=args.quiet)
+    print(f"{len(images)} images: drawings in {args.output}, detections in {json_file}")
+
+
+if __name__ == "__main__":
+    run_single(main, parser().parse_args())
