@@ -1,0 +1,41 @@
+"""Fixtures for tests of classification data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_places import write_val
+
+from senet_transfer.data.convert import convert
+from senet_transfer.data.places365 import open_places365
+
+
+@pytest.fixture
+def make_shards(tmp_path_factory):
+    """Makes shards of a drawn validation split, cut into about as many as asked for."""
+
+    def make(count: int, shards: int, seed: int = 0) -> Path:
+        source = write_val(tmp_path_factory.mktemp("source"), count, seed)
+        output = tmp_path_factory.mktemp("shards")
+        images = open_places365(source, "val")
+        blocks = int(np.sum(-(-images.sizes // 512) + 3))
+        convert(images, output, split="val", shard_mb=blocks * 512 / 1e6 / (shards - 0.5))
+        assert len(list(output.glob("*.tar"))) == shards
+        return output
+
+    return make
+
+
+@pytest.fixture
+def val(tmp_path):
+    """A drawn validation split of 24 images."""
+    return write_val(tmp_path / "places", 24)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
