@@ -2,6 +2,7 @@
 """Converts a weight file of any family to this project's format, or to another project's."""
 
 import argparse
+import logging
 
 from detectron2.utils.logger import setup_logger
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Converts, and says what was found and done."""
-    setup_logger(name="senet_transfer")
+    setup_logger(name="senet_transfer").setLevel(logging.INFO)
     comparison = convert_file(
         args.input,
         args.output,
