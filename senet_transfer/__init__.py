@@ -26,7 +26,12 @@ from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
 from senet_transfer.data.coco import register_shapes
 from senet_transfer.errors import UserError
-from senet_transfer.weights import apply_file_geometry, load_weights, save_weights
+from senet_transfer.weights import (
+    apply_file_geometry,
+    list_catalogue,
+    load_weights,
+    save_weights,
+)
 
 register_shapes()
 
@@ -37,6 +42,7 @@ __all__ = [
     "create_backbone",
     "create_classifier",
     "get_senet_config",
+    "list_catalogue",
     "list_models",
     "load_weights",
     "save_weights",

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
 from senet_transfer.engine.setup import load_config
+from senet_transfer.weights.architecture import Architecture
+from senet_transfer.weights.catalogue import catalogue_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
@@ -66,6 +68,15 @@ def test_every_config_builds_its_trunk(path):
     trunk = build_backbone(cfg, ShapeSpec(channels=3))
     has_se = any(".se." in key for key, _ in trunk.named_parameters())
     assert has_se == (("se_" in path.stem) or ("senet" in path.stem))
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+def test_every_recipe_starts_from_published_weights_of_its_own_trunk(path):
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.OUT_FEATURES", "['res5']"])
+    entry = catalogue_entry(cfg.MODEL.WEIGHTS)
+    assert entry.verified
+    trunk = BACKBONE_REGISTRY.get("build_senet_backbone")(cfg, ShapeSpec(channels=3))
+    assert Architecture.of(trunk.state_dict()).name == entry.model
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)

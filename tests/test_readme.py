@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from detectron2.config import instantiate
 
+from senet_transfer.weights import FAMILIES
+from senet_transfer.weights.catalogue import CATALOGUE
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
@@ -24,8 +27,24 @@ def test_the_lazy_config_builds_an_fpn_over_our_trunk():
     assert any(".se." in key for key, _ in fpn.bottom_up.named_parameters())
 
 
-def test_every_config_in_the_table_exists():
+def section(title):
+    """What stands under a title, up to the next."""
     text = (ROOT / "README.md").read_text()
+    return re.search(rf"\n## {title}\n(.*?)\n## ", text, re.DOTALL)[1]
+
+
+def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
+    rows = [
+        line.split("|")[1:4] for line in section("I have this file").splitlines() if "|" in line
+    ]
+    assert {row[0].strip(" `") for row in rows[2:]} == set(FAMILIES)
+    for family, _, name in rows[2:]:
+        if found := re.match(r" `([^`]+)`", name):
+            assert CATALOGUE[found[1]].family == family.strip(" `")
+
+
+def test_every_config_in_the_table_exists():
+    text = section("Configs")
     found = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     listed = set(re.findall(r"\| `([a-z_0-9]+)` ", text))
     assert listed <= found

@@ -9,7 +9,6 @@ import argparse
 
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.engine.classify import classify_images
-
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.predict import find_images, load_trained, predict_images
 

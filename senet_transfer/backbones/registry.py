@@ -13,6 +13,7 @@ from detectron2.modeling import Backbone
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.catalogue import locate
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.source import Source, examine
 
@@ -139,7 +140,8 @@ def create_backbone(
 
     Args:
         name: one of :func:`list_models`.
-        weights: a weight file of any family; see :func:`senet_transfer.load_weights`.
+        weights: a weight file of any family, or a name of ``list_catalogue()``; see
+            :func:`senet_transfer.load_weights`.
         family: the file's family, where its names are those of several.
         out_features: the stages to return, of "stem", "res2" ... "res5"; None is the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
@@ -166,7 +168,7 @@ def create_backbone(
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
     """The file that a model is created with, understood; None for none."""
     if weights is not None:
-        return examine(weights, family)
+        return examine(*locate(weights, family))
     if family is not None:
         raise UserError(f"family={family!r} says what the file in weights= is, and there is none.")
     return None

@@ -75,8 +75,9 @@ def create_classifier(
     Args:
         name: one of :func:`senet_transfer.list_models`.
         num_classes: classes to tell apart.
-        weights: a weight file of any family. Its classifier is taken where it has as many
-            classes; where it has not, the new one starts untrained, which the log says.
+        weights: a weight file of any family, or a name of ``list_catalogue()``. Its classifier is
+            taken where it has as many classes; where it has not, the new one starts untrained,
+            which the log says.
         family: the file's family, where its names are those of several.
         dropout: before the classifier, 0-1; None is the network's own.
         overrides: as for :func:`senet_transfer.create_backbone`.

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 # What Pillow may open here. Some of its other readers start programs or are rarely exercised.
-PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 # A file of a few kilobytes can ask for gigabytes of pixels.
 MAX_PIXELS = 100_000_000

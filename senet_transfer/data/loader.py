@@ -10,7 +10,9 @@ Rank and world size are arguments: they are resolved in the main process, where 
 """
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -233,10 +235,21 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _init_worker(worker: int) -> None:
-    # A scheduler's warning goes to all processes; the main one saves, and needs its workers for
-    # the step that it is in. They end with it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # A scheduler's warning goes to all processes; the main one saves, and needs its workers for
+    # the step that it is in. Ignoring the signal would be too much: the main process ends its
+    # workers with the same one, and waits for them.
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def watch() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _TrainBatches(IterableDataset):

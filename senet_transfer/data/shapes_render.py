@@ -12,8 +12,8 @@ SHAPE_SPLITS = ("train", "val", "tiny")
 IMAGE_SIDES = (128, 192)  # pixels, both included
 SHAPE_SIZES = (16.0, 96.0)  # pixels, the longer side of the whole shape's box
 MAX_SHAPES = 6
-# Degrees, to either side of upright. Turned by any angle, the shapes took a small detector about
-# twice as long to tell apart.
+# Degrees, to either side of upright. Shapes turned by any angle take a small detector more
+# iterations to tell apart than a demo of minutes has.
 MAX_TURN = 20.0
 
 # A shape that shows less than this fraction of itself is not annotated: what is left of it is

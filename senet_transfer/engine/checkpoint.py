@@ -39,6 +39,7 @@ class Checkpointer(DetectionCheckpointer):
         self.family = family
         self.report: LoadReport | None = None
         self._whole = True
+        self._family: str | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As Detectron2's; with what the network is."""
@@ -48,7 +49,8 @@ class Checkpointer(DetectionCheckpointer):
         """Loads a checkpoint, or the weights to start from.
 
         Args:
-            path: a weight file of any family; an empty one loads nothing.
+            path: a weight file of any family, or a name in the catalogue; an empty one loads
+                nothing.
             checkpointables: None for a checkpoint of this very model, which must fit it wholly
                 and whose training state is taken too; ``[]`` for weights to start from, where the
                 rules of :func:`senet_transfer.load_weights` hold.
@@ -57,15 +59,18 @@ class Checkpointer(DetectionCheckpointer):
             UserError: there is no such file, or it does not fit the model.
         """
         self._whole = checkpointables is None
+        self._family = self.family or None
         try:
-            return super().load(local_weights(path) if path else path, checkpointables)
+            if path:
+                path, self._family = local_weights(path, self._family)
+            return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # Detectron2's, for a load that failed
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
-        family = None if resumed else self.family or None
+        family = None if resumed else self._family
         return {**state, "model": examine(filename, family)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:

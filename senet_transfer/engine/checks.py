@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
+from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,16 @@ def last_checkpoint(cfg: CfgNode) -> str:
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
+    if weights and names_published(weights):
+        catalogue_entry(weights)
+    elif weights and "://" not in weights and not os.path.isfile(weights):
+        near = nearest_names(weights)
+        hint = f" Published weights of a name like this: {near[0]}." if near else ""
         raise UserError(
             f"MODEL.WEIGHTS is {weights}, and there is no such file "
             f"({os.path.abspath(weights)}). Put the pretrained file there or set MODEL.WEIGHTS "
             "to where it is. To train from scratch: MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
-            "MODEL.BACKBONE.FREEZE_AT 0."
+            f"MODEL.BACKBONE.FREEZE_AT 0.{hint}"
         )
     if weights:
         return

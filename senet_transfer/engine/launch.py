@@ -1,7 +1,6 @@
 """Starting a command in one process or many, and ending it with the right status."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -82,6 +81,5 @@ def exit_with(error: UserError) -> None:
     # One that comes out of a data loader's worker carries the worker's traceback before it.
     message = str(error).rpartition("senet_transfer.errors.UserError: ")[2].strip()
     if comm.is_main_process():
-        logging.getLogger("senet_transfer").debug("%s", error)
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR_STATUS)

@@ -10,6 +10,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from senet_transfer.errors import UserError
+from senet_transfer.weights.catalogue import locate, nearest_names
 from senet_transfer.weights.load import same_pixels
 from senet_transfer.weights.source import Source, examine
 
@@ -25,22 +26,30 @@ class Change:
     after: Any
 
 
-def local_weights(name: str) -> str:
-    """The file that is meant by ``MODEL.WEIGHTS``, fetched into the cache where it is remote.
+def local_weights(name: str, family: str | None = None) -> tuple[str, str | None]:
+    """The file that is meant by ``MODEL.WEIGHTS``, and its family.
+
+    Args:
+        name: a path, a name in the catalogue or an address; the latter two are fetched into a
+            cache.
+        family: what the user says the family is, or None; a name in the catalogue has one.
 
     Raises:
         UserError: there is no such file, or it can't be fetched.
     """
+    place, family = locate(name, family)
     try:
-        path = PathManager.get_local_path(name)
+        path = PathManager.get_local_path(str(place))
     except Exception as error:  # every handler of a scheme raises what it likes
         raise UserError(f"The weights {name} can't be fetched: {error}.") from error
     if not os.path.isfile(path):
+        near = nearest_names(name)
+        hint = f" Or was {' or '.join(near)} meant, of the catalogue?" if near else ""
         raise UserError(
             f"There is no weight file {name} ({os.path.abspath(path)}). Put it there, or set "
-            "MODEL.WEIGHTS to where it is."
+            f"MODEL.WEIGHTS to where it is.{hint}"
         )
-    return path
+    return path, family
 
 
 def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change]:
@@ -68,7 +77,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
         return []
     # The family is said of MODEL.WEIGHTS; a checkpoint says its own.
     family = None if resumed else cfg.MODEL.WEIGHTS_FAMILY or None
-    source = examine(local_weights(weights), family)
+    source = examine(*local_weights(weights, family))
     changes = [
         Change(key, _get(cfg, key), value)
         for key, value in _wanted(cfg, source).items()

@@ -9,6 +9,7 @@ from torch import nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.catalogue import locate
 from senet_transfer.weights.geometry import Geometry
 from senet_transfer.weights.match import check_match, match
 from senet_transfer.weights.source import Source, examine
@@ -80,7 +81,7 @@ def load_weights(model: nn.Module, path: str | Path, family: str | None = None) 
 
     Args:
         model: a trunk, a classifier or a Detectron2 detector on one of this project's trunks.
-        path: the file.
+        path: the file, or a name of ``list_catalogue()``.
         family: its family, where the names in it are those of several; see ``FAMILIES``.
 
     Returns:
@@ -90,7 +91,7 @@ def load_weights(model: nn.Module, path: str | Path, family: str | None = None) 
         UserError: the file is missing, damaged or of no known family, or does not fit; the model
             is then as it was.
     """
-    return load_source(model, examine(path, family))
+    return load_source(model, examine(*locate(path, family)))
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:

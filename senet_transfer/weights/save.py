@@ -2,16 +2,21 @@
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.architecture import Architecture
 from senet_transfer.weights.files import OWN_HASH, OWN_METADATA, tensors_sha256
+from senet_transfer.weights.geometry import Geometry
 from senet_transfer.weights.target import Target, target_of
 
 _VERSION = 1
@@ -28,19 +33,34 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 
 def _metadata(target: Target) -> dict[str, Any]:
     pixels = target.pixels()
-    preprocessing = asdict(target.trunk_preprocessing())
+    preprocessing = target.trunk_preprocessing()
     if pixels:
-        preprocessing |= {name: getattr(pixels, name) for name in ("format", "mean", "std")}
-    return {
+        preprocessing = replace(
+            preprocessing, format=pixels.format, mean=pixels.mean, std=pixels.std
+        )
+    source = getattr(target.trunk, "weights_source", {})
+    return own_metadata(target.architecture, target.geometry, preprocessing, source)
+
+
+def own_metadata(
+    architecture: Architecture | None,
+    geometry: Geometry,
+    preprocessing: Preprocessing | None,
+    source: dict[str, Any],
+) -> dict[str, Any]:
+    """The same, of a network that is described instead of built; None is not stated."""
+    metadata = {
         "version": _VERSION,
-        "model": target.architecture.name if target.architecture else "",
-        "geometry": asdict(target.geometry),
-        "preprocessing": {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in preprocessing.items()
-        },
-        "source": getattr(target.trunk, "weights_source", {}),
+        "model": architecture.name if architecture else "",
+        "geometry": asdict(geometry),
+        "source": source,
     }
+    if preprocessing:
+        metadata["preprocessing"] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(preprocessing).items()
+        }
+    return metadata
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -55,22 +75,45 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: another suffix, or the file can't be written.
     """
-    path = Path(path)
-    if path.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"{path}: weights are saved as .pth or .safetensors, not {path.suffix!r}.")
     target = target_of(model)
-    tensors = {
-        target.own_names[name]: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in target.tensors.items()
-    }
-    metadata = {**_metadata(target), OWN_HASH: tensors_sha256(tensors)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {target.own_names[name]: tensor for name, tensor in target.tensors.items()}
+    write_own(Path(path), tensors, _metadata(target))
+
+
+def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes a file of this project's own; see :func:`save_weights`."""
+    check_suffix(path)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    metadata = {**metadata, OWN_HASH: tensors_sha256(tensors)}
+    with written_whole(path) as partial:
         if path.suffix == ".safetensors":
             save_file(tensors, partial, {"format": "pt", OWN_METADATA: json.dumps(metadata)})
         else:
             torch.save({"model": tensors, OWN_METADATA: metadata}, partial)
+
+
+def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors")) -> None:
+    """Raises UserError where a file's suffix is of no format that can be written."""
+    if path.suffix not in suffixes:
+        raise UserError(
+            f"{path}: weights are saved as {' or '.join(suffixes)}, not {path.suffix!r}."
+        )
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to, which is moved there when all went well.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        # On the disk before it has its name, or a crash could leave the name without the content.
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Choose another place.") from error

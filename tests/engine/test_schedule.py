@@ -71,7 +71,10 @@ def test_epochs_are_iterations_rounded_up():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"SOLVER.EPOCHS": "3", "SOLVER.MAX_ITER": "100"}, "SOLVER.MAX_ITER is 100.*which is meant"),
+        (
+            {"SOLVER.EPOCHS": "3", "SOLVER.MAX_ITER": "100"},
+            "SOLVER.MAX_ITER is 100.*which is meant",
+        ),
         ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*which is meant"),
         ({"SOLVER.EPOCHS": "-1"}, "SOLVER.EPOCHS is -1"),
         ({"SOLVER.EPOCHS": "many"}, "SOLVER.EPOCHS is 'many'"),

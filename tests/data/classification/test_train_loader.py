@@ -1,5 +1,9 @@
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +197,38 @@ def test_a_message_from_a_worker_arrives_without_a_traceback(make_shards):
 def test_numbers_that_make_no_sense_are_refused(val, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         loader(open_dataset(val), **wrong)
+
+
+SCRIPT = """
+import subprocess, sys
+from itertools import islice
+from senet_transfer.data.augment import TrainTransform
+from senet_transfer.data.classification import open_dataset
+from senet_transfer.data.loader import build_classification_train_loader
+
+loader = build_classification_train_loader(
+    open_dataset(sys.argv[1]), batch_size=2, transform=TrainTransform(size=16), seed=0,
+    num_workers=2,
+)
+batches = iter(loader)
+next(batches)
+import multiprocessing
+for worker in multiprocessing.active_children():
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+print(sum(len(batch["key"]) for batch in islice(batches, 40)))
+"""
+
+
+def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_process_ends_them(val):
+    # The script ends with its workers running; it would wait for them for ever.
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(val)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "80"), done.stderr
 
 
 def test_reading_leaves_the_data_as_it_is(make_shards):

@@ -1,0 +1,77 @@
+"""A web server on this machine that gives files, well or badly."""
+
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Site:
+    """What the server gives, and what it was asked for.
+
+    Attributes:
+        pages: path to (status, headers, body).
+        breaks: how many answers are cut off after half of the body, from now on.
+        ranges: whether parts of a file can be asked for.
+        asked: the paths and ranges that were asked for, in order.
+    """
+
+    def __init__(self, port: int):
+        self.port = port
+        self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
+        self.breaks = 0
+        self.ranges = False
+        self.asked: list[tuple[str, str | None]] = []
+
+    def add(self, name: str, body: bytes, status: int = 200, **headers: str) -> str:
+        """Puts up a file and returns its address."""
+        headers = {key.replace("_", "-"): value for key, value in headers.items()}
+        headers = {"Content-Type": "application/octet-stream", "ETag": '"1"', **headers}
+        self.pages[f"/{name}"] = (status, headers, body)
+        return self.address(name)
+
+    def address(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{name}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 10
+    site: Site
+
+    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        site, wanted = self.site, self.headers.get("Range")
+        site.asked.append((self.path, wanted))
+        status, headers, body = site.pages.get(self.path, (404, {}, b"none"))
+        headers = dict(headers)
+        if wanted and site.ranges and self.headers.get("If-Range") == headers.get("ETag"):
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            status, body = 206, body[start:]
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if site.breaks > 0:
+            site.breaks -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serving():
+    """A site that is up as long as the block runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    site = Site(server.server_address[1])
+    server.RequestHandlerClass = type("Handler", (_Handler,), {"site": site})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
