@@ -7,6 +7,7 @@ import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
+from senet_transfer.classification.from_config import is_classification
 from senet_transfer.engine.setup import load_config
 from senet_transfer.weights.architecture import Architecture
 from senet_transfer.weights.catalogue import catalogue_entry
@@ -59,7 +60,9 @@ def test_every_config_has_an_instant_twin_that_inherits_from_it(path):
     assert (twin.parent / bases[0]).resolve() == path
     cfg = load_config(str(twin))
     assert cfg.SOLVER.MAX_ITER <= 4
-    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("shapes_tiny",)
+    assert cfg.SOLVER.EPOCHS is None
+    data = "shapes_classes" if is_classification(cfg) else "shapes_tiny"
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == (data,)
 
 
 @every_config
@@ -67,7 +70,25 @@ def test_every_config_builds_its_trunk(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
     trunk = build_backbone(cfg, ShapeSpec(channels=3))
     has_se = any(".se." in key for key, _ in trunk.named_parameters())
-    assert has_se == (("se_" in path.stem) or ("senet" in path.stem))
+    assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_folder"))
+
+
+def test_the_places_recipe_is_the_data_sets_own():
+    names = "places365_r152", "places365_se_r152"
+    assert difference(*names) <= {"MODEL.SE.ENABLED", "MODEL.WEIGHTS"}
+    cfg = load_config(str(ROOT / "configs" / "places365_se_r152.yaml"))
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (256, 0.1, 1e-4)
+    assert (solver.EPOCHS, list(solver.STEP_EPOCHS), solver.GAMMA) == (90, [30, 60], 0.1)
+    # All parameters decay, as torch's own optimizers have it.
+    assert solver.WEIGHT_DECAY_NORM == 1e-4
+    assert solver.WEIGHT_DECAY_BIAS is None
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)
+    assert cfg.DATASETS.TRAIN == ("places365/train_challenge",)
+    headers = [(ROOT / "configs" / f"{name}.yaml").read_text() for name in names]
+    for header, figures in zip(headers, (("41.15", "11.61"), ("40.37", "11.01")), strict=True):
+        assert all(figure in header for figure in figures)
+        assert "the paper's figures" in header
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)

@@ -23,6 +23,7 @@ from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
+from senet_transfer.weights.config import local_weights
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +160,7 @@ def _dataset(args: argparse.Namespace, cfg: CfgNode | None) -> ClassificationDat
 def _model(
     args: argparse.Namespace, cfg: CfgNode | None, dataset: ClassificationDataset
 ) -> ImageClassifier:
-    if not os.path.isfile(args.weights):
-        raise UserError(
-            f"There is no weight file {args.weights} ({os.path.abspath(args.weights)})."
-        )
+    local_weights(args.weights)  # found, or refused, before a network is built
     if cfg is None:
         classifier = create_classifier(
             args.model, dataset.num_classes, weights=args.weights, family=args.family

@@ -1,6 +1,7 @@
 """Predictions of classes on images."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,12 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
     line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
     line += ["--input", tree / "red", "--limit", "2", "--output", tmp_path / "out"]
     done = subprocess.run(
-        [sys.executable, *map(str, line)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, line)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     first, _, last = done.stdout.strip().splitlines()

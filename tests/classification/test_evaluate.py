@@ -204,19 +204,14 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path):
     output = tmp_path / "deep" / "results.json"
     words = ["--model", "resnet18", "--weights", weights, "--data", places["shards"]]
     line = [sys.executable, "tools/eval_places365.py", *words, "--output", output, *SMALL]
-    done = subprocess.run(
-        [str(word) for word in line],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in line], **options)
     assert done.returncode == 0, done.stderr
     assert "Places-365-CNN" in done.stdout
     assert {"images", "top1_error", "top5_error"} <= json.loads(output.read_text()).keys()
     line[line.index(weights)] = "no/such.pth"
-    done = subprocess.run([str(word) for word in line], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in line], **options)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: There is no weight file")
 

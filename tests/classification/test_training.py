@@ -163,7 +163,8 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
     assert results["classification/images"] == 24
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     line = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
-    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     for key, value in again["classification"].items():
         assert results[f"classification/{key}"] == value
