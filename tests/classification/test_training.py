@@ -25,6 +25,8 @@ EVERYTHING = {
     "MODEL.CLASSIFIER.MIXUP": "0.2",
     "MODEL.CLASSIFIER.CUTMIX": "1.0",
     "MODEL.RESNETS.NORM": "BN",
+    # Two images a part and batch norm: a larger rate diverges.
+    "SOLVER.BASE_LR": "0.0001",
     "SOLVER.EMA.ENABLED": "True",
     "SOLVER.MICRO_BATCHES": "2",
     "SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR",
