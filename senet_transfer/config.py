@@ -55,6 +55,8 @@ def add_senet_config(cfg: CfgNode) -> None:
     # Class names in the order of the class indices; filled in from the data sets when a run
     # starts, so that its saved config tells what a prediction means.
     cfg.DATASETS.CLASSES = []
+    # Their ids in the data sets' JSON files, likewise.
+    cfg.DATASETS.CATEGORY_IDS = []
 
     # What BASE_LR / IMS_PER_BATCH is in the recipe, for a warning where a run is far off that.
     # 0 means: no such rule.

@@ -111,7 +111,8 @@ def build_trunk(
             f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
     if "stages" in se:
-        se["stages"] = tuple(se["stages"])
+        stages = se["stages"]
+        se["stages"] = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
     trunk = entry.build(
         **entry.fixed,
         se=SEOptions(**se) if entry.has_se else None,

@@ -102,6 +102,13 @@ def resnet_stage(
 ) -> list[CNNBlockBase]:
     """The blocks of one stage, 2 to 5, of :func:`build_resnet`, whose arguments these are."""
     check_choice("The norm", norm, NORMS)
+    if not isinstance(stride_in_1x1, bool):
+        raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
+    if num_groups < 1 or width_per_group < 1:
+        raise UserError(
+            f"A ResNet of {num_groups} groups of {width_per_group} channels can't be built: "
+            "expected 1 or more of both."
+        )
     if depth not in BLOCKS_PER_STAGE:
         depths = ", ".join(map(str, BLOCKS_PER_STAGE))
         raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")

@@ -62,5 +62,6 @@ class AutocastTrainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes back what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
-        # Absent where the run was begun without mixed precision.
-        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+        # Absent or empty where the run was begun without a scaler.
+        if scaler := state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(scaler)

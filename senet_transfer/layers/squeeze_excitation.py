@@ -88,7 +88,12 @@ class SEOptions:
                 "A ReLU before the gate (relu_before) exists in the standard SE placement only, "
                 f"found {self.placement!r}. Leave one of the two at its default."
             )
-        if not self.stages or not set(self.stages) <= {2, 3, 4, 5}:
+        if not isinstance(self.bias, bool) or not isinstance(self.relu_before, bool):
+            raise UserError(
+                f"SE's bias is {self.bias!r} and relu_before {self.relu_before!r}, expected True "
+                "or False."
+            )
+        if not self.stages or any(stage not in (2, 3, 4, 5) for stage in self.stages):
             raise UserError(
                 f"The stages with SE are {self.stages!r}, expected some of 2, 3, 4, 5. "
                 "For none at all, take the network without SE."
