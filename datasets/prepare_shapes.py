@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Renders the shapes data set, the small detection problem that `make demo` trains on.
 
+Some of its shapes are also cut out, a folder a class, for the instant twins of classifiers.
+
     python datasets/prepare_shapes.py
 
 Takes some seconds on one core. A second run finds the data set and does nothing.
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 from senet_transfer.data.shapes import make_shapes
+from senet_transfer.data.shapes_classes import make_shape_classes
 from senet_transfer.errors import UserError
 
 
@@ -33,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+        shapes = make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+        make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

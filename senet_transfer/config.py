@@ -66,3 +66,81 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # "float16" or "bfloat16", for SOLVER.AMP.ENABLED; empty: float16 on a GPU, bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = ""
+    # The images of a step are pushed through the network in this many parts, whose gradients are
+    # added up: the batch of a large machine on a small one. Batch norm sees one part at a time.
+    cfg.SOLVER.MICRO_BATCHES = 1
+    # Learning rate of the trunk as a multiple of that of the rest; below 1 to fine-tune gently.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Batch norms keep their statistics for this many iterations at the end, so that training ends
+    # with the network that is tested (the paper's appendix).
+    cfg.SOLVER.FROZEN_BN_ITERS = 0
+
+    # An average of the weights over the run, which is evaluated in their place.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9999
+
+    # For LR_SCHEDULER_NAME "WarmupPlateauLR": the rate is multiplied by GAMMA where a metric has
+    # not improved by more than THRESHOLD in more than PATIENCE evaluations, MAX_DROPS times.
+    cfg.SOLVER.PLATEAU = CfgNode()
+    cfg.SOLVER.PLATEAU.METRIC = "classification/top1_error"
+    cfg.SOLVER.PLATEAU.PATIENCE = 5
+    cfg.SOLVER.PLATEAU.THRESHOLD = 0.0
+    cfg.SOLVER.PLATEAU.MAX_DROPS = 3
+
+    # Classification counts in epochs, whole or not, where EPOCHS is set: it takes the place of
+    # MAX_ITER, STEP_EPOCHS that of STEPS. The others take the place of WARMUP_ITERS,
+    # FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD where they are set themselves.
+    cfg.SOLVER.EPOCHS = None
+    cfg.SOLVER.STEP_EPOCHS = ()
+    cfg.SOLVER.WARMUP_EPOCHS = None
+    cfg.SOLVER.FROZEN_BN_EPOCHS = None
+    cfg.SOLVER.CHECKPOINT_EPOCHS = None
+    cfg.TEST.EVAL_EPOCHS = None
+    # The model of the best evaluation is kept in model_best.pth: the metric as logged, such as
+    # "classification/top1_error" or "bbox/AP"; lower is better for an error or a loss. Empty: none.
+    cfg.TEST.BEST_METRIC = ""
+
+    _add_classification_config(cfg)
+
+
+def _add_classification_config(cfg: CfgNode) -> None:
+    """The keys of MODEL.META_ARCHITECTURE "ImageClassifier" alone."""
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # Taken from the data set when a run starts.
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Before the linear layer, 0-1. None: the network's own.
+    cfg.MODEL.CLASSIFIER.DROPOUT = None
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # Alpha of the Beta distribution; 0 turns it off. With both, each batch draws one of the two.
+    cfg.MODEL.CLASSIFIER.MIXUP = 0.0
+    cfg.MODEL.CLASSIFIER.CUTMIX = 0.0
+    # The memory layout that tensor cores want.
+    cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
+
+    # DATASETS.TRAIN and DATASETS.TEST hold folders, archives or addresses of labelled images:
+    # shards, Places365 as it comes, or a folder a class. What is not found from the working
+    # folder is looked for below $DETECTRON2_DATASETS. DATASETS.CLASSES, where it is set, has to
+    # agree with them. DATALOADER.SAMPLER_TRAIN: "TrainingSampler" or "ClassAwareSampler".
+    # A folder for local copies of remote shards; empty: they are read from where they are.
+    cfg.DATALOADER.CACHE_DIR = ""
+    # Broken images beyond this share, 0-1, end the training.
+    cfg.DATALOADER.MAX_SKIP_RATIO = 0.01
+    # Samples of a shard that are shuffled together; more need memory.
+    cfg.DATALOADER.SHUFFLE_BLOCK = 1024
+
+    cfg.INPUT.CLASSIFICATION = CfgNode()
+    # Training: a random region, by area and by width over height, resized to CROP x CROP pixels.
+    cfg.INPUT.CLASSIFICATION.CROP = 224
+    cfg.INPUT.CLASSIFICATION.SCALE = (0.08, 1.0)
+    cfg.INPUT.CLASSIFICATION.RATIO = (0.75, 4 / 3)
+    cfg.INPUT.CLASSIFICATION.FLIP = 0.5
+    # Lets large JPEGs be decoded at a fraction of their size: faster, with other pixels.
+    cfg.INPUT.CLASSIFICATION.DRAFT = False
+    # "bilinear" or "bicubic", in training and evaluation.
+    cfg.INPUT.CLASSIFICATION.INTERPOLATION = "bilinear"
+    # Evaluation: "short_side" or "squash" to TEST_RESIZE pixels, then the central TEST_CROP; or
+    # "ten_crop".
+    cfg.INPUT.CLASSIFICATION.TEST_MODE = "short_side"
+    cfg.INPUT.CLASSIFICATION.TEST_RESIZE = 256
+    cfg.INPUT.CLASSIFICATION.TEST_CROP = 224

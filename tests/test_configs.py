@@ -59,7 +59,8 @@ def test_every_config_has_an_instant_twin_that_inherits_from_it(path):
     assert (twin.parent / bases[0]).resolve() == path
     cfg = load_config(str(twin))
     assert cfg.SOLVER.MAX_ITER <= 4
-    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("shapes_tiny",)
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
+    assert cfg.DATASETS.TRAIN in (("shapes_tiny",), ("shapes_classes",))
 
 
 @every_config
@@ -67,7 +68,12 @@ def test_every_config_builds_its_trunk(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
     trunk = build_backbone(cfg, ShapeSpec(channels=3))
     has_se = any(".se." in key for key, _ in trunk.named_parameters())
-    assert has_se == (("se_" in path.stem) or ("senet" in path.stem))
+    of_se = "se_" in path.stem or "senet" in path.stem or path.stem == "finetune_folder"
+    assert has_se == of_se
+
+
+def test_the_places365_pair_differs_in_the_switch_alone():
+    assert difference("places365_r152", "places365_se_r152") == {"MODEL.SE.ENABLED"}
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)

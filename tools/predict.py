@@ -1,8 +1,14 @@
 #!/usr/bin/env python
-"""Detects objects in images: drawn boxes and a JSON in COCO's format."""
+"""Predicts on images, with a checkpoint of tools/train_net.py.
+
+A detector's objects are drawn on the images and written as a JSON in COCO's format. Of a
+classifier the best five classes of each image are printed and written as a JSON.
+"""
 
 import argparse
 
+from senet_transfer.classification.from_config import is_classification
+from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.predict import find_images, load_trained, predict_images
 from senet_transfer.errors import UserError
@@ -11,7 +17,7 @@ from senet_transfer.errors import UserError
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", required=True, help="a checkpoint of a trained detector")
+    parser.add_argument("--weights", required=True, help="a checkpoint of a trained model")
     parser.add_argument(
         "--config-file", default="", help="its config; default: the config.yaml beside it"
     )
@@ -34,6 +40,13 @@ def main(args: argparse.Namespace) -> None:
     options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
     cfg = load_trained(args.weights, args.config_file, options)
     images = find_images(args.input)[: args.limit]
+    if is_classification(cfg):
+        json_file, found = classify_images(cfg, images, args.output, quiet=args.quiet)
+        for entry in found:
+            top = ", ".join(f"{row['class']} {row['probability']:.1%}" for row in entry["top"])
+            print(f"{entry['file_name']}: {top}")
+        print(f"{len(images)} images: predictions in {json_file}")
+        return
     json_file = predict_images(cfg, images, args.output, threshold=args.threshold, quiet=args.quiet)
     print(f"{len(images)} images: drawings in {args.output}, detections in {json_file}")
 

@@ -82,11 +82,11 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
 
 @BACKBONE_REGISTRY.register()
 def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The trunk alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``."""
+    """The trunk alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last."""
     entry, options = trunk_from_config(cfg)
     trunk = build_trunk(
         entry,
-        out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES),
+        out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES) or None,
         in_channels=input_shape.channels,
         **options,
     )

@@ -224,6 +224,9 @@ def _data_loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,
+        # Starting to iterate draws a number, here from a generator of its own: from torch's, the
+        # first step of a resumed run would go on with others than that of the unbroken run.
+        generator=torch.Generator(),
     )
 
 

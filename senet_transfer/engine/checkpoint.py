@@ -1,5 +1,6 @@
 """Detectron2's checkpointer, with this project's strict loading in it."""
 
+import os
 from typing import Any
 
 import torch
@@ -93,3 +94,19 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
             "from it. To start from its weights alone, leave out --resume."
         )
     return {key: value for key, value in checkpoint.items() if key != "model"}
+
+
+class UntaggedCheckpointer(Checkpointer):
+    """Saves models that are no points to resume from, each wholly or not at all."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's, but for the tag; an interrupted one leaves the file that was there."""
+        partial = f".{name}-incoming"
+        super().save(partial, **kwargs)
+        os.replace(
+            os.path.join(self.save_dir, f"{partial}.pth"),
+            os.path.join(self.save_dir, f"{name}.pth"),
+        )
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Leaves the tag to the checkpoints that a run is resumed from."""

@@ -15,6 +15,8 @@ from detectron2.modeling import (
 from detectron2.utils import comm
 
 from senet_transfer.backbones.build import trunk_from_config
+from senet_transfer.classification.from_config import is_classification
+from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
 
@@ -41,6 +43,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         _check_numbers(cfg)
     check_augmentation(cfg)
     if not eval_only:
+        _check_solver(cfg)
         _warn_of_learning_rate(cfg)
 
 
@@ -63,7 +66,8 @@ def _check_names(cfg: CfgNode) -> None:
     values = dict(_values(cfg))
     for key, registry in registries.items():
         known = [name for name, _ in registry]
-        if values[key] not in known:
+        # Detectron2 knows this one without a registration.
+        if values[key] not in (*known, "PrecomputedProposals"):
             near = difflib.get_close_matches(values[key], known, n=3) or sorted(known)
             raise UserError(
                 f"{key} is {values[key]!r}, which nothing is registered as. Known: "
@@ -154,6 +158,12 @@ def _check_numbers(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of all "
             f"{processes} processes together, and can't be shared evenly. Set it to a multiple."
         )
+    share = cfg.SOLVER.IMS_PER_BATCH // processes
+    if cfg.SOLVER.MICRO_BATCHES < 1 or share % cfg.SOLVER.MICRO_BATCHES:
+        raise UserError(
+            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, and each process has {share} "
+            "images a step, which can't be cut into that many equal parts. Set it to a divisor."
+        )
 
 
 def _check_norms(cfg: CfgNode) -> None:
@@ -163,6 +173,22 @@ def _check_norms(cfg: CfgNode) -> None:
         raise UserError(
             f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set "
             f"{', '.join(synced)} to GN or BN."
+        )
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    check_epochs(cfg)
+    if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
+        raise UserError(
+            "SOLVER.EPOCHS counts passes over a classifier's data; a detector's schedule is in "
+            "iterations. Set SOLVER.EPOCHS None and SOLVER.MAX_ITER."
+        )
+    counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
+    evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
+        raise UserError(
+            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, whose rate follows evaluations, and "
+            "there are none: set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
         )
 
 

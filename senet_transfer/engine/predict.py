@@ -52,7 +52,7 @@ class Predictor(DefaultPredictor):
 
 
 def load_trained(weights: str, config_file: str = "", options: Iterable[str] = ()) -> CfgNode:
-    """The config of a trained detector.
+    """The config of a trained model.
 
     Args:
         weights: its checkpoint.

@@ -16,6 +16,10 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
+from senet_transfer.classification.from_config import (
+    is_classification,
+    use_classification_datasets,
+)
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import (
@@ -55,7 +59,8 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
             f"{' '.join(options)}. Put a value that has spaces in quotes."
         )
     if options:
-        _merge(cfg, "the command line", lambda _: cfg.merge_from_list(list(options)))
+        options = _whole_numbers_as_floats(cfg, list(options))
+        _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
     return cfg
 
 
@@ -77,6 +82,15 @@ def _check_config_file(path: str) -> None:
             f"The config file {path} holds {type(content).__name__}, expected keys such as "
             "MODEL and SOLVER with values below them."
         )
+
+
+def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
+    """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
+    floats = {key for key, value in _items(cfg) if isinstance(value, float)}
+    return [
+        f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
+        for key, word in zip([None, *options], options, strict=False)
+    ]
 
 
 def _merge(cfg: CfgNode, source: str, merge) -> None:
@@ -101,17 +115,17 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
 
 def _explain_key(cfg: CfgNode, message: str) -> str:
     key = message.rpartition(": ")[2]
-    near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, [name for name, _ in _items(cfg)], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
     return f"{message}. {hint}"
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+def _items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -145,7 +159,10 @@ def _prepare(args: argparse.Namespace) -> CfgNode:
     logger = _start_logging(cfg)
     use_available_device(cfg, logger)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
-    use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
+    if is_classification(cfg):
+        use_classification_datasets(cfg, eval_only=args.eval_only)
+    else:
+        use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
     return cfg

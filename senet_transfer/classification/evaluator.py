@@ -1,0 +1,115 @@
+"""Top-1 and top-5 error, by the rules of Detectron2's evaluators."""
+
+from typing import Any
+
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import Tensor
+
+from senet_transfer.errors import UserError
+
+TOP = 5
+
+
+class ClassificationEvaluator(DatasetEvaluator):
+    """Counts hits over all processes.
+
+    Attributes:
+        confusion: ``(C, C)`` int64, images by label and prediction, of all processes once
+            :meth:`evaluate` has returned on the main process.
+        predictions: with ``keep_logits`` or ``keep_predictions``, rows in the order of the data.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        expected: int,
+        *,
+        keep_predictions: bool = False,
+        keep_logits: bool = False,
+    ):
+        """
+        Args:
+            num_classes: of the model and the data.
+            expected: images in the data set, which those seen are counted against.
+            keep_predictions: remember key, label and the best classes of each image.
+            keep_logits: remember its logits, too.
+        """
+        self.num_classes = num_classes
+        self.expected = expected
+        self.keep_predictions = keep_predictions or keep_logits
+        self.keep_logits = keep_logits
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        self.hits = torch.zeros(TOP, dtype=torch.int64)
+        self.predictions: list[dict[str, Any]] = []
+
+    def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
+        """Counts a batch of the evaluation loader and its logits ``(N, C)``."""
+        logits, labels = outputs.float().cpu(), inputs["label"].cpu()
+        if logits.shape[1] != self.num_classes:
+            raise UserError(
+                f"The model tells {logits.shape[1]} classes apart, the data has "
+                f"{self.num_classes}. Evaluate it on data of the classes it was trained on."
+            )
+        finite = logits.isfinite().all(1)
+        if not finite.all():
+            keys = [
+                key for key, good in zip(inputs["key"], finite.tolist(), strict=True) if not good
+            ]
+            raise UserError(
+                f"The logits of {len(keys)} images are not finite, the first of {keys[0]}: the "
+                "model has diverged, or was not loaded as it was trained."
+            )
+        best = logits.topk(min(TOP, self.num_classes)).indices
+        found = torch.zeros(len(labels), TOP, dtype=torch.int64)
+        found[:, : best.shape[1]] = best == labels[:, None]
+        self.hits += found.sum(0)
+        pairs = labels * self.num_classes + best[:, 0]
+        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(
+            self.confusion
+        )
+        if self.keep_predictions:
+            self._remember(inputs["key"], labels, best, logits)
+
+    def _remember(self, keys: list[str], labels: Tensor, best: Tensor, logits: Tensor) -> None:
+        for row, key in enumerate(keys):
+            entry = {"key": key, "label": int(labels[row]), "top": best[row].tolist()}
+            if self.keep_logits:
+                entry["logits"] = logits[row].tolist()
+            self.predictions.append(entry)
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Adds up all processes' counts.
+
+        Returns:
+            On the main process ``{"classification": {"top1_error", "top5_error", "images"}}``, the
+            errors in percent; None on the others.
+
+        Raises:
+            UserError: other than every image was seen once.
+        """
+        parts = comm.gather((self.hits, self.confusion, self.predictions))
+        if not comm.is_main_process():
+            return None
+        self.hits = sum(part[0] for part in parts)
+        self.confusion = sum(part[1] for part in parts)
+        self.predictions = [entry for part in parts for entry in part[2]]
+        images = int(self.confusion.sum())
+        if images != self.expected:
+            raise UserError(
+                f"Evaluation saw {images} images, expected {self.expected}. The data changed while "
+                "it was read, or two processes read it as if each were alone."
+            )
+        top1, top5 = int(self.hits[0]), int(self.hits.sum())
+        return {
+            "classification": {
+                "top1_error": 100 * (images - top1) / images,
+                "top5_error": 100 * (images - top5) / images,
+                "images": images,
+            }
+        }

@@ -1,0 +1,168 @@
+"""From a config to classification's data: the only place that reads its keys for data."""
+
+import functools
+import os
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from senet_transfer.data.augment import EvalTransform, TrainTransform
+from senet_transfer.data.classification import ClassificationDataset, open_dataset
+from senet_transfer.data.loader import (
+    ClassificationLoader,
+    build_classification_eval_loader,
+    build_classification_train_loader,
+)
+from senet_transfer.data.storage import is_remote
+from senet_transfer.errors import UserError
+
+META_ARCHITECTURE = "ImageClassifier"
+SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
+
+
+def is_classification(cfg: CfgNode) -> bool:
+    """Whether a config is of a classifier."""
+    return cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE
+
+
+def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Opens the config's data sets, takes the classes from them and writes them into the config.
+
+    Raises:
+        UserError: a data set is missing, damaged, or has other classes than the rest.
+    """
+    if cfg.DATASETS.REGISTER:
+        raise UserError(
+            "DATASETS.REGISTER and --dataset are for data in COCO's format; a classifier's data "
+            "is named by its path: DATASETS.TRAIN \"('my/train',)\"."
+        )
+    if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
+        raise UserError(
+            f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries, and a classifier trains on "
+            "one: a folder of shards, or a tree with a folder a class."
+        )
+    if not cfg.DATASETS.TEST and eval_only:
+        raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on. Name data there.")
+    # Absolute, so that the saved config works from any folder. What is not used is left alone.
+    if not eval_only:
+        cfg.DATASETS.TRAIN = tuple(find_dataset(name) for name in cfg.DATASETS.TRAIN)
+    cfg.DATASETS.TEST = tuple(find_dataset(name) for name in cfg.DATASETS.TEST)
+    if not eval_only:
+        cfg.DATASETS.CLASSES = open_train_dataset(cfg).classes
+    for name in cfg.DATASETS.TEST:
+        cfg.DATASETS.CLASSES = open_test_dataset(cfg, name).classes
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(cfg.DATASETS.CLASSES)
+
+
+def find_dataset(name: str) -> str:
+    """The absolute path of a data set, which is there or below ``$DETECTRON2_DATASETS``."""
+    if is_remote(name):
+        return name
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
+    for place in places:
+        # The last part of a path can be a pattern of shards.
+        if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
+            return place
+    raise UserError(
+        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. Name a "
+        "folder of shards, Places365 as it comes, or a folder with a folder a class; "
+        "datasets/README.md has the layouts, and $DETECTRON2_DATASETS says where data lies."
+    )
+
+
+def open_train_dataset(cfg: CfgNode) -> ClassificationDataset:
+    """The data set to train on."""
+    # Of Places365's own folder, training takes the smaller train split; the folder of images says
+    # which where the other one is meant.
+    return _open(cfg, cfg.DATASETS.TRAIN[0], "train_standard")
+
+
+def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset:
+    """A data set to evaluate on."""
+    return _open(cfg, name, "val")
+
+
+def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset:
+    try:
+        return _open_once(name, split, tuple(cfg.DATASETS.CLASSES), cfg.DATALOADER.CACHE_DIR)
+    except UserError as error:
+        known = "" if not cfg.DATASETS.CLASSES else (
+            " (The expected classes are DATASETS.CLASSES of the config, or those of "
+            "DATASETS.TRAIN.)"
+        )  # fmt: skip
+        raise UserError(f"The data set {name}: {error}{known}") from error
+
+
+# Listing a million files takes a while, and a run opens its data for checks, epochs and loaders.
+@functools.lru_cache(maxsize=8)
+def _open_once(
+    name: str, split: str, classes: tuple[str, ...], cache_dir: str
+) -> ClassificationDataset:
+    return open_dataset(
+        name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None
+    )
+
+
+def train_transform(cfg: CfgNode) -> TrainTransform:
+    """The augmentation of ``INPUT.CLASSIFICATION``."""
+    options = cfg.INPUT.CLASSIFICATION
+    return TrainTransform(
+        size=options.CROP,
+        scale=tuple(options.SCALE),
+        ratio=tuple(options.RATIO),
+        flip=options.FLIP,
+        interpolation=options.INTERPOLATION,
+        draft=options.DRAFT,
+    )
+
+
+def eval_transform(cfg: CfgNode) -> EvalTransform:
+    """The view of an image that ``INPUT.CLASSIFICATION`` evaluates."""
+    options = cfg.INPUT.CLASSIFICATION
+    return EvalTransform(
+        mode=options.TEST_MODE,
+        resize=options.TEST_RESIZE,
+        crop=options.TEST_CROP,
+        interpolation=options.INTERPOLATION,
+    )
+
+
+def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader:
+    """The loader of this process, from an iteration on.
+
+    Without a ``SEED`` the order is drawn anew, and a resumed run does not go on with the order it
+    had.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN not in SAMPLERS:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, expected one of "
+            f"{', '.join(SAMPLERS)} for a classifier."
+        )
+    return build_classification_train_loader(
+        open_train_dataset(cfg),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        transform=train_transform(cfg),
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        start_iter=start_iter,
+        class_aware=cfg.DATALOADER.SAMPLER_TRAIN == "ClassAwareSampler",
+        shuffle_block=cfg.DATALOADER.SHUFFLE_BLOCK,
+        max_skip_ratio=cfg.DATALOADER.MAX_SKIP_RATIO,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+    )
+
+
+def test_loader(cfg: CfgNode, name: str) -> ClassificationLoader:
+    """The loader of this process over its share of a data set."""
+    return build_classification_eval_loader(
+        open_test_dataset(cfg, name),
+        batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
+        transform=eval_transform(cfg),
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+    )

@@ -1,0 +1,49 @@
+"""Errors that others have published, to stand beside one's own; top-1 and top-5 in percent."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result of one central crop.
+
+    Attributes:
+        name: of the network.
+        top1_error: in percent.
+        top5_error: in percent.
+        source: who published it.
+    """
+
+    name: str
+    top1_error: float
+    top5_error: float
+    source: str
+
+
+_TABLE_VI = "Squeeze-and-Excitation Networks, Table VI"
+
+# Places365's validation set.
+PLACES365 = (
+    Published("ResNet-152", 41.15, 11.61, _TABLE_VI),
+    Published("SE-ResNet-152", 40.37, 11.01, _TABLE_VI),
+    Published("Places-365-CNN", 41.07, 11.48, _TABLE_VI),
+)
+
+_AUTHORS = "the authors' released networks"
+_CADENE = "the table of pretrainedmodels"
+
+# ImageNet's validation set, by the weight family and the model's name.
+IMAGENET = {
+    ("caffe", "se_resnet50"): Published("SE-ResNet-50", 22.37, 6.36, _AUTHORS),
+    ("caffe", "se_resnet101"): Published("SE-ResNet-101", 21.75, 5.72, _AUTHORS),
+    ("caffe", "se_resnet152"): Published("SE-ResNet-152", 21.34, 5.54, _AUTHORS),
+    ("caffe", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.97, 5.54, _AUTHORS),
+    ("caffe", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.81, 4.96, _AUTHORS),
+    ("caffe", "senet154"): Published("SENet-154", 18.68, 4.47, _AUTHORS),
+    ("cadene", "se_resnet50"): Published("SE-ResNet-50", 22.364, 6.248, _CADENE),
+    ("cadene", "se_resnet101"): Published("SE-ResNet-101", 21.604, 5.742, _CADENE),
+    ("cadene", "se_resnet152"): Published("SE-ResNet-152", 21.342, 5.626, _CADENE),
+    ("cadene", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.924, 5.566, _CADENE),
+    ("cadene", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.764, 4.972, _CADENE),
+    ("cadene", "senet154"): Published("SENet-154", 18.696, 4.502, _CADENE),
+}

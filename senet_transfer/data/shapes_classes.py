@@ -1,0 +1,55 @@
+"""The shapes one by one, a folder a class: a small classification problem without a download."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import cv2
+
+from senet_transfer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Of each class; as many as instant runs and tests need.
+PER_CLASS = 6
+
+
+def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Path:
+    """Cuts the objects of the shapes data set out into a tree with a folder a class.
+
+    The folder appears once all is written; one that is there is left as it is.
+
+    Args:
+        shapes: folder of the data set.
+        output_dir: the folder to make.
+        split: of the data set.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if output_dir.exists():
+        logger.info("%s is already there", output_dir)
+        return output_dir
+    content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shapes-", dir=output_dir.parent) as scratch:
+            built = Path(scratch, "classes")
+            for category, name in names.items():
+                (built / name).mkdir(parents=True)
+                found = [a for a in content["annotations"] if a["category_id"] == category]
+                for annotation in sorted(found, key=lambda a: -a["area"])[:PER_CLASS]:
+                    image = cv2.imread(str(shapes / split / files[annotation["image_id"]]))
+                    left, top, width, height = annotation["bbox"]
+                    cut = image[top : top + height, left : left + width]
+                    cv2.imwrite(str(built / name / f"{annotation['id']:06d}.jpg"), cut)
+            built.replace(output_dir)
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir}: {error}. Name another folder.") from error
+    return output_dir

@@ -1,0 +1,244 @@
+"""What happens around a step of training, each in a hook of its own."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from senet_transfer.engine.checkpoint import UntaggedCheckpointer
+from senet_transfer.engine.schedule import PlateauLR, lower_is_better
+
+BEST_NAME = "model_best"
+AVERAGE_NAME = "model_ema"
+
+logger = logging.getLogger(__name__)
+
+
+class StepSeed(HookBase):
+    """Seeds torch before each step, so that a resumed run draws what the unbroken one draws."""
+
+    def __init__(self, seed: int):
+        """
+        Args:
+            seed: of the run; each process draws numbers of its own from it.
+        """
+        self.seed = seed
+
+    def before_step(self) -> None:
+        """Seeds torch by seed, iteration and rank."""
+        entropy = [self.seed, self.trainer.iter, comm.get_rank()]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+class FrozenStatistics(HookBase):
+    """Batch norms normalise by their running statistics, and keep them, in the last iterations."""
+
+    def __init__(self, model: nn.Module, iterations: int):
+        """
+        Args:
+            model: with batch norms.
+            iterations: how many, at the end of the run.
+        """
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.iterations = iterations
+
+    def before_step(self) -> None:
+        """Sets the norms; an evaluation since the last step has set them back."""
+        if self.trainer.iter >= self.trainer.max_iter - self.iterations:
+            for norm in self.norms:
+                norm.eval()
+
+    def after_train(self) -> None:
+        """Leaves the norms as they were."""
+        for norm in self.norms:
+            norm.train()
+
+
+class WeightAverage(HookBase):
+    """An exponential moving average of weights and statistics: EMA.
+
+    After step t the average is ``d * average + (1 - d) * weights`` with
+    ``d = min(decay, (1 + t) / (10 + t))``, so that a short run forgets its random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        """
+        Args:
+            model: what is trained, without a wrapper for distributed training.
+            decay: 0-1.
+        """
+        self.model = model
+        self.decay = decay
+        self.steps = 0
+        self.average: dict[str, Tensor] = {}
+
+    def before_train(self) -> None:
+        """Begins with the model's weights, unless resumed."""
+        if not self.average:
+            self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Takes the step into the average."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in self._tensors().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average within, and its own weights after."""
+        own = {k: v.detach().clone() for k, v in self._tensors().items()}
+        self._write(self.average)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self.steps = state["steps"]
+        self.average = {
+            name: state["average"][name].to(tensor.device, copy=True)
+            for name, tensor in self._tensors().items()
+        }
+
+
+class _AfterEvaluation(HookBase):
+    """Does something with a metric whenever Detectron2's EvalHook has evaluated."""
+
+    def __init__(self, period: int, metric: str):
+        self.period = period
+        self.metric = metric
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self._look()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._look()
+
+    def _look(self) -> None:
+        value, _ = self.trainer.storage.latest().get(self.metric, (math.nan, 0))
+        # Metrics are known to the main process alone.
+        value = float(comm.all_gather(value)[0])
+        if math.isfinite(value):
+            self._observe(value)
+            return
+        logger.warning(
+            "There is no metric %r after an evaluation. Known: %s.",
+            self.metric, ", ".join(sorted(self.trainer.storage.latest())),
+        )  # fmt: skip
+
+    def _observe(self, value: float) -> None:
+        raise NotImplementedError
+
+
+class Plateau(_AfterEvaluation):
+    """Tells a :class:`PlateauLR` of evaluations."""
+
+    def __init__(self, period: int, schedule: PlateauLR):
+        """
+        Args:
+            period: of evaluation, in iterations.
+            schedule: to tell.
+        """
+        super().__init__(period, schedule.metric)
+        self.schedule = schedule
+
+    def _observe(self, value: float) -> None:
+        self.schedule.observe(value)
+
+
+class BestModel(_AfterEvaluation):
+    """Keeps the model of the best evaluation in ``model_best.pth``.
+
+    Detectron2's BestCheckpointer forgets what it had when a run is resumed, and makes its file the
+    one to resume from. This one asks the file itself, which says what it is.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        metric: str,
+        checkpointer: UntaggedCheckpointer,
+        average: WeightAverage | None = None,
+    ):
+        """
+        Args:
+            period: of evaluation, in iterations.
+            metric: the name by which it is logged.
+            checkpointer: saves the model.
+            average: what was evaluated in the model's place.
+        """
+        super().__init__(period, metric)
+        self.checkpointer = checkpointer
+        self.average = average
+        self.best: float | None = None
+
+    def before_train(self) -> None:
+        """Looks for the best model so far, where the run is resumed."""
+        path = os.path.join(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
+        if self.trainer.start_iter == 0 or not os.path.isfile(path):
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if saved.get("metric") == self.metric:
+            self.best = saved["value"]
+            logger.info("Best %s so far: %.4f, in %s.", self.metric, self.best, path)
+
+    def _observe(self, value: float) -> None:
+        sign = 1 if lower_is_better(self.metric) else -1
+        if self.best is not None and sign * value >= sign * self.best:
+            return
+        self.best = value
+        if not comm.is_main_process():
+            return
+        about = {"metric": self.metric, "value": value, "iteration": self.trainer.iter}
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            self.checkpointer.save(BEST_NAME, **about)
+        logger.info("Best %s so far: %.4f, kept in %s.pth.", self.metric, value, BEST_NAME)
+
+
+class AverageSaver(HookBase):
+    """Writes the averaged model to ``model_ema.pth`` when training has ended."""
+
+    def __init__(self, average: WeightAverage, checkpointer: UntaggedCheckpointer):
+        """
+        Args:
+            average: to save.
+            checkpointer: of the same model.
+        """
+        self.average = average
+        self.checkpointer = checkpointer
+
+    def after_train(self) -> None:
+        """Saves, unless training was broken off."""
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            with self.average.in_place():
+                self.checkpointer.save(AVERAGE_NAME, iteration=self.trainer.iter - 1)

@@ -1,0 +1,121 @@
+"""One step of training: any precision, on any device, with gradients of one or more parts."""
+
+import contextlib
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from senet_transfer.errors import UserError
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's step, under autocast and in micro-batches where that is asked for.
+
+    Detectron2's own AMPTrainer runs on CUDA alone.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        data_loader,
+        optimizer: Optimizer,
+        *,
+        dtype: str | None = None,
+        micro_batches: int = 1,
+    ):
+        """
+        Args:
+            model: takes what the loader yields and returns a dict of losses.
+            data_loader: an iterable without end, of lists or of dicts of equally long values.
+            optimizer: steps the model's parameters.
+            dtype: None for no autocast; "float16", "bfloat16", or empty: float16 on a GPU and
+                bfloat16 on a CPU, which has no fast float16. Float16 scales the gradients.
+            micro_batches: equal parts that a batch is cut into; the step is that of the mean of
+                their losses.
+
+        Raises:
+            UserError: another type, or no parts.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.device_type = next(model.parameters()).device.type
+        if dtype == "":
+            dtype = "float16" if self.device_type == "cuda" else "bfloat16"
+        if dtype is not None and dtype not in _DTYPES:
+            raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}, expected float16 or bfloat16.")
+        if micro_batches < 1:
+            raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}, expected 1 or more.")
+        self.dtype = _DTYPES.get(dtype)
+        self.micro_batches = micro_batches
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=self.dtype == torch.float16
+        )
+
+    def run_step(self) -> None:
+        """One step of training."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        self.optimizer.zero_grad()
+        totals: dict[str, torch.Tensor] = defaultdict(float)
+        parts = split_batch(data, self.micro_batches)
+        for index, part in enumerate(parts, start=1):
+            with self._gradients_stay_here(index < len(parts)):
+                with torch.autocast(
+                    self.device_type, dtype=self.dtype, enabled=self.dtype is not None
+                ):
+                    losses = self.model(part)
+                losses = {name: loss / len(parts) for name, loss in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            for name, loss in losses.items():
+                totals[name] = totals[name] + loss.detach()
+        self.after_backward()
+        self._write_metrics(totals, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
+        # Processes exchange gradients once a step, with those of the last part.
+        if stay and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict:
+        """The optimizer's state and, where there is one, the scaler's."""
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        super().load_state_dict(state_dict)
+        # Empty or absent where the run was begun without a scaler.
+        if scaler := state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(scaler)
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Cuts a batch, a list or a dict of equally long values, into equal parts.
+
+    Raises:
+        UserError: it can't be cut evenly.
+    """
+    if parts == 1:
+        return [batch]
+    size = len(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
+    if size % parts:
+        raise UserError(
+            f"SOLVER.MICRO_BATCHES is {parts}, and a process has {size} images a step, which can't "
+            "be cut into that many equal parts. Set it to a divisor."
+        )
+    step = size // parts
+    cuts = [slice(first, first + step) for first in range(0, size, step)]
+    if isinstance(batch, dict):
+        return [{key: value[cut] for key, value in batch.items()} for cut in cuts]
+    return [batch[cut] for cut in cuts]

@@ -1,0 +1,276 @@
+"""Runs: what they leave, that they resume exactly, and that processes do not change them."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from senet_transfer import UserError, load_weights
+from senet_transfer.classification import ImageClassifier
+from senet_transfer.engine import hooks
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# All that draws random numbers, or has a state of its own.
+EVERYTHING = {
+    "MODEL.CLASSIFIER.DROPOUT": "0.3",
+    "MODEL.CLASSIFIER.MIXUP": "0.2",
+    "MODEL.CLASSIFIER.CUTMIX": "1.0",
+    "MODEL.RESNETS.NORM": "BN",
+    "SOLVER.EMA.ENABLED": "True",
+    "SOLVER.MICRO_BATCHES": "2",
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR",
+    "SOLVER.PLATEAU.PATIENCE": "0",
+    "SOLVER.FROZEN_BN_ITERS": "2",
+    "TEST.EVAL_PERIOD": "1",
+}
+
+
+def saved(run: Path, name: str = "model_final.pth") -> dict:
+    return torch.load(run / name, weights_only=True)
+
+
+def assert_same(found, expected, where=""):
+    assert type(found) is type(expected), where
+    if isinstance(found, dict):
+        assert found.keys() == expected.keys(), where
+        for key in found:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(found, list | tuple):
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
+    elif isinstance(found, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize(("source", "workers"), [("tree", 0), ("shards", 0), ("shards", 1)])
+def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
+    train, request, tmp_path, source, workers
+):
+    data = f"('{request.getfixturevalue(source)}',)"
+    keys = {"DATASETS.TRAIN": data, "DATASETS.TEST": data, "DATALOADER.NUM_WORKERS": str(workers)}
+    keys |= {"SOLVER.MAX_ITER": "8", "SOLVER.CHECKPOINT_PERIOD": "4", **EVERYTHING}
+    straight = tmp_path / "straight"
+    trainer = train(**keys, OUTPUT_DIR=str(straight))
+    assert trainer.scheduler.drops > 0
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("model_0000003.pth", "config.yaml"):
+        shutil.copy(straight / name, broken / name)
+    (broken / "last_checkpoint").write_text("model_0000003.pth")
+    resumed = train("--resume", **keys, OUTPUT_DIR=str(broken))
+    assert resumed.start_iter == 4
+    # 24 images, 4 a step: both halves end within an epoch.
+    for name in ("model_final.pth", "model_ema.pth"):
+        found, expected = saved(broken, name), saved(straight, name)
+        # Which file the model began with, the one thing that differs.
+        assert found.pop("senet_transfer") != expected.pop("senet_transfer")
+        assert {"model", "iteration"} <= found.keys()
+        assert_same(found, expected)
+
+
+def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, monkeypatch):
+    keys = {"SOLVER.EMA.ENABLED": "True", "SOLVER.EMA.DECAY": "0.5", "SOLVER.MAX_ITER": "3"}
+    trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
+    states, evaluated = [], []
+
+    def state():
+        return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+    def evaluate(cfg, model):
+        evaluated.append(state())
+        return {}
+
+    monkeypatch.setattr(trainer, "test", evaluate)
+    monkeypatch.setattr(trainer._hooks[-1], "after_step", lambda: states.append(state()))
+    start = state()
+    trainer.train()
+    average = start
+    for step, (weights, seen) in enumerate(zip(states, evaluated, strict=True), start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {k: decay * average[k] + (1 - decay) * weights[k] for k in average}
+        for key, value in average.items():
+            torch.testing.assert_close(seen[key], value, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(states[-1]["linear.weight"], evaluated[-1]["linear.weight"])
+
+
+def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypatch):
+    keys = {"MODEL.RESNETS.NORM": "BN", "SOLVER.FROZEN_BN_ITERS": "2", "SOLVER.MAX_ITER": "4"}
+    trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
+    seen = []
+    norm = trainer.model.backbone.res3[0].conv1.norm
+    note = lambda: seen.append((norm.running_mean.clone(), norm.weight.detach().clone()))  # noqa: E731
+    monkeypatch.setattr(trainer._hooks[-1], "after_step", note)
+    trainer.train()
+    means, weights = zip(*seen, strict=True)
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[2])
+    assert torch.equal(means[2], means[3])
+    assert not torch.equal(weights[2], weights[3])
+
+
+def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command, tmp_path):
+    run = tmp_path / "run"
+    keys = {"SOLVER.MAX_ITER": "4", "TEST.EVAL_PERIOD": "2"}
+    train(**keys)
+    assert (run / "last_checkpoint").read_text() == "model_final.pth"
+    assert not list(run.glob(".*incoming*"))
+    best = saved(run, "model_best.pth")
+    assert best["metric"] == "classification/top1_error"
+    assert "trainer" not in best
+    # As if the first half had been better than all that comes.
+    best["value"] = -1.0
+    torch.save(best, run / "model_best.pth")
+    resumed = train("--resume", **{**keys, "SOLVER.MAX_ITER": "6"})
+    assert resumed.start_iter == 4
+    assert saved(run, "model_best.pth")["value"] == -1.0
+    # A new run in the same folder starts with nothing.
+    train(**keys)
+    assert saved(run, "model_best.pth")["value"] >= 0
+
+
+def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeypatch):
+    trainer = Trainer(setup(command(**{"SOLVER.MAX_ITER": "5", "TEST.EVAL_PERIOD": "1"})))
+    errors = iter([50.0, 30.0, 40.0, math.nan, 35.0])
+    monkeypatch.setattr(
+        trainer, "test", lambda *_: {"classification": {"top1_error": next(errors)}}
+    )
+    trainer.train()
+    best = saved(tmp_path / "run", "model_best.pth")
+    assert (best["value"], best["iteration"]) == (30.0, 1)
+    model = trainer.build_model(trainer.cfg)
+    report = load_weights(model, tmp_path / "run" / "model_best.pth")
+    assert not report.initialised
+
+
+def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, tmp_path, words):
+    train()
+    config = str(tmp_path / "run" / "config.yaml")
+    text = Path(config).read_text()
+    for name in ("blue", "nested/blue", str(tree), "NUM_CLASSES: 4"):
+        assert name in text
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
+    assert results["classification/images"] == 24
+    flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
+    line = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    for key, value in again["classification"].items():
+        assert results[f"classification/{key}"] == value
+
+
+def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_path, caplog):
+    train()
+    smaller = tmp_path / "smaller"
+    for name in ("blue", "red"):
+        shutil.copytree(tree / name, smaller / name)
+    data = f"('{smaller}',)"
+    keys = {"DATASETS.TRAIN": data, "DATASETS.TEST": data, "OUTPUT_DIR": str(tmp_path / "second")}
+    weights = {"MODEL.WEIGHTS": str(tmp_path / "run" / "model_final.pth")}
+    trainer = train(**keys, **weights, **{"SOLVER.BASE_LR": "0.0"})
+    assert trainer.model.linear.out_features == 2
+    initialised = trainer.checkpointer.report.initialised
+    assert set(initialised) == {"linear.weight", "linear.bias"}
+    first = saved(tmp_path / "run")["model"]
+    torch.testing.assert_close(
+        trainer.model.backbone.res5[0].conv1.weight.detach(),
+        first["backbone.res5.0.conv1.weight"],
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides", "message"),
+    [
+        ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
+        ((), {"DATASETS.TRAIN": "()"}, "trains on one"),
+        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "named by its path"),
+        (
+            (),
+            {"DATASETS.CLASSES": "['a', 'b']"},
+            "none of the 2 classes expected.*DATASETS.CLASSES",
+        ),
+        ((), {"SOLVER.MICRO_BATCHES": "3"}, "MICRO_BATCHES is 3"),
+        ((), {"SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR"}, "EVAL_PERIOD"),
+        ((), {"DATALOADER.SAMPLER_TRAIN": "RandomSubset"}, "ClassAwareSampler"),
+        (("--eval-only",), {}, "random weights"),
+    ],
+)
+def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides, message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        Trainer(setup(command(*flags, **overrides)))
+
+
+def test_data_is_found_below_the_root_of_all_data(command, tree, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tree.parent))
+    cfg = setup(command(**{"DATASETS.TRAIN": f"('{tree.name}',)"}))
+    assert (str(tree),) == cfg.DATASETS.TRAIN
+    assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 4
+    assert cfg.DATASETS.CLASSES == ["blue", "green", "nested/blue", "red"]
+
+
+def test_class_aware_sampling_and_epochs_train(train, tmp_path):
+    keys = {"DATALOADER.SAMPLER_TRAIN": "ClassAwareSampler", "SOLVER.EPOCHS": "0.5"}
+    keys |= {"SOLVER.MAX_ITER": "40000", "SOLVER.STEPS": "(30000,)"}
+    trainer = train(**keys)
+    assert trainer.max_iter == 3
+    assert isinstance(trainer.model, ImageClassifier)
+    assert saved(tmp_path / "run")["iteration"] == 2
+
+
+def test_each_step_is_seeded_by_itself():
+    class Run:
+        iter = 0
+
+    hook, drawn = hooks.StepSeed(7), []
+    hook.trainer = Run()
+    for hook.trainer.iter in (0, 1, 0):
+        hook.before_step()
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_path, norm):
+    start = tmp_path / "start"
+    trainer = train(OUTPUT_DIR=str(start), **{"MODEL.RESNETS.NORM": norm.replace("Frozen", "")})
+    assert trainer.iter == 2
+    # The whole data set a step, so that both see the same images in each.
+    keys = {
+        "MODEL.RESNETS.NORM": norm,
+        "MODEL.WEIGHTS": str(start / "model_final.pth"),
+        "SOLVER.IMS_PER_BATCH": "24",
+        "SOLVER.MAX_ITER": "3",
+        "TEST.EVAL_PERIOD": "1",
+    }
+    found = []
+    for processes in ("1", "2"):
+        run = tmp_path / processes
+        line = words("--num-gpus", processes, "--dist-url", "auto", OUTPUT_DIR=str(run), **keys)
+        done = subprocess.run(
+            [sys.executable, "tools/train_net.py", *line],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(row) for row in (run / "metrics.json").read_text().splitlines()]
+        found.append({key: value for row in rows for key, value in row.items()})
+    one, two = found
+    assert one["classification/images"] == two["classification/images"] == 24
+    assert one["classification/top1_error"] == two["classification/top1_error"]
+    assert one["classification/top5_error"] == two["classification/top5_error"]
+    assert two["total_loss"] == pytest.approx(one["total_loss"], abs=1e-4)

@@ -1,0 +1,81 @@
+"""The step of training, against Detectron2's and against a plain statement."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from senet_transfer import UserError
+from senet_transfer.engine.step import StepTrainer, split_batch
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 1)
+
+    def forward(self, batch):
+        out = self.b(self.a(batch["x"]).relu())
+        return {"one": (out - batch["y"]).square().mean(), "two": out.square().mean()}
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield {
+            "x": torch.randn(12, 5, generator=generator),
+            "y": torch.randn(12, 1, generator=generator),
+        }
+
+
+def run(kind, model, steps=4, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = kind(model, batches(), optimizer, **options)
+    with EventStorage() as storage:
+        for trainer.iter in range(steps):
+            trainer.run_step()
+            storage.step()
+        return model.state_dict(), storage.latest()["total_loss"][0]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_without_options_a_step_is_detectron2s_to_the_last_bit(net):
+    expected, loss = run(SimpleTrainer, copy.deepcopy(net))
+    found, own_loss = run(StepTrainer, net)
+    assert own_loss == loss
+    for key, value in expected.items():
+        assert torch.equal(found[key], value)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(net, parts):
+    expected, loss = run(SimpleTrainer, copy.deepcopy(net))
+    found, own_loss = run(StepTrainer, net, micro_batches=parts)
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_autocast_and_parts_go_together(net, parts):
+    expected, _ = run(SimpleTrainer, copy.deepcopy(net))
+    for dtype in ("bfloat16", "float16"):
+        found, _ = run(StepTrainer, copy.deepcopy(net), dtype=dtype, micro_batches=parts)
+        for key, value in expected.items():
+            assert found[key].dtype == torch.float32
+            torch.testing.assert_close(found[key], value, rtol=0.1, atol=0.05)
+
+
+def test_a_batch_that_cannot_be_cut_evenly_is_refused():
+    assert split_batch([1, 2, 3, 4], 2) == [[1, 2], [3, 4]]
+    for size in ([1, 2, 3], {"x": torch.zeros(3)}):
+        with pytest.raises(UserError, match="MICRO_BATCHES is 2.*3 images"):
+            split_batch(size, 2)
