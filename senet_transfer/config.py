@@ -32,7 +32,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.SQUEEZE = "avg"
     # "sigmoid", "tanh" or "relu".
     cfg.MODEL.SE.EXCITATION = "sigmoid"
-    # "standard", "pre", "post", "identity" or "3x3".
+    # "standard", "pre", "post", "identity" or "3x3"; for shake networks also "mixture".
     cfg.MODEL.SE.PLACEMENT = "standard"
     # The stages with SE.
     cfg.MODEL.SE.STAGES = (2, 3, 4, 5)
