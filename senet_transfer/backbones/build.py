@@ -1,6 +1,6 @@
 """From a Detectron2 config to a trunk: the only place that reads config keys for networks."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +14,6 @@ from senet_transfer.backbones.registry import ModelEntry, build_trunk, model_ent
 from senet_transfer.backbones.resnet import NORMS, build_resnet
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
-from senet_transfer.preprocessing import Preprocessing
 
 
 def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -90,7 +89,8 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         in_channels=input_shape.channels,
         **options,
     )
-    trunk.preprocessing = Preprocessing(
+    trunk.preprocessing = replace(
+        entry.preprocessing,
         format=cfg.INPUT.FORMAT,
         mean=tuple(cfg.MODEL.PIXEL_MEAN),
         std=tuple(cfg.MODEL.PIXEL_STD),

@@ -147,9 +147,8 @@ def predict_images(
     except OSError as error:
         raise UserError(f"The output folder {output_dir} can't be made: {error}.") from error
     predictor = Predictor(cfg)
-    classes = list(cfg.DATASETS.CLASSES)
-    ids = list(cfg.DATASETS.CATEGORY_IDS)
-    ids = ids if len(ids) == len(classes) else list(range(1, len(classes) + 1))
+    categories = _categories(cfg)
+    classes = [category["name"] for category in categories]
     records, annotations, broken = [], [], []
     for image_id, path in enumerate(tqdm(images, unit="image", disable=quiet or None), start=1):
         try:
@@ -163,7 +162,6 @@ def predict_images(
         height, width = image.shape[:2]
         records.append({"id": image_id, "file_name": path, "height": height, "width": width})
         annotations += instances_to_coco_json(instances, image_id)
-    categories = [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
     json_file = os.path.join(output_dir, "predictions.json")
     _write_json(json_file, records, annotations, categories)
     if broken:
@@ -172,6 +170,13 @@ def predict_images(
             "detections of the others:\n" + "\n".join(broken[:10])
         )
     return json_file
+
+
+def _categories(cfg: CfgNode) -> list[dict]:
+    classes, ids = list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.CATEGORY_IDS)
+    if len(ids) != len(classes):
+        ids = list(range(1, len(classes) + 1))
+    return [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
 
 
 def _write_json(
