@@ -16,6 +16,13 @@ def add_senet_config(cfg: CfgNode) -> None:
     No default of Detectron2's own is changed, so that its own configs mean here what they mean
     there; what this project's recipes want otherwise stands in ``configs/base``.
     """
+    _add_model_config(cfg)
+    _add_data_config(cfg)
+    _add_solver_config(cfg)
+    _add_classification_config(cfg)
+
+
+def _add_model_config(cfg: CfgNode) -> None:
     # The name of any model of `senet_transfer.list_models()`. Empty: `MODEL.RESNETS` describes a
     # residual trunk (depth, groups, widths), as it does in Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
@@ -32,7 +39,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.SQUEEZE = "avg"
     # "sigmoid", "tanh" or "relu".
     cfg.MODEL.SE.EXCITATION = "sigmoid"
-    # "standard", "pre", "post", "identity" or "3x3".
+    # "standard", "pre", "post", "identity" or "3x3"; for shake networks also "mixture".
     cfg.MODEL.SE.PLACEMENT = "standard"
     # The stages with SE.
     cfg.MODEL.SE.STAGES = (2, 3, 4, 5)
@@ -50,12 +57,18 @@ def add_senet_config(cfg: CfgNode) -> None:
     # MODEL.WEIGHTS. True: it keeps its own, and where the file's differ, the run doesn't start.
     cfg.MODEL.WEIGHTS_PIN = False
 
+
+def _add_data_config(cfg: CfgNode) -> None:
     # Own data sets in COCO's format: a list of [name, JSON file, image folder].
     cfg.DATASETS.REGISTER = []
     # Class names in the order of the class indices; filled in from the data sets when a run
     # starts, so that its saved config tells what a prediction means.
     cfg.DATASETS.CLASSES = []
+    # Their ids in the data sets' JSON files, likewise.
+    cfg.DATASETS.CATEGORY_IDS = []
 
+
+def _add_solver_config(cfg: CfgNode) -> None:
     # What BASE_LR / IMS_PER_BATCH is in the recipe, for a warning where a run is far off that.
     # 0 means: no such rule.
     cfg.SOLVER.REFERENCE_LR_PER_IMAGE = 0.0
@@ -98,8 +111,6 @@ def add_senet_config(cfg: CfgNode) -> None:
     # The model of the best evaluation is kept in model_best.pth: the metric as logged, such as
     # "classification/top1_error" or "bbox/AP"; lower is better for an error or a loss. Empty: none.
     cfg.TEST.BEST_METRIC = ""
-
-    _add_classification_config(cfg)
 
 
 def _add_classification_config(cfg: CfgNode) -> None:

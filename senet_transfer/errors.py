@@ -8,4 +8,9 @@ class UserError(Exception):
     that the project raises derives from this class; the command lines print its message without
     a traceback and exit with status 2. Takes one string, so that it survives the trip from a data
     loader's worker process.
+
+    Attributes:
+        on_all_ranks: whether every process of a job raises the same, so that one need say it.
     """
+
+    on_all_ranks = False

@@ -11,6 +11,7 @@ from senet_transfer.classification.from_config import is_classification
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.predict import find_images, load_trained, predict_images
+from senet_transfer.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Predicts and says where the results are."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, expected 1 or more.")
     options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
     cfg = load_trained(args.weights, args.config_file, options)
     images = find_images(args.input)[: args.limit]

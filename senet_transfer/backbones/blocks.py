@@ -20,6 +20,7 @@ class _SEBlock(CNNBlockBase):
     """What the residual blocks with SE share: the gate and the sum with the shortcut."""
 
     def _add_se(self, se: SEOptions, inner_channels: int | None) -> None:
+        check_not_mixture(se)
         if se.placement == "3x3" and inner_channels is None:
             raise UserError(
                 "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
@@ -141,6 +142,15 @@ class SENet154Block(_SEBlock):
         self._add_se(se, inner_channels=out_channels)
 
     forward = SEBottleneckBlock.forward
+
+
+def check_not_mixture(se: SEOptions) -> None:
+    """Raises UserError for the placement that only shake networks have."""
+    if se.placement == "mixture":
+        raise UserError(
+            "The SE placement 'mixture' means after a shake block has mixed its two branches, and "
+            "this network has one branch a block. Take another placement, such as 'standard'."
+        )
 
 
 def _conv(

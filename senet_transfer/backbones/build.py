@@ -1,6 +1,6 @@
 """From a Detectron2 config to a trunk: the only place that reads config keys for networks."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,10 +11,9 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from senet_transfer.backbones.registry import ModelEntry, build_trunk, model_entry
-from senet_transfer.backbones.resnet import build_resnet
+from senet_transfer.backbones.resnet import NORMS, build_resnet
 from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 
 
 def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -90,7 +89,8 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         in_channels=input_shape.channels,
         **options,
     )
-    trunk.preprocessing = Preprocessing(
+    trunk.preprocessing = replace(
+        entry.preprocessing,
         format=cfg.INPUT.FORMAT,
         mean=tuple(cfg.MODEL.PIXEL_MEAN),
         std=tuple(cfg.MODEL.PIXEL_STD),
@@ -115,6 +115,8 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 
 def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
     _check_fpn_features(trunk, cfg.MODEL.FPN.IN_FEATURES)
+    check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
+    check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))
     return FPN(
         bottom_up=trunk,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
@@ -126,7 +128,16 @@ def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
 
 
 def _check_fpn_features(trunk: Backbone, names: list[str]) -> None:
-    missing = [name for name in names if name not in trunk.output_shape()]
+    shapes = trunk.output_shape()
+    missing = [name for name in names if name not in shapes]
+    strides = [shapes[name].stride for name in names if name in shapes]
+    doubling = all(b == 2 * a for a, b in zip(strides, strides[1:], strict=False))
+    if not missing and names and not doubling:
+        raise UserError(
+            f"The FPN stands on {list(names)}, of strides {strides}, expected each to be twice "
+            "the one before. Name neighbouring stages from fine to coarse, undilated "
+            "(MODEL.RESNETS.RES5_DILATION 1)."
+        )
     if missing or not names:
         raise UserError(
             f"The FPN stands on {list(names)}, the trunk returns {list(trunk.output_shape())}. "

@@ -3,8 +3,9 @@
 import difflib
 import fnmatch
 import inspect
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class ModelEntry:
         fixed: the arguments that the name stands for.
         has_se: whether the trunk has SE.
         dropout: before the classifier, 0-1.
+        preprocessing: what the network expects of an image when it is trained from scratch.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ModelEntry:
     fixed: dict[str, Any]
     has_se: bool
     dropout: float = 0.0
+    preprocessing: Preprocessing = Preprocessing()
 
     def options(self) -> list[str]:
         """The arguments of ``build`` that the name leaves open."""
@@ -47,6 +50,9 @@ class ModelEntry:
 
 _MODELS: dict[str, ModelEntry] = {}
 
+# By a pattern whose named groups are numbers that `build` takes.
+_FAMILIES: dict[str, ModelEntry] = {}
+
 
 def register_model(
     name: str,
@@ -54,20 +60,46 @@ def register_model(
     *,
     has_se: bool = False,
     dropout: float = 0.0,
+    preprocessing: Preprocessing = Preprocessing(),
     **fixed: object,
 ) -> None:
     """Makes a model known by name; arguments as the fields of :class:`ModelEntry`."""
-    _MODELS[name] = ModelEntry(name, build, fixed, has_se, dropout)
+    _MODELS[name] = ModelEntry(name, build, fixed, has_se, dropout, preprocessing)
 
 
-def register_with_se(name: str, build: Callable[..., Backbone], **fixed: object) -> None:
+def register_with_se(name: str, build: Callable[..., Backbone], **options: Any) -> None:
     """Makes a model known as ``name``, and its twin with SE as ``se_<name>``."""
-    register_model(name, build, **fixed)
-    register_model(f"se_{name}", build, has_se=True, **fixed)
+    register_model(name, build, **options)
+    register_model(f"se_{name}", build, has_se=True, **options)
+
+
+def register_family(
+    pattern: str,
+    build: Callable[..., Backbone],
+    *,
+    preprocessing: Preprocessing = Preprocessing(),
+    **fixed: object,
+) -> None:
+    """Makes all models known whose name, or the part after ``se_``, matches a pattern.
+
+    They aren't listed, since there is no end of them.
+
+    Args:
+        pattern: a regular expression for the whole name; its named groups match numbers, which
+            ``build`` takes under these names, such as ``"wrn(?P<depth>[0-9]+)"``.
+        build: as in :class:`ModelEntry`, as all else.
+        preprocessing: likewise.
+        fixed: likewise.
+    """
+    _FAMILIES[pattern] = ModelEntry(pattern, build, fixed, False, preprocessing=preprocessing)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of all models that match a shell-style pattern, such as "se_*"."""
+    """The names of the models that match a shell-style pattern, such as "se_*".
+
+    These are the paper's. CIFAR networks of other depths and widths exist by name too:
+    ``cifar_resnet20``, ``se_wrn28_10``.
+    """
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
@@ -77,13 +109,24 @@ def model_entry(name: str) -> ModelEntry:
     Raises:
         UserError: no model has it.
     """
-    if name not in _MODELS:
+    entry = _MODELS.get(name) or _family_entry(str(name))
+    if entry is None:
         near = difflib.get_close_matches(str(name), _MODELS, n=4, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
             f"There is no model {name!r}. {hint}senet_transfer.list_models() names all of them."
         )
-    return _MODELS[name]
+    return entry
+
+
+def _family_entry(name: str) -> ModelEntry | None:
+    for pattern, family in _FAMILIES.items():
+        match = re.fullmatch(pattern, name.removeprefix("se_"))
+        if match:
+            numbers = {key: int(value) for key, value in match.groupdict().items()}
+            fixed = {**family.fixed, **numbers}
+            return replace(family, name=name, fixed=fixed, has_se=name.startswith("se_"))
+    return None
 
 
 def build_trunk(
@@ -111,7 +154,8 @@ def build_trunk(
             f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
     if "stages" in se:
-        se["stages"] = tuple(se["stages"])
+        stages = se["stages"]
+        se["stages"] = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
     trunk = entry.build(
         **entry.fixed,
         se=SEOptions(**se) if entry.has_se else None,
@@ -119,7 +163,7 @@ def build_trunk(
         norm=norm,
         **overrides,
     )
-    trunk.preprocessing = Preprocessing()
+    trunk.preprocessing = entry.preprocessing
     return trunk
 
 

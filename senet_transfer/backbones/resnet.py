@@ -84,7 +84,7 @@ def build_resnet(
         for stage in (2, 3, 4, 5)
     ]
     stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=_check_freeze_at(freeze_at))
+    return ResNet(stem, stages, out_features=out_features, freeze_at=check_freeze_at(freeze_at))
 
 
 def resnet_stage(
@@ -102,6 +102,13 @@ def resnet_stage(
 ) -> list[CNNBlockBase]:
     """The blocks of one stage, 2 to 5, of :func:`build_resnet`, whose arguments these are."""
     check_choice("The norm", norm, NORMS)
+    if not isinstance(stride_in_1x1, bool):
+        raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
+    if num_groups < 1 or width_per_group < 1:
+        raise UserError(
+            f"A ResNet of {num_groups} groups of {width_per_group} channels can't be built: "
+            "expected 1 or more of both."
+        )
     if depth not in BLOCKS_PER_STAGE:
         depths = ", ".join(map(str, BLOCKS_PER_STAGE))
         raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")
@@ -168,25 +175,29 @@ def build_senet154(
         for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[152], strict=True)
     ]
     stem = SENet154Stem(in_channels, norm=norm, pool=stem_pool)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=_check_freeze_at(freeze_at))
+    return ResNet(stem, stages, out_features=out_features, freeze_at=check_freeze_at(freeze_at))
 
 
-def check_out_features(out_features: list[str] | None) -> None:
+def check_out_features(
+    out_features: list[str] | None, features: tuple[str, ...] = FEATURES
+) -> None:
     """Raises UserError unless these are names of features, or None."""
     if out_features is None:
         return
-    unknown = [name for name in out_features if name not in FEATURES]
+    unknown = [name for name in out_features if name not in features]
     if isinstance(out_features, str) or unknown or not out_features:
         raise UserError(
             f"out_features is {out_features!r}, expected a list with names of "
-            f"{', '.join(FEATURES)}."
+            f"{', '.join(features)}."
         )
 
 
-def _check_freeze_at(freeze_at: int) -> int:
-    if freeze_at not in range(6):
+def check_freeze_at(freeze_at: int, features: tuple[str, ...] = FEATURES) -> int:
+    """Raises UserError unless this many of a trunk's stages can be frozen."""
+    if freeze_at not in range(len(features) + 1):
         raise UserError(
-            f"freeze_at is {freeze_at!r}, expected 0 (nothing) to 5 (the stem and res2 to res5)."
+            f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "
+            f"res2 to {features[-1]})."
         )
     return freeze_at
 

@@ -31,6 +31,7 @@ class CocoSummary:
     num_zero_size: int = 0
     num_over_the_edge: int = 0
     num_not_evaluable: int = 0  # annotations without the `area` or `iscrowd` COCO's metric reads
+    num_without_segmentation: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -201,6 +202,8 @@ def _check_annotations(
                 and type(item["id"]) is int
                 and item.get("ignore", 0) == 0
                 and item.get("iscrowd", 0) in (0, 1)
+                and type(item.get("area", 0)) in (int, float)
+                and bool not in (type(x), type(y), type(w), type(h))
                 and _is_segmentation(item.get("segmentation"))
             )
         except (KeyError, TypeError, ValueError):
@@ -220,6 +223,7 @@ def _check_annotations(
     summary.num_zero_size = sum(1 for item in annotations if 0 in item["bbox"][2:])
     summary.num_over_the_edge = over_the_edge
     summary.num_not_evaluable = not_evaluable
+    summary.num_without_segmentation = sum(not item.get("segmentation") for item in annotations)
     if all(max(item["bbox"]) <= 1 for item in annotations):
         raise _bad(
             json_file,
@@ -235,10 +239,16 @@ def _check_annotations(
 def _is_segmentation(value: object) -> bool:
     """Whether Detectron2 can load it: polygons, run lengths, or none."""
     if type(value) is list:
-        return all(type(polygon) is list for polygon in value)
-    return value is None or (
-        type(value) is dict and (not value or {"counts", "size"} <= set(value))
-    )
+        # Polygons of fewer than three points are left out by Detectron2, with a warning.
+        return all(
+            type(polygon) is list and all(type(part) in (int, float) for part in polygon[:6])
+            for polygon in value
+        )
+    if type(value) is dict and value:
+        size = value.get("size")
+        lengths = type(size) is list and len(size) == 2 and all(type(n) is int for n in size)
+        return lengths and type(value.get("counts")) in (str, list)
+    return value is None or value == {}
 
 
 def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
@@ -256,6 +266,9 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
         return f"has `ignore` {item['ignore']!r}, which Detectron2 cannot load", "none, or 0"
     if item.get("iscrowd", 0) not in (0, 1):
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
+    area = item.get("area", 0)
+    if type(area) not in (int, float) or not math.isfinite(area):
+        return f"has area {area!r}", "a number of square pixels"
     if not _is_segmentation(item.get("segmentation")):
         found = f"has a segmentation that begins {str(item['segmentation'])[:40]!r}"
         return found, "a list of polygons, each a list of numbers, or {counts, size}"

@@ -30,7 +30,8 @@ def read_json_object(path: str) -> dict:
             f"{path} {how}, at line {error.lineno}, column {error.colno}; expected annotations in "
             "COCO's format. Download or export the file again."
         ) from None
-    except (UnicodeDecodeError, RecursionError, OSError) as error:
+    # ValueError: a number of thousands of digits.
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as JSON: {error}; expected annotations in COCO's format, "
             "encoded as UTF-8. Download or export the file again."

@@ -89,6 +89,37 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
         raise UserError(_explain_missing(missing))
 
 
+def category_ids(name: str) -> list[int]:
+    """The ids of a data set's categories in its JSON, in the order of the classes.
+
+    They are numbered from 1 where the data set states none.
+    """
+    metadata = MetadataCatalog.get(name)
+    found = metadata.get("thing_dataset_id_to_contiguous_id")
+    ids = sorted(found, key=found.get) if found else []
+    classes = len(metadata.get("thing_classes", ()))
+    return ids if len(ids) == classes else list(range(1, classes + 1))
+
+
+def check_segmentations(names: Sequence[str]) -> None:
+    """Refuses data sets without the outlines that a mask head learns from.
+
+    Raises:
+        UserError: objects of a data set of this project have none.
+    """
+    for name in names:
+        dataset = registered_entry(name)
+        if not isinstance(dataset, CocoDataset) or dataset.summary is None:
+            continue
+        lacking = dataset.summary.num_without_segmentation
+        if lacking:
+            raise UserError(
+                f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations "
+                "have no `segmentation`, which MODEL.MASK_ON learns from and is evaluated by. "
+                "Export the file with outlines, or set MODEL.MASK_ON False."
+            )
+
+
 def _classes(name: str) -> list[str]:
     dataset = registered_entry(name)
     metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None

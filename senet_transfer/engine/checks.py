@@ -1,11 +1,20 @@
 """What is refused, or warned of, before a run starts."""
 
+import difflib
 import logging
 import os
+from collections.abc import Iterator
 
 from detectron2.config import CfgNode
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 from detectron2.utils import comm
 
+from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
@@ -28,15 +37,59 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         )
     if not resume:
         _check_weights(cfg, eval_only=eval_only)
-    _check_processes(cfg)
+    _check_names(cfg)
+    _check_norms(cfg)
+    if not eval_only:
+        _check_numbers(cfg)
+    check_augmentation(cfg)
+    if not eval_only:
+        _check_solver(cfg)
+        _warn_of_learning_rate(cfg)
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Raises UserError where ``TEST.AUG`` is on and the model can't be augmented."""
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(
             "TEST.AUG.ENABLED: test-time augmentation is Detectron2's for GeneralizedRCNN, and "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set it to False."
         )
-    if not eval_only:
-        _check_solver(cfg)
-        _warn_of_learning_rate(cfg)
+
+
+def _check_names(cfg: CfgNode) -> None:
+    registries = {
+        "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+        "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+        "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+        "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    }
+    values = dict(_values(cfg))
+    for key, registry in registries.items():
+        known = [name for name, _ in registry]
+        # Detectron2 knows this one without a registration.
+        if values[key] not in (*known, "PrecomputedProposals"):
+            near = difflib.get_close_matches(values[key], known, n=3) or sorted(known)
+            raise UserError(
+                f"{key} is {values[key]!r}, which nothing is registered as. Known: "
+                f"{', '.join(near)}. What another project registers has to be imported."
+            )
+    c4 = cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
+    of_ours = cfg.MODEL.BACKBONE.NAME == "build_senet_backbone"
+    if c4 and of_ours and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        entry, _ = trunk_from_config(cfg)
+        if entry.has_se and 5 in cfg.MODEL.SE.STAGES:
+            raise UserError(
+                "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
+                "the trunk. Set it to SENetRes5ROIHeads."
+            )
+
+
+def _values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def last_checkpoint(cfg: CfgNode) -> str:
@@ -91,7 +144,14 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         )
 
 
-def _check_processes(cfg: CfgNode) -> None:
+def _check_numbers(cfg: CfgNode) -> None:
+    for key, value, least in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+    ):
+        if value < least:
+            raise UserError(f"{key} is {value}, expected {least} or more.")
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UserError(
@@ -104,11 +164,15 @@ def _check_processes(cfg: CfgNode) -> None:
             f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, and each process has {share} "
             "images a step, which can't be cut into that many equal parts. Set it to a divisor."
         )
-    norms = [cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.ROI_BOX_HEAD.NORM]
-    if processes > 1 and cfg.MODEL.DEVICE == "cpu" and "SyncBN" in norms:
+
+
+def _check_norms(cfg: CfgNode) -> None:
+    synced = [key for key, value in _values(cfg) if key.endswith(".NORM") and value == "SyncBN"]
+    processes = comm.get_world_size()
+    if synced and processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise UserError(
-            f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set the norm "
-            "(MODEL.RESNETS.NORM, MODEL.FPN.NORM, MODEL.ROI_BOX_HEAD.NORM) to GN or BN."
+            f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set "
+            f"{', '.join(synced)} to GN or BN."
         )
 
 

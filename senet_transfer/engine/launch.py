@@ -17,7 +17,7 @@ USER_ERROR_STATUS = 2
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Runs ``main(args)`` in every process of the job and exits.
+    """Runs ``main(args)`` in every process of the job.
 
     Under torchrun the processes are there already, and rank and world size come from the
     environment. Otherwise Detectron2 starts ``args.num_gpus`` processes a machine; without GPUs
@@ -26,13 +26,10 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         _run_under_torchrun(main, args)
         return
-    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        exit_with(
-            UserError(
-                f"--num-gpus is {args.num_gpus}, this machine has {torch.cuda.device_count()}. "
-                "Give at most as many."
-            )
-        )
+    try:
+        _check_processes(args)
+    except UserError as error:
+        exit_with(error)
     try:
         launch_processes(
             _guarded,
@@ -46,6 +43,24 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
         sys.exit(error.exit_code)
 
 
+def _check_processes(args: argparse.Namespace) -> None:
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise UserError(
+            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}, expected 1 or "
+            "more: the processes of each machine (which share the CPU where there is no GPU)."
+        )
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, this machine has {torch.cuda.device_count()}. "
+            "Give at most as many."
+        )
+    if args.num_machines > 1 and (args.dist_url == "auto" or "127.0.0.1" in args.dist_url):
+        raise UserError(
+            f"--num-machines is {args.num_machines} and --dist-url {args.dist_url}, which other "
+            "machines can't reach. Give the address of the first: tcp://HOST:PORT."
+        )
+
+
 def run_single(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Runs ``main(args)`` in this process, with the same ending as :func:`run`."""
     try:
@@ -56,10 +71,13 @@ def run_single(main: Callable[[argparse.Namespace], object], args: argparse.Name
 
 def _run_under_torchrun(main: Callable, args: argparse.Namespace) -> None:
     has_gpu = torch.cuda.is_available()
+    # Other starters than torchrun (SLURM, Kubernetes) may set rank and world size alone: then each
+    # process has a machine, or a container, of its own.
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if has_gpu else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         _guarded(main, args)
     finally:
@@ -67,9 +85,10 @@ def _run_under_torchrun(main: Callable, args: argparse.Namespace) -> None:
 
 
 def _guarded(main: Callable, args: argparse.Namespace) -> None:
-    # The libraries that read the environment (a data loader's worker, say) see the same world
-    # whoever started the processes.
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(comm.get_rank()), str(comm.get_world_size())
+    if comm.get_world_size() > 1:
+        # What reads the environment sees the same world, whoever started the processes.
+        os.environ["RANK"] = str(comm.get_rank())
+        os.environ["WORLD_SIZE"] = str(comm.get_world_size())
     try:
         main(args)
     except UserError as error:
@@ -77,9 +96,9 @@ def _guarded(main: Callable, args: argparse.Namespace) -> None:
 
 
 def exit_with(error: UserError) -> None:
-    """Prints the error, once for all processes, and exits with the status of a user's mistake."""
+    """Prints the error, once where all processes raise it, and exits with a user's status."""
     # One that comes out of a data loader's worker carries the worker's traceback before it.
     message = str(error).rpartition("senet_transfer.errors.UserError: ")[2].strip()
-    if comm.is_main_process():
+    if comm.is_main_process() or not error.on_all_ranks:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR_STATUS)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -18,7 +18,9 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from tqdm import tqdm
 
 from senet_transfer.data.mapper import read_image
+from senet_transfer.data.preflight import category_ids
 from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.checks import check_augmentation
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -45,6 +47,7 @@ class Predictor(DefaultPredictor):
         super().__init__(cfg)
         Checkpointer(self.model, family=cfg.MODEL.WEIGHTS_FAMILY).load(weights)
         if cfg.TEST.AUG.ENABLED:
+            check_augmentation(cfg)
             self.model = GeneralizedRCNNWithTTA(cfg, self.model)
 
 
@@ -68,6 +71,8 @@ def load_trained(weights: str, config_file: str = "", options: Iterable[str] = (
             "config of the checkpoint with --config-file."
         )
     cfg = load_config(config_file or beside, list(options))
+    if not cfg.DATASETS.CLASSES:
+        _take_classes(cfg)
     cfg.MODEL.WEIGHTS = weights
     apply_file_geometry(cfg)
     use_available_device(cfg, logger)
@@ -77,6 +82,15 @@ def load_trained(weights: str, config_file: str = "", options: Iterable[str] = (
             "config.yaml in a run's output folder does. Use that one."
         )
     return cfg
+
+
+def _take_classes(cfg: CfgNode) -> None:
+    """The classes of the data sets that a recipe names, where these are known without files."""
+    for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
+        if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
+            cfg.DATASETS.CLASSES = list(MetadataCatalog.get(name).thing_classes)
+            cfg.DATASETS.CATEGORY_IDS = category_ids(name)
+            return
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:
@@ -93,7 +107,7 @@ def find_images(inputs: Iterable[str]) -> list[str]:
         else:
             # A file's own name comes first: it may hold characters that a pattern has, too.
             paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
-            paths = [path for path in paths if os.path.isfile(path)]
+        paths = [path for path in paths if os.path.isfile(path)]
         if not paths:
             raise UserError(
                 f"{name} names no image. Expected an image file, a folder that holds images "
@@ -113,7 +127,8 @@ def predict_images(
         images: paths.
         output_dir: takes the drawn images, under the names of the originals, and
             ``predictions.json`` with COCO's ``images``, ``annotations`` (each with ``score``)
-            and ``categories`` (ids from 1).
+            and ``categories``, under the ids of the data set that the model was trained on. Ids
+            of images are new.
         threshold: the score, 0-1, below which a detection is neither drawn nor written.
         quiet: no progress bar.
 
@@ -121,44 +136,77 @@ def predict_images(
         The path of the JSON.
 
     Raises:
-        UserError: an image can't be read, or two would be drawn to the same file.
+        UserError: a value makes no sense; or images can't be read, which are named once all
+            others are predicted.
     """
-    predictor = Predictor(cfg)
-    classes = list(cfg.DATASETS.CLASSES)
+    if not 0 <= threshold <= 1:
+        raise UserError(f"The threshold is {threshold}, expected a score from 0 to 1.")
     drawn = _output_names(images, output_dir)
-    os.makedirs(output_dir, exist_ok=True)
-    records, annotations = [], []
+    try:
+        os.makedirs(output_dir or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The output folder {output_dir} can't be made: {error}.") from error
+    predictor = Predictor(cfg)
+    categories = _categories(cfg)
+    classes = [category["name"] for category in categories]
+    records, annotations, broken = [], [], []
     for image_id, path in enumerate(tqdm(images, unit="image", disable=quiet or None), start=1):
-        image = _read(path)
+        try:
+            image = _read(path)
+        except UserError as error:
+            broken.append(str(error))
+            continue
         instances = predictor(image)["instances"].to("cpu")
         instances = instances[instances.scores >= threshold]
         _draw(image, instances, classes, drawn[path])
         height, width = image.shape[:2]
         records.append({"id": image_id, "file_name": path, "height": height, "width": width})
         annotations += instances_to_coco_json(instances, image_id)
+    json_file = os.path.join(output_dir, "predictions.json")
+    _write_json(json_file, records, annotations, categories)
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(images)} images can't be read; {json_file} holds the "
+            "detections of the others:\n" + "\n".join(broken[:10])
+        )
+    return json_file
+
+
+def _categories(cfg: CfgNode) -> list[dict]:
+    classes, ids = list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.CATEGORY_IDS)
+    if len(ids) != len(classes):
+        ids = list(range(1, len(classes) + 1))
+    return [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
+
+
+def _write_json(
+    path: str, images: list[dict], annotations: list[dict], categories: list[dict]
+) -> None:
     for index, annotation in enumerate(annotations, start=1):
         annotation["id"] = index
-        annotation["category_id"] += 1
+        annotation["category_id"] = categories[annotation["category_id"]]["id"]
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         annotation["iscrowd"] = 0
-    categories = [{"id": index, "name": name} for index, name in enumerate(classes, start=1)]
-    json_file = os.path.join(output_dir, "predictions.json")
-    with open(json_file, "w") as file:
-        json.dump({"images": records, "annotations": annotations, "categories": categories}, file)
-    return json_file
+    with open(path, "w") as file:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
 
 
 def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for path in images:
         name = os.path.join(output_dir, os.path.splitext(os.path.basename(path))[0] + ".jpg")
-        if name in names.values():
+        if name in taken:
+            # Another suffix, such as a.png beside a.jpg.
+            name = os.path.join(output_dir, os.path.basename(path) + ".jpg")
+        if name in taken:
             raise UserError(
                 f"Two images would be drawn to {name}; one is {path}. Predict them into two "
                 "folders, or rename one."
             )
         if os.path.abspath(name) == os.path.abspath(path):
             raise UserError(f"{path} would be overwritten by its drawing. Take another --output.")
+        taken.add(name)
         names[path] = name
     return names
 
@@ -176,7 +224,8 @@ def _read(path: str) -> np.ndarray:
 def _draw(image: np.ndarray, instances: Instances, classes: list[str], path: str) -> None:
     metadata = Metadata(thing_classes=classes)
     # Small images are enlarged, so that the names of the classes can be read.
-    scale = max(1.0, 480 / min(image.shape[:2]))
+    # Enlarged by at most 4, as a strip of a few pixels would become huge.
+    scale = min(4.0, max(1.0, 480 / min(image.shape[:2])))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.IMAGE)
     drawing = visualizer.draw_instance_predictions(instances).get_image()
     if not cv2.imwrite(path, drawing[:, :, ::-1]):

@@ -22,7 +22,12 @@ from senet_transfer.classification.from_config import (
 )
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
-from senet_transfer.data.preflight import check_datasets_on_disk, dataset_classes
+from senet_transfer.data.preflight import (
+    category_ids,
+    check_datasets_on_disk,
+    check_segmentations,
+    dataset_classes,
+)
 from senet_transfer.engine.checks import check_run, last_checkpoint
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -45,7 +50,9 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     """
     cfg = get_senet_config()
     if config_file:
-        _merge(cfg, config_file, cfg.merge_from_file)
+        _check_config_file(config_file)
+        # Detectron2's default would run code that a file names in a YAML tag.
+        _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
     if len(options) % 2:
         raise UserError(
             f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
@@ -55,6 +62,26 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
     return cfg
+
+
+def _check_config_file(path: str) -> None:
+    if path.endswith(".py"):
+        raise UserError(
+            f"{path} is a LazyConfig, which this command doesn't read. Give a YAML config; in "
+            "Python, a LazyConfig can hold senet_transfer.create_backbone."
+        )
+    try:
+        with open(path) as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} can't be read: {error}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"The config file {path} is not plain YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"The config file {path} holds {type(content).__name__}, expected keys such as "
+            "MODEL and SOLVER with values below them."
+        )
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
@@ -75,7 +102,11 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
         raise UserError(f"The config file {source} is not YAML: {error}") from error
     except KeyError as error:
         raise UserError(f"In {source}: {_explain_key(cfg, str(error.args[0]))}") from error
+    except RecursionError as error:
+        raise UserError(f"The config file {source} is its own _BASE_. Name another.") from error
     except (ValueError, AssertionError, AttributeError, TypeError, SyntaxError) as error:
+        if "Non-existent" in str(error):
+            raise UserError(f"In {source}: {_explain_key(cfg, str(error))}") from error
         raise UserError(
             f"In {source}: {error}. Expected a value of the type of the key's default; see "
             "Detectron2's config reference and senet_transfer/config.py."
@@ -111,6 +142,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: the run can't start as asked; the message says why and what to do.
     """
+    try:
+        cfg = _prepare(args)
+    except UserError as error:
+        error.on_all_ranks = True
+        raise
+    cfg.freeze()
+    default_setup(cfg, args)
+    if comm.is_main_process():
+        _record_environment(cfg.OUTPUT_DIR)
+    return cfg
+
+
+def _prepare(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     logger = _start_logging(cfg)
     use_available_device(cfg, logger)
@@ -118,13 +162,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if is_classification(cfg):
         use_classification_datasets(cfg, eval_only=args.eval_only)
     else:
-        use_datasets(cfg, eval_only=args.eval_only)
+        use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
-    cfg.freeze()
-    default_setup(cfg, args)
-    if comm.is_main_process():
-        _record_environment(cfg.OUTPUT_DIR)
     return cfg
 
 
@@ -141,7 +181,15 @@ def _start_logging(cfg: CfgNode) -> logging.Logger:
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
-    """Turns ``MODEL.DEVICE`` to the CPU where the config wants a GPU and there is none."""
+    """Turns ``MODEL.DEVICE`` to the CPU where the config wants a GPU and there is none.
+
+    Raises:
+        UserError: it names no device.
+    """
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cuda or cpu.") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(
             "No GPU is available: running on the CPU, with %d threads.", torch.get_num_threads()
@@ -149,25 +197,43 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
         cfg.MODEL.DEVICE = "cpu"
 
 
-def use_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:
     """Registers and checks the config's data sets and takes the classes from them.
+
+    Args:
+        cfg: changed in place.
+        eval_only: leave out ``DATASETS.TRAIN``.
+        keep_classes: whether the classes that the config names already are those of a trained
+            model, which the data sets must have.
 
     Raises:
         UserError: a data set is unknown, not on disk, malformed, or has other classes than the
-            rest.
+            rest or the model.
     """
     registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
     # Absolute, so that the saved config works from any folder.
     cfg.DATASETS.REGISTER = [[d.name, d.json_file, d.image_dir] for d in registered]
-    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    if not names:
+    needed = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
         raise UserError(
-            "DATASETS.TRAIN and DATASETS.TEST are empty: there is nothing to run on. Name data "
-            "sets there, such as \"('coco_2017_train',)\"."
+            f"DATASETS.{needed} is empty: there is nothing to run on. Name data sets there, such "
+            "as \"('coco_2017_val',)\"."
         )
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST hold names, found {names!r}.")
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
     classes = dataset_classes(names)
+    if cfg.MODEL.MASK_ON:
+        check_segmentations(names)
+    trained = list(cfg.DATASETS.CLASSES)
+    if keep_classes and trained and trained != classes:
+        raise UserError(
+            f"The model was trained on the classes {trained}, and {names[0]} has {classes}. "
+            "Evaluate and resume on data with the same classes in the same order of their ids."
+        )
     cfg.DATASETS.CLASSES = classes
+    cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
 

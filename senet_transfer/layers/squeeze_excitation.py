@@ -25,7 +25,7 @@ SQUEEZES = ("avg", "max", "none")
 
 EXCITATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 
-PLACEMENTS = ("standard", "pre", "post", "identity", "3x3")
+PLACEMENTS = ("standard", "pre", "post", "identity", "3x3", "mixture")
 
 # The bias of fc2 at which a gate starts (nearly) open: 0.982, 0.964 and 1.
 _OPEN_BIAS = {"sigmoid": 4.0, "tanh": 2.0, "relu": 1.0}
@@ -55,7 +55,8 @@ class SEOptions:
         placement: where in a residual block (paper, Figure 5 and Table XV). "standard" gates the
             residual branch before the sum; "pre" its input; "post" the sum after its ReLU;
             "identity" the shortcut, after its projection where it has one; "3x3" a bottleneck's
-            3x3 convolution, after its norm and ReLU.
+            3x3 convolution, after its norm and ReLU; "mixture" what a shake block mixes from its
+            two branches, where "standard" gates each of the two.
         stages: the stages that get SE, of 2 to 5.
         bias: whether the two layers have biases.
         divisor: the hidden width is rounded to a multiple of it (timm: 8); 1 is channels // ratio.
@@ -88,7 +89,12 @@ class SEOptions:
                 "A ReLU before the gate (relu_before) exists in the standard SE placement only, "
                 f"found {self.placement!r}. Leave one of the two at its default."
             )
-        if not self.stages or not set(self.stages) <= {2, 3, 4, 5}:
+        if not isinstance(self.bias, bool) or not isinstance(self.relu_before, bool):
+            raise UserError(
+                f"SE's bias is {self.bias!r} and relu_before {self.relu_before!r}, expected True "
+                "or False."
+            )
+        if not self.stages or any(stage not in (2, 3, 4, 5) for stage in self.stages):
             raise UserError(
                 f"The stages with SE are {self.stages!r}, expected some of 2, 3, 4, 5. "
                 "For none at all, take the network without SE."

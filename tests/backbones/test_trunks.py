@@ -24,8 +24,26 @@ PARAMETERS = {
     "senet154": 115_088_984,
 }
 
+# Networks for 32x32 images have three stages, of strides 1, 2 and 4.
+CIFAR_STAGES = STAGES[:3]
+
+
+def is_cifar(name: str) -> bool:
+    return name.removeprefix("se_").startswith(("cifar", "wrn", "shake"))
+
+
+CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
+
 every_model = pytest.mark.parametrize("name", list_models())
 every_se_model = pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+
+
+def slow(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def stages_of(name: str) -> list[str]:
+    return CIFAR_STAGES if is_cifar(name) else STAGES
 
 
 def count(module: torch.nn.Module) -> int:
@@ -34,7 +52,8 @@ def count(module: torch.nn.Module) -> int:
 
 def test_all_residual_networks_are_registered():
     names = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
-    names += ["resnext50_32x4d", "resnext101_32x4d"]
+    names += ["resnext50_32x4d", "resnext101_32x4d", "cifar_resnet110", "cifar_resnet164"]
+    names += ["wrn16_8", "shake_shake26_2x96d", "shake_even29_2x4x64d"]
     assert {*names, *(f"se_{name}" for name in names), "senet154"} <= set(list_models())
     assert set(list_models("se_*")) == {name for name in list_models() if name.startswith("se_")}
 
@@ -48,25 +67,36 @@ def test_bias_free_se_has_the_papers_parameters():
     assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
 
 
+def has_gates(block: torch.nn.Module) -> bool:
+    return any(key.endswith("se.fc1.weight") for key in block.state_dict())
+
+
 @pytest.mark.parametrize("name", list_models("se_*"))
 def test_se_adds_what_the_formula_says(name):
     """2/r times the sum of squared widths (paper, equation 5), and the two layers' biases."""
     trunk, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
-    widths = [stage[0].out_channels for stage in trunk.stages for _ in range(len(stage))]
+    widths = [block.out_channels for stage in trunk.stages for block in stage if has_gates(block)]
+    if "shake" in name:
+        widths *= 2  # each of the two branches has a gate
+    assert widths
     expected = sum(2 * width * (width // 16) + width + width // 16 for width in widths)
     assert count(trunk) - count(plain) == expected
 
 
 @every_model
 def test_features_have_the_shapes_that_are_declared(name):
-    trunk = create_backbone(name, out_features=STAGES).eval()
+    stages = stages_of(name)
+    trunk = create_backbone(name, out_features=stages).eval()
     assert isinstance(trunk, Backbone)
+    first = 1 if is_cifar(name) else 4
+    height, width = 16 * first, 24 * first
     with torch.no_grad():
-        features = trunk(torch.randn(1, 3, 64, 96))
-    assert list(features) == STAGES
+        features = trunk(torch.randn(1, 3, height, width))
+    assert list(features) == stages
     for index, (key, shape) in enumerate(trunk.output_shape().items()):
-        assert shape.stride == 4 * 2**index
-        assert features[key].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+        stride = shape.stride
+        assert stride == first * 2**index
+        assert features[key].shape == (1, shape.channels, height // stride, width // stride)
 
 
 @every_model
@@ -77,17 +107,28 @@ def test_every_parameter_gets_a_gradient(name):
         # Gates start closed to gradients of fc1: its way leads through fc2's weight, which is 0.
         if hasattr(module, "fc2"):
             torch.nn.init.normal_(module.fc2.weight, std=0.1)
-    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+            # The only hidden unit of 16 channels must be on.
+            torch.nn.init.constant_(module.fc1.bias, 10.0)
+    side = 8 if is_cifar(name) else 32
+    model(torch.randn(2, 3, side, side)).square().sum().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # A hidden unit that is off for both images has none; a whole layer never.
     assert not [key for key in without if "se.fc1" not in key]
     assert len(without) < 0.2 * len(list(model.parameters()))
 
 
-@every_model
+# Their depth takes long to trace; a shallow one has the same blocks.
+DEEP = [name for name in CIFAR_MODELS if "resnet1" in name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in list_models() if name not in DEEP), "se_cifar_resnet8", *slow(*DEEP)],
+)
 def test_an_exported_trunk_computes_the_same(name):
-    trunk = create_backbone(name, out_features=["res2", "res5"]).eval()
-    x = torch.randn(1, 3, 64, 64)
+    trunk = create_backbone(name, out_features=["res2", stages_of(name)[-1]]).eval()
+    side = 8 if is_cifar(name) else 64
+    x = torch.randn(1, 3, side, side)
     exported = torch.export.export(trunk, (x,)).module()
     with torch.no_grad():
         expected, found = trunk(x), exported(x)
@@ -95,23 +136,30 @@ def test_an_exported_trunk_computes_the_same(name):
         torch.testing.assert_close(found[key], expected[key])
 
 
-@pytest.mark.parametrize("name", ["se_resnet18", pytest.param("senet154", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "se_resnet18",
+        "se_cifar_resnet8",
+        *slow("se_wrn16_8", "se_shake_shake26_2x96d", "se_shake_even29_2x4x64d", "senet154"),
+    ],
+)
 def test_a_compiled_trunk_computes_the_same(name):
     trunk = create_backbone(name).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 8, 8) if trunk.stem.stride == 1 else torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         found = torch.compile(trunk, backend="aot_eager", fullgraph=True)(x)
-        torch.testing.assert_close(found["res5"], trunk(x)["res5"])
+        torch.testing.assert_close(found, trunk(x))
 
 
 @every_model
 def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
-    trunk = create_backbone(name, freeze_at=3, out_features=STAGES)
+    trunk = create_backbone(name, freeze_at=3, out_features=stages_of(name))
     for stage in ("stem", "res2", "res3"):
         module = getattr(trunk, stage)
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules())
-    for stage in ("res4", "res5"):
+    for stage in stages_of(name)[2:]:
         module = getattr(trunk, stage)
         assert all(parameter.requires_grad for parameter in module.parameters())
         assert not any(isinstance(m, FrozenBatchNorm2d) for m in module.modules())
@@ -119,7 +167,7 @@ def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
 
 @every_se_model
 def test_freezing_covers_the_gates(name):
-    trunk = create_backbone(name, freeze_at=2, out_features=STAGES)
+    trunk = create_backbone(name, freeze_at=2, out_features=stages_of(name))
     frozen = {key for key, p in trunk.named_parameters() if ".se." in key and not p.requires_grad}
     gates = {key for key, _ in trunk.named_parameters() if ".se." in key}
     assert frozen == {key for key in gates if key.startswith("res2.")} != set()
@@ -127,16 +175,17 @@ def test_freezing_covers_the_gates(name):
 
 @every_model
 def test_bad_arguments_are_refused_by_name(name):
-    with pytest.raises(UserError, match="has no option 'stem_pol'.*stem_pool"):
-        create_backbone(name, stem_pol="ceil")
+    with pytest.raises(UserError, match="has no option 'freeze_to'.*freeze_at"):
+        create_backbone(name, freeze_to=2)
     with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
         create_backbone(name, norm="BatchNorm")
     with pytest.raises(UserError, match="out_features"):
         create_backbone(name, out_features=["res6"])
     with pytest.raises(UserError, match="freeze_at is 7"):
         create_backbone(name, freeze_at=7)
-    with pytest.raises(UserError, match="The stem pool is 'same', expected one of: pad, ceil"):
-        create_backbone(name, stem_pool="same")
+    if not is_cifar(name):
+        with pytest.raises(UserError, match="The stem pool is 'same', expected one of: pad, ceil"):
+            create_backbone(name, stem_pool="same")
 
 
 def test_an_unknown_name_is_answered_with_near_ones():
@@ -153,6 +202,22 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("se_resnet50", {"se_ratio": 4096}, "expected 1 to 256"),
         ("se_resnet50", {"res5_dilation": 3}, "expected 1 or 2"),
         ("senet154", {"se_stages": (2, 3)}, "SE in every stage"),
+        ("se_resnet50", {"se_placement": "mixture"}, "one branch a block"),
+        ("se_cifar_resnet164", {"se_placement": "mixture"}, "one branch a block"),
+        ("se_cifar_resnet110", {"se_placement": "3x3"}, "basic blocks"),
+        ("se_wrn16_8", {"se_placement": "3x3"}, "basic blocks"),
+        ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "has none"),
+        ("se_cifar_resnet110", {"se_stages": (5,)}, "stages 2, 3 and 4"),
+        ("se_shake_even29_2x4x64d", {"se_stages": (5,)}, "stages 2, 3 and 4"),
+        ("se_cifar_resnet110", {"se_ratio": 32}, "expected 1 to 16"),
+        ("se_wrn16_8", {"se_relu_before": True}, "don't have it"),
+        ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
+        ("cifar_resnet32", {"block": "bottleneck"}, "9n . 2 layers, so 32 is none.*is 29"),
+        ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
+        ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
+        ("cifar_resnet21", {}, "6n . 2 layers, so 21 is none. The nearest is 20"),
+        ("wrn17_8", {}, "6n . 4 layers.*The nearest depth is 16"),
+        ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
 )
 def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, words):
@@ -165,6 +230,10 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
 def test_the_norm_is_the_one_asked_for(name, norm):
     if norm == "GN" and name == "senet154":
         pytest.skip("covered by FrozenBN: 115M parameters twice take long")
+    if norm == "GN" and is_cifar(name) and "even29" not in name:
+        with pytest.raises(UserError, match="32 groups, and the network has layers of 16 channels"):
+            create_backbone(name, norm=norm)
+        return
     kind = {"GN": torch.nn.GroupNorm, "FrozenBN": FrozenBatchNorm2d}[norm]
     trunk = create_backbone(name, norm=norm)
     assert any(isinstance(module, kind) for module in trunk.modules())

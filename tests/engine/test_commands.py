@@ -1,6 +1,7 @@
 """The command lines as users call them, in processes of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,6 @@ def test_a_users_mistake_is_one_line_and_status_2(words):
 def test_an_image_broken_in_a_worker_is_named_without_the_workers_traceback(
     words, shapes, tmp_path
 ):
-    import shutil
-
     data = tmp_path / "copy"
     shutil.copytree(shapes, data)
     for path in (data / "tiny").iterdir():
@@ -57,6 +56,18 @@ def test_an_image_broken_in_a_worker_is_named_without_the_workers_traceback(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: Image ")
     assert "it is empty (0 bytes)" in last
+
+
+def test_an_image_broken_for_one_process_of_two_is_named(words, shapes, tmp_path):
+    data = tmp_path / "copy"
+    shutil.copytree(shapes, data)
+    sorted((data / "tiny").iterdir())[-1].write_bytes(b"")
+    line = words(
+        "--num-gpus", "2", "--dist-url", "auto", **{"SOLVER.MAX_ITER": "9", "SOLVER.STEPS": "()"}
+    )
+    done = call(sys.executable, *[word.replace(str(shapes), str(data)) for word in line])
+    assert done.returncode == 2
+    assert "it is empty (0 bytes)" in done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["spawn", "torchrun"])

@@ -20,7 +20,15 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*no such file"),
         ((), {"DATASETS.TRAIN": "('owm',)"}, "owm.*--dataset"),
         ((), {"MODEL.META_ARCHITECTURE": "RetinaNet", "TEST.AUG.ENABLED": "True"}, "augmentation"),
-        ((), {"MODEL.SE.RATIOS": "8"}, "MODEL.SE.RATIO"),
+        ((), {"MODEL.SE.RATIOS": "8"}, "Did you mean MODEL.SE.RATIO or"),
+        ((), {"MODEL.BACKBONE.NAME": "build_senet_fpn"}, "build_senet_fpn_backbone"),
+        ((), {"MODEL.ROI_HEADS.NAME": "StandardHeads"}, "StandardROIHeads"),
+        ((), {"MODEL.DEVICE": "gpu"}, "expected cuda or cpu"),
+        ((), {"SOLVER.IMS_PER_BATCH": "0"}, "IMS_PER_BATCH is 0, expected 1"),
+        ((), {"SOLVER.MAX_ITER": "0"}, "MAX_ITER is 0, expected 1"),
+        ((), {"DATALOADER.NUM_WORKERS": "-1"}, "NUM_WORKERS is -1"),
+        ((), {"DATASETS.TRAIN": "()"}, "DATASETS.TRAIN is empty"),
+        ((), {"DATASETS.TRAIN": "(1,)"}, "hold names"),
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
@@ -56,7 +64,7 @@ def test_a_missing_config_file_is_named():
 def test_a_config_file_that_is_not_yaml_is_named(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("MODEL: [1,")
-    with pytest.raises(UserError, match="broken.yaml is not YAML"):
+    with pytest.raises(UserError, match="broken.yaml is not plain YAML"):
         load_config(str(path))
 
 
@@ -101,3 +109,62 @@ def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
     with caplog.at_level(logging.WARNING):
         setup(command(**{"MODEL.BACKBONE.FREEZE_AT": "2"}))
     assert any("keep their random weights" in record.message for record in caplog.records)
+
+
+def test_the_c4_head_that_would_drop_the_gates_is_refused(command):
+    keys = {"MODEL.BACKBONE.NAME": "build_senet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
+    with pytest.raises(UserError, match="Set it to SENetRes5ROIHeads"):
+        setup(command(**keys))
+
+
+def test_a_config_file_runs_no_code(tmp_path):
+    marker = tmp_path / "ran"
+    path = tmp_path / "hostile.yaml"
+    path.write_text(f"SEED: !!python/object/apply:os.system ['touch {marker}']\n")
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_config(str(path))
+    base = tmp_path / "heir.yaml"
+    base.write_text("_BASE_: hostile.yaml\n")
+    with pytest.raises(UserError):
+        load_config(str(base))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "holds NoneType"), ("[1]", "holds list"), ("_BASE_: c.yaml", "its own _BASE_")],
+)
+def test_a_config_file_that_is_no_config_is_refused(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(str(path))
+
+
+def test_a_model_meets_the_classes_it_was_trained_on(command, shapes, tmp_path):
+    json_file = shapes / "annotations" / "instances_tiny.json"
+    data = json.loads(json_file.read_text())
+    names = [category["name"] for category in data["categories"]]
+    for category, name in zip(data["categories"], reversed(names), strict=True):
+        category["name"] = name
+    other = tmp_path / "reversed.json"
+    other.write_text(json.dumps(data))
+    (tmp_path / "w.pth").write_bytes(b"")
+    args = command(
+        "--eval-only", **{"DATASETS.CLASSES": str(names), "MODEL.WEIGHTS": str(tmp_path / "w.pth")}
+    )
+    args.dataset = [["own", str(other), str(shapes / "tiny")]]
+    with pytest.raises(UserError, match="trained on the classes"):
+        setup(args)
+
+
+def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
+    data = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
+    for annotation in data["annotations"]:
+        del annotation["segmentation"]
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps(data))
+    args = command(**{"MODEL.MASK_ON": "True"})
+    args.dataset = [["own", str(boxes), str(shapes / "tiny")]]
+    with pytest.raises(UserError, match="no `segmentation`"):
+        setup(args)

@@ -156,11 +156,40 @@ def test_a_drawing_never_overwrites_an_image(trained, shapes):
         predict_images(load_trained(trained), images, str(shapes / "tiny"), threshold=0.5)
 
 
-def test_an_image_that_cannot_be_read_is_named(trained, tmp_path):
-    broken = tmp_path / "broken.jpg"
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(
+    trained, shapes, tmp_path
+):
+    broken, out = tmp_path / "broken.jpg", tmp_path / "out"
     broken.write_bytes(b"not a picture")
-    with pytest.raises(UserError, match="broken.jpg can't be read"):
-        predict_images(load_trained(trained), [str(broken)], str(tmp_path / "o"), threshold=0.5)
+    images = [str(broken), *find_images([str(shapes / "tiny")])[:2]]
+    with pytest.raises(UserError, match="(?s)1 of 3 images.*broken.jpg can't be read"):
+        predict_images(load_trained(trained), images, str(out), threshold=0.5)
+    written = json.loads((out / "predictions.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == images[1:]
+
+
+def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_path):
+    data = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
+    for section, key in (("categories", "id"), ("annotations", "category_id")):
+        for item in data[section]:
+            item[key] *= 10
+    json_file = tmp_path / "tens.json"
+    json_file.write_text(json.dumps(data))
+    args = command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"})
+    args.dataset = [["own", str(json_file), str(shapes / "tiny")]]
+    train(args)
+    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    images = find_images([str(shapes / "tiny")])[:2]
+    predict_images(cfg, images, str(tmp_path / "out"), threshold=0.0)
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [category["id"] for category in written["categories"]] == [10, 20, 30, 40, 50]
+    assert {a["category_id"] for a in written["annotations"]} <= {10, 20, 30, 40, 50}
+
+
+def test_mixed_precision_can_be_turned_on_at_a_resume(command):
+    train(command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
+    train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
 
 
 def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):

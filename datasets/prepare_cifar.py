@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Makes the two files that training on CIFAR-10 or CIFAR-100 reads.
+
+    python datasets/prepare_cifar.py --source cifar-10-python.tar.gz --output datasets/cifar10
+
+The source is an official archive (binary or python version, checked against its site's md5), the
+folder it was unpacked into, or a folder with train and test (or train.tar.xz and test.tar.xz) that
+have a folder of 32x32 images a class. Takes less than a minute; what is there already is kept.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from senet_transfer.data.cifar_prepare import prepare_cifar
+from senet_transfer.errors import UserError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Prepares CIFAR-10, CIFAR-100 or the like.")
+    parser.add_argument("--source", type=Path, required=True, help="archive or folder to read")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write, such as datasets/cifar10"
+    )
+    parser.add_argument(
+        "--any-checksum",
+        action="store_true",
+        help="takes an archive in the official form that is not the official one",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare_cifar(args.source, args.output, verify=not args.any_checksum)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

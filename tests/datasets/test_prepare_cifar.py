@@ -1,0 +1,29 @@
+"""The command that prepares CIFAR."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "datasets" / "prepare_cifar.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / split / "cat" / "a.png")
+    done = run("--source", tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "train.safetensors written: 1 images, 1 classes" in done.stderr
+    assert (tmp_path / "out" / "test.safetensors").is_file()
+    failed = run("--source", tmp_path / "absent", "--output", tmp_path / "out")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: There is no")
+    assert "Traceback" not in failed.stderr
