@@ -16,10 +16,15 @@ import argparse
 from tabulate import tabulate
 
 from senet_transfer import UserError, list_models
+from senet_transfer.analysis.complexity.paper import compare
+from senet_transfer.analysis.complexity.parts import report
+from senet_transfer.analysis.complexity.tables import (
+    COST_HEADERS,
+    PAPER_HEADERS,
+    cost_row,
+    paper_rows,
+)
 from senet_transfer.analysis.models import build_to_count, model_config
-from senet_transfer.analysis.paper import compare
-from senet_transfer.analysis.parts import report
-from senet_transfer.analysis.tables import COST_HEADERS, PAPER_HEADERS, cost_row, paper_rows
 from senet_transfer.engine.launch import run_single
 
 

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from senet_transfer.analysis.complexity import built_empty, fill_empty
+from senet_transfer.analysis.complexity.count import built_empty, fill_empty
 from senet_transfer.backbones.registry import model_entry
 from senet_transfer.classification.from_config import META_ARCHITECTURE
 from senet_transfer.config import get_senet_config

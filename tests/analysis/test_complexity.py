@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from senet_transfer import UserError, create_classifier, list_models, save_weights
-from senet_transfer.analysis.complexity import built_empty, fill_empty, measure
+from senet_transfer.analysis.complexity.count import built_empty, fill_empty, measure
+from senet_transfer.analysis.complexity.paper import ROWS, Row, compare
+from senet_transfer.analysis.complexity.parts import report
 from senet_transfer.analysis.models import build_to_count, model_config
-from senet_transfer.analysis.paper import ROWS, Row, compare
-from senet_transfer.analysis.parts import report
 from senet_transfer.layers import SqueezeExcitation
 
 DEEP = ("101", "110", "152", "154", "164", "shake", "inception_resnet")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from senet_transfer.analysis.complexity.parts import Report, report
 from senet_transfer.analysis.models import build_to_count, model_config
-from senet_transfer.analysis.parts import Report, report
 
 # How far a cell may be off before the table has to say why.
 GFLOPS_TOLERANCE = 0.005

@@ -8,7 +8,7 @@ from detectron2.modeling import FPN, GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from senet_transfer.analysis.complexity import Cost, Measured, measure
+from senet_transfer.analysis.complexity.count import Cost, Measured, measure
 from senet_transfer.classification.classifier import Classifier
 from senet_transfer.errors import UserError
 
