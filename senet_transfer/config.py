@@ -1,5 +1,7 @@
 """Every config key that this project adds to Detectron2's."""
 
+from collections.abc import Iterator
+
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -8,6 +10,15 @@ def get_senet_config() -> CfgNode:
     cfg = get_cfg()
     add_senet_config(cfg)
     return cfg
+
+
+def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields all keys of a config, such as ``SOLVER.BASE_LR``, with their values."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from config_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def add_senet_config(cfg: CfgNode) -> None:

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 """Trains or evaluates a model from a config; see --help for examples."""
 
-import json
 import os
 
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.checks import last_checkpoint
 from senet_transfer.engine.launch import run
+from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -30,8 +31,8 @@ def main(args):
         Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     results = Trainer.evaluate(cfg, model)
     if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as file:
-            json.dump(results, file, indent=2)
+        write_results(os.path.join(cfg.OUTPUT_DIR, "results.json"), results)
+        verify_results(cfg, results)
 
 
 if __name__ == "__main__":

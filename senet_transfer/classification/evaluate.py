@@ -131,18 +131,13 @@ def evaluate_classifier(
         batch_size: images a batch.
         workers: processes that read and decode.
         keep_predictions: return the best classes of each image, too.
-        keep_logits: and its logits.
+        keep_logits: as well as its logits.
         quiet: no progress bar; there is none either where stderr is no terminal.
 
     Raises:
         UserError: the model has another number of classes; an image is missing or broken.
     """
-    has = model.linear.out_features
-    if has != dataset.num_classes:
-        raise UserError(
-            f"The model tells {has} classes apart, and {dataset.origin} has "
-            f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
-        )
+    _check_classes(model, dataset)
     loader = build_classification_eval_loader(
         dataset,
         batch_size=batch_size,
@@ -150,12 +145,8 @@ def evaluate_classifier(
         num_workers=workers,
         pin_memory=model.device.type == "cuda",
     )
-    evaluator = ClassificationEvaluator(
-        dataset.num_classes,
-        len(dataset),
-        keep_predictions=keep_predictions,
-        keep_logits=keep_logits,
-    )
+    kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
+    evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
     start = time.perf_counter()
     with torch.inference_mode():
         results = inference_on_dataset(model, _Shown(loader, len(dataset), quiet), evaluator)
@@ -166,6 +157,15 @@ def evaluate_classifier(
         confusion=evaluator.confusion,
         predictions=evaluator.predictions,
     )
+
+
+def _check_classes(model: ImageClassifier, dataset: ClassificationDataset) -> None:
+    has = model.linear.out_features
+    if has != dataset.num_classes:
+        raise UserError(
+            f"The model tells {has} classes apart, and {dataset.origin} has "
+            f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
+        )
 
 
 class _Shown:

@@ -202,16 +202,20 @@ def open_dataset(
     else:
         dataset = _open_local(local_path(text), split, size, classes, storage)
     if classes is not None and dataset.classes != list(classes):
-        wrong = [
-            f"{label}: {found!r} rather than {expected!r}"
-            for label, (found, expected) in enumerate(zip(dataset.classes, classes, strict=False))
-            if found != expected
-        ]
-        raise UserError(
-            f"{path} has {dataset.num_classes} classes, expected {len(classes)}; "
-            f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
-        )
+        raise _other_classes(dataset, list(classes))
     return dataset
+
+
+def _other_classes(dataset: ClassificationDataset, classes: list[str]) -> UserError:
+    wrong = [
+        f"{label}: {found!r} rather than {expected!r}"
+        for label, (found, expected) in enumerate(zip(dataset.classes, classes, strict=False))
+        if found != expected
+    ]
+    return UserError(
+        f"{dataset.origin} has {dataset.num_classes} classes, expected {len(classes)}; "
+        f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
+    )
 
 
 def _open_local(

@@ -1,7 +1,6 @@
 """The evaluation of classifiers from the command line."""
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from senet_transfer.classification.published import IMAGENET, Published
 from senet_transfer.data.augment import EVAL_MODES, EvalTransform
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -100,9 +100,7 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
     if args.predictions:
         found.write_predictions(args.predictions)
     if args.output:
-        with open(args.output, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+        write_results(args.output, result)
     return result
 
 

@@ -5,7 +5,6 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -20,7 +19,7 @@ from senet_transfer.classification.from_config import (
     is_classification,
     use_classification_datasets,
 )
-from senet_transfer.config import get_senet_config
+from senet_transfer.config import config_items, get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import (
     category_ids,
@@ -29,6 +28,7 @@ from senet_transfer.data.preflight import (
     dataset_classes,
 )
 from senet_transfer.engine.checks import check_run, last_checkpoint
+from senet_transfer.engine.resume import check_changes
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
 
@@ -95,7 +95,7 @@ def _check_config_file(path: str) -> None:
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
-    floats = {key for key, value in _items(cfg) if isinstance(value, float)}
+    floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
     return [
         f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
         for key, word in zip([None, *options], options, strict=False)
@@ -124,17 +124,9 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
 
 def _explain_key(cfg: CfgNode, message: str) -> str:
     key = message.rpartition(": ")[2]
-    near = difflib.get_close_matches(key, [name for name, _ in _items(cfg)], n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, [name for name, _ in config_items(cfg)], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
     return f"{message}. {hint}"
-
-
-def _items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -174,7 +166,19 @@ def _prepare(args: argparse.Namespace) -> CfgNode:
         use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
+    if args.resume and not args.eval_only:
+        _compare_with_begun(cfg, logger)
     return cfg
+
+
+def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    try:
+        before = load_config(path)
+    except UserError as error:
+        logger.warning("Whether the run goes on as it began can't be told: %s", error)
+        return
+    check_changes(cfg, before)
 
 
 def _start_logging(cfg: CfgNode) -> logging.Logger:
