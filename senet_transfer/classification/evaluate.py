@@ -14,6 +14,8 @@ from tqdm import tqdm
 from senet_transfer.classification.evaluator import TOP, ClassificationEvaluator
 from senet_transfer.classification.image_classifier import ImageClassifier
 from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.cifar import SIDE, ImageArrays
+from senet_transfer.data.cifar_loader import CifarEvalLoader
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.loader import (
     Batch,
@@ -113,7 +115,7 @@ class Evaluation:
 
 def evaluate_classifier(
     model: ImageClassifier,
-    dataset: ClassificationDataset,
+    dataset: ClassificationDataset | ImageArrays,
     transform: EvalTransform,
     *,
     batch_size: int = 32,
@@ -138,13 +140,7 @@ def evaluate_classifier(
         UserError: the model has another number of classes; an image is missing or broken.
     """
     _check_classes(model, dataset)
-    loader = build_classification_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        transform=transform,
-        num_workers=workers,
-        pin_memory=model.device.type == "cuda",
-    )
+    loader = _loader(model, dataset, transform, batch_size, workers)
     kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
     evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
     start = time.perf_counter()
@@ -153,13 +149,13 @@ def evaluate_classifier(
     return Evaluation(
         **results["classification"],
         seconds=time.perf_counter() - start,
-        classes=dataset.classes,
+        classes=list(dataset.classes),
         confusion=evaluator.confusion,
         predictions=evaluator.predictions,
     )
 
 
-def _check_classes(model: ImageClassifier, dataset: ClassificationDataset) -> None:
+def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | ImageArrays) -> None:
     has = model.linear.out_features
     if has != dataset.num_classes:
         raise UserError(
@@ -168,10 +164,38 @@ def _check_classes(model: ImageClassifier, dataset: ClassificationDataset) -> No
         )
 
 
+def _loader(
+    model: ImageClassifier,
+    dataset: ClassificationDataset | ImageArrays,
+    transform: EvalTransform,
+    batch_size: int,
+    workers: int,
+) -> ClassificationLoader | CifarEvalLoader:
+    if isinstance(dataset, ImageArrays):
+        _check_view(dataset, transform)
+        return CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
+    return build_classification_eval_loader(
+        dataset,
+        batch_size=batch_size,
+        transform=transform,
+        num_workers=workers,
+        pin_memory=model.device.type == "cuda",
+    )
+
+
+def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
+    if transform.output_shape != (3, SIDE, SIDE) or transform.resize != SIDE:
+        raise UserError(
+            f"{data.origin} holds images of {SIDE}x{SIDE} pixels, and the view to evaluate is "
+            f"{transform.mode} to {transform.resize} and {transform.crop} pixels. Evaluate it with "
+            "a network for such images, without --resize, --crop and --crop-mode."
+        )
+
+
 class _Shown:
     """A loader with a progress bar that counts images."""
 
-    def __init__(self, loader: ClassificationLoader, images: int, quiet: bool):
+    def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader
         self.images = images
         self.quiet = quiet

@@ -11,6 +11,8 @@ from senet_transfer.errors import UserError
 def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> None:
     """Writes results as JSON, which has no NaN and no infinity: these become null.
 
+    The file is whole or not there at all: who finds it takes the run for done.
+
     Args:
         path: the file.
         results: numbers, text, lists and dicts of these.
@@ -19,10 +21,10 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
     Raises:
         UserError: the file can't be written.
     """
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
     try:
-        with open(path, "w") as file:
-            json.dump(_finite(results), file, indent=indent, allow_nan=False)
-            file.write("\n")
+        partial.write_text(json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
+        partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Take another place.") from error
 
