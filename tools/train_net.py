@@ -8,7 +8,8 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.checks import last_checkpoint
+from senet_transfer.engine.history import newest_whole
+from senet_transfer.engine.interruption import stop_at_step_end
 from senet_transfer.engine.launch import run
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -20,12 +21,13 @@ def main(args):
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        with stop_at_step_end():
+            trainer.train()
         return
     model = Trainer.build_model(cfg)
     # The whole model, or else what is new in it would be evaluated, too.
     if args.resume:
-        Checkpointer(model).load(last_checkpoint(cfg))
+        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
     else:
         Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     results = Trainer.evaluate(cfg, model)

@@ -128,12 +128,8 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
     )
 
 
-def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader:
-    """The loader of this process, from an iteration on.
-
-    Without a ``SEED`` the order is drawn anew, and a resumed run does not go on with the order it
-    had.
-    """
+def train_loader(cfg: CfgNode, seed: int, start_iter: int = 0) -> ClassificationLoader:
+    """The loader of this process, from an iteration on; the seed is that of the run."""
     if cfg.DATALOADER.SAMPLER_TRAIN not in SAMPLERS:
         raise UserError(
             f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, expected one of "
@@ -143,7 +139,7 @@ def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader:
         open_train_dataset(cfg),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         transform=train_transform(cfg),
-        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        seed=seed,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
