@@ -88,7 +88,7 @@ def forget(folder: str | Path) -> None:
 
 def sweep(folder: str | Path) -> None:
     """Removes what a process that was killed while it wrote has left."""
-    for stem in ("model_*.pth", "model_*.pth.sha256", TAG, HISTORY, "config.yaml"):
+    for stem in ("model_*.pth", "model_*.pth.sha256", TAG, HISTORY, "*.yaml", "*.json", "*.txt"):
         for path in Path(folder).glob(f".{stem}.*.tmp"):
             path.unlink(missing_ok=True)
 

@@ -83,6 +83,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.average: hooks.WeightAverage | None = None
+        self.clock = hooks.Clock()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -235,7 +236,7 @@ class Trainer(DefaultTrainer):
         theirs = super().build_hooks()
         writer = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
-        first = [hook for hook in theirs if not isinstance(hook, replaced)]
+        first = [self.clock, *(hook for hook in theirs if not isinstance(hook, replaced))]
         saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
         last = [*writer, hooks.StopWhenTold()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
