@@ -53,6 +53,16 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         # Detectron2's default would run code that a file names in a YAML tag.
         _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: CfgNode, options: list[str]) -> None:
+    """Sets config keys, in place, as on a command line: alternating keys and values.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type.
+    """
     if len(options) % 2:
         raise UserError(
             f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
@@ -61,7 +71,6 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
-    return cfg
 
 
 def _check_config_file(path: str) -> None:
