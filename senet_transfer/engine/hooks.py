@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,31 @@ BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"
 
 logger = logging.getLogger(__name__)
+
+
+class Clock(HookBase):
+    """Measures the steps since the run began or was resumed; the first of the hooks.
+
+    Evaluation and saving are not in steps.
+
+    Attributes:
+        seconds: of all steps.
+        steps: how many.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        """Looks at the time."""
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Adds what has passed."""
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
 
 
 class StepSeed(HookBase):
