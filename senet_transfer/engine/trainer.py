@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from senet_transfer.classification import from_config as classification
 from senet_transfer.classification.evaluator import ClassificationEvaluator
 from senet_transfer.data import detection
+from senet_transfer.data.coco_metrics import FastCOCOEvaluator
 from senet_transfer.data.loader import ClassificationLoader
 from senet_transfer.data.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import init_worker
@@ -195,10 +196,9 @@ class Trainer(DefaultTrainer):
                 f"The data set {dataset_name} is evaluated by {kind!r} in Detectron2, and this "
                 "project evaluates detection by COCO's metrics. Register it in COCO's format."
             )
-        return COCOEvaluator(
+        return FastCOCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
-            use_fast_impl=False,
             # A data set without a JSON is converted to one; a file left by an earlier run may be
             # of other data.
             allow_cached_coco=False,
