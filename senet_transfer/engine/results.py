@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from senet_transfer.engine.history import write_text
 from senet_transfer.errors import UserError
 
 
@@ -21,10 +22,8 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
     Raises:
         UserError: the file can't be written.
     """
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
     try:
-        partial.write_text(json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_text(Path(path), json.dumps(_finite(results), indent=indent, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Take another place.") from error
 

@@ -1,7 +1,7 @@
 """One run from a command line: training or evaluation, ended by ``results.json``."""
 
 import argparse
-import os
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,7 +10,8 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.checks import last_checkpoint
+from senet_transfer.engine.history import newest_whole
+from senet_transfer.engine.interruption import stop_at_step_end
 from senet_transfer.engine.launch import run
 from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import setup
@@ -28,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     if comm.is_main_process():
-        write_results(os.path.join(cfg.OUTPUT_DIR, RESULTS), results)
+        write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
         if args.eval_only:  # a training run has been held to them by Detectron2's trainer
             verify_results(cfg, results)
 
@@ -36,7 +37,8 @@ def main(args: argparse.Namespace) -> None:
 def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    trainer.train()
+    with stop_at_step_end():
+        trainer.train()
     # Without DATASETS.TEST there was no evaluation.
     found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
@@ -49,7 +51,7 @@ def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     # The whole model, or else what is new in it would be evaluated, too.
     if resume:
-        Checkpointer(model).load(last_checkpoint(cfg))
+        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
     else:
         Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     return Trainer.evaluate(cfg, model)
