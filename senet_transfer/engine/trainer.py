@@ -123,14 +123,17 @@ class Trainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """COCO's metrics, the predictions written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
-        A classifier's are top-1 and top-5 error.
+        A classifier's are top-1 and top-5 error, and its predictions go to a folder there, too.
 
         Raises:
             UserError: the data set is not evaluated by COCO's metrics.
         """
         if classification.is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
-            return ClassificationEvaluator(dataset.num_classes, len(dataset))
+            output_dir = os.path.join(
+                cfg.OUTPUT_DIR, classification.inference_dir(cfg, dataset_name)
+            )
+            return ClassificationEvaluator(dataset.num_classes, len(dataset), output_dir=output_dir)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind != "coco":
             raise UserError(
@@ -192,7 +195,7 @@ class Trainer(DefaultTrainer):
         return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *writer]
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, []
+        cfg, own = self.cfg, [hooks.Resources()]
         if classification.is_classification(cfg) and cfg.SEED >= 0:
             own.append(hooks.StepSeed(cfg.SEED))
         if cfg.SOLVER.FROZEN_BN_ITERS:
