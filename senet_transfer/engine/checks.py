@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -16,6 +15,7 @@ from detectron2.utils import comm
 
 from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.config import config_items
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
@@ -63,7 +63,7 @@ def _check_names(cfg: CfgNode) -> None:
         "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
         "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
     }
-    values = dict(_values(cfg))
+    values = dict(config_items(cfg))
     for key, registry in registries.items():
         known = [name for name, _ in registry]
         # Detectron2 knows this one without a registration.
@@ -82,14 +82,6 @@ def _check_names(cfg: CfgNode) -> None:
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
                 "the trunk. Set it to SENetRes5ROIHeads."
             )
-
-
-def _values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def last_checkpoint(cfg: CfgNode) -> str:
@@ -167,7 +159,9 @@ def _check_numbers(cfg: CfgNode) -> None:
 
 
 def _check_norms(cfg: CfgNode) -> None:
-    synced = [key for key, value in _values(cfg) if key.endswith(".NORM") and value == "SyncBN"]
+    synced = [
+        key for key, value in config_items(cfg) if key.endswith(".NORM") and value == "SyncBN"
+    ]
     processes = comm.get_world_size()
     if synced and processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise UserError(

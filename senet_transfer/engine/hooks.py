@@ -25,6 +25,31 @@ AVERAGE_NAME = "model_ema"
 logger = logging.getLogger(__name__)
 
 
+class Clock(HookBase):
+    """Measures the steps since the run began or was resumed; the first of the hooks.
+
+    Evaluation and saving are not in steps.
+
+    Attributes:
+        seconds: of all steps.
+        steps: how many.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        """Looks at the time."""
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Adds what has passed."""
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+
 class StepSeed(HookBase):
     """Seeds torch before each step, so that a resumed run draws what the unbroken one draws."""
 

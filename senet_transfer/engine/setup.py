@@ -5,7 +5,6 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -20,7 +19,7 @@ from senet_transfer.classification.from_config import (
     is_classification,
     use_classification_datasets,
 )
-from senet_transfer.config import get_senet_config
+from senet_transfer.config import config_items, get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import (
     category_ids,
@@ -53,6 +52,16 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         # Detectron2's default would run code that a file names in a YAML tag.
         _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: CfgNode, options: list[str]) -> None:
+    """Sets config keys, in place, as on a command line: alternating keys and values.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type.
+    """
     if len(options) % 2:
         raise UserError(
             f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
@@ -61,7 +70,6 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
-    return cfg
 
 
 def _check_config_file(path: str) -> None:
@@ -86,7 +94,7 @@ def _check_config_file(path: str) -> None:
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
-    floats = {key for key, value in _items(cfg) if isinstance(value, float)}
+    floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
     return [
         f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
         for key, word in zip([None, *options], options, strict=False)
@@ -115,17 +123,9 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
 
 def _explain_key(cfg: CfgNode, message: str) -> str:
     key = message.rpartition(": ")[2]
-    near = difflib.get_close_matches(key, [name for name, _ in _items(cfg)], n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, [name for name, _ in config_items(cfg)], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
     return f"{message}. {hint}"
-
-
-def _items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

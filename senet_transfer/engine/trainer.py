@@ -78,6 +78,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.average: hooks.WeightAverage | None = None
+        self.clock = hooks.Clock()
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -181,7 +182,7 @@ class Trainer(DefaultTrainer):
         theirs = super().build_hooks()
         writer = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         saver = [hook for hook in theirs if isinstance(hook, PeriodicCheckpointer)]
-        first = [hook for hook in theirs if hook not in (*writer, *saver)]
+        first = [self.clock, *(hook for hook in theirs if hook not in (*writer, *saver))]
         first = [hook for hook in first if not isinstance(hook, EvalHook)]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:

@@ -201,11 +201,13 @@ class SqueezeExcitation(nn.Module):
             x: ``(N, C, H, W)``, gated by its own context (the residual branch).
             y: ``(N, C, H, W)``, added as it is (the shortcut).
         """
-        return torch.addcmul(y, x, self.gate(x))
+        # A call of the module, so that hooks see it: counters and observers of gates rely on it.
+        return self(x, y)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``gate(x) * x``, of the shape of ``x``."""
-        return x * self.gate(x)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``gate(x) * x``, of the shape of ``x``; with ``y``, as :meth:`join`."""
+        gate = self.gate(x)
+        return x * gate if y is None else torch.addcmul(y, x, gate)
 
     def extra_repr(self) -> str:
         """The variant, where it is not the paper's standard."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from senet_transfer.classification.published import PLACES365
+from senet_transfer.classification.published import PLACES365, published_on_cifar
 
 _TABLE_VII = "Squeeze-and-Excitation Networks, Table VII"
 _PLACES365_IMAGES = 36_500
@@ -60,6 +60,8 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
     if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
         fpn = cfg.MODEL.BACKBONE.NAME == "build_senet_fpn_backbone" and not cfg.MODEL.MASK_ON
         return COCO.get(trunk) if fpn else None
+    if task == "classification" and (found := published_on_cifar(data, trunk)):
+        return PaperRow(found.name, {"top1_error": found.top1_error}, found.source)
     if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
         for row in PLACES365:
             if row.name.lower().replace("-", "") == trunk.replace("_", ""):

@@ -122,6 +122,13 @@ def test_the_papers_row_stands_beside_ours_with_the_difference(tmp_path):
     assert "The paper has no figures" in page([other], tmp_path).text
 
 
+def test_cifars_rows_are_found_by_the_name_of_the_data(tmp_path):
+    keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.SE.ENABLED", True]
+    keys += ["MODEL.BACKBONE.ARCH", "cifar_resnet110", "DATASETS.TEST", ("cifar10_test",)]
+    rows = [{"iteration": 9, "classification/top1_error": 6.0}]
+    assert "6.00 5.21 +0.79" in page([write_run(tmp_path / "run", keys, rows)], tmp_path).text
+
+
 def test_a_part_of_places365_is_said_to_be_a_part(tmp_path):
     keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.BACKBONE.ARCH", "resnet152"]
     keys += ["DATASETS.CLASSES", [str(k) for k in range(365)], "DATASETS.TEST", ("val",)]
