@@ -182,12 +182,10 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
     )
 
 
-def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader | CifarTrainLoader:
-    """The loader of this process, from an iteration on.
-
-    Without a ``SEED`` the order is drawn anew, and a resumed run does not go on with the order it
-    had.
-    """
+def train_loader(
+    cfg: CfgNode, seed: int, start_iter: int = 0
+) -> ClassificationLoader | CifarTrainLoader:
+    """The loader of this process, from an iteration on; the seed is that of the run."""
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
         raise UserError(
@@ -197,7 +195,7 @@ def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader | Ci
         )
     share = {
         "batch_size": cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        "seed": seed,
         "rank": comm.get_rank(),
         "world_size": comm.get_world_size(),
         "start_iter": start_iter,

@@ -191,8 +191,11 @@ class SqueezeExcitation(nn.Module):
             hidden = F.relu(_conv1x1(x, self.fc1))
             return EXCITATIONS[self.excitation](_conv1x1(hidden, self.fc2))
         pooled = x.mean((2, 3)) if self.squeeze == "avg" else x.amax((2, 3))
-        gate = EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(pooled))))
-        return gate[:, :, None, None]
+        return self.excite(pooled)[:, :, None, None]
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """The gates of squeezed maps: ``(N, C)`` to ``(N, C)``."""
+        return EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(squeezed))))
 
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         """``gate(x) * x + y`` in one pass over the feature maps.
