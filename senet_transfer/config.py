@@ -97,6 +97,13 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # with the network that is tested (the paper's appendix).
     cfg.SOLVER.FROZEN_BN_ITERS = 0
 
+    # The newest so many checkpoints stay, 0 for all; model_final.pth, model_best.pth and
+    # model_ema.pth always do. At least 2, so that there is one before a damaged one.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 5
+    # Steps whose loss or gradients are not finite are left out up to so many times in a run; at
+    # one more it ends, with its last checkpoint as it was.
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+
     # An average of the weights over the run, which is evaluated in their place.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False

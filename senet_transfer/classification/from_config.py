@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -116,6 +117,13 @@ def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageA
     return _open(cfg, name, "test" if in_memory(cfg) else "val")
 
 
+def inference_dir(cfg: CfgNode, name: str) -> str:
+    """Where the predictions on a data set of ``DATASETS.TEST`` go, below the output folder."""
+    last = re.sub(r"[^\w-]+", "_", name.rstrip("/").rpartition("/")[2])
+    place = list(cfg.DATASETS.TEST).index(name)
+    return os.path.join("inference", last if len(cfg.DATASETS.TEST) == 1 else f"{place}_{last}")
+
+
 def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageArrays:
     classes = tuple(cfg.DATASETS.CLASSES)
     try:
@@ -174,12 +182,10 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
     )
 
 
-def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader | CifarTrainLoader:
-    """The loader of this process, from an iteration on.
-
-    Without a ``SEED`` the order is drawn anew, and a resumed run does not go on with the order it
-    had.
-    """
+def train_loader(
+    cfg: CfgNode, seed: int, start_iter: int = 0
+) -> ClassificationLoader | CifarTrainLoader:
+    """The loader of this process, from an iteration on; the seed is that of the run."""
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
         raise UserError(
@@ -189,7 +195,7 @@ def train_loader(cfg: CfgNode, start_iter: int = 0) -> ClassificationLoader | Ci
         )
     share = {
         "batch_size": cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        "seed": seed,
         "rank": comm.get_rank(),
         "world_size": comm.get_world_size(),
         "start_iter": start_iter,

@@ -10,9 +10,6 @@ Rank and world size are arguments: they are resolved in the main process, where 
 """
 
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +30,7 @@ from senet_transfer.data.stream import (
     share,
     train_stream,
 )
+from senet_transfer.data.workers import init_worker
 from senet_transfer.errors import UserError
 
 Batch = dict[str, Any]
@@ -161,8 +159,9 @@ def build_classification_eval_loader(
 ) -> ClassificationLoader:
     """A loader of one pass over a data set, each image exactly once over all ranks and workers.
 
-    Batches are as in training, `image` being `(N, 10, 3, H, W)` for ten crops; the last of a
-    worker can be smaller, and ranks can differ by an image. A broken image is an error: leaving it
+    Batches are as in training, `image` being `(N, 10, 3, H, W)` for ten crops, with the images'
+    places in the data set as `index`, `list[int]`; the last of a worker can be smaller, and ranks
+    can differ by an image. A broken image is an error: leaving it
     out would change the numbers. What was delivered is counted against the manifest.
 
     Args:
@@ -223,7 +222,7 @@ def _data_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
         # Starting to iterate draws a number, here from a generator of its own: from torch's, the
         # first step of a resumed run would go on with others than that of the unbroken run.
         generator=torch.Generator(),
@@ -232,24 +231,6 @@ def _data_loader(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _init_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # A scheduler's warning goes to all processes; the main one saves, and needs its workers for
-    # the step that it is in. Ignoring the signal would be too much: the main process ends its
-    # workers with the same one, and waits for them.
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def watch() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _TrainBatches(IterableDataset):
@@ -366,7 +347,9 @@ class _EvalBatches(IterableDataset):
         try:
             stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
-                yield self._batch(samples, process)
+                places = list(range(first, first + len(samples)))
+                yield {**self._batch(samples, process), "index": places}
+                first += len(samples)
         except UserError as error:
             yield _Failed(str(error))
 

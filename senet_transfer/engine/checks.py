@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.config import config_items
+from senet_transfer.engine import history
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
@@ -29,11 +30,12 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     Raises:
         UserError: the message says what was found and the remedy.
     """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and not os.path.isfile(tag):
+    if resume and not history.checkpoints(cfg.OUTPUT_DIR):
+        tag = os.path.join(cfg.OUTPUT_DIR, history.TAG)
         raise UserError(
-            f"--resume found nothing to resume: there is no {tag}. Set OUTPUT_DIR to the folder "
-            "of the run to go on with, or start a new run without --resume."
+            f"--resume found nothing to resume: there is no {tag} that names a checkpoint. Set "
+            "OUTPUT_DIR to the folder of the run to go on with, or start a new run without "
+            "--resume."
         )
     if not resume:
         _check_weights(cfg, eval_only=eval_only)
@@ -82,23 +84,6 @@ def _check_names(cfg: CfgNode) -> None:
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
                 "the trunk. Set it to SENetRes5ROIHeads."
             )
-
-
-def last_checkpoint(cfg: CfgNode) -> str:
-    """The checkpoint that a resumed run goes on from, which :func:`check_run` has seen.
-
-    Raises:
-        UserError: it is gone.
-    """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    with open(tag) as file:
-        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-    if not os.path.isfile(path):
-        raise UserError(
-            f"--resume found no {path}, which {tag} names as the last checkpoint. Write the name "
-            "of one that is there into that file, or start a new run without --resume."
-        )
-    return path
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:

@@ -20,6 +20,7 @@ from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.classification.published import published_on_cifar
 from senet_transfer.config import config_items
+from senet_transfer.engine.history import checkpoints
 from senet_transfer.engine.setup import load_config
 from senet_transfer.engine.train import RESULTS
 from senet_transfer.errors import UserError
@@ -63,7 +64,7 @@ def run_once(
     if found is not None:
         logger.info("%s is finished already.", output_dir)
         return found
-    resume = ["--resume"] if (output_dir / "last_checkpoint").is_file() else []
+    resume = ["--resume"] if checkpoints(output_dir) else []
     command = [sys.executable, "-m", "senet_transfer.engine.train", "--config-file", config_file]
     # A process of its own: Detectron2's loggers and registries are the process's.
     status = subprocess.run(

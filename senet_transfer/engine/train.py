@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import os
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,7 +10,8 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.checks import last_checkpoint
+from senet_transfer.engine.history import newest_whole, write_text
+from senet_transfer.engine.interruption import stop_at_step_end
 from senet_transfer.engine.launch import run
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -28,16 +29,14 @@ def main(args: argparse.Namespace) -> None:
     results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     if comm.is_main_process():
         # Whole or not at all: who finds it takes the run for done.
-        partial = os.path.join(cfg.OUTPUT_DIR, f".{RESULTS}.partial")
-        with open(partial, "w") as file:
-            json.dump(results, file, indent=2)
-        os.replace(partial, os.path.join(cfg.OUTPUT_DIR, RESULTS))
+        write_text(Path(cfg.OUTPUT_DIR, RESULTS), json.dumps(results, indent=2))
 
 
 def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    trainer.train()
+    with stop_at_step_end():
+        trainer.train()
     # Without DATASETS.TEST there was no evaluation.
     found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
@@ -50,7 +49,7 @@ def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     # The whole model, or else what is new in it would be evaluated, too.
     if resume:
-        Checkpointer(model).load(last_checkpoint(cfg))
+        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
     else:
         Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     return Trainer.evaluate(cfg, model)

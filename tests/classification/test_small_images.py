@@ -72,8 +72,8 @@ def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train,
 
 def test_a_step_sees_the_batch_normalised_with_squares_cut_out(small, command):
     cfg = setup(command(**small))
-    batch = next(iter(train_loader(cfg, start_iter=5)))
-    assert torch.equal(batch["image"], next(islice(train_loader(cfg), 5, 6))["image"])
+    batch = next(iter(train_loader(cfg, cfg.SEED, start_iter=5)))
+    assert torch.equal(batch["image"], next(islice(train_loader(cfg, cfg.SEED), 5, 6))["image"])
     model = build_model(cfg)
     seen = []
     model.backbone.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -148,4 +148,4 @@ def test_drawing_by_class_is_refused(small, command):
     cfg.defrost()
     cfg.DATALOADER.SAMPLER_TRAIN = "ClassAwareSampler"
     with pytest.raises(UserError, match=r"expected one of TrainingSampler for a classifier with"):
-        train_loader(cfg)
+        train_loader(cfg, cfg.SEED)
