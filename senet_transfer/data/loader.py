@@ -319,8 +319,9 @@ class _EvalBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | _Failed]:
         process = _worker()
+        first, end = self.share(process)
         try:
-            stream = eval_stream(self.dataset, *self.share(process))
+            stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
                 places = list(range(first, first + len(samples)))
                 yield {**self._batch(samples, process), "index": places}
