@@ -194,14 +194,15 @@ class SqueezeExcitation(nn.Module):
         gate = EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(pooled))))
         return gate[:, :, None, None]
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        """``gate(x) * x + y`` in one pass over the feature maps.
+    def join(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale * gate(x) * x + y`` in one pass over the feature maps.
 
         Args:
             x: ``(N, C, H, W)``, gated by its own context (the residual branch).
             y: ``(N, C, H, W)``, added as it is (the shortcut).
+            scale: of the sum's first part.
         """
-        return torch.addcmul(y, x, self.gate(x))
+        return torch.addcmul(y, x, self.gate(x), value=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """``gate(x) * x``, of the shape of ``x``."""
