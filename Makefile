@@ -17,7 +17,7 @@ PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-instant test test-slow lint
+.PHONY: help setup demo demo-instant test test-faults test-slow lint bench
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -43,14 +43,20 @@ demo demo-instant: $(READY)
 	@echo "Log, metrics and model:            $(OUT)/log.txt, metrics.json, model_final.pth"
 
 test: $(READY) ## the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
 
-test-slow: $(READY) ## all tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+test-slow: $(READY) ## all tests but those of faults
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not faults"
+
+test-faults: $(READY) ## kill, stop, fill and damage runs at random points; fuzz what they read
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
 lint: $(READY) ## style and format, with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: $(READY) ## measure beside what one would take instead; into output/benchmark.json
+	$(PY) tools/benchmark.py --output output/benchmark.json
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call. pip comes
 # first (old ones lack --build-constraint), Detectron2 after all that torch needs, and the imports at

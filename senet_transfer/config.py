@@ -1,5 +1,7 @@
 """Every config key that this project adds to Detectron2's."""
 
+from collections.abc import Iterator
+
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -8,6 +10,15 @@ def get_senet_config() -> CfgNode:
     cfg = get_cfg()
     add_senet_config(cfg)
     return cfg
+
+
+def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """All keys of a config, such as ``SOLVER.BASE_LR``, and their values."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from config_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def add_senet_config(cfg: CfgNode) -> None:
@@ -89,6 +100,13 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # with the network that is tested (the paper's appendix).
     cfg.SOLVER.FROZEN_BN_ITERS = 0
 
+    # The newest so many checkpoints stay, 0 for all; model_final.pth, model_best.pth and
+    # model_ema.pth always do. At least 2, so that there is one before a damaged one.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 5
+    # Steps whose loss or gradients are not finite are left out up to so many times in a run; at
+    # one more it ends, with its last checkpoint as it was.
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+
     # An average of the weights over the run, which is evaluated in their place.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
@@ -131,8 +149,9 @@ def _add_classification_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
 
     # DATASETS.TRAIN and DATASETS.TEST hold folders, archives or addresses of labelled images:
-    # shards, Places365 as it comes, or a folder a class. What is not found from the working
-    # folder is looked for below $DETECTRON2_DATASETS. DATASETS.CLASSES, where it is set, has to
+    # shards, Places365 as it comes, or a folder a class; with AUGMENT "pad_crop" also CIFAR, as
+    # cifar10_train and the like or as it comes. What is not found from the working folder is
+    # looked for below $DETECTRON2_DATASETS. DATASETS.CLASSES, where it is set, has to
     # agree with them. DATALOADER.SAMPLER_TRAIN: "TrainingSampler" or "ClassAwareSampler".
     # A folder for local copies of remote shards; empty: they are read from where they are.
     cfg.DATALOADER.CACHE_DIR = ""
@@ -142,10 +161,19 @@ def _add_classification_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024
 
     cfg.INPUT.CLASSIFICATION = CfgNode()
-    # Training: a random region, by area and by width over height, resized to CROP x CROP pixels.
+    # Training takes "region", a random region by area and by width over height, resized to
+    # CROP x CROP pixels; or "pad_crop", for images of 32x32 pixels, which are kept in memory: PAD
+    # pixels around the image and a random crop of its own size.
+    cfg.INPUT.CLASSIFICATION.AUGMENT = "region"
     cfg.INPUT.CLASSIFICATION.CROP = 224
     cfg.INPUT.CLASSIFICATION.SCALE = (0.08, 1.0)
     cfg.INPUT.CLASSIFICATION.RATIO = (0.75, 4 / 3)
+    # Around the image, PADDING: "zero" or "reflect".
+    cfg.INPUT.CLASSIFICATION.PAD = 4
+    cfg.INPUT.CLASSIFICATION.PADDING = "zero"
+    # The side of the square that Cutout blanks in an image of "pad_crop", in pixels; 0: none.
+    cfg.INPUT.CLASSIFICATION.CUTOUT = 0
+    # The probability of a horizontal flip, 0-1.
     cfg.INPUT.CLASSIFICATION.FLIP = 0.5
     # Lets large JPEGs be decoded at a fraction of their size: faster, with other pixels.
     cfg.INPUT.CLASSIFICATION.DRAFT = False

@@ -1,4 +1,4 @@
-"""The errors that a user's mistake or file can cause."""
+"""What ends a command with a message in place of a traceback."""
 
 
 class UserError(Exception):
@@ -11,6 +11,19 @@ class UserError(Exception):
 
     Attributes:
         on_all_ranks: whether every process of a job raises the same, so that one need say it.
+        exit_status: of a command that it ends.
     """
 
     on_all_ranks = False
+    exit_status = 2
+
+
+class RunError(Exception):
+    """A run that can't go on, through no mistake in how it was started.
+
+    The message says what happened and what to do. The command lines print it without a traceback
+    and exit with status 1. Every process of a job raises the same.
+    """
+
+    on_all_ranks = True
+    exit_status = 1

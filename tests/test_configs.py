@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.classification.published import published_on_cifar
+from senet_transfer.engine.schedule import build_lr_scheduler
 from senet_transfer.engine.setup import load_config
+from senet_transfer.preprocessing import CIFAR10, CIFAR100
 from senet_transfer.weights.architecture import Architecture
 from senet_transfer.weights.catalogue import catalogue_entry
 
@@ -89,6 +93,61 @@ def test_the_places_recipe_is_the_data_sets_own():
     for header, figures in zip(headers, (("41.15", "11.61"), ("40.37", "11.01")), strict=True):
         assert all(figure in header for figure in figures)
         assert "the paper's figures" in header
+
+
+# Images a step, rate, Nesterov's momentum, weight decay, iterations or epochs, where the rate falls
+# and to what, Cutout: from the papers and their released code.
+CIFAR = {
+    "resnet110": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),
+    "resnet164": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),
+    "wrn16_8": (128, 0.1, True, 5e-4, 200, (60, 120, 160), 0.2, 0),
+    "shake_shake26_2x96d": (128, 0.2, True, 1e-4, 1800, "cosine", None, 16),
+    "shake_even29_2x4x64d": (32, 0.025, True, 5e-4, 1800, "cosine", None, 8),
+}
+CIFAR_RECIPES = [
+    (data, net)
+    for net in CIFAR
+    for data in ("cifar10", "cifar100")
+    if "shake" not in net or ("even" in net) == (data == "cifar100")
+]
+
+
+@pytest.mark.parametrize(("data", "net"), CIFAR_RECIPES)
+def test_cifar_recipes_are_the_original_papers(data, net):
+    names = f"{data}_{net}", f"{data}_se_{net}"
+    assert difference(*names) == {"MODEL.SE.ENABLED"}
+    cfg = load_config(str(ROOT / "configs" / f"{names[1]}.yaml"))
+    batch, rate, nesterov, decay, length, steps, factor, cutout = CIFAR[net]
+    solver, image = cfg.SOLVER, cfg.INPUT.CLASSIFICATION
+    assert (batch, rate, nesterov) == (solver.IMS_PER_BATCH, solver.BASE_LR, solver.NESTEROV)
+    assert (0.9, decay, decay) == (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM)
+    assert solver.WEIGHT_DECAY_BIAS is None
+    assert (solver.EPOCHS or solver.MAX_ITER) == length
+    if steps == "cosine":
+        assert (solver.LR_SCHEDULER_NAME, solver.BASE_LR_END) == ("WarmupCosineLR", 0)
+    else:
+        assert (solver.STEP_EPOCHS if solver.EPOCHS else solver.STEPS) == steps
+        assert factor == solver.GAMMA
+    assert (cutout, 4, "zero", 0.5) == (image.CUTOUT, image.PAD, image.PADDING, image.FLIP)
+    assert ((f"{data}_train",), (f"{data}_test",)) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    expected = CIFAR100 if data == "cifar100" else CIFAR10
+    assert tuple(cfg.MODEL.PIXEL_MEAN) == expected.mean
+    assert tuple(cfg.MODEL.PIXEL_STD) == expected.std
+    assert (image.TEST_RESIZE, image.TEST_CROP) == (32, 32)
+    for name in names:
+        published = published_on_cifar(cfg.DATASETS.TEST[0], name.removeprefix(f"{data}_").replace(
+            "resnet", "cifar_resnet"))  # fmt: skip
+        header = (ROOT / "configs" / f"{name}.yaml").read_text()
+        assert f"error {published.top1_error:.2f}%" in header
+
+
+def test_the_rate_of_a_pre_activation_resnet_is_a_tenth_for_400_iterations():
+    cfg = load_config(str(ROOT / "configs" / "cifar10_resnet110.yaml"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    schedule = build_lr_scheduler(cfg, optimizer)._multiplier
+    changes = {0: 0.1, 399: 0.1, 400: 1, 31_999: 1, 32_000: 0.1, 47_999: 0.1, 48_000: 0.01}
+    for iteration, expected in {**changes, 63_999: 0.01}.items():
+        assert schedule(iteration / cfg.SOLVER.MAX_ITER) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)

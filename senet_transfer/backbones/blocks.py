@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.layers.gated_sum import gated_sum
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 
 STEM_POOLS = ("pad", "ceil")
@@ -31,15 +32,17 @@ class _SEBlock(CNNBlockBase):
         self.relu_before = se.relu_before
         self.se = se.operator(channels.get(se.placement, self.out_channels))
 
-    def _join(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _join(self, x: Tensor, inner: Tensor, last: nn.Module) -> Tensor:
+        """From the block's input, and that of its last convolution, to its output."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        if self.placement == "standard":
-            residual = F.relu_(residual) if self.relu_before else residual
-            out = self.se.join(residual, shortcut)
-        elif self.placement == "identity":
-            out = self.se.join(shortcut, residual)
+        if self.placement == "identity":
+            out = self.se.join(shortcut, last(inner))
+        elif self.placement != "standard":
+            out = last(inner) + shortcut
+        elif self.relu_before:
+            out = self.se.join(F.relu_(last(inner)), shortcut)
         else:
-            out = residual + shortcut
+            out = gated_sum(last, self.se, inner, shortcut)
         out = F.relu_(out)
         return self.se(out) if self.placement == "post" else out
 
@@ -66,7 +69,7 @@ class SEBasicBlock(_SEBlock, BasicBlock):
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
         out = F.relu_(self.conv1(out))
-        return self._join(x, self.conv2(out))
+        return self._join(x, out, self.conv2)
 
 
 class SEBottleneckBlock(_SEBlock, BottleneckBlock):
@@ -107,7 +110,7 @@ class SEBottleneckBlock(_SEBlock, BottleneckBlock):
         out = F.relu_(self.conv2(out))
         if self.placement == "3x3":
             out = self.se(out)
-        return self._join(x, self.conv3(out))
+        return self._join(x, out, self.conv3)
 
 
 class SENet154Block(_SEBlock):

@@ -118,10 +118,7 @@ class PreActBlock(GatedBlock):
         super().__init__(in_channels, out_channels, stride)
         changes = in_channels != out_channels or stride != 1
         self.shared = changes if shared is None else shared
-        self.shortcut = None
-        if changes:
-            kind = make_conv(in_channels, out_channels, 1, stride=stride) if projection else None
-            self.shortcut = kind or PaddedShortcut(in_channels, out_channels, stride)
+        self.shortcut = self._make_shortcut(stride, projection) if changes else None
         inner, kernels = bottleneck_channels, (1, 3, 1)
         if inner is None:
             inner, kernels = out_channels, (3, 3)
@@ -136,6 +133,11 @@ class PreActBlock(GatedBlock):
             check_preact_se(se, bottleneck=self.depth == 3)
             channels = {"pre": in_channels, "3x3": inner}.get(se.placement, out_channels)
             self.placement, self.se = se.placement, se.operator(channels)
+
+    def _make_shortcut(self, stride: int, projection: bool) -> nn.Module:
+        if projection:
+            return make_conv(self.in_channels, self.out_channels, 1, stride=stride)
+        return PaddedShortcut(self.in_channels, self.out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
@@ -211,23 +213,36 @@ def preact_trunk(
     check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     if se is not None:
         check_preact_se(se, bottleneck=bottleneck)
-    stages, inputs = [], 16
-    for stage, width in enumerate(widths, start=2):
-        stages.append(
-            ResNet.make_stage(
-                PreActBlock,
-                blocks,
-                in_channels=inputs,
-                out_channels=width,
-                bottleneck_channels=width // 4 if bottleneck else None,
-                stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
-                shared_per_block=[True if shares else None] + [None] * (blocks - 1),
-                norm=norm,
-                se=stage_se(se, stage),
-                projection=projection,
-            )
-        )
-        inputs = width
-    stages[-1].append(NormReLU(inputs, norm=norm))
+    stages = _preact_stages(
+        widths, blocks, se, norm, bottleneck=bottleneck, projection=projection, shares=shares
+    )
+    stages[-1].append(NormReLU(widths[-1], norm=norm))
     stem = CifarStem(in_channels, 16)
     return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+
+
+def _preact_stages(
+    widths: tuple[int, int, int],
+    blocks: int,
+    se: SEOptions | None,
+    norm: str,
+    *,
+    bottleneck: bool,
+    projection: bool,
+    shares: bool,
+) -> list[list[CNNBlockBase]]:
+    return [
+        ResNet.make_stage(
+            PreActBlock,
+            blocks,
+            in_channels=inputs,
+            out_channels=width,
+            bottleneck_channels=width // 4 if bottleneck else None,
+            stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
+            shared_per_block=[True if shares else None] + [None] * (blocks - 1),
+            norm=norm,
+            se=stage_se(se, stage),
+            projection=projection,
+        )
+        for stage, inputs, width in zip((2, 3, 4), (16, *widths[:2]), widths, strict=True)
+    ]

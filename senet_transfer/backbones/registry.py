@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from detectron2.modeling import Backbone
 from torch import nn
@@ -18,6 +19,9 @@ from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.catalogue import locate
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.source import Source, examine
+
+# In messages: the types of a builder's arguments.
+_KINDS = {int: "a whole number from 1 on", str: "a word", bool: "True or False", NoneType: "None"}
 
 _SE_OVERRIDES = tuple(f"se_{field.name}" for field in fields(SEOptions))
 
@@ -115,7 +119,7 @@ def model_entry(name: str) -> ModelEntry:
     Raises:
         UserError: no model has it.
     """
-    entry = _MODELS.get(name) or _family_entry(str(name))
+    entry = (_MODELS.get(name) or _family_entry(name)) if isinstance(name, str) else None
     if entry is None:
         near = difflib.get_close_matches(str(name), _MODELS, n=4, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -159,6 +163,7 @@ def build_trunk(
         raise UserError(
             f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
+    _check_types(entry.build, {**entry.fixed, **overrides})
     if "stages" in se:
         stages = se["stages"]
         se["stages"] = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
@@ -171,6 +176,17 @@ def build_trunk(
     )
     trunk.preprocessing = entry.preprocessing
     return trunk
+
+
+def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
+    """Raises UserError for an argument of another type than annotated, or a number below 1."""
+    hints = get_type_hints(build)
+    del hints["freeze_at"]  # can be 0, and is checked where the stages are known
+    for name in hints.keys() & arguments:
+        value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)
+        if type(value) not in kinds or (type(value) is int and value < 1):
+            words = " or ".join(_KINDS[kind] for kind in kinds)
+            raise UserError(f"{name} is {value!r}, expected {words}.")
 
 
 def create_backbone(

@@ -68,40 +68,20 @@ def build_resnet(
         UserError: a value that makes no sense for the network.
     """
     check_out_features(out_features)
-    stages = [
-        resnet_stage(
-            stage,
-            depth=depth,
-            num_groups=num_groups,
-            width_per_group=width_per_group,
-            se=se,
-            stride_in_1x1=stride_in_1x1,
-            norm=norm,
-            dilation=res5_dilation if stage == 5 else 1,
-            stem_out_channels=stem_out_channels,
-            res2_out_channels=res2_out_channels,
-        )
-        for stage in (2, 3, 4, 5)
-    ]
+    check_choice("The norm", norm, NORMS)
+    _check_blocks(depth, num_groups, width_per_group, stride_in_1x1, res5_dilation)
+    channels = (stem_out_channels, res2_out_channels or (256 if depth >= 50 else 64))
+    stages = _stages(
+        depth, num_groups, width_per_group, channels, se, norm, stride_in_1x1, res5_dilation
+    )
     stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
     return ResNet(stem, stages, out_features=out_features, freeze_at=check_freeze_at(freeze_at))
 
 
-def resnet_stage(
-    stage: int,
-    *,
-    depth: int,
-    num_groups: int = 1,
-    width_per_group: int = 64,
-    se: SEOptions | None = None,
-    stride_in_1x1: bool = False,
-    norm: str = "BN",
-    dilation: int = 1,
-    stem_out_channels: int = 64,
-    res2_out_channels: int | None = None,
-) -> list[CNNBlockBase]:
-    """The blocks of one stage, 2 to 5, of :func:`build_resnet`, whose arguments these are."""
-    check_choice("The norm", norm, NORMS)
+def _check_blocks(
+    depth: int, num_groups: int, width_per_group: int, stride_in_1x1: bool, dilation: int
+) -> None:
+    """Raises UserError for what can't be the blocks of a ResNet."""
     if not isinstance(stride_in_1x1, bool):
         raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
     if num_groups < 1 or width_per_group < 1:
@@ -114,34 +94,46 @@ def resnet_stage(
         raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")
     if dilation not in (1, 2):
         raise UserError(f"The dilation of res5 is {dilation!r}, expected 1 or 2.")
-    bottleneck = depth >= 50
-    if not bottleneck and (num_groups != 1 or dilation != 1 or stride_in_1x1):
+    if depth < 50 and (num_groups != 1 or dilation != 1 or stride_in_1x1):
         raise UserError(
             f"ResNet-{depth} has no bottlenecks, so groups, dilation and a stride in the 1x1 "
             "convolution mean nothing there: leave them at 1, 1 and False, or take depth 50 up."
         )
-    level = 2 ** (stage - 2)
-    res2 = res2_out_channels or (256 if bottleneck else 64)
-    stride = 1 if stage == 2 or dilation == 2 else 2
-    blocks = BLOCKS_PER_STAGE[depth][stage - 2]
-    arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
-    if bottleneck:
-        arguments["bottleneck_channels"] = num_groups * width_per_group * level
-        arguments["num_groups"] = num_groups
-        arguments["stride_in_1x1"] = stride_in_1x1
-        arguments["dilation"] = dilation
-    if se is not None and stage in se.stages:
-        block = SEBottleneckBlock if bottleneck else SEBasicBlock
-        arguments["se"] = se
-    else:
-        block = BottleneckBlock if bottleneck else BasicBlock
-    return ResNet.make_stage(
-        block,
-        blocks,
-        in_channels=stem_out_channels if stage == 2 else res2 * level // 2,
-        out_channels=res2 * level,
-        **arguments,
-    )
+
+
+def _stages(
+    depth: int,
+    num_groups: int,
+    width_per_group: int,
+    channels: tuple[int, int],
+    se: SEOptions | None,
+    norm: str,
+    stride_in_1x1: bool,
+    res5_dilation: int,
+) -> list[list[CNNBlockBase]]:
+    """The blocks of res2 to res5, as :func:`build_resnet` says; ``channels`` of stem and res2."""
+    bottleneck = depth >= 50
+    inputs, outputs = channels
+    stages = []
+    for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[depth], strict=True):
+        dilation = res5_dilation if stage == 5 else 1
+        stride = 1 if stage == 2 or dilation == 2 else 2
+        arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
+        if bottleneck:
+            arguments["bottleneck_channels"] = num_groups * width_per_group * 2 ** (stage - 2)
+            arguments["num_groups"] = num_groups
+            arguments["stride_in_1x1"] = stride_in_1x1
+            arguments["dilation"] = dilation
+        if se is not None and stage in se.stages:
+            block = SEBottleneckBlock if bottleneck else SEBasicBlock
+            arguments["se"] = se
+        else:
+            block = BottleneckBlock if bottleneck else BasicBlock
+        stages.append(
+            ResNet.make_stage(block, blocks, in_channels=inputs, out_channels=outputs, **arguments)
+        )
+        inputs, outputs = outputs, 2 * outputs
+    return stages
 
 
 def build_senet154(
@@ -184,8 +176,8 @@ def check_out_features(
     """Raises UserError unless these are names of features, or None."""
     if out_features is None:
         return
-    unknown = [name for name in out_features if name not in features]
-    if isinstance(out_features, str) or unknown or not out_features:
+    named = isinstance(out_features, list | tuple) and len(out_features) > 0
+    if not named or any(name not in features for name in out_features):
         raise UserError(
             f"out_features is {out_features!r}, expected a list with names of "
             f"{', '.join(features)}."
@@ -194,7 +186,7 @@ def check_out_features(
 
 def check_freeze_at(freeze_at: int, features: tuple[str, ...] = FEATURES) -> int:
     """Raises UserError unless this many of a trunk's stages can be frozen."""
-    if freeze_at not in range(len(features) + 1):
+    if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(
             f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "
             f"res2 to {features[-1]})."

@@ -47,11 +47,11 @@ class Classifier(nn.Module):
                 f"A classifier stands on one feature map, the trunk returns {', '.join(shapes)}. "
                 "Build the trunk with one name in out_features."
             )
-        whole = isinstance(num_classes, int) and num_classes >= 1
+        whole = type(num_classes) is int and num_classes >= 1
         if not whole or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise UserError(
-                f"num_classes is {num_classes}, expected at least 1; "
-                f"dropout is {dropout}, expected 0 up to, not including, 1."
+                f"num_classes is {num_classes!r}, expected a whole number from 1 on; "
+                f"dropout is {dropout!r}, expected 0 up to, not including, 1."
             )
         ((self.feature, shape),) = shapes.items()
         self.backbone = backbone

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from senet_transfer.classification.evaluator import TOP, ClassificationEvaluator
 from senet_transfer.classification.image_classifier import ImageClassifier
 from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.cifar import SIDE, ImageArrays
+from senet_transfer.data.cifar_loader import CifarEvalLoader
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.loader import (
     Batch,
@@ -113,7 +115,7 @@ class Evaluation:
 
 def evaluate_classifier(
     model: ImageClassifier,
-    dataset: ClassificationDataset,
+    dataset: ClassificationDataset | ImageArrays,
     transform: EvalTransform,
     *,
     batch_size: int = 32,
@@ -143,13 +145,17 @@ def evaluate_classifier(
             f"The model tells {has} classes apart, and {dataset.origin} has "
             f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
         )
-    loader = build_classification_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        transform=transform,
-        num_workers=workers,
-        pin_memory=model.device.type == "cuda",
-    )
+    if isinstance(dataset, ImageArrays):
+        _check_view(dataset, transform)
+        loader = CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
+    else:
+        loader = build_classification_eval_loader(
+            dataset,
+            batch_size=batch_size,
+            transform=transform,
+            num_workers=workers,
+            pin_memory=model.device.type == "cuda",
+        )
     evaluator = ClassificationEvaluator(
         dataset.num_classes,
         len(dataset),
@@ -162,16 +168,25 @@ def evaluate_classifier(
     return Evaluation(
         **results["classification"],
         seconds=time.perf_counter() - start,
-        classes=dataset.classes,
+        classes=list(dataset.classes),
         confusion=evaluator.confusion,
         predictions=evaluator.predictions,
     )
 
 
+def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
+    if transform.output_shape != (3, SIDE, SIDE) or transform.resize != SIDE:
+        raise UserError(
+            f"{data.origin} holds images of {SIDE}x{SIDE} pixels, and the view to evaluate is "
+            f"{transform.mode} to {transform.resize} and {transform.crop} pixels. Evaluate it with "
+            "a network for such images, without --resize, --crop and --crop-mode."
+        )
+
+
 class _Shown:
     """A loader with a progress bar that counts images."""
 
-    def __init__(self, loader: ClassificationLoader, images: int, quiet: bool):
+    def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader
         self.images = images
         self.quiet = quiet

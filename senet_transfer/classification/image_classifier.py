@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import CutMix, MixUp
 
 from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.classifier import Classifier
+from senet_transfer.data.cifar_augment import cut_out
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 
@@ -38,6 +39,7 @@ class ImageClassifier(Classifier):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        cutout: int = 0,
         channels_last: bool = False,
     ):
         """
@@ -50,6 +52,8 @@ class ImageClassifier(Classifier):
             label_smoothing: of the loss, 0-1.
             mixup: alpha of its Beta distribution, 0 for none (Zhang et al. 2018).
             cutmix: likewise (Yun et al. 2019); with both, each batch draws one of them.
+            cutout: side in pixels of the square that is blanked in an image for which the batch
+                has a ``cutout``, its centre.
             channels_last: the memory layout of images and weights.
 
         Raises:
@@ -63,6 +67,7 @@ class ImageClassifier(Classifier):
             )
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
+        self.cutout = cutout
         mixes = [(MixUp, mixup), (CutMix, cutmix)]
         self.mixes = nn.ModuleList(
             mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
@@ -106,6 +111,7 @@ class ImageClassifier(Classifier):
             "label_smoothing": options.LABEL_SMOOTHING,
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
+            "cutout": image.CUTOUT,
             "channels_last": options.CHANNELS_LAST,
         }
 
@@ -127,7 +133,8 @@ class ImageClassifier(Classifier):
 
         Args:
             batch: ``image``, uint8 RGB ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)`` for V
-                views of each; in training ``label``, int64 ``(N,)``. All else is ignored.
+                views of each; in training ``label``, int64 ``(N,)``, and where Cutout is on
+                ``cutout``, int64 ``(N, 2)``, its centres. All else is ignored.
 
         Returns:
             In training, the loss by name; in evaluation, logits ``(N, num_classes)``, averaged
@@ -135,7 +142,10 @@ class ImageClassifier(Classifier):
         """
         images = batch["image"]
         if self.training:
-            return self._losses(self.normalise(images), batch["label"])
+            images = self.normalise(images)
+            if self.cutout and "cutout" in batch:
+                images = cut_out(images, batch["cutout"], self.cutout)
+            return self._losses(images, batch["label"])
         if images.dim() == 4:
             return super().forward(self.normalise(images))
         logits = super().forward(self.normalise(images.flatten(0, 1)))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from senet_transfer.data.cifar_open import cifar_name
+
 
 @dataclass(frozen=True)
 class Published:
@@ -10,13 +12,13 @@ class Published:
     Attributes:
         name: of the network.
         top1_error: in percent.
-        top5_error: in percent.
+        top5_error: in percent; None where only the other was published.
         source: who published it.
     """
 
     name: str
     top1_error: float
-    top5_error: float
+    top5_error: float | None
     source: str
 
 
@@ -49,3 +51,33 @@ IMAGENET = {
     ("cadene", "senet154"): Published("SENet-154", 18.696, 4.502, _CADENE),
     ("cadene", "bn_inception"): Published("BN-Inception", 26.476, 8.438, _CADENE),
 }
+
+
+def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
+    found = {}
+    for data, model, title, plain, se in (
+        ("cifar10", "cifar_resnet110", "ResNet-110", 6.37, 5.21),
+        ("cifar10", "cifar_resnet164", "ResNet-164", 5.46, 4.39),
+        ("cifar10", "wrn16_8", "WRN-16-8", 4.27, 3.88),
+        ("cifar10", "shake_shake26_2x96d", "Shake-Shake 26 2x96d + Cutout", 2.56, 2.12),
+        ("cifar100", "cifar_resnet110", "ResNet-110", 26.88, 23.85),
+        ("cifar100", "cifar_resnet164", "ResNet-164", 24.33, 21.31),
+        ("cifar100", "wrn16_8", "WRN-16-8", 20.43, 19.14),
+        ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
+    ):
+        source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
+        # The baseline's authors published it before there was Cutout.
+        bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
+        note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
+        found[data, model] = Published(bare, plain, None, source + note)
+        found[data, f"se_{model}"] = Published(f"SE-{title}", se, None, source)
+    return found
+
+
+# The test sets of CIFAR, by data set and the model's name.
+CIFAR = _tables_iv_and_v()
+
+
+def published_on_cifar(dataset: str, model: str) -> Published | None:
+    """The paper's row for a model on a data set, named as in a config or by its path, if any."""
+    return CIFAR.get((cifar_name(dataset), model))

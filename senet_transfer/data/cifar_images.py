@@ -33,7 +33,7 @@ def read_image_splits(folder: Path) -> dict[str, ImageArrays] | None:
     Raises:
         UserError: an image that can't be read or has another size, or splits of other classes.
     """
-    places = {split: _place(folder, split) for split in SPLITS}
+    places = {split: split_place(folder, split) for split in SPLITS}
     if not any(places.values()):
         return None
     missing = [split for split, place in places.items() if place is None]
@@ -52,7 +52,8 @@ def read_image_splits(folder: Path) -> dict[str, ImageArrays] | None:
     return splits
 
 
-def _place(folder: Path, split: str) -> Path | None:
+def split_place(folder: Path, split: str) -> Path | None:
+    """The folder or archive of a split in a folder of both, if it has one."""
     if (folder / split).is_dir():
         return folder / split
     found = [folder / f"{split}{suffix}" for suffix in _ARCHIVES]

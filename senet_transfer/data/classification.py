@@ -9,7 +9,7 @@ import glob
 import logging
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -201,17 +201,23 @@ def open_dataset(
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
     else:
         dataset = _open_local(local_path(text), split, size, classes, storage)
-    if classes is not None and dataset.classes != list(classes):
-        wrong = [
-            f"{label}: {found!r} rather than {expected!r}"
-            for label, (found, expected) in enumerate(zip(dataset.classes, classes, strict=False))
-            if found != expected
-        ]
-        raise UserError(
-            f"{path} has {dataset.num_classes} classes, expected {len(classes)}; "
-            f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
-        )
+    check_classes(path, dataset.classes, classes)
     return dataset
+
+
+def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
+    """Raises UserError where a data set has other classes than expected; None expects nothing."""
+    if expected is None or list(found) == list(expected):
+        return
+    wrong = [
+        f"{label}: {one!r} rather than {other!r}"
+        for label, (one, other) in enumerate(zip(found, expected, strict=False))
+        if one != other
+    ]
+    raise UserError(
+        f"{path} has {len(found)} classes, expected {len(expected)}; "
+        f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
+    )
 
 
 def _open_local(

@@ -189,29 +189,12 @@ def _check_annotations(
     """Checks every annotation and counts, into `summary`, what is odd but allowed."""
     id_map, over_the_edge, not_evaluable = summary.id_map, 0, 0
     for index, item in enumerate(annotations):
-        try:
-            x, y, w, h = item["bbox"]
-            width, height = sizes[item["image_id"]]
-            # Written so that NaN and infinity fail it; text raises TypeError.
-            fine = (
-                0 < w < math.inf
-                and 0 < h < math.inf
-                and -w < x < width
-                and -h < y < height
-                and item["category_id"] in id_map
-                and type(item["id"]) is int
-                and item.get("ignore", 0) == 0
-                and item.get("iscrowd", 0) in (0, 1)
-                and type(item.get("area", 0)) in (int, float)
-                and bool not in (type(x), type(y), type(w), type(h))
-                and _is_segmentation(item.get("segmentation"))
-            )
-        except (KeyError, TypeError, ValueError):
-            fine = False
-        if not fine:
+        if not _is_usual(item, sizes, id_map):
             problem = _annotation_problem(item, sizes, id_map)
             if problem:
                 raise _bad(json_file, "annotations", index, item, *problem)
+        x, y, w, h = item["bbox"]
+        width, height = sizes[item["image_id"]]
         # A pixel of slack, because annotation tools round.
         if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
             over_the_edge += 1
@@ -234,6 +217,36 @@ def _check_annotations(
             f"{_BOX_FORM}, not as fractions of the image's size",
         )
     summary.warnings += _warnings(json_file, summary, any(a["id"] == 0 for a in annotations))
+
+
+def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
+    """Whether an annotation needs no closer look, told fast: there may be a million of them."""
+    try:
+        x, y, w, h = item["bbox"]
+        width, height = sizes[item["image_id"]]
+        area = item.get("area", 0)
+        # Written so that NaN and infinity fail it; text raises TypeError.
+        return (
+            0 < w < math.inf
+            and 0 < h < math.inf
+            and -w < x < width
+            and -h < y < height
+            and item["category_id"] in id_map
+            and type(item["id"]) is int
+            and item.get("ignore", 0) == 0
+            and item.get("iscrowd", 0) in (0, 1)
+            and type(area) in (int, float)
+            and -math.inf < area < math.inf
+            and bool not in (type(x), type(y), type(w), type(h))
+            and _is_segmentation(item.get("segmentation"))
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number, of any size, but not NaN or infinity."""
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def _is_segmentation(value: object) -> bool:
@@ -267,7 +280,7 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
     if item.get("iscrowd", 0) not in (0, 1):
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
     area = item.get("area", 0)
-    if type(area) not in (int, float) or not math.isfinite(area):
+    if not _is_finite(area):
         return f"has area {area!r}", "a number of square pixels"
     if not _is_segmentation(item.get("segmentation")):
         found = f"has a segmentation that begins {str(item['segmentation'])[:40]!r}"
@@ -276,8 +289,7 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
 
 
 def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
-    numbers = isinstance(bbox, list) and all(type(value) in (int, float) for value in bbox)
-    if not numbers or len(bbox) != 4 or not all(map(math.isfinite, bbox)):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
         return f"has bbox {bbox!r}", f"four finite numbers, {_BOX_FORM}"
     x, y, w, h = bbox
     if w < 0 or h < 0:

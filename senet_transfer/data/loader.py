@@ -10,9 +10,6 @@ Rank and world size are arguments: they are resolved in the main process, where 
 """
 
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +30,7 @@ from senet_transfer.data.stream import (
     share,
     train_stream,
 )
+from senet_transfer.data.workers import init_worker
 from senet_transfer.errors import UserError
 
 Batch = dict[str, Any]
@@ -223,7 +221,7 @@ def _data_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
         # Starting to iterate draws a number, here from a generator of its own: from torch's, the
         # first step of a resumed run would go on with others than that of the unbroken run.
         generator=torch.Generator(),
@@ -232,24 +230,6 @@ def _data_loader(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _init_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # A scheduler's warning goes to all processes; the main one saves, and needs its workers for
-    # the step that it is in. Ignoring the signal would be too much: the main process ends its
-    # workers with the same one, and waits for them.
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def watch() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _TrainBatches(IterableDataset):

@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -16,6 +15,8 @@ from detectron2.utils import comm
 
 from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.config import config_items
+from senet_transfer.engine import history
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
@@ -29,11 +30,12 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     Raises:
         UserError: the message says what was found and the remedy.
     """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and not os.path.isfile(tag):
+    if resume and not history.checkpoints(cfg.OUTPUT_DIR):
+        tag = os.path.join(cfg.OUTPUT_DIR, history.TAG)
         raise UserError(
-            f"--resume found nothing to resume: there is no {tag}. Set OUTPUT_DIR to the folder "
-            "of the run to go on with, or start a new run without --resume."
+            f"--resume found nothing to resume: there is no {tag} that names a checkpoint. Set "
+            "OUTPUT_DIR to the folder of the run to go on with, or start a new run without "
+            "--resume."
         )
     if not resume:
         _check_weights(cfg, eval_only=eval_only)
@@ -63,7 +65,7 @@ def _check_names(cfg: CfgNode) -> None:
         "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
         "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
     }
-    values = dict(_values(cfg))
+    values = dict(config_items(cfg))
     for key, registry in registries.items():
         known = [name for name, _ in registry]
         # Detectron2 knows this one without a registration.
@@ -82,31 +84,6 @@ def _check_names(cfg: CfgNode) -> None:
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
                 "the trunk. Set it to SENetRes5ROIHeads."
             )
-
-
-def _values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def last_checkpoint(cfg: CfgNode) -> str:
-    """The checkpoint that a resumed run goes on from, which :func:`check_run` has seen.
-
-    Raises:
-        UserError: it is gone.
-    """
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    with open(tag) as file:
-        path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-    if not os.path.isfile(path):
-        raise UserError(
-            f"--resume found no {path}, which {tag} names as the last checkpoint. Write the name "
-            "of one that is there into that file, or start a new run without --resume."
-        )
-    return path
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
@@ -167,7 +144,9 @@ def _check_numbers(cfg: CfgNode) -> None:
 
 
 def _check_norms(cfg: CfgNode) -> None:
-    synced = [key for key, value in _values(cfg) if key.endswith(".NORM") and value == "SyncBN"]
+    synced = [
+        key for key, value in config_items(cfg) if key.endswith(".NORM") and value == "SyncBN"
+    ]
     processes = comm.get_world_size()
     if synced and processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise UserError(

@@ -12,12 +12,20 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from senet_transfer.backbones.build import trunk_from_config
+from senet_transfer.backbones.registry import model_entry
 from senet_transfer.classification.classifier import create_classifier
 from senet_transfer.classification.evaluate import Evaluation, evaluate_classifier
-from senet_transfer.classification.from_config import find_dataset, is_classification
+from senet_transfer.classification.from_config import (
+    find_dataset,
+    in_memory,
+    is_classification,
+)
 from senet_transfer.classification.image_classifier import ImageClassifier, wrap_classifier
-from senet_transfer.classification.published import IMAGENET, Published
+from senet_transfer.classification.published import IMAGENET, Published, published_on_cifar
 from senet_transfer.data.augment import EVAL_MODES, EvalTransform
+from senet_transfer.data.cifar import SIDE, ImageArrays
+from senet_transfer.data.cifar_open import open_images
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import load_config, use_available_device
@@ -85,6 +93,9 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
         quiet=args.quiet,
     )
     family = getattr(model.backbone, "weights_source", {}).get("family")
+    name = args.model or trunk_from_config(cfg)[0].name
+    if not published and (row := published_on_cifar(dataset.origin, name)):
+        published = (row,)
     if not published and (row := IMAGENET.get((family, args.model))) and len(found.classes) == 1000:
         published = (row,)
     result = {
@@ -149,11 +160,14 @@ def _config(args: argparse.Namespace) -> CfgNode | None:
     return cfg
 
 
-def _dataset(args: argparse.Namespace, cfg: CfgNode | None) -> ClassificationDataset:
+def _dataset(args: argparse.Namespace, cfg: CfgNode | None) -> ClassificationDataset | ImageArrays:
     name = args.data or (cfg.DATASETS.TEST[0] if cfg and cfg.DATASETS.TEST else None)
     if not name:
         raise UserError("There is no data to evaluate on. Name it with --data.")
     classes = list(cfg.DATASETS.CLASSES) if cfg else []
+    small = in_memory(cfg) if cfg else model_entry(args.model).preprocessing.resize == SIDE
+    if small:
+        return open_images(find_dataset(name), split="test", classes=classes or None)
     return open_dataset(find_dataset(name), split="val", classes=classes or None)
 
 
@@ -201,7 +215,8 @@ def _print(found: Evaluation, name: str, published: Sequence[Published]) -> None
     print(f"{found.images} images, {found.images / found.seconds:.1f} images/s")
     print(f"{'':{width}}  top-1 error  top-5 error")
     for title, top1, top5, source in rows:
-        print(f"{title:{width}}  {top1:11.2f}  {top5:11.2f}  ({source})")
+        top5 = "-" if top5 is None else f"{top5:.2f}"
+        print(f"{title:{width}}  {top1:11.2f}  {top5:>11}  ({source})")
     print("Worst classes (top-1 error, images):")
     for row in found.worst_classes():
         print(f"  {row['top1_error']:6.2f}  {row['images']:6d}  {row['class']}")

@@ -3,19 +3,24 @@
 import contextlib
 import logging
 import math
-import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from senet_transfer.data.detection import seed_generators
+from senet_transfer.engine import interruption
 from senet_transfer.engine.checkpoint import UntaggedCheckpointer
+from senet_transfer.engine.history import damage
 from senet_transfer.engine.schedule import PlateauLR, lower_is_better
+from senet_transfer.errors import UserError
 
 BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"
@@ -23,20 +28,59 @@ AVERAGE_NAME = "model_ema"
 logger = logging.getLogger(__name__)
 
 
+class Clock(HookBase):
+    """Measures the steps since the run began or was resumed; the first of the hooks.
+
+    Evaluation and saving are not in steps.
+
+    Attributes:
+        seconds: of all steps.
+        steps: how many.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        """Looks at the time."""
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Adds what has passed."""
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+
 class StepSeed(HookBase):
-    """Seeds torch before each step, so that a resumed run draws what the unbroken one draws."""
+    """Seeds all generators before each step: a resumed run draws what the unbroken one draws.
+
+    Attributes:
+        seed: of the run; order and augmentation of its data follow from it, too.
+    """
 
     def __init__(self, seed: int):
         """
         Args:
-            seed: of the run; each process draws numbers of its own from it.
+            seed: as in the config, the same in all processes; each draws numbers of its own from
+                it. Below 0: drawn here, and kept by checkpoints.
         """
-        self.seed = seed
+        self._from_config = seed >= 0
+        self.seed = seed if self._from_config else comm.shared_random_seed()
 
     def before_step(self) -> None:
-        """Seeds torch by seed, iteration and rank."""
-        entropy = [self.seed, self.trainer.iter, comm.get_rank()]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        """Seeds by seed, iteration and rank."""
+        seed_generators(self.seed, self.trainer.iter, comm.get_rank())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave, unless the config says otherwise."""
+        if not self._from_config:
+            self.seed = state["seed"]
 
 
 class FrozenStatistics(HookBase):
@@ -204,8 +248,11 @@ class BestModel(_AfterEvaluation):
 
     def before_train(self) -> None:
         """Looks for the best model so far, where the run is resumed."""
-        path = os.path.join(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
-        if self.trainer.start_iter == 0 or not os.path.isfile(path):
+        path = Path(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
+        if self.trainer.start_iter == 0 or not path.is_file():
+            return
+        if problem := damage(path):
+            logger.error("The best model so far is lost, the next one takes its place: %s", problem)
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved.get("metric") == self.metric:
@@ -242,3 +289,42 @@ class AverageSaver(HookBase):
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             with self.average.in_place():
                 self.checkpointer.save(AVERAGE_NAME, iteration=self.trainer.iter - 1)
+
+
+class CheckpointSaver(PeriodicCheckpointer):
+    """Detectron2's, in all processes: they agree on what a run that is told to stop saves.
+
+    A save that fails in the main process ends the run in all.
+    """
+
+    def after_step(self) -> None:
+        """Saves periodically, at the end, and when the run stops after this step."""
+        iteration = self.trainer.iter
+        stops = self.trainer.stops
+        periodic = (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter
+        if not (periodic or stops):
+            return
+        problem = ""
+        try:
+            self.step(iteration)
+            if not periodic:
+                self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
+        except UserError as error:
+            problem = str(error)
+        # All wait here for the file: who is told to stop may be gone soon after.
+        if problem := "".join(comm.all_gather(problem)):
+            error = UserError(problem)
+            error.on_all_ranks = True
+            raise error
+
+
+class StopWhenTold(HookBase):
+    """Ends the run after a step in which it was told to stop; the last of the hooks."""
+
+    def after_step(self) -> None:
+        """Exits with a status of its own, after what the step leads to, such as an evaluation."""
+        if self.trainer.stops and self.trainer.iter + 1 < self.trainer.max_iter:
+            logger.warning(
+                "Stopped after iteration %d, saved. Go on with --resume.", self.trainer.iter
+            )
+            raise SystemExit(interruption.STATUS)

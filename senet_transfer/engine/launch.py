@@ -1,6 +1,8 @@
 """Starting a command in one process or many, and ending it with the right status."""
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,9 +13,11 @@ import torch.multiprocessing as mp
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 
-from senet_transfer.errors import UserError
+from senet_transfer.engine.interruption import passed_to_children
+from senet_transfer.errors import RunError, UserError
 
-USER_ERROR_STATUS = 2
+# What no program can do anything about.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
@@ -21,7 +25,11 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
 
     Under torchrun the processes are there already, and rank and world size come from the
     environment. Otherwise Detectron2 starts ``args.num_gpus`` processes a machine; without GPUs
-    these share the CPU. A :class:`UserError` is printed without a traceback, exit status 2.
+    these share the CPU.
+
+    Exit status: 2 for a :class:`UserError` and 1 for a :class:`RunError`, whose messages are
+    printed without a traceback; 1 for any other error; 75 where the run was told to stop and has
+    saved (``interruption.STATUS``).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         _run_under_torchrun(main, args)
@@ -30,17 +38,21 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
         _check_processes(args)
     except UserError as error:
         exit_with(error)
+    several = args.num_gpus > 1
     try:
-        launch_processes(
-            _guarded,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-        )
+        with passed_to_children() if several else contextlib.nullcontext():
+            launch_processes(
+                _guarded,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
     except mp.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        if error.exit_code < 0:
+            print(f"error: {error}; the others were ended.", file=sys.stderr, flush=True)
+        sys.exit(max(error.exit_code, 1))
 
 
 def _check_processes(args: argparse.Namespace) -> None:
@@ -65,7 +77,7 @@ def run_single(main: Callable[[argparse.Namespace], object], args: argparse.Name
     """Runs ``main(args)`` in this process, with the same ending as :func:`run`."""
     try:
         main(args)
-    except UserError as error:
+    except (UserError, RunError) as error:
         exit_with(error)
 
 
@@ -91,14 +103,19 @@ def _guarded(main: Callable, args: argparse.Namespace) -> None:
         os.environ["WORLD_SIZE"] = str(comm.get_world_size())
     try:
         main(args)
-    except UserError as error:
+    except (UserError, RunError) as error:
         exit_with(error)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        fault = RunError(f"A file can't be written: {error}. Make room, and go on with --resume.")
+        exit_with(fault)
 
 
-def exit_with(error: UserError) -> None:
-    """Prints the error, once where all processes raise it, and exits with a user's status."""
+def exit_with(error: UserError | RunError) -> None:
+    """Prints the error, once where all processes raise it, and exits with its status."""
     # One that comes out of a data loader's worker carries the worker's traceback before it.
     message = str(error).rpartition("senet_transfer.errors.UserError: ")[2].strip()
     if comm.is_main_process() or not error.on_all_ranks:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(USER_ERROR_STATUS)
+    sys.exit(error.exit_status)

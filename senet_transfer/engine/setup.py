@@ -5,22 +5,22 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.classification.from_config import (
     is_classification,
     use_classification_datasets,
 )
-from senet_transfer.config import get_senet_config
+from senet_transfer.config import config_items, get_senet_config
 from senet_transfer.data.coco import register_datasets, registered_entry
 from senet_transfer.data.preflight import (
     category_ids,
@@ -28,7 +28,8 @@ from senet_transfer.data.preflight import (
     check_segmentations,
     dataset_classes,
 )
-from senet_transfer.engine.checks import check_run, last_checkpoint
+from senet_transfer.engine import history
+from senet_transfer.engine.checks import check_run
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
 
@@ -36,6 +37,9 @@ _RECORDED = (
     "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
     "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
 )  # fmt: skip
+
+# How often a launcher has started the same command again.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
@@ -53,6 +57,16 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         # Detectron2's default would run code that a file names in a YAML tag.
         _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: CfgNode, options: list[str]) -> None:
+    """Sets config keys, in place, as on a command line: alternating keys and values.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type.
+    """
     if len(options) % 2:
         raise UserError(
             f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
@@ -61,7 +75,6 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
-    return cfg
 
 
 def _check_config_file(path: str) -> None:
@@ -86,7 +99,7 @@ def _check_config_file(path: str) -> None:
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
-    floats = {key for key, value in _items(cfg) if isinstance(value, float)}
+    floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
     return [
         f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
         for key, word in zip([None, *options], options, strict=False)
@@ -115,17 +128,9 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
 
 def _explain_key(cfg: CfgNode, message: str) -> str:
     key = message.rpartition(": ")[2]
-    near = difflib.get_close_matches(key, [name for name, _ in _items(cfg)], n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, [name for name, _ in config_items(cfg)], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
     return f"{message}. {hint}"
-
-
-def _items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -134,7 +139,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Writes the full config, the command line and the versions of everything to the output folder.
 
     Args:
-        args: of :func:`senet_transfer.engine.arguments.argument_parser`.
+        args: of :func:`senet_transfer.engine.arguments.argument_parser`. ``resume`` is set where
+            the launcher has started the same command again after a failure.
 
     Returns:
         The config, frozen.
@@ -148,15 +154,42 @@ def setup(args: argparse.Namespace) -> CfgNode:
         error.on_all_ranks = True
         raise
     cfg.freeze()
-    default_setup(cfg, args)
-    if comm.is_main_process():
-        _record_environment(cfg.OUTPUT_DIR)
+    _start(cfg, args)
     return cfg
+
+
+def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """As Detectron2's default_setup, which can leave half a config where it is interrupted."""
+    rank = comm.get_rank()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Command line arguments: %s", args)
+    if comm.is_main_process():
+        logger.info("Running with full config:\n%s", cfg.dump())
+        history.write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+        environment = _environment()
+        logger.info("Environment:\n%s", environment)
+        history.write_text(Path(cfg.OUTPUT_DIR, "environment.txt"), environment)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _was_restarted(cfg: CfgNode) -> bool:
+    """Whether torchrun or SLURM starts this command again, and it has got somewhere before."""
+    counts = (os.environ.get(name, "") for name in _RESTARTS)
+    again = any(count.isdigit() and int(count) > 0 for count in counts)
+    # As the main process sees it: another may see its first checkpoint a moment later.
+    return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
 
 
 def _prepare(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     logger = _start_logging(cfg)
+    if not (args.resume or args.eval_only) and _was_restarted(cfg):
+        logger.warning("The command was started again after a failure: the run is resumed.")
+        args.resume = True
     use_available_device(cfg, logger)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
     if is_classification(cfg):
@@ -164,7 +197,8 @@ def _prepare(args: argparse.Namespace) -> CfgNode:
     else:
         use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
-    apply_file_geometry(cfg, last_checkpoint(cfg) if args.resume else None)
+    resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if args.resume else None
+    apply_file_geometry(cfg, resumed)
     return cfg
 
 
@@ -238,13 +272,11 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
 
 
-def _record_environment(output_dir: str) -> None:
+def _environment() -> str:
     versions = []
     for name in _RECORDED:
         try:
             versions.append(f"{name}=={metadata.version(name)}")
         except metadata.PackageNotFoundError:
             versions.append(f"{name}: not installed")
-    with open(os.path.join(output_dir, "environment.txt"), "w") as file:
-        file.write(f"{' '.join(sys.argv)}\n\n")
-        file.write("\n".join(versions) + f"\n\n{collect_env_info()}\n")
+    return "\n\n".join([" ".join(sys.argv), "\n".join(versions), collect_env_info()]) + "\n"

@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from senet_transfer.engine.guard import StepGuard
 from senet_transfer.errors import UserError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,6 +31,8 @@ class StepTrainer(SimpleTrainer):
         *,
         dtype: str | None = None,
         micro_batches: int = 1,
+        max_skips: int = 0,
+        output_dir: str = "",
     ):
         """
         Args:
@@ -40,6 +43,8 @@ class StepTrainer(SimpleTrainer):
                 bfloat16 on a CPU, which has no fast float16. Float16 scales the gradients.
             micro_batches: equal parts that a batch is cut into; the step is that of the mean of
                 their losses.
+            max_skips: as many steps with numbers that are not finite are left out.
+            output_dir: takes what reproduces such a step; empty for none.
 
         Raises:
             UserError: another type, or no parts.
@@ -54,47 +59,68 @@ class StepTrainer(SimpleTrainer):
             raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}, expected 1 or more.")
         self.dtype = _DTYPES.get(dtype)
         self.micro_batches = micro_batches
+        self.guard = StepGuard(model, max_skips=max_skips, output_dir=output_dir)
         self.grad_scaler = torch.amp.GradScaler(
             self.device_type, enabled=self.dtype == torch.float16
         )
 
     def run_step(self) -> None:
-        """One step of training."""
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
+        """One step of training, or none where a number in it is not finite on any process.
 
+        Raises:
+            UserError: data that can't be read, in any process.
+            RunError: numbers are not finite, more often than is borne with.
+        """
+        start = time.perf_counter()
         self.optimizer.zero_grad()
+        self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
-        parts = split_batch(data, self.micro_batches)
-        for index, part in enumerate(parts, start=1):
-            with self._gradients_stay_here(index < len(parts)):
-                with torch.autocast(
-                    self.device_type, dtype=self.dtype, enabled=self.dtype is not None
-                ):
-                    losses = self.model(part)
-                losses = {name: loss / len(parts) for name, loss in losses.items()}
-                self.grad_scaler.scale(sum(losses.values())).backward()
-            for name, loss in losses.items():
-                totals[name] = totals[name] + loss.detach()
-        self.after_backward()
+        batch, problem, data_time = None, None, 0.0
+        try:
+            batch = next(self._data_loader_iter)
+            data_time = time.perf_counter() - start
+            *parts, last = split_batch(batch, self.micro_batches)
+            for part in parts:
+                with self._gradients_stay_here():
+                    self.grad_scaler.scale(self._loss(part, totals)).backward()
+            loss = self._loss(last, totals)
+        except (UserError, FloatingPointError) as error:  # Detectron2's RPN raises the second
+            problem = error
+        if not (problem := self.guard.agree(problem)):
+            self.grad_scaler.scale(loss).backward()
+            self.after_backward()
+            problem = self.guard.check(totals, self.grad_scaler.get_scale())
+        if problem:
+            self.guard.refuse(problem, self.iter, batch)
+            return
         self._write_metrics(totals, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
+    def _loss(self, part: Any, totals: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The share of a part in the loss of the batch; adds its terms to the totals."""
+        with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
+            losses = self.model(part)
+        losses = {name: loss / self.micro_batches for name, loss in losses.items()}
+        for name, loss in losses.items():
+            totals[name] = totals[name] + loss.detach()
+        return sum(losses.values())
+
+    def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
         # Processes exchange gradients once a step, with those of the last part.
-        if stay and isinstance(self.model, DistributedDataParallel):
+        if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict:
-        """The optimizer's state and, where there is one, the scaler's."""
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        """State of the optimizer and of the scaler, if any; how many steps were left out."""
+        own = {"grad_scaler": self.grad_scaler.state_dict(), "skipped": self.guard.skipped}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes back what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
+        self.guard.skipped = state_dict.get("skipped", 0)
         # Empty or absent where the run was begun without a scaler.
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)

@@ -5,18 +5,17 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,9 +24,12 @@ from torch.utils.data import DataLoader
 
 from senet_transfer.classification import from_config as classification
 from senet_transfer.classification.evaluator import ClassificationEvaluator
+from senet_transfer.data import detection
+from senet_transfer.data.coco_metrics import FastCOCOEvaluator
 from senet_transfer.data.loader import ClassificationLoader
 from senet_transfer.data.mapper import CheckedDatasetMapper
-from senet_transfer.engine import hooks, schedule
+from senet_transfer.data.workers import init_worker
+from senet_transfer.engine import history, hooks, schedule
 from senet_transfer.engine.checkpoint import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.engine.step import StepTrainer
@@ -56,9 +58,10 @@ class Trainer(DefaultTrainer):
         if classification.is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
             cfg = schedule.epochs_to_iterations(cfg, images)
+        self.step_seed = hooks.StepSeed(cfg.SEED)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        data_loader = self.build_train_loader(cfg, self.step_seed.seed)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -66,27 +69,78 @@ class Trainer(DefaultTrainer):
             optimizer,
             dtype=cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else None,
             micro_batches=cfg.SOLVER.MICRO_BATCHES,
+            max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
+            output_dir=cfg.OUTPUT_DIR,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
+            keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.average: hooks.WeightAverage | None = None
+        self.clock = hooks.Clock()
         self.register_hooks(self.build_hooks())
 
+    @property
+    def stops(self) -> bool:
+        """Whether the run was told to stop after this step."""
+        return self._trainer.guard.stops
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a classifier's data goes on at the batch that comes next."""
+        """As Detectron2's; the data goes on at the batch that comes next.
+
+        A run that starts anew is resumed from its own checkpoints alone, whatever its folder held.
+        """
         super().resume_or_load(resume=resume)
-        if self.start_iter and classification.is_classification(self.cfg):
+        if comm.is_main_process():
+            history.sweep(self.cfg.OUTPUT_DIR)
+            if not resume:
+                history.forget(self.cfg.OUTPUT_DIR)
+        if self.start_iter:
             self._trainer.reset_data_loader(
-                lambda: self.build_train_loader(self.cfg, start_iter=self.start_iter)
+                lambda: self.build_train_loader(self.cfg, self.step_seed.seed, self.start_iter)
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Detectron2's; with what the course of a run depends on beside its config."""
+        return {**super().state_dict(), "divided": self._division()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Detectron2's; says where a resumed run can't be the unbroken one to the last bit."""
+        super().load_state_dict(state_dict)
+        now = self._division()
+        before = state_dict.get("divided", now)
+        if changed := [key for key in now if now[key] != before[key]]:
+            logger.warning(
+                "Resumed approximately: %s. Weights and schedule go on where they were; the order "
+                "of the data and the random numbers are not those of the unbroken run.",
+                ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed),
+            )
+
+    def _division(self) -> dict[str, int]:
+        division = {"images a step": self.cfg.SOLVER.IMS_PER_BATCH}
+        division["processes"] = comm.get_world_size()
+        if classification.is_classification(self.cfg):
+            division["workers a process"] = self.cfg.DATALOADER.NUM_WORKERS
+        return division
+
+    def after_train(self) -> None:
+        """As Detectron2's; a run that is broken off evaluates nothing and saves nothing more."""
+        if self.iter >= self.max_iter:
+            super().after_train()
+            return
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicWriter):
+                # What ended the run is said, not what follows from it on a full disk.
+                with contextlib.suppress(OSError):
+                    hook.after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -100,12 +154,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(
-        cls, cfg: CfgNode, start_iter: int = 0
+        cls, cfg: CfgNode, seed: int | None = None, start_iter: int = 0
     ) -> DataLoader | ClassificationLoader:
-        """Detectron2's loader, with images checked; a classifier's, from an iteration on."""
+        """The training data from an iteration on, its order and augmentation as a seed says."""
+        if seed is None:
+            seed = comm.shared_random_seed()
         if classification.is_classification(cfg):
-            return classification.train_loader(cfg, start_iter)
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+            return classification.train_loader(cfg, seed, start_iter)
+        mapper = CheckedDatasetMapper(cfg, is_train=True)
+        return detection.build_train_loader(cfg, mapper, seed=seed, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(
@@ -115,7 +172,9 @@ class Trainer(DefaultTrainer):
         if classification.is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = init_worker
+        return loader
 
     @classmethod
     def build_evaluator(
@@ -137,10 +196,9 @@ class Trainer(DefaultTrainer):
                 f"The data set {dataset_name} is evaluated by {kind!r} in Detectron2, and this "
                 "project evaluates detection by COCO's metrics. Register it in COCO's format."
             )
-        return COCOEvaluator(
+        return FastCOCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
-            use_fast_impl=False,
             # A data set without a JSON is converted to one; a file left by an earlier run may be
             # of other data.
             allow_cached_coco=False,
@@ -177,9 +235,10 @@ class Trainer(DefaultTrainer):
             self.average = hooks.WeightAverage(model, cfg.SOLVER.EMA.DECAY)
         theirs = super().build_hooks()
         writer = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
-        saver = [hook for hook in theirs if isinstance(hook, PeriodicCheckpointer)]
-        first = [hook for hook in theirs if hook not in (*writer, *saver)]
-        first = [hook for hook in first if not isinstance(hook, EvalHook)]
+        replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
+        first = [self.clock, *(hook for hook in theirs if not isinstance(hook, replaced))]
+        saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        last = [*writer, hooks.StopWhenTold()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:
             evaluate = EvalHook(0, lambda: self._test_with_augmentation(cfg, self.model))
@@ -187,14 +246,17 @@ class Trainer(DefaultTrainer):
         if isinstance(self.scheduler, schedule.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
             # A checkpoint has to know of the evaluation that was made at the same step.
-            return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *writer]
+            return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]
         # As in Detectron2, an evaluation that fails leaves a checkpoint.
-        return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *writer]
+        return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *last]
+
+    def build_writers(self) -> list[EventWriter]:
+        """As Detectron2's; a line that an earlier process was killed in is cut off."""
+        history.drop_torn_line(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, []
-        if classification.is_classification(cfg) and cfg.SEED >= 0:
-            own.append(hooks.StepSeed(cfg.SEED))
+        cfg, own = self.cfg, [self.step_seed]
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:

@@ -191,8 +191,11 @@ class SqueezeExcitation(nn.Module):
             hidden = F.relu(_conv1x1(x, self.fc1))
             return EXCITATIONS[self.excitation](_conv1x1(hidden, self.fc2))
         pooled = x.mean((2, 3)) if self.squeeze == "avg" else x.amax((2, 3))
-        gate = EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(pooled))))
-        return gate[:, :, None, None]
+        return self.excite(pooled)[:, :, None, None]
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """The gates of squeezed maps: ``(N, C)`` to ``(N, C)``."""
+        return EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(squeezed))))
 
     def join(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """``scale * gate(x) * x + y`` in one pass over the feature maps.
@@ -202,11 +205,13 @@ class SqueezeExcitation(nn.Module):
             y: ``(N, C, H, W)``, added as it is (the shortcut).
             scale: of the sum's first part.
         """
-        return torch.addcmul(y, x, self.gate(x), value=scale)
+        # A call of the module, so that hooks see it: counters and observers of gates rely on it.
+        return self(x, y, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``gate(x) * x``, of the shape of ``x``."""
-        return x * self.gate(x)
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """``gate(x) * x``, of the shape of ``x``; with ``y``, as :meth:`join`."""
+        gate = self.gate(x)
+        return x * gate if y is None else torch.addcmul(y, x, gate, value=scale)
 
     def extra_repr(self) -> str:
         """The variant, where it is not the paper's standard."""

@@ -161,8 +161,10 @@ def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, 
         family: what the user says the family is, which counts; None: the catalogue's.
 
     Raises:
-        UserError: as :func:`resolve`.
+        UserError: as :func:`resolve`; or it is neither path nor name.
     """
+    if not isinstance(weights, str | Path):
+        raise UserError(f"The weights are {weights!r}, expected a path, or a published name.")
     if not names_published(weights):
         return weights, family
     return resolve(weights), family or catalogue_entry(weights).family

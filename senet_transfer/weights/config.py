@@ -78,11 +78,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
     # The family is said of MODEL.WEIGHTS; a checkpoint says its own.
     family = None if resumed else cfg.MODEL.WEIGHTS_FAMILY or None
     source = examine(*local_weights(weights, family))
-    changes = [
-        Change(key, _get(cfg, key), value)
-        for key, value in _wanted(cfg, source).items()
-        if not _equal(_get(cfg, key), value)
-    ]
+    changes = _changes(cfg, source)
     if not changes:
         return []
     table = tabulate(
@@ -104,6 +100,11 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
         cfg.freeze()
     logger.info("Taken from %s (%s):\n%s", source.path, source.taken_for, table)
     return changes
+
+
+def _changes(cfg: CfgNode, source: Source) -> list[Change]:
+    wanted = [(key, _get(cfg, key), value) for key, value in _wanted(cfg, source).items()]
+    return [Change(key, own, value) for key, own, value in wanted if not _equal(own, value)]
 
 
 def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:

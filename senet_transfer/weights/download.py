@@ -61,18 +61,12 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
     """
     if path.is_file():
         return path
-    partial = path.with_name(f".{path.name}.{platform.node()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
         with portalocker.Lock(lock, timeout=LOCK_TIMEOUT, check_interval=0.2):
-            if path.is_file():  # another process was first
-                return path
-            try:
-                found = _download(url, partial, sha256)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            if not path.is_file():  # or another process was first
+                _download_whole(url, path, sha256)
     except portalocker.LockException as error:
         raise UserError(
             f"{path} is being downloaded by another process, and was not there after "
@@ -88,11 +82,21 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
             f"{path} can't be written: {error}. Make room or set TORCH_HOME to another folder, or "
             f"download {url} by hand and give the file's path.{hint}"
         ) from error
+    return path
+
+
+def _download_whole(url: str, path: Path, sha256: str | None) -> None:
+    """Downloads beside the file's place, and moves it there when all went well."""
+    partial = path.with_name(f".{path.name}.{platform.node()}.partial")
+    try:
+        found = _download(url, partial, sha256)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     if sha256 is None:
         logger.warning(
             "%s is not verified: its publisher states no hash. Its SHA-256 is %s.", path, found
         )
-    return path
 
 
 def check_sha256(path: Path, sha256: str | None) -> None:

@@ -74,7 +74,7 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
     """
     path = Path(path)
     kind = sniff(path)
-    verified = _verify_sha256(path, sha256)
+    verified = verify_sha256(path, sha256)
     try:
         name, checkpoint, layers = _READERS[kind](path)
         _verify_own_hash(path, checkpoint, verified)
@@ -134,8 +134,16 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _verify_sha256(path: Path, expected: str | None) -> list[str]:
-    """Compares the file's hash with all that are stated, and says whether there was one."""
+def verify_sha256(path: Path, expected: str | None) -> list[str]:
+    """Compares a file's SHA-256 with all that are stated, and says whether there was one.
+
+    Args:
+        path: the file.
+        expected: as of :func:`read_tensors`; beside it, what a ``NAME.sha256`` says holds.
+
+    Raises:
+        UserError: it has another one.
+    """
     stated = []
     if expected is not None:
         if not re.fullmatch("[0-9a-fA-F]{8,64}", expected):

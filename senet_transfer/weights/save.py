@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -118,4 +118,6 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Choose another place.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        # Where there is no such folder, there is nothing to remove either.
+        with suppress(OSError):
+            partial.unlink()

@@ -48,13 +48,13 @@ def in_bf16(model: nn.Module, x: Tensor, expected: Tensor) -> None:
 
 def exported(model: nn.Module, x: Tensor, expected: Tensor) -> None:
     found = torch.export.export(model, (x,)).module()(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected)
 
 
 def compiled(model: nn.Module, x: Tensor, expected: Tensor, backend: str = "aot_eager") -> None:
     torch.compiler.reset()
     found = torch.compile(model, backend=backend, fullgraph=True)(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected)
 
 
 def inductor(model: nn.Module, x: Tensor, expected: Tensor) -> None:
@@ -82,5 +82,9 @@ def _cases() -> list:
 @pytest.mark.parametrize(("name", "way"), _cases())
 def test_every_model_computes_the_same_in_every_way(name, way):
     model, x = model_and_images(name)
+    if way != "bf16":
+        # The eager network may add and multiply in another order: that is no mistake, and with deep
+        # untrained trunks, whose maps grow into the thousands, hides none in float64.
+        model, x = model.double(), x.double()
     with torch.no_grad():
         WAYS[way](model, x, model(x))

@@ -214,6 +214,31 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
         create_backbone(name, **overrides)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        (["resnet18"], {}, "There is no model"),
+        (5, {}, "There is no model 5"),
+        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected a whole number"),
+        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected a whole number from 1"),
+        ("resnet18", {"in_channels": True}, "in_channels is True, expected a whole number"),
+        ("resnet18", {"out_features": 5}, "out_features is 5, expected a list"),
+        ("resnet18", {"out_features": [["res2"]]}, "expected a list with names"),
+        ("resnet18", {"weights": 5}, "weights are 5, expected a path"),
+        ("resnet18", {"freeze_at": 2.0}, "freeze_at is 2.0"),
+        ("resnet18", {"freeze_at": [2]}, "freeze_at is .2."),
+        ("resnet50", {"num_groups": "2"}, "num_groups is '2'"),
+        ("resnet50", {"res2_out_channels": 0}, "res2_out_channels is 0.* or None"),
+        ("se_resnet50", {"se_ratio": "3"}, "ratio is '3'"),
+        ("cifar_resnet20", {"in_channels": "3"}, "in_channels is '3'"),
+        ("shake_shake26_2x96d", {"width": "96"}, "width is '96'"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(name, overrides, words):
+    with pytest.raises(UserError, match=words):
+        create_backbone(name, **overrides)
+
+
 @every_model
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
 def test_the_norm_is_the_one_asked_for(name, norm):

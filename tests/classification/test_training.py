@@ -133,6 +133,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     # As if the first half had been better than all that comes.
     best["value"] = -1.0
     torch.save(best, run / "model_best.pth")
+    (run / "model_best.pth.sha256").unlink()
     resumed = train("--resume", **{**keys, "SOLVER.MAX_ITER": "6"})
     assert resumed.start_iter == 4
     assert saved(run, "model_best.pth")["value"] == -1.0

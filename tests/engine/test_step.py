@@ -1,6 +1,7 @@
 """The step of training, against Detectron2's and against a plain statement."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from senet_transfer import UserError
+from senet_transfer.engine.guard import StepGuard
 from senet_transfer.engine.step import StepTrainer, split_batch
+from senet_transfer.errors import RunError
 
 
 class Net(nn.Module):
@@ -79,3 +82,59 @@ def test_a_batch_that_cannot_be_cut_evenly_is_refused():
     for size in ([1, 2, 3], {"x": torch.zeros(3)}):
         with pytest.raises(UserError, match="MICRO_BATCHES is 2.*3 images"):
             split_batch(size, 2)
+
+
+class Spoilt(Net):
+    """Counts what it sees in a buffer, and has a loss that is no number in some steps."""
+
+    def __init__(self, steps, kind="loss"):
+        super().__init__()
+        self.steps, self.kind = steps, kind
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        self.seen += losses["one"].detach() * (torch.nan if self.calls in self.steps else 1)
+        if self.calls in self.steps and self.kind == "loss":
+            losses["one"] = losses["one"] * torch.nan
+        if self.calls in self.steps and self.kind == "gradient":
+            # A finite loss whose gradient is not a number.
+            losses["one"] = losses["one"] + (self.a.weight * 0).abs().sum().sqrt()
+        if self.calls in self.steps and self.kind == "raised":
+            raise FloatingPointError("Predicted boxes contain NaN")
+        self.calls += 1
+        return losses
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "raised"])
+def test_a_step_with_a_number_that_is_none_is_not_taken_and_reported(net, tmp_path, kind):
+    torch.manual_seed(0)
+    spoilt = Spoilt({2}, kind)
+    expected, _ = run(SimpleTrainer, net, steps=2)
+    with pytest.raises(RunError, match="Iteration 2: .*SOLVER.BASE_LR"):
+        run(StepTrainer, spoilt, output_dir=str(tmp_path))
+    for name, value in expected.items():
+        assert torch.equal(spoilt.state_dict()[name], value)
+    report = json.loads((tmp_path / "nonfinite_0000002_rank0.json").read_text())
+    assert report["iteration"] == 2
+    assert bool(report["nonfinite_gradients"]) == (kind != "raised")
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_weights_and_buffers(tmp_path):
+    torch.manual_seed(0)
+    spoilt = Spoilt({1, 2})
+    state, _ = run(StepTrainer, spoilt, steps=5, max_skips=2)
+    assert all(value.isfinite().all() for value in state.values())
+    torch.manual_seed(0)
+    with pytest.raises(RunError):
+        run(StepTrainer, Spoilt({1, 2}), steps=5, max_skips=1)
+
+
+def test_gradients_that_overflow_for_their_scale_are_the_scalers_business(net):
+    state, _ = run(StepTrainer, net, dtype="float16")
+    assert all(value.isfinite().all() for value in state.values())
+    guard = StepGuard(net)
+    net.a.weight.grad = torch.full_like(net.a.weight, torch.inf)
+    assert guard.check({"one": torch.ones(())}, scale=65536.0) == ""
+    assert "a.weight" in guard.check({"one": torch.ones(())}, scale=1.0)

@@ -267,6 +267,9 @@ def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "own.pth").read_bytes() == b"before"
     with pytest.raises(UserError, match=r"saved as .pth or .safetensors"):
         save_weights(create_backbone("resnet18"), tmp_path / "own.bin")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        save_weights(create_backbone("resnet18"), tmp_path / "file" / "below" / "own.pth")
 
 
 class OtherTrunk(Backbone):

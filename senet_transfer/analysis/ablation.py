@@ -1,0 +1,243 @@
+"""The paper's ablations (section 6) as a small grid of runs, on any classifier's config."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from senet_transfer.analysis.complexity.count import Cost
+from senet_transfer.analysis.complexity.parts import report
+from senet_transfer.analysis.excitations.collect import trunk_of
+from senet_transfer.analysis.excitations.gates import gates_of, stage_of
+from senet_transfer.analysis.models import build_to_count, model_config
+from senet_transfer.classification.from_config import is_classification, use_classification_datasets
+from senet_transfer.engine.runs import mean_and_deviation, run_seeds
+from senet_transfer.errors import UserError
+
+METRIC = "classification/top1_error"
+
+STANDARD, PLAIN = "standard", "no SE"
+
+_KEYS = {
+    "ratio": "MODEL.SE.RATIO",
+    "squeeze": "MODEL.SE.SQUEEZE",
+    "excitation": "MODEL.SE.EXCITATION",
+    "stages": "MODEL.SE.STAGES",
+    "placement": "MODEL.SE.PLACEMENT",
+    "bias": "MODEL.SE.BIAS",
+}
+
+# Top-1 error of SE-ResNet-50 on ImageNet in percent, by axis and value (paper, Tables X to XVI);
+# None where the paper has none.
+PAPER: dict[str, dict[str, float | None]] = {
+    "ratio": {"2": 22.29, "4": 22.25, "8": 22.26, "16": 22.28, "32": 22.72},
+    "squeeze": {"max": 22.57, "avg": 22.28, "none": 22.93},
+    "excitation": {"relu": 23.47, "tanh": 23.00, "sigmoid": 22.28},
+    "stages": {"2": 23.03, "3": 23.04, "4": 22.68, "5": None},
+    "placement": {
+        "standard": 22.28, "pre": 22.23, "post": 22.78, "identity": 22.20, "3x3": 22.48
+    },
+    "bias": {"True": None, "False": None},
+}  # fmt: skip
+_PAPER_STANDARD, _PAPER_PLAIN = 22.28, 23.30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network of the grid.
+
+    Attributes:
+        axis: what is varied; empty for the network as configured and the one without SE.
+        value: of the axis, or the name of one of these two.
+        options: config keys and values over the config.
+        paper: the paper's top-1 error in percent, of SE-ResNet-50 on ImageNet.
+        cost: of the network; None where it can't be built.
+        refused: why it can't.
+    """
+
+    axis: str
+    value: str
+    options: tuple[str, ...]
+    paper: float | None
+    cost: Cost | None = None
+    refused: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Of its runs, below the grid's."""
+        return f"{self.axis}_{self.value}" if self.axis else self.value.replace(" ", "_")
+
+
+def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()) -> list[Variant]:
+    """The variants of a config's network: each differs from it in one key of ``MODEL.SE``.
+
+    Args:
+        config_file: of a classifier.
+        options: alternating keys and values over it, for all variants.
+        axes: some of :data:`PAPER`'s; empty for all.
+
+    Returns:
+        The network as configured, the one without SE, and the variants axis by axis; what the
+        config has already is not repeated. Those that make no sense for the network, such as
+        "3x3" in basic blocks, say why.
+
+    Raises:
+        UserError: an axis is not known, or the config is of no classifier with SE.
+    """
+    unknown = [axis for axis in axes if axis not in PAPER]
+    if unknown:
+        raise UserError(f"There is no axis {unknown[0]!r}, expected some of {', '.join(PAPER)}.")
+    options = (*options, "MODEL.SE.ENABLED", "True")
+    cfg = model_config(config_file=config_file, options=list(options))
+    if not is_classification(cfg):
+        raise UserError(
+            f"{config_file} is of a {cfg.MODEL.META_ARCHITECTURE}, expected a classifier "
+            "(MODEL.META_ARCHITECTURE ImageClassifier)."
+        )
+    # A run takes it from its data, which may not be there yet.
+    with suppress(UserError):
+        use_classification_datasets(cfg)
+    options = ("MODEL.CLASSIFIER.NUM_CLASSES", str(cfg.MODEL.CLASSIFIER.NUM_CLASSES), *options)
+    plain = (*options[:-1], "False")
+    found = [
+        Variant("", STANDARD, options, _PAPER_STANDARD),
+        Variant("", PLAIN, plain, _PAPER_PLAIN),
+    ]
+    stages = _stages(cfg)
+    for axis in axes or PAPER:
+        for value, paper in PAPER[axis].items():
+            text = f"({value},)" if axis == "stages" else value
+            there = _KEYS[axis], text
+            if axis == "stages" and int(value) not in stages or _has(cfg, *there):
+                continue
+            found.append(Variant(axis, value, (*options, *there), paper))
+    return [_counted(config_file, variant) for variant in found]
+
+
+def _stages(cfg: CfgNode) -> set[int | None]:
+    return {stage_of(name) for name in gates_of(trunk_of(build_to_count(cfg)))}
+
+
+def _has(cfg: CfgNode, key: str, value: str) -> bool:
+    node, _, leaf = key.removeprefix("MODEL.").rpartition(".")
+    return str(cfg.MODEL[node][leaf]) == value
+
+
+def _counted(config_file: str, variant: Variant) -> Variant:
+    parts = (variant.axis, variant.value, variant.options, variant.paper)
+    try:
+        cfg = model_config(config_file=config_file, options=list(variant.options))
+        return Variant(*parts, report(build_to_count(cfg), cfg).total)
+    except UserError as error:
+        return Variant(*parts, refused=str(error))
+
+
+def run_grid(
+    config_file: str,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    output_dir: str | Path,
+    **arguments: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """Trains all variants that can be built, each with each seed, unless that has been done.
+
+    Args:
+        config_file: as of :func:`grid`.
+        variants: what it returned.
+        seeds: values of ``SEED``.
+        output_dir: of all runs; what is finished in it is kept, what broke off is taken up.
+        arguments: of :func:`senet_transfer.engine.runs.run_once`.
+
+    Returns:
+        The results of each variant's runs, by :attr:`Variant.folder`.
+    """
+    results = {}
+    # A seed of all variants before the next one: an interrupted grid can be compared.
+    for done in range(1, len(seeds) + 1):
+        for variant in variants:
+            if variant.cost is not None:
+                folder = Path(output_dir) / variant.folder
+                runs = run_seeds(config_file, seeds[:done], variant.options, folder, **arguments)
+                results[variant.folder] = list(runs.values())
+    return results
+
+
+def grid_table(
+    variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]] | None = None
+) -> str:
+    """The variants with their cost, their errors here, and the paper's beside.
+
+    In brackets is the place in the order of an axis, the network as configured included, by our
+    errors and by the paper's.
+    """
+    errors = {
+        variant.folder: mean_and_deviation(results[variant.folder])[METRIC]
+        for variant in variants
+        if results and variant.folder in results
+    }
+    rows = []
+    for variant in variants:
+        rivals = [v for v in variants if v.axis == variant.axis or v.value == STANDARD]
+        ours = {v.folder: errors[v.folder][0] for v in rivals if v.folder in errors}
+        paper = {v.folder: v.paper for v in rivals if v.paper is not None}
+        ranked = bool(variant.axis)
+        rows.append(
+            [
+                variant.axis,
+                variant.value,
+                f"{variant.cost.parameters:,}" if variant.cost else "-",
+                f"{variant.cost.macs / 1e6:.1f}" if variant.cost else "-",
+                _error(errors.get(variant.folder)) + _place(variant, ours, ranked),
+                "" if variant.paper is None
+                else f"{variant.paper:.2f}" + _place(variant, paper, ranked),
+            ]
+        )  # fmt: skip
+    headers = ("", "", "parameters", "MMACs", "top-1 error", "paper's, on ImageNet")
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+    refused = [f"{v.axis} {v.value}: {v.refused}" for v in variants if v.refused]
+    return "\n".join([table, *refused])
+
+
+def _error(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return ""
+    mean, deviation = found
+    # nan, of a single run, is not equal to itself.
+    return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _place(variant: Variant, values: dict[str, float], ranked: bool) -> str:
+    if not ranked or variant.folder not in values:
+        return ""
+    return f" ({1 + sum(value < values[variant.folder] for value in values.values())})"
+
+
+def write_grid(
+    variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]], output_dir: str | Path
+) -> str:
+    """Writes ``ablation.json``, everything that the table is made of.
+
+    Returns:
+        Its path.
+    """
+    path = Path(output_dir) / "ablation.json"
+    rows = [
+        {
+            "axis": variant.axis,
+            "value": variant.value,
+            "options": variant.options,
+            "parameters": variant.cost.parameters if variant.cost else None,
+            "macs": variant.cost.macs if variant.cost else None,
+            "paper_top1_error": variant.paper,
+            "refused": variant.refused,
+            "results": results.get(variant.folder, []),
+        }
+        for variant in variants
+    ]
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+    return str(path)

@@ -1,0 +1,145 @@
+"""The parts ``block`` and ``trunk``: what the gate costs over the plain network, and others' gates.
+
+The peers are at equal geometry: stride in the 3x3 convolution and a padded stem pool, except
+``legacy_seresnet50``, whose own these are not, so it stands beside the same network of ours.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from detectron2.modeling import FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import nn
+
+from senet_transfer.analysis.benchmark.compare import compare
+from senet_transfer.analysis.benchmark.memory import saved_bytes
+from senet_transfer.analysis.benchmark.report import Amounts, Row
+from senet_transfer.backbones import create_backbone
+from senet_transfer.backbones.blocks import SEBottleneckBlock
+from senet_transfer.classification import create_classifier
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        seconds: that one comparison may take, about.
+        device: "cpu" or "cuda".
+    """
+
+    seconds: float = 20.0
+    device: str = "cpu"
+
+
+def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward with a fixed gradient at every output, so that no loss adds to it."""
+    gradients: list[torch.Tensor] = []
+
+    def step() -> None:
+        outputs = _outputs(model(x))
+        if not gradients:
+            gradients.extend(torch.randn_like(output) for output in outputs)
+        torch.autograd.backward(outputs, gradients)
+
+    return step
+
+
+def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """A forward pass without gradients."""
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return step
+
+
+def _outputs(found: object) -> list[torch.Tensor]:
+    values = found.values() if isinstance(found, dict) else [found]
+    return [value for value in values if value.requires_grad]
+
+
+def saved(model: nn.Module, x: torch.Tensor) -> float:
+    """MB that the forward pass keeps for the backward pass."""
+    outputs = []
+    return saved_bytes(lambda: outputs.append(model(x)), model) / 1e6
+
+
+def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
+    """The model in training mode, with gates as training leaves them: not all alike."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("fc2.weight"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.train().to(device)
+
+
+def measure_block(options: Options) -> Iterator[Row]:
+    """One bottleneck of every stage, at the sizes of 224 px: step and what it keeps."""
+    for norm in ("BN", "FrozenBN"):
+        for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
+            arguments = {"bottleneck_channels": width, "norm": norm}
+            x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
+            blocks = {
+                "plain": BottleneckBlock(4 * width, 4 * width, **arguments),
+                "plain again": BottleneckBlock(4 * width, 4 * width, **arguments),
+                "SE": SEBottleneckBlock(4 * width, 4 * width, **arguments),
+            }
+            steps = {
+                name: training_step(trained(block, options.device), x)
+                for name, block in blocks.items()
+            }
+            what = f"res{stage}'s bottleneck, {norm}, batch 8: forward and backward"
+            yield compare(
+                what, steps, baseline="plain", control="plain again", seconds=options.seconds / 2
+            )
+            kept = {name: saved(blocks[name], x) for name in ("plain", "SE")}
+            yield Amounts(f"res{stage}'s bottleneck, {norm}: kept", "MB", "plain", kept)
+
+
+def detection_trunk(name: str, device: str = "cpu") -> FPN:
+    """The R50-FPN recipe's trunk: frozen norms, stem and res2 frozen."""
+    trunk = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
+    fpn = FPN(trunk, STAGES, 256, top_block=LastLevelMaxPool())
+    return trained(fpn, device)
+
+
+def measure_trunk(options: Options) -> Iterator[Row]:
+    """SE-ResNet-50 over ResNet-50: in detection, in classification, and in inference."""
+    images = torch.randn(2, 3, 320, 480, device=options.device)
+    names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
+    trunks = {key: detection_trunk(name, options.device) for key, name in names.items()}
+    yield compare(
+        "FPN trunk of detection, frozen norms, 2 x 320x480: forward and backward",
+        {name: training_step(trunk, images) for name, trunk in trunks.items()},
+        baseline="plain",
+        control="plain again",
+        seconds=options.seconds,
+    )
+    kept = {name: saved(trunks[name], images) for name in ("plain", "SE")}
+    yield Amounts("FPN trunk of detection, frozen norms: kept", "MB", "plain", kept)
+    images = torch.randn(4, 3, 224, 224, device=options.device)
+    kept = {
+        name: saved(trained(create_classifier(names[name]), options.device), images)
+        for name in ("plain", "SE")
+    }
+    yield Amounts("Classifier, trained norms, batch 4, 224 px: kept", "MB", "plain", kept)
+    for batch in (1, 8):
+        yield _measure_inference(batch, names, options)
+
+
+def _measure_inference(batch: int, names: dict[str, str], options: Options) -> Row:
+    images = torch.randn(batch, 3, 224, 224, device=options.device)
+    models = {key: create_classifier(name) for key, name in names.items()}
+    return compare(
+        f"Inference, 224 px, batch {batch}, eager",
+        {key: inference(trained(m, options.device).eval(), images) for key, m in models.items()},
+        baseline="plain",
+        control="plain again",
+        seconds=options.seconds,
+    )

@@ -1,0 +1,86 @@
+"""What a part of the benchmark returns: printed, and as JSON with the machine it ran on."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senet_transfer.analysis.benchmark.compare import Comparison
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Amounts that are counted, not timed, so that one value each is all there is.
+
+    Attributes:
+        what: is counted, in words.
+        unit: such as "MB".
+        baseline: the candidate that ratios are over.
+        values: by candidate.
+    """
+
+    what: str
+    unit: str
+    baseline: str
+    values: Mapping[str, float]
+
+    def ratio(self, name: str) -> float:
+        """Of one candidate over the baseline."""
+        return self.values[name] / self.values[self.baseline]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = {
+            name: {"value": value, "ratio": self.ratio(name)} for name, value in self.values.items()
+        }
+        head = {"what": self.what, "unit": self.unit, "baseline": self.baseline}
+        return {**head, "candidates": rows}
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.values)
+        lines = [self.what]
+        for name, value in self.values.items():
+            text = f"  {name:{width}} {value:10.2f} {self.unit}"
+            lines.append(text if name == self.baseline else f"{text}  ratio {self.ratio(name):.3f}")
+        return "\n".join(lines)
+
+
+Row = Comparison | Amounts
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores, threads, GPU, versions."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # Not Linux.
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: str, parts: Mapping[str, list[Row]], command: str) -> None:
+    """Writes all that was measured."""
+    result = {
+        "command": command,
+        "machine": machine(),
+        "parts": {part: [row.as_dict() for row in rows] for part, rows in parts.items()},
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=2) + "\n")

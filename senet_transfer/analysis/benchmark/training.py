@@ -1,0 +1,187 @@
+"""The parts ``engine`` and ``augment``: what training costs around the network.
+
+The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks of a run, whose log has
+an entry every few steps, more than in a run. Beside it stands a loop in plain PyTorch on the same
+batches, with the same loss and optimizer.
+"""
+
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from senet_transfer.analysis.benchmark.compare import Comparison, compare
+from senet_transfer.analysis.benchmark.networks import Options
+from senet_transfer.analysis.benchmark.report import Amounts, Row
+from senet_transfer.classification import create_classifier
+from senet_transfer.classification.from_config import use_classification_datasets
+from senet_transfer.config import get_senet_config
+from senet_transfer.data.cifar import ImageArrays, load_images, save_images
+from senet_transfer.data.cifar_augment import CifarAugment, cut_out, normalise
+from senet_transfer.data.cifar_loader import CifarTrainLoader
+from senet_transfer.engine.trainer import Trainer
+from senet_transfer.preprocessing import CIFAR10
+
+STEPS = 5
+
+_RATE, _DECAY = 0.1, 1e-4
+
+
+def random_images(images: int) -> ImageArrays:
+    """Noise, of ten classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ImageArrays(pixels, torch.arange(images) % 10, [str(n) for n in range(10)], "noise")
+
+
+def plain_loop(
+    model: nn.Module, data: ImageArrays, *, batch_size: int, device: str
+) -> Callable[[], None]:
+    """Training without this project's engine: a function that makes :data:`STEPS` steps."""
+    model = model.train().to(device)
+    options = {"momentum": 0.9, "weight_decay": _DECAY, "foreach": True}
+    optimizer = torch.optim.SGD(model.parameters(), _RATE, **options)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [32_000, 48_000])
+    loader = iter(
+        CifarTrainLoader(data, batch_size=batch_size, seed=0, augment=CifarAugment(), device=device)
+    )
+    mean, std = (
+        torch.tensor(values, device=device).view(3, 1, 1) for values in (CIFAR10.mean, CIFAR10.std)
+    )
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            batch = next(loader)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model((batch["image"] - mean) / std), batch["label"])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    return steps
+
+
+@contextlib.contextmanager
+def engine_loop(
+    name: str, data_file: Path, *, batch_size: int, device: str
+) -> Iterator[tuple[Callable[[], None], nn.Module]]:
+    """The same with this project's engine; yields the function and the model."""
+    cfg = get_senet_config()
+    cfg.merge_from_list([word for item in _keys(name, data_file).items() for word in item])
+    cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = device, batch_size
+    cfg.OUTPUT_DIR = str(data_file.parent)
+    use_classification_datasets(cfg)
+    trainer = Trainer(cfg)
+    trainer.iter, trainer.max_iter = 0, cfg.SOLVER.MAX_ITER
+    writers = [hook for hook in trainer._hooks if isinstance(hook, PeriodicWriter)]
+    for writer in writers:
+        writer._period = STEPS
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+            trainer.iter += 1
+
+    with EventStorage(0) as trainer.storage:
+        trainer.before_train()
+        yield steps, trainer.model
+        for writer in writers:
+            writer.after_train()
+
+
+def _keys(name: str, data_file: Path) -> dict[str, object]:
+    image = "INPUT.CLASSIFICATION"
+    return {
+        "MODEL.META_ARCHITECTURE": "ImageClassifier",
+        "MODEL.BACKBONE.NAME": "build_senet_backbone",
+        "MODEL.BACKBONE.ARCH": name,
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.PIXEL_MEAN": list(CIFAR10.mean),
+        "MODEL.PIXEL_STD": list(CIFAR10.std),
+        "INPUT.FORMAT": "RGB",
+        "DATASETS.TRAIN": (str(data_file),),
+        "DATASETS.TEST": (),
+        f"{image}.AUGMENT": "pad_crop",
+        f"{image}.CROP": 32,
+        f"{image}.TEST_RESIZE": 32,
+        f"{image}.TEST_CROP": 32,
+        "SOLVER.BASE_LR": _RATE,
+        "SOLVER.WEIGHT_DECAY": _DECAY,
+        "SOLVER.WEIGHT_DECAY_NORM": _DECAY,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.MAX_ITER": 64_000,
+        "SOLVER.STEPS": (32_000, 48_000),
+        "SOLVER.CHECKPOINT_PERIOD": 64_000,
+        "SEED": 0,
+    }
+
+
+def measure_engine(options: Options) -> Iterator[Row]:
+    """ResNet-110 in training: this engine over a plain loop, with augmentation."""
+    name = "cifar_resnet110"
+    # With the 128 of the recipe a CPU would take minutes; fewer make the engine's share larger.
+    batch_size = 128 if options.device == "cuda" else 16
+    with tempfile.TemporaryDirectory() as folder:
+        data_file = Path(folder) / "noise.safetensors"
+        save_images(random_images(2048), data_file, "noise")
+        share = {"batch_size": batch_size, "device": options.device}
+        plain = {
+            key: plain_loop(create_classifier(name, 10), load_images(data_file), **share)
+            for key in ("plain loop", "plain loop again")
+        }
+        with engine_loop(name, data_file, **share) as (steps, _):
+            found = compare(
+                f"Training ResNet-110, {batch_size} images a step: {STEPS} steps",
+                {**plain, "this engine": steps},
+                baseline="plain loop",
+                control="plain loop again",
+                seconds=options.seconds,
+            )
+    yield found
+    yield _images_a_second(found, STEPS * batch_size)
+
+
+def measure_augment(options: Options) -> Iterator[Row]:
+    """Batches of 128 images of CIFAR's size, drawn, augmented and normalised, on all threads."""
+    data, batches = random_images(50_000), 10
+
+    def augmented(augment: CifarAugment) -> Callable[[], None]:
+        loader = CifarTrainLoader(
+            data, batch_size=128, seed=0, augment=augment, device=options.device
+        )
+        iterations = count()
+
+        def work() -> None:
+            for _ in range(batches):
+                batch = loader.batch(next(iterations))
+                images = normalise(batch["image"], CIFAR10)
+                if augment.cutout:
+                    cut_out(images, batch["cutout"], augment.cutout)
+
+        return work
+
+    candidates = {
+        "zeros": augmented(CifarAugment()),
+        "zeros, Cutout": augmented(CifarAugment(cutout=16)),
+        "reflection": augmented(CifarAugment(padding="reflect")),
+    }
+    what = f"Augmentation of {batches} batches of 128 images"
+    found = compare(what, candidates, baseline="zeros", seconds=options.seconds / 2)
+    yield found
+    yield _images_a_second(found, batches * 128)
+
+
+def _images_a_second(found: Comparison, images: int) -> Amounts:
+    rates = {name: images / statistics.median(values) for name, values in found.seconds.items()}
+    return Amounts(found.what, "images/s", found.baseline, rates)

@@ -1,0 +1,159 @@
+"""Every Params and GFLOPs cell of the paper's tables, beside what is counted here.
+
+Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. Its GFLOPs are
+multiply-accumulates of one image, its Params count the running statistics of batch norms, too.
+Table II's residual networks have their stride in the first 1x1 convolution of a stage, and the
+ablations of section 6 no biases in the gates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from senet_transfer.analysis.complexity.parts import Report, report
+from senet_transfer.analysis.models import build_to_count, model_config
+
+# How far a cell may be off before the table has to say why.
+GFLOPS_TOLERANCE = 0.005
+PARAMETERS_TOLERANCE = 0.1e6
+
+_STRIDE = ("MODEL.RESNETS.STRIDE_IN_1X1", "True")
+_ABLATION = (*_STRIDE, "MODEL.SE.BIAS", "False")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network in a table of the paper.
+
+    Attributes:
+        table: its number.
+        name: what the paper calls the network.
+        model: our name of it.
+        options: config keys and values.
+        parameters: in millions; None where the table has none.
+        gflops: multiply-accumulates in units of 1e9, likewise.
+        side: of the image, in pixels.
+    """
+
+    table: str
+    name: str
+    model: str
+    options: tuple[str, ...] = ()
+    parameters: float | None = None
+    gflops: float | None = None
+    side: int = 224
+
+
+def _pair(
+    name: str, model: str, gflops: float, se_gflops: float, *options: str, side: int = 224
+) -> tuple[Row, Row]:
+    return (
+        Row("II", name, model, options, None, gflops, side),
+        Row("II", f"SE-{name}", f"se_{model}", options, None, se_gflops, side),
+    )
+
+
+def _ablation(table: str, name: str, parameters: float, gflops: float | None, *options: str) -> Row:
+    model = "se_resnet50" if options else "resnet50"
+    return Row(table, name, model, (*_ABLATION, *options), parameters, gflops)
+
+
+_STANDARD = ("MODEL.SE.RATIO", "16")
+
+ROWS = (
+    *_pair("ResNet-50", "resnet50", 3.86, 3.87, *_STRIDE),
+    *_pair("ResNet-101", "resnet101", 7.58, 7.60, *_STRIDE),
+    *_pair("ResNet-152", "resnet152", 11.30, 11.32, *_STRIDE),
+    *_pair("ResNeXt-50", "resnext50_32x4d", 4.24, 4.25),
+    *_pair("ResNeXt-101", "resnext101_32x4d", 7.99, 8.00),
+    _ablation("X", "r = 2", 45.7, None, "MODEL.SE.RATIO", "2"),
+    _ablation("X", "r = 4", 35.7, None, "MODEL.SE.RATIO", "4"),
+    _ablation("X", "r = 8", 30.7, None, "MODEL.SE.RATIO", "8"),
+    _ablation("X", "r = 16", 28.1, None, *_STANDARD),
+    _ablation("X", "r = 32", 26.9, None, "MODEL.SE.RATIO", "32"),
+    _ablation("X", "original", 25.6, None),
+    _ablation("XIII", "ResNet-50", 25.6, 3.86),
+    _ablation("XIII", "SE_Stage_2", 25.6, 3.86, "MODEL.SE.STAGES", "(2,)"),
+    _ablation("XIII", "SE_Stage_3", 25.7, 3.86, "MODEL.SE.STAGES", "(3,)"),
+    _ablation("XIII", "SE_Stage_4", 26.4, 3.86, "MODEL.SE.STAGES", "(4,)"),
+    _ablation("XIII", "SE_All", 28.1, 3.87, *_STANDARD),
+    _ablation("XV", "SE", 28.1, 3.87, *_STANDARD),
+    _ablation("XV", "SE_3x3", 25.8, 3.86, "MODEL.SE.PLACEMENT", "3x3"),
+    _ablation("XVI", "ResNet-50", 25.6, 3.86),
+    _ablation("XVI", "NoSqueeze", 28.1, 4.27, "MODEL.SE.SQUEEZE", "none"),
+    _ablation("XVI", "SE", 28.1, 3.87, *_STANDARD),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of the paper beside our count.
+
+    Attributes:
+        row: the paper's.
+        parameters: ours, with the norms' running statistics, as the paper counts them.
+        report: all else that was counted.
+    """
+
+    row: Row
+    parameters: int
+    report: Report
+
+    @property
+    def parameters_off(self) -> float | None:
+        """Ours less the paper's; None where it has none."""
+        stated = self.row.parameters
+        return None if stated is None else self.parameters - 1e6 * stated
+
+    @property
+    def gflops_off(self) -> float | None:
+        """Ours over the paper's, less 1; None where it has none."""
+        stated = self.row.gflops
+        return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
+
+    @property
+    def is_close(self) -> bool:
+        """Whether no cell is off by more than the tolerance."""
+        return (
+            abs(self.parameters_off or 0) <= PARAMETERS_TOLERANCE
+            and abs(self.gflops_off or 0) <= GFLOPS_TOLERANCE
+        )
+
+    @property
+    def reason(self) -> str:
+        """Why a cell is off by more than that; empty where none is, or nobody knows."""
+        explain = _REASONS.get(self.row.model.removeprefix("se_"))
+        return "" if self.is_close or explain is None else explain(self.row, self.report)
+
+
+# By our name of the plain network: from a row and what its parts cost to a sentence on why the
+# paper's figure is another.
+_REASONS: dict[str, Callable[[Row, Report], str]] = {}
+
+
+def compare(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
+    """Counts the networks of the paper's rows.
+
+    Args:
+        rows: which.
+        quiet: no progress bar; there is none either where stderr is no terminal.
+    """
+    # The same network stands in several tables.
+    counted: dict[tuple, tuple[int, Report]] = {}
+    for row in tqdm(rows, unit="network", disable=quiet or None):
+        if _network(row) not in counted:
+            counted[_network(row)] = _count(row)
+    return [Compared(row, *counted[_network(row)]) for row in rows]
+
+
+def _network(row: Row) -> tuple:
+    return row.model, row.options, row.side
+
+
+def _count(row: Row) -> tuple[int, Report]:
+    cfg = model_config(model=row.model, options=list(row.options))
+    model = build_to_count(cfg)
+    found = report(model, cfg, (row.side, row.side))
+    statistics = [b.numel() for name, b in model.named_buffers() if "running_" in name]
+    return found.total.parameters + sum(statistics), found

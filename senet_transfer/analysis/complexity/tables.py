@@ -1,0 +1,56 @@
+"""Counts as rows of a table for people."""
+
+from senet_transfer.analysis.complexity.count import Cost
+from senet_transfer.analysis.complexity.paper import Compared
+
+COST_HEADERS = ("", "parameters", "GMACs", "activations", "SE parameters", "SE MACs")
+
+PAPER_HEADERS = (
+    "table", "network", "Params", "ours", "off", "GFLOPs", "ours", "off", ""
+)  # fmt: skip
+
+
+def cost_row(name: str, cost: Cost) -> tuple[str, ...]:
+    """A cost under :data:`COST_HEADERS`; SE's share in percent beside its own."""
+    return (
+        name,
+        f"{cost.parameters:,}",
+        f"{cost.macs / 1e9:.3f}",
+        f"{cost.activations:,}",
+        _share(cost.se_parameters, cost.parameters),
+        _share(cost.se_macs, cost.macs),
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.2f}%)" if part else "-"
+
+
+def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Rows under :data:`PAPER_HEADERS`, and the sentences that their last cells refer to."""
+    reasons: list[str] = []
+    rows = []
+    for one in found:
+        mark = ""
+        if not one.is_close:
+            reason = one.reason or "no reason is known"
+            if reason not in reasons:
+                reasons.append(reason)
+            mark = f"({reasons.index(reason) + 1})"
+        rows.append((one.row.table, one.row.name, *_parameters(one), *_gflops(one), mark))
+    return rows, [f"({number}) {text}" for number, text in enumerate(reasons, start=1)]
+
+
+def _parameters(one: Compared) -> tuple[str, str, str]:
+    if one.row.parameters is None:
+        return "", "", ""
+    off = f"{one.parameters_off / 1e6:+.2f}M"
+    return f"{one.row.parameters:.1f}M", f"{one.parameters / 1e6:.2f}M", off
+
+
+def _gflops(one: Compared) -> tuple[str, str, str]:
+    if one.row.gflops is None:
+        return "", "", ""
+    digits = 3 if one.row.gflops >= 1 else 4
+    ours = f"{one.report.total.macs / 1e9:.{digits}f}"
+    return f"{one.row.gflops:.{digits - 1}f}", ours, f"{100 * one.gflops_off:+.2f}%"

@@ -1,0 +1,167 @@
+"""The paper's Figures 6 and 7, a figure a block, and all blocks at a glance."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from senet_transfer.analysis.excitations.collect import Excitations
+from senet_transfer.analysis.excitations.gates import stage_of
+from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
+from senet_transfer.data.sample import draw
+
+# Told apart by people of every colour vision (Okabe and Ito), and dark enough on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_ALL = "#000000"
+_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+
+
+def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.ndarray:
+    """Channels drawn uniformly, in the order of their mean over all classes."""
+    mean = block.mean_of_classes
+    drawn = np.array(draw(range(len(mean)), count, seed=seed))
+    return drawn[np.argsort(mean[drawn], kind="stable")]
+
+
+def draw_classes(
+    axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
+) -> None:
+    """Figure 6: the mean of each class and of all classes, by channel."""
+    x = np.arange(len(channels))
+    for (label, name), colour in zip(drawn.items(), _cycled(len(drawn)), strict=True):
+        axes.plot(x, block.kept[label].mean[channels], color=colour, lw=1.2, label=name)
+    axes.plot(x, block.mean_of_classes[channels], color=_ALL, lw=1.6, ls="--", label="all classes")
+    _finish(axes, block, channels)
+
+
+def draw_spread(
+    axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
+) -> None:
+    """Figure 7: mean and standard deviation within a class, of two classes."""
+    x = np.arange(len(channels))
+    for (label, name), colour in list(zip(drawn.items(), COLOURS, strict=False))[:2]:
+        kept = block.kept[label]
+        mean, std = kept.mean[channels], kept.std[channels]
+        axes.plot(x, mean, color=colour, lw=1.2, label=f"{name} ({kept.images} images)")
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.25, lw=0)
+    _finish(axes, block, channels)
+
+
+def _cycled(count: int) -> list[str]:
+    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+
+
+def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
+    """Axes that all panels share."""
+    axes.set_xlim(0, max(len(channels) - 1, 1))
+    low, high = axes.get_ylim()
+    # The whole range of a sigmoid, and what others need.
+    axes.set_ylim(min(low, 0), max(high, 1))
+    total = len(block.mean_of_classes)
+    axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
+
+
+def write_blocks(
+    found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
+) -> list[str]:
+    """Writes a PNG a block: the means of classes, and the spread within two of them.
+
+    Args:
+        found: of :func:`~.collect.collect`.
+        folder: to write to.
+        channels: the most to draw of a block; 50 in the paper.
+        seed: they follow from it.
+
+    Returns:
+        The paths.
+    """
+    os.makedirs(folder, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for name, block in found.blocks.items():
+            figure = Figure(figsize=(11, 3.8), layout="constrained")
+            left, right = figure.subplots(1, 2, sharey=True)
+            drawn = channels_to_draw(block, channels, seed=seed)
+            draw_classes(left, block, found.drawn, drawn)
+            draw_spread(right, block, found.drawn, drawn)
+            left.set_title(f"{name}: means of classes")
+            right.set_title(f"{name}: mean ± standard deviation within a class")
+            left.set_ylabel("gate")
+            for axes in (left, right):
+                axes.legend(loc="lower right", fontsize=8)
+            paths.append(_save(figure, folder, f"{name}.png"))
+    return paths
+
+
+def write_overview(
+    found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
+) -> list[str]:
+    """Writes ``figure6.png`` (the blocks that the paper shows, or their like) and ``blocks.png``.
+
+    Arguments and result as of :func:`write_blocks`.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with matplotlib.rc_context(_STYLE):
+        return [
+            _save(_figure6(found, channels, seed), folder, "figure6.png"),
+            _save(_all_blocks({n: b.summary() for n, b in found.blocks.items()}), folder,
+                  "blocks.png"),
+        ]  # fmt: skip
+
+
+def papers_blocks(names: list[str]) -> list[str]:
+    """The last block of each stage and all of the last stage; without stages, six of all."""
+    stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
+    if not stages:
+        places = np.linspace(0, len(names) - 1, min(len(names), 6)).round().astype(int)
+        return [names[place] for place in places]
+    last = [[n for n in names if stage_of(n) == stage][-1] for stage in stages[:-1]]
+    return last + [n for n in names if stage_of(n) == stages[-1]]
+
+
+def _figure6(found: Excitations, channels: int, seed: int) -> Figure:
+    names = papers_blocks(list(found.blocks))
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(names) :]:
+        axes.remove()
+    for name, axes in zip(names, grid.flat, strict=False):
+        block = found.blocks[name]
+        drawn = channels_to_draw(block, channels, seed=seed)
+        draw_classes(axes, block, found.drawn, drawn)
+        axes.set_title(name)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gate")
+    lines, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    return figure
+
+
+def _all_blocks(summaries: dict[str, Summary]) -> Figure:
+    x = np.arange(len(summaries))
+    figure = Figure(figsize=(max(5, 0.28 * len(x) + 2), 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for name, colour, marker in (("between", COLOURS[1], "o"), ("within", COLOURS[0], "s")):
+        values = [getattr(one, name) for one in summaries.values()]
+        top.plot(x, values, color=colour, marker=marker, ms=4, label=f"{name} classes")
+    top.set_ylabel("standard deviation\nof a gate")
+    top.set_ylim(bottom=0)
+    top.legend()
+    bottom.bar(x, [100 * one.saturated for one in summaries.values()], color=COLOURS[2])
+    bottom.set_ylabel("gates above 0.95 (%)")
+    bottom.set_ylim(0, 100)
+    bottom.set_xlabel("block")
+    bottom.set_xticks(x, list(summaries), rotation=90, fontsize=8)
+    return figure
+
+
+def _save(figure: Figure, folder: str, name: str) -> str:
+    path = str(Path(folder, name))
+    # The same pixels and bytes wherever and whenever it is drawn.
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path

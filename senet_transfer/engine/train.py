@@ -1,0 +1,59 @@
+"""One run from a command line: training or evaluation, ended by ``results.json``."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.history import newest_whole, write_text
+from senet_transfer.engine.interruption import stop_at_step_end
+from senet_transfer.engine.launch import run
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+
+RESULTS = "results.json"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs in every process of the job, and leaves ``OUTPUT_DIR/results.json`` when it is through.
+
+    Args:
+        args: of :func:`~senet_transfer.engine.arguments.argument_parser`.
+    """
+    cfg = setup(args)
+    results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+    if comm.is_main_process():
+        # Whole or not at all: who finds it takes the run for done.
+        write_text(Path(cfg.OUTPUT_DIR, RESULTS), json.dumps(results, indent=2))
+
+
+def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    with stop_at_step_end():
+        trainer.train()
+    # Without DATASETS.TEST there was no evaluation.
+    found = getattr(trainer, "_last_eval_results", {})
+    training = {"iterations": trainer.iter}
+    if trainer.clock.steps:
+        training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
+    return {**found, "training": training}
+
+
+def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    model = Trainer.build_model(cfg)
+    # The whole model, or else what is new in it would be evaluated, too.
+    if resume:
+        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
+    else:
+        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
+    return Trainer.evaluate(cfg, model)
+
+
+if __name__ == "__main__":
+    run(main, argument_parser().parse_args())

@@ -1,0 +1,327 @@
+"""The sum of a gated residual branch and its shortcut, at about the cost of the sum without gate.
+
+``gate(r) * r + y`` with ``r = norm(conv(x))`` needs ``r`` twice in the backward pass of the plain
+statement: autograd keeps it, which the block without gate does not. What is computed here is the
+same, to rounding, from what that block keeps anyway:
+
+* Batch norm, trained or not, keeps the convolution's output. All that the gradients of gate and
+  norm need of the maps are two sums a channel of each image, after which one pass gives the
+  gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm keeps nothing, but it and the gate only scale and shift channels, so a 1x1
+  convolution takes them into weights of each image's own: ``r`` comes into being neither forward
+  nor backward, and the products of gradient and input that give the gradient of the weights give
+  that of the gates, too (:class:`_ConvSum`).
+* The mean over positions commutes with a 1x1 convolution and with a norm that has its statistics:
+  the squeeze reads the convolution's input, a quarter of a bottleneck's output.
+
+What watches or transforms a network (hooks, compilers, tracers, dispatch modes) gets the plain
+statement, as does every variant that these don't cover.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
+
+# Elements of the per-image weights that exist at a time: what the caches of a core hold; on other
+# devices, where few large products are faster than many small ones, what memory has to spare.
+_WEIGHTS_AT_ONCE = {"cpu": 2**20}
+_WEIGHTS_AT_ONCE_ELSEWHERE = 2**25
+
+
+def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
+    """``se.join(conv(x), shortcut)``, to rounding.
+
+    Twice differentiable only where that is computed literally, see above.
+
+    Args:
+        conv: the last convolution of the residual branch, with its norm.
+        se: the gate of its output.
+        x: ``(N, K, H, W)``, its input.
+        shortcut: ``(N, C, H / stride, W / stride)``.
+
+    Returns:
+        Of the shape of ``shortcut``.
+    """
+    form = _choose(conv, se, x, shortcut)
+    return se.join(conv(x), shortcut) if form is None else form(conv, se, x, shortcut)
+
+
+def _choose(
+    conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor
+) -> Callable[[Conv2d, SqueezeExcitation, Tensor, Tensor], Tensor] | None:
+    norm = conv.norm
+    batch_norm = type(norm) is nn.BatchNorm2d and norm.affine and norm.running_mean is not None
+    batch_norm = batch_norm and norm.momentum is not None
+    frozen = type(norm) is FrozenBatchNorm2d
+    if (
+        not (batch_norm or frozen)
+        or se.squeeze != "avg"
+        or conv.bias is not None
+        or conv.activation is not None
+        or x.dtype != shortcut.dtype
+        or x.numel() == 0
+        or _is_watched(conv, norm, se, se.fc1, se.fc2)
+    ):
+        return None
+    learns = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, shortcut, *conv.parameters(), *se.parameters())
+    )
+    if learns:
+        if batch_norm:
+            return _norm_sum
+        return _conv_sum if _is_pointwise(conv) else None
+    if (batch_norm and norm.training) or torch.is_autocast_enabled(x.device.type):
+        return None
+    return _inferred_sum
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Whether something relies on the modules' being called, or on plain operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.jit.is_scripting()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            for module in modules
+        )
+    )
+
+
+def _is_pointwise(conv: Conv2d) -> bool:
+    one = (1, 1)
+    return conv.kernel_size == conv.stride == one and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _fold(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The scale and shift of a norm that has its statistics."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+class _Gate:
+    """The gates as a function of the squeezed maps, with a graph of its own.
+
+    The graph lies inside of another function's node: a few numbers a channel, from whose gradient
+    that node's backward pass goes on.
+    """
+
+    def __init__(self, se: SqueezeExcitation, squeezed: Tensor, learns: bool):
+        self.parameters = [p for p in se.parameters() if p.requires_grad]
+        with torch.set_grad_enabled(learns):
+            self.squeezed = squeezed.detach().requires_grad_(learns)
+            self.value = se.excite(self.squeezed)
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the squeezed maps and of the parameters that learn."""
+        inputs = [self.squeezed, *self.parameters]
+        # Kept, as the caller may come again.
+        found = torch.autograd.grad(
+            self.value, inputs, gradient.to(self.value.dtype), retain_graph=True
+        )
+        return found[0], list(found[1:])
+
+
+def _learning(se: SqueezeExcitation) -> list[nn.Parameter]:
+    return [parameter for parameter in se.parameters() if parameter.requires_grad]
+
+
+def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
+    norm = conv.norm
+    x = conv._conv_forward(x, conv.weight, None)
+    # Under autocast convolutions return another type; and one value a channel has no variance,
+    # which the norm itself says best.
+    if x.dtype != shortcut.dtype or x.numel() == x.shape[1]:
+        return se.join(norm(x), shortcut)
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return _NormSum.apply(x, shortcut, norm.weight, norm.bias, norm, se, *_learning(se))
+
+
+class _NormSum(torch.autograd.Function):
+    """The gated sum from the input of a batch norm."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, weight, bias, norm, se, *parameters):
+        ctx.training = norm.training
+        out, mean, invstd = torch.native_batch_norm(
+            x,
+            weight,
+            bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.training,
+            norm.momentum,
+            norm.eps,
+        )
+        if not norm.training:
+            mean, invstd = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+        centre = x.mean((2, 3), dtype=mean.dtype)
+        squeezed = torch.addcmul(bias, centre - mean, invstd * weight)
+        ctx.gate = _Gate(se, squeezed.to(x.dtype), learns=True)
+        gate = ctx.gate.value.detach()
+        ctx.save_for_backward(x, weight, bias, mean, invstd, centre, gate)
+        return torch.addcmul(shortcut, out, _spread(gate, x), out=out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, bias, mean, invstd, centre, gate = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_layout(x))
+        positions = x.shape[2] * x.shape[3]
+        # Of the gradient, and of its product with the normalised map: all that is needed of it.
+        total, aligned = _sums(gradient, x, mean, invstd)
+        squeezed, parameters = ctx.gate.backward(aligned * weight + total * bias)
+        dbias = torch.addcmul(squeezed, gate, total).sum(0)
+        dweight = torch.addcmul(squeezed * (centre - mean) * invstd, gate, aligned).sum(0)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = weight * invstd
+            constant = scale * squeezed / positions
+            slope = None
+            if ctx.training:  # The batch's own mean and variance have gradients, too.
+                share = scale / (len(x) * positions)
+                slope = -share * dweight * invstd
+                constant = constant - share * dbias - slope * mean
+            dx = torch.addcmul(_spread(constant), gradient, _spread(scale * gate))
+            if slope is not None:
+                dx.addcmul_(x, slope[:, None, None])
+            dx = dx.to(x.dtype)
+        shortcut = gradient if ctx.needs_input_grad[1] else None
+        return dx, shortcut, dweight, dbias, None, None, *parameters
+
+
+def _sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image and channel: the sum of the gradient, and that of gradient times norm."""
+    if x.device.type != "cpu":
+        total = gradient.sum((2, 3), dtype=mean.dtype)
+        centred = (x - mean[:, None, None]) * gradient
+        return total, centred.sum((2, 3)) * invstd
+    # Batch norm's own backward pass has these sums, for all images together, in one reading of
+    # the maps; asked image by image, and for nothing else, it is twice as fast as the above.
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(
+            part, image, None, None, None, mean, invstd, True, 0.0, [False, True, True]
+        )
+        for part, image in zip(gradient.split(1), x.split(1), strict=True)
+    ]
+    return torch.stack([row[2] for row in sums]), torch.stack([row[1] for row in sums])
+
+
+def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
+    scale, shift = _fold(conv.norm)
+    return _ConvSum.apply(x, shortcut, conv.weight, scale, shift, se, *_learning(se))
+
+
+class _ConvSum(torch.autograd.Function):
+    """The gated sum from the input of a 1x1 convolution with a frozen norm."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+        folded = _folded(weight, scale, x.dtype)
+        mean = x.mean((2, 3))
+        ctx.gate = _Gate(se, F.linear(mean, folded, shift.to(x.dtype)), learns=True)
+        gate = ctx.gate.value.detach().to(x.dtype)
+        ctx.save_for_backward(x, weight, scale, shift, mean, gate)
+        return _weighed_sum(x, shortcut, folded, shift, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, scale, shift, mean, gate = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_layout(x))
+        folded = _folded(weight, scale, x.dtype)
+        maps, inputs = gradient.flatten(2), x.flatten(2)
+        dgate, dfolded = _weigh(maps, inputs, folded, gate)
+        dgate += shift * maps.sum(2)
+        squeezed, parameters = ctx.gate.backward(dgate)
+        dweight = None
+        if ctx.needs_input_grad[2]:
+            dfolded += squeezed.mT.to(dfolded.dtype) @ mean.to(dfolded.dtype)
+            dweight = (dfolded * scale[:, None]).view_as(weight).to(weight.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            constant = squeezed.to(x.dtype) @ folded / maps.shape[2]
+            dx = torch.empty_like(x, memory_format=_layout(x)).copy_(_spread(constant))
+            flat = dx.flatten(2)
+            for part in _parts(x, folded):
+                weights = (gate[part, :, None] * folded).mT
+                _add_product(flat[part], weights, maps[part])
+        shortcut = gradient if ctx.needs_input_grad[1] else None
+        return dx, shortcut, dweight, None, None, None, *parameters
+
+
+def _weigh(maps: Tensor, inputs: Tensor, folded: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the gates, and of the weights without the squeeze's part, from products."""
+    dgate = torch.empty_like(gate)
+    wide = torch.promote_types(folded.dtype, torch.float32)
+    dfolded = torch.zeros_like(folded, dtype=wide)
+    for part in _parts(inputs, folded):
+        products = torch.bmm(maps[part], inputs[part].mT)
+        dgate[part] = torch.einsum("ck,nck->nc", folded, products)
+        for weight, product in zip(gate[part], products, strict=True):
+            dfolded.addcmul_(product, weight[:, None])
+    return dgate, dfolded
+
+
+def _weighed_sum(x: Tensor, y: Tensor, folded: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+    """``(gate * folded) x + gate * shift + y``, for each image."""
+    out = torch.empty_like(y, memory_format=_layout(x))
+    torch.add(y, _spread(gate * shift.to(gate.dtype)), out=out)
+    maps, inputs = out.flatten(2), x.contiguous(memory_format=_layout(x)).flatten(2)
+    for part in _parts(x, folded):
+        _add_product(maps[part], gate[part, :, None] * folded, inputs[part])
+    return out
+
+
+def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
+    # Scaling the weights of each image costs less than scaling its map, where that is large.
+    if _is_pointwise(conv) and x.shape[2] * x.shape[3] > x.shape[1]:
+        scale, shift = _fold(conv.norm)
+        folded = _folded(conv.weight, scale, x.dtype)
+        gate = se.excite(F.linear(x.mean((2, 3)), folded, shift))
+        return _weighed_sum(x, shortcut, folded, shift, gate)
+    out = conv(x)
+    return torch.addcmul(shortcut, out, se.gate(out), out=out)
+
+
+def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight.flatten(1) * scale[:, None]).to(dtype)
+
+
+def _spread(values: Tensor, like: Tensor | None = None) -> Tensor:
+    """``(N, C)`` as ``(N, C, 1, 1)``."""
+    values = values[:, :, None, None]
+    return values if like is None else values.to(like.dtype)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    flat = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if flat else torch.channels_last
+
+
+def _parts(x: Tensor, folded: Tensor) -> Iterator[slice]:
+    """Images to take together, so that the weights of each fit."""
+    limit = _WEIGHTS_AT_ONCE.get(x.device.type, _WEIGHTS_AT_ONCE_ELSEWHERE)
+    step = max(1, limit // folded.numel())
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right``, batched; ``out`` is contiguous, or its transpose is."""
+    if out.is_contiguous():
+        out.baddbmm_(left, right)
+    else:
+        out.mT.baddbmm_(right.mT, left.mT)

@@ -1,0 +1,33 @@
+"""Small trees of images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CLASSES = ("bark", "moss/dry", "sand")
+PER_CLASS = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """A folder a class, of 5, 5 and 6 noisy images of 40 x 36 pixels."""
+    root = tmp_path_factory.mktemp("kinds")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for index in range(PER_CLASS + (label == 2)):
+            pixels = random.integers(0, 120, (36, 40, 3)).astype(np.uint8)
+            pixels[..., label] += 100
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root

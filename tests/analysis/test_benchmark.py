@@ -1,0 +1,75 @@
+"""The benchmark's own arithmetic, and that every candidate gets its turn."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from senet_transfer.analysis.benchmark import Comparison, Ratio, compare, saved_bytes
+from senet_transfer.analysis.benchmark.memory import highest_sum, peak_bytes
+
+
+@pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
+def test_the_interval_holds_the_median_as_often_as_it_says(count):
+    draw = random.Random(count)
+    found = [Ratio.of([draw.gauss(1.5, 0.1) for _ in range(count)]) for _ in range(2000)]
+    assert sum(ratio.low <= 1.5 <= ratio.high for ratio in found) / 2000 > 0.94
+    # And no wider than it must be: without its outermost two values it would not hold 95%.
+    skipped = sum(ratio.low <= 1.5 <= ratio.high for ratio in map(_narrower, found)) / 2000
+    assert skipped < 0.9
+
+
+def _narrower(ratio: Ratio) -> Ratio:
+    half = (ratio.high - ratio.low) / 4
+    return Ratio(ratio.value, ratio.value - half, ratio.value + half)
+
+
+def test_ratios_are_taken_within_a_round():
+    """A machine that gets ten times slower on its way changes no ratio."""
+    drift = [1.0 + index for index in range(11)]
+    found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
+    ratio = found.ratio("b")
+    assert (ratio.low, ratio.high) == (pytest.approx(1.1), pytest.approx(1.1))
+
+
+def test_a_comparison_is_resolved_by_its_control_alone():
+    steady, shaky = [1.0] * 11, [1.0, 1.1] * 5 + [1.0]
+    assert Comparison("", "a", {"a": steady, "b": steady}, control="b").resolved
+    assert not Comparison("", "a", {"a": steady, "b": shaky}, control="b").resolved
+    assert not Comparison("", "a", {"a": steady, "b": steady}).resolved
+
+
+def test_candidates_take_turns():
+    calls = []
+    found = compare(
+        "turns",
+        {name: lambda name=name: calls.append(name) for name in "abc"},
+        baseline="a",
+        seconds=0,
+        warm_up=1,
+    )
+    rounds = list(zip(*[iter(calls[3:])] * 3, strict=True))
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len(set(rounds)) > 1
+    assert len(rounds) == len(found.seconds["a"]) == found.as_dict()["rounds"]
+
+
+def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
+    layer = nn.Linear(4, 8)
+    x = torch.randn(16, 4)
+    held = []
+    # The input for the weight's gradient, the sigmoid's result for its own; not the weight.
+    forward = lambda: held.append(layer(x).sigmoid())  # noqa: E731
+    assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
+
+
+def test_the_peak_is_what_was_occupied_at_once():
+    assert highest_sum([5, 3, -8, 6, -6]) == 8
+
+    def work() -> None:
+        first = torch.zeros(1 << 20)
+        del first
+        torch.zeros(1 << 18).add(1)
+
+    assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)

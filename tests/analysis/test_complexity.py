@@ -1,0 +1,184 @@
+"""Counts against hooks on layers, closed formulas and the paper's tables."""
+
+import pytest
+import torch
+from torch import nn
+
+from senet_transfer import UserError, create_classifier, list_models, save_weights
+from senet_transfer.analysis.complexity.count import built_empty, fill_empty, measure
+from senet_transfer.analysis.complexity.paper import ROWS, Row, compare
+from senet_transfer.analysis.complexity.parts import report
+from senet_transfer.analysis.models import build_to_count, model_config
+from senet_transfer.layers import SqueezeExcitation
+
+DEEP = ("101", "110", "152", "154", "164", "shake", "inception_resnet")
+
+
+def empty(name: str, **options) -> nn.Module:
+    with built_empty():
+        model = create_classifier(name, **options)
+    return fill_empty(model)
+
+
+def side_of(name: str) -> int:
+    if "inception_resnet" in name:
+        return 96
+    return 8 if name.removeprefix("se_").startswith(("cifar", "wrn", "shake")) else 32
+
+
+def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    """The same from the shapes that pass through the layers, without a trace."""
+    found = {"macs": 0, "activations": 0, "se_macs": 0}
+    gates = {fc for m in model.modules() if isinstance(m, SqueezeExcitation) for fc in m.children()}
+
+    def layer(module, inputs, output):
+        weight = module.weight
+        places = output.numel() // weight.shape[0]
+        found["macs"] += places * weight.numel()
+        found["activations"] += output.numel()
+        found["se_macs"] += places * weight.numel() * (module in gates)
+
+    def gate(module, inputs, output):
+        found["macs"] += 2 * output.numel()
+        found["se_macs"] += 2 * output.numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(layer)
+        if isinstance(module, SqueezeExcitation):
+            module.register_forward_hook(gate)
+    with torch.no_grad():
+        model.eval()(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if any(d in name for d in DEEP) else name
+        for name in list_models()
+    ],
+)
+def test_every_model_costs_what_hooks_on_its_layers_see(name):
+    model, side = empty(name), side_of(name)
+    # Not square, and more than one image.
+    x = torch.zeros(2, 3, side, side + side // 2)
+    found = measure(model, x)
+    expected = counted_by_hooks(model, x)
+    assert not found.unknown
+    assert {key: getattr(found.total, key) for key in expected} == expected
+    assert found.total.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_gate_costs_its_layers_the_pooling_and_the_product():
+    channels, hidden, places = 32, 4, 6 * 5
+    x = torch.zeros(1, channels, 6, 5)
+    cost = measure(SqueezeExcitation(channels, ratio=8), x).total
+    assert cost.macs == cost.se_macs == 2 * channels * hidden + 2 * channels * places
+    assert cost.parameters == cost.se_parameters == 2 * channels * hidden + channels + hidden
+    cost = measure(SqueezeExcitation(channels, ratio=8, squeeze="max"), x).total
+    assert cost.macs == 2 * channels * hidden + 2 * channels * places
+    cost = measure(SqueezeExcitation(channels, ratio=8, squeeze="none"), x).total
+    assert cost.macs == 2 * channels * hidden * places + channels * places
+
+
+def test_ses_share_is_the_papers_formula():
+    """Equation 5: 2/r times the sum of N_s C_s^2, and as many multiply-accumulates."""
+    cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
+    stages = ((3, 256, 56), (4, 512, 28), (6, 1024, 14), (3, 2048, 7))
+    layers = sum(2 * blocks * width**2 // 16 for blocks, width, _ in stages)
+    assert cost.se_parameters == layers
+    maps = sum(blocks * width * side**2 for blocks, width, side in stages)
+    assert cost.se_macs == layers + 2 * maps
+
+
+def test_the_training_mode_is_left_as_it_was():
+    model = empty("resnet18")
+    model.backbone.res2.eval()
+    before = [m.training for m in model.modules()]
+    measure(model, torch.zeros(1, 3, 32, 32))
+    assert [m.training for m in model.modules()] == before
+
+
+SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSqueeze", "SE_3x3")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [tuple(SOME), pytest.param(ROWS, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_the_papers_cells_are_ours_or_have_a_reason(rows):
+    for one in compare(rows, quiet=True):
+        assert one.is_close or one.reason, one.row
+
+
+def test_a_cell_that_is_off_is_not_close():
+    right, less, more = compare(
+        (
+            Row("II", "right", "resnet18", parameters=11.7, gflops=1.814),
+            Row("II", "off", "resnet18", gflops=1.80),
+            Row("X", "off", "resnet18", parameters=11.5),
+        ),
+        quiet=True,
+    )
+    assert right.is_close
+    assert not less.is_close
+    assert not more.is_close
+
+
+def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
+    model = create_classifier("se_resnet18", num_classes=7, se_ratio=8, se_stages=(3, 4))
+    save_weights(model, tmp_path / "weights.pth")
+    cfg = model_config(weights=str(tmp_path / "weights.pth"))
+    total = report(build_to_count(cfg), cfg).total
+    assert total.parameters == sum(p.numel() for p in model.parameters())
+    assert total == measure(model, torch.zeros(1, 3, 224, 224)).total
+
+
+@pytest.mark.parametrize(
+    "config", ["faster_rcnn_se_r50", "retinanet_se_r50", "faster_rcnn_c4_se_r50"]
+)
+def test_the_parts_of_a_detector_are_all_of_it(config):
+    cfg = model_config(config_file=f"configs/{config}.yaml")
+    model = build_to_count(cfg)
+    found = report(model, cfg, (60, 100))
+    trunk = getattr(model.backbone, "bottom_up", model.backbone)
+    assert found.size == ((64, 128) if trunk is not model.backbone else (60, 100))
+    assert found.total.parameters == sum(p.numel() for p in model.parameters())
+    assert found.total.se_parameters == 2_530_992
+    alone = measure(trunk, torch.zeros(1, 3, *found.size)).total
+    assert sum(found.parts[n].macs for n in ("stem", "res2", "res3", "res4")) == alone.macs - (
+        0 if "res5" not in found.parts else found.parts["res5"].macs
+    )
+    by_hooks = counted_by_hooks(trunk, torch.zeros(1, 3, *found.size))
+    assert alone.macs == by_hooks["macs"]
+
+
+def test_a_box_head_is_counted_for_every_box():
+    options = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    cfg = model_config(config_file="configs/faster_rcnn_r50.yaml", options=options)
+    head = report(build_to_count(cfg), cfg, (64, 64)).parts["box head"]
+    outputs = 3 + 1 + 4 * 3
+    assert head.macs == 10 * (256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * outputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "What is the model"),
+        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give one of them"),
+        ({"model": "resnet17"}, "There is no model"),
+        ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
+        ({"weights": "missing.pth"}, "no weight file"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_words(arguments, said):
+    with pytest.raises(UserError, match=said):
+        model_config(**arguments)
+
+
+def test_a_size_that_no_image_has_is_refused():
+    cfg = model_config("resnet18")
+    with pytest.raises(UserError, match="expected 1 or more"):
+        report(build_to_count(cfg), cfg, (0, 224))

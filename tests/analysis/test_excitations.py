@@ -1,0 +1,292 @@
+"""The analysis of gates from images to figures, and the networks without some of them."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from senet_transfer import UserError, create_classifier, save_weights
+from senet_transfer.analysis.excitations.collect import collect, trunk_of
+from senet_transfer.analysis.excitations.command import (
+    analysis_parser,
+    load_trained_model,
+    open_images,
+    run_analysis,
+)
+from senet_transfer.analysis.excitations.gates import gates_of
+from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
+from senet_transfer.analysis.models import model_config
+from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.classification import open_dataset
+from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
+
+VIEW = EvalTransform(resize=32, crop=32)
+SIZE = [
+    "INPUT.CLASSIFICATION.TEST_RESIZE", "32", "INPUT.CLASSIFICATION.TEST_CROP", "32",
+    "MODEL.CLASSIFIER.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu",
+]  # fmt: skip
+
+
+def shaken(name: str, *options: str, seed: int = 0):
+    """A classifier whose weights are all drawn anew, so that gates and norms matter."""
+    torch.manual_seed(seed)
+    cfg = model_config(name, options=[*SIZE, *options])
+    model = build_model(cfg)
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if ".se." in key and not key.endswith("fc1.bias"):
+                value.normal_(std=0.5)
+            elif value.dim() == 1 and value.is_floating_point():
+                value.uniform_(0.5, 1.5)
+    return cfg, model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder as of a run: weights, and the config beside them."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg, model = shaken("se_cifar_resnet8")
+    save_weights(model, folder / "model.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+def arguments(trained, tree, output, *more: str):
+    words = ["--weights", str(trained / "model.pth"), "--data", str(tree), "--output", str(output)]
+    return analysis_parser(None).parse_args([*words, "--workers", "0", "--quiet", *more])
+
+
+def test_statistics_are_those_of_the_images_one_by_one(tree):
+    _, model = shaken("se_cifar_resnet8")
+    dataset = open_dataset(tree)
+    found = collect(model, dataset, VIEW, images_per_class=100, batch_size=7, quiet=True)
+    assert (found.images, found.classes) == (16, 3)
+    assert list(found.drawn.values()) == dataset.classes
+    for name, gate in gates_of(model.backbone).items():
+        values, labels = [], []
+        hook = gate.register_forward_hook(lambda m, x, _, v=values: v.append(m.gate(x[0])))
+        for index in range(len(dataset)):
+            sample = dataset.read_sample(index)
+            with torch.no_grad():
+                model({"image": VIEW(sample.data)[None]})
+            labels.append(sample.label)
+        hook.remove()
+        values, labels = torch.cat(values).flatten(1).double().numpy(), np.array(labels)
+        for label in range(3):
+            of_class = values[labels == label]
+            kept = found.blocks[name].kept[label]
+            np.testing.assert_allclose(kept.mean, of_class.mean(0), rtol=1e-5)
+            np.testing.assert_allclose(kept.std, of_class.std(0, ddof=1), rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, capsys):
+    words = ("--num-classes", "2", "--channels", "9", "--images-per-class", "4")
+    run_analysis(arguments(trained, tree, tmp_path, *words))
+    said = capsys.readouterr().out
+    blocks = ["SE_2_1", "SE_3_1", "SE_4_1"]
+    assert "12 images of 3 classes" in said
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("SE_")] == blocks
+    for name in (*(f"blocks/{block}" for block in blocks), "figure6", "blocks"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            # Not empty: more than the white of the paper and the black of its frame.
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    with open(tmp_path / "gates.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (16 + 32 + 64) * 3
+    assert {row["class"] for row in rows} - {"all classes"} < {"bark", "moss/dry", "sand"}
+    assert {row["images"] for row in rows} == {"4", "12"}
+    with open(tmp_path / "blocks.csv") as file:
+        table = {row["block"]: row for row in csv.DictReader(file)}
+    everything = [float(row["mean"]) for row in rows if row["class"] == "all classes"]
+    assert np.mean(everything[:16]) == pytest.approx(float(table["SE_2_1"]["mean"]), abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
+    for folder, seed in (("first", "0"), ("second", "0"), ("other", "1")):
+        words = ("--images-per-class", "2", "--seed", seed)
+        run_analysis(arguments(trained, tree, tmp_path / folder, *words))
+    names = ["blocks.csv", "figure6.png", "blocks/SE_3_1.png"]
+    first, second, other = (
+        [(tmp_path / folder / name).read_bytes() for name in names]
+        for folder in ("first", "second", "other")
+    )
+    assert first == second
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
+    run_analysis(arguments(trained, tree, tmp_path, "--classes", "sand", "moss/dry"))
+    with open(tmp_path / "gates.csv") as file:
+        found = dict.fromkeys(row["class"] for row in csv.DictReader(file))
+    assert list(found) == ["sand", "moss/dry", "all classes"]
+
+
+# Dropping a gate whose value is the same for all images.
+
+
+def constant_gates(model, stages):
+    """Makes gates depend on no image; returns what they then are."""
+    values = {}
+    for name, gate in gates_of(model.backbone).items():
+        if int(name.split("_")[1]) in stages:
+            torch.nn.init.zeros_(gate.fc2.weight)
+            torch.nn.init.normal_(gate.fc2.bias)
+        values[name] = torch.sigmoid(gate.fc2.bias).detach().numpy().astype(np.float64)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stages"),
+    [
+        ("se_cifar_resnet8", (), [4]),
+        ("se_cifar_resnet8", (), [2, 3, 4]),
+        ("se_resnet18", (), [5]),
+        pytest.param("se_cifar_resnet164", (), [3], marks=pytest.mark.slow),
+        pytest.param(
+            "se_resnet50", ("MODEL.RESNETS.NORM", "FrozenBN"), [5, 2], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
+    cfg, model = shaken(name, *options)
+    values = constant_gates(model, stages)
+    x = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}
+    pruned = pruned_config(cfg, model, stages)
+    taken_in, open_ = without_gates(pruned, model, values), without_gates(pruned, model)
+    assert not [key for key in taken_in.state_dict() for s in stages if f"res{s}.0.se" in key]
+    left = {int(key.split("_")[1]) for key in gates_of(model.backbone)} - set(stages)
+    assert any(".se." in key for key in taken_in.state_dict()) == bool(left)
+    with torch.no_grad():
+        expected, found, other = model(x), taken_in(x), open_(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (other - expected).abs().max() > 10 * (found - expected).abs().max()
+
+
+def test_a_gate_at_one_is_dropped_exactly():
+    cfg, model = shaken("se_resnet18")
+    for gate in gates_of(model.backbone).values():
+        torch.nn.init.zeros_(gate.fc2.weight)
+        torch.nn.init.constant_(gate.fc2.bias, 100.0)
+    x = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}
+    plain = without_gates(pruned_config(cfg, model, [2, 3, 4, 5]), model)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x))
+
+
+def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
+    cfg, model = shaken("se_cifar_resnet8", "MODEL.SE.PLACEMENT", "identity")
+    pruned = pruned_config(cfg, model, [4])
+    assert without_gates(pruned, model, constant_gates(model, [4])) is None
+    assert without_gates(pruned, model) is not None
+
+
+def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_path, capsys):
+    run_analysis(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
+    said = capsys.readouterr().out
+    table = [line for line in said.splitlines() if line.startswith(("with its", "gates at"))]
+    assert len(table) == 3
+    hidden = 64 // 16
+    assert f"{_parameters(trained) - (2 * 64 * hidden + 64 + hidden):,}" in table[1]
+    path = tmp_path / "pruned" / "model.pth"
+    args = analysis_parser(None).parse_args(
+        ["--weights", str(path), "--data", str(tree), "--output", str(tmp_path)]
+    )
+    cfg, again = load_trained_model(args)
+    assert cfg.MODEL.SE.STAGES == (2, 3)
+    assert cfg.DATASETS.CLASSES == ["bark", "moss/dry", "sand"]
+    assert {name[:4] for name in gates_of(again.backbone)} == {"SE_2", "SE_3"}
+    # Its config is beside it, as tools/eval_classifier.py wants it.
+    words = ["--weights", str(path), "--data", str(tree), "--workers", "0", "--quiet"]
+    result = run_evaluation(evaluation_parser(None).parse_args(words))
+    errors = [float(line.split()[-6]) for line in table[1:]]
+    assert min(errors) == pytest.approx(result["top1_error"], abs=0.01)
+
+
+def _parameters(trained) -> int:
+    state = torch.load(trained / "model.pth", weights_only=True)["model"]
+    names = [key for key in state if "running" not in key and "tracked" not in key]
+    return sum(state[key].numel() for key in names)
+
+
+def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
+    cfg, model = shaken("se_resnet18")
+    save_weights(without_gates(pruned_config(cfg, model, [5]), model), tmp_path / "pruned.pth")
+    again = create_classifier("se_resnet18", 3, weights=tmp_path / "pruned.pth")
+    assert {name[:4] for name in gates_of(again.backbone)} == {"SE_2", "SE_3", "SE_4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "stages", "said"),
+    [
+        ((), [5], "have no gates"),
+        (("MODEL.SE.STAGES", "(2, 3)"), [4], "those of 2, 3 have"),
+    ],
+)
+def test_stages_without_gates_are_refused(options, stages, said):
+    cfg, model = shaken("se_cifar_resnet8", *options)
+    with pytest.raises(UserError, match=said):
+        pruned_config(cfg, model, stages)
+
+
+def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
+    cfg, model = shaken("se_resnet18", "MODEL.SE.RELU_BEFORE", "True")
+    with pytest.raises(UserError, match="ReLU before each gate"):
+        pruned_config(cfg, model, [5])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--classes", "gravel"), "no images of gravel"),
+        (("--channels", "0"), "--channels is 0"),
+        (("--images-per-class", "0"), "images_per_class is 0"),
+        (("--prune-stage", "5"), "have no gates"),
+        (("--images", "somewhere"), "--images goes with a JSON"),
+        (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(trained, tree, tmp_path, words, said):
+    with pytest.raises(UserError, match=said):
+        run_analysis(arguments(trained, tree, tmp_path, *words))
+
+
+def test_a_json_needs_its_images():
+    with pytest.raises(UserError, match="--images"):
+        open_images("annotations.json", None)
+
+
+def test_a_detectors_gates_are_watched_on_crops(tmp_path):
+    options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
+    cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
+    save_weights(build_model(cfg), tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 255, (60, 80, 3)).astype(np.uint8)).save(
+        tmp_path / "image.png"
+    )
+    boxes = [[0, 0, 30, 30], [20, 20, 40, 20], [40, 0, 20, 50]]
+    content = {
+        "images": [{"id": 1, "file_name": "image.png", "width": 80, "height": 60}],
+        "categories": [{"id": 1, "name": "left"}, {"id": 2, "name": "right"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "bbox": box, "category_id": 1 + i // 2, "iscrowd": 0,
+             "area": math.prod(box[2:])}
+            for i, box in enumerate(boxes)
+        ],
+    }  # fmt: skip
+    (tmp_path / "objects.json").write_text(json.dumps(content))
+    words = ["--weights", str(tmp_path / "model.pth"), "--data", str(tmp_path / "objects.json")]
+    words += ["--images", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "0"]
+    args = analysis_parser(None).parse_args([*words, "--quiet"])
+    run_analysis(args)
+    with open(tmp_path / "out" / "blocks.csv") as file:
+        assert len(list(csv.DictReader(file))) == 8
+    _, model = load_trained_model(args)
+    with pytest.raises(UserError, match="Gates are dropped from classifiers"):
+        pruned_config(cfg, model, [5])
+    assert trunk_of(model) is model.backbone.bottom_up

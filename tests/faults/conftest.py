@@ -1,0 +1,142 @@
+"""Small data sets and runs, in memory where there is room: the suite writes gigabytes."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from senet_transfer.data.convert import convert
+from senet_transfer.data.folder import open_folder
+from senet_transfer.data.shapes import make_shapes
+
+# Less than a million parameters, and all that has a state of its own.
+SMALL = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.FREEZE_AT": "0",
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.RESNETS.DEPTH": "50",
+    "MODEL.RESNETS.NUM_GROUPS": "32",
+    "MODEL.RESNETS.WIDTH_PER_GROUP": "1",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": "32",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "32",
+    "MODEL.SE.ENABLED": "True",
+    "DATALOADER.NUM_WORKERS": "1",
+    "SOLVER.IMS_PER_BATCH": "4",
+    "SOLVER.BASE_LR": "0.0005",
+    "SOLVER.MAX_ITER": str(runs.ITERATIONS),
+    "SOLVER.STEPS": "(7,)",
+    "SOLVER.CHECKPOINT_PERIOD": str(runs.PERIOD),
+    "SOLVER.EMA.ENABLED": "True",
+    "DATASETS.TEST": "()",
+    "SEED": "3",
+}
+CLASSIFICATION = {
+    "MODEL.CLASSIFIER.DROPOUT": "0.3",
+    "MODEL.CLASSIFIER.MIXUP": "0.2",
+    "INPUT.CLASSIFICATION.CROP": "32",
+    "SOLVER.AMP.ENABLED": "True",
+    "SOLVER.AMP.DTYPE": "float16",
+}
+DETECTION = {
+    "MODEL.FPN.OUT_CHANNELS": "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": "20",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "8",
+    "INPUT.MIN_SIZE_TRAIN": "(48, 64)",
+    "INPUT.MAX_SIZE_TRAIN": "80",
+    "SOLVER.IMS_PER_BATCH": "2",
+    "DATASETS.TRAIN": "('own',)",
+}
+
+
+@pytest.fixture(scope="session")
+def disk():
+    """A folder that is gone when the tests are."""
+    in_memory = "/dev/shm"
+    free = shutil.disk_usage(in_memory).free if os.path.isdir(in_memory) else 0
+    with tempfile.TemporaryDirectory(
+        prefix="faults-", dir=in_memory if free > 2e9 else None
+    ) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def words(disk):
+    """By kind of data, the command line of a small run."""
+    tree, shards = disk / "tree", disk / "shards"
+    random = np.random.RandomState(0)
+    for name in ("blue", "green", "red"):
+        (tree / name).mkdir(parents=True)
+        for index in range(6):
+            pixels = random.randint(0, 255, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(tree / name / f"{index}.jpg", quality=80)
+    shards.mkdir()
+    convert(open_folder(tree), shards, split="images", shard_mb=0.02)
+    shapes = make_shapes(disk / "shapes", train=8, val=4)
+    own = ["--dataset", "own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny"]
+
+    def line(config: str, *flags: str, **keys: str) -> list[str]:
+        options = [word for item in {**SMALL, **keys}.items() for word in item]
+        return ["--config-file", config, *flags, *options]
+
+    classifier, detector = "configs/base/classification.yaml", "configs/faster_rcnn_se_r50.yaml"
+    return {
+        "folder": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{tree}',)"}),
+        "shards": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{shards}',)"}),
+        "detection": line(detector, *own, **DETECTION),
+        # The seed is drawn when the run starts; its checkpoints have it.
+        "unseeded": line(detector, *own, **DETECTION, SEED="-1"),
+    }
+
+
+@pytest.fixture
+def work(words, disk):
+    """A function from a kind of data to a run that has not begun; its files go with the test."""
+    folder = Path(tempfile.mkdtemp(dir=disk))
+    yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def straight(words, disk):
+    """A function from a kind of data to a run that nothing happened to, and its seconds."""
+    done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
+
+    def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:
+        if (kind, ranks) not in done:
+            unbroken = runs.Work(disk / f"straight_{kind}_{ranks}", words[kind])
+            begin = time.monotonic()
+            processes = unbroken.start_ranks(ranks=ranks) if ranks > 1 else [unbroken.start()]
+            unbroken.wait_for("Starting training", processes[0])
+            began = time.monotonic()
+            assert [runs.end_of(process) for process in processes] == [0] * ranks, unbroken.told()
+            unbroken.assert_clean()
+            assert time.monotonic() - begin < runs.LIMIT
+            done[kind, ranks] = unbroken, time.monotonic() - began
+        return done[kind, ranks]
+
+    return run
+
+
+@pytest.fixture
+def half(work, straight):
+    """A function from a kind of data to a run that was killed after its third checkpoint."""
+
+    def make(kind: str) -> runs.Work:
+        begun, whole = work(kind), straight(kind)[0].folder
+        begun.folder.mkdir()
+        names = [f"model_{number:07d}.pth" for number in (2, 5, 8)]
+        for name in [*names, *(f"{name}.sha256" for name in names), "config.yaml", "metrics.json"]:
+            shutil.copy(whole / name, begun.folder / name)
+        (begun.folder / "recent_checkpoints").write_text("".join(f"{name}\n" for name in names))
+        (begun.folder / "last_checkpoint").write_text(names[-1])
+        return begun
+
+    return make

@@ -1,0 +1,74 @@
+"""What is done to a run from within its process, before its script begins."""
+
+import ctypes
+import os
+import resource
+import signal
+import time
+
+from detectron2.utils import comm
+
+from senet_transfer.engine.step import StepTrainer
+
+_CALLS = ("fsync", "replace", "unlink", "truncate")
+
+
+def die_at_call(count: int) -> None:
+    """Kills the process at one of the calls that make files durable, or take them away."""
+    left = [count]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in _CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def die_at_byte(count: int) -> None:
+    """Has the system kill the process in the middle of a write, at a byte of a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+
+
+def full_at_byte(count: int) -> None:
+    """Has every write beyond a byte of a file fail, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+
+
+def obey_permissions() -> None:
+    """Takes from a superuser the right to write into folders that are read-only."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def slow_steps() -> None:
+    """Makes a step last for a minute."""
+    step = StepTrainer.run_step
+
+    def slow(self):
+        step(self)
+        time.sleep(60)
+
+    StepTrainer.run_step = slow
+
+
+def poison(iterations: tuple[int, ...], rank: int) -> None:
+    """Makes the loss of one process no number in some iterations."""
+    loss = StepTrainer._loss
+
+    def poisoned(self, part, totals):
+        value = loss(self, part, totals)
+        if self.iter in iterations and comm.get_rank() == rank:
+            totals["loss_cls"] = totals["loss_cls"] * float("nan")
+            value = value * float("nan")
+        return value
+
+    StepTrainer._loss = poisoned

@@ -1,0 +1,190 @@
+"""Runs of tools/train_net.py in processes of their own, which can be harmed.
+
+Importing PyTorch and Detectron2 takes longer than a small run. A fork server imports them once;
+each run is a fork of it that executes the script.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from senet_transfer.engine import history
+
+ROOT = Path(__file__).resolve().parents[2]
+PERIOD = 3
+ITERATIONS = 11
+# Of one run on a loaded machine; a run that takes longer hangs.
+LIMIT = 120.0
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "torch._dynamo",  # by the first step of an optimizer
+        "torch.utils.tensorboard",
+        "senet_transfer.engine.arguments",
+        "senet_transfer.engine.launch",
+        "senet_transfer.engine.trainer",
+    ]
+)
+
+
+@dataclasses.dataclass
+class Work:
+    """A small training command.
+
+    Attributes:
+        folder: its OUTPUT_DIR.
+        words: of the command line, without that.
+    """
+
+    folder: Path
+    words: list[str]
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def start(
+        self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
+    ) -> multiprocessing.Process:
+        """Starts a process; `harm` is called in it before the script, a function of a module."""
+        words = [*flags, *self.words, "OUTPUT_DIR", str(self.folder)]
+        process = _forks.Process(target=_run, args=(words, str(self.log), harm, environment))
+        process.start()
+        return process
+
+    def start_ranks(
+        self, *flags: str, ranks: int = 2, harm: Callable[[], None] | None = None
+    ) -> list[multiprocessing.Process]:
+        """The same as several processes of a job, as torchrun starts them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        shared |= {"LOCAL_WORLD_SIZE": str(ranks)}
+        return [
+            self.start(*flags, harm=harm, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(ranks)
+        ]
+
+    def run(self, *flags: str, harm: Callable[[], None] | None = None) -> int:
+        """Runs to its end, and returns the exit status."""
+        return end_of(self.start(*flags, harm=harm))
+
+    def told(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.is_file() else ""
+
+    def wait_for(self, words: str, process: multiprocessing.Process, count: int = 1) -> None:
+        """Waits until the log has the words so many times, or the process is over."""
+        until = time.monotonic() + LIMIT
+        while self.told().count(words) < count and process.is_alive():
+            assert time.monotonic() < until, f"no {words!r}:\n{self.told()[-3000:]}"
+            time.sleep(0.01)
+
+    def started_at(self) -> int:
+        """The iteration that the last run began with."""
+        return int(re.findall(r"Starting training from iteration (\d+)", self.told())[-1])
+
+    def last_iteration(self) -> int:
+        """Of the newest whole checkpoint; -1 where there is none."""
+        for name in history.checkpoints(self.folder):
+            if not history.damage(self.folder / name):
+                return load(self.folder / name)["iteration"]
+        return -1
+
+    def go_on(self, ranks: int = 1) -> None:
+        """Resumes to the end, or starts anew where there was no checkpoint yet.
+
+        Nothing that a checkpoint held may be lost.
+        """
+        last = self.last_iteration()
+        flags = ["--resume"] if history.checkpoints(self.folder) else []
+        if ranks == 1:
+            statuses = [self.run(*flags)]
+        else:
+            statuses = [end_of(process) for process in self.start_ranks(*flags, ranks=ranks)]
+        assert statuses == [0] * ranks, self.told()[-3000:]
+        assert last + 1 == ITERATIONS or self.started_at() == last + 1
+        self.assert_clean()
+
+    def assert_clean(self) -> None:
+        """Every file of the folder is whole, and nothing half-written lies beside."""
+        assert not list(self.folder.glob(".*")), os.listdir(self.folder)
+        names = [path.name for path in self.folder.glob("*.pth")]
+        for name in names:
+            path = self.folder / name
+            assert history.sum_file(path).is_file()
+            assert not history.damage(path)
+        assert (self.folder / history.TAG).read_text() in names
+        assert "MODEL:" in (self.folder / "config.yaml").read_text()
+        for line in (self.folder / "metrics.json").read_text().splitlines():
+            json.loads(line)
+
+    def assert_ends_as(self, straight: "Work") -> None:
+        """The model, and all that goes on with it, is that of an unbroken run to the last bit."""
+        found, expected = (load(work.folder / "model_final.pth") for work in (self, straight))
+        # Which file the model was loaded from.
+        found.pop("senet_transfer"), expected.pop("senet_transfer")
+        assert_same(found, expected)
+
+
+def end_of(process: multiprocessing.Process, limit: float = LIMIT) -> int:
+    """The exit status of a process, which has to end; negative after a signal."""
+    process.join(limit)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"the run hangs, {limit:g} s after it should have ended")
+    return process.exitcode
+
+
+def _run(
+    words: list[str], log: str, harm: Callable[[], None] | None, environment: dict[str, str]
+) -> None:
+    os.setsid()
+    # What a script that is started by itself has.
+    multiprocessing.set_start_method("fork", force=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["train_net.py", *words]
+    if harm:
+        harm()
+    runpy.run_path("tools/train_net.py", run_name="__main__")
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def assert_same(found, expected, where=""):
+    """Compares what checkpoints hold, numbers and tensors bit for bit."""
+    assert type(found) is type(expected), where
+    if isinstance(found, dict):
+        assert found.keys() == expected.keys(), where
+        for key in found:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(found, list | tuple):
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
+    elif isinstance(found, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where

@@ -1,0 +1,274 @@
+"""Runs are killed, told to stop, filled up and damaged at random points, by seed.
+
+After each, the run is resumed, and has to begin with the iteration after its last whole checkpoint,
+to leave nothing half-written, and to end as the run that nothing happened to, to the last bit.
+"""
+
+import functools
+import os
+import random
+import re
+import signal
+import time
+
+import harms
+import pytest
+import runs
+
+pytestmark = pytest.mark.faults
+
+KINDS = ("folder", "shards", "detection")
+
+
+def seeded(count: int) -> list[tuple[str, int]]:
+    """Kinds of data and seeds, taking turns."""
+    return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize(("kind", "seed"), seeded(21))
+def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, kind, seed):
+    draw = random.Random(seed)
+    unbroken, lasts = straight(kind)
+    run = work(kind)
+    for _ in range(1 + seed % 2):
+        saved = run.last_iteration()
+        flags = ["--resume"] if saved >= 0 else []
+        count = run.told().count("Starting training") + 1
+        process = run.start(*flags)
+        run.wait_for("Starting training", process, count)
+        process.join(draw.uniform(0, lasts))
+        process.kill()
+        assert runs.end_of(process) in (0, -9)
+        assert run.last_iteration() >= saved
+    run.go_on()
+    run.assert_ends_as(unbroken)
+
+
+@pytest.mark.parametrize(("kind", "seed"), seeded(12))
+def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, kind, seed):
+    draw = random.Random(seed)
+    unbroken, _ = straight(kind)
+    run = work(kind)
+    if seed % 3 == 0:
+        size = (unbroken.folder / "model_0000002.pth").stat().st_size
+        harm = functools.partial(harms.die_at_byte, draw.randrange(size // 10, size))
+    else:
+        # A checkpoint takes some ten such calls.
+        harm = functools.partial(harms.die_at_call, draw.randrange(3, 50))
+    status = run.run(harm=harm)
+    assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ)
+    for path in run.folder.glob("model_*.pth"):
+        runs.load(path)
+    run.go_on()
+    run.assert_ends_as(unbroken)
+
+
+@pytest.mark.parametrize(("kind", "seed"), seeded(8))
+def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, kind, seed):
+    draw = random.Random(seed)
+    unbroken, lasts = straight(kind)
+    run = work(kind)
+    process = run.start()
+    run.wait_for("Starting training", process)
+    process.join(draw.uniform(0, lasts / 2))
+    # To the workers of its data loader, too, as a terminal or a scheduler does.
+    os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
+    status = runs.end_of(process)
+    if status == 75:
+        stopped = re.findall(r"Stopped after iteration (\d+), saved", run.told())
+        assert run.last_iteration() == int(stopped[0])
+    else:
+        assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
+    run.go_on()
+    run.assert_ends_as(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_run_at_once(work, straight, number):
+    run = work("folder")
+    process = run.start(harm=harms.slow_steps)
+    run.wait_for("Starting training", process)
+    os.kill(process.pid, number)
+    run.wait_for("once more stops at once", process)
+    time.sleep(1.2)
+    os.kill(process.pid, number)
+    assert runs.end_of(process, limit=10) == 128 + number
+    run.go_on()
+    run.assert_ends_as(straight("folder")[0])
+
+
+def flipped(folder, draw):
+    path = folder / "model_0000008.pth"
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def flipped_without_a_sum(folder, draw):
+    # Where the numbers are: in the padding between them nothing can be damaged.
+    path = folder / "model_0000008.pth"
+    data = bytearray(path.read_bytes())
+    start = data.index(b"model_0000008/data/1" if b"model_0000008/data/1" in data else b"data/1")
+    data[start + 200 + draw.randrange(100)] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+    (folder / "model_0000008.pth.sha256").unlink()
+
+
+def cut_off(folder, draw):
+    path = folder / "model_0000008.pth"
+    os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def emptied(folder, draw):
+    (folder / "model_0000008.pth").write_bytes(b"")
+
+
+def deleted(folder, draw):
+    (folder / "model_0000008.pth").unlink()
+
+
+def no_sum(folder, draw):
+    (folder / "model_0000008.pth.sha256").write_bytes(draw.randbytes(70))
+
+
+def both_damaged(folder, draw):
+    cut_off(folder, draw)
+    os.truncate(folder / "model_0000005.pth", 1000)
+
+
+def tag_emptied(folder, draw):
+    (folder / "last_checkpoint").write_text("")
+
+
+def tag_gone(folder, draw):
+    (folder / "last_checkpoint").unlink()
+
+
+def tag_of_noise(folder, draw):
+    (folder / "last_checkpoint").write_bytes(draw.randbytes(30))
+
+
+def tag_elsewhere(folder, draw):
+    (folder / "last_checkpoint").write_text("../../model_0000008.pth")
+
+
+@pytest.mark.parametrize(
+    ("damage", "start"),
+    [
+        (flipped, 6),
+        (flipped_without_a_sum, 6),
+        (cut_off, 6),
+        (emptied, 6),
+        (deleted, 6),
+        (no_sum, 6),
+        (both_damaged, 3),
+        (tag_emptied, 9),
+        (tag_gone, 9),
+        (tag_of_noise, 9),
+        (tag_elsewhere, 9),
+    ],
+)
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
+    half, straight, damage, start
+):
+    seed = len(damage.__name__)
+    kind = ("folder", "shards", "unseeded")[seed % 3]
+    run = half(kind)
+    damage(run.folder, random.Random(seed))
+    run.go_on()
+    assert run.started_at() == start
+    assert ("A checkpoint is damaged" in run.told()) == (start < 9)
+    run.assert_ends_as(straight(kind)[0])
+
+
+def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
+    run = half("folder")
+    for number in (2, 5, 8):
+        os.truncate(run.folder / f"model_{number:07d}.pth", 5)
+    assert run.run("--resume") == 2
+    assert "error: No checkpoint" in run.told()
+    assert all((run.folder / f"model_{number:07d}.pth").stat().st_size == 5 for number in (2, 5, 8))
+
+
+@pytest.mark.parametrize(("kind", "seed"), seeded(6))
+def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, kind, seed):
+    unbroken, _ = straight(kind)
+    size = (unbroken.folder / "model_0000002.pth").stat().st_size
+    room = functools.partial(harms.full_at_byte, random.Random(seed).randrange(size // 10, size))
+    if resumed := seed % 2 == 0:
+        run, flags, last = half(kind), ["--resume"], 8
+    else:
+        run, flags, last = work(kind), [], -1
+    assert run.run(*flags, harm=room) == 2
+    assert re.search(r"error: The checkpoint .* can't be written: .*File too large", run.told())
+    assert run.last_iteration() == last, resumed
+    assert not list(run.folder.glob(".*"))
+    run.go_on()
+    run.assert_ends_as(unbroken)
+
+
+def test_a_folder_that_becomes_read_only_ends_the_run_with_the_reason(work, straight):
+    run = work("folder")
+    process = run.start(harm=harms.obey_permissions)
+    run.wait_for("Starting training", process)
+    run.folder.chmod(0o555)
+    status = runs.end_of(process)
+    run.folder.chmod(0o755)
+    assert status == 2
+    assert re.search(r"error: The checkpoint .* can't be written: .*Permission denied", run.told())
+    run.go_on()
+    run.assert_ends_as(straight("folder")[0])
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("shards", 0), ("detection", 1), ("folder", 2)])
+def test_a_process_that_dies_takes_the_job_down_and_nothing_is_lost(work, straight, kind, seed):
+    draw = random.Random(seed)
+    unbroken, lasts = straight(kind, ranks=2)
+    run = work(kind)
+    ranks = run.start_ranks()
+    run.wait_for("Starting training", ranks[0])
+    time.sleep(draw.uniform(0, lasts / 2))
+    ranks.pop(draw.randrange(2)).kill()
+    assert runs.end_of(ranks[0], limit=60) != 0
+    run.go_on(ranks=2)
+    run.assert_ends_as(unbroken)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("shards", 0), ("detection", 1), ("folder", 2)])
+def test_of_two_processes_one_is_told_to_stop_and_both_save_and_stop(work, straight, kind, seed):
+    draw = random.Random(seed)
+    unbroken, lasts = straight(kind, ranks=2)
+    run = work(kind)
+    ranks = run.start_ranks()
+    run.wait_for("Starting training", ranks[0])
+    time.sleep(draw.uniform(0, lasts / 3))
+    os.kill(ranks[seed % 2].pid, signal.SIGTERM)
+    assert [runs.end_of(process) for process in ranks] in ([75, 75], [0, 0])
+    run.go_on(ranks=2)
+    run.assert_ends_as(unbroken)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("iteration", [0, 7])
+def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, ranks, iteration):
+    run = work("shards")
+    harm = functools.partial(harms.poison, (iteration,), ranks - 1)
+    processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
+    assert [runs.end_of(process) for process in processes] == [1] * ranks
+    assert f"error: Iteration {iteration}: loss_cls is nan" in run.told()
+    assert run.last_iteration() == (iteration // runs.PERIOD) * runs.PERIOD - 1
+    for rank in range(ranks):
+        report = runs.read_json(run.folder / f"nonfinite_{iteration:07d}_rank{rank}.json")
+        assert len(report["batch"]["key"]) == 4 // ranks
+        assert report["torch_seed"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_so_many_steps_without_a_number_are_left_out_as_are_allowed(work, ranks):
+    run = work("shards", "SOLVER.MAX_NONFINITE_STEPS", "2")
+    harm = functools.partial(harms.poison, (2, 5), ranks - 1)
+    processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
+    assert [runs.end_of(process) for process in processes] == [0] * ranks
+    final = runs.load(run.folder / "model_final.pth")
+    assert final["trainer"]["_trainer"]["skipped"] == 2
+    assert all(value.isfinite().all() for value in final["model"].values())

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Measures this project beside what one would take instead, in parts; all of them by default.
+
+Candidates take turns, round after round; a ratio is the median over the rounds, with its 95%
+interval, and a second build of the baseline is the control.
+
+    python tools/benchmark.py trunk --output output/trunk.json
+"""
+
+import argparse
+import sys
+
+from senet_transfer.analysis.benchmark import networks, report, training
+from senet_transfer.engine.launch import run_single
+from senet_transfer.layers.squeeze_excitation import check_choice
+
+PARTS = {
+    "block": networks.measure_block,
+    "trunk": networks.measure_trunk,
+    "engine": training.measure_engine,
+    "augment": training.measure_augment,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("--seconds", type=float, default=20.0, help="a comparison may take, about (20)")
+    add("--device", default="cpu", help="cpu or cuda, for the networks (cpu)")
+    add("--output", help="a JSON to write")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures, prints as it goes, and writes."""
+    for part in args.parts:
+        check_choice("The part", part, PARTS)
+    options = networks.Options(seconds=args.seconds, device=args.device)
+    found = {}
+    for part in args.parts or PARTS:
+        found[part] = []
+        for row in PARTS[part](options):
+            print(row, flush=True)
+            found[part].append(row)
+    if args.output:
+        report.write_json(args.output, found, " ".join(sys.argv))
+
+
+if __name__ == "__main__":
+    run_single(main, parser().parse_args())
