@@ -159,8 +159,9 @@ def build_classification_eval_loader(
 ) -> ClassificationLoader:
     """A loader of one pass over a data set, each image exactly once over all ranks and workers.
 
-    Batches are as in training, `image` being `(N, 10, 3, H, W)` for ten crops; the last of a
-    worker can be smaller, and ranks can differ by an image. A broken image is an error: leaving it
+    Batches are as in training, `image` being `(N, 10, 3, H, W)` for ten crops, with the images'
+    places in the data set as `index`, `list[int]`; the last of a worker can be smaller, and ranks
+    can differ by an image. A broken image is an error: leaving it
     out would change the numbers. What was delivered is counted against the manifest.
 
     Args:
@@ -346,7 +347,9 @@ class _EvalBatches(IterableDataset):
         try:
             stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
-                yield self._batch(samples, process)
+                places = list(range(first, first + len(samples)))
+                yield {**self._batch(samples, process), "index": places}
+                first += len(samples)
         except UserError as error:
             yield _Failed(str(error))
 

@@ -164,6 +164,13 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
         assert name in text
     results = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
     assert results["classification/images"] == 24
+    first = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[0])
+    assert first["elapsed_seconds"] > 0
+    assert first["peak_memory_mb"] > 100
+    place = tmp_path / "run" / "inference" / tree.name / "predictions.json"
+    predictions = json.loads(place.read_text())
+    assert predictions["index"] == list(range(24))
+    assert predictions["label"] == sorted(predictions["label"])
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     line = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
