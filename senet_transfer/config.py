@@ -38,6 +38,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     # The name of any model of `senet_transfer.list_models()`. Empty: `MODEL.RESNETS` describes a
     # residual trunk (depth, groups, widths), as it does in Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
+    # Of Inception-ResNet-v2: "valid", the published network, or "same", for maps that are aligned
+    # with the image. Empty: "same" under a detector, "valid" in a classifier.
+    cfg.MODEL.BACKBONE.PADDING = ""
 
     # How the stem's max pool ends: "pad" (torchvision, Detectron2) or "ceil" (the authors' files).
     cfg.MODEL.RESNETS.STEM_POOL = "pad"
