@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="takes an archive in the official form that is not the official one",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        prepare_cifar(args.source, args.output, verify=not args.any_checksum)
+        prepare_cifar(args.source, args.output, verify=not args.any_checksum, quiet=args.quiet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
     parser.add_argument("--train", type=int, default=400, help="number of training images")
     parser.add_argument("--val", type=int, default=100, help="number of validation images")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
 
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        shapes = make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+        shapes = make_shapes(
+            args.output, seed=args.seed, train=args.train, val=args.val, quiet=args.quiet
+        )
         make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from tqdm import tqdm
 
 from senet_transfer.classification.evaluator import TOP
 from senet_transfer.classification.from_config import eval_transform
 from senet_transfer.data.decode import BrokenImageError
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def classify_images(
     transform, classes = eval_transform(cfg), list(cfg.DATASETS.CLASSES)
     os.makedirs(output_dir, exist_ok=True)
     found = []
-    for path in tqdm(images, unit="image", disable=quiet or None):
+    for path in progress(images, unit="image", quiet=quiet):
         try:
             image = transform(Path(path).read_bytes())
         except (OSError, BrokenImageError) as error:
