@@ -104,13 +104,13 @@ class Compared:
         row: the paper's.
         parameters: ours, with the norms' running statistics, as the paper counts them.
         report: all else that was counted.
-        reason: why the paper's figure may be another; empty where nothing is known.
+        explanation: why the paper may have other GFLOPs; empty where nothing is known.
     """
 
     row: Row
     parameters: int
     report: Report
-    reason: str
+    explanation: str
 
     @property
     def parameters_off(self) -> float | None:
@@ -125,12 +125,21 @@ class Compared:
         return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
 
     @property
-    def is_close(self) -> bool:
-        """Whether no cell is off by more than the tolerance."""
-        return (
-            abs(self.parameters_off or 0) <= PARAMETERS_TOLERANCE
-            and abs(self.gflops_off or 0) <= GFLOPS_TOLERANCE
-        )
+    def reasons(self) -> list[str]:
+        """Of each cell that is off by more than the tolerance, why, as far as it is known."""
+        found = []
+        if abs(self.gflops_off or 0) > GFLOPS_TOLERANCE:
+            found.append(self.explanation or f"{self.row.name}'s GFLOPs: no reason is known.")
+        if abs(self.parameters_off or 0) > PARAMETERS_TOLERANCE:
+            weights = self.report.total.parameters
+            close = abs(weights - 1e6 * self.row.parameters) <= PARAMETERS_TOLERANCE
+            found.append(
+                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's figure "
+                "leaves the norms' running statistics out."
+                if close
+                else f"{self.row.name}'s Params: no reason is known."
+            )
+        return found
 
 
 def _without_gates(cost: Cost) -> int:
