@@ -11,7 +11,7 @@ from senet_transfer.analysis.complexity.parts import report
 from senet_transfer.analysis.models import build_to_count, model_config
 from senet_transfer.layers import SqueezeExcitation
 
-DEEP = ("101", "110", "152", "154", "164", "shake", "inception_resnet")
+DEEP = ("34", "101", "110", "152", "154", "164", "next50", "shake", "inception_resnet")
 
 
 def empty(name: str, **options) -> nn.Module:
