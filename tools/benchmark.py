@@ -10,13 +10,25 @@ interval, and a second build of the baseline is the control.
 import argparse
 import sys
 
-from senet_transfer.analysis.benchmark import networks, report, training
+from senet_transfer.analysis.benchmark import (
+    coco,
+    detector,
+    inputs,
+    networks,
+    report,
+    startup,
+    training,
+)
 from senet_transfer.engine.launch import run_single
 from senet_transfer.layers.squeeze_excitation import check_choice
 
 PARTS = {
     "block": networks.measure_block,
     "trunk": networks.measure_trunk,
+    "detector": detector.measure_detector,
+    "loader": inputs.measure_loader,
+    "coco-eval": coco.measure_coco,
+    "startup": startup.measure_startup,
     "engine": training.measure_engine,
     "augment": training.measure_augment,
 }

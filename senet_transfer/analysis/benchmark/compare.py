@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-# Below 6 rounds no distribution-free interval reaches 95%; the first rounds also find out how
-# long a round takes.
+# Of 11, the interval leaves out the outermost two, which something else may have disturbed.
 MIN_ROUNDS = 11
 
 
@@ -134,6 +133,7 @@ def compare(
     seconds: float = 20.0,
     tolerance: float = 0.01,
     warm_up: int = 2,
+    min_rounds: int = MIN_ROUNDS,
 ) -> Comparison:
     """Times functions against each other.
 
@@ -146,6 +146,7 @@ def compare(
             tolerance ends the comparison earlier, after half of this.
         tolerance: see :class:`Comparison`.
         warm_up: calls of each before the first round.
+        min_rounds: however long they take; an interval needs 6.
     """
     for _ in range(warm_up):
         for function in candidates.values():
@@ -160,7 +161,7 @@ def compare(
             times[name].append(_time(candidates[name]))
         found = Comparison(what, baseline, times, control, tolerance)
         spent, rounds = time.perf_counter() - start, len(times[baseline])
-        if rounds >= MIN_ROUNDS and (
+        if rounds >= min_rounds and (
             spent > seconds or (spent > seconds / 2 and (control is None or found.resolved))
         ):
             return found
