@@ -111,6 +111,7 @@ def measure_detector(options: Options) -> Iterator[Row]:
             seconds=2 * options.seconds,
             warm_up=1,
             min_rounds=6,
+            profile=options.profile,
         )
         peaks = {name: peak_bytes(steps[name], options.device) / 1e6 for name in ("plain", "SE")}
     yield Amounts("Faster R-CNN R50-FPN: peak of a step, over weights", "MB", "plain", peaks)

@@ -1,8 +1,6 @@
 """The part ``loader``: training batches from JPEG, beside torchvision's and webdataset's ways."""
 
-import io
 import itertools
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from senet_transfer.data.shards import RawSample, ShardWriter
 
 IMAGES, BATCH, SIZE = 256, 32, 224
 
-# Torchvision's recipe for ImageNet, and the same on tensors of bytes.
+# Torchvision's recipe for ImageNet.
 RECIPE = [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]
 NORMALISE = [
     v2.ToImage(),
@@ -71,6 +69,7 @@ def measure_loader(options: Options) -> Iterator[Row]:
                 baseline="ImageFolder",
                 control="ImageFolder again",
                 seconds=options.seconds,
+                profile=options.profile,
             )
         found.notes["images_per_round"] = IMAGES
         found.notes["ours_of_bare_decode_and_resize"] = vars(found.ratio("bare", over="ours"))
@@ -84,7 +83,6 @@ def _loaders(folder: Path, shard: Path) -> dict[str, Callable[[], None]]:
         "ImageFolder again": _image_folder(folder),
         "webdataset": _webdataset(shard),
         "ours": _ours(folder),
-        "ours, draft": _ours(folder, draft=True, scale=(0.5, 1.0)),
         "bare": lambda: _bare(files),
     }
 
@@ -107,11 +105,11 @@ def _webdataset(shard: Path) -> Callable[[], None]:
     return lambda: _exhaust(dataset)
 
 
-def _ours(folder: Path, **options) -> Callable[[], None]:
+def _ours(folder: Path) -> Callable[[], None]:
     loader = build_classification_train_loader(
         open_dataset(folder),
         batch_size=BATCH,
-        transform=TrainTransform(size=SIZE, **options),
+        transform=TrainTransform(size=SIZE),
         seed=0,
     )
     batches = iter(loader)
@@ -120,11 +118,8 @@ def _ours(folder: Path, **options) -> Callable[[], None]:
 
 def _bare(files: list[bytes]) -> None:
     """What no loader can do without: decoding each image and resizing a crop of it."""
-    draw = random.Random(0)
-    crop = v2.RandomResizedCrop(SIZE, antialias=True)
-    torch.manual_seed(draw.randrange(1 << 30))
     for data in files:
-        crop(torch.from_numpy(simplejpeg.decode_jpeg(io.BytesIO(data).getvalue())).permute(2, 0, 1))
+        RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 
 
 def _exhaust(batches) -> None:
