@@ -32,6 +32,7 @@ from senet_transfer.data.workers import init_worker
 from senet_transfer.engine import history, hooks, schedule
 from senet_transfer.engine.checkpoint import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.optimizer import build_optimizer
+from senet_transfer.engine.ranges import config_errors
 from senet_transfer.engine.step import StepTrainer
 from senet_transfer.errors import UserError
 
@@ -54,14 +55,18 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own constructor is not called: it fixes the checkpointer, CUDA for
         # mixed precision, and a GPU for every process.
         TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        with config_errors("division of the work"):
+            cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if classification.is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
             cfg = schedule.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg, self.step_seed.seed)
+        with config_errors("model"):
+            model = self.build_model(cfg)
+        with config_errors("optimizer"):
+            optimizer = self.build_optimizer(cfg, model)
+        with config_errors("data loader"):
+            data_loader = self.build_train_loader(cfg, self.step_seed.seed)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -72,7 +77,8 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        with config_errors("schedule"):
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
