@@ -1,6 +1,7 @@
 """The one train loop of this project, which is Detectron2's."""
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -16,6 +17,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -35,6 +37,9 @@ from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.engine.ranges import config_errors
 from senet_transfer.engine.step import StepTrainer
 from senet_transfer.errors import UserError
+
+# Values of a metric that are kept for smoothing.
+_HISTORY = 400
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +140,12 @@ class Trainer(DefaultTrainer):
         if classification.is_classification(self.cfg):
             division["workers a process"] = self.cfg.DATALOADER.NUM_WORKERS
         return division
+
+    def before_train(self) -> None:
+        """As Detectron2's, which would keep a million values of each metric and log the last 20."""
+        short = functools.partial(HistoryBuffer, max_length=_HISTORY)
+        self.storage._history.default_factory = short
+        super().before_train()
 
     def after_train(self) -> None:
         """As Detectron2's; a run that is broken off evaluates nothing and saves nothing more."""
