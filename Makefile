@@ -41,6 +41,8 @@ demo demo-instant: $(READY)
 	@echo
 	@echo "Predictions, drawn on the images:  $(OUT)/predictions/"
 	@echo "Log, metrics and model:            $(OUT)/log.txt, metrics.json, model_final.pth"
+	@printf "All of it, to open in a browser:   "
+	@$(PY) tools/report.py $(OUT)
 
 test: $(READY) ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"

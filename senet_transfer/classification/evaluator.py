@@ -1,5 +1,7 @@
 """Top-1 and top-5 error, by the rules of Detectron2's evaluators."""
 
+import json
+import os
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         *,
         keep_predictions: bool = False,
         keep_logits: bool = False,
+        output_dir: str = "",
     ):
         """
         Args:
@@ -35,10 +38,14 @@ class ClassificationEvaluator(DatasetEvaluator):
             expected: images in the data set, which those seen are counted against.
             keep_predictions: remember key, label and the best classes of each image.
             keep_logits: remember its logits, too.
+            output_dir: a folder for ``predictions.json``: a list a column, ``index`` (the place in
+                the data set), ``label``, ``top`` (the best classes) and ``probability`` (of the
+                best, 0-1). Empty: none is written.
         """
         self.num_classes = num_classes
         self.expected = expected
-        self.keep_predictions = keep_predictions or keep_logits
+        self.output_dir = output_dir
+        self.keep_predictions = keep_predictions or keep_logits or bool(output_dir)
         self.keep_logits = keep_logits
         self.reset()
 
@@ -74,11 +81,15 @@ class ClassificationEvaluator(DatasetEvaluator):
             self.confusion
         )
         if self.keep_predictions:
-            self._remember(inputs["key"], labels, best, logits)
+            self._remember(inputs, labels, best, logits)
 
-    def _remember(self, keys: list[str], labels: Tensor, best: Tensor, logits: Tensor) -> None:
-        for row, key in enumerate(keys):
-            entry = {"key": key, "label": int(labels[row]), "top": best[row].tolist()}
+    def _remember(
+        self, inputs: dict[str, Any], labels: Tensor, best: Tensor, logits: Tensor
+    ) -> None:
+        probabilities = logits.softmax(1).amax(1).tolist()
+        for row, key in enumerate(inputs["key"]):
+            entry = {"key": key, "index": inputs["index"][row], "label": int(labels[row])}
+            entry |= {"top": best[row].tolist(), "probability": probabilities[row]}
             if self.keep_logits:
                 entry["logits"] = logits[row].tolist()
             self.predictions.append(entry)
@@ -98,13 +109,16 @@ class ClassificationEvaluator(DatasetEvaluator):
             return None
         self.hits = sum(part[0] for part in parts)
         self.confusion = sum(part[1] for part in parts)
-        self.predictions = [entry for part in parts for entry in part[2]]
+        entries = [entry for part in parts for entry in part[2]]
+        self.predictions = sorted(entries, key=lambda entry: entry["index"])
         images = int(self.confusion.sum())
         if images != self.expected:
             raise UserError(
                 f"Evaluation saw {images} images, expected {self.expected}. The data changed while "
                 "it was read, or two processes read it as if each were alone."
             )
+        if self.output_dir:
+            self._write()
         top1, top5 = int(self.hits[0]), int(self.hits.sum())
         return {
             "classification": {
@@ -113,3 +127,16 @@ class ClassificationEvaluator(DatasetEvaluator):
                 "images": images,
             }
         }
+
+    def _write(self) -> None:
+        columns = {
+            name: [entry[name] for entry in self.predictions] for name in ("index", "label", "top")
+        }
+        columns["probability"] = [round(entry["probability"], 5) for entry in self.predictions]
+        path = os.path.join(self.output_dir, "predictions.json")
+        try:
+            os.makedirs(self.output_dir, exist_ok=True)
+            with open(path, "w") as file:
+                json.dump(columns, file, separators=(",", ":"))
+        except OSError as error:
+            raise UserError(f"The predictions {path} can't be written: {error}.") from error

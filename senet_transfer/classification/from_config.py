@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -116,6 +117,13 @@ def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
 def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageArrays:
     """A data set to evaluate on."""
     return _open(cfg, name, "test" if in_memory(cfg) else "val")
+
+
+def inference_dir(cfg: CfgNode, name: str) -> str:
+    """Where the predictions on a data set of ``DATASETS.TEST`` go, below the output folder."""
+    last = re.sub(r"[^\w-]+", "_", name.rstrip("/").rpartition("/")[2])
+    place = list(cfg.DATASETS.TEST).index(name)
+    return os.path.join("inference", last if len(cfg.DATASETS.TEST) == 1 else f"{place}_{last}")
 
 
 def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageArrays:

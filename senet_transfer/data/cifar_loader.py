@@ -108,7 +108,8 @@ class CifarTrainLoader:
 class CifarEvalLoader:
     """Iterates once over this process's share of the data, in order and unchanged.
 
-    A batch has ``"image"`` and ``"label"`` as in training, and ``"key"``, a name for each image.
+    A batch has ``"image"`` and ``"label"`` as in training, ``"key"``, a name for each image, and
+    ``"index"``, its place in the data.
 
     Attributes:
         expected: images of this process.
@@ -136,10 +137,12 @@ class CifarEvalLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, self.expected, self.batch_size):
             rows = slice(start, min(start + self.batch_size, self.expected))
+            places = list(range(self.start + rows.start, self.start + rows.stop))
             yield {
                 "image": self.images[rows].to(self.device),
                 "label": self.labels[rows].to(self.device),
-                "key": [str(self.start + row) for row in range(rows.start, rows.stop)],
+                "key": [str(place) for place in places],
+                "index": places,
             }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,31 @@ class StepSeed(HookBase):
         """Takes back what :meth:`state_dict` gave, unless the config says otherwise."""
         if not self._from_config:
             self.seed = state["seed"]
+
+
+class Resources(HookBase):
+    """Logs ``elapsed_seconds`` since training began and the ``peak_memory_mb`` of this process.
+
+    The memory is the GPU's where one is used; else the process's own, without those that load data.
+    """
+
+    def before_train(self) -> None:
+        """Starts the clock."""
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Logs both."""
+        self.trainer.storage.put_scalars(
+            elapsed_seconds=time.perf_counter() - self.start,
+            peak_memory_mb=_peak_memory() / 2**20,
+            smoothing_hint=False,
+        )
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 class FrozenStatistics(HookBase):

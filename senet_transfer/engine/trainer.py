@@ -199,14 +199,17 @@ class Trainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """COCO's metrics, the predictions written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
-        A classifier's are top-1 and top-5 error.
+        A classifier's are top-1 and top-5 error, and its predictions go to a folder there, too.
 
         Raises:
             UserError: the data set is not evaluated by COCO's metrics.
         """
         if classification.is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
-            return ClassificationEvaluator(dataset.num_classes, len(dataset))
+            output_dir = os.path.join(
+                cfg.OUTPUT_DIR, classification.inference_dir(cfg, dataset_name)
+            )
+            return ClassificationEvaluator(dataset.num_classes, len(dataset), output_dir=output_dir)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind != "coco":
             raise UserError(
@@ -273,7 +276,7 @@ class Trainer(DefaultTrainer):
         return super().build_writers()
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, [self.step_seed]
+        cfg, own = self.cfg, [self.step_seed, hooks.Resources()]
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:

@@ -1,5 +1,7 @@
 """Counting hits."""
 
+import json
+
 import pytest
 import torch
 
@@ -13,8 +15,9 @@ def evaluated(logits, labels, expected=None, batch=7, **options):
     )
     for first in range(0, len(labels), batch):
         part = slice(first, first + batch)
-        keys = [str(index) for index in range(len(labels))][part]
-        evaluator.process({"label": labels[part], "key": keys}, logits[part])
+        places = list(range(len(labels)))[part]
+        inputs = {"label": labels[part], "key": [str(place) for place in places], "index": places}
+        evaluator.process(inputs, logits[part])
     return evaluator, evaluator.evaluate()
 
 
@@ -43,6 +46,22 @@ def test_predictions_are_kept_in_order_with_logits():
     assert [row["key"] for row in evaluator.predictions] == [str(index) for index in range(9)]
     assert torch.tensor([row["logits"] for row in evaluator.predictions]).equal(logits)
     assert evaluator.predictions[3]["top"] == logits[3].topk(5).indices.tolist()
+
+
+def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
+    logits, labels = torch.randn(6, 3), torch.tensor([2, 1, 0, 0, 1, 2])
+    evaluator = ClassificationEvaluator(3, 6, output_dir=str(tmp_path / "val"))
+    for part in ([3, 4, 5], [0, 1, 2]):  # as two workers deliver them
+        keys = [f"image{place}" for place in part]
+        evaluator.process({"label": labels[part], "key": keys, "index": part}, logits[part])
+    evaluator.evaluate()
+    assert [row["key"] for row in evaluator.predictions] == [f"image{k}" for k in range(6)]
+    written = json.loads((tmp_path / "val" / "predictions.json").read_text())
+    assert written["index"] == [0, 1, 2, 3, 4, 5]
+    assert written["label"] == labels.tolist()
+    assert written["top"] == logits.argsort(1, descending=True).tolist()
+    expected = logits.exp().amax(1) / logits.exp().sum(1)
+    assert written["probability"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_second_round_starts_anew():

@@ -1,0 +1,148 @@
+"use strict";
+
+const COLOURS = ["#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#f08c00", "#5f3dc4", "#868e96", "#d6336c"];
+const colour = (run) => COLOURS[run % COLOURS.length];
+const dashes = (run) => ["", "6 3", "2 3", "8 3 2 3"][Math.floor(run / COLOURS.length) % 4];
+
+/** Makes an element. Text is set as text, never as HTML. */
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (typeof value === "boolean") made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+/** The same in SVG. */
+function svg(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+const short = (value) => {
+  const size = Math.abs(value);
+  if (size >= 1e5) return value.toExponential(1);
+  if (size >= 1000) return String(Math.round(value));
+  return size !== 0 && size < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+};
+
+/** Round numbers that cut a range into about as many parts. */
+function ticks(low, high, parts) {
+  const raw = (high - low) / parts || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
+  const found = [];
+  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) found.push(Number(at.toPrecision(12)));
+  return found;
+}
+
+/**
+ * Draws lines over a common axis.
+ * @param {{title: string, across: string, lines: {name: string, run: number, points: number[][]}[],
+ *   range?: number[][], diagonal?: boolean}} options
+ *   range: [[left, right], [bottom, top]]; by default that of the points.
+ */
+function chart({ title, across, lines, range, diagonal = false }) {
+  const [width, height, left, right, top, bottom] = [480, 260, 46, 10, 10, 30];
+  const clean = lines.map((line) => ({ ...line, points: line.points.filter((point) => point[1] !== null) }));
+  const all = clean.flatMap((line) => line.points);
+  const box = element("div", { class: "chart" }, element("h3", {}, title));
+  if (!all.length) {
+    box.append(element("p", { class: "quiet" }, "nothing yet"));
+    return box;
+  }
+  const extent = (axis) => {
+    let [low, high] = [Infinity, -Infinity];
+    for (const point of all) {
+      low = Math.min(low, point[axis]);
+      high = Math.max(high, point[axis]);
+    }
+    const room = high > low ? (axis ? (high - low) * 0.05 : 0) : Math.abs(high) * 0.1 || 1;
+    return [low - room, high + room];
+  };
+  const [[x0, x1], [y0, y1]] = range ?? [extent(0), extent(1)];
+  const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
+  const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
+  for (const at of ticks(y0, y1, 5)) {
+    drawing.append(
+      svg("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
+      svg("text", { x: left - 5, y: y(at) + 4, "text-anchor": "end" }, short(at)),
+    );
+  }
+  for (const at of ticks(x0, x1, 6)) {
+    drawing.append(svg("text", { x: x(at), y: height - bottom + 15, "text-anchor": "middle" }, short(at)));
+  }
+  drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, across));
+  if (diagonal) {
+    drawing.append(svg("line", { class: "diagonal", x1: x(0), y1: y(0), x2: x(1), y2: y(1) }));
+  }
+  for (const line of clean) {
+    const path = svg("path", {
+      d: line.points.map((point, place) => `${place ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join(""),
+      fill: "none", stroke: colour(line.run), "stroke-width": 1.8, "stroke-dasharray": dashes(line.run), "data-run": line.run,
+    });
+    drawing.append(path);
+    if (line.points.length <= 30) {
+      for (const point of line.points) {
+        drawing.append(svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 2.5, fill: colour(line.run), "data-run": line.run }));
+      }
+    }
+  }
+  const cursor = svg("line", { class: "grid", y1: top, y2: height - bottom, visibility: "hidden" });
+  drawing.append(cursor);
+  const readout = element("div", { class: "readout" });
+  drawing.addEventListener("pointermove", (event) => {
+    const bounds = drawing.getBoundingClientRect();
+    const at = x0 + ((((event.clientX - bounds.left) / bounds.width) * width - left) / (width - left - right)) * (x1 - x0);
+    const said = clean.filter((line) => line.points.length && shown(line.run)).map((line) => {
+      const near = line.points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best));
+      cursor.setAttribute("x1", x(near[0]));
+      cursor.setAttribute("x2", x(near[0]));
+      return `${line.name}: ${short(near[1])} at ${short(near[0])}`;
+    });
+    cursor.setAttribute("visibility", said.length ? "visible" : "hidden");
+    readout.textContent = said.join(" · ");
+  });
+  box.append(drawing, readout);
+  return box;
+}
+
+const hidden = new Set();
+const shown = (run) => !hidden.has(run);
+
+/** Check boxes that show and hide the runs' lines in all charts of the page. */
+function legend(names) {
+  return names.map((name, run) =>
+    element(
+      "label",
+      {},
+      element("input", {
+        type: "checkbox",
+        checked: true,
+        onchange: (event) => {
+          if (event.target.checked) hidden.delete(run);
+          else hidden.add(run);
+          for (const line of document.querySelectorAll(`.chart [data-run="${run}"]`)) {
+            line.style.display = event.target.checked ? "" : "none";
+          }
+        },
+      }),
+      " ",
+      key(run),
+      name,
+    ),
+  );
+}
+
+/** The colour of a run. */
+function key(run) {
+  const made = element("i", { class: "key" });
+  made.style.background = colour(run);
+  return made;
+}

@@ -1,0 +1,177 @@
+"""What a classifier takes for what, and whether its probabilities can be believed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from senet_transfer.analysis.report.pictures import data_uri
+from senet_transfer.analysis.report.runs import Run
+from senet_transfer.classification.from_config import inference_dir, open_test_dataset
+from senet_transfer.data.classification import ClassificationDataset
+from senet_transfer.data.decode import BrokenImageError, decode_fast
+from senet_transfer.errors import UserError
+
+BINS = 15
+SIDE = 128
+PAIRS = 20
+EXAMPLES = 6
+
+
+@dataclass
+class Predictions:
+    """A classifier's predictions on a data set.
+
+    Attributes:
+        index: ``(N,)`` places in the data set.
+        labels: ``(N,)``.
+        best: ``(N,)`` the predicted classes.
+        probability: ``(N,)`` of those, 0-1.
+    """
+
+    index: np.ndarray
+    labels: np.ndarray
+    best: np.ndarray
+    probability: np.ndarray
+
+    @property
+    def hit(self) -> np.ndarray:
+        """``(N,)`` whether the prediction is right."""
+        return self.best == self.labels
+
+    def class_errors(self, classes: int) -> np.ndarray:
+        """``(C,)`` top-1 error in percent; not a number where a class has no images."""
+        total = np.bincount(self.labels, minlength=classes)
+        wrong = np.bincount(self.labels[~self.hit], minlength=classes)
+        with np.errstate(invalid="ignore"):
+            return 100 * wrong / total
+
+    def calibration(self) -> tuple[list[list[float]], float]:
+        """Mean probability, share of hits (0-1) and number of images in each bin, and the error.
+
+        The expected calibration error is in percent: over equal bins of probability, the mean
+        distance of the two, weighed by the number of images (Guo et al. 2017, equation 3).
+        """
+        bins = np.minimum((self.probability * BINS).astype(int), BINS - 1)
+        points, error = [], 0.0
+        for number in range(BINS):
+            inside = bins == number
+            if count := int(inside.sum()):
+                mean, hits = float(self.probability[inside].mean()), float(self.hit[inside].mean())
+                points.append([round(mean, 4), round(hits, 4), count])
+                error += 100 * abs(mean - hits) * count / len(bins)
+        return points, error
+
+    def confused(self) -> list[tuple[int, int, np.ndarray]]:
+        """A class, what it is taken for, and the rows, surest first. Frequent pairs come first."""
+        wrong = np.flatnonzero(~self.hit)
+        wrong = wrong[np.argsort(-self.probability[wrong], kind="stable")]
+        pairs: dict[tuple[int, int], list[int]] = {}
+        for row in wrong.tolist():
+            pairs.setdefault((int(self.labels[row]), int(self.best[row])), []).append(row)
+        order = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))
+        return [(label, taken, np.array(rows)) for (label, taken), rows in order]
+
+
+def read_predictions(run: Run, name: str) -> Predictions | None:
+    """The predictions on a data set of ``DATASETS.TEST``; None where there are none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder / inference_dir(run.cfg, name) / "predictions.json"
+    if not path.is_file():
+        return None
+    try:
+        columns = json.loads(path.read_text())
+        best = [top[0] for top in columns["top"]]
+        integers = [np.array(rows, np.int64) for rows in (columns["index"], columns["label"], best)]
+        return Predictions(*integers, np.array(columns["probability"], np.float64))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} can't be read: {error!r}. Evaluate again.") from error
+
+
+def confusion_galleries(
+    runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Confused pairs with pictures, class errors and calibration, for each data set.
+
+    Args:
+        runs: of the page.
+        budget: pictures in all galleries together.
+        say: called with a sentence where something can't be shown.
+        quiet: no progress bar.
+
+    Returns:
+        For each data set ``data``, ``classes``, ``runs`` (positions), ``errors`` (by run, by class,
+        in percent), ``calibration`` and ``ece`` (by run), ``images`` (pictures, by place) and
+        ``pairs``: ``run``, ``label``, ``taken``, ``count``, ``of`` and ``examples``, a list of
+        place and probability in percent.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], dict[int, Predictions]] = {}
+    for position, run in enumerate(runs):
+        for name in run.cfg.DATASETS.TEST:
+            try:
+                found = read_predictions(run, name)
+            except UserError as error:
+                say(f"{run.name}: {error}")
+                continue
+            if found is not None:
+                groups.setdefault((name, tuple(run.cfg.DATASETS.CLASSES)), {})[position] = found
+    galleries = []
+    for (name, classes), found in groups.items():
+        gallery = _gallery(name, list(classes), found, budget // len(groups))
+        wanted = {place for pair in gallery["pairs"] for place, _ in pair["examples"]}
+        cfg = runs[min(found)].cfg
+        gallery["images"] = _pictures(cfg, name, sorted(wanted), say, quiet)
+        galleries.append(gallery)
+    return galleries
+
+
+def _gallery(
+    name: str, classes: list[str], found: dict[int, Predictions], budget: int
+) -> dict[str, Any]:
+    examples = min(EXAMPLES, max(budget // (PAIRS * len(found)), 1))
+    pairs = []
+    for position, predictions in found.items():
+        of = np.bincount(predictions.labels, minlength=len(classes))
+        for label, taken, rows in predictions.confused()[:PAIRS]:
+            shown = [
+                [int(predictions.index[row]), round(100 * predictions.probability[row])]
+                for row in rows[:examples]
+            ]
+            pairs.append({
+                "run": position, "label": label, "taken": taken, "count": len(rows),
+                "of": int(of[label]), "examples": shown,
+            })  # fmt: skip
+    calibration = {position: predictions.calibration() for position, predictions in found.items()}
+    return {
+        "data": name,
+        "classes": classes,
+        "runs": list(found),
+        "errors": {k: v.class_errors(len(classes)).tolist() for k, v in found.items()},
+        "calibration": {position: points for position, (points, _) in calibration.items()},
+        "ece": {position: error for position, (_, error) in calibration.items()},
+        "pairs": pairs,
+    }
+
+
+def _pictures(
+    cfg: CfgNode, name: str, places: list[int], say: Callable[[str], None], quiet: bool
+) -> dict[int, str]:
+    pictures: dict[int, str] = {}
+    try:
+        dataset = open_test_dataset(cfg, name)
+        for place in tqdm(places, desc=f"pictures of {name}", unit="image", disable=quiet or None):
+            if isinstance(dataset, ClassificationDataset):
+                pixels = decode_fast(dataset.read_sample(place).data, SIDE)
+            else:
+                pixels = dataset.images[place].permute(1, 2, 0).numpy()
+            pictures[place] = data_uri(pixels, SIDE)[0]
+    except (UserError, BrokenImageError, OSError, LookupError) as error:
+        say(f"No (more) pictures of {name}: {error}")
+    return pictures

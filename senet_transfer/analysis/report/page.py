@@ -1,0 +1,249 @@
+"""One HTML file that needs nothing else: no network, no server, no second file."""
+
+import datetime
+import math
+import os
+import socket
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from senet_transfer.analysis.report.classification import confusion_galleries
+from senet_transfer.analysis.report.detection import detection_galleries
+from senet_transfer.analysis.report.paper import paper_row, trunk_name
+from senet_transfer.analysis.report.runs import Run, flat_config, parse_metric
+from senet_transfer.config import get_senet_config
+from senet_transfer.errors import UserError
+
+# Of a curve.
+MOST_POINTS = 400
+
+# What stands in the table of results, and the decimals; more are in the curves.
+_SHOWN = {"AP": 2, "AP50": 2, "AP75": 2, "top1_error": 2, "top5_error": 2, "images": 0}
+
+_NAMES = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
+
+_ASSETS = "senet_transfer.analysis.report"
+
+
+def write_report(
+    runs: list[Run],
+    output: Path,
+    *,
+    images: int = 240,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> None:
+    """Writes the page of some runs.
+
+    Args:
+        runs: as of :func:`~.runs.load_runs`.
+        output: the HTML file; it appears whole or not at all.
+        images: pictures of detection in it, some 15 KB each; four times as many of classification,
+            which are smaller.
+        say: called with a sentence where something can't be shown.
+        quiet: no progress bars.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        say(text)
+
+    detection = detection_galleries(runs, images, note, quiet=quiet)
+    classification = confusion_galleries(runs, 4 * images, note, quiet=quiet)
+    data = {
+        "runs": [run.name for run in runs],
+        "curves": _curves(runs),
+        "detection": detection,
+        "classification": classification,
+    }
+    environment = Environment(
+        loader=PackageLoader(_ASSETS, "assets"), autoescape=True, undefined=StrictUndefined
+    )
+    html = environment.get_template("page.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        made=f"{datetime.datetime.now():%Y-%m-%d %H:%M} on {socket.gethostname()}",
+        asset=lambda name: resources.files(_ASSETS).joinpath("assets", name).read_text(),
+        data=_finite(data),
+        notes=notes,
+        summaries=[_summary(run) for run in runs],
+        results=[row for run in runs for row in _results(run)],
+        tables=_class_tables(runs, classification),
+        differences=_differences(runs),
+        excitations=[],
+        runs=runs,
+    )
+    partial = output.with_name(f".{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"The page {output} can't be written: {error}.") from error
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no word for what is not a number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
+    """By metric and run, at most so many points; those of single classes are left out."""
+    curves: dict[str, dict[int, list[list[float]]]] = {}
+    for position, run in enumerate(runs):
+        for name, points in run.curves.items():
+            if _class_of(name):
+                continue
+            step = -(-len(points) // MOST_POINTS)
+            kept = points[::step] if points[-1] in points[::step] else [*points[::step], points[-1]]
+            short = [[iteration, float(f"{value:.5g}")] for iteration, value in kept]
+            curves.setdefault(name, {})[position] = short
+    return curves
+
+
+def _class_of(name: str) -> str | None:
+    """The class whose AP a scalar is."""
+    found = parse_metric(name)
+    return found[2][3:] if found and found[2].startswith("AP-") else None
+
+
+def _summary(run: Run) -> dict[str, str]:
+    done = run.iterations
+    if run.is_finished:
+        state = f"finished, {done:,} iterations"
+    elif done:
+        left = f", {_time(run.eta_seconds)} to go as of then" if run.eta_seconds else ""
+        state = f"{done:,} iterations done{left}"
+    else:
+        state = "evaluated only" if run.results else "nothing logged yet"
+    return {
+        "name": run.name,
+        "state": state,
+        "model": f"{run.cfg.MODEL.META_ARCHITECTURE}, {trunk_name(run.cfg)}",
+        "data": ", ".join(Path(name).name for name in run.cfg.DATASETS.TEST) or "-",
+        "time": _time(run.seconds),
+        "memory": f"{run.memory_mb:,.0f} MB" if run.memory_mb else "-",
+        "device": _device(run),
+        "torch": _version(run, "torch"),
+    }
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _device(run: Run) -> str:
+    if run.cfg.MODEL.DEVICE == "cpu":
+        return "CPU"
+    for line in run.environment.splitlines():
+        if line.startswith("GPU ") and not line.startswith("GPU available"):
+            return " ".join(line.split()[2:])
+    return run.cfg.MODEL.DEVICE
+
+
+def _version(run: Run, package: str) -> str:
+    for line in run.environment.splitlines():
+        if line.startswith(f"{package}=="):
+            return line.partition("==")[2]
+    return "-"
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    """A row a data set and task: ours, the paper's, the difference."""
+    rows = []
+    kinds = dict.fromkeys((data, task) for data, task, _ in run.results)
+    for data, task in kinds:
+        name = data or next(iter(run.cfg.DATASETS.TEST), "")
+        images = run.value(data, task, "images")
+        paper = paper_row(run.cfg, name, task.removesuffix("_TTA"), images)
+        metrics = []
+        for metric, digits in _SHOWN.items():
+            ours = run.value(data, task, metric)
+            if ours is None or not math.isfinite(ours):
+                continue
+            theirs = paper.values.get(metric) if paper else None
+            metrics.append({
+                "name": _NAMES.get(metric, metric),
+                "ours": f"{ours:,.{digits}f}",
+                "paper": "" if theirs is None else f"{theirs:.{digits}f}",
+                "difference": "" if theirs is None else f"{ours - theirs:+.{digits}f}",
+            })  # fmt: skip
+        rows.append({
+            "run": run.name, "data": Path(name).name, "task": task, "metrics": metrics,
+            "paper": paper,
+        })  # fmt: skip
+    return rows
+
+
+def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """AP or error of each class by run; what is worst in any run comes first."""
+    tables = []
+    by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for position, run in enumerate(runs):
+        for (data, task, metric), value in run.results.items():
+            if metric.startswith("AP-"):
+                name = data or ", ".join(run.cfg.DATASETS.TEST)
+                cells = by_data.setdefault((name, task), {}).setdefault(metric[3:], {})
+                cells[position] = value
+    for (data, task), rows in by_data.items():
+        tables.append(_class_table(f"{task} AP on {data}", rows, runs, worst=min))
+    for gallery in classification:
+        rows = {
+            name: {k: errors[label] for k, errors in gallery["errors"].items()}
+            for label, name in enumerate(gallery["classes"])
+        }
+        title = f"top-1 error on {Path(gallery['data']).name}"
+        tables.append(_class_table(title, rows, runs, worst=max))
+    return tables
+
+
+def _class_table(
+    title: str, rows: dict[str, dict[int, float]], runs: list[Run], *, worst: Callable
+) -> dict[str, Any]:
+    present = sorted({position for cells in rows.values() for position in cells})
+    finite = {
+        name: {k: value for k, value in cells.items() if math.isfinite(value)}
+        for name, cells in rows.items()
+    }
+    sign = 1 if worst is min else -1
+    order = sorted(
+        (name for name in finite if finite[name]),
+        key=lambda name: (sign * worst(finite[name].values()), name),
+    )
+    return {
+        "title": title,
+        "runs": [runs[position].name for position in present],
+        "rows": [(name, [finite[name].get(position) for position in present]) for name in order],
+        "left_out": len(rows) - len(order),
+    }
+
+
+def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """The config keys in which runs differ; those in which a single run differs from the defaults.
+
+    Their values, run by run; with a single run the default comes first.
+    """
+    flat = [flat_config(run.cfg) for run in runs]
+    if len(runs) == 1:
+        flat.insert(0, flat_config(get_senet_config()))
+    keys = sorted(set().union(*flat))
+    rows = [(key, [values.get(key, "(absent)") for values in flat]) for key in keys]
+    return [row for row in rows if len(set(row[1])) > 1]

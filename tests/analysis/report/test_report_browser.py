@@ -1,0 +1,178 @@
+"""The page in a browser: it works, and takes nothing from outside."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from run_folders import HOSTILE, write_run
+
+from senet_transfer.analysis.report import load_runs, write_report
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    # Chromium refuses to sandbox itself for root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=program, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+def show(request, browser):
+    """A function that opens a file; what the page asks for and complains of is looked at after."""
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    complaints, asked = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+
+    def load(path):
+        page.goto(path.as_uri())
+        return page
+
+    yield load
+    assert complaints == []
+    assert [url for url in asked if not url.startswith("data:")] == [page.url]
+    # Nothing but tables and code is wider than the screen, and these have bars of their own.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def compared(detection_run, classification_run, tmp_path_factory):
+    """A page of two detectors and a classifier."""
+    root = tmp_path_factory.mktemp("runs")
+    folders = [
+        detection_run(root / HOSTILE.replace("/", "_")),
+        detection_run(root / "other", noise=0.3),
+        classification_run(root / "scenes"),
+    ]
+    write_report(load_runs(folders), root / "report.html", say=lambda text: None, quiet=True)
+    return root / "report.html"
+
+
+def names(gallery):
+    return gallery.locator(".card > p").all_inner_texts()
+
+
+def means(gallery):
+    """The mean F1 of each image's two runs, as the captions say it."""
+    captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
+    found = [float(text.rpartition(" ")[2]) for text in captions]
+    return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]
+
+
+def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
+    page = show(compared)
+    gallery = page.locator("#detection")
+    cards, said = gallery.locator(".card"), gallery.locator("p[role=status]")
+    assert means(gallery) == sorted(means(gallery))
+    worst = names(gallery)
+    gallery.get_by_label("order").select_option("best first")
+    assert means(gallery) == sorted(means(gallery), reverse=True)
+    assert names(gallery) != worst
+    gallery.get_by_label("order").select_option("by file name")
+    assert names(gallery) == [f"{number:06d}.jpg" for number in range(1, 25)]
+    gallery.get_by_role("button", name="Show more (6 left)").click()
+    assert len(names(gallery)) == 30
+
+    assert said.inner_text() == "30 images."
+    gallery.get_by_label("class").select_option("star")
+    assert said.inner_text() == f"{cards.count()} images."
+    assert 0 < cards.count() < 24
+    texts = gallery.locator("svg text").all_text_contents()
+    assert {text.split()[0] for text in texts} == {"star"}
+
+    gallery.get_by_label("least score").fill("95")
+    texts = gallery.locator("svg text").all_text_contents()
+    scores = [int(text.split()[1]) for text in texts if " " in text]
+    assert min(scores) >= 95
+    gallery.get_by_label("other").uncheck()
+    assert cards.first.locator("figure").count() == 2
+
+
+def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compared):
+    page = show(compared)
+    gallery = page.locator("#confusions")
+    assert gallery.locator(".card").count() == 3
+    gallery.get_by_label("class").select_option("aisle")
+    cards = gallery.locator(".card > p").all_inner_texts()
+    assert len(cards) == 2
+    assert all("aisle" in text for text in cards)
+    assert any("<script>document.title='owned'" in text for text in cards)
+    gallery.get_by_label("order").select_option("surest first")
+    assert page.title() == "3 runs \N{MIDDLE DOT} senet_transfer"
+    assert page.locator("#calibration svg path").count() == 1
+
+
+def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compared):
+    page = show(compared)
+    loss = page.locator(".chart", has=page.get_by_role("heading", name="total_loss"))
+    assert loss.locator("path").count() == 3
+    page.locator("#legend").get_by_label("other").uncheck()
+    assert [path.is_visible() for path in loss.locator("path").all()] == [True, False, True]
+    loss.locator("svg").hover()
+    said = loss.locator(".readout").inner_text()
+    assert "scenes: " in said
+    assert "other" not in said
+    page.get_by_label("another curve").select_option("time")
+    assert page.get_by_role("heading", name="time").count() == 1
+
+
+@pytest.fixture(scope="module")
+def large(shapes, tmp_path_factory):
+    """A page of twenty runs on 5,000 images. Larger ones would be as many bytes in it."""
+    tmp_path = tmp_path_factory.mktemp("large")
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    names = [image["file_name"] for image in content["images"]]
+    by_image = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number in range(1, 5001):
+        source = content["images"][number % len(names)]
+        os.link(shapes / "val" / source["file_name"], tmp_path / "images" / f"{number}.jpg")
+        images.append({**source, "id": number, "file_name": f"{number}.jpg"})
+        for annotation in by_image[source["id"]]:
+            annotations.append({**annotation, "id": len(annotations) + 1, "image_id": number})
+    own = {**content, "images": images, "annotations": annotations}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    register = [["many", str(tmp_path / "own.json"), str(tmp_path / "images")]]
+    folders = []
+    for run in range(20):
+        rows = [
+            {"iteration": k, "total_loss": 1 / (k + 1), "lr": 0.1} for k in range(0, 90_000, 20)
+        ]
+        keys = ["DATASETS.TEST", ("many",), "DATASETS.REGISTER", register]
+        folders.append(write_run(tmp_path / f"run{run}", keys, rows))
+        found = [
+            {**{key: a[key] for key in ("image_id", "category_id", "bbox")}, "score": (k % 97) / 97}
+            for k, a in enumerate(annotations * 3, start=run)
+        ]
+        place = folders[-1] / "inference" / "many"
+        place.mkdir(parents=True)
+        (place / "coco_instances_results.json").write_text(json.dumps(found))
+    write_report(load_runs(folders), tmp_path / "report.html", quiet=True)
+    return tmp_path / "report.html"
+
+
+@pytest.mark.slow
+def test_twenty_runs_on_five_thousand_images_make_a_page_that_opens_in_three_seconds(show, large):
+    assert large.stat().st_size < 20e6
+    start = time.perf_counter()
+    page = show(large)
+    assert page.locator("#detection .card").count() == 24
+    assert time.perf_counter() - start < 3
