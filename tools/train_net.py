@@ -1,12 +1,7 @@
 #!/usr/bin/env python
 """Trains or evaluates a model from a config; see --help for examples."""
 
-from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.commands.train import command
 
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    # Only now, so that --help and mistakes in the arguments don't wait for all that training needs.
-    from senet_transfer.engine.launch import run
-    from senet_transfer.engine.train import main
-
-    run(main, args)
+    command()

@@ -14,6 +14,9 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue_entries import SHELVES, Shelf
 from senet_transfer.weights.download import check_sha256, fetch
 
+# Networks whose publishers spell their names otherwise.
+_RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
+
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
@@ -74,7 +77,7 @@ def _entry(shelf: Shelf, name: str, path: str) -> Entry:
 def _model(name: str) -> str:
     """This project's name of a network, from its publisher's."""
     name = name.partition(".")[0]
-    return name.replace("R-", "resnet").replace("seres", "se_res")
+    return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
 
 CATALOGUE: dict[str, Entry] = {
@@ -164,4 +167,5 @@ def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, 
         raise UserError(f"The weights are {weights!r}, expected a path, or a published name.")
     if not names_published(weights):
         return weights, family
-    return resolve(weights), family or catalogue_entry(weights).family
+    name = str(weights)
+    return resolve(name), family or catalogue_entry(name).family
