@@ -13,7 +13,7 @@ def get_senet_config() -> CfgNode:
 
 
 def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """All keys of a config, such as ``SOLVER.BASE_LR``, and their values."""
+    """Yields all keys of a config, such as ``SOLVER.BASE_LR``, with their values."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from config_items(value, f"{prefix}{key}.")
@@ -31,6 +31,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     _add_data_config(cfg)
     _add_solver_config(cfg)
     _add_classification_config(cfg)
+    _add_classification_input(cfg)
 
 
 def _add_model_config(cfg: CfgNode) -> None:
@@ -160,6 +161,9 @@ def _add_classification_config(cfg: CfgNode) -> None:
     # Samples of a shard that are shuffled together; more need memory.
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024
 
+
+def _add_classification_input(cfg: CfgNode) -> None:
+    """What a classifier sees of an image."""
     cfg.INPUT.CLASSIFICATION = CfgNode()
     # Training takes "region", a random region by area and by width over height, resized to
     # CROP x CROP pixels; or "pad_crop", for images of 32x32 pixels, which are kept in memory: PAD
