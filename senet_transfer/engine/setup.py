@@ -78,6 +78,18 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
+    _check_nothing_is_missing(cfg)
+
+
+def _check_nothing_is_missing(cfg: CfgNode) -> None:
+    """Refuses None where there is a default, which yacs takes for a value of any type."""
+    values = dict(config_items(cfg))
+    for key, default in config_items(get_senet_config()):
+        if default is not None and not isinstance(default, str) and values.get(key) is None:
+            raise UserError(
+                f"{key} is None, expected a value as its default, {default!r}. Set one, or leave "
+                "the key out."
+            )
 
 
 def find_config(name: str) -> str:
@@ -264,7 +276,7 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
     """
     try:
         torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cuda or cpu.") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(
