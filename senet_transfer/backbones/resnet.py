@@ -178,7 +178,7 @@ def check_out_features(
     """Raises UserError unless these are names of features, or None."""
     if out_features is None:
         return
-    # A sequence of any kind: a LazyConfig's lists are its own.
+    # Not lists alone: a LazyConfig has a sequence of its own.
     named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
     named = named and len(out_features) > 0
     if not named or any(name not in features for name in out_features):
