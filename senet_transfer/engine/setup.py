@@ -78,6 +78,18 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
+    _check_nothing_is_missing(cfg)
+
+
+def _check_nothing_is_missing(cfg: CfgNode) -> None:
+    """Refuses None where there is a default, which yacs takes for a value of any type."""
+    values = dict(config_items(cfg))
+    for key, default in config_items(get_senet_config()):
+        if default is not None and not isinstance(default, str) and values.get(key) is None:
+            raise UserError(
+                f"{key} is None, expected a value as its default, {default!r}. Set one, or leave "
+                "the key out."
+            )
 
 
 def find_config(name: str) -> str:
@@ -273,7 +285,7 @@ def available_device(name: str, logger: logging.Logger) -> str:
     """
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"The device is {name!r}, expected cuda or cpu (MODEL.DEVICE).") from error
     if device.type != "cuda":
         return name
