@@ -178,8 +178,10 @@ def check_out_features(
     """Raises UserError unless these are names of features, or None."""
     if out_features is None:
         return
-    listed = isinstance(out_features, Sequence) and not isinstance(out_features, str)
-    if not listed or not out_features or any(name not in features for name in out_features):
+    # Not lists alone: a LazyConfig has a sequence of its own.
+    named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
+    named = named and len(out_features) > 0
+    if not named or any(name not in features for name in out_features):
         raise UserError(
             f"out_features is {out_features!r}, expected a list with names of "
             f"{', '.join(features)}."
