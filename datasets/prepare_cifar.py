@@ -10,14 +10,14 @@ have a folder of 32x32 images a class. Takes less than a minute; what is there a
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from senet_transfer.data.cifar_prepare import prepare_cifar
-from senet_transfer.errors import UserError
+from senet_transfer.engine.launch import run_single
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Prepares CIFAR-10, CIFAR-100 or the like.")
     parser.add_argument("--source", type=Path, required=True, help="archive or folder to read")
     parser.add_argument(
@@ -28,19 +28,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="takes an archive in the official form that is not the official one",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
+    """Prepares what is not there yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        prepare_cifar(args.source, args.output, verify=not args.any_checksum)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    prepare_cifar(args.source, args.output, verify=not args.any_checksum)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_single(main, parser().parse_args())

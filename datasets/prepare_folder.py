@@ -11,17 +11,17 @@ was stopped goes on where it was.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from senet_transfer.data.convert import convert
 from senet_transfer.data.folder import open_folder
 from senet_transfer.data.manifest import load_manifest
 from senet_transfer.data.verify import verify
-from senet_transfer.errors import UserError
+from senet_transfer.engine.launch import run_single
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Converts a folder-a-class tree to WebDataset shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -37,36 +37,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--skip-broken", type=int, default=0, help="leave out and record this many bad images"
     )
     parser.add_argument("--verify", action="store_true", help="read all back and compare, after")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
+    """Converts, and verifies where that is asked for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        like = load_manifest(str(args.classes_from)) if args.classes_from else None
-        images = open_folder(
-            args.source, like.classes if like else None, skip_empty=args.skip_broken
-        )
-        manifest = convert(
-            images,
-            args.output,
-            split=args.name,
-            seed=args.seed,
-            shard_mb=args.shard_mb,
-            workers=args.workers,
-            skip_broken=args.skip_broken,
-        )
-        print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
-        if manifest.skipped:
-            print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
-        if args.verify:
-            verify(args.output, workers=args.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    like = load_manifest(str(args.classes_from)) if args.classes_from else None
+    images = open_folder(args.source, like.classes if like else None, skip_empty=args.skip_broken)
+    manifest = convert(
+        images,
+        args.output,
+        split=args.name,
+        seed=args.seed,
+        shard_mb=args.shard_mb,
+        workers=args.workers,
+        skip_broken=args.skip_broken,
+    )
+    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
+    if manifest.skipped:
+        print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
+    if args.verify:
+        verify(args.output, workers=args.workers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_single(main, parser().parse_args())

@@ -10,16 +10,16 @@ need not be unpacked, or the folder it unpacks to. A run that was stopped goes o
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from senet_transfer.data.convert import convert
 from senet_transfer.data.places365 import SIZES, SPLITS, open_places365
 from senet_transfer.data.verify import verify
-from senet_transfer.errors import UserError
+from senet_transfer.engine.launch import run_single
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Converts Places365 to WebDataset shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -35,33 +35,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--skip-broken", type=int, default=0, help="leave out and record this many bad images"
     )
     parser.add_argument("--verify", action="store_true", help="read all back and compare, after")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
+    """Converts, and verifies where that is asked for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        images = open_places365(args.source, args.split, args.size, skip_missing=args.skip_broken)
-        manifest = convert(
-            images,
-            args.output,
-            split=args.split,
-            seed=args.seed,
-            shard_mb=args.shard_mb,
-            workers=args.workers,
-            skip_broken=args.skip_broken,
-        )
-        print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
-        if manifest.skipped:
-            print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
-        if args.verify:
-            verify(args.output, workers=args.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    images = open_places365(args.source, args.split, args.size, skip_missing=args.skip_broken)
+    manifest = convert(
+        images,
+        args.output,
+        split=args.split,
+        seed=args.seed,
+        shard_mb=args.shard_mb,
+        workers=args.workers,
+        skip_broken=args.skip_broken,
+    )
+    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
+    if manifest.skipped:
+        print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
+    if args.verify:
+        verify(args.output, workers=args.workers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_single(main, parser().parse_args())

@@ -11,15 +11,15 @@ Takes some seconds on one core. A second run finds the data set and does nothing
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 from senet_transfer.data.shapes import make_shapes
 from senet_transfer.data.shapes_classes import make_shape_classes
-from senet_transfer.errors import UserError
+from senet_transfer.engine.launch import run_single
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     parser = argparse.ArgumentParser(
         description="Renders the shapes data set, in COCO's format.",
@@ -29,20 +29,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
     parser.add_argument("--train", type=int, default=400, help="number of training images")
     parser.add_argument("--val", type=int, default=100, help="number of validation images")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
+    """Renders what is not there yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        shapes = make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
-        make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    shapes = make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+    make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_single(main, parser().parse_args())

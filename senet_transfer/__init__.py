@@ -26,6 +26,7 @@ from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
 from senet_transfer.data.coco import register_shapes
 from senet_transfer.errors import UserError
+from senet_transfer.export.deploy import deploy
 from senet_transfer.weights import (
     apply_file_geometry,
     list_catalogue,
@@ -41,6 +42,7 @@ __all__ = [
     "apply_file_geometry",
     "create_backbone",
     "create_classifier",
+    "deploy",
     "get_senet_config",
     "list_catalogue",
     "list_models",

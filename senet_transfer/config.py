@@ -13,7 +13,7 @@ def get_senet_config() -> CfgNode:
 
 
 def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """All keys of a config, such as ``SOLVER.BASE_LR``, and their values."""
+    """Yields all keys of a config, such as ``SOLVER.BASE_LR``, with their values."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from config_items(value, f"{prefix}{key}.")
@@ -31,12 +31,16 @@ def add_senet_config(cfg: CfgNode) -> None:
     _add_data_config(cfg)
     _add_solver_config(cfg)
     _add_classification_config(cfg)
+    _add_classification_input(cfg)
 
 
 def _add_model_config(cfg: CfgNode) -> None:
     # The name of any model of `senet_transfer.list_models()`. Empty: `MODEL.RESNETS` describes a
     # residual trunk (depth, groups, widths), as it does in Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
+    # Of Inception-ResNet-v2: "valid", the published network, or "same", for maps that are aligned
+    # with the image. Empty: "same" under a detector, "valid" in a classifier.
+    cfg.MODEL.BACKBONE.PADDING = ""
 
     # How the stem's max pool ends: "pad" (torchvision, Detectron2) or "ceil" (the authors' files).
     cfg.MODEL.RESNETS.STEM_POOL = "pad"
@@ -157,6 +161,9 @@ def _add_classification_config(cfg: CfgNode) -> None:
     # Samples of a shard that are shuffled together; more need memory.
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024
 
+
+def _add_classification_input(cfg: CfgNode) -> None:
+    """What a classifier sees of an image."""
     cfg.INPUT.CLASSIFICATION = CfgNode()
     # Training takes "region", a random region by area and by width over height, resized to
     # CROP x CROP pixels; or "pad_crop", for images of 32x32 pixels, which are kept in memory: PAD

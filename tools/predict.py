@@ -8,6 +8,7 @@ classifier the best five classes of each image are printed and written as a JSON
 import argparse
 
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.engine.checks import check_augmentation
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.predict import find_images, load_trained, predict_images
@@ -39,6 +40,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--limit is {args.limit}, expected 1 or more.")
     options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
     cfg = load_trained(args.weights, args.config_file, options)
+    check_augmentation(cfg)
     images = find_images(args.input)[: args.limit]
     if is_classification(cfg):
         json_file, found = classify_images(cfg, images, args.output, quiet=args.quiet)

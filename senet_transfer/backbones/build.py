@@ -32,6 +32,7 @@ def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
         "stem_pool": cfg.MODEL.RESNETS.STEM_POOL,
         "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
         "res5_dilation": cfg.MODEL.RESNETS.RES5_DILATION,
+        "padding": cfg.MODEL.BACKBONE.PADDING or "same",
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
     }
     if entry.fixed.get("depth") in (18, 34):

@@ -10,59 +10,23 @@ enters the branch: the block's input, or in a block whose shortcut starts after 
 ReLU what comes out of these.
 """
 
-import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.backbones.blocks import check_not_mixture
-from senet_transfer.backbones.resnet import NORMS, check_freeze_at, check_out_features
+from senet_transfer.backbones.parts import (
+    GatedBlock,
+    check_trunk,
+    make_conv,
+    make_norm,
+    stage_se,
+)
 from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 
 CIFAR_FEATURES = ("stem", "res2", "res3", "res4")
-
-# Of Detectron2's "GN".
-_NORM_GROUPS = 32
-
-
-def make_norm(norm: str, channels: int) -> nn.Module:
-    """Detectron2's norm of a name.
-
-    Raises:
-        UserError: group norm can't divide so few channels.
-    """
-    if norm == "GN" and channels % _NORM_GROUPS:
-        raise UserError(
-            f"The norm is GN, which has {_NORM_GROUPS} groups, and the network has layers of "
-            f"{channels} channels. Take BN, SyncBN or FrozenBN."
-        )
-    return get_norm(norm, channels)
-
-
-def make_conv(
-    inputs: int,
-    outputs: int,
-    kernel: int,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    norm: str | None = None,
-) -> Conv2d:
-    """A convolution that keeps the size up to its stride, with the norm after it, if any."""
-    conv = Conv2d(
-        inputs,
-        outputs,
-        kernel_size=kernel,
-        stride=stride,
-        padding=kernel // 2,
-        groups=groups,
-        bias=False,
-        norm=None if norm is None else make_norm(norm, outputs),
-    )
-    weight_init.c2_msra_fill(conv)
-    return conv
 
 
 class CifarStem(CNNBlockBase):
@@ -103,35 +67,6 @@ class NormReLU(CNNBlockBase):
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape of ``x``."""
         return F.relu_(self.norm(x))
-
-
-class GatedBlock(CNNBlockBase):
-    """A residual block whose sum with the shortcut may be gated.
-
-    Attributes:
-        placement: of its SE; None without.
-        se: the gate, where it is not inside a branch.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__(in_channels, out_channels, stride)
-        self.placement: str | None = None
-        self.se: nn.Module | None = None
-
-    def _enter(self, x: Tensor) -> Tensor:
-        """What a branch gets of the block's input."""
-        return self.se(x) if self.placement == "pre" else x
-
-    def _sum(self, residual: Tensor, shortcut: Tensor) -> Tensor:
-        if self.se is not None and self.placement in ("standard", "mixture"):
-            return self.se.join(residual, shortcut)
-        if self.placement == "identity":
-            return self.se.join(shortcut, residual)
-        return residual + shortcut
-
-    def _leave(self, x: Tensor) -> Tensor:
-        """What leaves the block of the sum."""
-        return self.se(x) if self.placement == "post" else x
 
 
 class PaddedShortcut(nn.Module):
@@ -244,18 +179,6 @@ def check_cifar_se(se: SEOptions) -> None:
         )
 
 
-def check_trunk(norm: str, out_features: list[str] | None, freeze_at: int) -> None:
-    """Raises UserError for values of the options that all these networks have."""
-    check_choice("The norm", norm, NORMS)
-    check_out_features(out_features, CIFAR_FEATURES)
-    check_freeze_at(freeze_at, CIFAR_FEATURES)
-
-
-def stage_se(se: SEOptions | None, stage: int) -> SEOptions | None:
-    """The SE of a stage: None where it has none."""
-    return se if se is not None and stage in se.stages else None
-
-
 def preact_trunk(
     *,
     widths: tuple[int, int, int],
@@ -287,7 +210,7 @@ def preact_trunk(
     Raises:
         UserError: a value that makes no sense for the network.
     """
-    check_trunk(norm, out_features, freeze_at)
+    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     if se is not None:
         check_preact_se(se, bottleneck=bottleneck)
     stages = _preact_stages(

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from detectron2.modeling import Backbone
+from torch import nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
@@ -37,6 +38,9 @@ class ModelEntry:
         has_se: whether the trunk has SE.
         dropout: before the classifier, 0-1.
         preprocessing: what the network expects of an image when it is trained from scratch.
+        neck: what a classifier has between the last feature map and its linear layer, a module
+            with ``out_channels`` from the map's channels and ``dropout``; None is the average
+            over the map.
     """
 
     name: str
@@ -45,6 +49,7 @@ class ModelEntry:
     has_se: bool
     dropout: float = 0.0
     preprocessing: Preprocessing = Preprocessing()
+    neck: Callable[..., nn.Module] | None = None
 
     def options(self) -> list[str]:
         """The arguments of ``build`` that the name leaves open."""
@@ -65,10 +70,11 @@ def register_model(
     has_se: bool = False,
     dropout: float = 0.0,
     preprocessing: Preprocessing = Preprocessing(),
+    neck: Callable[..., nn.Module] | None = None,
     **fixed: object,
 ) -> None:
     """Makes a model known by name; arguments as the fields of :class:`ModelEntry`."""
-    _MODELS[name] = ModelEntry(name, build, fixed, has_se, dropout, preprocessing)
+    _MODELS[name] = ModelEntry(name, build, fixed, has_se, dropout, preprocessing, neck)
 
 
 def register_with_se(name: str, build: Callable[..., Backbone], **options: Any) -> None:

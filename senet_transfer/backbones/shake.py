@@ -28,10 +28,9 @@ from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from senet_transfer.backbones.cifar_blocks import (
-    CifarStem,
+from senet_transfer.backbones.cifar_blocks import CIFAR_FEATURES, CifarStem, check_cifar_se
+from senet_transfer.backbones.parts import (
     GatedBlock,
-    check_cifar_se,
     check_trunk,
     make_conv,
     make_norm,
@@ -228,7 +227,7 @@ def build_shake_shake26(
             "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
             "Shake-Shake 26 has none. Take another placement, or shake_even29_2x4x64d."
         )
-    check_trunk(norm, out_features, freeze_at)
+    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     stem = CifarStem(in_channels, 16, norm=norm)
     stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
     stages[-1].append(FinalReLU(4 * width))
@@ -248,7 +247,7 @@ def build_shake_even29(
     Raises:
         UserError: a value that makes no sense for the network.
     """
-    check_trunk(norm, out_features, freeze_at)
+    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
     return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)

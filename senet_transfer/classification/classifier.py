@@ -1,5 +1,6 @@
 """A trunk with a linear classifier on its last stage."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,21 @@ from senet_transfer.weights.load import load_source
 class Classifier(nn.Module):
     """Global average pooling, dropout and a linear layer on a trunk's only feature map."""
 
-    def __init__(self, backbone: Backbone, *, num_classes: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        num_classes: int,
+        dropout: float = 0.0,
+        neck: Callable[..., nn.Module] | None = None,
+    ):
         """
         Args:
             backbone: a trunk that returns one feature map.
             num_classes: classes to tell apart.
             dropout: before the linear layer, 0-1.
+            neck: what takes the place of the pooling, as in
+                :class:`~senet_transfer.backbones.registry.ModelEntry`.
 
         Raises:
             UserError: the trunk returns several feature maps, or a value makes no sense.
@@ -45,8 +55,10 @@ class Classifier(nn.Module):
             )
         ((self.feature, shape),) = shapes.items()
         self.backbone = backbone
+        self.neck = None if neck is None else neck(shape.channels, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(shape.channels, num_classes)
+        width = shape.channels if self.neck is None else self.neck.out_channels
+        self.linear = nn.Linear(width, num_classes)
         # Small, so that training starts from even class probabilities (Goyal et al. 2017).
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -59,7 +71,8 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
         features = self.backbone(x)[self.feature]
-        return self.linear(self.dropout(features.mean((2, 3))))
+        pooled = features.mean((2, 3)) if self.neck is None else self.neck(features)
+        return self.linear(self.dropout(pooled))
 
 
 def create_classifier(
@@ -99,6 +112,7 @@ def create_classifier(
         build_trunk(entry, **options_of_file(entry, source, overrides)),
         num_classes=num_classes,
         dropout=entry.dropout if dropout is None else dropout,
+        neck=entry.neck,
     )
     if source is not None:
         load_source(model, source)

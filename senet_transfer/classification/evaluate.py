@@ -133,35 +133,16 @@ def evaluate_classifier(
         batch_size: images a batch.
         workers: processes that read and decode.
         keep_predictions: return the best classes of each image, too.
-        keep_logits: and its logits.
+        keep_logits: as well as its logits.
         quiet: no progress bar; there is none either where stderr is no terminal.
 
     Raises:
         UserError: the model has another number of classes; an image is missing or broken.
     """
-    has = model.linear.out_features
-    if has != dataset.num_classes:
-        raise UserError(
-            f"The model tells {has} classes apart, and {dataset.origin} has "
-            f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
-        )
-    if isinstance(dataset, ImageArrays):
-        _check_view(dataset, transform)
-        loader = CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
-    else:
-        loader = build_classification_eval_loader(
-            dataset,
-            batch_size=batch_size,
-            transform=transform,
-            num_workers=workers,
-            pin_memory=model.device.type == "cuda",
-        )
-    evaluator = ClassificationEvaluator(
-        dataset.num_classes,
-        len(dataset),
-        keep_predictions=keep_predictions,
-        keep_logits=keep_logits,
-    )
+    _check_classes(model, dataset)
+    loader = _loader(model, dataset, transform, batch_size, workers)
+    kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
+    evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
     start = time.perf_counter()
     with torch.inference_mode():
         results = inference_on_dataset(model, _Shown(loader, len(dataset), quiet), evaluator)
@@ -171,6 +152,34 @@ def evaluate_classifier(
         classes=list(dataset.classes),
         confusion=evaluator.confusion,
         predictions=evaluator.predictions,
+    )
+
+
+def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | ImageArrays) -> None:
+    has = model.linear.out_features
+    if has != dataset.num_classes:
+        raise UserError(
+            f"The model tells {has} classes apart, and {dataset.origin} has "
+            f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
+        )
+
+
+def _loader(
+    model: ImageClassifier,
+    dataset: ClassificationDataset | ImageArrays,
+    transform: EvalTransform,
+    batch_size: int,
+    workers: int,
+) -> ClassificationLoader | CifarEvalLoader:
+    if isinstance(dataset, ImageArrays):
+        _check_view(dataset, transform)
+        return CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
+    return build_classification_eval_loader(
+        dataset,
+        batch_size=batch_size,
+        transform=transform,
+        num_workers=workers,
+        pin_memory=model.device.type == "cuda",
     )
 
 

@@ -1,5 +1,6 @@
 """The classifier as Detectron2's engine trains and evaluates it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ class ImageClassifier(Classifier):
         num_classes: int,
         preprocessing: Preprocessing,
         dropout: float = 0.0,
+        neck: Callable[..., nn.Module] | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -46,6 +48,7 @@ class ImageClassifier(Classifier):
             num_classes: classes to tell apart.
             preprocessing: what the trunk expects of an image.
             dropout: before the linear layer, 0-1.
+            neck: see :class:`Classifier`.
             label_smoothing: of the loss, 0-1.
             mixup: alpha of its Beta distribution, 0 for none (Zhang et al. 2018).
             cutmix: likewise (Yun et al. 2019); with both, each batch draws one of them.
@@ -56,7 +59,7 @@ class ImageClassifier(Classifier):
         Raises:
             UserError: the trunk returns several feature maps, or a value makes no sense.
         """
-        super().__init__(backbone, num_classes=num_classes, dropout=dropout)
+        super().__init__(backbone, num_classes=num_classes, dropout=dropout, neck=neck)
         if not 0 <= label_smoothing < 1 or mixup < 0 or cutmix < 0:
             raise UserError(
                 f"label_smoothing is {label_smoothing}, expected 0 up to, not including, 1; mixup "
@@ -81,14 +84,17 @@ class ImageClassifier(Classifier):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments that a config stands for."""
         options, image = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFICATION
-        dropout = options.DROPOUT
+        dropout, neck = options.DROPOUT, None
         if cfg.MODEL.BACKBONE.NAME == _TRUNK_BUILDER:
             cfg = cfg.clone()
             cfg.defrost()
             # The last stage, whatever it is called; Detectron2's default is res4.
             cfg.MODEL.RESNETS.OUT_FEATURES = []
-            if dropout is None:
-                dropout = trunk_from_config(cfg)[0].dropout
+            # Whose maps a detector needs aligned; the published network is meant here.
+            cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
+            entry, _ = trunk_from_config(cfg)
+            dropout = entry.dropout if dropout is None else dropout
+            neck = entry.neck
         return {
             "backbone": build_backbone(cfg),
             "num_classes": options.NUM_CLASSES,
@@ -101,6 +107,7 @@ class ImageClassifier(Classifier):
                 interpolation=image.INTERPOLATION,
             ),
             "dropout": dropout or 0.0,
+            "neck": neck,
             "label_smoothing": options.LABEL_SMOOTHING,
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
@@ -162,5 +169,6 @@ def wrap_classifier(classifier: Classifier) -> ImageClassifier:
         preprocessing=replace(classifier.preprocessing),
         dropout=classifier.dropout.p,
     )
+    wrapped.neck = classifier.neck
     wrapped.linear = classifier.linear
     return wrapped

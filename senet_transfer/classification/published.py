@@ -42,12 +42,14 @@ IMAGENET = {
     ("caffe", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.97, 5.54, _AUTHORS),
     ("caffe", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.81, 4.96, _AUTHORS),
     ("caffe", "senet154"): Published("SENet-154", 18.68, 4.47, _AUTHORS),
+    ("caffe", "se_bn_inception"): Published("SE-BN-Inception", 23.62, 7.04, _AUTHORS),
     ("cadene", "se_resnet50"): Published("SE-ResNet-50", 22.364, 6.248, _CADENE),
     ("cadene", "se_resnet101"): Published("SE-ResNet-101", 21.604, 5.742, _CADENE),
     ("cadene", "se_resnet152"): Published("SE-ResNet-152", 21.342, 5.626, _CADENE),
     ("cadene", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.924, 5.566, _CADENE),
     ("cadene", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.764, 4.972, _CADENE),
     ("cadene", "senet154"): Published("SENet-154", 18.696, 4.502, _CADENE),
+    ("cadene", "bn_inception"): Published("BN-Inception", 26.476, 8.438, _CADENE),
 }
 
 

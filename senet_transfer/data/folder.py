@@ -41,23 +41,21 @@ def open_folder(
             "a folder a class; move them into one, or give the folder that holds the classes."
         )
     if not any(by_class.values()):
-        raise UserError(
-            f"found no images in {root}: expected a folder a class with .jpg, .jpeg or .png files."
-        )
-    empty = sorted(folder for folder, images in by_class.items() if not images)
+        raise UserError(f"found no images in {root}: expected .jpg or .png in a folder a class.")
+    found = sorted(folder for folder, images in by_class.items() if images)
+    empty = sorted(set(by_class).difference(found))
     if empty and classes is None:
         raise UserError(
             f"{len(empty)} folders in {root} hold no images: {named(empty)}. Whether they are "
             "classes decides the labels: remove them, or fill them."
         )
-    found = sorted(folder for folder, images in by_class.items() if images)
-    unknown = sorted(set(found).difference(classes)) if classes is not None else []
+    classes = found if classes is None else list(classes)
+    unknown = sorted(set(found).difference(classes))
     if unknown:
         raise UserError(
             f"{len(unknown)} folders in {root} are none of the {len(classes)} classes expected: "
             f"{named(unknown)}. Use a tree with the folders of the one that was trained on."
         )
-    classes = found if classes is None else list(classes)
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
     labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)

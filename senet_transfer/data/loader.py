@@ -92,7 +92,6 @@ def build_classification_train_loader(
     class_aware: bool = False,
     shuffle_block: int = SHUFFLE_BLOCK,
     max_skip_ratio: float = 0.01,
-    prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> ClassificationLoader:
     """An endless loader of training batches.
@@ -113,37 +112,19 @@ def build_classification_train_loader(
         class_aware: draw a class, then an image, rather than go through all images.
         shuffle_block: samples of a shard that are permuted together; larger costs memory.
         max_skip_ratio: broken images beyond this share, 0-1, are an error.
-        prefetch_factor: batches that each worker prepares ahead.
         pin_memory: for faster copies to a GPU.
 
     Raises:
         UserError: a number makes no sense; while iterating, damaged data.
     """
-    _check_numbers(dataset, batch_size, rank, world_size, num_workers)
-    if start_iter < 0 or seed < 0 or shuffle_block < 1 or not 0 <= max_skip_ratio <= 1:
-        raise UserError(
-            f"start_iter={start_iter}, seed={seed}, shuffle_block={shuffle_block}, "
-            f"max_skip_ratio={max_skip_ratio}: expected no negative number, a block of at least 1 "
-            "and a ratio of at most 1."
-        )
+    place = _Place(rank, world_size, num_workers)
+    order = _Order(seed, start_iter, class_aware, shuffle_block)
+    _check_batches(dataset, batch_size)
     if class_aware:
         dataset.labels()  # loaded here, so that forked workers share it
     skips = SkipCounter(num_workers, max_skip_ratio)
-    batches = _TrainBatches(
-        dataset,
-        transform,
-        skips,
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        workers=max(num_workers, 1),
-        start_iter=start_iter,
-        class_aware=class_aware,
-        shuffle_block=shuffle_block,
-    )
-    loader = _data_loader(batches, num_workers, prefetch_factor, pin_memory)
-    return ClassificationLoader(loader, skips, None, 0)
+    batches = _TrainBatches(dataset, transform, skips, batch_size, place, order)
+    return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
 
 
 def build_classification_eval_loader(
@@ -154,7 +135,6 @@ def build_classification_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> ClassificationLoader:
     """A loader of one pass over a data set, each image exactly once over all ranks and workers.
@@ -171,56 +151,82 @@ def build_classification_eval_loader(
         rank: of this process.
         world_size: number of processes.
         num_workers: worker processes of this rank; 0 to load in this process.
-        prefetch_factor: batches that each worker prepares ahead.
         pin_memory: for faster copies to a GPU.
 
     Raises:
         UserError: a number makes no sense; while iterating, damaged data.
     """
-    _check_numbers(dataset, batch_size, rank, world_size, num_workers)
-    workers = max(num_workers, 1)
+    place = _Place(rank, world_size, num_workers)
+    _check_batches(dataset, batch_size)
     skips = SkipCounter(num_workers, 0.0)
-    batches = _EvalBatches(
-        dataset,
-        transform,
-        skips,
-        batch_size=batch_size,
-        rank=rank,
-        ranks=world_size,
-        workers=workers,
-    )
-    consumers = world_size * workers
-    sizes = []
-    for worker in range(workers):
-        first, end = share(len(dataset), rank * workers + worker, consumers)
-        sizes.append(end - first)
-    loader = _data_loader(batches, num_workers, prefetch_factor, pin_memory)
+    batches = _EvalBatches(dataset, transform, skips, batch_size, place)
+    sizes = [end - first for first, end in map(batches.share, range(place.processes))]
+    loader = _data_loader(batches, num_workers, pin_memory)
     count = sum(-(-size // batch_size) for size in sizes)
     return ClassificationLoader(loader, skips, sum(sizes), count)
 
 
-def _check_numbers(
-    dataset: ClassificationDataset, batch_size: int, rank: int, world_size: int, num_workers: int
-) -> None:
-    if batch_size < 1 or num_workers < 0 or not 0 <= rank < world_size:
-        raise UserError(
-            f"batch_size={batch_size}, num_workers={num_workers}, rank={rank}, "
-            f"world_size={world_size}: expected at least 1 image a batch, no negative number of "
-            "workers and a rank below the world size."
-        )
+@dataclass(frozen=True)
+class _Place:
+    """A rank among all, and the worker processes that read for it; 0: it reads itself."""
+
+    rank: int
+    world_size: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"num_workers={self.workers}, rank={self.rank}, world_size={self.world_size}: "
+                "expected no negative number of workers and a rank below the world size."
+            )
+
+    @property
+    def processes(self) -> int:
+        """How many read for this rank."""
+        return max(self.workers, 1)
+
+    @property
+    def consumers(self) -> int:
+        """How many read, of all ranks."""
+        return self.world_size * self.processes
+
+    def consumer(self, worker: int) -> int:
+        """The number of a worker of this rank among all consumers."""
+        return self.rank * self.processes + worker
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Which samples come when in training."""
+
+    seed: int
+    start_iter: int
+    class_aware: bool
+    shuffle_block: int
+
+    def __post_init__(self) -> None:
+        if self.start_iter < 0 or self.seed < 0 or self.shuffle_block < 1:
+            raise UserError(
+                f"start_iter={self.start_iter}, seed={self.seed}, "
+                f"shuffle_block={self.shuffle_block}: expected no negative number, and a block of "
+                "at least 1."
+            )
+
+
+def _check_batches(dataset: ClassificationDataset, batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: expected at least 1 image a batch.")
     if len(dataset) == 0:
         raise UserError(f"{dataset.origin} holds no images.")
 
 
-def _data_loader(
-    batches: IterableDataset, num_workers: int, prefetch_factor: int, pin_memory: bool
-) -> DataLoader:
+def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
         batches,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
         # Starting to iterate draws a number, here from a generator of its own: from torch's, the
@@ -233,41 +239,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@dataclass(eq=False)
 class _TrainBatches(IterableDataset):
     """Makes the batches of one worker of one rank."""
 
-    def __init__(
-        self,
-        dataset: ClassificationDataset,
-        transform: Transform,
-        skips: SkipCounter,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-        start_iter: int,
-        class_aware: bool,
-        shuffle_block: int,
-    ):
-        self.dataset = dataset
-        self.transform = transform
-        self.skips = skips
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.consumers = world_size * workers
-        self.workers = workers
-        self.start_iter = start_iter
-        self.class_aware = class_aware
-        self.shuffle_block = shuffle_block
+    dataset: ClassificationDataset
+    transform: Transform
+    skips: SkipCounter
+    batch_size: int
+    place: _Place
+    order: _Order
 
     def __iter__(self) -> Iterator[Batch | _Failed]:
-        info = get_worker_info()
-        process = info.id if info else 0
+        process = _worker()
         try:
-            samples = self._samples(self.start_iter + process)
+            samples = self._samples(self.order.start_iter + process)
             while True:
                 yield self._batch(list(islice(samples, self.batch_size)), process)
         except UserError as error:
@@ -275,16 +261,16 @@ class _TrainBatches(IterableDataset):
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
         """The samples from a batch on, of the worker whose batch it is."""
-        turn, worker = divmod(iteration, self.workers)
-        place = {
-            "seed": self.seed,
-            "consumer": self.rank * self.workers + worker,
-            "consumers": self.consumers,
+        turn, worker = divmod(iteration, self.place.processes)
+        row = {
+            "seed": self.order.seed,
+            "consumer": self.place.consumer(worker),
+            "consumers": self.place.consumers,
             "start": turn * self.batch_size,
         }
-        if self.class_aware:
-            return class_aware_stream(self.dataset, **place)
-        return train_stream(self.dataset, **place, block=self.shuffle_block)
+        if self.order.class_aware:
+            return class_aware_stream(self.dataset, **row)
+        return train_stream(self.dataset, **row, block=self.order.shuffle_block)
 
     def _batch(self, samples: list[tuple[int, RawSample]], process: int) -> Batch:
         shape = (len(samples), *self.transform.output_shape)
@@ -293,7 +279,7 @@ class _TrainBatches(IterableDataset):
         last = ""
         for place, (epoch, sample) in enumerate(samples):
             try:
-                rng = sample_rng(self.seed, epoch, sample.key)
+                rng = sample_rng(self.order.seed, epoch, sample.key)
                 images[place] = self.transform(sample.data, rng)
                 good.append(place)
             except BrokenImageError as error:
@@ -317,33 +303,23 @@ class _TrainBatches(IterableDataset):
             samples[place] = samples[other]
 
 
+@dataclass(eq=False)
 class _EvalBatches(IterableDataset):
     """Makes the evaluation batches of one worker of one rank."""
 
-    def __init__(
-        self,
-        dataset: ClassificationDataset,
-        transform: Transform,
-        skips: SkipCounter,
-        *,
-        batch_size: int,
-        rank: int,
-        ranks: int,
-        workers: int,
-    ):
-        self.dataset = dataset
-        self.transform = transform
-        self.skips = skips
-        self.batch_size = batch_size
-        self.rank = rank
-        self.ranks = ranks
-        self.workers = workers
+    dataset: ClassificationDataset
+    transform: Transform
+    skips: SkipCounter
+    batch_size: int
+    place: _Place
+
+    def share(self, worker: int) -> tuple[int, int]:
+        """The samples `[first, end)` of a worker."""
+        return share(len(self.dataset), self.place.consumer(worker), self.place.consumers)
 
     def __iter__(self) -> Iterator[Batch | _Failed]:
-        info = get_worker_info()
-        process = info.id if info else 0
-        consumer = self.rank * self.workers + process
-        first, end = share(len(self.dataset), consumer, self.ranks * self.workers)
+        process = _worker()
+        first, end = self.share(process)
         try:
             stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
@@ -365,6 +341,12 @@ class _EvalBatches(IterableDataset):
                 ) from error
         self.skips.count(process, 0, len(samples))
         return _collate(images, samples)
+
+
+def _worker() -> int:
+    """The number of this worker process; 0 where the rank reads itself."""
+    info = get_worker_info()
+    return info.id if info else 0
 
 
 def _collate(images: torch.Tensor, samples: list[RawSample]) -> Batch:

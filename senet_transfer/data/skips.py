@@ -17,7 +17,12 @@ class SkipCounter:
             workers: processes that count; 0 is one.
             max_ratio: broken samples, 0-1 of those seen (of 1000 where fewer were), beyond which
                 going on is an error.
+
+        Raises:
+            UserError: a ratio that is none.
         """
+        if not 0 <= max_ratio <= 1:
+            raise UserError(f"max_skip_ratio={max_ratio}: expected 0 to 1.")
         self.max_ratio = max_ratio
         # A row a worker: no two processes write to the same number.
         self._counts = torch.zeros(max(workers, 1), 2, dtype=torch.int64).share_memory_()

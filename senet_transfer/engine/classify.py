@@ -1,6 +1,5 @@
 """Predictions of a classifier on a user's own images."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from senet_transfer.classification.evaluator import TOP
 from senet_transfer.classification.from_config import eval_transform
 from senet_transfer.data.decode import BrokenImageError
 from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.errors import UserError
+from senet_transfer.engine.predict import check_all_read, make_output_folder
+from senet_transfer.engine.results import write_results
 
 
 @torch.inference_mode()
@@ -34,19 +34,21 @@ def classify_images(
         best classes first, each with ``class``, ``label`` and ``probability``.
 
     Raises:
-        UserError: an image can't be read, or the checkpoint does not fit the config.
+        UserError: the checkpoint does not fit the config; or images can't be read, which are named
+            once all others are predicted.
     """
+    make_output_folder(output_dir)
     model = build_model(cfg)
     Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     model.eval()
     transform, classes = eval_transform(cfg), list(cfg.DATASETS.CLASSES)
-    os.makedirs(output_dir, exist_ok=True)
-    found = []
+    found, broken = [], []
     for path in tqdm(images, unit="image", disable=quiet or None):
         try:
             image = transform(Path(path).read_bytes())
         except (OSError, BrokenImageError) as error:
-            raise UserError(f"{path} can't be read as an image: {error}. Leave it out.") from error
+            broken.append(f"{path} can't be read as an image: {error}. Leave it out.")
+            continue
         probabilities = model({"image": image[None]})[0].softmax(0).cpu()
         best = probabilities.topk(min(TOP, len(classes)))
         top = [
@@ -55,7 +57,6 @@ def classify_images(
         ]
         found.append({"file_name": path, "top": top})
     json_file = os.path.join(output_dir, "predictions.json")
-    with open(json_file, "w") as file:
-        json.dump(found, file, indent=2)
-        file.write("\n")
+    write_results(json_file, found)
+    check_all_read(broken, len(images), json_file)
     return json_file, found

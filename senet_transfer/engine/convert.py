@@ -120,7 +120,7 @@ def _model(source: Source) -> nn.Module:
     norm = "FrozenBN" if source.family.affine_norms else "BN"
     trunk = build_trunk(entry, norm=norm, **options_of_file(entry, source, {}))
     classes = source.architecture.classes
-    return Classifier(trunk, num_classes=classes) if classes else trunk
+    return Classifier(trunk, num_classes=classes, neck=entry.neck) if classes else trunk
 
 
 def _check_complete(source: Source) -> None:

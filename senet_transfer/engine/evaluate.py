@@ -1,7 +1,6 @@
 """The evaluation of classifiers from the command line."""
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from senet_transfer.data.cifar import SIDE, ImageArrays
 from senet_transfer.data.cifar_open import open_images
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -94,10 +94,7 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
     )
     family = getattr(model.backbone, "weights_source", {}).get("family")
     name = args.model or trunk_from_config(cfg)[0].name
-    if not published and (row := published_on_cifar(dataset.origin, name)):
-        published = (row,)
-    if not published and (row := IMAGENET.get((family, args.model))) and len(found.classes) == 1000:
-        published = (row,)
+    published = published or _published(found, dataset.origin, name, family)
     result = {
         **found.summary(),
         "model": args.model or cfg.MODEL.BACKBONE.ARCH or args.config_file,
@@ -111,10 +108,18 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
     if args.predictions:
         found.write_predictions(args.predictions)
     if args.output:
-        with open(args.output, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+        write_results(args.output, result)
     return result
+
+
+def _published(
+    found: Evaluation, origin: str, name: str, family: str | None
+) -> tuple[Published, ...]:
+    """What others have published of this network on this data."""
+    row = published_on_cifar(origin, name)
+    if not row and len(found.classes) == 1000:
+        row = IMAGENET.get((family, name))
+    return (row,) if row else ()
 
 
 def _check_writable(path: str | None) -> None:

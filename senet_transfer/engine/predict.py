@@ -1,7 +1,6 @@
 """Predictions on a user's own images."""
 
 import glob
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from senet_transfer.data.mapper import read_image
 from senet_transfer.data.preflight import category_ids
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.checks import check_augmentation
+from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -142,10 +142,7 @@ def predict_images(
     if not 0 <= threshold <= 1:
         raise UserError(f"The threshold is {threshold}, expected a score from 0 to 1.")
     drawn = _output_names(images, output_dir)
-    try:
-        os.makedirs(output_dir or ".", exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The output folder {output_dir} can't be made: {error}.") from error
+    make_output_folder(output_dir)
     predictor = Predictor(cfg)
     categories = _categories(cfg)
     classes = [category["name"] for category in categories]
@@ -164,12 +161,25 @@ def predict_images(
         annotations += instances_to_coco_json(instances, image_id)
     json_file = os.path.join(output_dir, "predictions.json")
     _write_json(json_file, records, annotations, categories)
+    check_all_read(broken, len(images), json_file)
+    return json_file
+
+
+def make_output_folder(path: str) -> None:
+    """Makes the folder that predictions are written to; raises UserError where it can't be."""
+    try:
+        os.makedirs(path or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The output folder {path} can't be made: {error}.") from error
+
+
+def check_all_read(broken: list[str], images: int, json_file: str) -> None:
+    """Raises UserError where images were left out, with what was wrong with each."""
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(images)} images can't be read; {json_file} holds the "
-            "detections of the others:\n" + "\n".join(broken[:10])
+            f"{len(broken)} of {images} images can't be read; {json_file} holds the predictions "
+            "of the others:\n" + "\n".join(broken[:10])
         )
-    return json_file
 
 
 def _categories(cfg: CfgNode) -> list[dict]:
@@ -187,8 +197,8 @@ def _write_json(
         annotation["category_id"] = categories[annotation["category_id"]]["id"]
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         annotation["iscrowd"] = 0
-    with open(path, "w") as file:
-        json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
+    results = {"images": images, "annotations": annotations, "categories": categories}
+    write_results(path, results, indent=None)
 
 
 def _output_names(images: list[str], output_dir: str) -> dict[str, str]:

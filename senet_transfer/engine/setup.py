@@ -30,6 +30,7 @@ from senet_transfer.data.preflight import (
 )
 from senet_transfer.engine import history
 from senet_transfer.engine.checks import check_run
+from senet_transfer.engine.resume import check_changes
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
 
@@ -199,7 +200,19 @@ def _prepare(args: argparse.Namespace) -> CfgNode:
     check_run(cfg, eval_only=args.eval_only, resume=args.resume)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if args.resume else None
     apply_file_geometry(cfg, resumed)
+    if args.resume and not args.eval_only:
+        _compare_with_begun(cfg, logger)
     return cfg
+
+
+def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    try:
+        before = load_config(path)
+    except UserError as error:
+        logger.warning("Whether the run goes on as it began can't be told: %s", error)
+        return
+    check_changes(cfg, before)
 
 
 def _start_logging(cfg: CfgNode) -> logging.Logger:

@@ -118,8 +118,19 @@ class StepTrainer(SimpleTrainer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        super().load_state_dict(state_dict)
+        """Takes back what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: the parameters were grouped otherwise.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise UserError(
+                f"The checkpoint's optimizer does not fit this run's ({error}). Set the rates and "
+                "decays of SOLVER to what the run began with, or start a new one with "
+                "MODEL.WEIGHTS."
+            ) from error
         self.guard.skipped = state_dict.get("skipped", 0)
         # Empty or absent where the run was begun without a scaler.
         if scaler := state_dict.get("grad_scaler"):

@@ -1,18 +1,19 @@
 """One run from a command line: training or evaluation, ended by ``results.json``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.history import newest_whole, write_text
+from senet_transfer.engine.history import newest_whole
 from senet_transfer.engine.interruption import stop_at_step_end
 from senet_transfer.engine.launch import run
+from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -28,8 +29,9 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     if comm.is_main_process():
-        # Whole or not at all: who finds it takes the run for done.
-        write_text(Path(cfg.OUTPUT_DIR, RESULTS), json.dumps(results, indent=2))
+        write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
+        if args.eval_only:  # a training run has been held to them by Detectron2's trainer
+            verify_results(cfg, results)
 
 
 def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:

@@ -57,29 +57,29 @@ def _choose(
     conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor
 ) -> Callable[[Conv2d, SqueezeExcitation, Tensor, Tensor], Tensor] | None:
     norm = conv.norm
+    frozen = type(norm) is FrozenBatchNorm2d
     batch_norm = type(norm) is nn.BatchNorm2d and norm.affine and norm.running_mean is not None
     batch_norm = batch_norm and norm.momentum is not None
-    frozen = type(norm) is FrozenBatchNorm2d
+    folded = norm is None and conv.bias is not None  # See `senet_transfer.export.deploy`.
     if (
-        not (batch_norm or frozen)
-        or se.squeeze != "avg"
-        or conv.bias is not None
+        not (frozen or batch_norm or folded)
+        or (conv.bias is not None and not folded)
         or conv.activation is not None
+        or se.squeeze != "avg"
         or x.dtype != shortcut.dtype
         or x.numel() == 0
-        or _is_watched(conv, norm, se, se.fc1, se.fc2)
+        or _is_watched(conv, se, se.fc1, se.fc2, *([norm] if norm else []))
     ):
         return None
     learns = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, shortcut, *conv.parameters(), *se.parameters())
     )
-    if learns:
-        if batch_norm:
-            return _norm_sum
-        return _conv_sum if _is_pointwise(conv) else None
-    if (batch_norm and norm.training) or torch.is_autocast_enabled(x.device.type):
-        return None
-    return _inferred_sum
+    if not learns:
+        changes = batch_norm and norm.training
+        return None if changes or torch.is_autocast_enabled(x.device.type) else _inferred_sum
+    if batch_norm:
+        return _norm_sum
+    return _conv_sum if frozen and _is_pointwise(conv) else None
 
 
 def _is_watched(*modules: nn.Module) -> bool:
@@ -289,8 +289,10 @@ def _weighed_sum(x: Tensor, y: Tensor, folded: Tensor, shift: Tensor, gate: Tens
 def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     # Scaling the weights of each image costs less than scaling its map, where that is large.
     if _is_pointwise(conv) and x.shape[2] * x.shape[3] > x.shape[1]:
-        scale, shift = _fold(conv.norm)
-        folded = _folded(conv.weight, scale, x.dtype)
+        folded, shift = conv.weight.flatten(1), conv.bias
+        if conv.norm is not None:
+            scale, shift = _fold(conv.norm)
+            folded = _folded(conv.weight, scale, x.dtype)
         gate = se.excite(F.linear(x.mean((2, 3)), folded, shift))
         return _weighed_sum(x, shortcut, folded, shift, gate)
     out = conv(x)

@@ -197,20 +197,21 @@ class SqueezeExcitation(nn.Module):
         """The gates of squeezed maps: ``(N, C)`` to ``(N, C)``."""
         return EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(squeezed))))
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        """``gate(x) * x + y`` in one pass over the feature maps.
+    def join(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale * gate(x) * x + y`` in one pass over the feature maps.
 
         Args:
             x: ``(N, C, H, W)``, gated by its own context (the residual branch).
             y: ``(N, C, H, W)``, added as it is (the shortcut).
+            scale: of the sum's first part.
         """
         # A call of the module, so that hooks see it: counters and observers of gates rely on it.
-        return self(x, y)
+        return self(x, y, scale)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """``gate(x) * x``, of the shape of ``x``; with ``y``, as :meth:`join`."""
         gate = self.gate(x)
-        return x * gate if y is None else torch.addcmul(y, x, gate)
+        return x * gate if y is None else torch.addcmul(y, x, gate, value=scale)
 
     def extra_repr(self) -> str:
         """The variant, where it is not the paper's standard."""

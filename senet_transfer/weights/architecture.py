@@ -1,4 +1,4 @@
-"""What the tensors of a residual trunk tell of its network."""
+"""What the tensors of a trunk tell of its network."""
 
 import re
 from collections.abc import Mapping
@@ -17,9 +17,19 @@ _DEPTHS = {
 }
 
 
+# The networks that are no ResNets, each by a name of tensors that no other has.
+_OTHERS = {
+    "bn_inception": re.compile(r"res[3-5]\.\d+\.branch_double\.\d\.weight"),
+    "inception_resnet_v2": re.compile(r"res[3-5]\.\d+\.branches\.\d\.\d\.weight"),
+    "mobilenet": re.compile(r"res[2-5]\.\d+\.pointwise\.weight"),
+    "shufflenet_g3": re.compile(r"res[3-5]\.\d+\.compress\.weight"),
+    "vgg16_bn": re.compile(r"res[2-4]\.\d+\.conv\.weight"),
+}
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """A residual trunk, as far as shapes show it.
+    """A trunk, as far as names and shapes show it.
 
     Attributes:
         blocks: how many blocks each stage has, from res2 on; shorter where the trunk is cut.
@@ -32,6 +42,8 @@ class Architecture:
         se_divisor: 8 where the hidden widths are rounded to multiples of it, else 1.
         se_bias: whether the SE layers have biases; True without SE.
         classes: outputs of the classifier; 0 without one.
+        network: the name of a network that is no ResNet, without SE; empty for a ResNet. The
+            fields that describe residual blocks mean nothing for it.
     """
 
     blocks: tuple[int, ...]
@@ -44,10 +56,16 @@ class Architecture:
     se_divisor: int
     se_bias: bool
     classes: int
+    network: str = ""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
         """Reads it from tensors under this project's names; None for another kind of network."""
+        linear = _shape(tensors, "linear.weight")
+        common = {**_se(tensors), "classes": linear[0] if linear else 0}
+        for network, pattern in _OTHERS.items():
+            if any(pattern.fullmatch(name) for name in tensors):
+                return cls((), False, 1, 0, False, **common, network=network)
         counts: dict[int, int] = {}
         for name in tensors:
             if match := _BLOCK.match(name):
@@ -59,15 +77,13 @@ class Architecture:
             return None
         bottleneck = "res2.0.conv3.weight" in tensors
         groups = _groups(tensors, conv) if bottleneck else 1
-        linear = _shape(tensors, "linear.weight")
         return cls(
             blocks=tuple(counts[stage] for stage in sorted(counts)),
             bottleneck=bottleneck,
             groups=groups,
             width_per_group=conv[0] // groups,
             deep_stem="stem.conv3.weight" in tensors,
-            **_se(tensors),
-            classes=linear[0] if linear else 0,
+            **common,
         )
 
     @property
@@ -78,6 +94,8 @@ class Architecture:
     @property
     def name(self) -> str:
         """The model's name, or a description of what has none."""
+        if self.network:
+            return f"se_{self.network}" if self.se_stages else self.network
         if self.is_senet154 and self.blocks == (3, 8, 36, 3):
             return "senet154"
         depth = _DEPTHS.get((self.blocks, self.bottleneck))

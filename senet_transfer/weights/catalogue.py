@@ -14,6 +14,9 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue_entries import SHELVES, Shelf
 from senet_transfer.weights.download import check_sha256, fetch
 
+# Networks whose publishers spell their names otherwise.
+_RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
+
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
@@ -74,7 +77,7 @@ def _entry(shelf: Shelf, name: str, path: str) -> Entry:
 def _model(name: str) -> str:
     """This project's name of a network, from its publisher's."""
     name = name.partition(".")[0]
-    return name.replace("R-", "resnet").replace("seres", "se_res")
+    return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
 
 CATALOGUE: dict[str, Entry] = {

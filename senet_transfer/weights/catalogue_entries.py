@@ -50,6 +50,7 @@ _TORCHVISION_V1 = {
     "resnet101": "resnet101-63fe2227.pth",
     "resnet152": "resnet152-394f9c45.pth",
     "resnext50_32x4d": "resnext50_32x4d-7cdf4587.pth",
+    "vgg16_bn": "vgg16_bn-6c64b313.pth",
 }
 
 _TORCHVISION = (
@@ -98,6 +99,8 @@ _CADENE = (
             "se_resnext50_32x4d": "se_resnext50_32x4d-a260b3a4.pth",
             "se_resnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth",
             "senet154": "senet154-c7b49a05.pth",
+            "bninception": "bn_inception-52deb4733.pth",
+            "inceptionresnetv2": "inceptionresnetv2-520b38e4.pth",
         },
         note="the server's certificate expired in 2022 and may still be; timm_legacy/ has its own "
         "copies of these networks",
@@ -135,6 +138,8 @@ _TIMM_SHELVES = (
             "seresnet50.ra2_in1k": "seresnet50_ra_224-8efdb4bb.pth",
             "seresnext50_32x4d.racm_in1k": "seresnext50_32x4d_racm-a304a460.pth",
             "resnet34.bt_in1k": "resnet34-43635321.pth",
+            "inception_resnet_v2.tf_in1k": "inception_resnet_v2-940b1cd6.pth",
+            "inception_resnet_v2.tf_ens_adv_in1k": "ens_adv_inception_resnet_v2-2592a550.pth",
         },
         "Apache-2.0",
     ),
@@ -261,6 +266,7 @@ _BY_HAND = (
             "se_resnext50_32x4d": "SE-ResNeXt-50.caffemodel",
             "se_resnext101_32x4d": "SE-ResNeXt-101.caffemodel",
             "senet154": "SENet-154.caffemodel",
+            "se_bn_inception": "SE-BN-Inception.caffemodel",
         },
         note="the table in that page's README leads to Google Drive and Baidu, which ask for a "
         "person",

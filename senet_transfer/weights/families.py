@@ -11,15 +11,13 @@ shapes are those of the plain ones. They load, and compute something else.
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from senet_transfer.preprocessing import Preprocessing
-from senet_transfer.weights import names
+from senet_transfer.weights import detect, names, names_other
 from senet_transfer.weights.architecture import Architecture
-from senet_transfer.weights.files import OWN_METADATA
 from senet_transfer.weights.geometry import Geometry
 
 
@@ -38,16 +36,19 @@ class Family:
             that only frozen norms can take them.
         rename_deep: as ``rename``, for files of networks with a stem of three convolutions where
             that gives a name another meaning.
+        background: the networks whose published classifiers begin with a class for the background,
+            1001 in all; it is left out.
     """
 
     name: str
     title: str
-    detect: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool]
+    detect: detect.Detector
     rename: names.Rename
     geometry: Callable[[Architecture], Geometry]
     preprocessing: Callable[[Architecture], Preprocessing | None]
     affine_norms: bool = False
     rename_deep: names.Rename | None = None
+    background: tuple[str, ...] = ()
 
     def renamed(self, found: Collection[str]) -> dict[str, str | None]:
         """This project's name for each of a file's; None for those that the family lacks."""
@@ -115,92 +116,15 @@ def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Pre
     return lambda arch: preprocessing
 
 
-def _with(*needed: str) -> Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool]:
-    """Recognises a family by patterns, for each of which some name must match wholly.
-
-    Patterns match many names of a file, so that one that lacks a few is still known, and refused
-    for what it lacks.
-    """
-    patterns = [re.compile(pattern) for pattern in needed]
-
-    def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-        return all(any(p.fullmatch(name) for name in tensors) for p in patterns)
-
-    return detect
+# What Google's networks expect of an image, in which projects differ in the resizing alone.
+_INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, resize=341, crop=299)
+_CADENE_BN_INCEPTION = Preprocessing(format="BGR", mean=(104.0, 117.0, 128.0), std=(1.0,) * 3)
 
 
-_plain_blocks = _with(r"layer\d\.\d+\.conv\d\.weight", r"(conv1|bn1)\.weight")
-
-_any_se = _with(r"layer\d\.\d+\.se(_layer|_module)?\..*")
-
-
-_deep_stem = _with(r"conv1\.\d\.weight")
-
-
-def _plain_torchvision(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    others = (_any_se, _deep_stem)
-    return _plain_blocks(tensors, metadata) and not any(d(tensors, metadata) for d in others)
-
-
-def _places365(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
-    return _plain_torchvision(tensors, metadata) and shape[:1] == (365,)
-
-
-def _timm(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    with_se = _with(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")
-    deep = _plain_blocks(tensors, metadata) and _deep_stem(tensors, metadata)
-    return deep or _plain_torchvision(tensors, metadata) or with_se(tensors, metadata)
-
-
-def _cadene(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    # Cadene's have bottlenecks only.
-    return _cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
-
-
-_cadene_like = _with(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.fc\d\.weight")
-
-_bottlenecks = _with(r"layer\d\.\d+\.conv3\.weight")
-
-_own_names = _with(r"(.*\.)?stem\.conv\d\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.conv\d\.weight")
-
-
-# Networks without residual stages, saved bare: the trunk's norms are named as Detectron2's are.
-_own_of_another_kind = _with(r".*\.norm\.running_var", r"linear\.weight")
-
-
-def _marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    return OWN_METADATA in metadata
-
-
-def _own(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    if OWN_METADATA in metadata:
-        return True
-    if metadata.get("__author__"):
-        return False
-    return any(detect(tensors, metadata) for detect in (_own_names, _own_of_another_kind))
-
-
-def _detectron1(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    folded = _with(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
-    return folded(tensors, metadata) and not _detectron2(tensors, metadata)
-
-
-def _detectron2(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    if _marked(tensors, metadata):
-        return False
-    names_of_caffe2 = _with(
-        r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)"
-    )
-    return names_of_caffe2(tensors, metadata) or (
-        _own_names(tensors, metadata) and metadata.get("__author__") != "torchvision"
-    )
-
-
-def _converted(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-    if _marked(tensors, metadata):
-        return False
-    return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")
+def _by_network(
+    usual: Preprocessing, **others: Preprocessing
+) -> Callable[[Architecture], Preprocessing | None]:
+    return lambda arch: others.get(arch.network, usual)
 
 
 def _detectron2_name(name: str) -> str:
@@ -212,7 +136,7 @@ _RECORDS = (
     Family(
         "senet_transfer",
         "a file of this project",
-        _own,
+        detect.own,
         names.own,
         _unknown,
         _always(None),
@@ -220,15 +144,15 @@ _RECORDS = (
     Family(
         "caffe",
         "the SENet authors' Caffe models",
-        _with(r"conv\d_\d+_1x1_reduce/weight", r"conv\d_\d+_3x3/bn/.*"),
-        names.caffe,
+        detect.caffe,
+        names.either(names.caffe, names_other.caffe_bn_inception),
         _authors,
         _always(_BGR),
     ),
     Family(
         "places365_caffe",
         "CSAIL's Places365 Caffe models, under the names of He et al.'s ResNets",
-        _with(r"res\d[a-z]\d*_branch2a/weight", r"bn\d[a-z]\d*_branch2a/.*"),
+        detect.having(r"res\d[a-z]\d*_branch2a/weight", r"bn\d[a-z]\d*_branch2a/.*"),
         names.msra_caffe,
         lambda arch: Geometry(stride_in_1x1=True if arch.bottleneck else None, stem_pool="ceil"),
         _always(_PLACES_BGR),
@@ -236,15 +160,18 @@ _RECORDS = (
     Family(
         "cadene",
         "Cadene's pretrainedmodels",
-        _cadene,
-        names.cadene,
+        detect.cadene,
+        names.either(
+            names.cadene, names_other.cadene_bn_inception, names_other.cadene_inception_resnet
+        ),
         _authors,
-        _always(_RGB),
+        _by_network(_RGB, bn_inception=_CADENE_BN_INCEPTION, inception_resnet_v2=_INCEPTION),
+        background=("inception_resnet_v2",),
     ),
     Family(
         "timm_legacy",
         "timm's legacy_se* models",
-        _cadene_like,
+        detect.cadene_like,
         names.cadene,
         _timm_legacy,
         _always(_RGB),
@@ -252,7 +179,7 @@ _RECORDS = (
     Family(
         "places365",
         "CSAIL's Places365 PyTorch models",
-        _places365,
+        detect.places365,
         names.torchvision,
         _stride_in_3x3,
         _always(_RGB),
@@ -260,32 +187,36 @@ _RECORDS = (
     Family(
         "torchvision_v1",
         "torchvision's IMAGENET1K_V1 weights",
-        _plain_torchvision,
-        names.torchvision,
+        detect.torchvision_v1,
+        names.either(names.torchvision, names_other.torchvision_vgg),
         _stride_in_3x3,
         _always(_RGB),
     ),
     Family(
         "torchvision_v2",
         "torchvision's IMAGENET1K_V2 weights",
-        _plain_torchvision,
+        detect.plain_torchvision,
         names.torchvision,
         _stride_in_3x3,
         _always(Preprocessing(resize=232)),
     ),
     Family(
         "timm",
-        "timm's resnet*, resnext*, seresnet*, seresnext*, senet154",
-        _timm,
-        names.timm,
+        "timm's resnet*, resnext*, seresnet*, seresnext*, senet154, inception_resnet_v2",
+        detect.timm,
+        names.either(names.timm, names_other.timm_inception_resnet),
         _stride_in_3x3,
-        _always(Preprocessing(interpolation="bicubic")),
+        _by_network(
+            Preprocessing(interpolation="bicubic"),
+            inception_resnet_v2=replace(_INCEPTION, resize=333, interpolation="bicubic"),
+        ),
         rename_deep=names.timm_deep,
+        background=("inception_resnet_v2",),
     ),
     Family(
         "moskomule",
         "moskomule's senet.pytorch",
-        _with(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\.[02]\.weight"),
+        detect.having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\.[02]\.weight"),
         names.moskomule,
         _stride_in_3x3,
         _always(_RGB),
@@ -293,7 +224,7 @@ _RECORDS = (
     Family(
         "mmpretrain",
         "mmpretrain (MMClassification)",
-        _with(
+        detect.having(
             r"(backbone\.layer\d\.\d+|layer\d\.\d+\.se_layer)\..*", r"(backbone\.)?conv1\.weight"
         ),
         names.mmpretrain,
@@ -303,7 +234,7 @@ _RECORDS = (
     Family(
         "detectron1",
         "Detectron's .pkl, whose norms are folded",
-        _detectron1,
+        detect.detectron1,
         names.detectron,
         _msra,
         _detectron_pixels((102.9801, 115.9465, 122.7717)),
@@ -312,7 +243,7 @@ _RECORDS = (
     Family(
         "detectron2",
         "Detectron2's model zoo",
-        _detectron2,
+        detect.detectron2,
         _detectron2_name,
         _msra,
         _detectron_pixels((103.53, 116.28, 123.675)),
@@ -320,7 +251,7 @@ _RECORDS = (
     Family(
         "detectron2_torchvision",
         "torchvision's weights, converted by Detectron2's script",
-        _converted,
+        detect.converted,
         names.own,
         _stride_in_3x3,
         _always(_RGB),

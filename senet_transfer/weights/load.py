@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -108,7 +108,13 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     _check_norms(source, target)
     _check_geometry(source, target)
     fill(target, result.filled)
-    preprocessing = source.preprocessing or target.trunk_preprocessing()
+    own = target.trunk_preprocessing()
+    preprocessing = source.preprocessing or own
+    if target.pixels():
+        # Built from a config, which says the view, too: the run's is not that of the file.
+        preprocessing = replace(
+            preprocessing, resize=own.resize, crop=own.crop, interpolation=own.interpolation
+        )
     target.trunk.preprocessing = preprocessing
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from senet_transfer.errors import UserError
+from senet_transfer.weights.names import CLASSIFIER
 from senet_transfer.weights.source import Source
 from senet_transfer.weights.target import Target
 
@@ -88,7 +89,7 @@ def _same_kind(found: Tensor, expected: Tensor) -> bool:
 
 
 def _not_in_file(result: Match, source: Source, target: Target, name: str, exact: bool) -> None:
-    classifier = name.startswith("linear.")
+    classifier = name.startswith(CLASSIFIER)
     se = ".se." in name and source.architecture and not source.architecture.se_stages
     if name.endswith(".num_batches_tracked"):
         # A counter that evaluation does not use; old files and other frameworks have none.
@@ -138,7 +139,7 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
     known_stage = _STAGE.match(name)
     if known_stage and not any(ours.startswith(known_stage[0]) for ours in target.tensors):
         return f"the trunk ends before {known_stage[1]}"
-    if re.fullmatch(r"linear\.(weight|bias)", name):
+    if name.startswith(CLASSIFIER) and not any(n.startswith(CLASSIFIER) for n in target.tensors):
         return "the classifier: the model has none"
     if source.detector and not target.beside and not name.startswith(("stem.", "res")):
         return "parts of a detector: the model is none"

@@ -3,7 +3,9 @@
 Each function takes a name as it stands in a file of its family, and returns this project's, or
 None for a name that the family does not have. The trunk is ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
-``res2.0.se.fc1.weight``, ...; the classifier on it is ``linear.weight`` and ``linear.bias``.
+``res2.0.se.fc1.weight``, ...; the classifier on it is ``linear.weight`` and ``linear.bias``, and
+before it ``neck.fc1.weight`` and so on where it has hidden layers. Networks that are no ResNets are
+in :mod:`~.names_other`.
 """
 
 import re
@@ -12,6 +14,9 @@ from collections.abc import Callable, Iterable
 Rename = Callable[[str], str | None]
 
 _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+# What the names of a classifier's tensors behind its trunk begin with.
+CLASSIFIER = ("linear.", "neck.")
 
 
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
@@ -36,6 +41,15 @@ def _fill(replacement: str, match: re.Match) -> str:
         return str(int(group) + shift) if shift else group
 
     return re.sub(r"\{(\d)([+-]\d)?\}", value, replacement)
+
+
+def either(*renames: Rename) -> Rename:
+    """A rename by several, of which the first that knows a name decides."""
+
+    def rename(name: str) -> str | None:
+        return next((ours for rename in renames if (ours := rename(name)) is not None), None)
+
+    return rename
 
 
 def _stem(prefix: str = "") -> list[tuple[str, str]]:
@@ -228,4 +242,4 @@ def canonical(name: str, prefix: str) -> str:
 
 def is_beside_trunk(name: str, prefix: str) -> bool:
     """Whether a name is of a detector's other parts: its FPN, proposals and heads."""
-    return not name.startswith((prefix, _RES5, "linear."))
+    return not name.startswith((prefix, _RES5, *CLASSIFIER))

@@ -35,7 +35,7 @@ class Source:
         original: the file's own name of each.
         unknown: the file's names that the family does not have.
         notes: what was done to tensors on the way, in words.
-        architecture: of the trunk; None where it is no residual network.
+        architecture: of the trunk; None where it is no network of this project.
         geometry: of the trunk, as far as it is known.
         preprocessing: what the network expects of an image; None where it is not known.
         detector: whether there are parts around the trunk besides a classifier.
@@ -131,6 +131,9 @@ def _understand(file: WeightFile, family: Family) -> Source:
         tensors[ours], original[ours] = _reshaped(ours, file.tensors[name]), name
     notes = [*_fold_biases(tensors), *(_expand_affine(tensors) if family.affine_norms else ())]
     architecture = Architecture.of(tensors)
+    if architecture and architecture.network in family.background and architecture.classes == 1001:
+        notes += _drop_background(tensors)
+        architecture = replace(architecture, classes=1000)
     geometry, preprocessing = _computes(file, family, architecture)
     if file.layers:
         notes += adjust_variances(file.layers, renamed, tensors, _EPS)
@@ -179,6 +182,13 @@ def _expand_affine(tensors: dict[str, Tensor]) -> list[str]:
     return []
 
 
+def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
+    for name in ("linear.weight", "linear.bias"):
+        if name in tensors:
+            tensors[name] = tensors[name][1:]
+    return ["the first of the classifier's 1001 classes, the background, is left out"]
+
+
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None]:
@@ -187,8 +197,9 @@ def _computes(
         return _own_word(file)
     if architecture is None:
         return Geometry(), None
-    geometry = family.geometry(architecture)
-    if file.layers:
+    # No other network here has a choice that its shapes leave open.
+    geometry = Geometry() if architecture.network else family.geometry(architecture)
+    if file.layers and not architecture.network:
         geometry = stated_geometry(file.path, file.layers, geometry)
     return geometry, family.preprocessing(architecture)
 

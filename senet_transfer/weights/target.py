@@ -27,7 +27,7 @@ class Target:
         tensors: parameters and buffers by name, as in :class:`~.source.Source`.
         own_names: the model's own name of each.
         beside: the names of what is around the trunk besides a classifier.
-        architecture: of the trunk; None where it is no residual network.
+        architecture: of the trunk; None where it is no network of this project.
         geometry: of the trunk.
     """
 

@@ -57,9 +57,15 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
     assert last.endswith("predictions.json")
 
 
-def test_an_image_that_cannot_be_read_is_named(train, tmp_path):
+def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
     train()
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
-    with pytest.raises(UserError, match="broken.jpg can't be read"):
-        classify_images(cfg, [str(tmp_path / "broken.jpg")], str(tmp_path / "out"))
+    images = [str(tmp_path / "broken.jpg"), str(tree / "red" / "0.jpg")]
+    with pytest.raises(UserError, match="(?s)1 of 2 images can't be read.*broken.jpg"):
+        classify_images(cfg, images, str(tmp_path / "out"), quiet=True)
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert entry["file_name"] == images[1]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output folder .*file can't be made"):
+        classify_images(cfg, images, str(tmp_path / "file"))

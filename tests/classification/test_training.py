@@ -172,9 +172,13 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
     assert predictions["index"] == list(range(24))
     assert predictions["label"] == sorted(predictions["label"])
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
+    wrong = [["classification", "top1_error", 200.0, 1.0]]
+    flags += ["TEST.EXPECTED_RESULTS", str(wrong)]
     line = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    done = subprocess.run(line, **options, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Result verification failed" in done.stdout + done.stderr
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     for key, value in again["classification"].items():
         assert results[f"classification/{key}"] == value
@@ -221,6 +225,39 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
 def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         Trainer(setup(command(*flags, **overrides)))
+
+
+def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train, command, tmp_path):
+    train()
+    log, words = tmp_path / "run" / "log.txt", "began with other values"
+    same = setup(command("--resume"))
+    assert words not in log.read_text()
+    other = {"SOLVER.BASE_LR": "0.3", "SOLVER.MAX_ITER": "6"}
+    trainer = Trainer(setup(command("--resume", **other)))
+    _, _, said = log.read_text().partition(words)
+    rows = [line.split() for line in said.splitlines()[:5] if line.startswith("SOLVER.")]
+    assert sorted(rows) == [
+        ["SOLVER.BASE_LR", "0.0005", "0.3", "none"],
+        ["SOLVER.MAX_ITER", "2", "6", "from", "here", "on"],
+    ]
+    trainer.resume_or_load(resume=True)
+    assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {same.SOLVER.BASE_LR}
+    setup(command("--resume"))  # the saved config is that of the run again
+    with pytest.raises(UserError, match="OPTIMIZER is AdamW, and the run to resume has.* SGD"):
+        setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
+    other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
+    with pytest.raises(UserError, match="optimizer does not fit this run's"):
+        other.resume_or_load(resume=True)
+
+
+def test_a_run_from_a_file_of_another_view_keeps_its_own(train, tmp_path):
+    first = train()
+    assert first.model.preprocessing.crop == 32
+    keys = {"INPUT.CLASSIFICATION.TEST_CROP": "24", "INPUT.CLASSIFICATION.TEST_RESIZE": "27"}
+    weights = {"MODEL.WEIGHTS": str(tmp_path / "run" / "model_final.pth")}
+    train(**keys, **weights, OUTPUT_DIR=str(tmp_path / "second"))
+    stated = saved(tmp_path / "second")["senet_transfer"]["preprocessing"]
+    assert (stated["resize"], stated["crop"]) == (27, 24)
 
 
 def test_data_is_found_below_the_root_of_all_data(command, tree, monkeypatch):

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 from senet_transfer.data import shapes
 from senet_transfer.data.shapes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, render_image
+from senet_transfer.engine.launch import run_single
 from senet_transfer.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_shapes.py"
@@ -34,7 +35,7 @@ def main():
     spec = importlib.util.spec_from_file_location("prepare_shapes", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return lambda words: run_single(module.main, module.parser().parse_args(words))
 
 
 def annotation_file(root, split):
@@ -347,20 +348,22 @@ def test_refuses_numbers_out_of_range(tmp_path, wrong):
 
 def test_command_writes_below_the_data_root(tmp_path, monkeypatch, main):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert main(["--train", "1", "--val", "2", "--seed", "3"]) == 0
+    main(["--train", "1", "--val", "2", "--seed", "3"])
     settings = json.loads((tmp_path / "shapes" / "shapes.json").read_text())
     assert (settings["seed"], settings["train"], settings["val"]) == (3, 1, 2)
 
 
 def test_command_shows_no_progress_without_a_terminal(tmp_path, main, capsys):
-    assert main(["--output", str(tmp_path / "shapes"), "--train", "1", "--val", "1"]) == 0
+    main(["--output", str(tmp_path / "shapes"), "--train", "1", "--val", "1"])
     printed = capsys.readouterr()
     assert "image/s" not in printed.out + printed.err
 
 
 def test_command_reports_a_mistake_without_a_traceback(tmp_path, main, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert main(["--output", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["--output", str(tmp_path)])
+    assert end.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert "notes.txt" in printed

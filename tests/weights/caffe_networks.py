@@ -1,6 +1,6 @@
 """The SENet authors' and CSAIL's Caffe networks, layer by layer, after their prototxt files.
 
-Sources: hujie-frank/SENet ``models/*.prototxt``, CSAILVision/places365
+Sources: hujie-frank/SENet ``models/*.prototxt`` (SE-BN-Inception among them), CSAILVision/places365
 ``deploy_resnet152_places365.prototxt``. Weights and statistics are random.
 """
 
@@ -112,6 +112,70 @@ def _block(net, design, random, stage: int, index: int, x: str, inputs: int) -> 
         kernel = 3 if design.deep_stem and stride == 2 else 1
         x = conv_bn("1x1_proj", x, inputs, outputs, kernel, relu=False, stride=stride)
     return net.relu(f"{at}/relu", net.axpy(at, gate, y, x))
+
+
+# Of each module: 1x1; 3x3 and the 1x1 before it; two 3x3 and the 1x1 before them; the 1x1 after
+# the pool. Those of stride 2 have neither the first nor the last.
+BN_INCEPTION = {
+    "3a": (64, 64, 64, 64, 96, 32),
+    "3b": (64, 64, 96, 64, 96, 64),
+    "3c": (None, 128, 160, 64, 96, None),
+    "4a": (224, 64, 96, 96, 128, 128),
+    "4b": (192, 96, 128, 96, 128, 128),
+    "4c": (160, 128, 160, 128, 160, 128),
+    "4d": (96, 128, 192, 160, 192, 128),
+    "4e": (None, 128, 192, 192, 256, None),
+    "5a": (352, 192, 320, 160, 224, 128),
+    "5b": (352, 192, 320, 192, 224, 128),
+}
+
+
+def se_bn_inception(size: tuple[int, int] = (64, 96), classes: int = 1000) -> CaffeNet:
+    """The authors' SE-BN-Inception."""
+    random = _Random(3)
+    net = CaffeNet("SE-BN-Inception", (1, 3, *size))
+
+    def conv_bn(name, bottom, before, after, kernel, stride=1):
+        geometry = {"stride": stride, "pad": kernel // 2, "factor": 999.98}
+        folder, _, last = name.rpartition("/")
+        geometry["relu"] = f"{folder}/relu_{last.removesuffix('_s2')}"
+        weight = random.weight(after, before, kernel, kernel)
+        return net.conv_bn(name, bottom, weight, random.bn(after), **geometry)
+
+    x = conv_bn("conv1/7x7_s2", net.data, 3, 64, 7, stride=2)
+    x = conv_bn("conv2/3x3_reduce", net.pool("pool1/3x3_s2", x, 3, 2), 64, 64, 1)
+    x = net.pool("pool2/3x3_s2", conv_bn("conv2/3x3", x, 64, 192, 3), 3, 2)
+    inputs = 192
+    for module, widths in BN_INCEPTION.items():
+        x, inputs = _inception(net, random, conv_bn, f"inception_{module}", x, inputs, widths)
+    x = net.global_pool("pool5/7x7_s1", x)
+    net.fc("classifier", x, random.weight(classes, inputs), random.bias(classes))
+    return net
+
+
+def _inception(net, random, conv_bn, at: str, x: str, inputs: int, widths) -> tuple[str, int]:
+    one, reduce, three, double_reduce, double, projection = widths
+    stride = 1 if one else 2
+    branches = [conv_bn(f"{at}/1x1", x, inputs, one, 1)] if one else []
+    y = conv_bn(f"{at}/3x3_reduce", x, inputs, reduce, 1)
+    branches.append(conv_bn(f"{at}/3x3", y, reduce, three, 3, stride))
+    y = conv_bn(f"{at}/double3x3_reduce", x, inputs, double_reduce, 1)
+    y = conv_bn(f"{at}/double3x3a", y, double_reduce, double, 3)
+    branches.append(conv_bn(f"{at}/double3x3b", y, double, double, 3, stride))
+    if one:
+        method = "MAX" if at.endswith("5b") else "AVE"
+        y = net.pool(f"{at}/pool", x, 3, 1, pad=1, method=method)
+        branches.append(conv_bn(f"{at}/pool_proj", y, inputs, projection, 1))
+    else:
+        branches.append(net.pool(f"{at}/pool/3x3_s2", x, 3, 2))
+    outputs = (one or 0) + three + double + (projection or inputs)
+    x, hidden = net.concat(f"{at}/concat", *branches), outputs // 16
+    gate = net.global_pool(f"{at}_global_pool", x)
+    weights = random.weight(hidden, outputs, 1, 1), random.weight(outputs, hidden, 1, 1)
+    gate = net.conv(f"{at}_1x1_down", gate, weights[0], random.bias(hidden))
+    gate = net.relu(f"{at}_1x1_down/relu", gate)
+    gate = net.conv(f"{at}_1x1_up", gate, weights[1], random.bias(outputs))
+    return net.gate_channels(at, x, net.sigmoid(f"{at}_prob", gate)), outputs
 
 
 def places_resnet(

@@ -10,7 +10,7 @@ import torch
 from senet_transfer import UserError, create_classifier
 from senet_transfer.weights.source import examine
 from tests.weights import caffe_networks
-from tests.weights.caffe_networks import DESIGNS, places_resnet, senet
+from tests.weights.caffe_networks import DESIGNS, places_resnet, se_bn_inception, senet
 from tests.weights.caffe_writer import CaffeNet
 from tests.weights.peers import check_traps, images, outputs_of_ours, worst
 
@@ -61,6 +61,32 @@ def test_the_authors_networks(name, ours, tmp_path):
     assert model.preprocessing.mean == (104.0, 117.0, 123.0)
     assert model.preprocessing.std == (1.0, 1.0, 1.0)
     check_traps(ours, model, expected, path)
+
+
+def test_the_authors_bn_inception(tmp_path):
+    net = se_bn_inception()
+    net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", for_opencv=True)
+    runner = cv2.dnn.readNetFromCaffe(
+        *(str(tmp_path / f"net.{s}") for s in ("prototxt", "caffemodel"))
+    )
+    runner.enableFusion(False)
+    ends = {"res2": "conv2/relu_3x3", "logits": "classifier"}
+    ends |= {f"res{m[0]}": f"inception_{m}_scale" for m in ("3b", "4d", "5b")}
+    found = []
+    for image in images().numpy():
+        runner.setInput(image[None])
+        found.append(runner.forward(list(ends.values())))
+    stacked = [torch.from_numpy(np.concatenate(out)) for out in zip(*found, strict=True)]
+    expected = dict(zip(ends, stacked, strict=True))
+    expected["logits"] = expected["logits"].flatten(1)
+
+    model = create_classifier("se_bn_inception", weights=tmp_path / "net.caffemodel").eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+    source = examine(tmp_path / "net.caffemodel")
+    assert source.family.name == "caffe"
+    assert source.architecture.name == "se_bn_inception"
+    assert not source.unknown
+    assert (model.preprocessing.format, model.preprocessing.mean) == ("BGR", (104.0, 117.0, 123.0))
 
 
 @pytest.mark.parametrize(

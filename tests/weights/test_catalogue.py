@@ -68,12 +68,14 @@ def test_timm_and_pretrainedmodels_state_the_same_files():
     legacy = list_catalogue("timm_legacy/*")
     names |= {name: f"legacy_{name.partition('/')[2]}.in1k" for name in legacy}
     for name, theirs in names.items():
-        assert CATALOGUE[name].url == timm_models.get_pretrained_cfg(theirs).url
+        stated = timm_models.get_pretrained_cfg(theirs).url
+        # Of networks that it has moved to the Hub alone, it states none any more.
+        assert CATALOGUE[name].url == stated or (not stated and "inception" in name)
 
-    senet = pytest.importorskip("pretrainedmodels").models.senet
+    stated = pytest.importorskip("pretrainedmodels").pretrained_settings
     for name in list_catalogue("cadene/*"):
-        stated = senet.pretrained_settings[name.partition("/")[2]]["imagenet"]["url"]
-        assert CATALOGUE[name].file == stated.rpartition("/")[2]
+        address = stated[name.partition("/")[2]]["imagenet"]["url"]
+        assert CATALOGUE[name].file == address.rpartition("/")[2]
 
 
 def test_names_are_listed_by_pattern():

@@ -21,11 +21,13 @@ class Report:
         size: height and width in pixels, as the network gets them.
         parts: the cost of each part, in the order of the computation.
         notes: how it was counted, in sentences.
+        modules: the cost of each module that sees a whole image, by its name in the model.
     """
 
     size: tuple[int, int]
     parts: dict[str, Cost]
     notes: list[str]
+    modules: dict[str, Cost]
 
     @property
     def total(self) -> Cost:
@@ -112,7 +114,11 @@ def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
 def _classifier(model: Classifier, size: tuple[int, int]) -> Report:
     found = _measure_whole(model, size)
     parts = _stages(model, "backbone", found)
-    return Report(size, {**parts, "linear": found.modules["model.linear"]}, _notes(found))
+    for name, _ in model.named_children():
+        # Around the trunk, what has weights: the linear layer, and in VGG those before it.
+        if name != "backbone" and found.modules[f"model.{name}"].parameters:
+            parts[name] = found.modules[f"model.{name}"]
+    return Report(size, parts, _notes(found), _named(found))
 
 
 def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
@@ -125,7 +131,8 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     else:
         parts = _stages(model, "backbone", found)
     if isinstance(model, DenseDetector):
-        return Report(size, {**parts, "head": found.modules["model.head"]}, notes)
+        parts["head"] = found.modules["model.head"]
+        return Report(size, parts, notes, _named(found))
     parts["RPN"] = found.modules["model.proposal_generator.rpn_head"]
     boxes = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
     channels = model.backbone.output_shape()[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
@@ -136,12 +143,21 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         notes += ["Heads for masks and keypoints run once an object found: parameters alone."]
     parts["box head"] = head.repeated(boxes)
-    return Report(size, parts, [*notes, *_notes(region)])
+    return Report(size, parts, [*notes, *_notes(region)], _named(found))
 
 
 def _stages(model: nn.Module, trunk: str, found: Measured) -> dict[str, Cost]:
     children = model.get_submodule(trunk).named_children()
     return {name: found.modules[f"model.{trunk}.{name}"] for name, _ in children}
+
+
+def _named(found: Measured) -> dict[str, Cost]:
+    """By the names in the model, which stands inside of what was measured."""
+    return {
+        name.removeprefix("model."): cost
+        for name, cost in found.modules.items()
+        if name.startswith("model.")
+    }
 
 
 def _notes(found: Measured) -> list[str]:

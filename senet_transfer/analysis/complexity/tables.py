@@ -31,12 +31,8 @@ def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]
     reasons: list[str] = []
     rows = []
     for one in found:
-        mark = ""
-        if not one.is_close:
-            reason = one.reason or "no reason is known"
-            if reason not in reasons:
-                reasons.append(reason)
-            mark = f"({reasons.index(reason) + 1})"
+        reasons += [reason for reason in one.reasons if reason not in reasons]
+        mark = " ".join(f"({reasons.index(reason) + 1})" for reason in one.reasons)
         rows.append((one.row.table, one.row.name, *_parameters(one), *_gflops(one), mark))
     return rows, [f"({number}) {text}" for number, text in enumerate(reasons, start=1)]
 

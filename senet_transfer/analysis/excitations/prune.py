@@ -20,12 +20,21 @@ from torch import nn
 
 from senet_transfer.analysis.excitations.collect import Excitations, trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
+from senet_transfer.backbones.blocks import SEBasicBlock, SEBottleneckBlock
+from senet_transfer.backbones.cifar_blocks import PreActBlock
 from senet_transfer.classification.evaluate import evaluate_classifier
 from senet_transfer.classification.image_classifier import ImageClassifier
 from senet_transfer.data.augment import EvalTransform
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.errors import UserError
 from senet_transfer.weights import save_weights
+
+# By the block, the last convolution of its residual branch: the first of these that it has.
+_LAST: dict[type[nn.Module], tuple[str, ...]] = {
+    SEBasicBlock: ("conv2",),
+    SEBottleneckBlock: ("conv3",),
+    PreActBlock: ("conv3", "conv2"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,13 @@ def without_gates(
 
 
 def _convolution_before(pruned: nn.Module, trunk: nn.Module, path: str) -> nn.Module | None:
-    """The last convolution of the residual branch that a gate stood behind."""
-    block_path, _, name = path.rpartition(".")
-    block = trunk.get_submodule(block_path)
-    if name != "se" or getattr(block, "placement", None) != "standard":
+    """The last convolution of the residual branch that a gate stood right behind."""
+    block_path, _, _ = path.rpartition(".")
+    block, plain = trunk.get_submodule(block_path), pruned.get_submodule(block_path)
+    if not isinstance(block, tuple(_LAST)) or block.placement != "standard":
         return None
-    plain = pruned.get_submodule(block_path)
-    return getattr(plain, "conv3", None) or getattr(plain, "conv2", None)
+    names = next(names for kind, names in _LAST.items() if isinstance(block, kind))
+    return next(conv for name in names if (conv := getattr(plain, name, None)) is not None)
 
 
 def _scale_output(conv: nn.Module, scale: torch.Tensor) -> None:

@@ -1,11 +1,16 @@
 """Small data sets in Places365's layout, for the tests here."""
 
+import importlib.util
 import io
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from senet_transfer.engine.launch import run_single
+
+SCRIPTS = Path(__file__).parents[3] / "datasets"
 
 CLASSES = ["a/airfield", "b/barn", "s/swimming_pool/indoor", "s/swimming_pool/outdoor"]
 
@@ -42,3 +47,19 @@ def keys_of_tar(path: Path) -> list[str]:
     """The keys in a shard, read with nothing but tarfile."""
     with tarfile.open(path) as tar:
         return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
+
+
+def command(name):
+    """A script of `datasets/` as a function from its words to its exit status."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(words):
+        try:
+            run_single(module.main, module.parser().parse_args(words))
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call

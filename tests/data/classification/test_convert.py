@@ -1,5 +1,4 @@
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_places import CLASSES, jpeg, shard_bytes, write_val
+from drawn_places import CLASSES, SCRIPTS, command, jpeg, shard_bytes, write_val
 
 from senet_transfer.data import convert as convert_module
 from senet_transfer.data.classification import open_dataset
@@ -22,21 +21,11 @@ from senet_transfer.data.convert import convert
 from senet_transfer.data.folder import open_folder
 from senet_transfer.data.verify import verify
 
-REPOSITORY = Path(__file__).parents[3]
-SCRIPT = REPOSITORY / "datasets" / "prepare_places365.py"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
 
 @pytest.fixture
 def prepare():
     """`datasets/prepare_places365.py`, called with a source, an output and further arguments."""
-    main = load("prepare_places365")
+    main = command("prepare_places365")
 
     def call(source, output, *more, split="val"):
         arguments = ["--source", source, "--split", split, "--output", output, *more]
@@ -139,7 +128,8 @@ runpy.run_path({script!r}, run_name="__main__")
 def run_and_kill(arguments, output, shards):
     """Runs the preparation and kills it with -9 once it has written so many shards more."""
     before = len(list(output.glob("*.tar"))) if output.exists() else 0
-    code = KILLED.format(repository=str(REPOSITORY), script=str(SCRIPT))
+    script = str(SCRIPTS / "prepare_places365.py")
+    code = KILLED.format(repository=str(SCRIPTS.parent), script=script)
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
     ) as process:
@@ -162,7 +152,7 @@ def killed_three_times(tmp_path, count, workers, shard_mb):
         code = run_and_kill([*common, "--output", str(output)], output, shards=4)
         assert code == -signal.SIGKILL
         assert not (output / "manifest.json").exists()
-    main = load("prepare_places365")
+    main = command("prepare_places365")
     assert main([*common, "--output", str(output)]) == 0
     assert main([*common, "--output", str(tmp_path / "unbroken")]) == 0
     assert shard_bytes(output) == shard_bytes(tmp_path / "unbroken")
@@ -377,7 +367,7 @@ def test_numbers_that_make_no_sense_are_refused(val, tmp_path, prepare, capsys, 
 
 
 def test_prepare_folder_takes_the_classes_of_other_shards(tmp_path, capsys):
-    main = load("prepare_folder")
+    main = command("prepare_folder")
     for split, classes in (("train", "abc"), ("val", "ac")):
         for number, name in enumerate(classes):
             (tmp_path / split / name).mkdir(parents=True)

@@ -229,9 +229,6 @@ def test_what_is_not_there_is_said_at_once(serve, tmp_path):
     assert time.monotonic() - started < 10
 
 
-# The cache.
-
-
 def test_the_second_pass_reads_from_the_cache(make_shards, serve, tmp_path):
     folder = make_shards(24, 3)
     server = serve(folder)

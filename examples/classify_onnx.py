@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Classifies images with a file of tools/export.py; needs onnxruntime, Pillow and numpy alone.
+
+python examples/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
+    """An image, its short side resized and its centre cropped, as ``(3, size, size)`` of 0-255."""
+    image = Image.open(image_file).convert("RGB")
+    scale = preprocessing["resize"] / min(image.size)
+    width, height = (max(size, int(side * scale)) for side in image.size)
+    method = Image.Resampling[preprocessing["interpolation"].upper()]
+    image = image.resize((width, height), method)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image, np.float32).transpose(2, 0, 1)
+
+
+def main(model_file: str, *image_files: str) -> None:
+    """Prints the best five classes of each image."""
+    session = onnxruntime.InferenceSession(model_file, providers=["CPUExecutionProvider"])
+    # Mean, std and the order of channels are inside of the network.
+    metadata = session.get_modelmeta().custom_metadata_map
+    preprocessing, classes = (json.loads(metadata[key]) for key in ("preprocessing", "classes"))
+    size = session.get_inputs()[0].shape[-1]
+    for image_file in image_files:
+        images = load(image_file, preprocessing, size)[None]
+        (logits,) = session.run(None, {"images": images})[0]
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares)[:5]
+        names = [classes[index] if classes else f"class {index}" for index in best]
+        rows = ", ".join(f"{n} {shares[i]:.1%}" for n, i in zip(names, best, strict=True))
+        print(f"{image_file}: {rows}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

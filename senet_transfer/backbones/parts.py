@@ -1,0 +1,201 @@
+"""What trunks of several families are made of."""
+
+import math
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from torch import Tensor, nn
+
+from senet_transfer.backbones.resnet import (
+    FEATURES,
+    NORMS,
+    check_freeze_at,
+    check_out_features,
+)
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+
+# Of Detectron2's "GN".
+_NORM_GROUPS = 32
+
+_EPS = 1e-5
+
+
+def make_norm(norm: str, channels: int, eps: float = _EPS) -> nn.Module:
+    """Detectron2's norm of a name.
+
+    Raises:
+        UserError: group norm can't divide so few channels.
+    """
+    if norm == "GN" and channels % _NORM_GROUPS:
+        raise UserError(
+            f"The norm is GN, which has {_NORM_GROUPS} groups, and the network has layers of "
+            f"{channels} channels. Take BN, SyncBN or FrozenBN."
+        )
+    layer = get_norm(norm, channels)
+    layer.eps = eps
+    return layer
+
+
+def make_conv(
+    inputs: int,
+    outputs: int,
+    kernel: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    norm: str | None = None,
+    relu: bool = False,
+    pad: bool = True,
+    bias: bool = False,
+    eps: float = _EPS,
+) -> Conv2d:
+    """A convolution with the norm and the ReLU after it, if any.
+
+    Args:
+        inputs: channels.
+        outputs: likewise.
+        kernel: its size, or height and width.
+        stride: in pixels.
+        groups: of the channels.
+        norm: Detectron2's name of a norm; None for none.
+        relu: whether a ReLU ends it.
+        pad: whether the map keeps its size up to the stride; otherwise it loses its border.
+        bias: whether it has one.
+        eps: of the norm.
+    """
+    height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    conv = Conv2d(
+        inputs,
+        outputs,
+        kernel_size=kernel,
+        stride=stride,
+        padding=(height // 2, width // 2) if pad else 0,
+        groups=groups,
+        bias=bias,
+        norm=None if norm is None else make_norm(norm, outputs, eps),
+        activation=F.relu_ if relu else None,
+    )
+    weight_init.c2_msra_fill(conv)
+    if 1 < groups == inputs:
+        # The initialisation counts all outputs, of which an input of a depthwise one reaches one.
+        nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+    return conv
+
+
+class Chain(CNNBlockBase):
+    """Blocks in a row as one block, such as a stem."""
+
+    def __init__(self, *blocks: CNNBlockBase):
+        stride = math.prod(block.stride for block in blocks)
+        super().__init__(blocks[0].in_channels, blocks[-1].out_channels, stride)
+        for index, block in enumerate(blocks):
+            self.add_module(str(index), block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class MaxPool(CNNBlockBase):
+    """A max pool of stride 2 where it stands between blocks, and so is one."""
+
+    def __init__(self, channels: int, *, kernel: int = 3, padding: int = 0, ceil: bool = False):
+        """
+        Args:
+            channels: of the map.
+            kernel: size of the window, in pixels.
+            padding: of every side, in pixels.
+            ceil: whether the edge may cut the last window off.
+        """
+        super().__init__(channels, channels, 2)
+        self.options = {"kernel_size": kernel, "padding": padding, "ceil_mode": ceil}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, channels, H, W)`` to ``(N, channels, H / 2, W / 2)``."""
+        return F.max_pool2d(x, stride=2, **self.options)
+
+
+class GatedBlock(CNNBlockBase):
+    """A residual block whose sum with the shortcut may be gated.
+
+    Attributes:
+        placement: of its SE; None without.
+        se: the gate, where it is not inside a branch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__(in_channels, out_channels, stride)
+        self.placement: str | None = None
+        self.se: nn.Module | None = None
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """What a branch gets of the block's input."""
+        return self.se(x) if self.placement == "pre" else x
+
+    def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale * residual + shortcut``, gated; the gate sees what is not scaled yet."""
+        if self.se is not None and self.placement in ("standard", "mixture"):
+            return self.se.join(residual, shortcut, scale)
+        if self.placement == "identity":
+            return self.se.join(shortcut, scale * residual if scale != 1 else residual)
+        return torch.add(shortcut, residual, alpha=scale)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """What leaves the block of the sum."""
+        return self.se(x) if self.placement == "post" else x
+
+
+def check_trunk(
+    norm: str,
+    out_features: list[str] | None,
+    freeze_at: int,
+    features: tuple[str, ...] = FEATURES,
+) -> None:
+    """Raises UserError for values of the options that all networks have."""
+    check_choice("The norm", norm, NORMS)
+    check_out_features(out_features, features)
+    check_freeze_at(freeze_at, features)
+
+
+def check_se(
+    se: SEOptions | None,
+    network: str,
+    *,
+    stages: tuple[int, ...],
+    placements: tuple[str, ...] = ("standard",),
+) -> None:
+    """Raises UserError for what SE can't be in a network.
+
+    Args:
+        se: what is asked for; None for none.
+        network: its name, for the message.
+        stages: those that have something to gate.
+        placements: those that mean something in it.
+    """
+    if se is None:
+        return
+    if se.placement not in placements:
+        raise UserError(
+            f"The SE placement is {se.placement!r}, and {network} has: {', '.join(placements)}. "
+            "The others are of other kinds of residual blocks."
+        )
+    if se.relu_before:
+        raise UserError(
+            "A ReLU before the gate (se_relu_before) is of one family of ResNet-18 and -34, and "
+            f"{network} doesn't have it. Leave it at False."
+        )
+    if not set(se.stages) & set(stages):
+        raise UserError(
+            f"The stages with SE are {tuple(se.stages)}, and {network} has something to gate in "
+            f"{', '.join(map(str, stages))}. Name some of these, or take the network without SE."
+        )
+
+
+def stage_se(se: SEOptions | None, stage: int) -> SEOptions | None:
+    """The SE of a stage: None where it has none."""
+    return se if se is not None and stage in se.stages else None

@@ -1,0 +1,176 @@
+"""Files of networks: ONNX, torch.export and TorchScript, each compared with the eager network."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.export.deploy import deploy
+from senet_transfer.preprocessing import Preprocessing
+
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
+
+# Of the largest output, between two orders of adding and multiplying in float32.
+TOLERANCE = 1e-3
+
+
+class ImageModel(nn.Module):
+    """A trunk or a classifier from RGB images of 0-255, so that no user has to normalise."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing):
+        """
+        Args:
+            network: takes normalised images; returns a tensor, or a dict of tensors.
+            preprocessing: what it expects of an image.
+        """
+        super().__init__()
+        self.network = network
+        self.is_bgr = preprocessing.format == "BGR"
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
+            self.register_buffer(name, values)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """``(N, 3, H, W)``, RGB of 0-255, to logits, or to feature maps from fine to coarse."""
+        if self.is_bgr:
+            images = images.flip(1)
+        found = self.network((images - self.mean) / self.std)
+        return tuple(found.values()) if isinstance(found, dict) else (found,)
+
+
+def export_network(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    form: str,
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    classes: Sequence[str] = (),
+) -> float:
+    """Writes a trunk or a classifier, norms folded, and compares what was written with it.
+
+    The batch size stays open, height and width are fixed.
+
+    Args:
+        network: takes normalised images; a classifier returns logits, a trunk a dict of maps.
+        path: the file to write.
+        form: a key of :data:`FORMATS`.
+        preprocessing: what the network expects; becomes a part of what is written and, in ONNX,
+            stands in the metadata, too.
+        size: height and width of the images, in pixels.
+        classes: names, for the metadata.
+
+    Returns:
+        The largest difference to the eager network, as a share of its largest output.
+
+    Raises:
+        UserError: the format is unknown or its packages are missing, or the file computes
+            something else.
+    """
+    if form not in FORMATS:
+        raise UserError(f"The format is {form!r}, expected one of: {', '.join(FORMATS)}.")
+    names = ["logits"]
+    with torch.no_grad():
+        found = network.eval()(torch.zeros(1, 3, *size, device=_device(network)))
+    if isinstance(found, dict):
+        names = list(found)
+    model = ImageModel(deploy(network), preprocessing).cpu().eval()
+    eager = ImageModel(network, preprocessing).cpu().eval()
+    example = 255 * torch.rand(2, 3, *size)
+    metadata = {
+        "preprocessing": json.dumps(asdict(preprocessing)),
+        "classes": json.dumps(list(classes)),
+    }
+    write = {"onnx": _write_onnx, "torch_export": _write_exported, "torchscript": _write_traced}
+    with torch.no_grad(), quiet():
+        run = write[form](model, example, Path(path), names, metadata)
+    return _check(path, eager, run, 255 * torch.rand(3, 3, *size))
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the exporters about their own insides."""
+    exporter = logging.getLogger("torch.onnx")
+    before = exporter.level
+    exporter.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    exporter.setLevel(before)
+
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _write_onnx(
+    model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
+) -> Run:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the package {error.name}, which is not installed: pip install "
+            "'senet_transfer[export]'."
+        ) from error
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    program.model.metadata_props.update(metadata)
+    program.save(str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: [
+        torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
+    ]
+
+
+def _write_exported(
+    model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
+) -> Run:
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files={**metadata, "outputs": json.dumps(names)})
+    return torch.export.load(path).module()
+
+
+def _write_traced(
+    model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
+) -> Run:
+    traced = torch.jit.trace(model, example, check_trace=False)
+    extra = {**metadata, "outputs": json.dumps(names)}
+    torch.jit.save(traced, str(path), _extra_files=extra)
+    return torch.jit.load(str(path))
+
+
+def _check(path: str | Path, eager: nn.Module, run: Run, images: Tensor) -> float:
+    with torch.no_grad():
+        expected, found = eager(images), run(images)
+    worst = max(
+        ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(expected, found, strict=True)
+    )
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{path} computes something else than the network: outputs differ by {worst:.1e} of "
+            f"the largest, expected {TOLERANCE:.0e} at most. Use another format."
+        )
+    return worst
