@@ -203,6 +203,8 @@ def create_backbone(
     Without weights, every residual trunk has stride 2 in the 3x3 convolution, the padded stem
     pool, nothing frozen, and torchvision's preprocessing. The paper's 3.86 GMACs of SE-ResNet-50
     are with ``stride_in_1x1=True``. With weights, it has what the file's network has.
+    Inception-ResNet-v2 is the published network, whose maps lose their borders: a detector wants
+    ``padding="same"``.
 
     Args:
         name: one of :func:`list_models`.
