@@ -53,9 +53,10 @@ test-slow: $(READY) ## all tests but those of faults
 test-faults: $(READY) ## kill, stop, fill and damage runs at random points; fuzz what they read
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
-lint: $(READY) ## style and format, with ruff
+lint: $(READY) ## style and format, with ruff; types of the public API, with mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: $(READY) ## measure beside what one would take instead; into output/benchmark.json
 	$(PY) tools/benchmark.py --output output/benchmark.json

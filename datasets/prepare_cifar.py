@@ -28,13 +28,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="takes an archive in the official form that is not the official one",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepares what is not there yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prepare_cifar(args.source, args.output, verify=not args.any_checksum)
+    prepare_cifar(args.source, args.output, verify=not args.any_checksum, quiet=args.quiet)
 
 
 if __name__ == "__main__":

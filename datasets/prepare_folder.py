@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--skip-broken", type=int, default=0, help="leave out and record this many bad images"
     )
     parser.add_argument("--verify", action="store_true", help="read all back and compare, after")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -53,12 +54,13 @@ def main(args: argparse.Namespace) -> None:
         shard_mb=args.shard_mb,
         workers=args.workers,
         skip_broken=args.skip_broken,
+        quiet=args.quiet,
     )
     print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
     if manifest.skipped:
         print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
     if args.verify:
-        verify(args.output, workers=args.workers)
+        verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
     parser.add_argument("--train", type=int, default=400, help="number of training images")
     parser.add_argument("--val", type=int, default=100, help="number of validation images")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Renders what is not there yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    shapes = make_shapes(args.output, seed=args.seed, train=args.train, val=args.val)
+    shapes = make_shapes(
+        args.output, seed=args.seed, train=args.train, val=args.val, quiet=args.quiet
+    )
     make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
 
 

@@ -56,3 +56,14 @@ def test_every_path_that_is_named_exists():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:senet_transfer|tools|configs|datasets)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_fault_has_a_test_that_exists():
+    text = (ROOT / "README.md").read_text()
+    rows = text.partition("| fault | what happens |")[2].partition("\n\n")[0].splitlines()[2:]
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[3])
+        assert named, row
+        assert all(f"def {name}(" in written for name in named), row

@@ -1,24 +1,7 @@
 #!/usr/bin/env python
-"""Evaluates a classifier on Places365's validation set, beside the rows of the paper's Table VI.
+"""Evaluates a classifier on Places365's validation set; see --help."""
 
-    python tools/eval_places365.py --model se_resnet152 --weights FILE \\
-        --data datasets/places365/val --output results.json
-
---data takes the shards that datasets/prepare_places365.py makes, the folder with the lists and
-val_256 or val_large, such a folder of images itself, or the archive val_256.tar beside the lists.
-"""
-
-import argparse
-
-from senet_transfer.classification.published import PLACES365
-from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
-from senet_transfer.engine.launch import run_single
-
-
-def main(args: argparse.Namespace) -> None:
-    """Evaluates, with the paper's rows beside."""
-    run_evaluation(args, PLACES365)
-
+from senet_transfer.commands.eval_places365 import command
 
 if __name__ == "__main__":
-    run_single(main, evaluation_parser(__doc__).parse_args())
+    command()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
-from tqdm import tqdm
 
 from senet_transfer.classification.evaluator import TOP, ClassificationEvaluator
 from senet_transfer.classification.image_classifier import ImageClassifier
@@ -23,6 +22,7 @@ from senet_transfer.data.loader import (
     build_classification_eval_loader,
 )
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 _SHOWN = 10
 
@@ -204,7 +204,7 @@ class _Shown:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        with tqdm(total=self.images, unit="image", disable=self.quiet or None) as bar:
+        with progress(total=self.images, unit="image", quiet=self.quiet) as bar:
             for batch in self.loader:
                 yield batch
                 bar.update(len(batch["key"]))

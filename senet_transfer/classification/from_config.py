@@ -89,6 +89,8 @@ def in_memory(cfg: CfgNode) -> bool:
 
 def find_dataset(name: str) -> str:
     """The absolute path of a data set, which is there or below ``$DETECTRON2_DATASETS``."""
+    if not isinstance(name, str):
+        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST hold paths and names, found {name!r}.")
     if is_remote(name):
         return name
     name = NAMES.get(name, name)

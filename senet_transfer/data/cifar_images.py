@@ -12,6 +12,7 @@ from PIL import Image
 from senet_transfer.data.cifar import SIDE, SPLITS, ImageArrays
 from senet_transfer.data.cifar_official import READ_ERRORS
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -21,11 +22,12 @@ _ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2")
 _MAX_BYTES = 8 * 2**20
 
 
-def read_image_splits(folder: Path) -> dict[str, ImageArrays] | None:
+def read_image_splits(folder: Path, *, quiet: bool = False) -> dict[str, ImageArrays] | None:
     """Reads a folder that has, for each split, a folder or an archive with a folder a class.
 
     Args:
         folder: holds `train` and `test`, or `train.tar.xz` and `test.tar.xz`, or other archives.
+        quiet: no progress bars.
 
     Returns:
         The splits by name; None where the folder is of another kind.
@@ -42,7 +44,7 @@ def read_image_splits(folder: Path) -> dict[str, ImageArrays] | None:
             f"{folder} has no {missing[0]} split; expected {missing[0]}/ with a folder a class, or "
             f"{missing[0]}.tar.xz. Put it there."
         )
-    splits = {split: read_images(place) for split, place in places.items()}
+    splits = {split: read_images(place, quiet=quiet) for split, place in places.items()}
     train, test = (set(splits[split].classes) for split in SPLITS)
     if train != test:
         raise UserError(
@@ -60,13 +62,18 @@ def split_place(folder: Path, split: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def read_images(place: Path) -> ImageArrays:
+def read_images(place: Path, *, quiet: bool = False) -> ImageArrays:
     """Reads one split: a folder or archive with a folder a class, in the order of their names.
+
+    Args:
+        place: the folder or archive.
+        quiet: no progress bar.
 
     Raises:
         UserError: there are no images, or one can't be read or has another size.
     """
     found = _in_folder(place) if place.is_dir() else _in_archive(place)
+    found = progress(found, unit="image", desc=place.name, quiet=quiet)
     rows = sorted(((group, name, _decode(data, f"{place}: {group}/{name}")) for group, name, data
                    in found), key=lambda row: row[:2])  # fmt: skip
     if not rows:

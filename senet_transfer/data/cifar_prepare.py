@@ -13,7 +13,9 @@ from senet_transfer.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def read_source(source: Path, *, verify: bool = True) -> dict[str, ImageArrays]:
+def read_source(
+    source: Path, *, verify: bool = True, quiet: bool = False
+) -> dict[str, ImageArrays]:
     """Reads any of the forms in which CIFAR and its like come.
 
     Args:
@@ -21,6 +23,7 @@ def read_source(source: Path, *, verify: bool = True) -> dict[str, ImageArrays]:
             unpacked, or a folder with a folder or archive a split, `train` and `test`, with a
             folder a class in it.
         verify: whether official data must be the official data, by checksum or count.
+        quiet: no progress bars.
 
     Returns:
         The splits by name, "train" and "test".
@@ -31,7 +34,9 @@ def read_source(source: Path, *, verify: bool = True) -> dict[str, ImageArrays]:
     if not source.exists():
         raise UserError(f"There is no {source}. Name an archive or a folder.")
     if source.is_dir():
-        splits = read_official_folder(source, verify=verify) or read_image_splits(source)
+        splits = read_official_folder(source, verify=verify) or read_image_splits(
+            source, quiet=quiet
+        )
     else:
         splits = read_official_archive(source, verify=verify)
     if splits is None:
@@ -43,13 +48,16 @@ def read_source(source: Path, *, verify: bool = True) -> dict[str, ImageArrays]:
     return splits
 
 
-def prepare_cifar(source: str | Path, output: str | Path, *, verify: bool = True) -> Path:
+def prepare_cifar(
+    source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
+) -> Path:
     """Writes the prepared files of a data set, or finds that they are there.
 
     Args:
         source: as for :func:`read_source`.
         output: the folder to write `train.safetensors` and `test.safetensors` to.
         verify: as for :func:`read_source`.
+        quiet: no progress bars.
 
     Returns:
         The folder.
@@ -58,7 +66,7 @@ def prepare_cifar(source: str | Path, output: str | Path, *, verify: bool = True
         UserError: the source is none or damaged, or the folder holds another data set.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
-    splits = read_source(source, verify=verify)
+    splits = read_source(source, verify=verify, quiet=quiet)
     # All is compared before anything is written.
     there = {split for split, data in splits.items() if _is_there(split_file(output, split), data)}
     for split, data in splits.items():

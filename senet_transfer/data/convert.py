@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from senet_transfer.data.decode import BrokenImageError, decode_fast
 from senet_transfer.data.images import Images, named, read_image
@@ -31,6 +30,7 @@ from senet_transfer.data.parallel import run_parallel
 from senet_transfer.data.shards import RawSample, ShardWriter, make_key
 from senet_transfer.data.storage import atomic_file, write_json
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 # Raised when the same images and settings give other bytes.
 PLAN_VERSION = 1
@@ -75,6 +75,7 @@ def convert(
     shard_mb: float = 200,
     workers: int = 1,
     skip_broken: int = 0,
+    quiet: bool = False,
 ) -> Manifest:
     """Writes images to shards in a folder, or goes on where an interrupted run stopped.
 
@@ -89,6 +90,7 @@ def convert(
         shard_mb: about the size of a shard, in 10^6 bytes.
         workers: processes.
         skip_broken: this many images that cannot be decoded are left out and recorded.
+        quiet: no progress bar.
 
     Raises:
         UserError: images are broken, the folder holds the shards of another plan or is written by
@@ -106,7 +108,7 @@ def convert(
     try:
         output.mkdir(parents=True, exist_ok=True)
         with _only_writer(output):
-            return _convert(images, output, plans, (split, seed, workers, skip_broken))
+            return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
             f"cannot write shards to {output}: {error}. Make room or name another folder; the "
@@ -185,6 +187,7 @@ def _convert(
     output: Path,
     plans: list[ShardPlan],
     settings: tuple[str, int, int, int],
+    quiet: bool,
 ) -> Manifest:
     split, seed, workers, skip_broken = settings
     entries = _finished(output, plans)
@@ -194,7 +197,7 @@ def _convert(
     if entries:
         logger.info("%s has %d of %d shards already", output, len(entries), len(plans))
     broken = len(images.missing)
-    with tqdm(total=len(images), initial=done, unit="img", desc=split, mininterval=1) as bar:
+    with progress(total=len(images), initial=done, unit="image", desc=split, quiet=quiet) as bar:
         for entry, count in _written(pending, output, workers):
             entries[entry["name"]] = entry
             broken += len(entry["skipped"])

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from senet_transfer.data.shapes_render import (
     SHAPE_CLASSES,
@@ -21,6 +20,7 @@ from senet_transfer.data.shapes_render import (
     render_image,
 )
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "render_image"]
 
@@ -36,7 +36,14 @@ CONTOUR_SCALE = 4
 logger = logging.getLogger(__name__)
 
 
-def make_shapes(output_dir: str | Path, seed: int = 0, train: int = 400, val: int = 100) -> Path:
+def make_shapes(
+    output_dir: str | Path,
+    seed: int = 0,
+    train: int = 400,
+    val: int = 100,
+    *,
+    quiet: bool = False,
+) -> Path:
     """Renders the data set to a folder, or finds that the folder has it already.
 
     The folder appears once all is written, so that an interrupted run leaves none. It holds
@@ -48,6 +55,7 @@ def make_shapes(output_dir: str | Path, seed: int = 0, train: int = 400, val: in
         seed: not negative.
         train: number of training images.
         val: number of validation images.
+        quiet: no progress bar.
 
     Returns:
         `output_dir` as a path.
@@ -72,7 +80,7 @@ def make_shapes(output_dir: str | Path, seed: int = 0, train: int = 400, val: in
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as scratch:
             built = Path(scratch, "shapes")
-            _write(built, settings)
+            _write(built, settings, quiet)
             _move(built, target, settings)
     except OSError as error:
         raise UserError(
@@ -145,12 +153,11 @@ def _move(built: Path, target: Path, settings: dict[str, int]) -> None:
             raise
 
 
-def _write(root: Path, settings: dict[str, int]) -> None:
+def _write(root: Path, settings: dict[str, int], quiet: bool) -> None:
     """Writes the whole data set to a folder that is not there yet."""
     (root / "annotations").mkdir(parents=True)
     total = sum(settings[split] for split in SHAPE_SPLITS)
-    # disable=None: shown on a terminal only.
-    with tqdm(total=total, desc="shapes", unit="image", disable=None) as progress:
+    with progress(total=total, desc="shapes", unit="image", quiet=quiet) as bar:
         for split in SHAPE_SPLITS:
             (root / split).mkdir()
             images, annotations = [], []
@@ -162,7 +169,7 @@ def _write(root: Path, settings: dict[str, int]) -> None:
                 images.append({"id": index, "file_name": name, "width": width, "height": height})
                 for shape in objects:
                     annotations.append(_annotation(shape, index, len(annotations) + 1))
-                progress.update()
+                bar.update()
             text = json.dumps(_coco(images, annotations), separators=(",", ":"))
             _annotation_file(root, split).write_text(text)
     (root / "shapes.json").write_text(json.dumps(settings, indent=2) + "\n")

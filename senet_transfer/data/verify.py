@@ -5,23 +5,23 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from senet_transfer.data.decode import BrokenImageError, decode_fast
 from senet_transfer.data.manifest import Shard, load_manifest, parse_index
 from senet_transfer.data.parallel import run_parallel
 from senet_transfer.data.shards import read_shard
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 logger = logging.getLogger(__name__)
 
 
-def verify(folder: str | Path, *, workers: int = 1) -> int:
+def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
     """Checks sha256, number, labels and decoding of all shards in a local folder.
 
     Args:
         folder: with a manifest.
         workers: processes.
+        quiet: no progress bar.
 
     Returns:
         The number of images.
@@ -33,7 +33,7 @@ def verify(folder: str | Path, *, workers: int = 1) -> int:
     manifest = load_manifest(str(folder))
     problems = []
     argument = (folder, manifest.num_classes)
-    with tqdm(total=manifest.samples, unit="img", desc="verify", mininterval=1) as bar:
+    with progress(total=manifest.samples, unit="image", desc="verify", quiet=quiet) as bar:
         if workers == 1:
             results = ((shard, shard_problem(shard, argument)) for shard in manifest.shards)
         else:

@@ -17,6 +17,7 @@ from senet_transfer.backbones.build import trunk_from_config
 from senet_transfer.classification.from_config import is_classification
 from senet_transfer.config import config_items
 from senet_transfer.engine import history
+from senet_transfer.engine.ranges import check_ranges
 from senet_transfer.engine.schedule import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import catalogue_entry, names_published, nearest_names
@@ -70,7 +71,7 @@ def _check_names(cfg: CfgNode) -> None:
         known = [name for name, _ in registry]
         # Detectron2 knows this one without a registration.
         if values[key] not in (*known, "PrecomputedProposals"):
-            near = difflib.get_close_matches(values[key], known, n=3) or sorted(known)
+            near = difflib.get_close_matches(str(values[key]), known, n=3) or sorted(known)
             raise UserError(
                 f"{key} is {values[key]!r}, which nothing is registered as. Known: "
                 f"{', '.join(near)}. What another project registers has to be imported."
@@ -122,13 +123,7 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
 
 
 def _check_numbers(cfg: CfgNode) -> None:
-    for key, value, least in (
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-    ):
-        if value < least:
-            raise UserError(f"{key} is {value}, expected {least} or more.")
+    check_ranges(cfg)
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UserError(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from tqdm import tqdm
 
 from senet_transfer.classification.evaluator import TOP
 from senet_transfer.classification.from_config import eval_transform
@@ -15,6 +14,7 @@ from senet_transfer.data.decode import BrokenImageError
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.predict import check_all_read, make_output_folder
 from senet_transfer.engine.results import write_results
+from senet_transfer.progress import progress
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def classify_images(
     model.eval()
     transform, classes = eval_transform(cfg), list(cfg.DATASETS.CLASSES)
     found, broken = [], []
-    for path in tqdm(images, unit="image", disable=quiet or None):
+    for path in progress(images, unit="image", quiet=quiet):
         try:
             image = transform(Path(path).read_bytes())
         except (OSError, BrokenImageError) as error:

@@ -14,7 +14,6 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
-from tqdm import tqdm
 
 from senet_transfer.data.mapper import read_image
 from senet_transfer.data.preflight import category_ids
@@ -23,6 +22,7 @@ from senet_transfer.engine.checks import check_augmentation
 from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import load_config, use_available_device
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 from senet_transfer.weights import apply_file_geometry
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -147,7 +147,7 @@ def predict_images(
     categories = _categories(cfg)
     classes = [category["name"] for category in categories]
     records, annotations, broken = [], [], []
-    for image_id, path in enumerate(tqdm(images, unit="image", disable=quiet or None), start=1):
+    for image_id, path in enumerate(progress(images, unit="image", quiet=quiet), start=1):
         try:
             image = _read(path)
         except UserError as error:

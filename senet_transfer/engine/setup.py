@@ -5,7 +5,7 @@ import difflib
 import logging
 import os
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 
 import torch
@@ -47,7 +47,8 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     """Reads a config file and options over it, on this project's defaults.
 
     Args:
-        config_file: a YAML file; empty for the defaults alone.
+        config_file: a YAML file, or the name of one of this project's; empty for the defaults
+            alone.
         options: alternating keys and values, as on a command line.
 
     Raises:
@@ -55,6 +56,7 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     """
     cfg = get_senet_config()
     if config_file:
+        config_file = find_config(config_file)
         _check_config_file(config_file)
         # Detectron2's default would run code that a file names in a YAML tag.
         _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
@@ -76,6 +78,43 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
     if options:
         options = _whole_numbers_as_floats(cfg, list(options))
         _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
+    _check_nothing_is_missing(cfg)
+
+
+def _check_nothing_is_missing(cfg: CfgNode) -> None:
+    """Refuses None where there is a default, which yacs takes for a value of any type."""
+    values = dict(config_items(cfg))
+    for key, default in config_items(get_senet_config()):
+        if default is not None and not isinstance(default, str) and values.get(key) is None:
+            raise UserError(
+                f"{key} is None, expected a value as its default, {default!r}. Set one, or leave "
+                "the key out."
+            )
+
+
+def find_config(name: str) -> str:
+    """The path of a config file, which may be one of this project's by name.
+
+    Args:
+        name: a path; or such as "faster_rcnn_se_r50", also with "configs/" before it and ".yaml"
+            after it, where there is no such file.
+
+    Raises:
+        UserError: there is none of either kind.
+    """
+    if os.path.exists(name) or name.endswith(".py"):
+        return name
+    own = resources.files("senet_transfer").joinpath("configs")
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    path = own.joinpath(f"{stem}.yaml")
+    if path.is_file():
+        return str(path)
+    known = [entry.name.removesuffix(".yaml") for entry in own.iterdir() if entry.is_file()]
+    near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
+    raise UserError(
+        f"There is no config file {name}. Give the path of one, or a name such as "
+        f"{', '.join(near)}."
+    )
 
 
 def _check_config_file(path: str) -> None:
@@ -186,6 +225,8 @@ def _was_restarted(cfg: CfgNode) -> bool:
 
 
 def _prepare(args: argparse.Namespace) -> CfgNode:
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     logger = _start_logging(cfg)
     if not (args.resume or args.eval_only) and _was_restarted(cfg):
@@ -235,7 +276,7 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
     """
     try:
         torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cuda or cpu.") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(

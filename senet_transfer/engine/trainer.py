@@ -1,6 +1,7 @@
 """The one train loop of this project, which is Detectron2's."""
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -16,6 +17,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -32,8 +34,12 @@ from senet_transfer.data.workers import init_worker
 from senet_transfer.engine import history, hooks, schedule
 from senet_transfer.engine.checkpoint import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.optimizer import build_optimizer
+from senet_transfer.engine.ranges import config_errors
 from senet_transfer.engine.step import StepTrainer
 from senet_transfer.errors import UserError
+
+# Values of a metric that are kept for smoothing.
+_HISTORY = 400
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +60,18 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own constructor is not called: it fixes the checkpointer, CUDA for
         # mixed precision, and a GPU for every process.
         TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        with config_errors("division of the work"):
+            cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if classification.is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
             cfg = schedule.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg, self.step_seed.seed)
+        with config_errors("model"):
+            model = self.build_model(cfg)
+        with config_errors("optimizer"):
+            optimizer = self.build_optimizer(cfg, model)
+        with config_errors("data loader"):
+            data_loader = self.build_train_loader(cfg, self.step_seed.seed)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -72,7 +82,8 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        with config_errors("schedule"):
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -129,6 +140,12 @@ class Trainer(DefaultTrainer):
         if classification.is_classification(self.cfg):
             division["workers a process"] = self.cfg.DATALOADER.NUM_WORKERS
         return division
+
+    def before_train(self) -> None:
+        """As Detectron2's, which would keep a million values of each metric and log the last 20."""
+        short = functools.partial(HistoryBuffer, max_length=_HISTORY)
+        self.storage._history.default_factory = short
+        super().before_train()
 
     def after_train(self) -> None:
         """As Detectron2's; a run that is broken off evaluates nothing and saves nothing more."""

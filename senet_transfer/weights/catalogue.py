@@ -167,4 +167,5 @@ def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, 
         raise UserError(f"The weights are {weights!r}, expected a path, or a published name.")
     if not names_published(weights):
         return weights, family
-    return resolve(weights), family or catalogue_entry(weights).family
+    name = str(weights)
+    return resolve(name), family or catalogue_entry(name).family

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import portalocker
-from tqdm import tqdm
 
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 from senet_transfer.weights.files import file_sha256
 from senet_transfer.weights.refusal import shown
 
@@ -192,10 +192,8 @@ class _Transfer:
         total = self.done + int(length) if length and length.isdigit() else None
         with (
             open(self.partial, "ab" if self.done else "wb") as file,
-            # No bar where nobody looks at it, which is what None means.
-            tqdm(
-                desc=Path(self.url).name, initial=self.done, total=total, unit="B", unit_scale=True,
-                disable=None,
+            progress(
+                desc=Path(self.url).name, initial=self.done, total=total, unit="B", unit_scale=True
             ) as bar,
         ):  # fmt: skip
             for chunk in _chunks(answer):

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
-from tqdm import tqdm
 
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.complexity.parts import Report, report
 from senet_transfer.analysis.models import build_to_count, model_config
 from senet_transfer.backbones.inception_resnet import InceptionResidualBlock
+from senet_transfer.progress import progress
 
 # How far a cell may be off before the table has to say why.
 GFLOPS_TOLERANCE = 0.005
@@ -206,7 +206,7 @@ def compare(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compar
     """
     # The same network stands in several tables.
     counted: dict[tuple, tuple[int, Report, str]] = {}
-    for row in tqdm(rows, unit="network", disable=quiet or None):
+    for row in progress(rows, unit="network", quiet=quiet):
         if _network(row) not in counted:
             counted[_network(row)] = _count(row)
     return [Compared(row, *counted[_network(row)]) for row in rows]

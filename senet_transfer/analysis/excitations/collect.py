@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from detectron2.modeling import FPN
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from senet_transfer.analysis.excitations.gates import gates_of, watched
 from senet_transfer.analysis.excitations.statistics import GateStatistics
@@ -16,6 +15,7 @@ from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.loader import build_classification_eval_loader
 from senet_transfer.data.sample import ClassSample, draw
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def collect(
     loader = build_classification_eval_loader(
         sample, batch_size=batch_size, transform=transform, num_workers=workers
     )
-    bar = tqdm(total=len(sample), unit="image", disable=quiet or None)
+    bar = progress(total=len(sample), unit="image", quiet=quiet)
     with watched(gates) as values, bar:
         for batch in loader:
             trunk_of(model)(normalised(model, batch["image"]))

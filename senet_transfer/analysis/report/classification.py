@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from tqdm import tqdm
 
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.runs import Run
@@ -15,6 +14,7 @@ from senet_transfer.classification.from_config import inference_dir, open_test_d
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.decode import BrokenImageError, decode_fast
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 BINS = 15
 SIDE = 128
@@ -166,7 +166,7 @@ def _pictures(
     pictures: dict[int, str] = {}
     try:
         dataset = open_test_dataset(cfg, name)
-        for place in tqdm(places, desc=f"pictures of {name}", unit="image", disable=quiet or None):
+        for place in progress(places, desc=f"pictures of {name}", unit="image", quiet=quiet):
             if isinstance(dataset, ClassificationDataset):
                 pixels = decode_fast(dataset.read_sample(place).data, SIDE)
             else:

@@ -10,13 +10,13 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.runs import Run
 from senet_transfer.data.coco import register_datasets
 from senet_transfer.data.mapper import read_image
 from senet_transfer.errors import UserError
+from senet_transfer.progress import progress
 
 # Detections below this score are not shown.
 LEAST_SCORE = 0.1
@@ -103,7 +103,7 @@ def _gallery(
     chosen = _worst_and_best(quality, budget)
     most = 50 if len(read) <= 4 else 20
     entries = []
-    for place in tqdm(chosen, desc=f"pictures of {name}", unit="image", disable=quiet or None):
+    for place in progress(chosen, desc=f"pictures of {name}", unit="image", quiet=quiet):
         entry = _picture(images[place])
         if isinstance(entry, str):
             say(entry)

@@ -9,11 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
-from senet_transfer.analysis.report.paper import paper_row, trunk_name
+from senet_transfer.analysis.report.paper import has_gates, paper_row, trunk_name
+from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.runs import Run, flat_config, parse_metric
 from senet_transfer.config import get_senet_config
 from senet_transfer.errors import UserError
@@ -77,7 +80,8 @@ def write_report(
         results=[row for run in runs for row in _results(run)],
         tables=_class_tables(runs, classification),
         differences=_differences(runs),
-        excitations=[],
+        excitations=_excitations(runs),
+        without_excitations=[run for run in runs if has_gates(run.cfg) and not _figures(run)],
         runs=runs,
     )
     partial = output.with_name(f".{output.name}.part")
@@ -234,6 +238,23 @@ def _class_table(
         "rows": [(name, [finite[name].get(position) for position in present]) for name in order],
         "left_out": len(rows) - len(order),
     }
+
+
+def _figures(run: Run) -> list[Path]:
+    """What tools/analyze_excitations.py has drawn for a run, in the folder of that name."""
+    paths = [run.folder / "excitations" / name for name in ("figure6.png", "blocks.png")]
+    return [path for path in paths if path.is_file()]
+
+
+def _excitations(runs: list[Run]) -> list[dict[str, str]]:
+    found = [(run, path) for run in runs for path in _figures(run)]
+    side = 1100 if len(found) <= 8 else 640
+    pictures = []
+    for run, path in found:
+        with Image.open(path) as image:
+            source, _ = data_uri(np.asarray(image.convert("RGB")), side)
+        pictures.append({"run": run.name, "name": path.stem, "src": source})
+    return pictures
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

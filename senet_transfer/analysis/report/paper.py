@@ -36,6 +36,11 @@ COCO = {
 }
 
 
+def has_gates(cfg: CfgNode) -> bool:
+    """Whether a config's trunk has SE."""
+    return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
+
+
 def trunk_name(cfg: CfgNode) -> str:
     """The name of a config's trunk: that in ``MODEL.BACKBONE.ARCH``, or what it describes."""
     with_se = bool(cfg.MODEL.SE.ENABLED)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from run_folders import HOSTILE, training_rows, write_run
@@ -277,6 +278,20 @@ def test_confusions_show_the_surest_mistakes(classification_run, tmp_path):
             assert place // 12 == pair["label"]
             assert data["images"][str(place)].startswith("data:image/jpeg;base64,")
     assert data["errors"]["0"] == pytest.approx([100 / 3] * 3)
+
+
+def test_figures_of_gates_are_shown_where_they_were_drawn(tmp_path):
+    with_gates = ["MODEL.SE.ENABLED", True]
+    drawn = write_run(tmp_path / "drawn", with_gates, [])
+    (drawn / "excitations").mkdir()
+    Image.new("RGB", (1200, 400), "red").save(drawn / "excitations" / "blocks.png")
+    found = page([drawn, write_run(tmp_path / "not", with_gates, [])], tmp_path)
+    assert "drawn: blocks" in found.text
+    assert f"--output {tmp_path / 'not'}/excitations" in found.text
+    assert f"--output {drawn}/excitations" not in found.text
+    assert sum(source.startswith("data:image/jpeg") for source in found.references) == 1
+    plain = write_run(tmp_path / "plain", [], [])
+    assert "Excitations" not in page([plain], tmp_path).text
 
 
 def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_path):

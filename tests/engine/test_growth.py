@@ -1,0 +1,158 @@
+"""Long runs: memory and open files stay what they are after a while."""
+
+import gc
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import HookBase
+from PIL import Image
+
+from senet_transfer.data import detection
+from senet_transfer.data.augment import TrainTransform
+from senet_transfer.data.cifar import ImageArrays
+from senet_transfer.data.cifar_augment import CifarAugment
+from senet_transfer.data.cifar_loader import CifarTrainLoader
+from senet_transfer.data.classification import open_dataset
+from senet_transfer.data.coco import register_coco_dataset
+from senet_transfer.data.convert import convert
+from senet_transfer.data.folder import open_folder
+from senet_transfer.data.loader import build_classification_train_loader
+from senet_transfer.data.mapper import CheckedDatasetMapper
+from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+ITERATIONS = 2000
+# By then all is imported, cached and allocated.
+SETTLED = 500
+# Of the 1,500 iterations after it: a leak of one batch in ten would be 5 MB and more.
+GROWTH = 4e6
+
+
+def usage() -> tuple[int, int]:
+    """Bytes in memory, and open files, of this process and those that it started."""
+    gc.collect()
+    memory = files = 0
+    pids = [os.getpid()]
+    for pid in pids:
+        pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        memory += pages * os.sysconf("SC_PAGE_SIZE")
+        files += len(os.listdir(f"/proc/{pid}/fd"))
+    return memory, files
+
+
+def assert_flat(settled: tuple[int, int], end: tuple[int, int]) -> None:
+    assert end[0] - settled[0] < GROWTH, f"{(end[0] - settled[0]) / 1e6:.1f} MB more"
+    assert end[1] <= settled[1]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("blue", "red"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for index in range(8):
+            noise = os.urandom(48 * 40 * 3)
+            Image.frombytes("RGB", (48, 40), noise).save(tmp_path / "tree" / name / f"{index}.jpg")
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def loader(tree, tmp_path, request):
+    """The training loader of a kind of data."""
+    kind, workers = request.param
+    if kind == "memory":
+        images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+        data = ImageArrays(images, torch.arange(64) % 3, ["cat", "dog", "ship"], "drawn")
+        return CifarTrainLoader(data, batch_size=8, seed=0, augment=CifarAugment(cutout=8))
+    if kind == "detection":
+        shapes = request.getfixturevalue("shapes")
+        json_file = shapes / "annotations" / "instances_tiny.json"
+        register_coco_dataset("growth", json_file, shapes / "tiny")
+        cfg = get_cfg()
+        cfg.DATASETS.TRAIN, cfg.INPUT.MIN_SIZE_TRAIN = ("growth",), (48, 64)
+        cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 2, workers
+        return detection.build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True), seed=0)
+    if kind == "shards":
+        convert(open_folder(tree), tmp_path / "shards", split="images", shard_mb=0.02)
+        tree = tmp_path / "shards"
+    return build_classification_train_loader(
+        open_dataset(tree),
+        batch_size=4,
+        transform=TrainTransform(size=16),
+        seed=0,
+        num_workers=workers,
+        class_aware=kind == "classes",
+    )
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        ("folder", 0),
+        ("folder", 1),
+        ("classes", 0),
+        ("shards", 0),
+        ("shards", 1),
+        ("detection", 0),
+        ("detection", 1),
+        ("memory", 0),
+    ],
+    indirect=True,
+)
+def test_a_loader_uses_no_more_after_two_thousand_batches_than_after_a_few(loader):
+    batches = iter(loader)
+    for _ in itertools.islice(batches, SETTLED):
+        pass
+    settled = usage()
+    for _ in itertools.islice(batches, ITERATIONS - SETTLED):
+        pass
+    assert_flat(settled, usage())
+
+
+class _Watch(HookBase):
+    def __init__(self):
+        self.seen = {}
+
+    def after_step(self):
+        if self.trainer.iter in (SETTLED, ITERATIONS - 2):
+            self.seen[self.trainer.iter] = usage()
+
+
+def test_a_run_uses_no_more_after_two_thousand_steps_than_after_a_few(tree, tmp_path):
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.BACKBONE.ARCH": "cifar_resnet8",
+        "MODEL.RESNETS.NORM": "BN",
+        "INPUT.CLASSIFICATION.CROP": "16",
+        "INPUT.CLASSIFICATION.TEST_RESIZE": "18",
+        "INPUT.CLASSIFICATION.TEST_CROP": "16",
+        "DATALOADER.NUM_WORKERS": "1",
+        "DATASETS.TRAIN": f"('{tree}',)",
+        "DATASETS.TEST": f"('{tree}',)",
+        "SOLVER.IMS_PER_BATCH": "4",
+        "SOLVER.BASE_LR": "0.001",
+        "SOLVER.MAX_ITER": str(ITERATIONS),
+        "SOLVER.STEPS": "()",
+        "SOLVER.CHECKPOINT_PERIOD": "100",
+        "SOLVER.EMA.ENABLED": "True",
+        "SOLVER.MAX_NONFINITE_STEPS": "1",
+        "TEST.EVAL_PERIOD": "100",
+        "OUTPUT_DIR": str(tmp_path / "run"),
+    }
+    words = ["--config-file", "configs/base/classification.yaml"]
+    words += [word for item in options.items() for word in item]
+    trainer = Trainer(setup(argument_parser().parse_args(words)))
+    trainer.resume_or_load(resume=False)
+    watch = _Watch()
+    trainer.register_hooks([watch])
+    trainer.train()
+    assert_flat(watch.seen[SETTLED], watch.seen[ITERATIONS - 2])
+    # The newest five, model_final.pth among them.
+    assert len(list((tmp_path / "run").glob("model_0*.pth"))) == 4

@@ -1,0 +1,104 @@
+"""An installation without a clone has the commands and the configs."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from senet_transfer import UserError
+from senet_transfer.engine.setup import find_config, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("senet-train", "senet-predict", "senet-eval-places365")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of this source, built from a copy."""
+    root = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    for name in ("senet_transfer", "configs"):
+        hidden = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=hidden)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(root)]
+    done = subprocess.run([*command, "."], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = root.glob("*.whl")
+    return path
+
+
+def test_a_wheel_holds_every_module_config_and_asset(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for path in (ROOT / "configs").rglob("*.yaml"):
+            name = f"senet_transfer/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
+            assert archive.read(name) == path.read_bytes()
+        (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert all(f"{command} = " in archive.read(entries).decode() for command in COMMANDS)
+    assert "senet_transfer/py.typed" in names
+    for path in (ROOT / "senet_transfer").rglob("*"):
+        if path.suffix in (".py", ".html", ".css", ".js"):
+            assert path.relative_to(ROOT).as_posix() in names
+    assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
+
+
+def test_the_commands_that_are_promised_can_be_called():
+    found = importlib.metadata.entry_points(group="console_scripts")
+    declared = {entry.name: entry for entry in found if entry.name.startswith("senet-")}
+    if set(declared) != set(COMMANDS):
+        pytest.skip("this environment was installed before there were commands: make setup")
+    assert all(callable(entry.load()) for entry in declared.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["faster_rcnn_se_r50", "configs/faster_rcnn_se_r50.yaml", "instant/faster_rcnn_se_r50"],
+)
+def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).MODEL.SE.ENABLED is True
+    # A file of one's own comes first.
+    own = tmp_path / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("SEED: 123\n")
+    assert load_config(name).SEED == 123
+
+
+def test_a_config_that_is_not_there_is_told_with_the_nearest_names():
+    with pytest.raises(UserError, match="no config file faster_rcn_se_r50.*faster_rcnn_se_r50"):
+        find_config("faster_rcn_se_r50")
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_evaluates_and_predicts_far_from_the_clone(
+    wheel, tmp_path, shared_data
+):
+    place, home = tmp_path / "installed", tmp_path / "home"
+    home.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place]
+    subprocess.run([*pip, wheel], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    data = shared_data / "coco128"
+    (json_file,) = data.glob("**/*.json")
+    (images,) = {path.parent for path in data.glob("**/*.jpg")}
+
+    def call(command, *words):
+        line = [sys.executable, place / "bin" / command, *words]
+        done = subprocess.run(line, cwd=home, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    own = ["--dataset", "own", str(json_file), str(images), "DATASETS.TRAIN", "('own',)"]
+    small = ["DATASETS.TEST", "('own',)", "MODEL.WEIGHTS", "", "OUTPUT_DIR", "run"]
+    call("senet-train", "--config-file", "instant/faster_rcnn_se_r50", *own, *small)
+    words = ["--input", str(next(images.glob("*.jpg"))), "--output", "found"]
+    said = call("senet-predict", "--weights", "run/model_final.pth", *words)
+    assert "1 images: drawings in found" in said
+    assert "Table VI" in call("senet-eval-places365", "--help")
