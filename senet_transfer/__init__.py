@@ -10,7 +10,6 @@ try:
         # Detectron2 scripts some functions when it is imported, which recent versions of torch
         # call deprecated; nothing here uses them.
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
-        import detectron2.engine  # noqa: F401
         import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("detectron2"):

@@ -10,13 +10,25 @@ interval, and a second build of the baseline is the control.
 import argparse
 import sys
 
-from senet_transfer.analysis.benchmark import networks, report, training
+from senet_transfer.analysis.benchmark import (
+    coco,
+    detector,
+    inputs,
+    networks,
+    report,
+    startup,
+    training,
+)
 from senet_transfer.engine.launch import run_single
 from senet_transfer.layers.squeeze_excitation import check_choice
 
 PARTS = {
     "block": networks.measure_block,
     "trunk": networks.measure_trunk,
+    "detector": detector.measure_detector,
+    "loader": inputs.measure_loader,
+    "coco-eval": coco.measure_coco,
+    "startup": startup.measure_startup,
     "engine": training.measure_engine,
     "augment": training.measure_augment,
 }
@@ -31,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     add("--seconds", type=float, default=20.0, help="a comparison may take, about (20)")
     add("--device", default="cpu", help="cpu or cuda, for the networks (cpu)")
+    add("--profile", action="store_true", help="show where time and memory go")
     add("--output", help="a JSON to write")
     return parser
 
@@ -39,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     """Measures, prints as it goes, and writes."""
     for part in args.parts:
         check_choice("The part", part, PARTS)
-    options = networks.Options(seconds=args.seconds, device=args.device)
+    options = networks.Options(seconds=args.seconds, device=args.device, profile=args.profile)
     found = {}
     for part in args.parts or PARTS:
         found[part] = []

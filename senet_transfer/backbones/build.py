@@ -115,6 +115,11 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 
 
 def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
+    if cfg.MODEL.BACKBONE.PADDING == "valid":
+        raise UserError(
+            "MODEL.BACKBONE.PADDING is 'valid', whose maps have lost their borders, and an FPN "
+            "adds maps of two resolutions pixel by pixel. Leave it empty, or set it to 'same'."
+        )
     _check_fpn_features(trunk, cfg.MODEL.FPN.IN_FEATURES)
     check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
     check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))

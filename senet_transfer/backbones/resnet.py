@@ -4,6 +4,8 @@ Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SEN
 authors' network definition). A trunk without SE is made of Detectron2's own blocks.
 """
 
+from collections.abc import Sequence
+
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
 
@@ -176,7 +178,9 @@ def check_out_features(
     """Raises UserError unless these are names of features, or None."""
     if out_features is None:
         return
-    named = isinstance(out_features, list | tuple) and len(out_features) > 0
+    # Not lists alone: a LazyConfig has a sequence of its own.
+    named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
+    named = named and len(out_features) > 0
     if not named or any(name not in features for name in out_features):
         raise UserError(
             f"out_features is {out_features!r}, expected a list with names of "

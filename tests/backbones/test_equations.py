@@ -45,7 +45,9 @@ def gated(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nchw,nc->nchw", x, s)
 
 
-def stated_block(block: nn.Module, x: torch.Tensor, strides: list[int], groups: int = 1):
+def stated_block(
+    block: nn.Module, x: torch.Tensor, strides: list[int], groups: int = 1, gated=gated
+):
     """Figure 5 of the paper, and Table XV, for a block of two or three convolutions."""
     placement = block.placement
     out = gated(block.se, x) if placement == "pre" else x
@@ -93,6 +95,22 @@ def test_a_bottleneck_computes_the_papers_figure(placement, in_1x1):
     randomise(block)
     x = torch.rand(2, 64, 8, 8)
     expected = stated_block(block, x, [2, 1, 1] if in_1x1 else [1, 2, 1], groups=4)
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
+def test_without_squeeze_the_gates_are_1x1_convolutions_of_every_position(placement):
+    """NoSqueeze, Table XVI."""
+    se = SEOptions(placement=placement, squeeze="none", ratio=4)
+    block = SEBottleneckBlock(64, 128, bottleneck_channels=32, stride=2, se=se)
+    randomise(block)
+    x = torch.rand(2, 64, 8, 8)
+
+    def gated_by_position(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        z = F.conv2d(x, se.fc1.weight[:, :, None, None], se.fc1.bias).clamp(min=0)
+        return x * F.conv2d(z, se.fc2.weight[:, :, None, None], se.fc2.bias).sigmoid()
+
+    expected = stated_block(block, x, [1, 2, 1], gated=gated_by_position)
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -40,6 +40,25 @@ def test_weights_are_interchangeable_with_those_of_create_classifier(name):
     assert prefixes == {"backbone", "linear"}
 
 
+@pytest.mark.slow
+def test_vggs_hidden_layers_are_those_of_create_classifier():
+    model = build(**{"MODEL.BACKBONE.ARCH": "vgg16_bn"})
+    plain = create_classifier("vgg16_bn", 7)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert model.dropout.p == model.neck.dropout.p == 0.5
+    assert {key.partition(".")[0] for key in model.state_dict()} == {"backbone", "neck", "linear"}
+
+
+def test_a_classifier_has_the_published_inception_resnet():
+    model = build(**{"MODEL.BACKBONE.ARCH": "inception_resnet_v2"}).eval()
+    plain = create_classifier("inception_resnet_v2", 7).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randint(0, 256, (1, 3, 80, 80), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = plain(model.normalise(images))
+        torch.testing.assert_close(model({"image": images}), expected)
+
+
 def test_a_trunk_that_resnets_describe_gives_its_last_stage():
     model = build(
         **{

@@ -30,10 +30,12 @@ class Options:
     Attributes:
         seconds: that one comparison may take, about.
         device: "cpu" or "cuda".
+        profile: whether to show where time and memory go.
     """
 
     seconds: float = 20.0
     device: str = "cpu"
+    profile: bool = False
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
@@ -96,7 +98,12 @@ def measure_block(options: Options) -> Iterator[Row]:
             }
             what = f"res{stage}'s bottleneck, {norm}, batch 8: forward and backward"
             yield compare(
-                what, steps, baseline="plain", control="plain again", seconds=options.seconds / 2
+                what,
+                steps,
+                baseline="plain",
+                control="plain again",
+                seconds=options.seconds / 2,
+                profile=options.profile,
             )
             kept = {name: saved(blocks[name], x) for name in ("plain", "SE")}
             yield Amounts(f"res{stage}'s bottleneck, {norm}: kept", "MB", "plain", kept)
@@ -120,6 +127,7 @@ def measure_trunk(options: Options) -> Iterator[Row]:
         baseline="plain",
         control="plain again",
         seconds=options.seconds,
+        profile=options.profile,
     )
     kept = {name: saved(trunks[name], images) for name in ("plain", "SE")}
     yield Amounts("FPN trunk of detection, frozen norms: kept", "MB", "plain", kept)
@@ -142,4 +150,5 @@ def _measure_inference(batch: int, names: dict[str, str], options: Options) -> R
         baseline="plain",
         control="plain again",
         seconds=options.seconds,
+        profile=options.profile,
     )

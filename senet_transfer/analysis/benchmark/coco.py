@@ -1,0 +1,105 @@
+"""The part ``coco-eval``: COCO's metrics beside pycocotools."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator
+
+import faster_coco_eval
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from senet_transfer.analysis.benchmark.compare import compare
+from senet_transfer.analysis.benchmark.networks import Options
+from senet_transfer.analysis.benchmark.report import Row
+from senet_transfer.data.coco_metrics import no_garbage_collection
+
+CLASSES, DETECTIONS = 80, 100
+
+
+def draw_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
+    """About seven objects an image, as COCO has, and 100 detections, half of them near objects."""
+    draw = np.random.default_rng(0)
+    annotations, detections = [], []
+    for image in range(1, images + 1):
+        count = draw.poisson(7)
+        truth = np.concatenate(
+            [draw.uniform(0, 400, (count, 2)), draw.uniform(5, 200, (count, 2))], 1
+        )
+        kinds = draw.integers(1, CLASSES + 1, count)
+        for box, kind in zip(truth.tolist(), kinds.tolist(), strict=True):
+            area = box[2] * box[3]
+            row = {"id": len(annotations) + 1, "image_id": image, "category_id": kind}
+            annotations.append({**row, "bbox": box, "area": area, "iscrowd": 0})
+        invented = np.concatenate(
+            [draw.uniform(0, 400, (DETECTIONS, 2)), draw.uniform(5, 200, (DETECTIONS, 2))], 1
+        )
+        labels = draw.integers(1, CLASSES + 1, DETECTIONS)
+        if count:
+            near = draw.integers(0, count, DETECTIONS // 2)
+            invented[: len(near)] = truth[near] + draw.normal(0, 8, (len(near), 4))
+            labels[: len(near)] = kinds[near]
+        invented[:, 2:] = np.maximum(invented[:, 2:], 1)
+        scores = draw.random(DETECTIONS)
+        for box, kind, score in zip(
+            invented.tolist(), labels.tolist(), scores.tolist(), strict=True
+        ):
+            detections.append({"image_id": image, "category_id": kind, "bbox": box, "score": score})
+    truth = {
+        "images": [{"id": image} for image in range(1, images + 1)],
+        "annotations": annotations,
+        "info": {},
+    }
+    truth["categories"] = [{"id": kind, "name": str(kind)} for kind in range(1, CLASSES + 1)]
+    return truth, detections
+
+
+def _evaluation(truth: dict, detections: list[dict], fast: bool) -> Callable[[], np.ndarray]:
+    coco, metrics = (COCO, COCOeval)
+    if fast:
+        coco, metrics = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    objects = coco()
+    objects.dataset = truth
+    with contextlib.redirect_stdout(io.StringIO()):
+        objects.createIndex()
+
+    def evaluate() -> np.ndarray:
+        spared = no_garbage_collection() if fast else contextlib.nullcontext()
+        with contextlib.redirect_stdout(io.StringIO()), spared:
+            found = metrics(objects, objects.loadRes([dict(row) for row in detections]), "bbox")
+            found.evaluate()
+            found.accumulate()
+            found.summarize()
+        return np.array(found.stats[:12])
+
+    return evaluate
+
+
+def measure_coco(options: Options) -> Iterator[Row]:
+    """From the list of detections to the twelve numbers, which have to agree."""
+    for images, rounds, warm_up in ((500, 6, 1), (5000, 1, 0)):
+        truth, detections = draw_truth_and_detections(images)
+        ways = {
+            "pycocotools": _evaluation(copy.deepcopy(truth), detections, fast=False),
+            "faster-coco-eval": _evaluation(truth, detections, fast=True),
+        }
+        results = dict.fromkeys(ways)
+
+        def keep(name: str, ways=ways, results=results) -> Callable[[], None]:
+            return lambda: results.__setitem__(name, ways[name]())
+
+        found = compare(
+            f"COCO's metrics, {images} images x {DETECTIONS} detections",
+            {name: keep(name) for name in ways},
+            baseline="pycocotools",
+            seconds=0,
+            min_rounds=rounds,
+            warm_up=warm_up,
+        )
+        first, second = results.values()
+        found.notes["largest_difference_of_the_twelve_numbers"] = float(
+            np.abs(first - second).max()
+        )
+        found.notes["times_faster"] = 1 / found.ratio("faster-coco-eval").value
+        yield found
