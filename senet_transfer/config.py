@@ -30,6 +30,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     _add_model_config(cfg)
     _add_data_config(cfg)
     _add_solver_config(cfg)
+    _add_epochs(cfg)
     _add_classification_config(cfg)
     _add_classification_input(cfg)
 
@@ -121,6 +122,9 @@ def _add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.PLATEAU.THRESHOLD = 0.0
     cfg.SOLVER.PLATEAU.MAX_DROPS = 3
 
+
+def _add_epochs(cfg: CfgNode) -> None:
+    """The keys that count in passes over the data, and what is kept of an evaluation."""
     # Classification counts in epochs, whole or not, where EPOCHS is set: it takes the place of
     # MAX_ITER, STEP_EPOCHS that of STEPS. The others take the place of WARMUP_ITERS,
     # FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD where they are set themselves.

@@ -181,7 +181,7 @@ def build_trunk(
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
     """Raises UserError for an argument of another type than annotated, or a number below 1."""
     hints = get_type_hints(build)
-    del hints["freeze_at"]  # can be 0, and is checked where the stages are known
+    hints.pop("freeze_at", None)  # can be 0, and is checked where the stages are known
     for name in hints.keys() & arguments:
         value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)
         if type(value) not in kinds or (type(value) is int and value < 1):

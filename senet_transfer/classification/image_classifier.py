@@ -52,8 +52,7 @@ class ImageClassifier(Classifier):
             label_smoothing: of the loss, 0-1.
             mixup: alpha of its Beta distribution, 0 for none (Zhang et al. 2018).
             cutmix: likewise (Yun et al. 2019); with both, each batch draws one of them.
-            cutout: side in pixels of the square that is blanked in an image for which the batch
-                has a ``cutout``, its centre.
+            cutout: side in pixels of the square blanked around the batch's ``cutout``, if any.
             channels_last: the memory layout of images and weights.
 
         Raises:
@@ -75,8 +74,7 @@ class ImageClassifier(Classifier):
         self.input_format = preprocessing.format
         # Not saved: the weights stay those of any classifier.
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
-            self.register_buffer(f"pixel_{name}", values, persistent=False)
+            self.register_buffer(f"pixel_{name}", _pixel(preprocessing, name), persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
@@ -159,6 +157,11 @@ class ImageClassifier(Classifier):
         logits = super().forward(images)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         return {"loss_cls": loss}
+
+
+def _pixel(preprocessing: Preprocessing, name: str) -> Tensor:
+    """Mean or std as ``(3, 1, 1)``."""
+    return torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
 
 
 def wrap_classifier(classifier: Classifier) -> ImageClassifier:

@@ -257,7 +257,10 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
         if any(path.name in places365.image_places(name, size) for size in sizes)
     ]
     trees = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
-    if known and (not trees or (path.parent / places365.CATEGORIES).is_file()):
+    listed = (path.parent / places365.CATEGORIES).is_file() or any(
+        places365.has_lists(path.parent, name) for name in known
+    )
+    if known and (not trees or listed):
         if split not in known and len(known) > 1:
             raise UserError(
                 f"{path} can hold the images of {' or '.join(known)}, whose lists differ: say "

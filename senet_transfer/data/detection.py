@@ -32,7 +32,11 @@ Place = tuple[int, int]
 
 def seed_generators(*entropy: int) -> None:
     """Seeds the generators of Python, NumPy and PyTorch, those of GPUs among them."""
-    torch.manual_seed(_seed_libraries(entropy))
+    seed = _seed_libraries(entropy)
+    torch.default_generator.manual_seed(seed)
+    # torch.manual_seed formats a traceback for each kind of device that is not in use.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _seed_libraries(entropy: Iterable[int]) -> int:

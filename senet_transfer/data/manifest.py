@@ -138,7 +138,7 @@ def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
     """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # NumPy evaluates the header, and stumbles over nearly anything
         raise UserError(f"{where} is damaged: {error}. Prepare the data again.") from None
     if index.dtype != np.int64 or index.shape != (shard.samples, 3):
         raise UserError(

@@ -64,11 +64,7 @@ def make_shapes(
         UserError: the folder holds something else, it cannot be written, or a number is out of
             range. Nothing in the folder is touched.
     """
-    if seed < 0 or train < 1 or val < 1:
-        raise UserError(
-            f"cannot make a shapes data set of seed={seed}, train={train}, val={val}: expected a "
-            "seed of 0 or more and at least 1 image in each split. Correct the number."
-        )
+    _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
     # A link to a folder on another disk stays a link: it is what it points to that is written.
     target = output_dir.resolve()
@@ -89,6 +85,14 @@ def make_shapes(
         ) from error
     logger.info("%s now holds the shapes data set (%s)", output_dir, _listed(settings))
     return output_dir
+
+
+def _check_numbers(seed: int, train: int, val: int) -> None:
+    if seed < 0 or train < 1 or val < 1:
+        raise UserError(
+            f"cannot make a shapes data set of seed={seed}, train={train}, val={val}: expected a "
+            "seed of 0 or more and at least 1 image in each split. Correct the number."
+        )
 
 
 def _listed(settings: dict[str, int]) -> str:

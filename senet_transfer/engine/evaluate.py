@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -28,7 +27,7 @@ from senet_transfer.data.cifar_open import open_images
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.results import write_results
-from senet_transfer.engine.setup import load_config, use_available_device
+from senet_transfer.engine.setup import available_device, load_config, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.config import local_weights
@@ -173,7 +172,10 @@ def _dataset(args: argparse.Namespace, cfg: CfgNode | None) -> ClassificationDat
     small = in_memory(cfg) if cfg else model_entry(args.model).preprocessing.resize == SIDE
     if small:
         return open_images(find_dataset(name), split="test", classes=classes or None)
-    return open_dataset(find_dataset(name), split="val", classes=classes or None)
+    cache = cfg.DATALOADER.CACHE_DIR if cfg else ""
+    return open_dataset(
+        find_dataset(name), split="val", classes=classes or None, cache_dir=cache or None
+    )
 
 
 def _model(
@@ -185,8 +187,7 @@ def _model(
             args.model, dataset.num_classes, weights=args.weights, family=args.family
         )
         model = wrap_classifier(classifier)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(args.device or device)
+        model.to(available_device(args.device or "cuda", logger))
         family = args.family or ""
     else:
         cfg.MODEL.DEVICE = args.device or cfg.MODEL.DEVICE
@@ -204,12 +205,13 @@ def _model(
 def _transform(
     args: argparse.Namespace, cfg: CfgNode | None, model: ImageClassifier
 ) -> EvalTransform:
+    view = model.preprocessing
     default = cfg.INPUT.CLASSIFICATION.TEST_MODE if cfg else "short_side"
     return EvalTransform(
         mode=args.crop_mode or default,
-        resize=args.resize or model.preprocessing.resize,
-        crop=args.crop or model.preprocessing.crop,
-        interpolation=model.preprocessing.interpolation,
+        resize=view.resize if args.resize is None else args.resize,
+        crop=view.crop if args.crop is None else args.crop,
+        interpolation=view.interpolation,
     )
 
 

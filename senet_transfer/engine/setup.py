@@ -272,17 +272,31 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
     """Turns ``MODEL.DEVICE`` to the CPU where the config wants a GPU and there is none.
 
     Raises:
-        UserError: it names no device.
+        UserError: it names no device, or one that is not there.
+    """
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE, logger)
+
+
+def available_device(name: str, logger: logging.Logger) -> str:
+    """The device of this name; the CPU, with a warning, for a GPU where there is none at all.
+
+    Raises:
+        UserError: it names no device, or one that is not there.
     """
     try:
-        torch.device(cfg.MODEL.DEVICE)
+        device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cuda or cpu.") from error
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"The device is {name!r}, expected cuda or cpu (MODEL.DEVICE).") from error
+    if device.type != "cuda":
+        return name
+    if not torch.cuda.is_available():
         logger.warning(
             "No GPU is available: running on the CPU, with %d threads.", torch.get_num_threads()
         )
-        cfg.MODEL.DEVICE = "cpu"
+        return "cpu"
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"The device is {name}, and there are {torch.cuda.device_count()} GPUs.")
+    return name
 
 
 def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:

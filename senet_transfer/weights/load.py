@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
     return found
 
 
-def same_pixels(first: object, second: object) -> bool:
+def same_pixels(first: str | Sequence[float], second: str | Sequence[float]) -> bool:
     """Whether two channel orders, means or stds are the same, up to the last printed digit."""
     if isinstance(first, str) or isinstance(second, str):
         return first == second

@@ -51,9 +51,11 @@ class Target:
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
         order = getattr(self.model, "input_format", None) or self.trunk_preprocessing().format
-        return Preprocessing(
-            format=order, mean=tuple(mean.flatten().tolist()), std=tuple(std.flatten().tolist())
+        # As a user wrote them: 123.675 is 123.67500305 in float32.
+        mean, std = (
+            tuple(round(value, 4) for value in tensor.flatten().tolist()) for tensor in (mean, std)
         )
+        return Preprocessing(format=order, mean=mean, std=std)
 
     def trunk_preprocessing(self) -> Preprocessing:
         """What the trunk was built to expect; the usual where it doesn't say."""

@@ -6,6 +6,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import Backbone
 
 from senet_transfer import UserError, create_backbone, create_classifier, list_models
+from senet_transfer.layers import SqueezeExcitation
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -99,6 +100,19 @@ def test_se_adds_what_the_formula_says(name):
     assert widths
     expected = sum(2 * width * (width // 16) + width + width // 16 for width in widths)
     assert count(trunk) - count(plain) == expected
+
+
+@every_se_model
+def test_every_gate_is_of_the_variant_asked_for(name):
+    options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
+    with torch.device("meta"):
+        trunk = create_backbone(name, **{f"se_{key}": value for key, value in options.items()})
+    gates = [module for module in trunk.modules() if isinstance(module, SqueezeExcitation)]
+    assert gates
+    for gate in gates:
+        assert (gate.squeeze, gate.excitation) == ("none", "tanh")
+        assert gate.fc1.bias is gate.fc2.bias is None
+        assert gate.fc1.out_features == gate.channels // 8
 
 
 @every_model

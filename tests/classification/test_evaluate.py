@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
-from senet_transfer import UserError
+from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.classification.published import PLACES365
 from senet_transfer.data.convert import convert
 from senet_transfer.data.places365 import open_places365
@@ -285,3 +285,12 @@ def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path
     words = [word.format(weights=tmp_path / "w.pth") for word in words]
     with pytest.raises(UserError, match=message):
         evaluate(*words)
+
+
+def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
+    save_weights(create_classifier("resnet18", 4), tmp_path / "own.safetensors")
+    words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]
+    with pytest.raises(UserError, match="crop=0"):
+        evaluate(*words, "--crop", "0")
+    with pytest.raises(UserError, match="The device is 'gpu', expected cuda or cpu"):
+        evaluate(*words, "--device", "gpu")

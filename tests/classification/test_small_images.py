@@ -1,9 +1,6 @@
 """Training and evaluation on small images in memory, from the config to the predictions."""
 
-import json
 import shutil
-import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
@@ -15,7 +12,9 @@ from PIL import Image
 from senet_transfer import UserError
 from senet_transfer.classification.from_config import train_loader, use_classification_datasets
 from senet_transfer.data.cifar import ImageArrays, save_images, split_file
+from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.engine.predict import load_trained
 from senet_transfer.engine.setup import load_config, setup
 
 CONFIG = "configs/instant/cifar10_se_shake_shake26_2x96d.yaml"
@@ -103,11 +102,8 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     ] == pytest.approx(logged["top1_error"])
     pixels = np.random.RandomState(0).randint(0, 256, (48, 40, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(root / "photo.png")
-    line = ["tools/predict.py", "--weights", weights, "--input", root / "photo.png"]
-    subprocess.run(
-        [sys.executable, *line, "--output", root / "predictions"], check=True, capture_output=True
-    )
-    (entry,) = json.loads((root / "predictions" / "predictions.json").read_text())
+    photo, output = str(root / "photo.png"), str(root / "predictions")
+    _, (entry,) = classify_images(load_trained(str(weights)), [photo], output, quiet=True)
     assert {row["class"] for row in entry["top"]} == {"cat", "dog", "ship"}
 
 

@@ -199,3 +199,27 @@ def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
         load_trained(str(path))
     with pytest.raises(UserError, match="There is no checkpoint"):
         load_trained(str(tmp_path / "other.pth"))
+
+
+def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
+    command, tmp_path, monkeypatch
+):
+    short = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    first = command(**short)
+    # Before its first checkpoint there is nothing to resume.
+    trainer = Trainer(setup(first))
+    assert not first.resume
+    trainer.resume_or_load(resume=first.resume)
+    trainer.train()
+    again = command()
+    assert Trainer(setup(again)).cfg.SOLVER.MAX_ITER == 4
+    assert again.resume
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    anew = command(**short)
+    trainer = Trainer(setup(anew))
+    assert not anew.resume
+    # From here on, what the folder held is not this run's.
+    trainer.resume_or_load(resume=False)
+    assert not (tmp_path / "run" / "last_checkpoint").exists()
+    assert (tmp_path / "run" / "model_final.pth").is_file()

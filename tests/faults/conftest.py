@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+import torch
 from PIL import Image
 
+from senet_transfer.data.cifar import ImageArrays, save_images, split_file
 from senet_transfer.data.convert import convert
 from senet_transfer.data.folder import open_folder
 from senet_transfer.data.shapes import make_shapes
@@ -43,6 +45,15 @@ CLASSIFICATION = {
     "INPUT.CLASSIFICATION.CROP": "32",
     "SOLVER.AMP.ENABLED": "True",
     "SOLVER.AMP.DTYPE": "float16",
+}
+# A network of its own, which most keys of SMALL's mean nothing for.
+MEMORY = {f"MODEL.RESNETS.{key}": None for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")}
+MEMORY |= {f"MODEL.RESNETS.{key}_OUT_CHANNELS": None for key in ("STEM", "RES2")}
+MEMORY |= {
+    "MODEL.BACKBONE.ARCH": "se_cifar_resnet8",
+    "MODEL.RESNETS.NORM": "BN",
+    "INPUT.CLASSIFICATION.CUTOUT": "8",
+    "SOLVER.AMP.ENABLED": "False",
 }
 DETECTION = {
     "MODEL.FPN.OUT_CHANNELS": "16",
@@ -82,14 +93,20 @@ def words(disk):
     shapes = make_shapes(disk / "shapes", train=8, val=4)
     own = ["--dataset", "own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny"]
 
-    def line(config: str, *flags: str, **keys: str) -> list[str]:
-        options = [word for item in {**SMALL, **keys}.items() for word in item]
+    def line(config: str, *flags: str, **keys: str | None) -> list[str]:
+        kept = ((key, value) for key, value in {**SMALL, **keys}.items() if value is not None)
+        options = [word for item in kept for word in item]
         return ["--config-file", config, *flags, *options]
 
+    images = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+    data = ImageArrays(images, torch.arange(24) % 3, ["cat", "dog", "ship"], "drawn")
+    save_images(data, split_file(disk / "cifar10", "train"), "drawn")
     classifier, detector = "configs/base/classification.yaml", "configs/faster_rcnn_se_r50.yaml"
+    memory = {**CLASSIFICATION, **MEMORY, "DATASETS.TRAIN": f"('{disk}/cifar10',)"}
     return {
         "folder": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{tree}',)"}),
         "shards": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{shards}',)"}),
+        "memory": line("configs/base/cifar10.yaml", **memory),
         "detection": line(detector, *own, **DETECTION),
         # The seed is drawn when the run starts; its checkpoints have it.
         "unseeded": line(detector, *own, **DETECTION, SEED="-1"),

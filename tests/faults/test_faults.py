@@ -17,7 +17,7 @@ import runs
 
 pytestmark = pytest.mark.faults
 
-KINDS = ("folder", "shards", "detection")
+KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
@@ -25,12 +25,12 @@ def seeded(count: int) -> list[tuple[str, int]]:
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 
-@pytest.mark.parametrize(("kind", "seed"), seeded(21))
+@pytest.mark.parametrize(("kind", "seed"), seeded(24))
 def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, lasts = straight(kind)
     run = work(kind)
-    for _ in range(1 + seed % 2):
+    for _ in range(1 + seed // 4 % 2):
         saved = run.last_iteration()
         flags = ["--resume"] if saved >= 0 else []
         count = run.told().count("Starting training") + 1
@@ -49,7 +49,7 @@ def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, k
     draw = random.Random(seed)
     unbroken, _ = straight(kind)
     run = work(kind)
-    if seed % 3 == 0:
+    if seed % 3 == 0 and kind != "memory":
         size = (unbroken.folder / "model_0000002.pth").stat().st_size
         harm = functools.partial(harms.die_at_byte, draw.randrange(size // 10, size))
     else:
@@ -190,12 +190,12 @@ def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
     assert all((run.folder / f"model_{number:07d}.pth").stat().st_size == 5 for number in (2, 5, 8))
 
 
-@pytest.mark.parametrize(("kind", "seed"), seeded(6))
+@pytest.mark.parametrize(("kind", "seed"), seeded(8))
 def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, kind, seed):
     unbroken, _ = straight(kind)
     size = (unbroken.folder / "model_0000002.pth").stat().st_size
     room = functools.partial(harms.full_at_byte, random.Random(seed).randrange(size // 10, size))
-    if resumed := seed % 2 == 0:
+    if resumed := seed % 4 < 2:
         run, flags, last = half(kind), ["--resume"], 8
     else:
         run, flags, last = work(kind), [], -1

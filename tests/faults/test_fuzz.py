@@ -4,23 +4,31 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import assert_same
 
 from senet_transfer import UserError
 from senet_transfer.config import config_items, get_senet_config
+from senet_transfer.data.cifar import load_images, split_file
+from senet_transfer.data.classification import open_dataset
 from senet_transfer.data.coco import register_coco_dataset
 from senet_transfer.data.decode import BrokenImageError, decode_exact, decode_fast
 from senet_transfer.data.mapper import CheckedDatasetMapper
+from senet_transfer.data.places365 import read_categories, read_list
 from senet_transfer.data.shards import RawSample, ShardWriter, read_shard
+from senet_transfer.engine import history
 from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.engine.checkpoint import _training_state
 from senet_transfer.engine.setup import load_config, setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -312,3 +320,65 @@ def test_shards_with_any_members_are_read_or_refused(members):
     before = sorted(SCRATCH.parent.rglob("*"))
     read(stream.getvalue())
     assert sorted(SCRATCH.parent.rglob("*")) == before
+
+
+# ------------------------------------------------------- lists, manifests, arrays, checkpoints
+
+LIST = b"a/b/one.jpg 0\na/b/two.jpg 1\n/c/three.jpg 2\n"
+
+
+@fuzz(300)
+@given(st.data())
+def test_damaged_lists_are_read_or_refused(data):
+    text = damaged(data, LIST).decode(errors="replace")
+    with contextlib.suppress(UserError):
+        names, labels = read_list(text, "list.txt", data.draw(st.none() | st.just(3)))
+        assert len(names) == len(labels)
+    with contextlib.suppress(UserError):
+        assert all(read_categories(text, "categories.txt"))
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_a_damaged_file_beside_the_shards_is_read_or_refused(words, data):
+    whole = Path(words["shards"][-1].strip("(',)"))
+    folder = SCRATCH / "shards"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    name = data.draw(st.sampled_from(sorted(p.name for p in whole.iterdir() if p.is_file())))
+    (folder / name).write_bytes(damaged(data, (whole / name).read_bytes()))
+    with contextlib.suppress(UserError):
+        dataset = open_dataset(folder)
+        dataset.labels()
+        for unit in range(len(dataset.unit_sizes)):
+            for sample in dataset.read_unit(unit):
+                assert 0 <= sample.label < 3
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_damaged_arrays_of_small_images_are_what_they_were_or_refused(words, data):
+    whole = split_file(Path(words["memory"][-1].strip("(',)")), "train")
+    path = split_file(SCRATCH, "train")
+    path.write_bytes(damaged(data, whole.read_bytes()))
+    with contextlib.suppress(UserError):
+        assert torch.equal(load_images(path).images, load_images(whole).images)
+
+
+@fuzz(150)
+@given(data=st.data(), with_sum=st.booleans())
+def test_a_damaged_checkpoint_is_what_it_was_or_refused(straight, data, with_sum):
+    whole = straight("memory")[0].folder / "model_0000002.pth"
+    path = SCRATCH / whole.name
+    content = damaged(data, whole.read_bytes())
+    path.write_bytes(content)
+    if with_sum:
+        shutil.copy(history.sum_file(whole), SCRATCH)
+    problem = history.damage(path)
+    history.sum_file(path).unlink(missing_ok=True)
+    if with_sum:
+        assert bool(problem) == (content != whole.read_bytes())
+    if not problem:
+        with contextlib.suppress(UserError):
+            state = _training_state(str(path), ["trainer"])
+            assert_same(state["trainer"], torch.load(whole, weights_only=True)["trainer"])

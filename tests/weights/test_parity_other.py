@@ -6,14 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from senet_transfer import UserError, create_backbone, create_classifier, load_weights
+from senet_transfer import (
+    UserError,
+    create_backbone,
+    create_classifier,
+    load_weights,
+    save_weights,
+)
+from senet_transfer.engine.convert import convert_file
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.source import examine
+from tests.weights.caffe_networks import se_bn_inception
 from tests.weights.peers import (
     images,
     load_and_expect_no_change,
     outputs_of_ours,
     peer,
+    randomise,
     save,
     worst,
 )
@@ -89,6 +98,38 @@ def test_vgg_with_its_hidden_layers(tmp_path):
     report = load_weights(create_backbone("vgg16_bn"), path)
     assert set(report.ignored.values()) == {"the classifier: the model has none"}
     assert len(report.ignored) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["se_bn_inception", "mobilenet", "se_mobilenet", "se_shufflenet_g3", "se_vgg16_bn"]
+    + [pytest.param("se_inception_resnet_v2", marks=slow)],
+)
+@pytest.mark.parametrize("bare", [True, False], ids=["bare", "saved"])
+def test_this_projects_own_files_come_back(name, bare, tmp_path):
+    trunk = randomise(create_backbone(name, out_features=["res4"]))
+    path = tmp_path / "own.pth"
+    save(trunk, path) if bare else save_weights(trunk, path)
+    source = examine(path)
+    assert (source.family.name, source.architecture.name) == ("senet_transfer", name)
+    loaded = create_backbone(name, weights=path, out_features=["res4"])
+    for key, tensor in trunk.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+    other = "se_resnet18" if name.startswith("se_") else "resnet18"
+    with pytest.raises(UserError, match=rf"The file is {name}, the model is {other}"):
+        load_and_expect_no_change(create_backbone(other), path)
+
+
+def test_the_authors_bn_inception_is_converted_with_a_check(tmp_path):
+    net = se_bn_inception(classes=10)
+    net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
+    out = tmp_path / "own.safetensors"
+    convert_file(tmp_path / "net.caffemodel", out, check=True)
+    loaded = create_classifier("se_bn_inception", 10, weights=out)
+    assert loaded.preprocessing.format == "BGR"
+    with pytest.raises(UserError, match="The file's network is se_bn_inception"):
+        convert_file(tmp_path / "net.caffemodel", tmp_path / "timm.pth", to="timm")
 
 
 def background_file(tmp_path, classes: int):

@@ -30,7 +30,7 @@ from senet_transfer.data.cifar_loader import CifarTrainLoader
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.preprocessing import CIFAR10
 
-STEPS = 5
+STEPS = 2
 
 _RATE, _DECAY = 0.1, 1e-4
 
@@ -131,7 +131,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
     """ResNet-110 in training: this engine over a plain loop, with augmentation."""
     name = "cifar_resnet110"
     # With the 128 of the recipe a CPU would take minutes; fewer make the engine's share larger.
-    batch_size = 128 if options.device == "cuda" else 16
+    batch_size = 128 if options.device == "cuda" else 32
     with tempfile.TemporaryDirectory() as folder:
         data_file = Path(folder) / "noise.safetensors"
         save_images(random_images(2048), data_file, "noise")

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from senet_transfer.analysis.report.pictures import data_uri
-from senet_transfer.analysis.report.runs import Run
+from senet_transfer.analysis.report.runs import Run, data_label
 from senet_transfer.classification.from_config import inference_dir, open_test_dataset
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.decode import BrokenImageError, decode_fast
@@ -150,7 +150,7 @@ def _gallery(
             })  # fmt: skip
     calibration = {position: predictions.calibration() for position, predictions in found.items()}
     return {
-        "data": name,
+        "data": data_label(name),
         "classes": classes,
         "runs": list(found),
         "errors": {k: v.class_errors(len(classes)).tolist() for k, v in found.items()},
@@ -166,7 +166,9 @@ def _pictures(
     pictures: dict[int, str] = {}
     try:
         dataset = open_test_dataset(cfg, name)
-        for place in progress(places, desc=f"pictures of {name}", unit="image", quiet=quiet):
+        for place in progress(
+            places, desc=f"pictures of {data_label(name)}", unit="image", quiet=quiet
+        ):
             if isinstance(dataset, ClassificationDataset):
                 pixels = decode_fast(dataset.read_sample(place).data, SIDE)
             else:

@@ -17,7 +17,7 @@ from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
 from senet_transfer.analysis.report.paper import has_gates, paper_row, trunk_name
 from senet_transfer.analysis.report.pictures import data_uri
-from senet_transfer.analysis.report.runs import Run, flat_config, parse_metric
+from senet_transfer.analysis.report.runs import Run, data_label, flat_config, parse_metric
 from senet_transfer.config import get_senet_config
 from senet_transfer.errors import UserError
 
@@ -26,6 +26,9 @@ MOST_POINTS = 400
 
 # What stands in the table of results, and the decimals; more are in the curves.
 _SHOWN = {"AP": 2, "AP50": 2, "AP75": 2, "top1_error": 2, "top5_error": 2, "images": 0}
+
+# Characters of a config's value; the rest is in the run's config.yaml.
+_LONGEST = 240
 
 _NAMES = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
 
@@ -137,7 +140,7 @@ def _summary(run: Run) -> dict[str, str]:
         "name": run.name,
         "state": state,
         "model": f"{run.cfg.MODEL.META_ARCHITECTURE}, {trunk_name(run.cfg)}",
-        "data": ", ".join(Path(name).name for name in run.cfg.DATASETS.TEST) or "-",
+        "data": ", ".join(map(data_label, run.cfg.DATASETS.TEST)) or "-",
         "time": _time(run.seconds),
         "memory": f"{run.memory_mb:,.0f} MB" if run.memory_mb else "-",
         "device": _device(run),
@@ -191,7 +194,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
                 "difference": "" if theirs is None else f"{ours - theirs:+.{digits}f}",
             })  # fmt: skip
         rows.append({
-            "run": run.name, "data": Path(name).name, "task": task, "metrics": metrics,
+            "run": run.name, "data": data_label(name), "task": task, "metrics": metrics,
             "paper": paper,
         })  # fmt: skip
     return rows
@@ -214,7 +217,7 @@ def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list
             name: {k: errors[label] for k, errors in gallery["errors"].items()}
             for label, name in enumerate(gallery["classes"])
         }
-        title = f"top-1 error on {Path(gallery['data']).name}"
+        title = f"top-1 error on {gallery['data']}"
         tables.append(_class_table(title, rows, runs, worst=max))
     return tables
 
@@ -267,4 +270,8 @@ def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
         flat.insert(0, flat_config(get_senet_config()))
     keys = sorted(set().union(*flat))
     rows = [(key, [values.get(key, "(absent)") for values in flat]) for key in keys]
-    return [row for row in rows if len(set(row[1])) > 1]
+    return [(key, [_cut(value) for value in row]) for key, row in rows if len(set(row)) > 1]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

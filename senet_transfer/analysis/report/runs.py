@@ -218,6 +218,12 @@ def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def data_label(name: str) -> str:
+    """A data set as a reader knows it: the end of its path, or its name."""
+    end = "/".join(Path(name).parts[-2:]) if name.startswith("/") or "://" in name else name
+    return end.removesuffix(".safetensors")
+
+
 def _text(value: Any) -> str:
     # A tuple becomes a list in a file: no difference.
     if isinstance(value, list | tuple):

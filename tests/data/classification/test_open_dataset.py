@@ -70,6 +70,19 @@ def test_nested_folders_of_one_last_name_are_different_classes(tmp_path):
     assert open_dataset(tmp_path).classes == CLASSES
 
 
+def test_a_folder_beside_the_lists_archive_has_the_labels_of_the_lists(train):
+    shutil.rmtree(train / "data_256_standard" / CLASSES[0])
+    path = train / "places365_train_standard.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
+    with tarfile.open(train / "filelist_places365-standard.tar", "w") as tar:
+        for name in (path.name, "categories_places365.txt"):
+            tar.add(train / name, name)
+            (train / name).unlink()
+    dataset = open_dataset(train / "data_256_standard")
+    assert dataset.classes == CLASSES
+    assert dataset.labels().tolist() == [1, 1, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [

@@ -1,0 +1,96 @@
+"""What the documents beside the README say is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+from detectron2.data import DatasetCatalog
+
+from senet_transfer.backbones.registry import _MODELS
+from senet_transfer.data.shapes import make_shapes
+from senet_transfer.weights.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def header(path):
+    """The parts of a config's header: what it is, its command, what to expect, the hardware."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    what, rest = " ".join(lines).split("Command:")
+    command, rest = rest.split("Expected:")
+    expected, rest = rest.split("Hardware:")
+    hardware = rest.split("Source:")[0]
+    return tuple(part.strip().removesuffix(".") for part in (what, command, expected, hardware))
+
+
+def row(path):
+    what, command, expected, hardware = header(path)
+    command = command.replace("\\ ", "")
+    return f"| [{path.stem}]({path.name}) | {what} | `{command}` | {expected} | {hardware} |"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_table_of_configs_has_what_a_configs_header_says(path):
+    assert row(path) in (ROOT / "configs" / "README.md").read_text().splitlines()
+
+
+def test_the_table_of_configs_has_no_other_rows():
+    text = (ROOT / "configs" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[\w+\]\((.+?)\)", text, re.M)) == [p.name for p in CONFIGS]
+
+
+@pytest.fixture
+def own_things():
+    """Takes back what the page registers."""
+    yield
+    for name in ("tiny", "se_tiny"):
+        _MODELS.pop(name, None)
+    FAMILIES.pop("my_lab", None)
+    if "my_val" in DatasetCatalog:
+        DatasetCatalog.remove("my_val")
+
+
+def test_the_worked_example_of_contributing_runs(own_things, tmp_path, monkeypatch):
+    shapes = make_shapes(tmp_path / "shapes", train=1, val=1)
+    (tmp_path / "annotations.json").symlink_to(shapes / "annotations" / "instances_tiny.json")
+    (tmp_path / "images").symlink_to(shapes / "tiny")
+    theirs = torchvision.models.resnet18()
+    saved = {f"encoder.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save(saved, tmp_path / "my_lab_resnet18.pth")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S):
+        exec(block, names)
+
+    image = torch.randn(2, 3, 64, 64)
+    features = names["trunk"](image)
+    assert {name: tuple(map.shape) for name, map in features.items()} == {
+        "res3": (2, 64, 4, 4),
+        "res5": (2, 256, 1, 1),
+    }
+    assert sum(".se." in name for name, _ in names["trunk"].named_parameters()) == 4 * 4
+    assert names["classifier"](image).shape == (2, 10)
+    with torch.inference_mode():
+        expected = theirs.eval()(image)
+        torch.testing.assert_close(names["model"].eval()(image), expected, atol=1e-5, rtol=1e-5)
+    assert len(DatasetCatalog.get("my_val")) == 8
+
+
+def test_every_path_that_contributing_names_exists():
+    for path in re.findall(r"`((?:senet_transfer|tests|configs)/[\w/.]*)`", CONTRIBUTING):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_citation_is_whole():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= found.keys()
+    assert found["preferred-citation"]["title"] == "Squeeze-and-Excitation Networks"
