@@ -13,6 +13,7 @@ import sys
 from senet_transfer.analysis.benchmark import (
     coco,
     detector,
+    inference,
     inputs,
     networks,
     report,
@@ -26,6 +27,7 @@ from senet_transfer.progress import progress
 PARTS = {
     "block": networks.measure_block,
     "trunk": networks.measure_trunk,
+    "inference": inference.measure_inference,
     "detector": detector.measure_detector,
     "loader": inputs.measure_loader,
     "coco-eval": coco.measure_coco,
