@@ -22,6 +22,7 @@ from senet_transfer.analysis.benchmark import (
 )
 from senet_transfer.engine.launch import run_single
 from senet_transfer.layers.squeeze_excitation import check_choice
+from senet_transfer.progress import progress
 
 PARTS = {
     "block": networks.measure_block,
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda, for the networks (cpu)")
     add("--profile", action="store_true", help="show where time and memory go")
     add("--output", help="a JSON to write")
+    add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -58,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
     found = {}
     for part in args.parts or PARTS:
         found[part] = []
-        for row in PARTS[part](options):
+        bar = progress(PARTS[part](options), desc=part, unit="comparison", quiet=args.quiet)
+        for row in bar:
+            bar.clear()
             print(row, flush=True)
             found[part].append(row)
     if args.output:
