@@ -1,4 +1,9 @@
-"""What the documents beside the README say is so."""
+"""What the documents beside the README say is so.
+
+    python tests/test_documents.py
+
+writes the table of configs anew, from the headers of the configs.
+"""
 
 import re
 from pathlib import Path
@@ -15,6 +20,7 @@ from senet_transfer.weights.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -40,12 +46,12 @@ def row(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_table_of_configs_has_what_a_configs_header_says(path):
-    assert row(path) in (ROOT / "configs" / "README.md").read_text().splitlines()
+    assert row(path) in TABLE.read_text().splitlines(), "run python tests/test_documents.py"
 
 
 def test_the_table_of_configs_has_no_other_rows():
-    text = (ROOT / "configs" / "README.md").read_text()
-    assert sorted(re.findall(r"^\| \[\w+\]\((.+?)\)", text, re.M)) == [p.name for p in CONFIGS]
+    found = re.findall(r"^\| \[\w+\]\((.+?)\)", TABLE.read_text(), re.M)
+    assert found == [path.name for path in CONFIGS]
 
 
 @pytest.fixture
@@ -94,3 +100,8 @@ def test_the_citation_is_whole():
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= found.keys()
     assert found["preferred-citation"]["title"] == "Squeeze-and-Excitation Networks"
+
+
+if __name__ == "__main__":
+    before = TABLE.read_text().partition("\n| [")[0]
+    TABLE.write_text("\n".join([before, *map(row, CONFIGS)]) + "\n")

@@ -253,6 +253,7 @@ def test_what_dependencies_depend_on_is_pinned_too():
     [
         ("setup", "tools/install_detectron2.py"),
         ("demo", "--config-file configs/demo_faster_rcnn_se_r18.yaml"),
+        ("demo", "tools/report.py output/demo"),
         ("demo-instant", "--config-file configs/instant/demo_faster_rcnn_se_r18.yaml"),
         ("test", 'pytest -n 2 --dist worksteal -m "not slow and not faults"'),
         ("test-faults", "pytest -n 2 --dist worksteal -m faults"),

@@ -13,6 +13,7 @@ import sys
 from senet_transfer.analysis.benchmark import (
     coco,
     detector,
+    inference,
     inputs,
     networks,
     report,
@@ -21,10 +22,12 @@ from senet_transfer.analysis.benchmark import (
 )
 from senet_transfer.engine.launch import run_single
 from senet_transfer.layers.squeeze_excitation import check_choice
+from senet_transfer.progress import progress
 
 PARTS = {
     "block": networks.measure_block,
     "trunk": networks.measure_trunk,
+    "inference": inference.measure_inference,
     "detector": detector.measure_detector,
     "loader": inputs.measure_loader,
     "coco-eval": coco.measure_coco,
@@ -45,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda, for the networks (cpu)")
     add("--profile", action="store_true", help="show where time and memory go")
     add("--output", help="a JSON to write")
+    add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -56,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
     found = {}
     for part in args.parts or PARTS:
         found[part] = []
-        for row in PARTS[part](options):
+        bar = progress(PARTS[part](options), desc=part, unit="comparison", quiet=args.quiet)
+        for row in bar:
+            bar.clear()
             print(row, flush=True)
             found[part].append(row)
     if args.output:

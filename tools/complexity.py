@@ -53,10 +53,16 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--size has {len(args.size)} numbers, expected a height and a width.")
     size = (args.size[0], args.size[-1]) if args.size else None
     names = [found for name in args.model for found in list_models(name) or [name]]
-    reports = []
+    reports, notes = [], []
     for name in names or [""]:
         cfg = model_config(name, args.config_file, args.weights, args.opts)
         reports.append(report(build_to_count(cfg), cfg, size))
+        notes += reports[-1].notes
+    if cfg.MODEL.WEIGHTS and not args.weights:
+        notes.append(
+            f"As the config has it; a run takes its geometry from {cfg.MODEL.WEIGHTS}, and so does "
+            "this command with --weights."
+        )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]
         rows.append(cost_row("all", reports[0].total))
@@ -67,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
             for name, found in zip(names, reports, strict=True)
         ]
     print(tabulate(rows, COST_HEADERS, disable_numparse=True, colalign=("left", *["right"] * 5)))
-    for note in dict.fromkeys(note for found in reports for note in found.notes):
+    for note in dict.fromkeys(notes):
         print(note)
 
 

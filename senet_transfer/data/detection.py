@@ -29,6 +29,9 @@ from senet_transfer.errors import UserError
 # A place in the row of all images that a process trains on, and which image is there.
 Place = tuple[int, int]
 
+# Tells the random numbers of an image from those of a step, which have a seed and a rank, too.
+_IMAGES = 1
+
 
 def seed_generators(*entropy: int) -> None:
     """Seeds the generators of Python, NumPy and PyTorch, those of GPUs among them."""
@@ -157,5 +160,5 @@ class _SeededImages(Dataset):
 
     def __getitem__(self, place: Place) -> Any:
         position, index = place
-        with random_numbers_of(self.seed, self.rank, position):
+        with random_numbers_of(self.seed, self.rank, position, _IMAGES):
             return self.images[index]

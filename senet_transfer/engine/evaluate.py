@@ -96,7 +96,7 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
     published = published or _published(found, dataset.origin, name, family)
     result = {
         **found.summary(),
-        "model": args.model or cfg.MODEL.BACKBONE.ARCH or args.config_file,
+        "model": name if args.model or cfg.MODEL.BACKBONE.ARCH else args.config_file,
         "weights": args.weights,
         "family": family,
         "data": dataset.origin,

@@ -47,7 +47,10 @@ class StepGuard:
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def agree(self, error: Exception | None) -> str:
-        """Tells all processes what went wrong in this one before its gradients were exchanged.
+        """Tells all processes what went wrong in this one.
+
+        Called where no process has begun an exchange that another one would wait for: before a
+        batch goes into the model, and before its gradients are exchanged.
 
         Returns:
             What was not finite in the first process where something was not; empty if nothing.
@@ -61,9 +64,10 @@ class StepGuard:
         mistakes, faults, requests = zip(*told, strict=True)
         self.stops = any(requests)
         if any(mistakes):
-            if mistake:
-                raise error
-            raise UserError(f"Another process stopped: {next(filter(None, mistakes))}")
+            stop = UserError(f"Another process stopped: {next(filter(None, mistakes))}")
+            stop = error if mistake else stop
+            stop.on_all_ranks = True
+            raise stop
         return next(filter(None, faults), "")
 
     def check(self, losses: dict[str, Tensor], scale: float) -> str:
@@ -84,7 +88,9 @@ class StepGuard:
             # many small gradients takes ten times as long. Squares that overflow are no fault.
             finite = torch.nn.utils.get_total_norm(gradients).isfinite()
             if not finite and (names := self._bad_gradients()):
-                bad.append(f"the gradient of {names[0]} and {len(names) - 1} more is not finite")
+                bad.append(f"{len(names)} gradients are not finite, such as that of {names[0]}")
+        if bad and comm.get_world_size() > 1:
+            bad.append(f"in process {comm.get_rank()}")
         return next(filter(None, comm.all_gather(", ".join(bad))), "")
 
     def refuse(self, problem: str, iteration: int, batch: Any) -> None:
@@ -94,11 +100,11 @@ class StepGuard:
             RunError: there were too many.
         """
         self.skipped += 1
-        path = ""
+        said = f"Iteration {iteration}: {problem}. The step was not taken."
         if self.output_dir:
             path = Path(self.output_dir, f"nonfinite_{iteration:07d}_rank{comm.get_rank()}.json")
             write_json(path, self._report(problem, iteration, batch))
-        said = f"Iteration {iteration}: {problem}. The step was not taken. {path} has its batch."
+            said += f" {path} has its batch."
         if self.skipped > self.max_skips:
             raise RunError(
                 f"{said} The last checkpoint is from before; --resume repeats the step bit for "

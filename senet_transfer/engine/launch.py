@@ -88,7 +88,11 @@ def _run_under_torchrun(main: Callable, args: argparse.Namespace) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if has_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    store, rank, processes = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         _guarded(main, args)

@@ -71,15 +71,13 @@ class StepTrainer(SimpleTrainer):
             UserError: data that can't be read, in any process.
             RunError: numbers are not finite, more often than is borne with.
         """
-        start = time.perf_counter()
         self.optimizer.zero_grad()
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
-        batch, problem, data_time = None, None, 0.0
+        batch, data_time = self._next_batch()
+        *parts, last = split_batch(batch, self.micro_batches)
+        problem = None
         try:
-            batch = next(self._data_loader_iter)
-            data_time = time.perf_counter() - start
-            *parts, last = split_batch(batch, self.micro_batches)
             for part in parts:
                 with self._gradients_stay_here():
                     self.grad_scaler.scale(self._loss(part, totals)).backward()
@@ -96,6 +94,19 @@ class StepTrainer(SimpleTrainer):
         self._write_metrics(totals, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _next_batch(self) -> tuple[Any, float]:
+        """The next batch, and the seconds that it took; an error in all processes, if in one."""
+        start = time.perf_counter()
+        batch = problem = None
+        try:
+            batch = next(self._data_loader_iter)
+        except UserError as error:
+            problem = error
+        seconds = time.perf_counter() - start
+        # The forward pass may exchange buffers, which a process without a batch would not join.
+        self.guard.agree(problem)
+        return batch, seconds
 
     def _loss(self, part: Any, totals: dict[str, torch.Tensor]) -> torch.Tensor:
         """The share of a part in the loss of the batch; adds its terms to the totals."""

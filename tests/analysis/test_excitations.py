@@ -146,7 +146,8 @@ def constant_gates(model, stages):
         ("se_cifar_resnet8", (), [4]),
         ("se_cifar_resnet8", (), [2, 3, 4]),
         ("se_resnet18", (), [5]),
-        pytest.param("se_cifar_resnet164", (), [3], marks=pytest.mark.slow),
+        ("se_shufflenet_g3", (), [4]),
+        pytest.param("se_inception_resnet_v2", (), [3, 5], marks=pytest.mark.slow),
         pytest.param(
             "se_resnet50", ("MODEL.RESNETS.NORM", "FrozenBN"), [5, 2], marks=pytest.mark.slow
         ),
@@ -155,7 +156,8 @@ def constant_gates(model, stages):
 def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
     cfg, model = shaken(name, *options)
     values = constant_gates(model, stages)
-    x = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}
+    side = 96 if "inception" in name else 32
+    x = {"image": torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)}
     pruned = pruned_config(cfg, model, stages)
     taken_in, open_ = without_gates(pruned, model, values), without_gates(pruned, model)
     assert not [key for key in taken_in.state_dict() for s in stages if f"res{s}.0.se" in key]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from senet_transfer import UserError, create_backbone
+from senet_transfer import UserError, create_backbone, list_models
 from senet_transfer.analysis.complexity.count import built_empty
 from senet_transfer.analysis.excitations.figures import papers_blocks
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of, watched
@@ -31,11 +31,14 @@ def test_gates_have_the_papers_names():
     assert [stage_of(name) for name in names[:4]] == [2, 2, 2, 3]
 
 
-def test_every_gate_of_a_branch_has_a_name_of_its_own():
-    trunk = empty_trunk("se_shake_shake26_2x96d")
+@pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
+    trunk = empty_trunk(name)
     gates = gates_of(trunk)
     assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in trunk.named_parameters())
-    assert all(stage_of(name) in (2, 3, 4) for name in gates)
+    # In VGG the first four convolutions are the stem, which no stage is.
+    assert {stage_of(gate) for gate in gates if "stem" not in gate} <= {2, 3, 4, 5}
+    assert 4 <= len(papers_blocks(list(gates))) <= 8
 
 
 def test_a_network_without_gates_is_refused():

@@ -138,3 +138,9 @@ def test_gradients_that_overflow_for_their_scale_are_the_scalers_business(net):
     net.a.weight.grad = torch.full_like(net.a.weight, torch.inf)
     assert guard.check({"one": torch.ones(())}, scale=65536.0) == ""
     assert "a.weight" in guard.check({"one": torch.ones(())}, scale=1.0)
+
+
+def test_finite_gradients_are_no_fault_however_large(net):
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    assert StepGuard(net).check({"one": torch.ones(())}, scale=1.0) == ""

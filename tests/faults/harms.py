@@ -9,6 +9,7 @@ import time
 from detectron2.utils import comm
 
 from senet_transfer.engine.step import StepTrainer
+from senet_transfer.errors import UserError
 
 _CALLS = ("fsync", "replace", "unlink", "truncate")
 
@@ -72,3 +73,32 @@ def poison(iterations: tuple[int, ...], rank: int) -> None:
         return value
 
     StepTrainer._loss = poisoned
+
+
+def no_batch(iteration: int, rank: int) -> None:
+    """Makes data that one process can't read in an iteration."""
+    batches = StepTrainer._data_loader_iter.fget
+
+    class Batches:
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def __next__(self):
+            if (self.trainer.iter, comm.get_rank()) == (iteration, rank):
+                raise UserError("the image x.jpg is broken")
+            return next(batches(self.trainer))
+
+    StepTrainer._data_loader_iter = property(Batches)
+
+
+def raise_in_the_model(iterations: tuple[int, ...], rank: int) -> None:
+    """Makes the model of one process raise what Detectron2's raises where numbers are none."""
+    loss = StepTrainer._loss
+
+    def raising(self, part, totals):
+        value = loss(self, part, totals)
+        if self.iter in iterations and comm.get_rank() == rank:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN")
+        return value
+
+    StepTrainer._loss = raising

@@ -263,12 +263,22 @@ def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, rank
         assert report["torch_seed"] > 0
 
 
+@pytest.mark.parametrize("iteration", [0, 1, 5])
+def test_data_that_one_process_cannot_read_stops_all(work, iteration):
+    run = work("shards")
+    harm = functools.partial(harms.no_batch, iteration, 1)
+    ranks = run.start_ranks(harm=harm)
+    assert [runs.end_of(process, limit=60) for process in ranks] == [2, 2]
+    assert run.told().count("error: Another process stopped: the image x.jpg is broken") == 1
+
+
+@pytest.mark.parametrize("harm", [harms.poison, harms.raise_in_the_model])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_so_many_steps_without_a_number_are_left_out_as_are_allowed(work, ranks):
-    run = work("shards", "SOLVER.MAX_NONFINITE_STEPS", "2")
-    harm = functools.partial(harms.poison, (2, 5), ranks - 1)
+def test_so_many_steps_without_a_number_are_left_out_as_are_allowed(work, ranks, harm):
+    run = work("shards", "SOLVER.MAX_NONFINITE_STEPS", "3")
+    harm = functools.partial(harm, (0, 1, 5), ranks - 1)
     processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
     assert [runs.end_of(process) for process in processes] == [0] * ranks
     final = runs.load(run.folder / "model_final.pth")
-    assert final["trainer"]["_trainer"]["skipped"] == 2
+    assert final["trainer"]["_trainer"]["skipped"] == 3
     assert all(value.isfinite().all() for value in final["model"].values())

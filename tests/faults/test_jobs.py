@@ -72,7 +72,7 @@ def torchrun(run: runs.Work, *options: str, flags: tuple[str, ...] = ()) -> Comm
 def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight):
     unbroken, _ = straight("shards", ranks=2)
     run = work("shards")
-    with torchrun(run, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2") as job:
+    with torchrun(run, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1") as job:
         job.wait_for((run.folder / "model_0000002.pth.sha256").is_file)
         os.kill(job.children()[-1], signal.SIGKILL)
         assert job.ends() == 0, job.told()[-3000:]

@@ -94,7 +94,7 @@ class Comparison:
         """For JSON: medians and spreads (the quartiles' distance) in seconds, and the ratios."""
         rows = {}
         for name, values in self.seconds.items():
-            low, _, high = statistics.quantiles(values, n=4)
+            low, _, high = statistics.quantiles(values if len(values) > 1 else 2 * values, n=4)
             rows[name] = {
                 "median_s": statistics.median(values),
                 "spread_s": high - low,

@@ -15,7 +15,7 @@ from senet_transfer.analysis.benchmark.networks import Options, trained
 from senet_transfer.analysis.benchmark.report import Amounts, Row
 from senet_transfer.config import get_senet_config
 
-HEIGHT, WIDTH, IMAGES, PROPOSALS, CLASSES = 320, 480, 2, 512, 80
+HEIGHT, WIDTH, IMAGES, PROPOSALS, CLASSES = 320, 480, 2, 128, 80
 
 
 def recipe(se: bool) -> CfgNode:

@@ -1,8 +1,4 @@
-"""The parts ``block`` and ``trunk``: what the gate costs over the plain network, and others' gates.
-
-The peers are at equal geometry: stride in the 3x3 convolution and a padded stem pool, except
-``legacy_seresnet50``, whose own these are not, so it stands beside the same network of ours.
-"""
+"""The parts ``block`` and ``trunk``: what the gate costs in training, over the plain network."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,16 +43,6 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
         if not gradients:
             gradients.extend(torch.randn_like(output) for output in outputs)
         torch.autograd.backward(outputs, gradients)
-
-    return step
-
-
-def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """A forward pass without gradients."""
-
-    def step() -> None:
-        with torch.inference_mode():
-            model(x)
 
     return step
 
@@ -117,7 +103,7 @@ def detection_trunk(name: str, device: str = "cpu") -> FPN:
 
 
 def measure_trunk(options: Options) -> Iterator[Row]:
-    """SE-ResNet-50 over ResNet-50: in detection, in classification, and in inference."""
+    """SE-ResNet-50 over ResNet-50: time in detection, and what training keeps."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     trunks = {key: detection_trunk(name, options.device) for key, name in names.items()}
@@ -137,18 +123,3 @@ def measure_trunk(options: Options) -> Iterator[Row]:
         for name in ("plain", "SE")
     }
     yield Amounts("Classifier, trained norms, batch 4, 224 px: kept", "MB", "plain", kept)
-    for batch in (1, 8):
-        yield _measure_inference(batch, names, options)
-
-
-def _measure_inference(batch: int, names: dict[str, str], options: Options) -> Row:
-    images = torch.randn(batch, 3, 224, 224, device=options.device)
-    models = {key: create_classifier(name) for key, name in names.items()}
-    return compare(
-        f"Inference, 224 px, batch {batch}, eager",
-        {key: inference(trained(m, options.device).eval(), images) for key, m in models.items()},
-        baseline="plain",
-        control="plain again",
-        seconds=options.seconds,
-        profile=options.profile,
-    )

@@ -1,5 +1,6 @@
 """One pass of a network over a sample of labelled images, for the statistics of its gates."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,10 @@ from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.classification.image_classifier import ImageClassifier
 from senet_transfer.data.augment import EvalTransform
 from senet_transfer.data.classification import ClassificationDataset
-from senet_transfer.data.loader import build_classification_eval_loader
+from senet_transfer.data.loader import Batch, build_classification_eval_loader
 from senet_transfer.data.sample import ClassSample, draw
 from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 from senet_transfer.progress import progress
 
 
@@ -117,12 +119,19 @@ def collect(
     loader = build_classification_eval_loader(
         sample, batch_size=batch_size, transform=transform, num_workers=workers
     )
-    bar = progress(total=len(sample), unit="image", quiet=quiet)
-    with watched(gates) as values, bar:
-        for batch in loader:
-            trunk_of(model)(normalised(model, batch["image"]))
-            labels = batch["label"].numpy()
+    with progress(total=len(sample), unit="image", quiet=quiet) as bar:
+        for labels, values in _batches(model, gates, loader):
             for name, statistics in blocks.items():
                 statistics.update(labels, values[name].cpu().numpy())
             bar.update(len(labels))
     return Excitations(blocks, drawn, len(sample), int(np.count_nonzero(sample.counts)))
+
+
+def _batches(
+    model: nn.Module, gates: dict[str, SqueezeExcitation], loader: Iterable[Batch]
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """Labels and gates of each batch."""
+    with watched(gates) as values:
+        for batch in loader:
+            trunk_of(model)(normalised(model, batch["image"]))
+            yield batch["label"].numpy(), values

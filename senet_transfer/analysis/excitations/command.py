@@ -65,6 +65,10 @@ def run_analysis(args: argparse.Namespace) -> None:
     """
     if args.channels < 1:
         raise UserError(f"--channels is {args.channels}, expected 1 or more.")
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {args.output} can't be made: {error}.") from error
     dataset = open_images(args.data, args.images)
     cfg, model = load_trained_model(args)
     gates_of(trunk_of(model))

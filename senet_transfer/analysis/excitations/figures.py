@@ -58,8 +58,8 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
     """Axes that all panels share."""
     axes.set_xlim(0, max(len(channels) - 1, 1))
     low, high = axes.get_ylim()
-    # The whole range of a sigmoid, and what others need.
-    axes.set_ylim(min(low, 0), max(high, 1))
+    # The whole range of a sigmoid, so that blocks compare, and what other excitations need.
+    axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
     axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
 
@@ -91,7 +91,7 @@ def write_blocks(
             right.set_title(f"{name}: mean ± standard deviation within a class")
             left.set_ylabel("gate")
             for axes in (left, right):
-                axes.legend(loc="lower right", fontsize=8)
+                axes.legend(loc="best", fontsize=8)
             paths.append(_save(figure, folder, f"{name}.png"))
     return paths
 
@@ -113,13 +113,21 @@ def write_overview(
 
 
 def papers_blocks(names: list[str]) -> list[str]:
-    """The last block of each stage and all of the last stage; without stages, six of all."""
+    """The last block of each stage, and of the last stage all, or of many first, middle and last.
+
+    Of a network without stages, six from the first to the last.
+    """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:
-        places = np.linspace(0, len(names) - 1, min(len(names), 6)).round().astype(int)
-        return [names[place] for place in places]
+        return _spread(names, 6)
     last = [[n for n in names if stage_of(n) == stage][-1] for stage in stages[:-1]]
-    return last + [n for n in names if stage_of(n) == stages[-1]]
+    deepest = [n for n in names if stage_of(n) == stages[-1]]
+    return last + (deepest if len(deepest) <= 4 else _spread(deepest, 3))
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    places = np.linspace(0, len(names) - 1, min(len(names), count)).round().astype(int)
+    return [names[place] for place in places]
 
 
 def _figure6(found: Excitations, channels: int, seed: int) -> Figure:

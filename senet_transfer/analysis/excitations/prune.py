@@ -22,6 +22,8 @@ from senet_transfer.analysis.excitations.collect import Excitations, trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
 from senet_transfer.backbones.blocks import SEBasicBlock, SEBottleneckBlock
 from senet_transfer.backbones.cifar_blocks import PreActBlock
+from senet_transfer.backbones.inception_resnet import InceptionResidualBlock
+from senet_transfer.backbones.shufflenet import ShuffleUnit
 from senet_transfer.classification.evaluate import evaluate_classifier
 from senet_transfer.classification.image_classifier import ImageClassifier
 from senet_transfer.data.augment import EvalTransform
@@ -34,6 +36,8 @@ _LAST: dict[type[nn.Module], tuple[str, ...]] = {
     SEBasicBlock: ("conv2",),
     SEBottleneckBlock: ("conv3",),
     PreActBlock: ("conv3", "conv2"),
+    InceptionResidualBlock: ("project",),
+    ShuffleUnit: ("expand",),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
@@ -70,10 +70,7 @@ def write_report(
         "detection": detection,
         "classification": classification,
     }
-    environment = Environment(
-        loader=PackageLoader(_ASSETS, "assets"), autoescape=True, undefined=StrictUndefined
-    )
-    html = environment.get_template("page.html").render(
+    html = _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M} on {socket.gethostname()}",
         asset=lambda name: resources.files(_ASSETS).joinpath("assets", name).read_text(),
@@ -87,6 +84,17 @@ def write_report(
         without_excitations=[run for run in runs if has_gates(run.cfg) and not _figures(run)],
         runs=runs,
     )
+    _write(output, html)
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader(_ASSETS, "assets"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html")
+
+
+def _write(output: Path, html: str) -> None:
     partial = output.with_name(f".{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

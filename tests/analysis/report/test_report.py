@@ -187,7 +187,8 @@ def test_class_errors_and_calibration_are_those_of_a_plain_count():
     assert (np.diff(probability[rows]) <= 0).all()
 
 
-def test_hits_are_those_of_coco_evaluation(tmp_path):
+def crowded_images(images):
+    """Objects, some of them crowds, and detections that hit some by chance."""
     random = np.random.RandomState(5)
 
     def boxes(count):
@@ -195,7 +196,7 @@ def test_hits_are_those_of_coco_evaluation(tmp_path):
             [random.randint(0, 40, (count, 2)), random.randint(8, 40, (count, 2))], 1
         )
 
-    truth, found, images = [], [], range(1, 61)
+    truth, found = [], []
     for image in images:
         for box in boxes(6):
             truth.append({
@@ -208,6 +209,12 @@ def test_hits_are_those_of_coco_evaluation(tmp_path):
                 "image_id": image, "category_id": random.randint(1, 3), "bbox": box.tolist(),
                 "score": float(random.rand()),
             })  # fmt: skip
+    return truth, found
+
+
+def test_hits_are_those_of_coco_evaluation():
+    images = range(1, 61)
+    truth, found = crowded_images(images)
     coco = COCO()
     coco.dataset = {
         "info": {}, "images": [{"id": image} for image in images], "annotations": truth,

@@ -1,0 +1,90 @@
+"""The part ``inference``: classifiers in every mode, beside the plain network and timm's gates."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from senet_transfer.analysis.benchmark.compare import Comparison, compare
+from senet_transfer.analysis.benchmark.networks import Options, trained
+from senet_transfer.analysis.benchmark.report import Row
+from senet_transfer.classification import create_classifier
+from senet_transfer.export import deploy, export_network
+from senet_transfer.preprocessing import Preprocessing
+
+try:
+    import timm
+except ImportError:  # A package for development.
+    timm = None
+
+
+def measure_inference(options: Options) -> Iterator[Row]:
+    """ResNet-50 and SE-ResNet-50 at 224 px: eager, deployed and, on a CPU, ONNX; timm's eager."""
+    plain, gated = create_classifier("resnet50"), create_classifier("se_resnet50")
+    # The geometry of timm's legacy network, whose stride and pool are those of the Caffe files.
+    caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
+    models = {
+        "plain": plain,
+        "plain again": create_classifier("resnet50"),
+        "SE": gated,
+        "SE deployed": deploy(gated),
+        "SE, Caffe's geometry": caffe,
+    }
+    if timm is not None:
+        models["timm seresnet50"] = timm.create_model("seresnet50")
+        models["timm legacy_seresnet50"] = timm.create_model("legacy_seresnet50")
+    models = {name: trained(model, options.device).eval() for name, model in models.items()}
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, 224, 224, device=options.device)
+        ways = {name: inference(model, images) for name, model in models.items()}
+        yield _compare(f"Inference, 224 px, batch {batch}, eager", ways, options)
+    if options.device == "cpu":
+        yield from _measure_onnx(models, options)
+
+
+def _measure_onnx(models: dict[str, nn.Module], options: Options) -> Iterator[Row]:
+    sessions = {name: _session(models[name]) for name in ("plain", "plain again", "SE")}
+    for batch in (1, 8):
+        images = {"images": torch.rand(batch, 3, 224, 224).numpy()}
+        ways = {
+            name: lambda session=session, images=images: session.run(None, images)
+            for name, session in sessions.items()
+        }
+        if batch == 1:
+            ways["SE, eager"] = inference(models["SE"], torch.randn(1, 3, 224, 224))
+        yield _compare(f"Inference, 224 px, batch {batch}, ONNX Runtime", ways, options)
+
+
+def _compare(what: str, ways: dict[str, Callable[[], object]], options: Options) -> Comparison:
+    return compare(
+        what,
+        ways,
+        baseline="plain",
+        control="plain again",
+        seconds=options.seconds,
+        profile=options.profile,
+    )
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward pass without gradients."""
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return step
+
+
+def _session(model: nn.Module) -> onnxruntime.InferenceSession:
+    """As ``tools/export.py`` writes it, with as many threads as torch has."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        preprocessing = Preprocessing()
+        export_network(model, path, form="onnx", preprocessing=preprocessing, size=(224, 224))
+        return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
