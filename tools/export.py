@@ -7,7 +7,7 @@
 
 A classifier, or the trunk of a classifier or detector, becomes ONNX (.onnx), a program of
 torch.export (.pt2) or TorchScript (.ts), as the name of the output says; a detector TorchScript.
-examples/classify_onnx.py runs a classifier without torch.
+tools/classify_onnx.py runs a classifier without torch.
 """
 
 import argparse

@@ -115,7 +115,7 @@ def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
     shares, best = logits.softmax(1)[0].sort(descending=True)
     expected = ", ".join(f"kind {i} {s:.1%}" for s, i in zip(shares[:5], best, strict=False))
 
-    script = ROOT / "examples" / "classify_onnx.py"
+    script = ROOT / "tools" / "classify_onnx.py"
     code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {[str(script), str(model), str(image)]}; runpy.run_path(sys.argv[0], run_name='__main__')"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

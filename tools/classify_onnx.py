@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Classifies images with a file of tools/export.py; needs onnxruntime, Pillow and numpy alone.
 
-python examples/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
+python tools/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
 """
 
 import json
@@ -43,4 +43,6 @@ def main(model_file: str, *image_files: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])
