@@ -87,6 +87,12 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert "Nothing has been evaluated yet" in text
 
 
+def test_an_evaluation_after_the_last_step_is_no_step(tmp_path):
+    rows = [*training_rows(100, 0.9), {"iteration": 100, "bbox/AP": 20.0}]
+    loaded = load_run(write_run(tmp_path / "run", [], rows))
+    assert loaded.iterations == 100
+
+
 def test_an_evaluation_after_training_counts(tmp_path):
     rows = [{"iteration": 9, "bbox/AP": 20.0}]
     run = write_run(tmp_path / "run", ["DATASETS.TEST", ("own",)], rows)

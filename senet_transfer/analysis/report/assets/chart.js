@@ -76,7 +76,10 @@ function chart({ title, across, lines, range, diagonal = false }) {
     );
   }
   for (const at of ticks(x0, x1, 6)) {
-    drawing.append(svg("text", { x: x(at), y: height - bottom + 15, "text-anchor": "middle" }, short(at)));
+    // A word at the very edge would be cut in its middle.
+    const anchor = x(at) > width - right - 14 ? "end" : "middle";
+    const place = anchor === "end" ? width : x(at);
+    drawing.append(svg("text", { x: place, y: height - bottom + 15, "text-anchor": anchor }, short(at)));
   }
   drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, across));
   if (diagonal) {
