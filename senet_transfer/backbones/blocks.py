@@ -4,6 +4,8 @@ The convolutions and their norms are Detectron2's own, so a block here has its p
 parameters under the same names, and those of the gates under ``se``.
 """
 
+from typing import Any
+
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
@@ -18,19 +20,20 @@ STEM_POOLS = ("pad", "ceil")
 
 
 class _SEBlock(CNNBlockBase):
-    """What the residual blocks with SE share: the gate and the sum with the shortcut."""
+    """What a residual block becomes one with SE by: the gate and the sum with the shortcut."""
 
-    def _add_se(self, se: SEOptions, inner_channels: int | None) -> None:
+    def __init__(self, *channels: int, se: SEOptions = SEOptions(), **options: Any):
+        super().__init__(*channels, **options)
         check_not_mixture(se)
-        if se.placement == "3x3" and inner_channels is None:
+        if se.placement == "3x3" and not hasattr(self, "conv3"):
             raise UserError(
                 "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
                 "basic blocks (ResNet-18 and -34) are none. Take another placement or depth 50 up."
             )
-        channels = {"pre": self.in_channels, "3x3": inner_channels}
+        gated = {"pre": self.in_channels, "3x3": self.conv2.out_channels}
         self.placement = se.placement
         self.relu_before = se.relu_before
-        self.se = se.operator(channels.get(se.placement, self.out_channels))
+        self.se = se.operator(gated.get(se.placement, self.out_channels))
 
     def _join(self, x: Tensor, inner: Tensor, last: nn.Module) -> Tensor:
         """From the block's input, and that of its last convolution, to its output."""
@@ -53,18 +56,6 @@ class SEBasicBlock(_SEBlock, BasicBlock):
     Takes the arguments of Detectron2's ``BasicBlock`` and ``se``.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        norm: str = "BN",
-        se: SEOptions = SEOptions(),
-    ):
-        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
-        self._add_se(se, inner_channels=None)
-
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
@@ -78,31 +69,6 @@ class SEBottleneckBlock(_SEBlock, BottleneckBlock):
     Takes the arguments of Detectron2's ``BottleneckBlock`` and ``se``.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        bottleneck_channels: int,
-        stride: int = 1,
-        num_groups: int = 1,
-        norm: str = "BN",
-        stride_in_1x1: bool = False,
-        dilation: int = 1,
-        se: SEOptions = SEOptions(),
-    ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            bottleneck_channels=bottleneck_channels,
-            stride=stride,
-            num_groups=num_groups,
-            norm=norm,
-            stride_in_1x1=stride_in_1x1,
-            dilation=dilation,
-        )
-        self._add_se(se, inner_channels=bottleneck_channels)
-
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
@@ -113,22 +79,10 @@ class SEBottleneckBlock(_SEBlock, BottleneckBlock):
         return self._join(x, out, self.conv3)
 
 
-class SENet154Block(_SEBlock):
-    """The bottleneck of SENet-154 (paper, appendix; the authors' network definition).
+class _WideBottleneck(CNNBlockBase):
+    """The convolutions of :class:`SENet154Block`."""
 
-    The 3x3 convolution is as wide as the output and has 64 groups, the first 1x1 has half of
-    that, the stride is in the 3x3, and a shortcut that changes resolution is a 3x3 convolution.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        norm: str = "BN",
-        se: SEOptions = SEOptions(),
-    ):
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride)
 
         def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
@@ -142,7 +96,14 @@ class SENet154Block(_SEBlock):
         self.conv1 = conv(in_channels, width, 1)
         self.conv2 = conv(width, out_channels, 3, stride, groups=64)
         self.conv3 = conv(out_channels, out_channels, 1)
-        self._add_se(se, inner_channels=out_channels)
+
+
+class SENet154Block(_SEBlock, _WideBottleneck):
+    """The bottleneck of SENet-154 (paper, appendix; the authors' network definition), with SE.
+
+    The 3x3 convolution is as wide as the output and has 64 groups, the first 1x1 has half of
+    that, the stride is in the 3x3, and a shortcut that changes resolution is a 3x3 convolution.
+    """
 
     forward = SEBottleneckBlock.forward
 

@@ -15,12 +15,12 @@ res5. Stage 2 has two plain convolutions and nothing to gate.
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
-from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.backbones.blocks import ResNetStem
-from senet_transfer.backbones.parts import MaxPool, check_se, check_trunk, make_conv, stage_se
+from senet_transfer.backbones.parts import MaxPool, make_conv
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 # Of each module the channels of its branches: the 1x1; the 3x3 after a 1x1; two 3x3 after a 1x1;
@@ -64,12 +64,12 @@ class InceptionBlock(CNNBlockBase):
     def __init__(
         self,
         in_channels: int,
-        *,
         one: int,
         three: tuple[int, int],
         double: tuple[int, int],
         projection: int,
         pool: str,
+        *,
         norm: str = "BN",
         se: SEOptions | None = None,
     ):
@@ -126,49 +126,20 @@ class InceptionBlock(CNNBlockBase):
         return pool(x, 3, stride=1, padding=1)
 
 
-def build_bn_inception(
-    *,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds BN-Inception, in Detectron2's container for stages.
-
-    Args:
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem" and "res2" (the convolutions, stride 4),
-            "res3" (3b, stride 8), "res4" (4d) and "res5" (5b, stride 32); None is the last.
-        freeze_at: how many stages to freeze, counted from the stem.
-
-    Raises:
-        UserError: a value that makes no sense for the network.
-    """
-    check_trunk(norm, out_features, freeze_at)
+@trunk_builder()
+def build_bn_inception(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """BN-Inception: "stem" and "res2" are of stride 4, "res3" ends with 3b, "res4" with 4d."""
     check_se(se, "BN-Inception", stages=(3, 4, 5))
     stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]
     inputs = 192
     for stage, modules in MODULES.items():
         blocks: list[CNNBlockBase] = [MaxPool(inputs, ceil=True)] if stage == 3 else []
-        for one, three, double, projection, pool in modules:
-            block = InceptionBlock(
-                inputs,
-                one=one,
-                three=three,
-                double=double,
-                projection=projection,
-                pool=pool,
-                norm=norm,
-                se=stage_se(se, stage),
-            )
-            blocks.append(block)
-            inputs = block.out_channels
+        for module in modules:
+            blocks.append(InceptionBlock(inputs, *module, norm=norm, se=stage_se(se, stage)))
+            inputs = blocks[-1].out_channels
         stages.append(blocks)
     stem = ResNetStem(in_channels, norm=norm, pool="ceil")
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 register_with_se("bn_inception", build_bn_inception)

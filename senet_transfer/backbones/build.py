@@ -11,7 +11,8 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from senet_transfer.backbones.registry import ModelEntry, build_trunk, model_entry
-from senet_transfer.backbones.resnet import NORMS, build_resnet
+from senet_transfer.backbones.resnet import build_resnet
+from senet_transfer.backbones.trunk import NORMS
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 

@@ -16,17 +16,10 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.backbones.blocks import check_not_mixture
-from senet_transfer.backbones.parts import (
-    GatedBlock,
-    check_trunk,
-    make_conv,
-    make_norm,
-    stage_se,
-)
+from senet_transfer.backbones.parts import GatedBlock, make_conv, make_norm
+from senet_transfer.backbones.trunk import StemAndStages, stage_se
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
-
-CIFAR_FEATURES = ("stem", "res2", "res3", "res4")
 
 
 class CifarStem(CNNBlockBase):
@@ -179,20 +172,18 @@ def check_cifar_se(se: SEOptions) -> None:
         )
 
 
-def preact_trunk(
+def preact_parts(
     *,
     widths: tuple[int, int, int],
     blocks: int,
     in_channels: int,
     se: SEOptions | None,
     norm: str,
-    out_features: list[str] | None,
-    freeze_at: int,
     bottleneck: bool = False,
     projection: bool = True,
     shares: bool = False,
-) -> ResNet:
-    """A pre-activation trunk of three stages.
+) -> StemAndStages:
+    """The parts of a pre-activation trunk of three stages.
 
     Args:
         widths: channels of the stages' outputs.
@@ -200,8 +191,6 @@ def preact_trunk(
         in_channels: channels of the image.
         se: the SE variant; None is the plain network.
         norm: Detectron2's name of a norm.
-        out_features: the stages to return, by name; None is the last one.
-        freeze_at: how many stages to freeze, counted from the stem.
         bottleneck: whether the blocks are bottlenecks, of a quarter of the width.
         projection: see :class:`PreActBlock`.
         shares: whether the first block of a stage has its norm and ReLU before its shortcut even
@@ -210,15 +199,13 @@ def preact_trunk(
     Raises:
         UserError: a value that makes no sense for the network.
     """
-    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     if se is not None:
         check_preact_se(se, bottleneck=bottleneck)
     stages = _preact_stages(
         widths, blocks, se, norm, bottleneck=bottleneck, projection=projection, shares=shares
     )
     stages[-1].append(NormReLU(widths[-1], norm=norm))
-    stem = CifarStem(in_channels, 16)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return CifarStem(in_channels, 16), stages
 
 
 def _preact_stages(

@@ -12,10 +12,9 @@ in :mod:`senet_transfer.backbones.cifar_blocks`. The paper doesn't say whether i
 14,238 to ResNet-110's 1,727,962 and 202,104 to ResNet-164's 1,703,258.
 """
 
-from detectron2.modeling.backbone.resnet import ResNet
-
-from senet_transfer.backbones.cifar_blocks import preact_trunk
+from senet_transfer.backbones.cifar_blocks import preact_parts
 from senet_transfer.backbones.registry import register_family, register_with_se
+from senet_transfer.backbones.trunk import CIFAR_FEATURES, StemAndStages, trunk_builder
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 from senet_transfer.preprocessing import CIFAR10
@@ -26,30 +25,28 @@ BLOCKS = ("basic", "bottleneck")
 BOTTLENECK_DEPTHS = (164, 1001)
 
 
+@trunk_builder(CIFAR_FEATURES)
 def build_cifar_resnet(
     *,
     depth: int,
     block: str | None = None,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds a pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    se: SEOptions | None,
+    norm: str,
+    in_channels: int,
+) -> StemAndStages:
+    """A pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a norm and ReLU, as in the network.
 
     Args:
         depth: layers with weights: 6n + 2 of basic blocks, 9n + 2 of bottlenecks.
         block: "basic" or "bottleneck"; None is bottlenecks for depth 164 and 1001, else basic.
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem", "res2", "res3" and "res4"; None is the last
-            one. Only res4 ends with a norm and ReLU, as in the network.
-        freeze_at: how many stages to freeze, counted from the stem.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: no network of these blocks has this depth.
     """
     if block is not None:
         check_choice("The block", block, BLOCKS)
@@ -62,14 +59,12 @@ def build_cifar_resnet(
             f"A CIFAR ResNet of {kind} has {layers}n + 2 layers, so {depth} is none. The nearest "
             f"is {near}; block= takes the other kind of block."
         )
-    return preact_trunk(
+    return preact_parts(
         widths=(64, 128, 256) if bottleneck else (16, 32, 64),
         blocks=blocks,
         in_channels=in_channels,
         se=se,
         norm=norm,
-        out_features=out_features,
-        freeze_at=freeze_at,
         bottleneck=bottleneck,
         projection=bottleneck,
         shares=True,

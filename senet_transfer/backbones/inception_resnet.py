@@ -17,19 +17,11 @@ detectors and FPNs need; TensorFlow's detectors on this network do the same with
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
-from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from senet_transfer.backbones.parts import (
-    Chain,
-    GatedBlock,
-    MaxPool,
-    check_se,
-    check_trunk,
-    make_conv,
-    stage_se,
-)
+from senet_transfer.backbones.parts import Chain, GatedBlock, MaxPool, make_conv
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 from senet_transfer.preprocessing import Preprocessing
 
@@ -177,30 +169,21 @@ class InceptionResidualBlock(GatedBlock):
         return self._leave(F.relu_(out) if self.relu else out)
 
 
+@trunk_builder()
 def build_inception_resnet_v2(
-    *,
-    se: SEOptions | None = None,
-    padding: str = "valid",
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds Inception-ResNet-v2, in Detectron2's container for stages.
+    *, padding: str = "valid", se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """Inception-ResNet-v2, whose "stem" and "res2" are both of stride 4.
 
     Args:
-        se: the SE variant; None is the plain network.
         padding: "valid", the published network; "same" for maps that are aligned with the image.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem" and "res2" (stride 4), "res3", "res4" and
-            "res5" (stride 32); None is the last.
-        freeze_at: how many stages to freeze, counted from the stem.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: another padding.
     """
-    check_trunk(norm, out_features, freeze_at)
     check_choice("The padding", padding, PADDINGS)
     check_se(se, "Inception-ResNet-v2", stages=(3, 4, 5), placements=PLACEMENTS)
     pad = padding == "same"
@@ -217,7 +200,7 @@ def build_inception_resnet_v2(
         inputs = stages[-1][-1].out_channels
         stages.append(_stage(stage, inputs, norm=norm, pad=pad, se=stage_se(se, stage)))
     stages[-1].append(ConvBlock(stages[-1][-1].out_channels, 1536, 1, norm=norm))
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 def _stage(

@@ -11,11 +11,11 @@ first pair stands.
 """
 
 from detectron2.layers import CNNBlockBase
-from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
-from senet_transfer.backbones.parts import check_se, check_trunk, make_conv, stage_se
+from senet_transfer.backbones.parts import make_conv
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 # By stage, width and stride of each pair.
@@ -72,28 +72,9 @@ class SeparableBlock(CNNBlockBase):
         return x if self.se is None else self.se(x)
 
 
-def build_mobilenet(
-    *,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds MobileNet 1.0, in Detectron2's container for stages.
-
-    Args:
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem" (stride 2) and "res2" to "res5" (strides 4 to
-            32); None is the last.
-        freeze_at: how many stages to freeze, counted from the stem.
-
-    Raises:
-        UserError: a value that makes no sense for the network.
-    """
-    check_trunk(norm, out_features, freeze_at)
+@trunk_builder()
+def build_mobilenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """MobileNet 1.0: "stem" is of stride 2, "res2" to "res5" of strides 4 to 32."""
     check_se(se, "MobileNet", stages=(2, 3, 4, 5))
     stem = MobileNetStem(in_channels, norm=norm)
     stages, inputs = [], stem.out_channels
@@ -104,7 +85,7 @@ def build_mobilenet(
             blocks.append(SeparableBlock(inputs, width, stride=stride, norm=norm, se=gate))
             inputs = width
         stages.append(blocks)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 register_with_se("mobilenet", build_mobilenet)

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
-from senet_transfer.backbones.resnet import (
-    FEATURES,
-    NORMS,
-    check_freeze_at,
-    check_out_features,
-)
 from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 
 # Of Detectron2's "GN".
 _NORM_GROUPS = 32
@@ -148,54 +141,3 @@ class GatedBlock(CNNBlockBase):
     def _leave(self, x: Tensor) -> Tensor:
         """What leaves the block of the sum."""
         return self.se(x) if self.placement == "post" else x
-
-
-def check_trunk(
-    norm: str,
-    out_features: list[str] | None,
-    freeze_at: int,
-    features: tuple[str, ...] = FEATURES,
-) -> None:
-    """Raises UserError for values of the options that all networks have."""
-    check_choice("The norm", norm, NORMS)
-    check_out_features(out_features, features)
-    check_freeze_at(freeze_at, features)
-
-
-def check_se(
-    se: SEOptions | None,
-    network: str,
-    *,
-    stages: tuple[int, ...],
-    placements: tuple[str, ...] = ("standard",),
-) -> None:
-    """Raises UserError for what SE can't be in a network.
-
-    Args:
-        se: what is asked for; None for none.
-        network: its name, for the message.
-        stages: those that have something to gate.
-        placements: those that mean something in it.
-    """
-    if se is None:
-        return
-    if se.placement not in placements:
-        raise UserError(
-            f"The SE placement is {se.placement!r}, and {network} has: {', '.join(placements)}. "
-            "The others are of other kinds of residual blocks."
-        )
-    if se.relu_before:
-        raise UserError(
-            "A ReLU before the gate (se_relu_before) is of one family of ResNet-18 and -34, and "
-            f"{network} doesn't have it. Leave it at False."
-        )
-    if not set(se.stages) & set(stages):
-        raise UserError(
-            f"The stages with SE are {tuple(se.stages)}, and {network} has something to gate in "
-            f"{', '.join(map(str, stages))}. Name some of these, or take the network without SE."
-        )
-
-
-def stage_se(se: SEOptions | None, stage: int) -> SEOptions | None:
-    """The SE of a stage: None where it has none."""
-    return se if se is not None and stage in se.stages else None

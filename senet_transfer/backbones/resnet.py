@@ -4,8 +4,6 @@ Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SEN
 authors' network definition). A trunk without SE is made of Detectron2's own blocks.
 """
 
-from collections.abc import Sequence
-
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
 
@@ -17,8 +15,9 @@ from senet_transfer.backbones.blocks import (
     SENet154Stem,
 )
 from senet_transfer.backbones.registry import register_model, register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, trunk_builder
 from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -28,56 +27,47 @@ BLOCKS_PER_STAGE = {
     152: (3, 8, 36, 3),
 }
 
-FEATURES = ("stem", "res2", "res3", "res4", "res5")
 
-NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
-
-
+@trunk_builder()
 def build_resnet(
     *,
     depth: int,
     num_groups: int = 1,
     width_per_group: int = 64,
-    se: SEOptions | None = None,
     stride_in_1x1: bool = False,
     stem_pool: str = "pad",
-    norm: str = "BN",
     res5_dilation: int = 1,
-    in_channels: int = 3,
     stem_out_channels: int = 64,
     res2_out_channels: int | None = None,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds a residual trunk.
+    se: SEOptions | None,
+    norm: str,
+    in_channels: int,
+) -> StemAndStages:
+    """A residual trunk.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         num_groups: groups of the 3x3 convolutions; 32 is ResNeXt's.
         width_per_group: channels a group in res2.
-        se: the SE variant; None is the plain network.
         stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
         stem_pool: "pad" or "ceil"; see :class:`ResNetStem`.
-        norm: Detectron2's name of a norm.
         res5_dilation: 2 keeps res5 at stride 16 and dilates it.
-        in_channels: channels of the image.
         stem_out_channels: channels of the stem.
         res2_out_channels: channels of res2, doubled with every stage; None is the usual number.
-        out_features: the stages to return, by name; None is the last one.
-        freeze_at: how many stages to freeze, counted from the stem.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
 
     Raises:
         UserError: a value that makes no sense for the network.
     """
-    check_out_features(out_features)
-    check_choice("The norm", norm, NORMS)
     _check_blocks(depth, num_groups, width_per_group, stride_in_1x1, res5_dilation)
     channels = (stem_out_channels, res2_out_channels or (256 if depth >= 50 else 64))
     stages = _stages(
         depth, num_groups, width_per_group, channels, se, norm, stride_in_1x1, res5_dilation
     )
     stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=check_freeze_at(freeze_at))
+    return stem, stages
 
 
 def _check_blocks(
@@ -138,22 +128,16 @@ def _stages(
     return stages
 
 
+@trunk_builder()
 def build_senet154(
-    *,
-    se: SEOptions = SEOptions(),
-    stem_pool: str = "pad",
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds SENet-154; arguments as those of :func:`build_resnet`.
+    *, stem_pool: str = "pad", se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """SENet-154, which has SE built in; ``stem_pool`` as in :func:`build_resnet`.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: stages without SE.
     """
-    check_choice("The norm", norm, NORMS)
-    check_out_features(out_features)
+    se = se or SEOptions()
     if set(se.stages) != {2, 3, 4, 5}:
         raise UserError(f"SENet-154 has SE in every stage, found stages {se.stages!r}. Leave it.")
     stages = [
@@ -168,34 +152,7 @@ def build_senet154(
         )
         for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[152], strict=True)
     ]
-    stem = SENet154Stem(in_channels, norm=norm, pool=stem_pool)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=check_freeze_at(freeze_at))
-
-
-def check_out_features(
-    out_features: list[str] | None, features: tuple[str, ...] = FEATURES
-) -> None:
-    """Raises UserError unless these are names of features, or None."""
-    if out_features is None:
-        return
-    # Not lists alone: a LazyConfig has a sequence of its own.
-    named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
-    named = named and len(out_features) > 0
-    if not named or any(name not in features for name in out_features):
-        raise UserError(
-            f"out_features is {out_features!r}, expected a list with names of "
-            f"{', '.join(features)}."
-        )
-
-
-def check_freeze_at(freeze_at: int, features: tuple[str, ...] = FEATURES) -> int:
-    """Raises UserError unless this many of a trunk's stages can be frozen."""
-    if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
-        raise UserError(
-            f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "
-            f"res2 to {features[-1]})."
-        )
-    return freeze_at
+    return SENet154Stem(in_channels, norm=norm, pool=stem_pool), stages
 
 
 for _depth in BLOCKS_PER_STAGE:

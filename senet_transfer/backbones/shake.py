@@ -22,21 +22,23 @@ shake_even29_2x4x64d (100)   34,529,700  +1,043,616   +521,808
 ===========================  ==========  ===========  ==========
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from senet_transfer.backbones.cifar_blocks import CIFAR_FEATURES, CifarStem, check_cifar_se
-from senet_transfer.backbones.parts import (
-    GatedBlock,
-    check_trunk,
-    make_conv,
-    make_norm,
-    stage_se,
-)
+from senet_transfer.backbones.cifar_blocks import CifarStem, check_cifar_se
+from senet_transfer.backbones.parts import GatedBlock, make_conv, make_norm
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import (
+    CIFAR_FEATURES,
+    StemAndStages,
+    stage_se,
+    trunk_builder,
+)
 from senet_transfer.errors import UserError
 from senet_transfer.layers.shake import ShakeMix
 from senet_transfer.layers.squeeze_excitation import SEOptions
@@ -106,7 +108,7 @@ class BottleneckBranch(nn.Module):
         return self.se(x) if self.placement == "standard" else x
 
 
-class _ShakeBlock(GatedBlock):
+class _ShakeBlock(GatedBlock, ABC):
     """What the two kinds of blocks share: two branches, their mixture, and where SE sits."""
 
     branch: type[nn.Module]
@@ -117,8 +119,8 @@ class _ShakeBlock(GatedBlock):
         out_channels: int,
         *,
         stride: int = 1,
-        norm: str = "BN",
         even: bool = False,
+        norm: str = "BN",
         se: SEOptions | None = None,
     ):
         """
@@ -126,8 +128,8 @@ class _ShakeBlock(GatedBlock):
             in_channels: channels of the input.
             out_channels: channels of the output.
             stride: of the block.
-            norm: Detectron2's name of a norm.
             even: see :class:`~senet_transfer.layers.ShakeMix`.
+            norm: Detectron2's name of a norm.
             se: the SE variant; None for none.
         """
         super().__init__(in_channels, out_channels, stride)
@@ -144,8 +146,9 @@ class _ShakeBlock(GatedBlock):
         if se and inside is None:
             self.se = se.operator(in_channels if se.placement == "pre" else out_channels)
 
+    @abstractmethod
     def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
-        raise NotImplementedError
+        """The shortcut of a block that changes shape."""
 
     def freeze(self) -> CNNBlockBase:
         """As in Detectron2; a frozen block doesn't shake, but computes what it does in a test."""
@@ -197,28 +200,22 @@ class FinalReLU(CNNBlockBase):
         return F.relu(x)
 
 
+@trunk_builder(CIFAR_FEATURES)
 def build_shake_shake26(
-    *,
-    width: int = 96,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
+    *, width: int = 96, se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a ReLU, as in the network.
 
     Args:
         width: channels of res2, doubled with every stage; even.
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem", "res2", "res3" and "res4"; None is the last
-            one. Only res4 ends with a ReLU, as in the network.
-        freeze_at: how many stages to freeze, counted from the stem.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: an odd width, or a placement of SE that the network hasn't.
     """
     if width < 2 or width % 2:
         raise UserError(f"The width of Shake-Shake is {width}, expected an even number from 2 on.")
@@ -227,30 +224,18 @@ def build_shake_shake26(
             "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
             "Shake-Shake 26 has none. Take another placement, or shake_even29_2x4x64d."
         )
-    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
     stem = CifarStem(in_channels, 16, norm=norm)
     stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
     stages[-1].append(FinalReLU(4 * width))
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
-def build_shake_even29(
-    *,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds Shake-Even-Image 29 2x4x64d; arguments as those of :func:`build_shake_shake26`.
-
-    Raises:
-        UserError: a value that makes no sense for the network.
-    """
-    check_trunk(norm, out_features, freeze_at, CIFAR_FEATURES)
+@trunk_builder(CIFAR_FEATURES)
+def build_shake_even29(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """Shake-Even-Image 29 2x4x64d; stages as those of :func:`build_shake_shake26`."""
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 def _stages(

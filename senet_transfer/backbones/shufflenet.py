@@ -12,19 +12,12 @@ after a digit; gates on what a unit of stride 2 concatenates would make it 2.5M.
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from senet_transfer.backbones.mobilenet import MobileNetStem
-from senet_transfer.backbones.parts import (
-    GatedBlock,
-    MaxPool,
-    check_se,
-    check_trunk,
-    make_conv,
-    stage_se,
-)
+from senet_transfer.backbones.parts import GatedBlock, MaxPool, make_conv
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 PLACEMENTS = ("standard", "pre", "post", "identity")
@@ -93,29 +86,13 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def build_shufflenet(
-    *,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds ShuffleNet 1x with 3 groups, in Detectron2's container for stages.
+@trunk_builder()
+def build_shufflenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """ShuffleNet 1x with 3 groups.
 
-    Args:
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem" (stride 2), "res2" (the max pool, stride 4),
-            "res3", "res4" and "res5" (stride 32; stages 2 to 4 of ShuffleNet's paper); None is the
-            last.
-        freeze_at: how many stages to freeze, counted from the stem.
-
-    Raises:
-        UserError: a value that makes no sense for the network.
+    "stem" is of stride 2, "res2" the max pool, of stride 4; "res3" to "res5" are stages 2 to 4 of
+    ShuffleNet's paper.
     """
-    check_trunk(norm, out_features, freeze_at)
     check_se(se, "ShuffleNet", stages=(3, 4, 5), placements=PLACEMENTS)
     stem = MobileNetStem(in_channels, STEM_CHANNELS, norm=norm)
     stages, inputs = [[MaxPool(STEM_CHANNELS, padding=1)]], STEM_CHANNELS
@@ -135,7 +112,7 @@ def build_shufflenet(
             )
             inputs = width
         stages.append(blocks)
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 register_with_se("shufflenet_g3", build_shufflenet)

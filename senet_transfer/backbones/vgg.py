@@ -12,18 +12,11 @@ and 1000 classes included (torchvision's 138,365,992 has 4,224 biases of convolu
 
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
-from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from senet_transfer.backbones.parts import (
-    Chain,
-    MaxPool,
-    check_se,
-    check_trunk,
-    make_conv,
-    stage_se,
-)
+from senet_transfer.backbones.parts import Chain, MaxPool, make_conv
 from senet_transfer.backbones.registry import register_with_se
+from senet_transfer.backbones.trunk import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 # Channels of the convolutions between two pools; the first two groups are the stem.
@@ -93,28 +86,9 @@ class VGGNeck(nn.Module):
         return F.relu(self.fc2(x))
 
 
-def build_vgg(
-    *,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds VGG-16, in Detectron2's container for stages.
-
-    Args:
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem" (conv2, stride 2), "res2" (conv3, stride 4),
-            "res3" (conv4), "res4" (conv5) and "res5" (the last pool, stride 32); None is the last.
-        freeze_at: how many stages to freeze, counted from the stem.
-
-    Raises:
-        UserError: a value that makes no sense for the network.
-    """
-    check_trunk(norm, out_features, freeze_at)
+@trunk_builder()
+def build_vgg(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """VGG-16: "stem" ends with conv2, of stride 2, "res4" with conv5; "res5" is the last pool."""
     check_se(se, "VGG-16", stages=(2, 3, 4))
     groups, inputs = [], in_channels
     for index, widths in enumerate(WIDTHS):
@@ -127,7 +101,7 @@ def build_vgg(
         groups.append(blocks)
     stem = Chain(*groups[0], *groups[1])
     stages = [*groups[2:], [MaxPool(inputs, kernel=2)]]
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    return stem, stages
 
 
 register_with_se("vgg16_bn", build_vgg, dropout=0.5, neck=VGGNeck)

@@ -9,39 +9,31 @@ in :mod:`senet_transfer.backbones.cifar_blocks`. SE adds ``2 C (C // r) + C + C 
 block of width C: 87,920 to WRN-16-8's 10,961,370, with r = 16 and 10 classes.
 """
 
-from detectron2.modeling.backbone.resnet import ResNet
-
-from senet_transfer.backbones.cifar_blocks import preact_trunk
+from senet_transfer.backbones.cifar_blocks import preact_parts
 from senet_transfer.backbones.registry import register_family, register_with_se
+from senet_transfer.backbones.trunk import CIFAR_FEATURES, StemAndStages, trunk_builder
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import CIFAR10
 
 
+@trunk_builder(CIFAR_FEATURES)
 def build_wide_resnet(
-    *,
-    depth: int,
-    width: int,
-    se: SEOptions | None = None,
-    norm: str = "BN",
-    in_channels: int = 3,
-    out_features: list[str] | None = None,
-    freeze_at: int = 0,
-) -> ResNet:
-    """Builds a wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    *, depth: int, width: int, se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """A wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a norm and ReLU, as in the network.
 
     Args:
         depth: 6n + 4, which counts the shortcuts' convolutions as the paper does.
         width: the factor k over 16, 32 and 64 channels.
-        se: the SE variant; None is the plain network.
-        norm: Detectron2's name of a norm.
-        in_channels: channels of the image.
-        out_features: the stages to return, of "stem", "res2", "res3" and "res4"; None is the last
-            one. Only res4 ends with a norm and ReLU, as in the network.
-        freeze_at: how many stages to freeze, counted from the stem.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: no network has this depth or width.
     """
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1 or width < 1:
@@ -50,14 +42,12 @@ def build_wide_resnet(
             f"A wide ResNet has 6n + 4 layers and a width of at least 1, so WRN-{depth}-{width} "
             f"is none. The nearest depth is {near}."
         )
-    return preact_trunk(
+    return preact_parts(
         widths=(16 * width, 32 * width, 64 * width),
         blocks=blocks,
         in_channels=in_channels,
         se=se,
         norm=norm,
-        out_features=out_features,
-        freeze_at=freeze_at,
     )
 
 

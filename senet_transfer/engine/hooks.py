@@ -5,6 +5,7 @@ import logging
 import math
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ class WeightAverage(HookBase):
         }
 
 
-class _AfterEvaluation(HookBase):
+class _AfterEvaluation(HookBase, ABC):
     """Does something with a metric whenever Detectron2's EvalHook has evaluated."""
 
     def __init__(self, period: int, metric: str):
@@ -226,8 +227,9 @@ class _AfterEvaluation(HookBase):
             self.metric, ", ".join(sorted(self.trainer.storage.latest())),
         )  # fmt: skip
 
+    @abstractmethod
     def _observe(self, value: float) -> None:
-        raise NotImplementedError
+        """Takes the metric's value of an evaluation, which is finite."""
 
 
 class Plateau(_AfterEvaluation):

@@ -19,7 +19,7 @@ def browser():
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+        pytest.skip("this machine has no Chromium (Debian: apt-get install chromium)")
     # Chromium refuses to sandbox itself for root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as player:
