@@ -117,6 +117,23 @@ def test_every_path_that_contributing_names_exists():
         assert (ROOT / path).exists(), path
 
 
+def anchors(text):
+    """What a document's headings are linked by, after the rule of the site that shows them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "document", [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")], ids=lambda p: str(p.parent.name)
+)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(document):
+    links = re.findall(r"\]\((?!https:)([^)\s]*)\)", document.read_text())
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
+
+
 def test_the_citation_is_whole():
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= found.keys()

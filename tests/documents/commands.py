@@ -62,7 +62,7 @@ def _instant(words: list[str]) -> list[str]:
     words = [*words]
     words[place] = words[place].replace(stem, f"instant/{stem}")
     own = {"DATASETS.TRAIN": cfg.DATASETS.TRAIN, "DATASETS.TEST": cfg.DATASETS.TEST}
-    if "--output" not in words:
+    if "tools/train_net.py" in words or words[0] == "senet-train":
         own["OUTPUT_DIR"] = cfg.OUTPUT_DIR
     for key, value in own.items():
         words += [] if key in words else [key, str(value)]
@@ -71,20 +71,23 @@ def _instant(words: list[str]) -> list[str]:
 
 def _published(words: list[str]) -> list[str]:
     return [
-        f"published/{CATALOGUE[word].file}" if word in CATALOGUE and CATALOGUE[word].sha256 else word
+        f"published/{CATALOGUE[word].file}"
+        if word in CATALOGUE and CATALOGUE[word].sha256
+        else word
         for word in words
     ]
 
 
 RULES = (
     Rule("a recipe's instant twin takes seconds", _instant),
-    Rule("one core bears one process", _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
+    Rule("one core bears one process",
+         _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
     Rule("one seed goes the way of all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
     Rule("published weights can't be made up: their name holds their hash", _published),
     Rule("so does an archive, which is not the official one here",
          _replaced(r"(datasets/prepare_cifar.py)", r"\1 --any-checksum")),
-    Rule("seconds for a comparison, as few as they can be",
-         _replaced(r"(tools/benchmark.py)", r"\1 --seconds 0.1")),
+    Rule("a part that takes seconds, where the others take minutes",
+         _replaced(r"(tools/benchmark.py).*", r"\1 augment --seconds 0.1")),
     Rule("the demo's instant twin takes seconds", _replaced(r"^make demo$", "make demo-instant")),
     Rule("the sandbox has its environment", _replaced(r"^make", "make -o .venv/.ready")),
 )  # fmt: skip

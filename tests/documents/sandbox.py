@@ -25,6 +25,7 @@ from senet_transfer.data.shapes_classes import make_shape_classes
 from senet_transfer.weights.catalogue import CATALOGUE
 from tests.data.cifar_files import official_files, write_tar
 from tests.documents.commands import ROOT
+from tests.documents.warm import WarmPython
 from tests.weights.caffe_networks import senet
 
 # From the checkout, as they are.
@@ -40,17 +41,14 @@ def environment(folder: Path) -> dict[str, str]:
             "TORCH_HOME": str(folder / "hub")}  # fmt: skip
 
 
-def call(line: str, folder: Path) -> subprocess.CompletedProcess:
-    """Runs a command of a shell in the sandbox."""
+def call(words: list[str], folder: Path, python: WarmPython) -> subprocess.CompletedProcess:
+    """Runs a command in the sandbox."""
+    if words[0] == "python":
+        return python.call(words[1:])
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment(folder), capture_output=True, text=True,
-        timeout=300, stdin=subprocess.DEVNULL,
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
-
-
-def _run(line: str, folder: Path) -> None:
-    done = call(line, folder)
-    assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 
 def _shapes(root: Path) -> None:
@@ -167,15 +165,18 @@ def _classifier(root: Path) -> None:
     save_weights(create_classifier("se_resnet50"), root / "classifier.pth")
 
 
+def _train(root: Path, config: str, *options: str) -> None:
+    words = ["tools/train_net.py", "--config-file", f"configs/instant/{config}.yaml", *options]
+    subprocess.run([sys.executable, *words], cwd=root, env=environment(root), check=True)
+
+
 def _classifier_run(root: Path) -> None:
-    _run("python tools/train_net.py --config-file configs/instant/demo_places365_se_r18.yaml "
-         "DATASETS.TRAIN \"('flowers/train',)\" DATASETS.TEST \"('flowers/val',)\" "
-         "OUTPUT_DIR output", root)  # fmt: skip
+    data = ("DATASETS.TRAIN", "('flowers/train',)", "DATASETS.TEST", "('flowers/val',)")
+    _train(root, "demo_places365_se_r18", *data, "OUTPUT_DIR", "output")
 
 
 def _detector_runs(root: Path) -> None:
-    _run("python tools/train_net.py --config-file configs/instant/demo_faster_rcnn_se_r18.yaml "
-         "OUTPUT_DIR output/demo", root)  # fmt: skip
+    _train(root, "demo_faster_rcnn_se_r18", "OUTPUT_DIR", "output/demo")
     for name in ("r50", "se_r50"):
         shutil.copytree(root / "output/demo", root / "output" / name)
 

@@ -24,13 +24,14 @@ from tests.documents.commands import (
     commands_in,
     run_here,
 )
-from tests.documents.sandbox import call, make_sandbox
+from tests.documents.sandbox import call, environment, make_sandbox
+from tests.documents.warm import WarmPython
 
 # ---- what stands in the documents
 
 
 def _headers() -> list[Command]:
-    """The commands of the headers of all configs, and of what tools and scripts say of themselves."""
+    """The commands in the headers of all configs and in what tools say of themselves."""
     found = []
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
@@ -119,7 +120,9 @@ def test_no_command_hides_from_these_tests(document):
     text = DOCUMENTS[document]
     kinds = {kind for kind, _ in code(text)}
     assert kinds <= {"sh", "bash", "python", "text", "inline"}, "name each block's language"
-    assert not re.search(r"^\s*\n(    |\t)\s*\S", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    assert not re.search(
+        r"^\s*\n(    |\t)\s*\S", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+    )
     hidden = [c for kind, c in code(text) if kind == "inline" and re.match(r"[\w.]*/\S+\.py\s", c)]
     assert not hidden, "begin a command with its program"
     assert text.replace("```", "").count("`") % 2 == 0
@@ -133,7 +136,9 @@ def test_every_exception_and_every_rule_is_needed():
 
 
 def test_commands_are_found_in_blocks_in_sentences_and_in_tables():
-    text = "`make demo` and\n\n```sh\npython a.py \\\n    --b c  # why\n```\n| `torchrun x.py` | `x` |\n"
+    text = (
+        "`make demo` and\n```sh\npython a.py \\\n    --b c  # why\n```\n| `torchrun\nx.py` | `x` |"
+    )
     found = [command.words for command in commands_in("x.md", text)]
     assert found == [["make", "demo"], ["python", "a.py", "--b", "c"], ["torchrun", "x.py"]]
 
@@ -149,14 +154,14 @@ def _promised(words: list[str], printed: str) -> list[str]:
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])
-    last = (printed.split() or [""])[-1]
+    last = (printed.split() or [""])[-1] if words[-1] != "help" else ""
     return found + ([last] if re.fullmatch(r"[\w./-]+\.(html|json|csv)", last) else [])
 
 
-def _fault(command: Command, folder: Path) -> str | None:
+def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
     """Runs a command; what is wrong with what came of it, or None."""
     line, start = shlex.join(command.to_run), time.time()
-    done = call(line, folder)
+    done = call(command.to_run, folder, python)
     printed = done.stdout + done.stderr
     print(f"\n{time.time() - start:6.1f} s  {line}", end="")
     if done.returncode:
@@ -167,9 +172,9 @@ def _fault(command: Command, folder: Path) -> str | None:
         return f"{line}\nprinted no figure: {done.stdout[-1500:]}"
     for place in map(folder.joinpath, _promised(command.to_run, done.stdout)):
         files = [path for path in (place, *place.rglob("*")) if path.is_file()]
-        if not any(path.stat().st_size and path.stat().st_mtime > start - 1 for path in files):
-            if "--list" not in command.words:
-                return f"{line}\nwrote nothing to {place}"
+        made = any(path.stat().st_size and path.stat().st_mtime > start - 1 for path in files)
+        if not made and "--list" not in command.words:
+            return f"{line}\nwrote nothing to {place}"
     return None
 
 
@@ -178,5 +183,7 @@ def _fault(command: Command, folder: Path) -> str | None:
 def test_the_commands_of_a_document_do_what_they_promise(document, tmp_path):
     commands = run_here(document)
     folder = make_sandbox(tmp_path / "sandbox", [command.to_run for command in commands])
-    faults = [fault for command in commands if (fault := _fault(command, folder))]
+    with WarmPython(folder, environment(folder)) as python:
+        found = [_fault(command, folder, python) for command in commands]
+    faults = [fault for fault in found if fault]
     assert not faults, "\n\n".join(faults)
