@@ -11,8 +11,9 @@ import logging
 from pathlib import Path
 
 from senet_transfer.data.manifest import Shard
-from senet_transfer.data.storage import Storage, atomic_file, open_stream
+from senet_transfer.data.storage import Storage, open_stream
 from senet_transfer.errors import UserError
+from senet_transfer.writing import atomic_file
 
 logger = logging.getLogger(__name__)
 

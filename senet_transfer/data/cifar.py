@@ -4,10 +4,8 @@ A prepared split is one file, which `datasets/prepare_cifar.py` writes from what
 It is a safetensors file: data alone, nothing in it is executed, and with a checksum of its content.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.weights.files import tensors_sha256
+from senet_transfer.writing import whole_file
 
 SIDE = 32
 
@@ -99,22 +98,14 @@ def save_images(data: ImageArrays, path: Path, source: str) -> None:
         "source": source,
         "sha256": _checksum(tensors, list(data.classes)),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {_METADATA: json.dumps(about)})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        # The library makes files for their owner only; data sets are shared.
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, {_METADATA: json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} can't be written: {error}. Make room or name another folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def _checksum(tensors: dict[str, Tensor], classes: Any) -> str:

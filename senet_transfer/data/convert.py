@@ -28,9 +28,9 @@ from senet_transfer.data.images import Images, named, read_image
 from senet_transfer.data.manifest import Manifest, Shard, parse_shard
 from senet_transfer.data.parallel import run_parallel
 from senet_transfer.data.shards import RawSample, ShardWriter, make_key
-from senet_transfer.data.storage import atomic_file, write_json
 from senet_transfer.errors import UserError
 from senet_transfer.progress import progress
+from senet_transfer.writing import atomic_file, write_json
 
 # Raised when the same images and settings give other bytes.
 PLAN_VERSION = 1

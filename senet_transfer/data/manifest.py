@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from senet_transfer.data.storage import Storage, join, read_bytes, write_json
+from senet_transfer.data.storage import Storage, join, read_bytes
 from senet_transfer.errors import UserError
+from senet_transfer.writing import write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "senet_transfer classification shards"

@@ -6,13 +6,9 @@ run commands (`pipe:` in webdataset) is ever opened.
 
 import contextlib
 import io
-import json
 import logging
-import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -277,37 +273,3 @@ def _is_denied(error: BaseException) -> bool:
     return (
         unknown or isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
     )
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name complete and on disk, or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files for their owner only; data sets are shared.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names of a folder's files as durable as their content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, atomically, the same bytes for the same value."""
-    with atomic_file(path) as stream:
-        stream.write(json.dumps(value, sort_keys=True, indent=1).encode() + b"\n")

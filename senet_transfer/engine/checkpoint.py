@@ -7,7 +7,6 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from senet_transfer.data.storage import atomic_file
 from senet_transfer.engine import history
 from senet_transfer.errors import UserError
 from senet_transfer.weights.config import local_weights
@@ -15,6 +14,7 @@ from senet_transfer.weights.files import OWN_METADATA
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.save import model_metadata
 from senet_transfer.weights.source import examine
+from senet_transfer.writing import atomic_file
 
 
 class Checkpointer(DetectionCheckpointer):

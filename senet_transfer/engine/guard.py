@@ -9,9 +9,9 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from senet_transfer.data.storage import write_json
 from senet_transfer.engine import interruption
 from senet_transfer.errors import RunError, UserError
+from senet_transfer.writing import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from senet_transfer.data.storage import atomic_file
 from senet_transfer.errors import UserError
 from senet_transfer.weights.files import file_sha256, verify_sha256
+from senet_transfer.writing import atomic_file
 
 TAG = "last_checkpoint"
 HISTORY = "recent_checkpoints"

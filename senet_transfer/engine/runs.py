@@ -6,7 +6,6 @@ with in ``run.json`` and, once it is through, what came of it in ``results.json`
 
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from senet_transfer.engine.history import checkpoints
 from senet_transfer.engine.setup import load_config
 from senet_transfer.engine.train import RESULTS
 from senet_transfer.errors import UserError
+from senet_transfer.writing import atomic_file
 
 _RECORD = "run.json"
 
@@ -109,9 +109,8 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
             "output folder, or empty this one."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(f".{_RECORD}.partial")
-    partial.write_text(json.dumps(config, indent=2))
-    os.replace(partial, record)
+    with atomic_file(record) as stream:
+        stream.write(json.dumps(config, indent=2).encode())
 
 
 def run_seeds(

@@ -1,9 +1,8 @@
 """This project's own weight files, which say themselves what their network is."""
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from senet_transfer.weights.architecture import Architecture
 from senet_transfer.weights.files import OWN_HASH, OWN_METADATA, tensors_sha256
 from senet_transfer.weights.geometry import Geometry
 from senet_transfer.weights.target import Target, target_of
+from senet_transfer.writing import whole_file
 
 _VERSION = 1
 
@@ -107,17 +107,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it can't be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        # On the disk before it has its name, or a crash could leave the name without the content.
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Choose another place.") from error
-    finally:
-        # Where there is no such folder, there is nothing to remove either.
-        with suppress(OSError):
-            partial.unlink()

@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import os
 import socket
 from collections.abc import Callable
 from importlib import resources
@@ -20,6 +19,7 @@ from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.runs import Run, data_label, flat_config, parse_metric
 from senet_transfer.config import get_senet_config
 from senet_transfer.errors import UserError
+from senet_transfer.writing import atomic_file
 
 # Of a curve.
 MOST_POINTS = 400
@@ -95,11 +95,10 @@ def _template() -> Template:
 
 
 def _write(output: Path, html: str) -> None:
-    partial = output.with_name(f".{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, output)
+        with atomic_file(output) as stream:
+            stream.write(html.encode())
     except OSError as error:
         raise UserError(f"The page {output} can't be written: {error}.") from error
 
