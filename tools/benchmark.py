@@ -17,6 +17,7 @@ from senet_transfer.analysis.benchmark import (
     inputs,
     networks,
     report,
+    scaling,
     startup,
     training,
 )
@@ -31,6 +32,7 @@ PARTS = {
     "detector": detector.measure_detector,
     "loader": inputs.measure_loader,
     "coco-eval": coco.measure_coco,
+    "scaling": scaling.measure_scaling,
     "startup": startup.measure_startup,
     "engine": training.measure_engine,
     "augment": training.measure_augment,

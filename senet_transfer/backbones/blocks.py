@@ -13,13 +13,13 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
-from senet_transfer.layers.gated_sum import gated_sum
+from senet_transfer.layers.gated_sum import fold_squeeze, gated_sum
 from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
 
 STEM_POOLS = ("pad", "ceil")
 
 
-class _SEBlock(CNNBlockBase):
+class SEBlock(CNNBlockBase):
     """What a residual block becomes one with SE by: the gate and the sum with the shortcut."""
 
     def __init__(self, *channels: int, se: SEOptions = SEOptions(), **options: Any):
@@ -34,6 +34,11 @@ class _SEBlock(CNNBlockBase):
         self.placement = se.placement
         self.relu_before = se.relu_before
         self.se = se.operator(gated.get(se.placement, self.out_channels))
+
+    def fold_squeeze(self) -> None:
+        """For inference, once norms are folded: see :func:`~gated_sum.fold_squeeze`."""
+        if self.placement == "standard" and hasattr(self, "conv3") and not self.relu_before:
+            fold_squeeze(self.conv3, self.se)
 
     def _join(self, x: Tensor, inner: Tensor, last: nn.Module) -> Tensor:
         """From the block's input, and that of its last convolution, to its output."""
@@ -50,7 +55,7 @@ class _SEBlock(CNNBlockBase):
         return self.se(out) if self.placement == "post" else out
 
 
-class SEBasicBlock(_SEBlock, BasicBlock):
+class SEBasicBlock(SEBlock, BasicBlock):
     """The residual block of two 3x3 convolutions (ResNet-18 and -34), with SE.
 
     Takes the arguments of Detectron2's ``BasicBlock`` and ``se``.
@@ -63,7 +68,7 @@ class SEBasicBlock(_SEBlock, BasicBlock):
         return self._join(x, out, self.conv2)
 
 
-class SEBottleneckBlock(_SEBlock, BottleneckBlock):
+class SEBottleneckBlock(SEBlock, BottleneckBlock):
     """The bottleneck of ResNet-50 up and of ResNeXt, with SE.
 
     Takes the arguments of Detectron2's ``BottleneckBlock`` and ``se``.
@@ -98,7 +103,7 @@ class _WideBottleneck(CNNBlockBase):
         self.conv3 = conv(out_channels, out_channels, 1)
 
 
-class SENet154Block(_SEBlock, _WideBottleneck):
+class SENet154Block(SEBlock, _WideBottleneck):
     """The bottleneck of SENet-154 (paper, appendix; the authors' network definition), with SE.
 
     The 3x3 convolution is as wide as the output and has 64 groups, the first 1x1 has half of

@@ -36,6 +36,7 @@ class Evaluation:
         top1_error: in percent.
         top5_error: in percent.
         seconds: that the pass took.
+        waited: seconds of these, for images that had not been read and decoded yet.
         classes: names, the label being the position.
         confusion: ``(C, C)`` images by label and prediction.
         predictions: a row an image, in the order of the data, where they were asked for.
@@ -45,6 +46,7 @@ class Evaluation:
     top1_error: float
     top5_error: float
     seconds: float
+    waited: float
     classes: list[str]
     confusion: Tensor
     predictions: list[dict[str, Any]]
@@ -84,6 +86,7 @@ class Evaluation:
             "top1_error": self.top1_error,
             "top5_error": self.top5_error,
             "images_per_second": round(self.images / self.seconds, 2),
+            "share_of_time_waiting_for_images": round(self.waited / self.seconds, 4),
             "num_classes": len(self.classes),
             "worst_classes": self.worst_classes(),
             "most_confused": self.most_confused(),
@@ -143,12 +146,14 @@ def evaluate_classifier(
     loader = _loader(model, dataset, transform, batch_size, workers)
     kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
     evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
+    shown = _Shown(loader, len(dataset), quiet)
     start = time.perf_counter()
     with torch.inference_mode():
-        results = inference_on_dataset(model, _Shown(loader, len(dataset), quiet), evaluator)
+        results = inference_on_dataset(model, shown, evaluator)
     return Evaluation(
         **results["classification"],
         seconds=time.perf_counter() - start,
+        waited=shown.waited,
         classes=list(dataset.classes),
         confusion=evaluator.confusion,
         predictions=evaluator.predictions,
@@ -193,18 +198,22 @@ def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
 
 
 class _Shown:
-    """A loader with a progress bar that counts images."""
+    """A loader with a progress bar that counts images, and a clock of what it takes."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader
         self.images = images
         self.quiet = quiet
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         with progress(total=self.images, unit="image", quiet=self.quiet) as bar:
+            asked = time.perf_counter()
             for batch in self.loader:
+                self.waited += time.perf_counter() - asked
                 yield batch
                 bar.update(len(batch["key"]))
+                asked = time.perf_counter()

@@ -6,6 +6,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from senet_transfer.backbones.blocks import SEBlock
+
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -13,7 +15,8 @@ def deploy(model: nn.Module) -> nn.Module:
     """A copy of a network that can infer and nothing else, and does so faster.
 
     Batch norms, frozen or trained, become part of the convolutions that they belong to. A norm
-    that comes before its convolution, as in pre-activation networks, stays as it is.
+    that comes before its convolution, as in pre-activation networks, stays as it is. A gate after
+    a 1x1 convolution is computed from that convolution's input, which has fewer channels.
 
     Args:
         model: a trunk, a classifier or a detector. It is left as it is.
@@ -26,6 +29,9 @@ def deploy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Conv2d) and isinstance(module.norm, FOLDABLE):
             _fold(module)
+    for module in model.modules():
+        if isinstance(module, SEBlock):
+            module.fold_squeeze()
     return model
 
 

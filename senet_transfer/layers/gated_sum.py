@@ -50,7 +50,34 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
         Of the shape of ``shortcut``.
     """
     form = _choose(conv, se, x, shortcut)
-    return se.join(conv(x), shortcut) if form is None else form(conv, se, x, shortcut)
+    if form is not None:
+        return form(conv, se, x, shortcut)
+    if se.takes_input:
+        return torch.addcmul(shortcut, conv(x), _spread(se.excite(x.mean((2, 3)))))
+    return se.join(conv(x), shortcut)
+
+
+def fold_squeeze(conv: Conv2d, se: SqueezeExcitation) -> None:
+    """Lets a gate start from the mean of a convolution's input, where that tells its output's.
+
+    ``fc1`` takes over the convolution: a quarter of its weights, in a bottleneck, and the squeeze
+    reads a quarter of the map. For inference alone, see :func:`senet_transfer.export.deploy`.
+
+    Args:
+        conv: before the gate; its norm is folded into it.
+        se: its ``fc1`` is replaced. :func:`gated_sum` is all that it can be used in then.
+    """
+    if not _is_pointwise(conv) or conv.norm is not None or se.squeeze != "avg":
+        return
+    weight, fc1 = conv.weight.flatten(1).double(), se.fc1.weight.double()
+    bias = torch.zeros(len(fc1)) if se.fc1.bias is None else se.fc1.bias
+    bias = bias.to(fc1) + fc1 @ conv.bias.double()
+    linear = nn.Linear(conv.in_channels, len(fc1), device="meta")
+    linear.weight, linear.bias = (
+        nn.Parameter(value.to(conv.weight.dtype), requires_grad=False)
+        for value in (fc1 @ weight, bias)
+    )
+    se.fc1, se.takes_input = linear, True
 
 
 def _choose(
@@ -293,10 +320,12 @@ def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tens
         if conv.norm is not None:
             scale, shift = _fold(conv.norm)
             folded = _folded(conv.weight, scale, x.dtype)
-        gate = se.excite(F.linear(x.mean((2, 3)), folded, shift))
+        mean = x.mean((2, 3))
+        gate = se.excite(mean if se.takes_input else F.linear(mean, folded, shift))
         return _weighed_sum(x, shortcut, folded, shift, gate)
     out = conv(x)
-    return torch.addcmul(shortcut, out, se.gate(out), out=out)
+    gate = _spread(se.excite(x.mean((2, 3)))) if se.takes_input else se.gate(out)
+    return torch.addcmul(shortcut, out, gate, out=out)
 
 
 def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -156,6 +156,8 @@ class SqueezeExcitation(nn.Module):
         self.excitation = excitation
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
+        # Set where fc1 starts from the input of the convolution before: `fold_squeeze`.
+        self.takes_input = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

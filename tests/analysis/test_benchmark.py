@@ -1,6 +1,10 @@
 """The benchmark's own arithmetic, and that every candidate gets its turn."""
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +77,21 @@ def test_the_peak_is_what_was_occupied_at_once():
         torch.zeros(1 << 18).add(1)
 
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part",
+    ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
+)
+def test_every_part_runs_from_the_command_line(part, tmp_path):
+    """As short as can be: the figures mean nothing, but all candidates are there."""
+    output = tmp_path / "benchmark.json"
+    command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, *command], cwd=root, check=True)
+    rows = json.loads(output.read_text())["parts"][part]
+    assert rows
+    for row in rows:
+        assert row["baseline"] in row["candidates"]
+        assert all(candidate["ratio"] for candidate in row["candidates"].values())

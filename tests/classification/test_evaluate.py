@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from PIL import Image
 from torchvision import transforms
 
 from senet_transfer import UserError, create_classifier, save_weights
+from senet_transfer.classification.evaluate import evaluate_classifier
+from senet_transfer.classification.image_classifier import wrap_classifier
 from senet_transfer.classification.published import PLACES365
+from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.classification import open_dataset
 from senet_transfer.data.convert import convert
 from senet_transfer.data.places365 import open_places365
 from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
@@ -246,6 +251,27 @@ def test_an_image_that_cannot_be_decoded_is_named(weights, places, tmp_path):
     image.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="Places365_val_00000007"):
         evaluate("--model", "resnet18", "--weights", weights, "--data", data, *SMALL)
+
+
+class Slow(EvalTransform):
+    """Takes a hundredth of a second more an image."""
+
+    def __call__(self, data: bytes) -> torch.Tensor:
+        time.sleep(0.01)
+        return super().__call__(data)
+
+
+def test_the_time_that_a_model_waits_for_images_is_told(tree):
+    dataset = open_dataset(tree)
+    model = wrap_classifier(create_classifier("cifar_resnet8", len(dataset.classes))).eval()
+    shares = {}
+    for view in (Slow(resize=32, crop=32), EvalTransform(resize=32, crop=32)):
+        found = evaluate_classifier(model, dataset, view, quiet=True)
+        assert 0 < found.waited < found.seconds
+        shares[type(view)] = found.summary()["share_of_time_waiting_for_images"]
+        if isinstance(view, Slow):
+            assert found.waited >= 0.01 * len(dataset)
+    assert shares[Slow] > shares[EvalTransform]
 
 
 def test_a_model_of_other_classes_is_refused(weights, tree):

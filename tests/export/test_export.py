@@ -67,6 +67,40 @@ def test_deployed_trunks_compute_the_same_without_norms(name, norm):
     assert not any(parameter.requires_grad for parameter in deployed.parameters())
 
 
+VARIANTS = [
+    {},
+    {"se_bias": False},
+    {"se_excitation": "tanh"},
+    {"se_squeeze": "max"},
+    {"se_squeeze": "none"},
+    {"se_placement": "identity"},
+    {"se_placement": "3x3"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
+    """Whatever reads the folded network: eager, with a gradient to the images, or compiled."""
+    options = {"out_features": ["res4"], "in_channels": 5, **variant}
+    trunk = randomised(create_backbone("se_resnet50", **options)).double()
+    deployed = deploy(trunk)
+    fc1 = deployed.res3[0].se.fc1
+    starts_early = variant.get("se_squeeze", "avg") == "avg" and "se_placement" not in variant
+    assert (fc1.in_features == 128) == (starts_early or variant.get("se_placement") == "3x3")
+    x = torch.randn(2, 5, 64, 96, dtype=torch.double, requires_grad=True)
+    expected, found = trunk(x)["res4"], deployed(x)["res4"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(out.sum(), x)[0] for out in (expected, found)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+    with torch.no_grad():
+        compiled = torch.compile(deployed, backend="aot_eager", fullgraph=True)
+        for run in (deployed, compiled):
+            torch.testing.assert_close(run(x)["res4"], expected, rtol=1e-9, atol=1e-9)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = [net.float()(x.float())["res4"] - expected for net in (trunk, deployed)]
+    assert rounded[1].norm() < 1.5 * rounded[0].norm()
+
+
 @pytest.fixture(scope="module")
 def classifier() -> nn.Module:
     model = randomised(create_classifier("se_resnet18", num_classes=7))

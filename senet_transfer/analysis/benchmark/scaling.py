@@ -1,0 +1,122 @@
+"""The part ``scaling``: more processes, larger images and batches, and how long a model waits."""
+
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from senet_transfer.analysis.benchmark.compare import Comparison, compare
+from senet_transfer.analysis.benchmark.inputs import draw_images
+from senet_transfer.analysis.benchmark.memory import peak_bytes
+from senet_transfer.analysis.benchmark.networks import (
+    Options,
+    detection_trunk,
+    trained,
+    training_step,
+)
+from senet_transfer.analysis.benchmark.report import Amounts, Row
+from senet_transfer.classification import create_classifier
+from senet_transfer.classification.evaluate import evaluate_classifier
+from senet_transfer.classification.image_classifier import wrap_classifier
+from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.classification import open_dataset
+
+# Of each process.
+BATCH = 8
+
+
+def measure_scaling(options: Options) -> Iterator[Row]:
+    """Training in 1 and 2 processes, memory by size and batch, and an evaluation's wait."""
+    if options.device == "cpu":
+        yield _processes(options)
+    yield from _memory(options)
+    yield _evaluation(options)
+
+
+def _processes(options: Options) -> Comparison:
+    """Steps of as many images a process, in one process alone and in two that share gradients."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        result = Path(folder) / "seconds.pt"
+        mp.spawn(_process, (address, options.seconds, str(result)), nprocs=2)
+        found = torch.load(result, weights_only=True)
+    return Comparison(
+        f"SE-ResNet-18, 224 px, a training step of {BATCH} images a process, a thread each",
+        "1 process",
+        found,
+        control="1 process again",
+    )
+
+
+def _process(rank: int, address: str, seconds: float, result: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = trained(create_classifier("se_resnet18"))
+    images = torch.randn(BATCH, 3, 224, 224)
+    together = training_step(DistributedDataParallel(model), images)
+    if rank:  # Follows the other process: a step with it, or the end.
+        while _told(None):
+            together()
+    else:
+
+        def follow() -> None:
+            _told(True)
+            together()
+
+        alone = training_step(model, images)
+        found = compare(
+            "",
+            {"1 process": alone, "1 process again": alone, "2 processes": follow},
+            baseline="1 process",
+            control="1 process again",
+            seconds=seconds,
+        )
+        _told(False)
+        torch.save(found.seconds, result)
+    dist.destroy_process_group()
+
+
+def _told(word: bool | None) -> bool:
+    told = torch.tensor(bool(word))
+    dist.broadcast(told, src=0)
+    return bool(told)
+
+
+def _memory(options: Options) -> Iterator[Row]:
+    """The peak of a step of the detection trunk, over its weights."""
+    models = {
+        "ResNet-50": detection_trunk("resnet50", options.device),
+        "SE-ResNet-50": detection_trunk("se_resnet50", options.device),
+    }
+    sizes = [(1, 320, 480), (2, 320, 480), (4, 320, 480), (1, 640, 960)]
+    for name, model in models.items():
+        peaks = {}
+        for batch, height, width in sizes:
+            step = training_step(model, torch.randn(batch, 3, height, width, device=options.device))
+            step()
+            peaks[f"{batch} x {height}x{width}"] = peak_bytes(step, options.device) / 1e6
+        what = f"FPN trunk of detection, frozen norms, {name}: peak of a step, over weights"
+        yield Amounts(what, "MB", "1 x 320x480", peaks)
+
+
+def _evaluation(options: Options) -> Amounts:
+    """As the evaluation script does it: one process reads and decodes, the model has the rest."""
+    model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
+    with tempfile.TemporaryDirectory() as name:
+        draw_images(Path(name), (500, 375))
+        view = EvalTransform(resize=256, crop=224)
+        data = open_dataset(Path(name))
+        found = evaluate_classifier(model.eval(), data, view, workers=1, quiet=True)
+    return Amounts(
+        f"Evaluation of SE-ResNet-18, 224 px, on {found.images} images of 500x375, one worker",
+        "s",
+        "all",
+        {"all": found.seconds, "waiting for images": found.waited},
+    )
