@@ -109,7 +109,8 @@ def find_config(name: str) -> str:
     path = own.joinpath(f"{stem}.yaml")
     if path.is_file():
         return str(path)
-    known = [entry.name.removesuffix(".yaml") for entry in own.iterdir() if entry.is_file()]
+    names = [entry.name for entry in own.iterdir() if entry.is_file()]
+    known = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
     raise UserError(
         f"There is no config file {name}. Give the path of one, or a name such as "
