@@ -25,7 +25,7 @@ from senet_transfer.data.shapes_classes import make_shape_classes
 from senet_transfer.weights.catalogue import CATALOGUE
 from tests.data.cifar_files import official_files, write_tar
 from tests.documents.commands import ROOT
-from tests.documents.warm import WarmPython
+from tests.documents.warm import LIMIT, WarmPython
 from tests.weights.caffe_networks import senet
 
 # From the checkout, as they are.
@@ -46,7 +46,7 @@ def call(words: list[str], folder: Path, python: WarmPython) -> subprocess.Compl
     if words[0] == "python":
         return python.call(words[1:])
     return subprocess.run(
-        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300,
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=LIMIT,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 

@@ -1,12 +1,14 @@
 """Every command of the documents is one that its tool takes, and runs to what it promises."""
 
 import argparse
+import ast
 import re
 import runpy
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,18 +32,26 @@ from tests.documents.warm import WarmPython
 # ---- what stands in the documents
 
 
+def _texts() -> Iterator[tuple[str, str]]:
+    """What tools say of themselves, and their errors to users: all text within the code."""
+    for part in ("tools", "datasets", "senet_transfer"):
+        for path in sorted((ROOT / part).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield path.relative_to(ROOT).as_posix(), node.value
+
+
 def _headers() -> list[Command]:
-    """The commands in the headers of all configs and in what tools say of themselves."""
+    """The commands in the headers of all configs, and in the texts of the code."""
     found = []
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
         if match := re.search(r"^# Command:\s+(.*)$", head, re.M):
             found.append(Command(path.relative_to(ROOT).as_posix(), match[1]))
-    scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/*.py")]
-    for path in [*scripts, ROOT / "senet_transfer/engine/arguments.py"]:
-        text = re.sub(r"\s*\\\\\n\s*", " ", path.read_text())
-        lines = re.findall(r"^ *((?:python (?:tools|datasets)/|torchrun ).*)$", text, re.M)
-        found += [Command(path.relative_to(ROOT).as_posix(), line) for line in lines]
+    for name, text in _texts():
+        joined = re.sub(r"\s*\\\n\s*", " ", text)
+        lines = re.findall(r"^ *((?:python \w+/|torchrun ).*)$", joined, re.M)
+        found += commands_in(name, text) + [Command(name, line) for line in lines]
     return found
 
 

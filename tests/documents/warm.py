@@ -7,9 +7,12 @@ Here these are paid once. What starts cold is tested by test_startup.py and test
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+LIMIT = 300  # seconds that a command may take
 
 
 class WarmPython:
@@ -44,7 +47,8 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Goes on as ``python WORDS`` would."""
+    """Goes on as ``python WORDS`` would, and is ended where it hangs."""
+    signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv[:], sys.path[0] = words, os.path.dirname(words[0])
