@@ -23,7 +23,7 @@ help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## install everything into .venv; done again only after a change of versions
-	@echo "Ready: $(PY)"
+	@echo "Ready: source $(VENV)/bin/activate"
 
 demo: ## train a small SE detector on drawn shapes, then draw its predictions
 demo: CONFIG := configs/demo_faster_rcnn_se_r18.yaml

@@ -1,6 +1,7 @@
 """Every config key that this project adds to Detectron2's."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -19,6 +20,13 @@ def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]
             yield from config_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def config_value(cfg: CfgNode, key: str) -> Any:
+    """The value, or the part of the config, that a key such as ``SOLVER.BASE_LR`` names."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def add_senet_config(cfg: CfgNode) -> None:

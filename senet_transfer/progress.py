@@ -1,9 +1,13 @@
 """Progress of what takes longer than a few seconds: one kind of bar, everywhere."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
+
+_QUIET = ContextVar("quiet", default=False)
 
 
 def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **options: Any) -> tqdm:
@@ -15,4 +19,17 @@ def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **optio
         options: tqdm's own, such as ``total``, ``unit`` and ``desc``.
     """
     # None is tqdm's word for "unless it is a terminal".
-    return tqdm(items, disable=True if quiet else None, **options)
+    return tqdm(items, disable=True if quiet or _QUIET.get() else None, **options)
+
+
+@contextmanager
+def no_bars(quiet: bool = True) -> Iterator[None]:
+    """Within it there is no bar, however deep what would show it lies; with False it does nothing.
+
+    For commands. What takes long and is called directly has an argument ``quiet`` of its own.
+    """
+    token = _QUIET.set(quiet or _QUIET.get())
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -20,3 +21,12 @@ def shared_data() -> Path:
             pytest.fail(f"{reason}, and the environment says that this is CI")
         pytest.skip(reason)
     return SHARED_DATA
+
+
+@pytest.fixture
+def one_thread():
+    """Limits torch to a thread, with which it gives the same sums everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

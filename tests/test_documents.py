@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# The table's groups: how the names of their configs begin.
+TASKS = {
+    "COCO": ("faster_rcnn_", "mask_rcnn_", "retinanet_"),
+    "Places365, and folders of your own": ("places365_", "finetune_"),
+    "CIFAR": ("cifar10_", "cifar100_"),
+    "Demos": ("demo_",),
+}
+COLUMNS = "| config | what | command | expected | hardware |\n|---|---|---|---|---|"
 
 
 def header(path):
@@ -44,14 +52,27 @@ def row(path):
     return f"| [{path.stem}]({path.name}) | {what} | `{command}` | {expected} | {hardware} |"
 
 
+def tables():
+    """The tables of configs, one a task, a baseline above its SE twin."""
+    for title, beginnings in TASKS.items():
+        found = [path for path in CONFIGS if path.name.startswith(beginnings)]
+        found.sort(key=lambda path: (path.stem.replace("_se_", "_"), len(path.stem)))
+        yield "\n".join([f"## {title}", "", COLUMNS, *map(row, found)])
+
+
+def test_the_tables_of_configs_have_what_the_configs_headers_say():
+    text = TABLE.read_text()
+    assert text.endswith("\n\n".join(tables()) + "\n"), "run python tests/test_documents.py"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_table_of_configs_has_what_a_configs_header_says(path):
-    assert row(path) in TABLE.read_text().splitlines(), "run python tests/test_documents.py"
+def test_every_config_is_in_one_of_the_tables(path):
+    assert TABLE.read_text().splitlines().count(row(path)) == 1
 
 
-def test_the_table_of_configs_has_no_other_rows():
+def test_the_tables_of_configs_have_no_other_rows():
     found = re.findall(r"^\| \[\w+\]\((.+?)\)", TABLE.read_text(), re.M)
-    assert found == [path.name for path in CONFIGS]
+    assert sorted(found) == [path.name for path in CONFIGS]
 
 
 @pytest.fixture
@@ -96,6 +117,23 @@ def test_every_path_that_contributing_names_exists():
         assert (ROOT / path).exists(), path
 
 
+def anchors(text):
+    """What a document's headings are linked by, after the rule of the site that shows them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "document", [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")], ids=lambda p: str(p.parent.name)
+)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(document):
+    links = re.findall(r"\]\((?!https:)([^)\s]*)\)", document.read_text())
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
+
+
 def test_the_citation_is_whole():
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= found.keys()
@@ -103,5 +141,5 @@ def test_the_citation_is_whole():
 
 
 if __name__ == "__main__":
-    before = TABLE.read_text().partition("\n| [")[0]
-    TABLE.write_text("\n".join([before, *map(row, CONFIGS)]) + "\n")
+    head = TABLE.read_text().partition(f"## {next(iter(TASKS))}")[0]
+    TABLE.write_text(head.rstrip() + "\n\n" + "\n\n".join(tables()) + "\n")

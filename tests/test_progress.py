@@ -2,14 +2,17 @@
 
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from senet_transfer.progress import progress
+from senet_transfer.progress import no_bars, progress
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")]
+COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")])
+# Done in seconds; and the installer, which leaves talking to pip.
+AT_ONCE = ("classify_onnx.py", "install_detectron2.py")
 
 
 class Screen(io.StringIO):
@@ -31,6 +34,28 @@ def test_a_bar_is_shown_on_a_terminal_alone_and_not_when_quiet(monkeypatch, term
     assert list(progress(range(3), quiet=quiet, unit="image")) == [0, 1, 2]
     assert ("3/3" in screen.getvalue()) == (terminal and not quiet)
     assert terminal and not quiet or not screen.getvalue()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_quiet_command_has_no_bar_however_deep_what_shows_it_lies(monkeypatch, quiet):
+    screen = Screen(terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    with no_bars(), no_bars(quiet):
+        assert list(progress(range(3))) == [0, 1, 2]
+    assert not screen.getvalue()
+    with no_bars(quiet):
+        list(progress(range(3)))
+    assert bool(screen.getvalue()) is not quiet
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in COMMANDS if path.name not in AT_ONCE], ids=lambda path: path.name
+)
+def test_every_command_that_takes_long_can_be_quiet(monkeypatch, capsys, path):
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "--quiet" in capsys.readouterr().out
 
 
 def test_there_is_one_kind_of_bar():

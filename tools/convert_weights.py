@@ -8,6 +8,7 @@ from detectron2.utils.logger import setup_logger
 
 from senet_transfer.engine.convert import convert_file
 from senet_transfer.engine.launch import run_single
+from senet_transfer.progress import no_bars
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.convert import TARGETS
 
@@ -40,20 +41,16 @@ def parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="compare the outputs of both files' networks"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--quiet", action="store_true", help="say no more than warnings")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Converts, and says what was found and done."""
-    setup_logger(name="senet_transfer").setLevel(logging.INFO)
-    comparison = convert_file(
-        args.input,
-        args.output,
-        to=args.to,
-        family=args.family,
-        force=args.force,
-        check=args.check,
-    )
+    setup_logger(name="senet_transfer").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    options = {"to": args.to, "family": args.family, "force": args.force, "check": args.check}
+    with no_bars(args.quiet):
+        comparison = convert_file(args.input, args.output, **options)
     if comparison:
         print(f"Checked: {comparison}")
 

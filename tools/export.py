@@ -15,6 +15,7 @@ from pathlib import Path
 
 from senet_transfer.engine.export import export_model
 from senet_transfer.engine.launch import run_single
+from senet_transfer.progress import no_bars
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,13 +31,16 @@ def parser() -> argparse.ArgumentParser:
     add("--trunk", action="store_true", help="the feature maps alone")
     add("--size", type=int, nargs="+", help="pixels: a side, or height and width; default: 224")
     add("--image", help="to trace a detector with")
+    add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes and says what was compared."""
-    print(export_model(args))
+    with no_bars(args.quiet):
+        compared = export_model(args)
+    print(compared)
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 

@@ -67,10 +67,7 @@ class ImageClassifier(Classifier):
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
         self.cutout = cutout
-        mixes = [(MixUp, mixup), (CutMix, cutmix)]
-        self.mixes = nn.ModuleList(
-            mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
-        )
+        self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
         # Not saved: the weights stay those of any classifier.
         for name in ("mean", "std"):
@@ -81,7 +78,7 @@ class ImageClassifier(Classifier):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments that a config stands for."""
-        options, image = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFICATION
+        options = cfg.MODEL.CLASSIFIER
         dropout, neck = options.DROPOUT, None
         if cfg.MODEL.BACKBONE.NAME == _TRUNK_BUILDER:
             cfg = cfg.clone()
@@ -96,20 +93,13 @@ class ImageClassifier(Classifier):
         return {
             "backbone": build_backbone(cfg),
             "num_classes": options.NUM_CLASSES,
-            "preprocessing": Preprocessing(
-                format=cfg.INPUT.FORMAT,
-                mean=tuple(cfg.MODEL.PIXEL_MEAN),
-                std=tuple(cfg.MODEL.PIXEL_STD),
-                resize=image.TEST_RESIZE,
-                crop=image.TEST_CROP,
-                interpolation=image.INTERPOLATION,
-            ),
+            "preprocessing": preprocessing_of(cfg),
             "dropout": dropout or 0.0,
             "neck": neck,
             "label_smoothing": options.LABEL_SMOOTHING,
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
-            "cutout": image.CUTOUT,
+            "cutout": cfg.INPUT.CLASSIFICATION.CUTOUT,
             "channels_last": options.CHANNELS_LAST,
         }
 
@@ -157,6 +147,27 @@ class ImageClassifier(Classifier):
         logits = super().forward(images)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         return {"loss_cls": loss}
+
+
+def preprocessing_of(cfg: CfgNode) -> Preprocessing:
+    """What a config says of an image that a classifier is tested on."""
+    image = cfg.INPUT.CLASSIFICATION
+    return Preprocessing(
+        format=cfg.INPUT.FORMAT,
+        mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        std=tuple(cfg.MODEL.PIXEL_STD),
+        resize=image.TEST_RESIZE,
+        crop=image.TEST_CROP,
+        interpolation=image.INTERPOLATION,
+    )
+
+
+def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
+    """What a batch is mixed by, from their alphas; 0 for none."""
+    mixes = [(MixUp, mixup), (CutMix, cutmix)]
+    return nn.ModuleList(
+        mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
+    )
 
 
 def _pixel(preprocessing: Preprocessing, name: str) -> Tensor:

@@ -4,14 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from senet_transfer.data.augment import EvalTransform
 from senet_transfer.data.cifar import SIDE, SPLITS, ImageArrays, load_images, split_file
 from senet_transfer.data.cifar_images import read_images, split_place
 from senet_transfer.data.cifar_official import read_official_archive, read_official_folder
-from senet_transfer.data.classification import ClassificationDataset, check_classes, open_dataset
-from senet_transfer.data.decode import BrokenImageError
+from senet_transfer.data.classification import (
+    ClassificationDataset,
+    SingleImages,
+    check_classes,
+    open_dataset,
+)
+from senet_transfer.data.decode import BrokenImageError, encode_exact
 from senet_transfer.data.manifest import MANIFEST
+from senet_transfer.data.shards import RawSample
 from senet_transfer.data.storage import is_remote, local_path
 from senet_transfer.errors import UserError
 
@@ -86,6 +93,22 @@ def _open_split(path: Path, split: str) -> ImageArrays | None:
         return splits[split]
     place = split_place(path, split)
     return read_images(place) if place else None
+
+
+class ArrayDataset(SingleImages):
+    """Small images in memory, for what reads samples one by one."""
+
+    def __init__(self, data: ImageArrays):
+        super().__init__(list(data.classes), len(data), data.origin)
+        self.data = data
+
+    def labels(self) -> np.ndarray:
+        return self.data.labels.numpy()
+
+    def read_sample(self, index: int) -> RawSample:
+        image = Image.fromarray(self.data.images[index].permute(1, 2, 0).numpy())
+        label = int(self.data.labels[index])
+        return RawSample(f"image_{index:06d}", label, encode_exact(image), self.origin)
 
 
 def decode_all(dataset: ClassificationDataset) -> ImageArrays:

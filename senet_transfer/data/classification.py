@@ -71,16 +71,23 @@ class ClassificationDataset(ABC):
         """Reads one sample by its position in the data set."""
 
 
-class ImageDataset(ClassificationDataset):
-    """Images in a folder or an archive; each is a unit."""
+class SingleImages(ClassificationDataset):
+    """Labelled images of which each is a unit."""
 
-    def __init__(self, images: Images):
-        super().__init__(images.classes, np.ones(len(images), np.int64), str(images.root))
-        self.images = images
+    def __init__(self, classes: list[str], count: int, origin: str):
+        super().__init__(classes, np.ones(count, np.int64), origin)
 
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
         if skip == 0:
-            yield self.images.read(unit)
+            yield self.read_sample(unit)
+
+
+class ImageDataset(SingleImages):
+    """Images in a folder or an archive."""
+
+    def __init__(self, images: Images):
+        super().__init__(images.classes, len(images), str(images.root))
+        self.images = images
 
     def labels(self) -> np.ndarray:
         return self.images.labels

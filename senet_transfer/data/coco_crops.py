@@ -1,23 +1,22 @@
 """The objects of a data set in COCO's format as labelled images."""
 
-import io
 import math
 import os
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from senet_transfer.data.classification import ClassificationDataset
+from senet_transfer.data.classification import SingleImages
 from senet_transfer.data.coco_json import read_coco_summary
+from senet_transfer.data.decode import encode_exact
 from senet_transfer.data.json_file import read_json_object
 from senet_transfer.data.mapper import read_image
 from senet_transfer.data.shards import RawSample
 from senet_transfer.errors import UserError
 
 
-class CocoCrops(ClassificationDataset):
-    """Every object of an annotation file, cut out of its image; each is a unit.
+class CocoCrops(SingleImages):
+    """Every object of an annotation file, cut out of its image.
 
     The cut is a square around the box, with what surrounds it, as far as the image reaches: a
     network for whole images then sees an object in its place, undistorted. Crowds are left out,
@@ -45,14 +44,10 @@ class CocoCrops(ClassificationDataset):
         if not self.objects:
             raise UserError(f"{json_file} holds no object with sides of {min_side} pixels or more.")
         self.image_dir = image_dir
-        super().__init__(summary.classes, np.ones(len(self.objects), np.int64), json_file)
+        super().__init__(summary.classes, len(self.objects), json_file)
 
     def labels(self) -> np.ndarray:
         return np.array([label for _, _, label in self.objects], np.int64)
-
-    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        if skip == 0:
-            yield self.read_sample(unit)
 
     def read_sample(self, index: int) -> RawSample:
         image_id, box, label = self.objects[index]
@@ -64,10 +59,8 @@ class CocoCrops(ClassificationDataset):
                 f"{path}, listed in {self.origin}, can't be read: {error}. Restore it, or drop it "
                 "from the annotation file."
             ) from error
-        stored = io.BytesIO()
-        # What reads samples decodes them; BMP costs nothing and loses nothing.
-        image.crop(square_around(box, image.width, image.height)).save(stored, "BMP")
-        return RawSample(f"object_{index:09d}", label, stored.getvalue(), path)
+        cut = image.crop(square_around(box, image.width, image.height))
+        return RawSample(f"object_{index:09d}", label, encode_exact(cut), path)
 
 
 def square_around(

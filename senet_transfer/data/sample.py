@@ -1,15 +1,15 @@
 """Some images of each class, drawn at random and always the same."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from senet_transfer.data.classification import ClassificationDataset
+from senet_transfer.data.classification import ClassificationDataset, SingleImages
 from senet_transfer.data.shards import RawSample
 
 
-class ClassSample(ClassificationDataset):
-    """Up to so many images of each class, ordered by class; each is a unit."""
+class ClassSample(SingleImages):
+    """Up to so many images of each class, ordered by class."""
 
     def __init__(self, dataset: ClassificationDataset, images_per_class: int, *, seed: int = 0):
         """
@@ -26,7 +26,7 @@ class ClassSample(ClassificationDataset):
             random = np.random.default_rng([seed, label])
             drawn = random.permutation(end - first)[:images_per_class]
             chosen += sorted(order[first:end][drawn].tolist())
-        super().__init__(dataset.classes, np.ones(len(chosen), np.int64), dataset.origin)
+        super().__init__(dataset.classes, len(chosen), dataset.origin)
         self.dataset = dataset
         self.chosen = chosen
         self._labels = labels[chosen]
@@ -38,10 +38,6 @@ class ClassSample(ClassificationDataset):
 
     def labels(self) -> np.ndarray:
         return self._labels
-
-    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        if skip == 0:
-            yield self.read_sample(unit)
 
     def read_sample(self, index: int) -> RawSample:
         return self.dataset.read_sample(self.chosen[index])

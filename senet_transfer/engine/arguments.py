@@ -29,9 +29,12 @@ Ctrl-C, and saved (a second one ends at once, with 128 and its number).
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments and ``--dataset``."""
+    """Detectron2's arguments, ``--dataset`` and ``--quiet``."""
     parser = default_argument_parser(epilog=_EPILOG)
     add_dataset_argument(parser)
+    parser.add_argument(
+        "--quiet", action="store_true", help="leave the log to log.txt, but for warnings"
+    )
     return parser
 
 
@@ -46,3 +49,13 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         help="makes a data set in COCO's format known by name, for DATASETS.TRAIN and "
         "DATASETS.TEST; may be repeated",
     )
+
+
+def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how a command goes over images with a model, and the config's options."""
+    add = parser.add_argument
+    add("--batch-size", type=int, default=32, help="images a batch (32)")
+    add("--workers", type=int, default=2, help="processes that read and decode (2)")
+    add("--device", default="", help="such as cpu or cuda:1; default: a GPU where there is one")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

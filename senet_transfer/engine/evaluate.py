@@ -25,6 +25,7 @@ from senet_transfer.data.augment import EVAL_MODES, EvalTransform
 from senet_transfer.data.cifar import SIDE, ImageArrays
 from senet_transfer.data.cifar_open import open_images
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
+from senet_transfer.engine.arguments import add_running_arguments
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import available_device, load_config, use_available_device
@@ -50,13 +51,9 @@ def evaluation_parser(description: str | None) -> argparse.ArgumentParser:
     add("--crop-mode", choices=EVAL_MODES, help="default: short_side, or as the config says")
     add("--resize", type=int, help="pixels to resize to; default: the model's")
     add("--crop", type=int, help="pixels to crop to; default: the model's")
-    add("--batch-size", type=int, default=32, help="images a batch (32)")
-    add("--workers", type=int, default=2, help="processes that read and decode (2)")
-    add("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
     add("--predictions", help="a CSV to write: key, label and the best five classes of each image")
     add("--logits", action="store_true", help="the CSV has the logits, too")
-    add("--quiet", action="store_true", help="no progress bar")
-    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_running_arguments(parser)
     return parser
 
 

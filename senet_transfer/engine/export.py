@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from senet_transfer.analysis.models import model_config
 from senet_transfer.classification.classifier import Classifier
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.classification.image_classifier import preprocessing_of
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.errors import UserError
 from senet_transfer.export import FORMATS, export_detector, export_network
-from senet_transfer.preprocessing import Preprocessing
 
 
 def export_model(args: argparse.Namespace) -> str:
@@ -69,7 +69,7 @@ def _load(cfg: CfgNode) -> nn.Module:
 
 
 def _export_network(args: argparse.Namespace, form: str, cfg: CfgNode, model: nn.Module) -> str:
-    preprocessing = _preprocessing(cfg)
+    preprocessing = preprocessing_of(cfg)
     size = tuple(args.size or [preprocessing.crop])
     if len(size) > 2 or any(side < 1 for side in size):
         raise UserError(f"--size is {args.size}, expected a side, or height and width, in pixels.")
@@ -90,18 +90,6 @@ def _without_batches(model: nn.Module) -> nn.Module:
     plain = Classifier(model.backbone, num_classes=model.linear.out_features)
     plain.linear = model.linear
     return plain
-
-
-def _preprocessing(cfg: CfgNode) -> Preprocessing:
-    image = cfg.INPUT.CLASSIFICATION
-    return Preprocessing(
-        format=cfg.INPUT.FORMAT,
-        mean=tuple(cfg.MODEL.PIXEL_MEAN),
-        std=tuple(cfg.MODEL.PIXEL_STD),
-        resize=image.TEST_RESIZE,
-        crop=image.TEST_CROP,
-        interpolation=image.INTERPOLATION,
-    )
 
 
 def _image(path: str, cfg: CfgNode) -> Tensor:

@@ -28,6 +28,16 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
         raise UserError(f"{path} can't be written: {error}. Take another place.") from error
 
 
+def metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a run's results by name, such as ``classification/top1_error``."""
+    return {
+        f"{task}/{name}": float(value)
+        for task, values in results.items()
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    }
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}

@@ -20,6 +20,7 @@ from senet_transfer.classification.from_config import is_classification
 from senet_transfer.classification.published import published_on_cifar
 from senet_transfer.config import config_items
 from senet_transfer.engine.history import checkpoints
+from senet_transfer.engine.results import metrics
 from senet_transfer.engine.setup import load_config
 from senet_transfer.engine.train import RESULTS
 from senet_transfer.errors import UserError
@@ -137,16 +138,6 @@ def run_seeds(
         folder = Path(output_dir) / f"seed{seed}"
         results[seed] = run_once(config_file, [*options, "SEED", str(seed)], folder, **arguments)
     return results
-
-
-def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a run's results by name, such as ``classification/top1_error``."""
-    return {
-        f"{task}/{name}": float(value)
-        for task, values in results.items()
-        for name, value in values.items()
-        if isinstance(value, int | float)
-    }
 
 
 def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,7 @@ from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from senet_transfer.config import get_senet_config
+from senet_transfer.config import config_value, get_senet_config
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ def check_epochs(cfg: CfgNode) -> None:
     if cfg.SOLVER.EPOCHS is None:
         return
     for key in ("SOLVER.EPOCHS", *_IN_EPOCHS.values()):
-        value = _get(cfg, key)
+        value = config_value(cfg, key)
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(f"{key} is {value!r}, expected a number of epochs, such as 90 or 0.5.")
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
-        if _get(cfg, key) != _get(defaults, key):
+        if config_value(cfg, key) != config_value(defaults, key):
             raise UserError(
-                f"{key} is {_get(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: which is "
-                f"meant? To count in iterations, set SOLVER.EPOCHS None; to count in epochs, leave "
-                f"{key} out."
+                f"{key} is {config_value(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: "
+                "which is meant? To count in iterations, set SOLVER.EPOCHS None; to count in "
+                f"epochs, leave {key} out."
             )
 
 
@@ -69,9 +69,9 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     counted.SOLVER.MAX_ITER = iterations(cfg.SOLVER.EPOCHS)
     counted.SOLVER.STEPS = tuple(iterations(epochs) for epochs in cfg.SOLVER.STEP_EPOCHS)
     for key, in_epochs in _IN_EPOCHS.items():
-        if epochs := _get(cfg, in_epochs):
+        if epochs := config_value(cfg, in_epochs):
             node, _, leaf = key.rpartition(".")
-            _get(counted, node)[leaf] = iterations(epochs)
+            config_value(counted, node)[leaf] = iterations(epochs)
     logger.info(
         "%g epochs of %d images, %d a step: %d iterations.",
         cfg.SOLVER.EPOCHS, images, cfg.SOLVER.IMS_PER_BATCH, counted.SOLVER.MAX_ITER,
@@ -79,12 +79,6 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     if cfg.is_frozen():
         counted.freeze()
     return counted
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:

@@ -109,7 +109,8 @@ def find_config(name: str) -> str:
     path = own.joinpath(f"{stem}.yaml")
     if path.is_file():
         return str(path)
-    known = [entry.name.removesuffix(".yaml") for entry in own.iterdir() if entry.is_file()]
+    names = [entry.name for entry in own.iterdir() if entry.is_file()]
+    known = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
     raise UserError(
         f"There is no config file {name}. Give the path of one, or a name such as "
@@ -201,8 +202,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """As Detectron2's default_setup, which can leave half a config where it is interrupted."""
     rank = comm.get_rank()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
-    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    _logger("fvcore", cfg, args)
+    logger = _logger("detectron2", cfg, args)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Command line arguments: %s", args)
     if comm.is_main_process():
@@ -228,7 +229,7 @@ def _prepare(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
-    logger = _start_logging(cfg)
+    logger = _start_logging(cfg, args)
     if not (args.resume or args.eval_only) and _was_restarted(cfg):
         logger.warning("The command was started again after a failure: the run is resumed.")
         args.resume = True
@@ -256,16 +257,26 @@ def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
     check_changes(cfg, before)
 
 
-def _start_logging(cfg: CfgNode) -> logging.Logger:
+def _start_logging(cfg: CfgNode, args: argparse.Namespace) -> logging.Logger:
     try:
         if comm.is_main_process():
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        return setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="senet_transfer")
+        return _logger("senet_transfer", cfg, args)
     except OSError as error:
         raise UserError(
             f"The output folder {cfg.OUTPUT_DIR} can't be written: {error}. "
             "Set OUTPUT_DIR to a folder that can."
         ) from error
+
+
+def _logger(name: str, cfg: CfgNode, args: argparse.Namespace) -> logging.Logger:
+    """Detectron2's logger to the terminal and ``log.txt``; with ``--quiet`` to the latter alone."""
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    if args.quiet:
+        for handler in logger.handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.setLevel(logging.WARNING)
+    return logger
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:

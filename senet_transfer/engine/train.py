@@ -13,9 +13,10 @@ from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.history import newest_whole
 from senet_transfer.engine.interruption import stop_at_step_end
 from senet_transfer.engine.launch import run
-from senet_transfer.engine.results import write_results
+from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.progress import no_bars
 
 RESULTS = "results.json"
 
@@ -26,10 +27,13 @@ def main(args: argparse.Namespace) -> None:
     Args:
         args: of :func:`~senet_transfer.engine.arguments.argument_parser`.
     """
-    cfg = setup(args)
-    results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+    with no_bars(args.quiet):
+        cfg = setup(args)
+        results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
+        if args.quiet:  # otherwise the log has them
+            print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
         if args.eval_only:  # a training run has been held to them by Detectron2's trainer
             verify_results(cfg, results)
 

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from senet_transfer.config import config_value
 from senet_transfer.errors import UserError
 from senet_transfer.weights.catalogue import locate, nearest_names
 from senet_transfer.weights.load import same_pixels
@@ -95,7 +96,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
     cfg.defrost()
     for change in changes:
         node, _, leaf = change.key.rpartition(".")
-        _get(cfg, node)[leaf] = change.after
+        config_value(cfg, node)[leaf] = change.after
     if frozen:
         cfg.freeze()
     logger.info("Taken from %s (%s):\n%s", source.path, source.taken_for, table)
@@ -103,7 +104,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
 
 
 def _changes(cfg: CfgNode, source: Source) -> list[Change]:
-    wanted = [(key, _get(cfg, key), value) for key, value in _wanted(cfg, source).items()]
+    wanted = [(key, config_value(cfg, key), value) for key, value in _wanted(cfg, source).items()]
     return [Change(key, own, value) for key, own, value in wanted if not _equal(own, value)]
 
 
@@ -126,12 +127,6 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
         if not arch.se_bias:
             wanted["MODEL.SE.BIAS"] = False
     return wanted
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from senet_transfer.analysis.benchmark import Comparison, Ratio, compare, saved_bytes
 from senet_transfer.analysis.benchmark.memory import highest_sum, peak_bytes
+from tests.processes import call
 
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
@@ -77,6 +78,13 @@ def test_the_peak_is_what_was_occupied_at_once():
         torch.zeros(1 << 18).add(1)
 
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
+
+
+def test_the_command_starts_without_the_packages_for_export():
+    line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
+    line += "runpy.run_path('tools/benchmark.py', run_name='__main__')"
+    done = call(sys.executable, "-c", line, "--help")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

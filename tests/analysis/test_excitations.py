@@ -22,6 +22,8 @@ from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
 from senet_transfer.analysis.models import model_config
 from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.cifar import save_images, split_file
+from senet_transfer.data.cifar_open import decode_all
 from senet_transfer.data.classification import open_dataset
 from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
 
@@ -117,6 +119,23 @@ def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
     )
     assert first == second
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_prepared_split_gives_what_its_images_do(
+    trained, tree, tmp_path, monkeypatch, capsys, named
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    place = split_file(tmp_path / "cifar10", "test")
+    save_images(decode_all(open_dataset(tree)), place, "a tree")
+    found = []
+    for number, data in enumerate((tree, "cifar10_test" if named else place)):
+        words = ("--images-per-class", "3", "--prune-stage", "4")
+        run_analysis(arguments(trained, data, tmp_path / str(number), *words))
+        pruning = capsys.readouterr().out.partition("Without the gates")[2].partition("Written")[0]
+        assert "gates at 1" in pruning
+        found.append([pruning, (tmp_path / str(number) / "gates.csv").read_bytes()])
+    assert found[0] == found[1]
 
 
 def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):

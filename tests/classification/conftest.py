@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from senet_transfer.data.convert import convert
@@ -12,20 +11,14 @@ from senet_transfer.data.folder import open_folder
 from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
+from tests.small_networks import SE_RESNEXT50
 
 CLASSES = ("blue", "green", "nested/blue", "red")
 PER_CLASS = 6
 
 SMALL = {
     "MODEL.DEVICE": "cpu",
-    # Less than a million parameters, so that checkpoints are small.
-    "MODEL.RESNETS.DEPTH": "50",
-    "MODEL.RESNETS.NUM_GROUPS": "32",
-    "MODEL.RESNETS.WIDTH_PER_GROUP": "1",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": "32",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "32",
-    "MODEL.SE.ENABLED": "True",
-    "MODEL.RESNETS.NORM": "GN",
+    **SE_RESNEXT50,
     "INPUT.CLASSIFICATION.CROP": "32",
     "INPUT.CLASSIFICATION.TEST_RESIZE": "36",
     "INPUT.CLASSIFICATION.TEST_CROP": "32",
@@ -40,11 +33,8 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test here."""
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Predictions of classes on images."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torchvision import transforms
 from senet_transfer import UserError
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.predict import find_images, load_trained
+from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,14 +41,7 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
     train()
     line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
     line += ["--input", tree / "red", "--limit", "2", "--output", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, *map(str, line)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = call(sys.executable, *line)
     assert done.returncode == 0, done.stderr
     first, _, last = done.stdout.strip().splitlines()
     assert first.startswith(f"{tree}/red/0.jpg: ")

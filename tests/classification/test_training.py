@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from senet_transfer.classification import ImageClassifier
 from senet_transfer.engine import hooks
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
+from tests.comparing import assert_same
+from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,21 +38,6 @@ EVERYTHING = {
 
 def saved(run: Path, name: str = "model_final.pth") -> dict:
     return torch.load(run / name, weights_only=True)
-
-
-def assert_same(found, expected, where=""):
-    assert type(found) is type(expected), where
-    if isinstance(found, dict):
-        assert found.keys() == expected.keys(), where
-        for key in found:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-    elif isinstance(found, list | tuple):
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{where}/{index}")
-    elif isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected), where
-    else:
-        assert found == expected, where
 
 
 @pytest.mark.parametrize(("source", "workers"), [("tree", 0), ("shards", 0), ("shards", 1)])
@@ -174,9 +159,7 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     wrong = [["classification", "top1_error", 200.0, 1.0]]
     flags += ["TEST.EXPECTED_RESULTS", str(wrong)]
-    line = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
-    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
-    done = subprocess.run(line, **options, capture_output=True, text=True)
+    done = call(sys.executable, "tools/train_net.py", "--config-file", config, *flags)
     assert done.returncode == 1
     assert "Result verification failed" in done.stdout + done.stderr
     again = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -306,14 +289,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_p
     for processes in ("1", "2"):
         run = tmp_path / processes
         line = words("--num-gpus", processes, "--dist-url", "auto", OUTPUT_DIR=str(run), **keys)
-        done = subprocess.run(
-            [sys.executable, "tools/train_net.py", *line],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = call(sys.executable, "tools/train_net.py", *line)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(row) for row in (run / "metrics.json").read_text().splitlines()]
         found.append({key: value for row in rows for key, value in row.items()})

@@ -1,26 +1,15 @@
 """The command lines as users call them, in processes of their own."""
 
-import os
+import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import call
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def call(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture
@@ -34,6 +23,18 @@ def words(command):
 
 
 SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
+
+
+def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_path):
+    done = call(sys.executable, *words("--quiet", **SHORT))
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ") for line in done.stdout.splitlines())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert float(said["bbox/AP"]) == pytest.approx(results["bbox"]["AP"], rel=1e-4)
+    assert {name.split("/")[0] for name in said} == results.keys()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "total_loss" in log
+    assert "Running with full config" in log
 
 
 def test_a_users_mistake_is_one_line_and_status_2(words):

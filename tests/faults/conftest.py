@@ -16,19 +16,14 @@ from senet_transfer.data.cifar import ImageArrays, save_images, split_file
 from senet_transfer.data.convert import convert
 from senet_transfer.data.folder import open_folder
 from senet_transfer.data.shapes import make_shapes
+from tests.small_networks import SE_RESNEXT50
 
-# Less than a million parameters, and all that has a state of its own.
+# All that has a state of its own.
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
     "MODEL.BACKBONE.FREEZE_AT": "0",
-    "MODEL.RESNETS.NORM": "GN",
-    "MODEL.RESNETS.DEPTH": "50",
-    "MODEL.RESNETS.NUM_GROUPS": "32",
-    "MODEL.RESNETS.WIDTH_PER_GROUP": "1",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": "32",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "32",
-    "MODEL.SE.ENABLED": "True",
+    **SE_RESNEXT50,
     "DATALOADER.NUM_WORKERS": "1",
     "SOLVER.IMS_PER_BATCH": "4",
     "SOLVER.BASE_LR": "0.0005",

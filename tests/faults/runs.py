@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from senet_transfer.engine import history
+from tests.comparing import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
 PERIOD = 3
@@ -172,19 +173,3 @@ def load(path: Path) -> dict:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
-
-
-def assert_same(found, expected, where=""):
-    """Compares what checkpoints hold, numbers and tensors bit for bit."""
-    assert type(found) is type(expected), where
-    if isinstance(found, dict):
-        assert found.keys() == expected.keys(), where
-        for key in found:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-    elif isinstance(found, list | tuple):
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{where}/{index}")
-    elif isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected), where
-    else:
-        assert found == expected, where

@@ -15,7 +15,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import assert_same
 
 from senet_transfer import UserError
 from senet_transfer.config import config_items, get_senet_config
@@ -31,6 +30,7 @@ from senet_transfer.engine.arguments import argument_parser
 from senet_transfer.engine.checkpoint import _training_state
 from senet_transfer.engine.setup import load_config, setup
 from senet_transfer.engine.trainer import Trainer
+from tests.comparing import assert_same
 
 pytestmark = pytest.mark.faults
 

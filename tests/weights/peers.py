@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from senet_transfer import UserError, create_classifier, load_weights
 from senet_transfer.classification import Classifier
+from senet_transfer.weights.source import examine
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -133,3 +134,24 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
             load_and_expect_no_change(model, path)
         model.load_state_dict(right.state_dict(), strict=True)
         assert worst(expected, outputs_of_ours(model, images())) > 1e-3, name
+
+
+def check_peer(
+    model: nn.Module, stages: list, path: Path, ours: str, family: str, **overrides: object
+) -> Classifier:
+    """Loads a file, told to be of ``family``, and compares it with the network that wrote it.
+
+    Args:
+        model: that network.
+        stages: its modules that give our feature maps.
+        path: the file.
+        ours: the name of the model to load it into.
+        family: that the file has to be taken for.
+        overrides: of our model.
+    """
+    expected = outputs_of_peer(model, images(), stages)
+    created = create_classifier(ours, weights=path, **overrides).eval()
+    assert examine(path).family.name == family
+    assert worst(expected, outputs_of_ours(created, images())) < 1e-5
+    check_traps(ours, created, expected, path, **overrides)
+    return created

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from senet_transfer.weights.convert import FORMATS, MADE_FROM, family_of
 from senet_transfer.weights.families import FAMILIES
 from senet_transfer.weights.files import file_sha256, read_tensors
 from senet_transfer.weights.source import examine
+from tests.processes import call
 from tests.weights import published
 from tests.weights.detectors import detector
 from tests.weights.peers import (
@@ -305,16 +305,15 @@ def test_every_format_is_read_as_a_family_that_is_known():
 
 def test_the_command_line(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
-    root = Path(__file__).resolve().parents[2]
-
-    def call(*words):
-        command = [sys.executable, str(root / "tools" / "convert_weights.py"), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-
-    done = call(path, tmp_path / "out.safetensors", "--check")
+    command = (sys.executable, "tools/convert_weights.py", path, tmp_path / "out.safetensors")
+    done = call(*command, "--check")
     assert done.returncode == 0, done.stderr
-    assert "Checked: largest difference of logits: 0 (0 of the largest value)" in done.stdout
-    again = call(path, tmp_path / "out.safetensors")
+    checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
+    assert checked in done.stdout
+    assert "Taken for" in done.stdout
+    quiet = call(*command, "--check", "--force", "--quiet")
+    assert (quiet.returncode, quiet.stdout) == (0, f"{checked}\n")
+    again = call(*command, "--quiet")
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in again.stderr

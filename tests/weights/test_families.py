@@ -10,25 +10,7 @@ from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.source import examine
 from tests.weights import published
-from tests.weights.peers import (
-    check_traps,
-    images,
-    outputs_of_ours,
-    outputs_of_peer,
-    peer,
-    randomise,
-    save,
-    worst,
-)
-
-
-def _check(model, stages, path, ours, family, **overrides):
-    expected = outputs_of_peer(model, images(), stages)
-    created = create_classifier(ours, weights=path, **overrides).eval()
-    assert examine(path).family.name == family
-    assert worst(expected, outputs_of_ours(created, images())) < 1e-5
-    check_traps(ours, created, expected, path, **overrides)
-    return created
+from tests.weights.peers import check_peer, images, outputs_of_peer, peer, randomise, save, worst
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["today", "older"])
@@ -37,13 +19,13 @@ def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     path = tmp_path / "mm.pth"
     torch.save({"meta": {"epoch": 100}, "state_dict": model.state_dict()}, path)
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
-    _check(model, stages, path, "se_resnet50", "mmpretrain")
+    check_peer(model, stages, path, "se_resnet50", "mmpretrain")
 
 
 def test_mmpretrain_plain_and_its_trunk_saved_alone(tmp_path):
     model = randomise(published.MMClassifier(18, se=False))
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
-    _check(model, stages, save(model, tmp_path / "mm.pth"), "resnet18", "mmpretrain")
+    check_peer(model, stages, save(model, tmp_path / "mm.pth"), "resnet18", "mmpretrain")
 
     with_se = randomise(published.MMClassifier(50, se=True)).backbone
     path = save(with_se, tmp_path / "trunk.pth")
@@ -55,7 +37,7 @@ def test_mmpretrain_plain_and_its_trunk_saved_alone(tmp_path):
 def test_moskomule_whose_gates_have_no_biases(tmp_path):
     model = randomise(published.moskomule(18))
     path = save(model, tmp_path / "seresnet.pkl")
-    created = _check(model, None, path, "se_resnet18", "moskomule")
+    created = check_peer(model, None, path, "se_resnet18", "moskomule")
     assert created.backbone.res2[0].se.fc1.bias is None
 
 
@@ -79,7 +61,7 @@ def test_places365_of_csail(depth, tmp_path):
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / "places365.pth.tar"
     torch.save({"epoch": 90, "arch": f"resnet{depth}", "state_dict": state}, path)
-    _check(model, None, path, f"resnet{depth}", "places365", num_classes=365)
+    check_peer(model, None, path, f"resnet{depth}", "places365", num_classes=365)
 
 
 def test_a_file_of_python_2_without_counters(tmp_path):
@@ -93,13 +75,13 @@ def test_a_file_of_python_2_without_counters(tmp_path):
         pickle_protocol=2,
         _use_new_zipfile_serialization=False,
     )
-    _check(model, None, path, "resnet18", "places365", num_classes=365)
+    check_peer(model, None, path, "resnet18", "places365", num_classes=365)
 
 
 def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron2(model, tmp_path / "R-50.pkl")
-    created = _check(model, None, path, "resnet50", "detectron2")
+    created = check_peer(model, None, path, "resnet50", "detectron2")
     assert created.preprocessing.format == "BGR"
     assert created.preprocessing.mean == (103.53, 116.28, 123.675)
     assert created.preprocessing.std == (1.0, 1.0, 1.0)
@@ -108,7 +90,7 @@ def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
 def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
-    created = _check(model, None, path, "resnet50", "detectron1", norm="FrozenBN")
+    created = check_peer(model, None, path, "resnet50", "detectron1", norm="FrozenBN")
     assert created.preprocessing.mean == (102.9801, 115.9465, 122.7717)
     with pytest.raises(UserError, match="norms without statistics.*FrozenBN"):
         create_classifier("resnet50", weights=path)

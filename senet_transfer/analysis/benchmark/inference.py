@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch._inductor.config
@@ -14,6 +15,9 @@ from senet_transfer.analysis.benchmark.report import Row
 from senet_transfer.classification import create_classifier
 from senet_transfer.export import deploy, export_network
 from senet_transfer.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 try:
     import timm
@@ -102,14 +106,18 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _session(model: nn.Module) -> "onnxruntime.InferenceSession":  # noqa: F821
-    """As ``tools/export.py`` writes it, with as many threads as torch has."""
-    import onnxruntime  # An optional dependency.
+def _session(model: nn.Module) -> "onnxruntime.InferenceSession":
+    """As ``tools/export.py`` writes it, with as many threads as torch has.
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
+    Raises:
+        UserError: a package of the extra ``export`` is missing.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         preprocessing = Preprocessing()
         export_network(model, path, form="onnx", preprocessing=preprocessing, size=(224, 224))
+        import onnxruntime  # after the export, which tells what to install where it is missing
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -121,10 +121,14 @@ def collect(
     )
     with progress(total=len(sample), unit="image", quiet=quiet) as bar:
         for labels, values in _batches(model, gates, loader):
-            for name, statistics in blocks.items():
-                statistics.update(labels, values[name].cpu().numpy())
+            _add(blocks, labels, values)
             bar.update(len(labels))
     return Excitations(blocks, drawn, len(sample), int(np.count_nonzero(sample.counts)))
+
+
+def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str, Tensor]) -> None:
+    for name, statistics in blocks.items():
+        statistics.update(labels, values[name].cpu().numpy())
 
 
 def _batches(

@@ -22,8 +22,11 @@ from senet_transfer.analysis.excitations.report import block_table, write_csv
 from senet_transfer.analysis.models import model_config
 from senet_transfer.classification.from_config import find_dataset
 from senet_transfer.data.augment import EvalTransform
+from senet_transfer.data.cifar import load_images
+from senet_transfer.data.cifar_open import ArrayDataset, is_prepared
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.data.coco_crops import CocoCrops
+from senet_transfer.engine.arguments import add_running_arguments
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
@@ -49,11 +52,7 @@ def analysis_parser(description: str | None) -> argparse.ArgumentParser:
     add("--channels", type=int, default=50, help="channels a figure (50)")
     add("--seed", type=int, default=0, help="of images, classes and channels (0)")
     add("--prune-stage", type=int, nargs="+", default=[], help="drop the gates of these stages")
-    add("--batch-size", type=int, default=32, help="images a batch (32)")
-    add("--workers", type=int, default=2, help="processes that read and decode (2)")
-    add("--device", default="", help="such as cpu or cuda:1; default: a GPU where there is one")
-    add("--quiet", action="store_true", help="no progress bar")
-    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_running_arguments(parser)
     return parser
 
 
@@ -102,10 +101,11 @@ def run_analysis(args: argparse.Namespace) -> None:
 
 
 def open_images(data: str, images: str | None) -> ClassificationDataset:
-    """Labelled images of any kind; see :func:`~senet_transfer.data.classification.open_dataset`.
+    """Labelled images of any kind; as :func:`~senet_transfer.data.classification.open_dataset`.
 
     Args:
-        data: a folder, archive or address of labelled images, or a JSON in COCO's format.
+        data: a folder, archive or address of labelled images, a prepared split of CIFAR, by its
+            path or as "cifar10_test", or a JSON in COCO's format.
         images: the folder of the latter's images.
 
     Raises:
@@ -117,7 +117,10 @@ def open_images(data: str, images: str | None) -> ClassificationDataset:
         return CocoCrops(data, images)
     if images is not None:
         raise UserError(f"--images goes with a JSON in COCO's format, and --data is {data}.")
-    return open_dataset(find_dataset(data), split="val")
+    place = find_dataset(data)
+    if is_prepared(place):
+        return ArrayDataset(load_images(place))
+    return open_dataset(place, split="val")
 
 
 def load_trained_model(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:

@@ -100,11 +100,7 @@ def confusion_galleries(
 ) -> list[dict[str, Any]]:
     """Confused pairs with pictures, class errors and calibration, for each data set.
 
-    Args:
-        runs: of the page.
-        budget: pictures in all galleries together.
-        say: called with a sentence where something can't be shown.
-        quiet: no progress bar.
+    Takes the arguments of :func:`~.detection.detection_galleries`.
 
     Returns:
         For each data set ``data``, ``classes``, ``runs`` (positions), ``errors`` (by run, by class,

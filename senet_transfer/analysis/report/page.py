@@ -62,13 +62,11 @@ def write_report(
         notes.append(text)
         say(text)
 
-    detection = detection_galleries(runs, images, note, quiet=quiet)
-    classification = confusion_galleries(runs, 4 * images, note, quiet=quiet)
     data = {
         "runs": [run.name for run in runs],
         "curves": _curves(runs),
-        "detection": detection,
-        "classification": classification,
+        "detection": detection_galleries(runs, images, note, quiet=quiet),
+        "classification": confusion_galleries(runs, 4 * images, note, quiet=quiet),
     }
     html = _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -78,7 +76,7 @@ def write_report(
         notes=notes,
         summaries=[_summary(run) for run in runs],
         results=[row for run in runs for row in _results(run)],
-        tables=_class_tables(runs, classification),
+        tables=_class_tables(runs, data["classification"]),
         differences=_differences(runs),
         excitations=_excitations(runs),
         without_excitations=[run for run in runs if has_gates(run.cfg) and not _figures(run)],

@@ -41,6 +41,78 @@ function ticks(low, high, parts) {
   return found;
 }
 
+/** The size of a chart's picture and the margins of what is drawn in it, in pixels. */
+const FRAME = { width: 480, height: 260, left: 46, right: 10, top: 10, bottom: 30 };
+
+/** The range of points along an axis (0 across, 1 up), with some room. */
+function extent(points, axis) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const point of points) {
+    low = Math.min(low, point[axis]);
+    high = Math.max(high, point[axis]);
+  }
+  const room = high > low ? (axis ? (high - low) * 0.05 : 0) : Math.abs(high) * 0.1 || 1;
+  return [low - room, high + room];
+}
+
+/** From values to pixels, and from a share of the picture's width to the value there. */
+function scales([[x0, x1], [y0, y1]]) {
+  const { width, height, left, right, top, bottom } = FRAME;
+  const [across, up] = [width - left - right, height - top - bottom];
+  return {
+    x: (value) => left + ((value - x0) / (x1 - x0)) * across,
+    y: (value) => height - bottom - ((value - y0) / (y1 - y0)) * up,
+    valueAt: (share) => x0 + ((share * width - left) / across) * (x1 - x0),
+  };
+}
+
+/** The grid, the numbers at both axes, and what the lower one counts. */
+function axes([[x0, x1], [y0, y1]], { x, y }, across) {
+  const { width, height, left, right, bottom } = FRAME;
+  const made = ticks(y0, y1, 5).flatMap((at) => [
+    svg("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
+    svg("text", { x: left - 5, y: y(at) + 4, "text-anchor": "end" }, short(at)),
+  ]);
+  for (const at of ticks(x0, x1, 6)) {
+    // A word at the very edge would be cut in its middle.
+    const anchor = x(at) > width - right - 14 ? "end" : "middle";
+    const place = anchor === "end" ? width : x(at);
+    made.push(svg("text", { x: place, y: height - bottom + 15, "text-anchor": anchor }, short(at)));
+  }
+  made.push(svg("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, across));
+  return made;
+}
+
+/** The line of a run, with a dot at each point where they are few. */
+function trace({ run, points }, { x, y }) {
+  const way = points.map((point, place) => `${place ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`);
+  const path = svg("path", {
+    d: way.join(""), fill: "none", stroke: colour(run), "stroke-width": 1.8, "stroke-dasharray": dashes(run), "data-run": run,
+  });
+  const dots = points.length <= 30 ? points : [];
+  return [path, ...dots.map((point) => svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 2.5, fill: colour(run), "data-run": run }))];
+}
+
+/** Makes the text that says, while the pointer is over a drawing, which points are nearest to it. */
+function readout(drawing, lines, { x, valueAt }) {
+  const cursor = svg("line", { class: "grid", y1: FRAME.top, y2: FRAME.height - FRAME.bottom, visibility: "hidden" });
+  const text = element("div", { class: "readout" });
+  drawing.append(cursor);
+  drawing.addEventListener("pointermove", (event) => {
+    const bounds = drawing.getBoundingClientRect();
+    const at = valueAt((event.clientX - bounds.left) / bounds.width);
+    const said = lines.filter((line) => line.points.length && shown(line.run)).map((line) => {
+      const near = line.points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best));
+      cursor.setAttribute("x1", x(near[0]));
+      cursor.setAttribute("x2", x(near[0]));
+      return `${line.name}: ${short(near[1])} at ${short(near[0])}`;
+    });
+    cursor.setAttribute("visibility", said.length ? "visible" : "hidden");
+    text.textContent = said.join(" · ");
+  });
+  return text;
+}
+
 /**
  * Draws lines over a common axis.
  * @param {{title: string, across: string, lines: {name: string, run: number, points: number[][]}[],
@@ -48,7 +120,6 @@ function ticks(low, high, parts) {
  *   range: [[left, right], [bottom, top]]; by default that of the points.
  */
 function chart({ title, across, lines, range, diagonal = false }) {
-  const [width, height, left, right, top, bottom] = [480, 260, 46, 10, 10, 30];
   const clean = lines.map((line) => ({ ...line, points: line.points.filter((point) => point[1] !== null) }));
   const all = clean.flatMap((line) => line.points);
   const box = element("div", { class: "chart" }, element("h3", {}, title));
@@ -56,63 +127,17 @@ function chart({ title, across, lines, range, diagonal = false }) {
     box.append(element("p", { class: "quiet" }, "nothing yet"));
     return box;
   }
-  const extent = (axis) => {
-    let [low, high] = [Infinity, -Infinity];
-    for (const point of all) {
-      low = Math.min(low, point[axis]);
-      high = Math.max(high, point[axis]);
-    }
-    const room = high > low ? (axis ? (high - low) * 0.05 : 0) : Math.abs(high) * 0.1 || 1;
-    return [low - room, high + room];
-  };
-  const [[x0, x1], [y0, y1]] = range ?? [extent(0), extent(1)];
-  const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
-  const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
-  for (const at of ticks(y0, y1, 5)) {
-    drawing.append(
-      svg("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
-      svg("text", { x: left - 5, y: y(at) + 4, "text-anchor": "end" }, short(at)),
-    );
-  }
-  for (const at of ticks(x0, x1, 6)) {
-    // A word at the very edge would be cut in its middle.
-    const anchor = x(at) > width - right - 14 ? "end" : "middle";
-    const place = anchor === "end" ? width : x(at);
-    drawing.append(svg("text", { x: place, y: height - bottom + 15, "text-anchor": anchor }, short(at)));
-  }
-  drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, across));
+  const drawn = range ?? [extent(all, 0), extent(all, 1)];
+  const scale = scales(drawn);
+  const { x, y } = scale;
+  const drawing = svg("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img", "aria-label": title });
+  drawing.append(...axes(drawn, scale, across));
   if (diagonal) {
     drawing.append(svg("line", { class: "diagonal", x1: x(0), y1: y(0), x2: x(1), y2: y(1) }));
   }
-  for (const line of clean) {
-    const path = svg("path", {
-      d: line.points.map((point, place) => `${place ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join(""),
-      fill: "none", stroke: colour(line.run), "stroke-width": 1.8, "stroke-dasharray": dashes(line.run), "data-run": line.run,
-    });
-    drawing.append(path);
-    if (line.points.length <= 30) {
-      for (const point of line.points) {
-        drawing.append(svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 2.5, fill: colour(line.run), "data-run": line.run }));
-      }
-    }
-  }
-  const cursor = svg("line", { class: "grid", y1: top, y2: height - bottom, visibility: "hidden" });
-  drawing.append(cursor);
-  const readout = element("div", { class: "readout" });
-  drawing.addEventListener("pointermove", (event) => {
-    const bounds = drawing.getBoundingClientRect();
-    const at = x0 + ((((event.clientX - bounds.left) / bounds.width) * width - left) / (width - left - right)) * (x1 - x0);
-    const said = clean.filter((line) => line.points.length && shown(line.run)).map((line) => {
-      const near = line.points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best));
-      cursor.setAttribute("x1", x(near[0]));
-      cursor.setAttribute("x2", x(near[0]));
-      return `${line.name}: ${short(near[1])} at ${short(near[0])}`;
-    });
-    cursor.setAttribute("visibility", said.length ? "visible" : "hidden");
-    readout.textContent = said.join(" · ");
-  });
-  box.append(drawing, readout);
+  drawing.append(...clean.flatMap((line) => trace(line, scale)));
+  const text = readout(drawing, clean, scale);
+  box.append(drawing, text);
   return box;
 }
 

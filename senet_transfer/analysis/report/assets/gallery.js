@@ -47,129 +47,147 @@ function panel(image, caption, boxes) {
   return element("figure", {}, drawing, element("figcaption", {}, caption));
 }
 
-/** The gallery of one data set's detections. */
-function detectionGallery(gallery, names) {
-  const state = { wanted: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
+/** The place of a gallery's cards, and a function that shows a sentence and cards there. */
+function board() {
+  const said = element("p", { class: "quiet", role: "status" });
   const cards = element("div", { class: "cards" });
   const more = element("div", { class: "more" });
-  const said = element("p", { class: "quiet", role: "status" });
-  const show = portions(cards, more);
-
-  const card = (image) => () => {
-    const only = (box) => state.wanted < 0 || box[4] === state.wanted;
-    const runs = [...state.runs];
-    const taken = runs.map((run) => new Set((image.found[run] ?? []).filter((box) => box[5] >= state.least && box[6] >= 0).map((box) => box[6])));
-    const truth = image.truth
-      .map((box, place) => [...box.slice(0, 4), gallery.classes[box[4]], taken.every((hits) => hits.has(place)) ? "truth" : "missed", box[4]])
-      .filter((box) => state.wanted < 0 || box[6] === state.wanted);
-    const panels = [panel(image, "ground truth", truth)];
-    for (const run of runs) {
-      const boxes = (image.found[run] ?? [])
-        .filter((box) => box[5] >= state.least && only(box))
-        .map((box) => [...box.slice(0, 4), `${gallery.classes[box[4]]} ${box[5]}`, box[6] >= 0 ? "hit" : "wrong"]);
-      const { hits, found, objects, f1 } = count(image, run, state.wanted, state.least);
-      panels.push(panel(image, `${names[run]}: ${hits} hits of ${objects} objects, ${found - hits} false, F1 ${f1.toFixed(2)}`, boxes));
-    }
-    return element("div", { class: "card" }, element("p", {}, image.name), element("div", { class: "panels" }, ...panels));
+  const fill = portions(cards, more);
+  const show = (sentence, makers) => {
+    said.textContent = sentence;
+    fill(makers);
   };
+  return { cards, parts: [said, cards, more], show };
+}
 
-  const draw = () => {
-    const runs = [...state.runs];
-    const kept = [];
-    for (const image of gallery.images) {
-      const counts = runs.map((run) => count(image, run, state.wanted, state.least));
-      if (state.wanted >= 0 && !counts.some((one) => one.objects + one.found)) continue;
-      kept.push([image, counts.reduce((sum, one) => sum + one.f1, 0) / (counts.length || 1)]);
-    }
-    cards.style.setProperty("--panels", 1 + runs.length);
-    const sign = state.order === "worst" ? 1 : -1;
-    kept.sort(
-      state.order === "name"
-        ? (a, b) => (a[0].name < b[0].name ? -1 : 1)
-        : (a, b) => sign * (a[1] - b[1]) || (a[0].name < b[0].name ? -1 : 1),
-    );
-    const part = gallery.images.length < gallery.total ? ` Of the data set's ${gallery.total} images the page has the ${gallery.images.length} worst and best.` : "";
-    said.textContent = `${kept.length} images.${part}`;
-    show(kept.map(([image]) => card(image)));
-  };
-
-  const score = element("output", {}, "0.50");
-  const controls = element(
-    "div",
-    { class: "controls" },
-    choice("order", [["worst", "worst first"], ["best", "best first"], ["name", "by file name"]], (event) => {
+/** The lists of a gallery's orders, and of its classes as [place, name]. */
+function orderAndClass(state, orders, classes, draw) {
+  return [
+    choice("order", orders, (event) => {
       state.order = event.target.value;
       draw();
     }),
-    choice("class", [["-1", "all classes"], ...gallery.classes.map((name, place) => [place, name])], (event) => {
+    choice("class", [["-1", "all classes"], ...classes], (event) => {
       state.wanted = Number(event.target.value);
       draw();
     }),
-    element("label", {}, "score from ", element("input", {
-      type: "range", min: "10", max: "95", step: "5", value: "50", "aria-label": "least score",
-      oninput: (event) => {
-        state.least = Number(event.target.value);
-        score.textContent = (state.least / 100).toFixed(2);
-        draw();
-      },
-    }), " ", score),
-  );
-  if (gallery.runs.length > 1) {
-    for (const run of gallery.runs) {
-      controls.append(element("label", {}, element("input", {
-        type: "checkbox", checked: state.runs.has(run),
-        onchange: (event) => {
-          if (event.target.checked) state.runs.add(run);
-          else state.runs.delete(run);
-          draw();
-        },
-      }), " ", key(run), names[run]));
-    }
+  ];
+}
+
+/** The objects of an image, each marked where one of the runs hasn't found it. */
+function objectsPanel(image, classes, { runs, wanted, least }) {
+  const taken = [...runs].map((run) => {
+    const hits = (image.found[run] ?? []).filter((box) => box[5] >= least && box[6] >= 0);
+    return new Set(hits.map((box) => box[6]));
+  });
+  const boxes = image.truth
+    .map((box, place) => [...box.slice(0, 4), classes[box[4]], taken.every((hits) => hits.has(place)) ? "truth" : "missed", box[4]])
+    .filter((box) => wanted < 0 || box[6] === wanted);
+  return panel(image, "ground truth", boxes);
+}
+
+/** What a run has detected in an image. */
+function foundPanel(image, classes, run, name, { wanted, least }) {
+  const boxes = (image.found[run] ?? [])
+    .filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted))
+    .map((box) => [...box.slice(0, 4), `${classes[box[4]]} ${box[5]}`, box[6] >= 0 ? "hit" : "wrong"]);
+  const { hits, found, objects, f1 } = count(image, run, wanted, least);
+  return panel(image, `${name}: ${hits} hits of ${objects} objects, ${found - hits} false, F1 ${f1.toFixed(2)}`, boxes);
+}
+
+/** The images with something to see, in the order that is asked for. */
+function sortedImages(images, { runs, wanted, least, order }) {
+  const kept = [];
+  for (const image of images) {
+    const counts = [...runs].map((run) => count(image, run, wanted, least));
+    if (wanted >= 0 && !counts.some((one) => one.objects + one.found)) continue;
+    kept.push([image, counts.reduce((sum, one) => sum + one.f1, 0) / (counts.length || 1)]);
   }
+  const byName = (a, b) => (a[0].name < b[0].name ? -1 : 1);
+  const sign = order === "worst" ? 1 : -1;
+  kept.sort(order === "name" ? byName : (a, b) => sign * (a[1] - b[1]) || byName(a, b));
+  return kept.map(([image]) => image);
+}
+
+/** A slider for the least score. */
+function scoreControl(state, draw) {
+  const score = element("output", {}, "0.50");
+  return element("label", {}, "score from ", element("input", {
+    type: "range", min: "10", max: "95", step: "5", value: "50", "aria-label": "least score",
+    oninput: (event) => {
+      state.least = Number(event.target.value);
+      score.textContent = (state.least / 100).toFixed(2);
+      draw();
+    },
+  }), " ", score);
+}
+
+/** A check box for a run that can be shown beside others. */
+function runControl(state, run, name, draw) {
+  return element("label", {}, element("input", {
+    type: "checkbox", checked: state.runs.has(run),
+    onchange: (event) => {
+      if (event.target.checked) state.runs.add(run);
+      else state.runs.delete(run);
+      draw();
+    },
+  }), " ", key(run), name);
+}
+
+/** The gallery of one data set's detections. */
+function detectionGallery(gallery, names) {
+  const { images, total, classes } = gallery;
+  const state = { wanted: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
+  const { cards, parts, show } = board();
+  const card = (image) => () => {
+    const found = [...state.runs].map((run) => foundPanel(image, classes, run, names[run], state));
+    const panels = element("div", { class: "panels" }, objectsPanel(image, classes, state), ...found);
+    return element("div", { class: "card" }, element("p", {}, image.name), panels);
+  };
+  const part = images.length < total ? ` Of the data set's ${total} images the page has the ${images.length} worst and best.` : "";
+  const draw = () => {
+    const kept = sortedImages(images, state);
+    cards.style.setProperty("--panels", 1 + state.runs.size);
+    show(`${kept.length} images.${part}`, kept.map(card));
+  };
+  const orders = [["worst", "worst first"], ["best", "best first"], ["name", "by file name"]];
+  const controls = element("div", { class: "controls" }, ...orderAndClass(state, orders, classes.entries(), draw), scoreControl(state, draw));
+  if (gallery.runs.length > 1) controls.append(...gallery.runs.map((run) => runControl(state, run, names[run], draw)));
   draw();
-  return [element("h3", {}, gallery.data), controls, said, cards, more];
+  return [element("h3", {}, gallery.data), controls, ...parts];
+}
+
+/** Images of one class that are taken for another. */
+function confusedCard({ label, taken, count, of, examples }, { classes, images }) {
+  const pictures = examples.map(([place, probability]) => {
+    const picture = images[place] ? [element("img", { src: images[place], alt: classes[label] })] : [];
+    return element("figure", {}, ...picture, element("figcaption", {}, `${probability}%`));
+  });
+  const [from, to] = [label, taken].map((place) => element("strong", {}, classes[place]));
+  const share = element("span", { class: "quiet" }, `${count} of ${of} images`);
+  return element(
+    "div",
+    { class: "card" },
+    element("p", {}, from, " taken for ", to, element("br"), share),
+    element("div", { class: "examples" }, ...pictures),
+  );
 }
 
 /** The gallery of one data set's confused classes. */
 function confusionGallery(gallery, names) {
   const state = { run: gallery.runs[0], wanted: -1, order: "count" };
-  const cards = element("div", { class: "cards" });
-  const more = element("div", { class: "more" });
-  const said = element("p", { class: "quiet", role: "status" });
-  const show = portions(cards, more);
-  const card = (pair) => () => {
-    const pictures = pair.examples.map(([place, probability]) => {
-      const text = `${probability}%`;
-      const source = gallery.images[place];
-      return element("figure", {}, ...(source ? [element("img", { src: source, alt: gallery.classes[pair.label] })] : []), element("figcaption", {}, text));
-    });
-    return element(
-      "div",
-      { class: "card" },
-      element("p", {}, element("strong", {}, gallery.classes[pair.label]), " taken for ", element("strong", {}, gallery.classes[pair.taken]), element("br"), element("span", { class: "quiet" }, `${pair.count} of ${pair.of} images`)),
-      element("div", { class: "examples" }, ...pictures),
-    );
-  };
+  const { parts, show } = board();
   const value = { count: (pair) => pair.count, share: (pair) => pair.count / pair.of, sure: (pair) => pair.examples[0]?.[1] ?? 0 };
   const draw = () => {
     const kept = gallery.pairs.filter((pair) => pair.run === state.run && (state.wanted < 0 || pair.label === state.wanted || pair.taken === state.wanted));
     kept.sort((a, b) => value[state.order](b) - value[state.order](a));
-    said.textContent = kept.length ? `${kept.length} pairs of classes.` : "No images are taken for another class.";
-    show(kept.map(card));
+    const sentence = kept.length ? `${kept.length} pairs of classes.` : "No images are taken for another class.";
+    show(sentence, kept.map((pair) => () => confusedCard(pair, gallery)));
   };
   const involved = [...new Set(gallery.pairs.flatMap((pair) => [pair.label, pair.taken]))].sort((a, b) => a - b);
-  const controls = element(
-    "div",
-    { class: "controls" },
-    choice("order", [["count", "most images first"], ["share", "largest share first"], ["sure", "surest first"]], (event) => {
-      state.order = event.target.value;
-      draw();
-    }),
-    choice("class", [["-1", "all classes"], ...involved.map((place) => [place, gallery.classes[place]])], (event) => {
-      state.wanted = Number(event.target.value);
-      draw();
-    }),
-  );
+  const classes = involved.map((place) => [place, gallery.classes[place]]);
+  const orders = [["count", "most images first"], ["share", "largest share first"], ["sure", "surest first"]];
+  const controls = element("div", { class: "controls" }, ...orderAndClass(state, orders, classes, draw));
   if (gallery.runs.length > 1) {
     controls.append(choice("run", gallery.runs.map((run) => [run, names[run]]), (event) => {
       state.run = Number(event.target.value);
@@ -177,5 +195,5 @@ function confusionGallery(gallery, names) {
     }));
   }
   draw();
-  return [element("h3", {}, gallery.data), controls, said, cards, more];
+  return [element("h3", {}, gallery.data), controls, ...parts];
 }

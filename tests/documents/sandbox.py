@@ -1,0 +1,233 @@
+"""A folder with small stand-ins at the places that the documents name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from PIL import Image
+
+from senet_transfer import create_classifier, save_weights
+from senet_transfer.data.cifar_prepare import prepare_cifar
+from senet_transfer.data.convert import convert
+from senet_transfer.data.places365 import open_places365
+from senet_transfer.data.shapes import make_shapes
+from senet_transfer.data.shapes_classes import make_shape_classes
+from senet_transfer.weights.catalogue import CATALOGUE
+from tests.data.cifar_files import official_files, write_tar
+from tests.documents.commands import ROOT
+from tests.documents.warm import LIMIT, WarmPython
+from tests.weights.caffe_networks import senet
+
+# From the checkout, as they are.
+LINKS = ("tools", "configs", "Makefile", "pyproject.toml", "constraints.txt")
+TINY = "datasets/shapes/annotations/instances_tiny.json"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of the commands: this Python first, this checkout's package, no other data or cache."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "TORCH_HOME": str(folder / "hub")}  # fmt: skip
+
+
+def call(words: list[str], folder: Path, python: WarmPython) -> subprocess.CompletedProcess:
+    """Runs a command in the sandbox."""
+    if words[0] == "python":
+        return python.call(words[1:])
+    return subprocess.run(
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=LIMIT,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _shapes(root: Path) -> None:
+    make_shapes(root / "datasets/shapes", quiet=True)
+
+
+def _coco(root: Path) -> None:
+    """Shapes under the names of COCO's classes, the first of which they are."""
+    content = json.loads((root / TINY).read_text())
+    keys = ("id", "name", "supercategory")
+    things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
+    content["categories"] = [{"supercategory": "thing", **entry} for entry in things]
+    content["categories"] = [{key: e[key] for key in keys} for e in content["categories"]]
+    (root / "datasets/coco/annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (root / f"datasets/coco/annotations/instances_{split}.json").write_text(json.dumps(content))
+        shutil.copytree(root / "datasets/shapes/tiny", root / "datasets/coco" / split)
+
+
+def _own_coco(root: Path) -> None:
+    for name in ("train.json", "val.json"):
+        shutil.copy(root / TINY, root / name)
+    shutil.copytree(root / "datasets/shapes/tiny", root / "images")
+
+
+def _photos(root: Path) -> None:
+    drawn = sorted((root / "datasets/shapes/tiny").iterdir())
+    for place in ("photos/1.jpg", "photos/2.jpg", "more/3.jpg", "photo.jpg"):
+        (root / place).parent.mkdir(exist_ok=True)
+        shutil.copy(drawn.pop(), root / place)
+
+
+def _flowers(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        (root / "flowers").mkdir(exist_ok=True)
+        make_shape_classes(root / "datasets/shapes", root / "flowers" / split)
+
+
+def _shape_classes(root: Path) -> None:
+    make_shape_classes(root / "datasets/shapes", root / "datasets/shapes_classes")
+
+
+def _places365(root: Path) -> None:
+    """Three splits as the site serves them: lists, a folder, two archives; of 365 classes."""
+    source, rng = root / "SOURCE", np.random.default_rng(0)
+    source.mkdir()
+    classes = [f"/{'abc'[n % 3]}/class_{n}" for n in range(365)]
+    lines = (f"{name} {label}\n" for label, name in enumerate(classes))
+    (source / "categories_places365.txt").write_text("".join(lines))
+    for split, folder in (
+        ("val", "val_256"), ("train_standard", "data_256_standard"),
+        ("train_challenge", "data_256_challenge"),
+    ):  # fmt: skip
+        names = [
+            f"Places365_val_{n + 1:08d}.jpg" if split == "val" else f"{classes[n]}/{n:08d}.jpg"
+            for n in range(12)
+        ]
+        for name in names:
+            path = source / folder / name.lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+        lines = (f"{name} {label}\n" for label, name in enumerate(names))
+        (source / f"places365_{split}.txt").write_text("".join(lines))
+    for archive, folder in (
+        ("val_256.tar", "val_256"), ("train_256_places365challenge.tar", "data_256_challenge")
+    ):  # fmt: skip
+        with tarfile.open(source / archive, "w") as tar:
+            tar.add(source / folder, folder)
+        shutil.rmtree(source / folder)
+
+
+def _places365_shards(split: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        if not (root / "SOURCE").exists():
+            _places365(root)
+        images = open_places365(root / "SOURCE", split)
+        convert(images, root / "datasets/places365" / split, split=split, workers=1, quiet=True)
+
+    return make
+
+
+def _cifar_archive(root: Path) -> None:
+    write_tar(root / "cifar-10-python.tar.gz", official_files("cifar-10-python"))
+
+
+def _cifar(name: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        source = write_tar(root / f"{name}.tar.gz", official_files(f"{name[:5]}-{name[5:]}-binary"))
+        prepare_cifar(source, root / "datasets" / name, verify=False, quiet=True)
+
+    return make
+
+
+def _by_hand(root: Path) -> None:
+    """What a user fetches by hand, with random weights, where its name finds it."""
+    path = root / "hub/hub/checkpoints" / CATALOGUE["places365/resnet50"].file
+    path.parent.mkdir(parents=True)
+    network = torchvision.models.resnet50(num_classes=365)
+    tensors = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"arch": "resnet50", "state_dict": tensors}, path)
+
+
+def _published(root: Path) -> None:
+    path = root / "published" / CATALOGUE["torchvision/resnet50"].file
+    path.parent.mkdir()
+    torch.save(torchvision.models.resnet50().state_dict(), path)
+
+
+def _caffemodel(root: Path) -> None:
+    senet("SE-ResNet-50").write(root / "net.prototxt", root / "SE-ResNet-50.caffemodel")
+
+
+def _classifier(root: Path) -> None:
+    save_weights(create_classifier("se_resnet50"), root / "classifier.pth")
+
+
+def _train(root: Path, config: str, *options: str) -> None:
+    words = ["tools/train_net.py", "--config-file", f"configs/instant/{config}.yaml", *options]
+    subprocess.run([sys.executable, *words], cwd=root, env=environment(root), check=True)
+
+
+def _classifier_run(root: Path) -> None:
+    data = ("DATASETS.TRAIN", "('flowers/train',)", "DATASETS.TEST", "('flowers/val',)")
+    _train(root, "demo_places365_se_r18", *data, "OUTPUT_DIR", "output")
+
+
+def _detector_runs(root: Path) -> None:
+    _train(root, "demo_faster_rcnn_se_r18", "OUTPUT_DIR", "output/demo")
+    for name in ("r50", "se_r50"):
+        shutil.copytree(root / "output/demo", root / "output" / name)
+
+
+# What it takes for a command to be about something, and the place of that; in an order in which
+# each finds what it is made of.
+STAND_INS = (
+    (r"", "datasets/shapes", _shapes),
+    (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
+    (r"coco_2017", "datasets/coco", _coco),
+    (r"train\.json|val\.json", "train.json", _own_coco),
+    (r"photos?\b|more/", "photos", _photos),
+    (r"flowers|output/(model|config)", "flowers", _flowers),
+    (r"SOURCE", "SOURCE", _places365),
+    *(
+        (rf"places365/{split}", f"datasets/places365/{split}", _places365_shards(split))
+        for split in ("val", "train_standard", "train_challenge")
+    ),
+    (r"cifar-10-python\.tar\.gz", "cifar-10-python.tar.gz", _cifar_archive),
+    (r"cifar10_(train|test)", "datasets/cifar10", _cifar("cifar10")),
+    (r"cifar100_(train|test)", "datasets/cifar100", _cifar("cifar100")),
+    (r"places365/resnet50", "hub", _by_hand),
+    (r"published/", "published", _published),
+    (r"\.caffemodel", "SE-ResNet-50.caffemodel", _caffemodel),
+    (r"classifier\.pth", "classifier.pth", _classifier),
+    (r"output/(model|config)", "output", _classifier_run),
+    (r"output/(demo|r50|se_r50)", "output/demo", _detector_runs),
+)
+
+
+def made(lines: Iterable[list[str]]) -> set[str]:
+    """The places that commands themselves write to."""
+    return {
+        os.path.normpath(value)
+        for words in lines
+        for key, value in zip(words, words[1:], strict=False)
+        if key in ("--output", "OUTPUT_DIR")
+    }
+
+
+def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
+    """Makes what the commands are about, and leaves out what they make themselves."""
+    folder.mkdir()
+    (folder / ".venv").symlink_to(sys.prefix)
+    for name in LINKS:
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "datasets").mkdir()
+    for script in (ROOT / "datasets").glob("prepare_*.py"):
+        (folder / "datasets" / script.name).symlink_to(script)
+    text = "\n".join(" ".join(words) for words in lines)
+    for mentioned, place, make in STAND_INS:
+        if re.search(mentioned, text) and place not in made(lines):
+            make(folder)
+    return folder

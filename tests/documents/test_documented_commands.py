@@ -1,0 +1,199 @@
+"""Every command of the documents is one that its tool takes, and runs to what it promises."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from senet_transfer.engine.setup import load_config
+from tests.documents.commands import (
+    COMMANDS,
+    DOCUMENTS,
+    NOT_RUN,
+    PROGRAMS,
+    ROOT,
+    RULES,
+    Command,
+    code,
+    commands_in,
+    run_here,
+)
+from tests.documents.sandbox import call, environment, make_sandbox
+from tests.documents.warm import WarmPython
+
+# ---- what stands in the documents
+
+
+def _texts() -> Iterator[tuple[str, str]]:
+    """What tools say of themselves, and their errors to users: all text within the code."""
+    for part in ("tools", "datasets", "senet_transfer"):
+        for path in sorted((ROOT / part).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield path.relative_to(ROOT).as_posix(), node.value
+
+
+def _headers() -> list[Command]:
+    """The commands in the headers of all configs, and in the texts of the code."""
+    found = []
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        head = re.sub(r"\\\n#\s*", "", path.read_text())
+        if match := re.search(r"^# Command:\s+(.*)$", head, re.M):
+            found.append(Command(path.relative_to(ROOT).as_posix(), match[1]))
+    for name, text in _texts():
+        joined = re.sub(r"\s*\\\n\s*", " ", text)
+        lines = re.findall(r"^ *((?:python \w+/|torchrun ).*)$", joined, re.M)
+        found += commands_in(name, text) + [Command(name, line) for line in lines]
+    return found
+
+
+DOCUMENTED = [command for commands in COMMANDS.values() for command in commands]
+HEADERS = _headers()
+
+
+class _ParsedError(Exception):
+    """Ends a script when its command line has been understood."""
+
+
+def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
+    """What a script's own parser makes of a command line; None where it has no parser."""
+    script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
+    assert script.is_file(), f"there is no {words[0]}"
+    if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
+        return None
+
+    def stop(parser, *args):
+        raise _ParsedError(parse(parser, *args))
+
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(_ParsedError) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    return caught.value.args[0]
+
+
+INSTALLED = {"senet-train": "tools/train_net.py", "senet-predict": "tools/predict.py",
+             "senet-eval-places365": "tools/eval_places365.py"}  # fmt: skip
+
+
+def _script(words: list[str]) -> list[str] | None:
+    """The script and its words in a command line; None where it starts none of this project."""
+    if words[0] == "python":
+        return words[1:]
+    if words[0] == "torchrun":
+        return words[words.index("tools/train_net.py") :]
+    return [INSTALLED[words[0]], *words[1:]] if words[0] in INSTALLED else None
+
+
+@pytest.mark.parametrize("command", DOCUMENTED + HEADERS, ids=lambda c: f"{c.document}: {c.text}")
+def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
+    words = command.words
+    assert words[0] in PROGRAMS, "no program that the tests know: see tests/documents/commands.py"
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    if (script := _script(words)) is None or script[0].startswith("tests/"):
+        return
+    args = _parse(monkeypatch, script)
+    config = getattr(args, "config_file", "")
+    if config and not config.startswith("output/"):
+        monkeypatch.chdir(ROOT)
+        assert config.startswith("configs/") or words[0] in INSTALLED
+        load_config(config, getattr(args, "opts", []))
+    else:
+        load_config("", getattr(args, "opts", []))
+
+
+def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_training_takes(
+    monkeypatch,
+):
+    scripts = [text for page in DOCUMENTS.values() for kind, text in code(page) if kind == "bash"]
+    assert len(scripts) == 1
+    subprocess.run(["bash", "-n"], input=scripts[0], text=True, check=True)
+    line = re.sub(r"\s*\\\n\s*", " ", scripts[0]).partition("srun ")[2].splitlines()[0]
+    words = shlex.split(re.sub(r"\"\$.*?\"|\$\w+", "word", re.sub(r"\$\(.*?\)", "", line)))
+    args = _parse(monkeypatch, _script(words))
+    monkeypatch.chdir(ROOT)
+    load_config(args.config_file, args.opts)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_command_hides_from_these_tests(document):
+    text = DOCUMENTS[document]
+    kinds = {kind for kind, _ in code(text)}
+    assert kinds <= {"sh", "bash", "python", "text", "inline"}, "name each block's language"
+    assert not re.search(
+        r"^\s*\n(    |\t)\s*\S", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+    )
+    hidden = [c for kind, c in code(text) if kind == "inline" and re.match(r"[\w.]*/\S+\.py\s", c)]
+    assert not hidden, "begin a command with its program"
+    assert text.replace("```", "").count("`") % 2 == 0
+
+
+def test_every_exception_and_every_rule_is_needed():
+    for pattern in NOT_RUN:
+        assert any(re.fullmatch(pattern, shlex.join(c.words)) for c in DOCUMENTED), pattern
+    for rule in RULES:
+        assert any(rule.apply(c.words) != c.words for c in DOCUMENTED), rule.why
+
+
+def test_commands_are_found_in_blocks_in_sentences_and_in_tables():
+    text = (
+        "`make demo` and\n```sh\npython a.py \\\n    --b c  # why\n```\n| `torchrun\nx.py` | `x` |"
+    )
+    found = [command.words for command in commands_in("x.md", text)]
+    assert found == [["make", "demo"], ["python", "a.py", "--b", "c"], ["torchrun", "x.py"]]
+
+
+# ---- what they do
+
+
+MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places365.py")
+
+
+def _promised(words: list[str], printed: str) -> list[str]:
+    """The files and folders that a command line, or its last word, says it has written."""
+    found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
+    if "tools/convert_weights.py" in words:
+        found.append(words[words.index("tools/convert_weights.py") + 2])
+    last = (printed.split() or [""])[-1] if words[-1] != "help" else ""
+    return found + ([last] if re.fullmatch(r"[\w./-]+\.(html|json|csv)", last) else [])
+
+
+def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
+    """Runs a command; what is wrong with what came of it, or None."""
+    line, start = shlex.join(command.to_run), time.time()
+    done = call(command.to_run, folder, python)
+    printed = done.stdout + done.stderr
+    print(f"\n{time.time() - start:6.1f} s  {line}", end="")
+    if done.returncode:
+        return f"{line}\nended with {done.returncode}: {printed[-1500:]}"
+    if not printed.strip():
+        return f"{line}\nprinted nothing"
+    if any(name in line for name in MEASURES) and not re.search(r"\d\.\d|\d,\d", done.stdout):
+        return f"{line}\nprinted no figure: {done.stdout[-1500:]}"
+    for place in map(folder.joinpath, _promised(command.to_run, done.stdout)):
+        files = [path for path in (place, *place.rglob("*")) if path.is_file()]
+        made = any(path.stat().st_size and path.stat().st_mtime > start - 1 for path in files)
+        if not made and "--list" not in command.words:
+            return f"{line}\nwrote nothing to {place}"
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [name for name in COMMANDS if run_here(name)])
+def test_the_commands_of_a_document_do_what_they_promise(document, tmp_path):
+    commands = run_here(document)
+    folder = make_sandbox(tmp_path / "sandbox", [command.to_run for command in commands])
+    with WarmPython(folder, environment(folder)) as python:
+        found = [_fault(command, folder, python) for command in commands]
+    faults = [fault for fault in found if fault]
+    assert not faults, "\n\n".join(faults)

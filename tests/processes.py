@@ -1,0 +1,19 @@
+"""Commands in processes of their own, as users call them."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command in the root of the source; its output is text."""
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,12 @@
+"""Networks for tests of what is around them."""
+
+# Of less than a million parameters, so that checkpoints are small: keys of a config.
+SE_RESNEXT50 = {
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.RESNETS.DEPTH": "50",
+    "MODEL.RESNETS.NUM_GROUPS": "32",
+    "MODEL.RESNETS.WIDTH_PER_GROUP": "1",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": "32",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "32",
+    "MODEL.SE.ENABLED": "True",
+}
