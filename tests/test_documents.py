@@ -19,6 +19,7 @@ from senet_transfer.data.shapes import make_shapes
 from senet_transfer.weights.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -112,9 +113,22 @@ def test_the_worked_example_of_contributing_runs(own_things, tmp_path, monkeypat
     assert len(DatasetCatalog.get("my_val")) == 8
 
 
-def test_every_path_that_contributing_names_exists():
-    for path in re.findall(r"`((?:senet_transfer|tests|configs)/[\w/.]*)`", CONTRIBUTING):
+every_document = pytest.mark.parametrize(
+    "page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+
+
+@every_document
+def test_every_path_that_a_document_names_exists(page):
+    parts = "senet_transfer|tools|tests|configs|datasets"
+    for path in re.findall(rf"`((?:{parts})/[\w/.]*)`", page.read_text()):
         assert (ROOT / path).exists(), path
+
+
+def test_every_tool_has_a_section():
+    titles = " ".join(re.findall("^## (.*)$", (ROOT / "tools/README.md").read_text(), re.M))
+    for path in (ROOT / "tools").glob("*.py"):
+        assert path.name in titles.split(), path.name
 
 
 def anchors(text):
@@ -123,13 +137,11 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize(
-    "document", [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")], ids=lambda p: str(p.parent.name)
-)
-def test_every_link_leads_to_a_file_and_a_heading_that_exist(document):
-    links = re.findall(r"\]\((?!https:)([^)\s]*)\)", document.read_text())
+@every_document
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(page):
+    links = re.findall(r"\]\((?!https:)([^)\s]*)\)", page.read_text())
     for path, _, anchor in (link.partition("#") for link in links):
-        target = (document.parent / path).resolve() if path else document
+        target = (page.parent / path).resolve() if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
 
@@ -143,3 +155,4 @@ def test_the_citation_is_whole():
 if __name__ == "__main__":
     head = TABLE.read_text().partition(f"## {next(iter(TASKS))}")[0]
     TABLE.write_text(head.rstrip() + "\n\n" + "\n\n".join(tables()) + "\n")
+    print(f"Written: {TABLE}")

@@ -58,12 +58,6 @@ def test_the_papers_results_are_those_of_the_configs_headers():
             assert re.search(rf"\b{re.escape(figure)}\b", headers), figure
 
 
-def test_every_path_that_is_named_exists():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:senet_transfer|tools|configs|datasets)/[\w/.]+)`", text):
-        assert (ROOT / path).exists(), path
-
-
 def test_every_fault_has_a_test_that_exists():
     text = (ROOT / "README.md").read_text()
     rows = text.partition("| fault | what happens |")[2].partition("\n\n")[0].splitlines()[2:]

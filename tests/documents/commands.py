@@ -25,7 +25,6 @@ NOT_RUN = {
     r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
     r"make (test|test-slow|test-faults|lint)": "these are the tests, or look at the whole of them",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
-    r"python tests/test_documents.py": "writes configs/README.md, which test_documents.py compares",
 }
 
 

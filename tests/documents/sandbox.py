@@ -181,10 +181,20 @@ def _detector_runs(root: Path) -> None:
         shutil.copytree(root / "output/demo", root / "output" / name)
 
 
+def _documents(root: Path) -> None:
+    """Copies of what writes a document and of what it writes."""
+    (root / "configs").unlink()
+    shutil.copytree(ROOT / "configs", root / "configs")
+    for name in ("tests/test_documents.py", "CONTRIBUTING.md"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "configs/README.md").write_text("# Configs\n")
+
+
 # What it takes for a command to be about something, and the place of that; in an order in which
 # each finds what it is made of.
 STAND_INS = (
-    (r"", "datasets/shapes", _shapes),
+    (r"datasets/|tools/|senet-train|make demo", "datasets/shapes", _shapes),
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
@@ -203,6 +213,7 @@ STAND_INS = (
     (r"\.caffemodel", "SE-ResNet-50.caffemodel", _caffemodel),
     (r"classifier\.pth", "classifier.pth", _classifier),
     (r"output/(model|config)", "output", _classifier_run),
+    (r"tests/test_documents", "tests", _documents),
     (r"output/(demo|r50|se_r50)", "output/demo", _detector_runs),
 )
 

@@ -165,7 +165,7 @@ def _promised(words: list[str], printed: str) -> list[str]:
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])
     last = (printed.split() or [""])[-1] if words[-1] != "help" else ""
-    return found + ([last] if re.fullmatch(r"[\w./-]+\.(html|json|csv)", last) else [])
+    return found + ([last] if re.fullmatch(r"[\w./-]+\.(html|json|csv|md)", last) else [])
 
 
 def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
