@@ -74,7 +74,7 @@ def test_every_config_builds_its_trunk(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
     trunk = build_backbone(cfg, ShapeSpec(channels=3))
     has_se = any(".se." in key for key, _ in trunk.named_parameters())
-    assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_folder"))
+    assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_"))
 
 
 def test_the_places_recipe_is_the_data_sets_own():

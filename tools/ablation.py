@@ -19,14 +19,13 @@ import logging
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.analysis.ablation import PAPER, grid, grid_table, run_grid, write_grid
+from senet_transfer.engine.arguments import Parser
 from senet_transfer.engine.launch import run_single
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--config-file", required=True, help="the recipe of a classifier")
     add("--axes", nargs="+", choices=PAPER, default=[], help="what to vary; default: all")

@@ -25,14 +25,13 @@ from senet_transfer.analysis.complexity.tables import (
     paper_rows,
 )
 from senet_transfer.analysis.models import build_to_count, model_config
+from senet_transfer.engine.arguments import Parser
 from senet_transfer.engine.launch import run_single
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", action="append", default=[], help="a name or pattern; may be repeated")
     add("--config-file", default="", help="of a classifier or a detector, in place of a name")

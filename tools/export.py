@@ -13,6 +13,7 @@ tools/classify_onnx.py runs a classifier without torch.
 import argparse
 from pathlib import Path
 
+from senet_transfer.engine.arguments import Parser
 from senet_transfer.engine.export import export_model
 from senet_transfer.engine.launch import run_single
 from senet_transfer.progress import no_bars
@@ -20,9 +21,7 @@ from senet_transfer.progress import no_bars
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", default="", help="a checkpoint or a weight file; without it, random weights")
     add("--model", default="", help="a name of senet_transfer.list_models()")

@@ -13,15 +13,14 @@ import logging
 
 from detectron2.utils.logger import setup_logger
 
+from senet_transfer.engine.arguments import Parser
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.runs import run_seeds, seeds_report
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="a recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output", required=True, help="folder of all runs")

@@ -7,6 +7,7 @@ classifier the best five classes of each image are printed and written as a JSON
 import argparse
 
 from senet_transfer.classification.from_config import is_classification
+from senet_transfer.engine.arguments import Parser
 from senet_transfer.engine.checks import check_augmentation
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.launch import run_single
@@ -15,9 +16,7 @@ from senet_transfer.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", required=True, help="a checkpoint of a trained model")
     parser.add_argument(
         "--config-file", default="", help="its config; default: the config.yaml beside it"

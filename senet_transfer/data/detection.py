@@ -9,6 +9,7 @@ whatever the number of workers.
 
 import contextlib
 import functools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -26,8 +27,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from senet_transfer.data.workers import init_worker
 from senet_transfer.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 # A place in the row of all images that a process trains on, and which image is there.
 Place = tuple[int, int]
+
+# Over a set of images: a schedule of more is hardly meant for that set.
+MANY_PASSES = 500
 
 # Tells the random numbers of an image from those of a step, which have a seed and a rank, too.
 _IMAGES = 1
@@ -79,6 +85,7 @@ def build_train_loader(
         theirs = build_detection_train_loader(cfg, mapper=mapper)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
+    _tell_passes(cfg, len(parts.dataset))
     batches = PlannedBatches(
         parts.sampler,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
@@ -94,6 +101,20 @@ def build_train_loader(
         # Starting to iterate draws a number, here from a generator of its own.
         generator=torch.Generator(),
     )
+
+
+def _tell_passes(cfg: CfgNode, images: int) -> None:
+    # COCO's schedules on a small set of one's own go on for days after all is learnt.
+    solver = cfg.SOLVER
+    passes = solver.MAX_ITER * solver.IMS_PER_BATCH / images
+    facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
+    if passes <= MANY_PASSES:
+        logger.info("%d steps of %d images: %.3g passes over %d images.", *facts)
+        return
+    logger.warning(
+        "%d steps of %d images are %.0f passes over only %d images; the paper's schedule on COCO "
+        "has 24. SOLVER.MAX_ITER and SOLVER.STEPS shorten it.", *facts
+    )  # fmt: skip
 
 
 def _shapes(mapped: Dataset) -> Callable[[int], bool]:

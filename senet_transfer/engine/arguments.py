@@ -1,6 +1,8 @@
 """The command line of training: Detectron2's arguments, and own data sets."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 from detectron2.engine import default_argument_parser
 
@@ -28,9 +30,34 @@ Ctrl-C, and saved (a second one ends at once, with 128 and its number).
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line that ends in the config's options (``opts``), KEY VALUE pairs.
+
+    argparse would take a flag after them for one of them, and ``--resume`` is what one adds to the
+    end of the command before.
+    """
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse does, with flags before, after and between the config's options."""
+        words = list(sys.argv[1:] if args is None else args)
+        found = super().parse_args(words, namespace)
+        flag = next((at for at, word in enumerate(found.opts) if word[:2] == "--" != word), None)
+        if flag is None:
+            return found
+        pairs, rest = found.opts[:flag], found.opts[flag:]
+        found = self.parse_args([*words[: len(words) - len(found.opts)], *rest], namespace)
+        found.opts = pairs + found.opts
+        return found
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, ``--dataset`` and ``--quiet``."""
-    parser = default_argument_parser(epilog=_EPILOG)
+    parser = Parser(epilog=_EPILOG, parents=[default_argument_parser()], add_help=False)
     add_dataset_argument(parser)
     parser.add_argument(
         "--quiet", action="store_true", help="leave the log to log.txt, but for warnings"

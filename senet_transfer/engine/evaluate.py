@@ -25,7 +25,7 @@ from senet_transfer.data.augment import EVAL_MODES, EvalTransform
 from senet_transfer.data.cifar import SIDE, ImageArrays
 from senet_transfer.data.cifar_open import open_images
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
-from senet_transfer.engine.arguments import add_running_arguments
+from senet_transfer.engine.arguments import Parser, add_running_arguments
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import available_device, load_config, use_available_device
@@ -38,9 +38,7 @@ logger = logging.getLogger(__name__)
 
 def evaluation_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of the evaluation tools."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description)
     add = parser.add_argument
     add("--model", help="a name of senet_transfer.list_models()")
     add("--weights", help="a weight file; default: MODEL.WEIGHTS of the config")

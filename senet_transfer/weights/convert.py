@@ -203,8 +203,8 @@ def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str,
     state = OrderedDict(tensors)
     # Where torch keeps the versions of modules: load_state_dict passes over what is none.
     state._metadata = OrderedDict({MADE_FROM: metadata})
-    with written_whole(path) as partial:
-        torch.save(state, partial)
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        torch.save(state, file)
 
 
 def _renamed(source: Source, form: Format) -> dict[str, Tensor]:

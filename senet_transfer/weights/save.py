@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -89,7 +90,8 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
         if path.suffix == ".safetensors":
             save_file(tensors, partial, {"format": "pt", OWN_METADATA: json.dumps(metadata)})
         else:
-            torch.save({"model": tensors, OWN_METADATA: metadata}, partial)
+            with open(partial, "wb") as stream:  # which tells why it can't be written
+                torch.save({"model": tensors, OWN_METADATA: metadata}, stream)
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors")) -> None:
@@ -111,5 +113,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             yield partial
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Choose another place.") from error
+    # Where the disk is full, torch raises a RuntimeError, and safetensors an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} can't be written: {reason}. Choose another place.") from error

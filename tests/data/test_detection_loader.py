@@ -36,6 +36,7 @@ def loader(folder):
         row = build_train_loader(cfg, mapper, seed=seed, start_iter=start_iter)
         return list(itertools.islice(row, count))
 
+    batches.cfg = cfg
     return batches
 
 
@@ -77,3 +78,19 @@ def test_what_is_drawn_elsewhere_is_not_disturbed():
     with random_numbers_of(7, 8):
         assert (np.random.rand(), torch.rand(1)) == drawn
     assert (np.random.rand(), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes", "warned"),
+    [(2000, "500 passes", False), (2001, "500 passes", True), (180000, "45000 passes", True)],
+)
+def test_a_schedule_for_far_more_images_than_there_are_is_told(
+    loader, caplog, steps, passes, warned
+):
+    loader.cfg.SOLVER.MAX_ITER = steps
+    with caplog.at_level("INFO", logger="senet_transfer"):
+        loader(1)
+    (said,) = [record for record in caplog.records if "passes over" in record.message]
+    assert passes in said.message
+    assert (said.levelname == "WARNING") == warned
+    assert ("SOLVER.MAX_ITER" in said.message) == warned

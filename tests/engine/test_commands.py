@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from senet_transfer.engine.arguments import argument_parser
 from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,28 @@ def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "total_loss" in log
     assert "Running with full config" in log
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--resume --quiet SEED 1 SOLVER.BASE_LR -1",
+        "SEED 1 SOLVER.BASE_LR -1 --resume --quiet",
+        "--quiet SEED 1 --resume SOLVER.BASE_LR -1",
+    ],
+)
+def test_flags_stand_before_after_and_between_the_options_of_the_config(line):
+    args = argument_parser().parse_args(["--config-file", "a.yaml", *line.split()])
+    assert (args.resume, args.quiet, args.config_file) == (True, True, "a.yaml")
+    assert args.opts == ["SEED", "1", "SOLVER.BASE_LR", "-1"]
+
+
+def test_a_flag_that_is_none_is_refused_among_the_options_too(capsys):
+    for line in ("SEED 1 --resumee", "--resumee SEED 1"):
+        with pytest.raises(SystemExit) as refused:
+            argument_parser().parse_args(line.split())
+        assert refused.value.code == 2
+        assert "--resumee" in capsys.readouterr().err
 
 
 def test_a_users_mistake_is_one_line_and_status_2(words):

@@ -261,7 +261,7 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
     before = sorted(tmp_path.iterdir())
 
     def full(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half")
+        args[1].write(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,7 @@
 """Every tensor is accounted for, or nothing is loaded."""
 
+import sys
+
 import pytest
 import torch
 from detectron2.layers import Conv2d, get_norm
@@ -14,6 +16,7 @@ from senet_transfer import (
 )
 from senet_transfer.classification import Classifier
 from senet_transfer.preprocessing import Preprocessing
+from tests.processes import call
 from tests.weights.detectors import detector
 from tests.weights.peers import load_and_expect_no_change, peer, randomise, save
 
@@ -270,6 +273,30 @@ def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"):
         save_weights(create_backbone("resnet18"), tmp_path / "file" / "below" / "own.pth")
+
+
+FULL = """
+import resource, signal, sys
+from senet_transfer import UserError, create_backbone, save_weights
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+trunk = create_backbone("resnet18")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+for path in sys.argv[1:]:
+    try:
+        save_weights(trunk, path)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path):
+    paths = [tmp_path / f"own{suffix}" for suffix in (".pth", ".safetensors")]
+    done = call(sys.executable, "-c", FULL, *paths)
+    assert done.returncode == 0, done.stderr
+    for line, path in zip(done.stdout.splitlines(), paths, strict=True):
+        assert line.startswith(f"{path} can't be written: ")
+        assert "File too large" in line
+    assert not list(tmp_path.iterdir())
 
 
 class OtherTrunk(Backbone):

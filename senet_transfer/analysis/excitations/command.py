@@ -26,7 +26,7 @@ from senet_transfer.data.cifar import load_images
 from senet_transfer.data.cifar_open import ArrayDataset, is_prepared
 from senet_transfer.data.classification import ClassificationDataset, open_dataset
 from senet_transfer.data.coco_crops import CocoCrops
-from senet_transfer.engine.arguments import add_running_arguments
+from senet_transfer.engine.arguments import Parser, add_running_arguments
 from senet_transfer.engine.checkpoint import Checkpointer
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
@@ -36,9 +36,7 @@ logger = logging.getLogger(__name__)
 
 def analysis_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of the analysis."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description)
     add = parser.add_argument
     add("--weights", required=True, help="of an SE network, a classifier or a detector")
     add("--model", default="", help="its name, where nothing else tells")
