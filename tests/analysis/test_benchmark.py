@@ -38,6 +38,14 @@ def test_ratios_are_taken_within_a_round():
     assert (ratio.low, ratio.high) == (pytest.approx(1.1), pytest.approx(1.1))
 
 
+def test_ratios_of_other_pairs_are_told_beside_those_over_the_baseline():
+    seconds = {"a": [1.0] * 11, "b": [2.0] * 11, "c": [8.0] * 11}
+    found = Comparison("", "a", seconds, pairs=[("c", "b")])
+    assert "c over b: 4.000 [4.000, 4.000]" in str(found)
+    (pair,) = found.as_dict()["pairs"]
+    assert (pair["of"], pair["over"], pair["ratio"]["value"]) == ("c", "b", 4.0)
+
+
 def test_a_comparison_is_resolved_by_its_control_alone():
     steady, shaky = [1.0] * 11, [1.0, 1.1] * 5 + [1.0]
     assert Comparison("", "a", {"a": steady, "b": steady}, control="b").resolved

@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Comparison:
         seconds: of every candidate, a value a round.
         control: the name of the candidate that is the baseline built again; None for none.
         tolerance: how near to 1 the control's interval has to be.
+        pairs: further ratios to tell: of the first candidate over the second.
         notes: further facts, for the JSON.
     """
 
@@ -78,6 +79,7 @@ class Comparison:
     seconds: Mapping[str, list[float]]
     control: str | None = None
     tolerance: float = 0.01
+    pairs: Sequence[tuple[str, str]] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str | None = None) -> Ratio:
@@ -107,6 +109,10 @@ class Comparison:
             "resolved": self.resolved,
             "rounds": len(self.seconds[self.baseline]),
             "candidates": rows,
+            "pairs": [
+                {"of": name, "over": over, "ratio": asdict(self.ratio(name, over))}
+                for name, over in self.pairs
+            ],
             **self.notes,
         }
 
@@ -119,6 +125,8 @@ class Comparison:
             if name != self.baseline:
                 text += f"  ratio {self.ratio(name)}"
             lines.append(text + ("  (control)" if name == self.control else ""))
+        for name, over in self.pairs:
+            lines.append(f"  {name} over {over}: {self.ratio(name, over)}")
         if self.control and not self.resolved:
             lines.append(f"  unresolved: the control is not within {self.tolerance:.0%} of 1")
         for name, table in self.notes.get("profile", {}).items():
@@ -136,6 +144,7 @@ def compare(
     tolerance: float = 0.01,
     warm_up: int = 2,
     min_rounds: int = MIN_ROUNDS,
+    pairs: Sequence[tuple[str, str]] = (),
     profile: bool = False,
 ) -> Comparison:
     """Times functions against each other.
@@ -150,6 +159,7 @@ def compare(
         tolerance: see :class:`Comparison`.
         warm_up: calls of each before the first round.
         min_rounds: however long they take; an interval needs 6.
+        pairs: see :class:`Comparison`.
         profile: where each candidate's time and memory go, in one more call, in the notes.
     """
     for _ in range(warm_up):
@@ -163,7 +173,7 @@ def compare(
         shuffle.shuffle(order)
         for name in order:
             times[name].append(_time(candidates[name]))
-        found = Comparison(what, baseline, times, control, tolerance)
+        found = Comparison(what, baseline, times, control, tolerance, pairs)
         spent, rounds = time.perf_counter() - start, len(times[baseline])
         if rounds >= min_rounds and (
             spent > seconds or (spent > seconds / 2 and (control is None or found.resolved))

@@ -1,7 +1,7 @@
 """The part ``inference``: classifiers in every mode, beside the plain network and timm's gates."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ def measure_inference(options: Options) -> Iterator[Row]:
     plain, gated = create_classifier("resnet50"), create_classifier("se_resnet50")
     # The geometry of timm's legacy network, whose stride and pool are those of the Caffe files.
     caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
+    pairs = []
     models = {
         "plain": plain,
         "plain again": create_classifier("resnet50"),
@@ -40,11 +41,16 @@ def measure_inference(options: Options) -> Iterator[Row]:
     if timm is not None:
         models["timm seresnet50"] = timm.create_model("seresnet50")
         models["timm legacy_seresnet50"] = timm.create_model("legacy_seresnet50")
+        pairs = [
+            ("SE", "timm seresnet50"),
+            ("SE deployed", "timm seresnet50"),
+            ("SE, Caffe's geometry", "timm legacy_seresnet50"),
+        ]
     models = {name: trained(model, options.device).eval() for name, model in models.items()}
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)
         ways = {name: inference(model, images) for name, model in models.items()}
-        yield _compare(f"Inference, 224 px, batch {batch}, eager", ways, options)
+        yield _compare(f"Inference, 224 px, batch {batch}, eager", ways, options, pairs)
     models = {name: models[name] for name in ("plain", "plain again", "SE")}
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)
@@ -60,6 +66,7 @@ def measure_inference(options: Options) -> Iterator[Row]:
                 f"Inference, 224 px, batch {batch}, ONNX Runtime",
                 _in_onnx(models, batch) | others,
                 options,
+                pairs=[("SE, eager", "SE"), ("SE, compiled", "plain")],
             )
 
 
@@ -85,13 +92,19 @@ def _in_onnx(models: dict[str, nn.Module], batch: int) -> dict[str, Callable[[],
     }
 
 
-def _compare(what: str, ways: dict[str, Callable[[], object]], options: Options) -> Comparison:
+def _compare(
+    what: str,
+    ways: dict[str, Callable[[], object]],
+    options: Options,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Comparison:
     return compare(
         what,
         ways,
         baseline="plain",
         control="plain again",
         seconds=options.seconds,
+        pairs=pairs,
         profile=options.profile,
     )
 

@@ -69,10 +69,10 @@ def measure_loader(options: Options) -> Iterator[Row]:
                 baseline="ImageFolder",
                 control="ImageFolder again",
                 seconds=options.seconds,
+                pairs=[("ImageFolder", "ours"), ("webdataset", "ours"), ("bare", "ours")],
                 profile=options.profile,
             )
         found.notes["images_per_round"] = IMAGES
-        found.notes["ours_of_bare_decode_and_resize"] = vars(found.ratio("bare", over="ours"))
         yield found
 
 
