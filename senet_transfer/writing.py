@@ -26,8 +26,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         # On the disk before it has its name, or a crash could leave the name without the content.
         with open(name, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp and safetensors make files for their owner only; these are shared.
-        os.chmod(name, 0o644)
+        # mkstemp and safetensors make files for their owner only.
+        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         # What failed first is what is told.
@@ -35,6 +35,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.unlink(name)
         raise
     _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

@@ -83,10 +83,16 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
     assert calls == ["fsync", "replace", "fsync"]
 
 
-def test_others_may_read_what_is_written(tmp_path):
-    write_json(tmp_path / "a.json", {"b": 1})
-    with whole_file(tmp_path / "a.safetensors") as partial:
-        save_file({"x": torch.ones(2)}, partial)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {"b": 1})
+        with whole_file(tmp_path / "a.safetensors") as partial:
+            save_file({"x": torch.ones(2)}, partial)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
     for path in tmp_path.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        assert stat.S_IMODE(path.stat().st_mode) == mode
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]

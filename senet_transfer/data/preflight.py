@@ -14,9 +14,8 @@ from senet_transfer.data.json_file import sniff_json
 from senet_transfer.errors import UserError
 
 OWN_DATA_COMMAND = """\
-  python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml \\
-      --dataset my_train train.json images/ --dataset my_val val.json images/ \\
-      DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)\""""
+  python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+      --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
 # Where Detectron2's metadata keep the paths of its data sets of every kind.
 _FILE_KEYS = ("json_file", "panoptic_json")

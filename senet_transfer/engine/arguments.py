@@ -21,9 +21,8 @@ Go on after an interruption; evaluate:
         MODEL.WEIGHTS output/model_final.pth
 
 Own data in COCO's format (classes and their number come from the JSON):
-    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml \\
-        --dataset my_train train.json images/ --dataset my_val val.json images/ \\
-        DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)"
+    python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+        --dataset my_train train.json images/ --dataset my_val val.json images/
 
 Exit status: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 told to stop by SIGTERM or
 Ctrl-C, and saved (a second one ends at once, with 128 and its number).

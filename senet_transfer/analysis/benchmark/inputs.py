@@ -1,5 +1,6 @@
 """The part ``loader``: training batches from JPEG, beside torchvision's and webdataset's ways."""
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,10 +34,10 @@ NORMALISE = [
 ]
 
 
-def draw_images(folder: Path, sizes: tuple[int, int]) -> None:
+def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> None:
     """JPEGs of smooth random colours in two folders, a class each: about a photograph's bytes."""
     draw = np.random.default_rng(0)
-    for index in range(IMAGES):
+    for index in range(images):
         coarse = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize(sizes, Image.Resampling.BICUBIC)
         path = folder / f"class{index % 2}" / f"{index:05d}.jpg"
@@ -55,10 +56,19 @@ def write_shard(folder: Path, shard: Path) -> None:
         writer.close()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch has a single thread, as in a worker of a DataLoader."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def measure_loader(options: Options) -> Iterator[Row]:
     """Random crops of 224 px from images of two sizes, in one process: images/s of one core."""
     for sizes in ((256, 256), (500, 375)):
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, one_thread():
             folder, shard = Path(name) / "images", Path(name) / "shard.tar"
             draw_images(folder, sizes)
             write_shard(folder, shard)

@@ -110,7 +110,8 @@ def _evaluation(options: Options) -> Amounts:
     """As the evaluation script does it: one process reads and decodes, the model has the rest."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
-        draw_images(Path(name), (500, 375))
+        # So many that the worker's start, of a tenth of a second, is no part of it.
+        draw_images(Path(name), (500, 375), images=1024)
         view = EvalTransform(resize=256, crop=224)
         data = open_dataset(Path(name))
         found = evaluate_classifier(model.eval(), data, view, workers=1, quiet=True)
