@@ -7,10 +7,10 @@ same, to rounding, from what that block keeps anyway:
 * Batch norm, trained or not, keeps the convolution's output. All that the gradients of gate and
   norm need of the maps are two sums a channel of each image, after which one pass gives the
   gradient of the convolution's output (:class:`_NormSum`).
-* A frozen norm keeps nothing, but it and the gate only scale and shift channels, so a 1x1
-  convolution takes them into weights of each image's own: ``r`` comes into being neither forward
-  nor backward, and the products of gradient and input that give the gradient of the weights give
-  that of the gates, too (:class:`_ConvSum`).
+* A frozen norm keeps nothing, but it and the gate only scale and shift channels. A 1x1 convolution
+  takes the norm into its weights, and the products of gradient and input that give the gradient of
+  these, an image at a time, give that of the gates, too (:class:`_LargeConvSum`). Where maps are
+  small and weights many, a second convolution costs less (:class:`_SmallConvSum`).
 * The mean over positions commutes with a 1x1 convolution and with a norm that has its statistics:
   the squeeze reads the convolution's input, a quarter of a bottleneck's output.
 
@@ -18,7 +18,7 @@ What watches or transforms a network (hooks, compilers, tracers, dispatch modes)
 statement, as does every variant that these don't cover.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Elements of the per-image weights that exist at a time: what the caches of a core hold; on other
-# devices, where few large products are faster than many small ones, what memory has to spare.
-_WEIGHTS_AT_ONCE = {"cpu": 2**20}
-_WEIGHTS_AT_ONCE_ELSEWHERE = 2**25
+# Positions of a map up to which computing it once more costs less than going through gradients of
+# the weights of each image: reading one takes as long as a hundred multiplications or two.
+_FEW_POSITIONS = 256
 
 
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -249,20 +248,51 @@ def _sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
 
 def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     scale, shift = _fold(conv.norm)
-    return _ConvSum.apply(x, shortcut, conv.weight, scale, shift, se, *_learning(se))
+    large = x.shape[2] * x.shape[3] > _FEW_POSITIONS
+    function = _LargeConvSum if large else _SmallConvSum
+    return function.apply(x, shortcut, conv.weight, scale, shift, se, *_learning(se))
 
 
-class _ConvSum(torch.autograd.Function):
-    """The gated sum from the input of a 1x1 convolution with a frozen norm."""
+class _SmallConvSum(torch.autograd.Function):
+    """The gated sum from the input of a 1x1 convolution with a frozen norm, which is done twice."""
 
     @staticmethod
     def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+        out = _convolve(x, _folded(weight, scale, x.dtype), shift)
+        ctx.gate = _Gate(se, out.mean((2, 3)), learns=True)
+        gate = ctx.gate.value.detach().to(x.dtype)
+        ctx.save_for_backward(x, weight, scale, shift, gate)
+        return torch.addcmul(shortcut, out, _spread(gate), out=out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, scale, shift, gate = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
-        mean = x.mean((2, 3))
-        ctx.gate = _Gate(se, F.linear(mean, folded, shift.to(x.dtype)), learns=True)
+        out = _convolve(x, folded, shift)
+        dgate = torch.einsum("nchw,nchw->nc", gradient, out)
+        squeezed, parameters = ctx.gate.backward(dgate)
+        constant = _spread(squeezed.to(x.dtype) / (x.shape[2] * x.shape[3]))
+        dout = torch.addcmul(constant, gradient, _spread(gate), out=out)
+        dx, dfolded = _conv_backward(dout, x, folded, ctx.needs_input_grad[0])
+        dweight = (dfolded * scale[:, None, None, None]).to(weight.dtype)
+        shortcut = gradient if ctx.needs_input_grad[1] else None
+        return dx, shortcut, dweight, None, None, None, *parameters
+
+
+class _LargeConvSum(torch.autograd.Function):
+    """The same, where an image's gradient of the weights costs less than a second convolution."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+        folded, mean = _folded(weight, scale, x.dtype), x.mean((2, 3))
+        squeezed = F.linear(mean, folded.flatten(1), shift.to(x.dtype))
+        ctx.gate = _Gate(se, squeezed, learns=True)
         gate = ctx.gate.value.detach().to(x.dtype)
         ctx.save_for_backward(x, weight, scale, shift, mean, gate)
-        return _weighed_sum(x, shortcut, folded, shift, gate)
+        out = _convolve(x, folded, shift)
+        return torch.addcmul(shortcut, out, _spread(gate), out=out)
 
     @staticmethod
     @once_differentiable
@@ -270,66 +300,66 @@ class _ConvSum(torch.autograd.Function):
         x, weight, scale, shift, mean, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
-        maps, inputs = gradient.flatten(2), x.flatten(2)
-        dgate, dfolded = _weigh(maps, inputs, folded, gate)
-        dgate += shift * maps.sum(2)
+        dx, dfolded, dgate = _by_image(gradient, x, folded, gate, ctx.needs_input_grad[0])
+        dgate += shift * gradient.sum((2, 3))
         squeezed, parameters = ctx.gate.backward(dgate)
-        dweight = None
-        if ctx.needs_input_grad[2]:
-            dfolded += squeezed.mT.to(dfolded.dtype) @ mean.to(dfolded.dtype)
-            dweight = (dfolded * scale[:, None]).view_as(weight).to(weight.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            constant = squeezed.to(x.dtype) @ folded / maps.shape[2]
-            dx = torch.empty_like(x, memory_format=_layout(x)).copy_(_spread(constant))
-            flat = dx.flatten(2)
-            for part in _parts(x, folded):
-                weights = (gate[part, :, None] * folded).mT
-                _add_product(flat[part], weights, maps[part])
+        dfolded += squeezed.mT.to(dfolded.dtype) @ mean.to(dfolded.dtype)
+        dweight = (dfolded * scale[:, None]).view_as(weight).to(weight.dtype)
+        if dx is not None:
+            positions = x.shape[2] * x.shape[3]
+            dx += _spread(squeezed.to(x.dtype) @ folded.flatten(1) / positions)
         shortcut = gradient if ctx.needs_input_grad[1] else None
         return dx, shortcut, dweight, None, None, None, *parameters
 
 
-def _weigh(maps: Tensor, inputs: Tensor, folded: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the gates, and of the weights without the squeeze's part, from products."""
-    dgate = torch.empty_like(gate)
+def _by_image(
+    gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of input, weights and gates, without what goes through the squeeze."""
+    dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
-    dfolded = torch.zeros_like(folded, dtype=wide)
-    for part in _parts(inputs, folded):
-        products = torch.bmm(maps[part], inputs[part].mT)
-        dgate[part] = torch.einsum("ck,nck->nc", folded, products)
-        for weight, product in zip(gate[part], products, strict=True):
-            dfolded.addcmul_(product, weight[:, None])
-    return dgate, dfolded
+    dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)
+    dgate = torch.empty_like(gate)
+    for image in range(len(x)):
+        part, own = slice(image, image + 1), gate[image, :, None]
+        scaled = folded * own[..., None, None]
+        found, product = _conv_backward(gradient[part], x[part], scaled, learns)
+        product = product.flatten(1)
+        dgate[image] = torch.einsum("ck,ck->c", folded.flatten(1), product)
+        dfolded.addcmul_(product, own)
+        if learns:
+            dx[part] = found
+    return dx, dfolded, dgate
 
 
-def _weighed_sum(x: Tensor, y: Tensor, folded: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-    """``(gate * folded) x + gate * shift + y``, for each image."""
-    out = torch.empty_like(y, memory_format=_layout(x))
-    torch.add(y, _spread(gate * shift.to(gate.dtype)), out=out)
-    maps, inputs = out.flatten(2), x.contiguous(memory_format=_layout(x)).flatten(2)
-    for part in _parts(x, folded):
-        _add_product(maps[part], gate[part, :, None] * folded, inputs[part])
-    return out
+def _convolve(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    # In the type of the maps, whatever autocast would take.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight, shift.to(x.dtype))
+
+
+def _conv_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, learns: bool
+) -> tuple[Tensor | None, Tensor]:
+    found = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [learns, True, False]
+    )
+    return found[0], found[1]
 
 
 def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
-    # Scaling the weights of each image costs less than scaling its map, where that is large.
-    if _is_pointwise(conv) and x.shape[2] * x.shape[3] > x.shape[1]:
-        folded, shift = conv.weight.flatten(1), conv.bias
-        if conv.norm is not None:
-            scale, shift = _fold(conv.norm)
-            folded = _folded(conv.weight, scale, x.dtype)
-        mean = x.mean((2, 3))
-        gate = se.excite(mean if se.takes_input else F.linear(mean, folded, shift))
-        return _weighed_sum(x, shortcut, folded, shift, gate)
-    out = conv(x)
-    gate = _spread(se.excite(x.mean((2, 3)))) if se.takes_input else se.gate(out)
-    return torch.addcmul(shortcut, out, gate, out=out)
+    gate = _spread(se.excite(x.mean((2, 3)))) if se.takes_input else None
+    # Scaling the weights costs less than a norm's pass over the map, where that is large.
+    if conv.norm is not None and x.shape[2] * x.shape[3] > x.shape[1] // conv.groups:
+        scale, shift = _fold(conv.norm)
+        out = conv._conv_forward(x, _folded(conv.weight, scale, x.dtype), shift.to(x.dtype))
+    else:
+        out = conv(x)
+    return torch.addcmul(shortcut, out, se.gate(out) if gate is None else gate, out=out)
 
 
 def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.flatten(1) * scale[:, None]).to(dtype)
+    return (weight * scale[:, None, None, None]).to(dtype)
 
 
 def _spread(values: Tensor, like: Tensor | None = None) -> Tensor:
@@ -341,18 +371,3 @@ def _spread(values: Tensor, like: Tensor | None = None) -> Tensor:
 def _layout(x: Tensor) -> torch.memory_format:
     flat = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if flat else torch.channels_last
-
-
-def _parts(x: Tensor, folded: Tensor) -> Iterator[slice]:
-    """Images to take together, so that the weights of each fit."""
-    limit = _WEIGHTS_AT_ONCE.get(x.device.type, _WEIGHTS_AT_ONCE_ELSEWHERE)
-    step = max(1, limit // folded.numel())
-    return (slice(first, first + step) for first in range(0, len(x), step))
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right``, batched; ``out`` is contiguous, or its transpose is."""
-    if out.is_contiguous():
-        out.baddbmm_(left, right)
-    else:
-        out.mT.baddbmm_(right.mT, left.mT)

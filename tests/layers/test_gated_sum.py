@@ -97,26 +97,44 @@ def test_values_gradients_and_statistics_are_those_of_the_statement(norm, layout
 
 
 @pytest.mark.parametrize(
-    ("norm", "node"), [("BN", "_Norm"), ("BN in evaluation", "_Norm"), ("FrozenBN", "_Conv")]
+    ("norm", "node", "few"),
+    [
+        ("BN", "_Norm", 256),
+        ("BN in evaluation", "_Norm", 256),
+        ("FrozenBN", "_SmallConv", 256),
+        ("FrozenBN", "_LargeConv", 0),
+    ],
 )
-def test_gradients_are_those_of_finite_differences(norm, node):
+def test_gradients_are_those_of_finite_differences(norm, node, few, monkeypatch):
+    monkeypatch.setattr(module, "_FEW_POSITIONS", few)
     ours = Sum(norm).double()
     x, y = maps(n=2, side=2)
     assert ours(x, y).grad_fn.name() == f"{node}SumBackward"
     assert torch.autograd.gradcheck(lambda x, y, *_: ours(x, y), (x, y, *ours.parameters()))
 
 
-@every_norm
-def test_weights_are_taken_a_few_images_at_a_time(norm, monkeypatch):
-    """However many fit: one image, two of three, or all."""
-    ours, theirs = both(norm)
-    x, y = maps()
-    expected = gradients(theirs, x, y)
-    for limit in (1, 100, 10_000):
-        monkeypatch.setitem(module._WEIGHTS_AT_ONCE, "cpu", limit)
-        found = gradients(ours, x, y)
-        for key, tensor in expected.items():
-            torch.testing.assert_close(found[key], tensor, rtol=1e-10, atol=1e-10, msg=key)
+@every_layout
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("learns", ["all", "all but x", "the gate", "x"])
+def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
+    """Whatever of it all learns; what doesn't has no gradient, and costs none."""
+    ours, theirs = both("FrozenBN")
+    x, y = maps(layout, n=count)
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            learning = {"the gate": "se." in name, "x": False}.get(learns, True)
+            parameter.requires_grad_(learning)
+    x.requires_grad_(learns in ("all", "x"))
+    leaves = [leaf for leaf in (x, y) if leaf.requires_grad]
+    inputs = [
+        [*leaves, *(p for p in model.parameters() if p.requires_grad)] for model in (ours, theirs)
+    ]
+    expected = torch.autograd.grad(theirs(x, y).square().sum(), inputs[1])
+    for few in (0, 10**6):
+        monkeypatch.setattr(module, "_FEW_POSITIONS", few)
+        found = torch.autograd.grad(ours(x, y).square().sum(), inputs[0])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("side", [1, 2, 9])
