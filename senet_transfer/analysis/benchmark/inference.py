@@ -26,26 +26,8 @@ except ImportError:  # A package for development.
 
 
 def measure_inference(options: Options) -> Iterator[Row]:
-    """ResNet-50 and SE-ResNet-50 at 224 px: eager beside timm, compiled and, on a CPU, ONNX."""
-    plain, gated = create_classifier("resnet50"), create_classifier("se_resnet50")
-    # The geometry of timm's legacy network, whose stride and pool are those of the Caffe files.
-    caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
-    pairs = []
-    models = {
-        "plain": plain,
-        "plain again": create_classifier("resnet50"),
-        "SE": gated,
-        "SE deployed": deploy(gated),
-        "SE, Caffe's geometry": caffe,
-    }
-    if timm is not None:
-        models["timm seresnet50"] = timm.create_model("seresnet50")
-        models["timm legacy_seresnet50"] = timm.create_model("legacy_seresnet50")
-        pairs = [
-            ("SE", "timm seresnet50"),
-            ("SE, Caffe's geometry", "timm legacy_seresnet50"),
-        ]
-    models = {name: trained(model, options.device).eval() for name, model in models.items()}
+    """ResNet-50 and SE-ResNet-50 at 224 px: eager and compiled beside timm, and, on a CPU, ONNX."""
+    models, pairs = _models(options.device)
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)
         ways = {name: inference(model, images) for name, model in models.items()}
@@ -69,6 +51,29 @@ def measure_inference(options: Options) -> Iterator[Row]:
                 options,
                 pairs=[("SE, eager", "SE"), ("SE, compiled", "plain")],
             )
+
+
+def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
+    """By name, and which are each other's peers."""
+    gated = create_classifier("se_resnet50")
+    models = {
+        "plain": create_classifier("resnet50"),
+        "plain again": create_classifier("resnet50"),
+        "SE": gated,
+        "SE deployed": deploy(gated),
+    }
+    pairs = []
+    if timm is not None:
+        # Whose stride and pool are those of the Caffe files.
+        caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
+        models["SE, Caffe's geometry"] = caffe
+        models["timm seresnet50"] = timm.create_model("seresnet50")
+        models["timm legacy_seresnet50"] = timm.create_model("legacy_seresnet50")
+        pairs = [
+            ("SE", "timm seresnet50"),
+            ("SE, Caffe's geometry", "timm legacy_seresnet50"),
+        ]
+    return {name: trained(model, device).eval() for name, model in models.items()}, pairs
 
 
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
