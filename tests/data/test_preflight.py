@@ -85,9 +85,9 @@ def test_missing_coco_files_are_listed_with_where_they_go_and_come_from(coco_roo
         assert part in message
     assert f"Expected under {coco_root} ($DETECTRON2_DATASETS" in message
     assert "make demo" in message
-    assert "--config-file configs/faster_rcnn_se_r50.yaml" in message
+    assert "--config-file configs/finetune_detector.yaml" in message
     assert "--dataset my_train train.json images/" in message
-    assert """DATASETS.TRAIN "('my_train',)\"""" in message
+    assert "--dataset my_val val.json images/" in message
 
 
 def test_only_what_is_missing_is_listed(coco_root, data):
