@@ -107,6 +107,7 @@ def damage(path: Path) -> str:
         # Without a sum beside it, its own checksums.
         if not verify_sha256(path, None) and (bad := zipfile.ZipFile(path).testzip()):
             return f"{path}: {bad} in it is damaged"
+    # zipfile's own last two: damage can look like a compression or a cipher that it doesn't have.
     except (UserError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         return str(error)
     return ""

@@ -61,8 +61,10 @@ def one_thread() -> Iterator[None]:
     """Within, torch has a single thread, as in a worker of a DataLoader."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure_loader(options: Options) -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """What training keeps: the activations that autograd saves, and the peak of a whole step."""
 
-import resource
 from collections.abc import Callable, Iterable
 
 import torch
@@ -68,8 +67,3 @@ def highest_sum(steps: Iterable[int]) -> int:
         total += step
         highest = max(highest, total)
     return highest
-
-
-def process_peak_bytes() -> int:
-    """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
