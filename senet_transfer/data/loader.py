@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from senet_transfer.data.augment import EvalTransform, TrainTransform, sample_rng
+from senet_transfer.data.augment import EvalTransform, TrainTransform, put, sample_rng
 from senet_transfer.data.classification import ClassificationDataset
 from senet_transfer.data.decode import BrokenImageError
 from senet_transfer.data.shards import RawSample
@@ -280,7 +280,7 @@ class _TrainBatches(IterableDataset):
         for place, (epoch, sample) in enumerate(samples):
             try:
                 rng = sample_rng(self.order.seed, epoch, sample.key)
-                images[place] = self.transform(sample.data, rng)
+                put(self.transform(sample.data, rng), images[place])
                 good.append(place)
             except BrokenImageError as error:
                 last = f"{sample.key} in {sample.origin} ({error})"
@@ -333,7 +333,7 @@ class _EvalBatches(IterableDataset):
         images = torch.empty(len(samples), *self.transform.output_shape, dtype=torch.uint8)
         for place, sample in enumerate(samples):
             try:
-                images[place] = self.transform(sample.data)
+                put(self.transform(sample.data), images[place])
             except BrokenImageError as error:
                 raise UserError(
                     f"cannot decode {sample.key} in {sample.origin}: {error}. Evaluation needs "

@@ -87,10 +87,15 @@ def train_stream(
         done = skip // block * block
         samples = dataset.read_unit(unit, done)
         while chunk := list(islice(samples, block)):
-            order = np.random.default_rng([seed, epoch, unit, done]).permutation(len(chunk))
+            order = _block_order(len(chunk), seed, epoch, unit, done)
             for place in order[max(skip - done, 0) :]:
                 yield epoch, chunk[place]
             done += len(chunk)
+
+
+def _block_order(size: int, *seed: int) -> np.ndarray:
+    # In a folder each image is a block of its own.
+    return np.zeros(1, int) if size == 1 else np.random.default_rng(seed).permutation(size)
 
 
 def class_aware_stream(

@@ -7,10 +7,11 @@ import pytest
 import torch
 from drawn_places import jpeg
 from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as F
 
-from senet_transfer.data.augment import TrainTransform, sample_rng
-from senet_transfer.data.decode import BrokenImageError, decode_exact, decode_fast
+from senet_transfer.data.augment import TrainTransform, put, sample_rng
+from senet_transfer.data.decode import BrokenImageError, decode_exact, decode_fast, jpeg_size
 from senet_transfer.errors import UserError
 
 PIXELS = np.asarray(Image.open(io.BytesIO(jpeg(5, (67, 45)))))
@@ -81,7 +82,100 @@ def test_draft_decoding_keeps_both_sides_at_least_as_long_as_asked():
     large = jpeg(1, (1000, 600))
     assert decode_fast(large).shape == (600, 1000, 3)
     assert decode_fast(large, 140).shape == (150, 250, 3)
-    assert decode_fast(large, 151).shape[0] >= 151
+    assert decode_fast(large, 151).shape == (300, 500, 3)
+    assert decode_fast(large, 301).shape == (600, 1000, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_is_told_of_each_jpeg_that_can_be_decoded_at_a_fraction(kind):
+    jpegs = {"4:4:4", "4:2:2", "4:2:0", "progressive", "grey"}
+    assert jpeg_size(KINDS[kind]) == (PIXELS.shape[:2] if kind in jpegs else None)
+
+
+def decodings(monkeypatch):
+    """Fills a list with the shapes that a transform decodes from now on."""
+    shapes = []
+
+    def noting(*arguments):
+        shapes.append((pixels := decode_fast(*arguments)).shape[:2])
+        return pixels
+
+    monkeypatch.setattr("senet_transfer.data.augment.decode_fast", noting)
+    return shapes
+
+
+def test_draft_takes_the_same_region_at_the_smallest_fraction_that_has_the_pixels(monkeypatch):
+    data = jpeg(1, (1000, 600))
+    exact, draft = TrainTransform(size=64), TrainTransform(size=64, draft=True)
+    expected = [exact(data, random.Random(seed)).float() for seed in range(40)]
+    shapes = decodings(monkeypatch)
+    for seed in range(40):
+        *_, height, width = exact.region(600, 1000, random.Random(seed))
+        part = max(part for part in (1, 2, 4, 8) if min(height, width) >= 64 * part)
+        found = draft(data, random.Random(seed)).float()
+        distances = [(found - image).abs().mean() for image in expected]
+        assert min(range(40), key=distances.__getitem__) == seed
+        assert distances[seed] < 4
+        assert shapes[-1] == (600 // part, 1000 // part)
+    assert len(set(shapes)) >= 3
+
+
+@pytest.mark.parametrize("kind", ["png", "cmyk", "4:2:0"])
+def test_draft_changes_nothing_where_no_fraction_has_the_pixels(kind):
+    exact, draft = TrainTransform(size=32), TrainTransform(size=32, draft=True)
+    for seed in range(5):
+        images = [t(KINDS[kind], random.Random(seed)) for t in (exact, draft)]
+        assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_crop_is_torchvisions_of_the_decoded_image_to_the_bit(interpolation):
+    data = jpeg(3, (120, 90))
+    transform = TrainTransform(size=48, interpolation=interpolation)
+    image = torch.from_numpy(decode_fast(data)).permute(2, 0, 1).contiguous()
+    for seed in range(20):
+        rng = random.Random(seed)
+        region = transform.region(90, 120, rng)
+        expected = v2.functional.resized_crop(
+            image, *region, [48, 48], InterpolationMode(interpolation), antialias=True
+        )
+        expected = F.hflip(expected) if rng.random() < 0.5 else expected
+        assert torch.equal(transform(data, random.Random(seed)), expected)
+
+
+def test_what_a_transform_gave_stays_what_it_is_while_it_goes_on():
+    whole = TrainTransform(size=45, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    square = [jpeg(seed, (45, 45)) for seed in (1, 2)]
+    first = whole(square[0], random.Random(0))
+    kept = first.clone()
+    whole(square[1], random.Random(0))
+    assert torch.equal(first, kept)
+    np.testing.assert_array_equal(kept.permute(1, 2, 0), decode_fast(square[0]))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (7, 5, 3), (3, 1, 1)])
+def test_an_image_is_put_into_a_batch_as_it_is_whatever_its_layout(shape):
+    image = torch.randint(0, 255, shape, dtype=torch.uint8)
+    image = image.permute(2, 0, 1) if shape[-1] == 3 else image
+    batch = torch.zeros(4, *image.shape, dtype=torch.uint8)
+    put(image, batch[2])
+    assert torch.equal(batch[2], image)
+    assert not batch[[0, 1, 3]].any()
+
+
+def test_ten_crops_are_put_into_a_batch_as_they_are():
+    images = torch.randint(0, 255, (10, 6, 5, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    batch = torch.zeros(2, 10, 3, 6, 5, dtype=torch.uint8)
+    put(images, batch[1])
+    assert torch.equal(batch[1], images)
+
+
+def test_an_image_that_does_not_fit_into_a_batch_is_not_left_out_silently():
+    batch = torch.zeros(2, 3, 6, 5, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="size"):
+        put(torch.ones(5, 6, 3, dtype=torch.uint8).permute(2, 0, 1), batch[0])
+    put(torch.ones(6, 5, 3).permute(2, 0, 1), batch[0])
+    assert batch[0].all()
 
 
 def test_regions_are_inside_and_as_large_and_long_as_asked():
