@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation, mean_of_maps
 
 # Positions of a map up to which computing it once more costs less than going through gradients of
 # the weights of each image: reading one takes as long as a hundred multiplications or two.
@@ -348,7 +348,7 @@ def _conv_backward(
 
 
 def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
-    gate = _spread(se.excite(x.mean((2, 3)))) if se.takes_input else None
+    gate = _spread(se.excite(mean_of_maps(x))) if se.takes_input else None
     # Scaling the weights costs less than a norm's pass over the map, where that is large.
     if conv.norm is not None and x.shape[2] * x.shape[3] > x.shape[1] // conv.groups:
         scale, shift = _fold(conv.norm)

@@ -27,6 +27,9 @@ EXCITATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 
 PLACEMENTS = ("standard", "pre", "post", "identity", "3x3", "mixture")
 
+# Up to as many a gate's products are so small that generated loops beat a matrix library.
+_FEW_IMAGES = 8
+
 # The bias of fc2 at which a gate starts (nearly) open: 0.982, 0.964 and 1.
 _OPEN_BIAS = {"sigmoid": 4.0, "tanh": 2.0, "relu": 1.0}
 
@@ -192,12 +195,13 @@ class SqueezeExcitation(nn.Module):
         if self.squeeze == "none":
             hidden = F.relu(_conv1x1(x, self.fc1))
             return EXCITATIONS[self.excitation](_conv1x1(hidden, self.fc2))
-        pooled = x.mean((2, 3)) if self.squeeze == "avg" else x.amax((2, 3))
+        pooled = mean_of_maps(x) if self.squeeze == "avg" else x.amax((2, 3))
         return self.excite(pooled)[:, :, None, None]
 
     def excite(self, squeezed: Tensor) -> Tensor:
         """The gates of squeezed maps: ``(N, C)`` to ``(N, C)``."""
-        return EXCITATIONS[self.excitation](self.fc2(F.relu(self.fc1(squeezed))))
+        hidden = F.relu(_linear(self.fc1, squeezed))
+        return EXCITATIONS[self.excitation](_linear(self.fc2, hidden))
 
     def join(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """``scale * gate(x) * x + y`` in one pass over the feature maps.
@@ -218,6 +222,36 @@ class SqueezeExcitation(nn.Module):
     def extra_repr(self) -> str:
         """The variant, where it is not the paper's standard."""
         return f"squeeze={self.squeeze}, excitation={self.excitation}"
+
+
+def mean_of_maps(x: Tensor) -> Tensor:
+    """The squeeze: ``(N, C, H, W)`` to ``(N, C)``."""
+    # By one side after the other, the compiler reads a map once and shares the work of it better.
+    return x.mean(3).mean(2) if _generated(x) else x.mean((2, 3))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``."""
+    if not _generated(x) or x.dtype != layer.weight.dtype:
+        return layer(x)
+    out = (x[:, None] * layer.weight).sum(-1)
+    return out if layer.bias is None else out + layer.bias
+
+
+def _generated(x: Tensor) -> bool:
+    """Whether the compiler writes code for a CPU that infers on a few images.
+
+    It makes one loop after another of a gate then, from the map to the sum. Calls of a matrix
+    library between them cost more than these small products do.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.device.type == "cpu"
+        and len(x) <= _FEW_IMAGES
+    )
 
 
 def _conv1x1(x: Tensor, fc: nn.Linear) -> Tensor:

@@ -16,6 +16,11 @@ def randomised(channels: int = 32, **options) -> SqueezeExcitation:
     return se
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
 def stated_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
     """Equations 2 and 3 and the variants of section 6, by loops over images."""
     gates = []
@@ -103,6 +108,38 @@ def test_compiled_whole_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, x), se.join(x, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"squeeze": "max"}, {"squeeze": "none"}])
+@pytest.mark.parametrize("images", [1, 8, 9])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compiled_for_inference_on_few_images_or_many_it_computes_the_same(options, images, mode):
+    se = randomised(**options).double()
+    x = torch.randn(images, 32, 5, 7, dtype=torch.double)
+    compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
+    with mode():
+        torch.testing.assert_close(compiled(x, x), se.join(x, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "calls"), [(1, 0), (8, 0), (9, 2)])
+def test_compiled_for_inference_on_few_images_it_calls_no_matrix_library(images, calls):
+    found = []
+
+    def backend(graph, _inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    se, x = randomised(), torch.randn(images, 32, 4, 4)
+    with torch.no_grad():
+        torch.compile(se.join, backend=backend, fullgraph=True)(x, x)
+    assert sum("linear" in name for name in found) == calls
+
+
+def test_compiled_for_inference_under_autocast_it_computes_the_same():
+    se, x = randomised(), torch.randn(2, 32, 4, 4)
+    compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(x, x), se.join(x, x))
 
 
 def test_autocast_joins_what_is_of_two_types():
