@@ -226,7 +226,8 @@ class SqueezeExcitation(nn.Module):
 
 def mean_of_maps(x: Tensor) -> Tensor:
     """The squeeze: ``(N, C, H, W)`` to ``(N, C)``."""
-    # By one side after the other, the compiler reads a map once and shares the work of it better.
+    # One side after the other, the compiler's loops take a map in the order of its memory, and
+    # threads have shares of it that add up without waiting.
     return x.mean(3).mean(2) if _generated(x) else x.mean((2, 3))
 
 
