@@ -12,7 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from senet_transfer.data.cifar_prepare import prepare_cifar
+from senet_transfer.data.cifar.prepare import prepare_cifar
 from senet_transfer.engine.launch import run_single
 
 

@@ -13,9 +13,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from senet_transfer.commands.prepare_shards import prepare_shards, shards_parser
-from senet_transfer.data.folder import open_folder
-from senet_transfer.data.manifest import load_manifest
+from senet_transfer.cli.prepare_shards import prepare_shards, shards_parser
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.shards.manifest import load_manifest
 from senet_transfer.engine.launch import run_single
 
 

@@ -11,8 +11,8 @@ need not be unpacked, or the folder it unpacks to. A run that was stopped goes o
 import argparse
 import logging
 
-from senet_transfer.commands.prepare_shards import prepare_shards, shards_parser
-from senet_transfer.data.places365 import SIZES, SPLITS, open_places365
+from senet_transfer.cli.prepare_shards import prepare_shards, shards_parser
+from senet_transfer.data.images.places365 import SIZES, SPLITS, open_places365
 from senet_transfer.engine.launch import run_single
 
 

@@ -13,8 +13,8 @@ import logging
 import os
 from pathlib import Path
 
-from senet_transfer.data.shapes import make_shapes
-from senet_transfer.data.shapes_classes import make_shape_classes
+from senet_transfer.data.shapes.class_folders import make_shape_classes
+from senet_transfer.data.shapes.generate import make_shapes
 from senet_transfer.engine.launch import run_single
 
 

@@ -20,18 +20,13 @@ except ModuleNotFoundError as error:
         "Detectron2 from its official source."
     ) from error
 
-from senet_transfer.backbones import create_backbone, list_models
-from senet_transfer.classification import create_classifier
 from senet_transfer.config import add_senet_config, get_senet_config
-from senet_transfer.data.coco import register_shapes
+from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
-from senet_transfer.weights import (
-    apply_file_geometry,
-    list_catalogue,
-    load_weights,
-    save_weights,
-)
+from senet_transfer.models import create_classifier
+from senet_transfer.models.backbones import create_backbone, list_models
+from senet_transfer.weights import apply_file_geometry, list_catalogue, load_weights, save_weights
 
 register_shapes()
 

@@ -8,13 +8,13 @@ import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
-from senet_transfer.classification.from_config import is_classification
-from senet_transfer.classification.published import published_on_cifar
-from senet_transfer.engine.schedule import build_lr_scheduler
+from senet_transfer.data.build import is_classification
+from senet_transfer.engine.lr_schedule import build_lr_scheduler
 from senet_transfer.engine.setup import load_config
+from senet_transfer.evaluation.paper_results import published_on_cifar
 from senet_transfer.preprocessing import CIFAR10, CIFAR100
-from senet_transfer.weights.architecture import Architecture
-from senet_transfer.weights.catalogue import catalogue_entry
+from senet_transfer.weights.families.architecture import Architecture
+from senet_transfer.weights.hub.catalogue import catalogue_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))

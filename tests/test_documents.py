@@ -14,9 +14,9 @@ import torchvision
 import yaml
 from detectron2.data import DatasetCatalog
 
-from senet_transfer.backbones.registry import _MODELS
-from senet_transfer.data.shapes import make_shapes
-from senet_transfer.weights.families import FAMILIES
+from senet_transfer.data.shapes.generate import make_shapes
+from senet_transfer.models.registry import _MODELS
+from senet_transfer.weights.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]

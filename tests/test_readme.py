@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 
 from senet_transfer.weights import FAMILIES
-from senet_transfer.weights.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -45,5 +45,5 @@ def test_starting_up_imports_no_more_than_it_needs(code, also):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     modules = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "senet_transfer.backbones.resnet" in modules
+    assert "senet_transfer.models.backbones.resnet" in modules
     assert not modules & {*HEAVY, *also}

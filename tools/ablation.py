@@ -19,7 +19,7 @@ import logging
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.analysis.ablation import PAPER, grid, grid_table, run_grid, write_grid
-from senet_transfer.engine.arguments import Parser
+from senet_transfer.cli.arguments import Parser
 from senet_transfer.engine.launch import run_single
 
 

@@ -25,7 +25,7 @@ numbers (gates.csv, blocks.csv). Printed is a line a block:
 and without, and writes the network without them to OUTPUT/pruned.
 """
 
-from senet_transfer.analysis.excitations.command import analysis_parser, run_analysis
+from senet_transfer.cli.gates import analysis_parser, run_analysis
 from senet_transfer.engine.launch import run_single
 
 if __name__ == "__main__":

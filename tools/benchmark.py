@@ -23,7 +23,7 @@ from senet_transfer.analysis.benchmark import (
 )
 from senet_transfer.engine.launch import run_single
 from senet_transfer.layers.squeeze_excitation import check_choice
-from senet_transfer.progress import progress
+from senet_transfer.utils.progress import progress
 
 PARTS = {
     "block": networks.measure_block,

@@ -16,17 +16,17 @@ import argparse
 from tabulate import tabulate
 
 from senet_transfer import UserError, list_models
-from senet_transfer.analysis.complexity.paper import compare
-from senet_transfer.analysis.complexity.parts import report
+from senet_transfer.analysis.complexity.breakdown import report
+from senet_transfer.analysis.complexity.paper_tables import compare
 from senet_transfer.analysis.complexity.tables import (
     COST_HEADERS,
     PAPER_HEADERS,
     cost_row,
     paper_rows,
 )
-from senet_transfer.analysis.models import build_to_count, model_config
-from senet_transfer.engine.arguments import Parser
+from senet_transfer.cli.arguments import Parser
 from senet_transfer.engine.launch import run_single
+from senet_transfer.engine.model_from import build_to_count, model_config
 
 
 def parser() -> argparse.ArgumentParser:

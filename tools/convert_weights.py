@@ -6,9 +6,9 @@ import logging
 
 from detectron2.utils.logger import setup_logger
 
-from senet_transfer.engine.convert import convert_file
 from senet_transfer.engine.launch import run_single
-from senet_transfer.progress import no_bars
+from senet_transfer.export.conversion import convert_file
+from senet_transfer.utils.progress import no_bars
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.convert import TARGETS
 

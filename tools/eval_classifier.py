@@ -9,7 +9,7 @@ What tools/train_net.py has trained; its config.yaml lies beside it:
     python tools/eval_classifier.py --weights output/model_best.pth --data flowers/val
 """
 
-from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
 from senet_transfer.engine.launch import run_single
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ tools/classify_onnx.py runs a classifier without torch.
 import argparse
 from pathlib import Path
 
-from senet_transfer.engine.arguments import Parser
-from senet_transfer.engine.export import export_model
+from senet_transfer.cli.arguments import Parser
+from senet_transfer.cli.export import export_model
 from senet_transfer.engine.launch import run_single
-from senet_transfer.progress import no_bars
+from senet_transfer.utils.progress import no_bars
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Predicts on images, with a checkpoint of tools/train_net.py; see --help."""
 
-from senet_transfer.commands.predict import command
+from senet_transfer.cli.predict import command
 
 if __name__ == "__main__":
     command()

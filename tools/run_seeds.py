@@ -13,9 +13,9 @@ import logging
 
 from detectron2.utils.logger import setup_logger
 
-from senet_transfer.engine.arguments import Parser
+from senet_transfer.cli.arguments import Parser
 from senet_transfer.engine.launch import run_single
-from senet_transfer.engine.runs import run_seeds, seeds_report
+from senet_transfer.engine.repeated_runs import run_seeds, seeds_report
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains or evaluates a model from a config; see --help for examples."""
 
-from senet_transfer.commands.train import command
+from senet_transfer.cli.train import command
 
 if __name__ == "__main__":
     command()

@@ -10,13 +10,13 @@ from typing import Any
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import Cost
-from senet_transfer.analysis.complexity.parts import report
 from senet_transfer.analysis.excitations.collect import trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
-from senet_transfer.analysis.models import build_to_count, model_config
-from senet_transfer.classification.from_config import is_classification, use_classification_datasets
-from senet_transfer.engine.runs import mean_and_deviation, run_seeds
+from senet_transfer.data.build import is_classification, use_classification_datasets
+from senet_transfer.engine.model_from import build_to_count, model_config
+from senet_transfer.engine.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.errors import UserError
 
 METRIC = "classification/top1_error"
@@ -151,7 +151,7 @@ def run_grid(
         variants: what it returned.
         seeds: values of ``SEED``.
         output_dir: of all runs; what is finished in it is kept, what broke off is taken up.
-        arguments: of :func:`senet_transfer.engine.runs.run_once`.
+        arguments: of :func:`senet_transfer.engine.repeated_runs.run_once`.
 
     Returns:
         The results of each variant's runs, by :attr:`Variant.folder`.

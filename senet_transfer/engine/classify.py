@@ -8,13 +8,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from senet_transfer.classification.evaluator import TOP
-from senet_transfer.classification.from_config import eval_transform
-from senet_transfer.data.decode import BrokenImageError
-from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.predict import check_all_read, make_output_folder
+from senet_transfer.data.build import eval_transform
+from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.predictor import check_all_read, make_output_folder
 from senet_transfer.engine.results import write_results
-from senet_transfer.progress import progress
+from senet_transfer.evaluation.evaluator import TOP
+from senet_transfer.utils.progress import progress
 
 
 @torch.inference_mode()
@@ -24,7 +24,7 @@ def classify_images(
     """Classifies images and writes the best five classes of each.
 
     Args:
-        cfg: of a trained classifier, as of :func:`~.predict.load_trained`.
+        cfg: of a trained classifier, as of :func:`~.predictor.load_trained`.
         images: paths.
         output_dir: takes ``predictions.json``.
         quiet: no progress bar.

@@ -17,11 +17,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from senet_transfer.data.detection import seed_generators
-from senet_transfer.engine import interruption
-from senet_transfer.engine.checkpoint import UntaggedCheckpointer
-from senet_transfer.engine.history import damage
-from senet_transfer.engine.schedule import PlateauLR, lower_is_better
+from senet_transfer.data.detection.loader import seed_generators
+from senet_transfer.engine import signals as interruption
+from senet_transfer.engine.checkpoints.checkpoint_history import damage
+from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
+from senet_transfer.engine.lr_schedule import PlateauLR, lower_is_better
 from senet_transfer.errors import UserError
 
 BEST_NAME = "model_best"

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 
-from senet_transfer.engine.interruption import passed_to_children
+from senet_transfer.engine.signals import passed_to_children
 from senet_transfer.errors import RunError, UserError
 
 # What no program can do anything about.

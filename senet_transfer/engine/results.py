@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from senet_transfer.engine.history import write_text
+from senet_transfer.engine.checkpoints.checkpoint_history import write_text
 from senet_transfer.errors import UserError
 
 

@@ -16,21 +16,18 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from senet_transfer.classification.from_config import (
-    is_classification,
-    use_classification_datasets,
-)
 from senet_transfer.config import config_items, get_senet_config
-from senet_transfer.data.coco import register_datasets, registered_entry
-from senet_transfer.data.preflight import (
+from senet_transfer.data.build import is_classification, use_classification_datasets
+from senet_transfer.data.detection.coco import register_datasets, registered_entry
+from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
     check_segmentations,
     dataset_classes,
 )
-from senet_transfer.engine import history
-from senet_transfer.engine.checks import check_run
-from senet_transfer.engine.resume import check_changes
+from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.resume import check_changes
+from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
 
@@ -163,7 +160,7 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
             raise UserError(f"In {source}: {_explain_key(cfg, str(error))}") from error
         raise UserError(
             f"In {source}: {error}. Expected a value of the type of the key's default; see "
-            "Detectron2's config reference and senet_transfer/config.py."
+            "Detectron2's config reference and senet_transfer/config/defaults.py."
         ) from error
 
 
@@ -180,7 +177,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Writes the full config, the command line and the versions of everything to the output folder.
 
     Args:
-        args: of :func:`senet_transfer.engine.arguments.argument_parser`. ``resume`` is set where
+        args: of :func:`senet_transfer.cli.arguments.argument_parser`. ``resume`` is set where
             the launcher has started the same command again after a failure.
 
     Returns:

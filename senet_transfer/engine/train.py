@@ -8,15 +8,15 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from senet_transfer.engine.arguments import argument_parser
-from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.history import newest_whole
-from senet_transfer.engine.interruption import stop_at_step_end
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.launch import run
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.setup import setup
+from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
-from senet_transfer.progress import no_bars
+from senet_transfer.utils.progress import no_bars
 
 RESULTS = "results.json"
 
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     """Runs in every process of the job, and leaves ``OUTPUT_DIR/results.json`` when it is through.
 
     Args:
-        args: of :func:`~senet_transfer.engine.arguments.argument_parser`.
+        args: of :func:`~senet_transfer.cli.arguments.argument_parser`.
     """
     with no_bars(args.quiet):
         cfg = setup(args)

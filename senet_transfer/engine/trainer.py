@@ -24,19 +24,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from senet_transfer.classification import from_config as classification
-from senet_transfer.classification.evaluator import ClassificationEvaluator
-from senet_transfer.data import detection
-from senet_transfer.data.coco_metrics import FastCOCOEvaluator
-from senet_transfer.data.loader import ClassificationLoader
-from senet_transfer.data.mapper import CheckedDatasetMapper
+from senet_transfer.config.validation import config_errors
+from senet_transfer.data import build as classification
+from senet_transfer.data.classification.loader import ClassificationLoader
+from senet_transfer.data.detection import loader as detection
+from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import init_worker
-from senet_transfer.engine import history, hooks, schedule
-from senet_transfer.engine.checkpoint import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine import hooks
+from senet_transfer.engine import lr_schedule as schedule
+from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.optimizer import build_optimizer
-from senet_transfer.engine.ranges import config_errors
-from senet_transfer.engine.step import StepTrainer
+from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from senet_transfer.evaluation.evaluator import ClassificationEvaluator
 
 # Values of a metric that are kept for smoothing.
 _HISTORY = 400
@@ -49,7 +51,7 @@ class Trainer(DefaultTrainer):
 
     What differs: images are checked against their JSON entries, checkpoints are loaded strictly,
     mixed precision and several processes work on a CPU, evaluation can add test-time
-    augmentation, and the solver has the options of ``senet_transfer/config.py``.
+    augmentation, and the solver has the options of ``senet_transfer/config/defaults.py``.
     """
 
     def __init__(self, cfg: CfgNode):

@@ -1,7 +1,7 @@
 """What goes to production: folded networks, and files for runtimes other than this project."""
 
 from senet_transfer.export.deploy import deploy
-from senet_transfer.export.detector import export_detector
+from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, ImageModel, export_network
 
 __all__ = ["FORMATS", "ImageModel", "deploy", "export_detector", "export_network"]

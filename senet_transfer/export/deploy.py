@@ -6,7 +6,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from senet_transfer.backbones.blocks import SEBlock
+from senet_transfer.models.backbones.blocks import SEBlock
 
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 

@@ -3,9 +3,9 @@
 Knows no network by class: it looks at tensors and at modules, so that the trunks can use it.
 """
 
-from senet_transfer.weights.catalogue import list_catalogue, resolve
-from senet_transfer.weights.config import apply_file_geometry
-from senet_transfer.weights.families import FAMILIES
+from senet_transfer.weights.families.registry import FAMILIES
+from senet_transfer.weights.file_geometry import apply_file_geometry
+from senet_transfer.weights.hub.catalogue import list_catalogue, resolve
 from senet_transfer.weights.load import LoadReport, load_weights
 from senet_transfer.weights.save import save_weights
 

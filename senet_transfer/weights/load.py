@@ -10,11 +10,11 @@ from torch import nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
-from senet_transfer.weights.catalogue import locate
-from senet_transfer.weights.geometry import Geometry
-from senet_transfer.weights.match import check_match, match
-from senet_transfer.weights.source import Source, examine
-from senet_transfer.weights.target import Target, fill, target_of
+from senet_transfer.weights.families.geometry import Geometry
+from senet_transfer.weights.hub.catalogue import locate
+from senet_transfer.weights.mapping.match import check_match, match
+from senet_transfer.weights.mapping.source import Source, examine
+from senet_transfer.weights.mapping.target import Target, fill, target_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from senet_transfer.analysis.benchmark.training import (
     plain_loop,
     random_images,
 )
-from senet_transfer.classification import create_classifier
-from senet_transfer.data.cifar import save_images
+from senet_transfer.data.cifar.in_memory import save_images
+from senet_transfer.models import create_classifier
 
 
 def test_the_plain_loop_and_the_engine_end_with_the_same_weights(tmp_path):

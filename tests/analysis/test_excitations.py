@@ -12,20 +12,15 @@ from PIL import Image
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.analysis.excitations.collect import collect, trunk_of
-from senet_transfer.analysis.excitations.command import (
-    analysis_parser,
-    load_trained_model,
-    open_images,
-    run_analysis,
-)
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
-from senet_transfer.analysis.models import model_config
-from senet_transfer.data.augment import EvalTransform
-from senet_transfer.data.cifar import save_images, split_file
-from senet_transfer.data.cifar_open import decode_all
-from senet_transfer.data.classification import open_dataset
-from senet_transfer.engine.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.cli.gates import analysis_parser, load_trained_model, open_images, run_analysis
+from senet_transfer.data.cifar.in_memory import save_images, split_file
+from senet_transfer.data.cifar.open import decode_all
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.engine.model_from import model_config
 
 VIEW = EvalTransform(resize=32, crop=32)
 SIZE = [

@@ -9,8 +9,13 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from senet_transfer.data import shapes
-from senet_transfer.data.shapes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, render_image
+from senet_transfer.data.shapes import generate as shapes
+from senet_transfer.data.shapes.generate import (
+    SHAPE_CLASSES,
+    SHAPE_SPLITS,
+    make_shapes,
+    render_image,
+)
 from senet_transfer.engine.launch import run_single
 from senet_transfer.errors import UserError
 
@@ -213,7 +218,7 @@ def test_shapes_occlude_one_another_but_none_is_annotated_that_is_nearly_hidden(
 
 
 def test_nearly_hidden_shapes_occur(rendered, monkeypatch):
-    monkeypatch.setattr("senet_transfer.data.shapes_render.MIN_VISIBLE", 0.0)
+    monkeypatch.setattr("senet_transfer.data.shapes.render.MIN_VISIBLE", 0.0)
     everything = sum(len(render_image(0, "train", index)[1]) for index in rendered)
     assert everything > sum(len(objects) for _, objects in rendered.values())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senet_transfer.engine.setup import load_config
-from senet_transfer.weights.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {

@@ -17,13 +17,13 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 from senet_transfer import create_classifier, save_weights
-from senet_transfer.data.cifar_prepare import prepare_cifar
-from senet_transfer.data.convert import convert
-from senet_transfer.data.places365 import open_places365
-from senet_transfer.data.shapes import make_shapes
-from senet_transfer.data.shapes_classes import make_shape_classes
-from senet_transfer.weights.catalogue import CATALOGUE
-from tests.data.cifar_files import official_files, write_tar
+from senet_transfer.data.cifar.prepare import prepare_cifar
+from senet_transfer.data.images.places365 import open_places365
+from senet_transfer.data.shapes.class_folders import make_shape_classes
+from senet_transfer.data.shapes.generate import make_shapes
+from senet_transfer.data.shards.write import convert
+from senet_transfer.weights.hub.catalogue import CATALOGUE
+from tests.data.cifar.cifar_files import official_files, write_tar
 from tests.documents.commands import ROOT
 from tests.documents.warm import LIMIT, WarmPython
 from tests.weights.caffe_networks import senet

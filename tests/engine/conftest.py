@@ -2,8 +2,8 @@
 
 import pytest
 
-from senet_transfer.data.shapes import make_shapes
-from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.data.shapes.generate import make_shapes
 
 SMALL = {
     "MODEL.WEIGHTS": "",

@@ -8,8 +8,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from senet_transfer.engine.arguments import argument_parser
-from senet_transfer.engine.checkpoint import Checkpointer
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 

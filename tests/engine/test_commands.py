@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.cli.arguments import argument_parser
 from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[2]

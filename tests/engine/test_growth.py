@@ -12,18 +12,18 @@ from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 from PIL import Image
 
-from senet_transfer.data import detection
-from senet_transfer.data.augment import TrainTransform
-from senet_transfer.data.cifar import ImageArrays
-from senet_transfer.data.cifar_augment import CifarAugment
-from senet_transfer.data.cifar_loader import CifarTrainLoader
-from senet_transfer.data.classification import open_dataset
-from senet_transfer.data.coco import register_coco_dataset
-from senet_transfer.data.convert import convert
-from senet_transfer.data.folder import open_folder
-from senet_transfer.data.loader import build_classification_train_loader
-from senet_transfer.data.mapper import CheckedDatasetMapper
-from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.data.cifar.in_memory import ImageArrays
+from senet_transfer.data.cifar.loader import CifarTrainLoader
+from senet_transfer.data.cifar.transforms import CifarAugment
+from senet_transfer.data.classification.loader import build_classification_train_loader
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.detection import loader as detection
+from senet_transfer.data.detection.coco import register_coco_dataset
+from senet_transfer.data.detection.mapper import CheckedDatasetMapper
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.images.transforms import TrainTransform
+from senet_transfer.data.shards.write import convert
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from senet_transfer.data.shapes_classes import make_shape_classes
-from senet_transfer.engine.arguments import argument_parser
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 

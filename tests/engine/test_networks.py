@@ -4,9 +4,9 @@ import pytest
 from detectron2.utils.events import EventStorage
 
 from senet_transfer import UserError, create_backbone, list_models
-from senet_transfer.backbones.registry import model_entry
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.models.registry import model_entry
 
 PYRAMIDS = [name for name in list_models() if model_entry(name).preprocessing.crop > 32]
 ONE_A_FAMILY = [

@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from senet_transfer import UserError
-from senet_transfer.engine.checkpoint import Checkpointer
-from senet_transfer.engine.predict import find_images, load_trained, predict_images
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.predictor import find_images, load_trained, predict_images
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 

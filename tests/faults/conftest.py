@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image
 
-from senet_transfer.data.cifar import ImageArrays, save_images, split_file
-from senet_transfer.data.convert import convert
-from senet_transfer.data.folder import open_folder
-from senet_transfer.data.shapes import make_shapes
+from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.shapes.generate import make_shapes
+from senet_transfer.data.shards.write import convert
+from tests.faults import runs
 from tests.small_networks import SE_RESNEXT50
 
 # All that has a state of its own.

@@ -8,7 +8,7 @@ import time
 
 from detectron2.utils import comm
 
-from senet_transfer.engine.step import StepTrainer
+from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 
 _CALLS = ("fsync", "replace", "unlink", "truncate")

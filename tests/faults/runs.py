@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from senet_transfer.engine import history
+from senet_transfer.engine.checkpoints import checkpoint_history as history
 from tests.comparing import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ _forks.set_forkserver_preload(
     [
         "torch._dynamo",  # by the first step of an optimizer
         "torch.utils.tensorboard",
-        "senet_transfer.engine.arguments",
+        "senet_transfer.cli.arguments",
         "senet_transfer.engine.launch",
         "senet_transfer.engine.trainer",
     ]

@@ -11,9 +11,9 @@ import re
 import signal
 import time
 
-import harms
 import pytest
-import runs
+
+from tests.faults import harms, runs
 
 pytestmark = pytest.mark.faults
 

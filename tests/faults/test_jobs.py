@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+
+from tests.faults import runs
 
 pytestmark = pytest.mark.faults
 

@@ -6,7 +6,7 @@ Each operation follows Caffe's documentation of the layer, not this project's mo
 import torch
 import torch.nn.functional as F
 
-from senet_transfer.weights.caffe_layers import CaffeLayer, window_of
+from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 
 
 def run_caffe(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from senet_transfer import UserError, create_classifier, load_weights
-from senet_transfer.classification import Classifier
-from senet_transfer.weights.source import examine
+from senet_transfer.models import Classifier
+from senet_transfer.weights.mapping.source import examine
 
 STAGES = ("res2", "res3", "res4", "res5")
 

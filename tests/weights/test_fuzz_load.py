@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from senet_transfer import UserError, create_backbone, create_classifier
-from senet_transfer.weights import source as source_module
-from senet_transfer.weights.files import OWN_METADATA, WeightFile, read_tensors
+from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile, read_tensors
 from senet_transfer.weights.load import load_source
+from senet_transfer.weights.mapping import source as source_module
+from senet_transfer.weights.mapping.source import examine
 from senet_transfer.weights.save import model_metadata
-from senet_transfer.weights.source import examine
 from tests.weights import published
 from tests.weights.caffe_networks import places_resnet
 from tests.weights.peers import peer, randomise, save

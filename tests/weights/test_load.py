@@ -7,14 +7,8 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import Backbone
 
-from senet_transfer import (
-    UserError,
-    create_backbone,
-    create_classifier,
-    load_weights,
-    save_weights,
-)
-from senet_transfer.classification import Classifier
+from senet_transfer import UserError, create_backbone, create_classifier, load_weights, save_weights
+from senet_transfer.models import Classifier
 from senet_transfer.preprocessing import Preprocessing
 from tests.processes import call
 from tests.weights.detectors import detector

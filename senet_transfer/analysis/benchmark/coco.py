@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from senet_transfer.analysis.benchmark.compare import compare
 from senet_transfer.analysis.benchmark.networks import Options
 from senet_transfer.analysis.benchmark.report import Row
-from senet_transfer.data.coco_metrics import no_garbage_collection
+from senet_transfer.evaluation.coco import no_garbage_collection
 
 CLASSES, DETECTIONS = 80, 100
 

@@ -20,11 +20,11 @@ from senet_transfer.analysis.benchmark.networks import (
     training_step,
 )
 from senet_transfer.analysis.benchmark.report import Amounts, Row
-from senet_transfer.classification import create_classifier
-from senet_transfer.classification.evaluate import evaluate_classifier
-from senet_transfer.classification.image_classifier import wrap_classifier
-from senet_transfer.data.augment import EvalTransform
-from senet_transfer.data.classification import open_dataset
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.evaluation.classification import evaluate_classifier
+from senet_transfer.models import create_classifier
+from senet_transfer.models.image_classifier import wrap_classifier
 
 # Of each process.
 BATCH = 8

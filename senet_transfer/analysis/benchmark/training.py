@@ -21,13 +21,13 @@ from torch import nn
 from senet_transfer.analysis.benchmark.compare import Comparison, compare
 from senet_transfer.analysis.benchmark.networks import Options
 from senet_transfer.analysis.benchmark.report import Amounts, Row
-from senet_transfer.classification import create_classifier
-from senet_transfer.classification.from_config import use_classification_datasets
 from senet_transfer.config import get_senet_config
-from senet_transfer.data.cifar import ImageArrays, load_images, save_images
-from senet_transfer.data.cifar_augment import CifarAugment, cut_out, normalise
-from senet_transfer.data.cifar_loader import CifarTrainLoader
+from senet_transfer.data.build import use_classification_datasets
+from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images
+from senet_transfer.data.cifar.loader import CifarTrainLoader
+from senet_transfer.data.cifar.transforms import CifarAugment, cut_out, normalise
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import CIFAR10
 
 STEPS = 2

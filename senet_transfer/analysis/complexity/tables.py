@@ -1,7 +1,7 @@
 """Counts as rows of a table for people."""
 
 from senet_transfer.analysis.complexity.count import Cost
-from senet_transfer.analysis.complexity.paper import Compared
+from senet_transfer.analysis.complexity.paper_tables import Compared
 
 COST_HEADERS = ("", "parameters", "GMACs", "activations", "SE parameters", "SE MACs")
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from senet_transfer.analysis.excitations.collect import Excitations
 from senet_transfer.analysis.excitations.gates import stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
-from senet_transfer.data.sample import draw
+from senet_transfer.data.classification.class_sample import draw
 
 # Told apart by people of every colour vision (Okabe and Ito), and dark enough on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

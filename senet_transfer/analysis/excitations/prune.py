@@ -20,15 +20,15 @@ from torch import nn
 
 from senet_transfer.analysis.excitations.collect import Excitations, trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
-from senet_transfer.backbones.blocks import SEBasicBlock, SEBottleneckBlock
-from senet_transfer.backbones.cifar_blocks import PreActBlock
-from senet_transfer.backbones.inception_resnet import InceptionResidualBlock
-from senet_transfer.backbones.shufflenet import ShuffleUnit
-from senet_transfer.classification.evaluate import evaluate_classifier
-from senet_transfer.classification.image_classifier import ImageClassifier
-from senet_transfer.data.augment import EvalTransform
-from senet_transfer.data.classification import ClassificationDataset
+from senet_transfer.data.classification.open import ClassificationDataset
+from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.classification import evaluate_classifier
+from senet_transfer.models.backbones.blocks import SEBasicBlock, SEBottleneckBlock
+from senet_transfer.models.backbones.cifar_blocks import PreActBlock
+from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
+from senet_transfer.models.backbones.shufflenet import ShuffleUnit
+from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.weights import save_weights
 
 # By the block, the last convolution of its residual branch: the first of these that it has.

@@ -1,6 +1,6 @@
 """Runs as one page that can be looked at anywhere: figures, curves, pictures, differences."""
 
 from senet_transfer.analysis.report.page import write_report
-from senet_transfer.analysis.report.runs import Run, find_runs, load_run, load_runs
+from senet_transfer.analysis.report.run_folder import Run, find_runs, load_run, load_runs
 
 __all__ = ["Run", "find_runs", "load_run", "load_runs", "write_report"]

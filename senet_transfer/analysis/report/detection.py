@@ -12,11 +12,11 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
 from senet_transfer.analysis.report.pictures import data_uri
-from senet_transfer.analysis.report.runs import Run
-from senet_transfer.data.coco import register_datasets
-from senet_transfer.data.mapper import read_image
+from senet_transfer.analysis.report.run_folder import Run
+from senet_transfer.data.detection.coco import register_datasets
+from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.errors import UserError
-from senet_transfer.progress import progress
+from senet_transfer.utils.progress import progress
 
 # Detections below this score are not shown.
 LEAST_SCORE = 0.1

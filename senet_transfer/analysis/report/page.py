@@ -14,12 +14,12 @@ from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
-from senet_transfer.analysis.report.paper import has_gates, paper_row, trunk_name
+from senet_transfer.analysis.report.paper_rows import has_gates, paper_row, trunk_name
 from senet_transfer.analysis.report.pictures import data_uri
-from senet_transfer.analysis.report.runs import Run, data_label, flat_config, parse_metric
+from senet_transfer.analysis.report.run_folder import Run, data_label, flat_config, parse_metric
 from senet_transfer.config import get_senet_config
 from senet_transfer.errors import UserError
-from senet_transfer.writing import atomic_file
+from senet_transfer.utils.atomic_io import atomic_file
 
 # Of a curve.
 MOST_POINTS = 400
@@ -46,7 +46,7 @@ def write_report(
     """Writes the page of some runs.
 
     Args:
-        runs: as of :func:`~.runs.load_runs`.
+        runs: as of :func:`~.run_folder.load_runs`.
         output: the HTML file; it appears whole or not at all.
         images: pictures of detection in it, some 15 KB each; four times as many of classification,
             which are smaller.

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from PIL import Image
-from run_folders import HOSTILE, training_rows, write_run
 
-from senet_transfer.data.coco import register_datasets
-from senet_transfer.data.shapes import make_shapes
+from senet_transfer.data.detection.coco import register_datasets
+from senet_transfer.data.shapes.generate import make_shapes
+from tests.analysis.report.run_folders import HOSTILE, training_rows, write_run
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from run_folders import HOSTILE, training_rows, write_run
 
 from senet_transfer import UserError
 from senet_transfer.analysis.report import find_runs, load_run, load_runs, write_report
 from senet_transfer.analysis.report.classification import Predictions
 from senet_transfer.analysis.report.detection import match
+from tests.analysis.report.run_folders import HOSTILE, training_rows, write_run
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,9 +6,9 @@ import shutil
 import time
 
 import pytest
-from run_folders import HOSTILE, write_run
 
 from senet_transfer.analysis.report import load_runs, write_report
+from tests.analysis.report.run_folders import HOSTILE, write_run
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 

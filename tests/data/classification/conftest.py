@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_places import write_val
 
-from senet_transfer.data.convert import convert
-from senet_transfer.data.places365 import open_places365
+from senet_transfer.data.images.places365 import open_places365
+from senet_transfer.data.shards.write import convert
+from tests.data.drawn_places import write_val
 
 
 @pytest.fixture

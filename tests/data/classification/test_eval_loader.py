@@ -3,16 +3,16 @@ import tarfile
 
 import pytest
 import torch
-from drawn_places import jpeg
 from PIL import Image
 from torchvision import transforms
 
-from senet_transfer.data.augment import EvalTransform
-from senet_transfer.data.classification import open_dataset
-from senet_transfer.data.convert import convert
-from senet_transfer.data.loader import build_classification_eval_loader
-from senet_transfer.data.places365 import open_places365
+from senet_transfer.data.classification.loader import build_classification_eval_loader
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.places365 import open_places365
+from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.shards.write import convert
 from senet_transfer.errors import UserError
+from tests.data.drawn_places import jpeg
 
 SMALL = EvalTransform(resize=24, crop=16)
 

@@ -3,11 +3,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from drawn_places import CLASSES, jpeg, write_val
 from torchvision.datasets import ImageFolder
 
-from senet_transfer.data.classification import ImageDataset, ShardDataset, open_dataset
+from senet_transfer.data.classification.open import ImageDataset, ShardDataset, open_dataset
 from senet_transfer.errors import UserError
+from tests.data.drawn_places import CLASSES, jpeg, write_val
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_places import jpeg, keys_of_tar, shard_bytes, write_val
 
-from senet_transfer.data.augment import TrainTransform
-from senet_transfer.data.classification import open_dataset
-from senet_transfer.data.loader import build_classification_train_loader
+from senet_transfer.data.classification.loader import build_classification_train_loader
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.transforms import TrainTransform
 from senet_transfer.errors import UserError
+from tests.data.drawn_places import jpeg, keys_of_tar, shard_bytes, write_val
 
 SMALL = TrainTransform(size=16)
 
@@ -202,9 +202,9 @@ def test_numbers_that_make_no_sense_are_refused(val, wrong):
 SCRIPT = """
 import subprocess, sys
 from itertools import islice
-from senet_transfer.data.augment import TrainTransform
-from senet_transfer.data.classification import open_dataset
-from senet_transfer.data.loader import build_classification_train_loader
+from senet_transfer.data.images.transforms import TrainTransform
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.classification.loader import build_classification_train_loader
 
 loader = build_classification_train_loader(
     open_dataset(sys.argv[1]), batch_size=2, transform=TrainTransform(size=16), seed=0,

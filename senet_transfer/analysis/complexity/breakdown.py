@@ -1,0 +1,167 @@
+"""What each part of a classifier or a detector costs."""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import Tensor, nn
+
+from senet_transfer.analysis.complexity.count import Cost, Measured, measure
+from senet_transfer.errors import UserError
+from senet_transfer.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model costs at one size of image.
+
+    Attributes:
+        size: height and width in pixels, as the network gets them.
+        parts: the cost of each part, in the order of the computation.
+        notes: how it was counted, in sentences.
+        modules: the cost of each module that sees a whole image, by its name in the model.
+    """
+
+    size: tuple[int, int]
+    parts: dict[str, Cost]
+    notes: list[str]
+    modules: dict[str, Cost]
+
+    @property
+    def total(self) -> Cost:
+        """Of all parts."""
+        return sum(self.parts.values(), Cost())
+
+
+def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) -> Report:
+    """Counts a classifier, or of a detector what every image costs.
+
+    Of a two-stage detector these are the trunk, the pyramid, the proposal network, and the box
+    head on the largest number of proposals that it gets (``MODEL.RPN.POST_NMS_TOPK_TEST``).
+
+    Args:
+        model: on the CPU.
+        cfg: its config.
+        size: height and width in pixels; None is the crop of a classifier's evaluation, and of
+            a detector's the largest that its test images get. For a detector, sides are rounded
+            up as Detectron2 pads them.
+
+    Raises:
+        UserError: the model is neither, or the size makes no sense.
+    """
+    if size and min(size) < 1:
+        raise UserError(f"The image is {size[0]} x {size[1]} pixels, expected 1 or more.")
+    if isinstance(model, Classifier):
+        crop = cfg.INPUT.CLASSIFICATION.TEST_CROP
+        return _classifier(model, size or (crop, crop))
+    if isinstance(model, GeneralizedRCNN | DenseDetector):
+        step = max(model.backbone.size_divisibility, 1)
+        sides = size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        return _detector(model, cfg, tuple(-(-side // step) * step for side in sides))
+    raise UserError(
+        f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected ImageClassifier, "
+        "GeneralizedRCNN or a dense detector such as RetinaNet."
+    )
+
+
+class _Whole(nn.Module):
+    """What a model computes on a whole image, of pixels that are prepared already."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        model = self.model
+        if isinstance(model, Classifier):
+            return Classifier.forward(model, x)
+        features = model.backbone(x)
+        if isinstance(model, DenseDetector):
+            return model.head([features[name] for name in model.head_in_features])
+        proposer = model.proposal_generator
+        return proposer.rpn_head([features[name] for name in proposer.in_features])
+
+
+class _Box(nn.Module):
+    """What a detector computes on the pooled features of a region."""
+
+    def __init__(self, heads: nn.Module):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        heads = self.heads
+        if hasattr(heads, "res5"):
+            return list(heads.box_predictor(heads.res5(x).mean((2, 3))))
+        if isinstance(heads.box_head, nn.ModuleList):  # a cascade
+            stages = zip(heads.box_head, heads.box_predictor, strict=True)
+            return [out for head, predict in stages for out in predict(head(x))]
+        return list(heads.box_predictor(heads.box_head(x)))
+
+
+def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
+    try:
+        return measure(_Whole(model), torch.zeros(1, 3, *size))
+    except RuntimeError as error:
+        raise UserError(
+            f"The network can't take an image of {size[0]} x {size[1]} pixels: {error}. "
+            "Give a larger --size."
+        ) from error
+
+
+def _classifier(model: Classifier, size: tuple[int, int]) -> Report:
+    found = _measure_whole(model, size)
+    parts = _stages(model, "backbone", found)
+    for name, _ in model.named_children():
+        # Around the trunk, what has weights: the linear layer, and in VGG those before it.
+        if name != "backbone" and found.modules[f"model.{name}"].parameters:
+            parts[name] = found.modules[f"model.{name}"]
+    return Report(size, parts, _notes(found), _named(found))
+
+
+def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
+    found = _measure_whole(model, size)
+    notes = _notes(found)
+    if isinstance(model.backbone, FPN):
+        parts = _stages(model, "backbone.bottom_up", found)
+        trunk = found.modules["model.backbone.bottom_up"]
+        parts["FPN"] = found.modules["model.backbone"] - trunk
+    else:
+        parts = _stages(model, "backbone", found)
+    if isinstance(model, DenseDetector):
+        parts["head"] = found.modules["model.head"]
+        return Report(size, parts, notes, _named(found))
+    parts["RPN"] = found.modules["model.proposal_generator.rpn_head"]
+    boxes = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    channels = model.backbone.output_shape()[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    region = measure(_Box(model.roi_heads), torch.zeros(1, channels, side, side))
+    head = region.total
+    notes += [f"The box head is counted for {boxes} boxes (MODEL.RPN.POST_NMS_TOPK_TEST)."]
+    if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
+        notes += ["Heads for masks and keypoints run once an object found: parameters alone."]
+    parts["box head"] = head.repeated(boxes)
+    return Report(size, parts, [*notes, *_notes(region)], _named(found))
+
+
+def _stages(model: nn.Module, trunk: str, found: Measured) -> dict[str, Cost]:
+    children = model.get_submodule(trunk).named_children()
+    return {name: found.modules[f"model.{trunk}.{name}"] for name, _ in children}
+
+
+def _named(found: Measured) -> dict[str, Cost]:
+    """By the names in the model, which stands inside of what was measured."""
+    return {
+        name.removeprefix("model."): cost
+        for name, cost in found.modules.items()
+        if name.startswith("model.")
+    }
+
+
+def _notes(found: Measured) -> list[str]:
+    if not found.unknown:
+        return []
+    names = ", ".join(f"{name} ({times})" for name, times in found.unknown.items())
+    return [f"Not counted, because nothing is known of them: {names}."]

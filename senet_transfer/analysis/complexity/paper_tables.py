@@ -1,0 +1,226 @@
+"""Every Params and GFLOPs cell of the paper's tables, beside what is counted here.
+
+Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. Its GFLOPs are
+multiply-accumulates of one image, its Params count the running statistics of batch norms, too.
+Table II's residual networks have their stride in the first 1x1 convolution of a stage, and the
+ablations of section 6 no biases in the gates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from senet_transfer.analysis.complexity.breakdown import Report, report
+from senet_transfer.analysis.complexity.count import Cost
+from senet_transfer.engine.model_from import build_to_count, model_config
+from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
+from senet_transfer.utils.progress import progress
+
+# How far a cell may be off before the table has to say why.
+GFLOPS_TOLERANCE = 0.005
+PARAMETERS_TOLERANCE = 0.1e6
+
+_STRIDE = ("MODEL.RESNETS.STRIDE_IN_1X1", "True")
+_ABLATION = (*_STRIDE, "MODEL.SE.BIAS", "False")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network in a table of the paper.
+
+    Attributes:
+        table: its number.
+        name: what the paper calls the network.
+        model: our name of it.
+        options: config keys and values.
+        parameters: in millions; None where the table has none.
+        gflops: multiply-accumulates in units of 1e9, likewise.
+        side: of the image, in pixels.
+    """
+
+    table: str
+    name: str
+    model: str
+    options: tuple[str, ...] = ()
+    parameters: float | None = None
+    gflops: float | None = None
+    side: int = 224
+
+
+def _pair(
+    name: str, model: str, gflops: float, se_gflops: float, *options: str, side: int = 224
+) -> tuple[Row, Row]:
+    return (
+        Row("II", name, model, options, None, gflops, side),
+        Row("II", f"SE-{name}", f"se_{model}", options, None, se_gflops, side),
+    )
+
+
+def _ablation(table: str, name: str, parameters: float, gflops: float | None, *options: str) -> Row:
+    model = "se_resnet50" if options else "resnet50"
+    return Row(table, name, model, (*_ABLATION, *options), parameters, gflops)
+
+
+_STANDARD = ("MODEL.SE.RATIO", "16")
+
+ROWS = (
+    *_pair("ResNet-50", "resnet50", 3.86, 3.87, *_STRIDE),
+    *_pair("ResNet-101", "resnet101", 7.58, 7.60, *_STRIDE),
+    *_pair("ResNet-152", "resnet152", 11.30, 11.32, *_STRIDE),
+    *_pair("ResNeXt-50", "resnext50_32x4d", 4.24, 4.25),
+    *_pair("ResNeXt-101", "resnext101_32x4d", 7.99, 8.00),
+    *_pair("VGG-16", "vgg16_bn", 15.47, 15.48),
+    *_pair("BN-Inception", "bn_inception", 2.03, 2.04),
+    *_pair("Inception-ResNet-v2", "inception_resnet_v2", 11.75, 11.76, side=299),
+    Row("III", "MobileNet", "mobilenet", (), 4.2, 0.569),
+    Row("III", "SE-MobileNet", "se_mobilenet", (), 4.7, 0.572),
+    Row("III", "ShuffleNet", "shufflenet_g3", (), 1.8, 0.140),
+    Row("III", "SE-ShuffleNet", "se_shufflenet_g3", (), 2.4, 0.142),
+    _ablation("X", "r = 2", 45.7, None, "MODEL.SE.RATIO", "2"),
+    _ablation("X", "r = 4", 35.7, None, "MODEL.SE.RATIO", "4"),
+    _ablation("X", "r = 8", 30.7, None, "MODEL.SE.RATIO", "8"),
+    _ablation("X", "r = 16", 28.1, None, *_STANDARD),
+    _ablation("X", "r = 32", 26.9, None, "MODEL.SE.RATIO", "32"),
+    _ablation("X", "original", 25.6, None),
+    _ablation("XIII", "ResNet-50", 25.6, 3.86),
+    _ablation("XIII", "SE_Stage_2", 25.6, 3.86, "MODEL.SE.STAGES", "(2,)"),
+    _ablation("XIII", "SE_Stage_3", 25.7, 3.86, "MODEL.SE.STAGES", "(3,)"),
+    _ablation("XIII", "SE_Stage_4", 26.4, 3.86, "MODEL.SE.STAGES", "(4,)"),
+    _ablation("XIII", "SE_All", 28.1, 3.87, *_STANDARD),
+    _ablation("XV", "SE", 28.1, 3.87, *_STANDARD),
+    _ablation("XV", "SE_3x3", 25.8, 3.86, "MODEL.SE.PLACEMENT", "3x3"),
+    _ablation("XVI", "ResNet-50", 25.6, 3.86),
+    _ablation("XVI", "NoSqueeze", 28.1, 4.27, "MODEL.SE.SQUEEZE", "none"),
+    _ablation("XVI", "SE", 28.1, 3.87, *_STANDARD),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of the paper beside our count.
+
+    Attributes:
+        row: the paper's.
+        parameters: ours, with the norms' running statistics, as the paper counts them.
+        report: all else that was counted.
+        explanation: why the paper may have other GFLOPs; empty where nothing is known.
+    """
+
+    row: Row
+    parameters: int
+    report: Report
+    explanation: str
+
+    @property
+    def parameters_off(self) -> float | None:
+        """Ours less the paper's; None where it has none."""
+        stated = self.row.parameters
+        return None if stated is None else self.parameters - 1e6 * stated
+
+    @property
+    def gflops_off(self) -> float | None:
+        """Ours over the paper's, less 1; None where it has none."""
+        stated = self.row.gflops
+        return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
+
+    @property
+    def reasons(self) -> list[str]:
+        """Of each cell that is off by more than the tolerance, why, as far as it is known."""
+        found = []
+        if abs(self.gflops_off or 0) > GFLOPS_TOLERANCE:
+            found.append(self.explanation or f"{self.row.name}'s GFLOPs: no reason is known.")
+        if abs(self.parameters_off or 0) > PARAMETERS_TOLERANCE:
+            weights = self.report.total.parameters
+            close = abs(weights - 1e6 * self.row.parameters) <= PARAMETERS_TOLERANCE
+            found.append(
+                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's figure "
+                "leaves the norms' running statistics out."
+                if close
+                else f"{self.row.name}'s Params: no reason is known."
+            )
+        return found
+
+
+def _without_gates(cost: Cost) -> int:
+    return cost.macs - cost.se_macs
+
+
+def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
+    """The layers at fault: the residual blocks, whose numbers other descriptions have otherwise."""
+    blocks: dict[str, list[float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, InceptionResidualBlock):
+            cost = _without_gates(found.modules[name]) / 1e9
+            blocks.setdefault(name.rpartition(".")[0], []).append(cost)
+    numbers = ", ".join(str(len(costs)) for costs in blocks.values())
+    each = [costs[0] for costs in blocks.values()]
+    total = _without_gates(found.total) / 1e9
+    fewer = total - 5 * (each[0] + each[-1])
+    return (
+        "Built is the published network, which timm and pretrainedmodels carry, too: residual "
+        f"blocks of {', '.join(f'{cost:.3f}' for cost in each)} GMACs, {numbers} of them, and "
+        f"{total:.2f} in all. With 5 of the first and 5 of the last kind it would be {fewer:.2f}; "
+        "which network the paper counted it does not say."
+    )
+
+
+def _shufflenet_g3(model: nn.Module, found: Report) -> str:
+    """The layers at fault: the pointwise convolutions, whose groups and widths go together."""
+    two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
+    return (
+        "ShuffleNet's own paper (Table 1) has 140 MFLOPs for 2 groups in the pointwise "
+        "convolutions and 137 for 3, both without the classifier; counted layer by layer these are "
+        f"{two:.1f} and {three:.1f}. Built is the network of 3 groups, "
+        f"{_without_gates(found.total) / 1e6:.1f} with its classifier."
+    )
+
+
+def _shufflenet_macs(groups: int, width: int) -> int:
+    """Multiply-accumulates of a ShuffleNet without its classifier, from its paper's Table 1."""
+    channels, macs = 24, 24 * 3 * 9 * 112**2
+    for level, units in enumerate((4, 8, 4)):
+        outputs, places = width * 2**level, (28 // 2**level) ** 2
+        inner = outputs // 4
+        first = channels * inner * 4 * places // (groups if level else 1)
+        macs += first + (9 + (outputs - channels) // groups) * inner * places
+        macs += (units - 1) * (2 * outputs // groups + 9) * inner * places
+        channels = outputs
+    return macs
+
+
+# By our name of the plain network: from the model and its count to a sentence on why the paper's
+# figure is another.
+_REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
+    "inception_resnet_v2": _inception_resnet_v2,
+    "shufflenet_g3": _shufflenet_g3,
+}
+
+
+def compare(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
+    """Counts the networks of the paper's rows.
+
+    Args:
+        rows: which.
+        quiet: no progress bar; there is none either where stderr is no terminal.
+    """
+    # The same network stands in several tables.
+    counted: dict[tuple, tuple[int, Report, str]] = {}
+    for row in progress(rows, unit="network", quiet=quiet):
+        if _network(row) not in counted:
+            counted[_network(row)] = _count(row)
+    return [Compared(row, *counted[_network(row)]) for row in rows]
+
+
+def _network(row: Row) -> tuple:
+    return row.model, row.options, row.side
+
+
+def _count(row: Row) -> tuple[int, Report, str]:
+    cfg = model_config(model=row.model, options=list(row.options))
+    model = build_to_count(cfg)
+    found = report(model, cfg, (row.side, row.side))
+    statistics = [b.numel() for name, b in model.named_buffers() if "running_" in name]
+    explain = _REASONS.get(row.model.removeprefix("se_"))
+    reason = explain(model, found) if explain else ""
+    return found.total.parameters + sum(statistics), found, reason

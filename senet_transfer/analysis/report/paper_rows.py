@@ -1,0 +1,77 @@
+"""The paper's figures for what a run has trained, where it has any."""
+
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+
+from senet_transfer.evaluation.paper_results import PLACES365, published_on_cifar
+
+_TABLE_VII = "Squeeze-and-Excitation Networks, Table VII"
+_PLACES365_IMAGES = 36_500
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """Published figures of one network on one data set.
+
+    Attributes:
+        name: of the network.
+        values: by metric, in percent, as Detectron2 names it.
+        source: who published them.
+        note: in which the comparison limps; empty where it doesn't.
+    """
+
+    name: str
+    values: dict[str, float]
+    source: str
+    note: str = ""
+
+
+# Faster R-CNN with FPN on COCO minival: AP, and AP at an overlap of one half.
+COCO = {
+    "resnet50": PaperRow("ResNet-50", {"AP": 38.0, "AP50": 57.9}, _TABLE_VII),
+    "se_resnet50": PaperRow("SE-ResNet-50", {"AP": 40.4, "AP50": 61.0}, _TABLE_VII),
+    "resnet101": PaperRow("ResNet-101", {"AP": 39.9, "AP50": 60.1}, _TABLE_VII),
+    "se_resnet101": PaperRow("SE-ResNet-101", {"AP": 41.9, "AP50": 62.7}, _TABLE_VII),
+}
+
+
+def has_gates(cfg: CfgNode) -> bool:
+    """Whether a config's trunk has SE."""
+    return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
+
+
+def trunk_name(cfg: CfgNode) -> str:
+    """The name of a config's trunk: that in ``MODEL.BACKBONE.ARCH``, or what it describes."""
+    with_se = bool(cfg.MODEL.SE.ENABLED)
+    if arch := cfg.MODEL.BACKBONE.ARCH:
+        return f"se_{arch}" if with_se and not arch.startswith("se") else arch
+    resnets = cfg.MODEL.RESNETS
+    grouped = resnets.NUM_GROUPS > 1
+    name = f"resnext{resnets.DEPTH}_{resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
+    return ("se_" if with_se else "") + (name if grouped else f"resnet{resnets.DEPTH}")
+
+
+def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -> PaperRow | None:
+    """What the paper has for a run.
+
+    Args:
+        cfg: of the run.
+        data: of ``DATASETS.TEST``.
+        task: as Detectron2 names it: "bbox", "classification".
+        images: that were evaluated, where that is known.
+    """
+    trunk = trunk_name(cfg)
+    if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
+        fpn = cfg.MODEL.BACKBONE.NAME == "build_senet_fpn_backbone" and not cfg.MODEL.MASK_ON
+        return COCO.get(trunk) if fpn else None
+    if task == "classification" and (found := published_on_cifar(data, trunk)):
+        return PaperRow(found.name, {"top1_error": found.top1_error}, found.source)
+    if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
+        for row in PLACES365:
+            if row.name.lower().replace("-", "") == trunk.replace("_", ""):
+                values = {"top1_error": row.top1_error, "top5_error": row.top5_error}
+                short = images is not None and images != _PLACES365_IMAGES
+                note = f"theirs on {_PLACES365_IMAGES:,} images, ours on {images:,.0f}"
+                return PaperRow(row.name, values, row.source, note if short else "")
+    return None

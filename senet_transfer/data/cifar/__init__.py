@@ -1,0 +1,1 @@
+"""Small images that are kept in memory, such as CIFAR."""

@@ -1,0 +1,154 @@
+"""Batches from a data set in memory: endless and resumable for training, one pass for evaluation.
+
+Training goes through permutations of the data, one after the other; iteration i of all processes
+together takes the next ``world_size * batch_size`` images, wherever a permutation ends. The order
+follows from the seed alone, so a run can start at any iteration, and on another number of
+processes with the same total, with the images that an unbroken run would have there.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from senet_transfer.data.cifar.in_memory import ImageArrays
+from senet_transfer.data.cifar.transforms import CifarAugment
+from senet_transfer.errors import UserError
+
+# Tells the random numbers of the order from those of augmentation.
+_STREAM = 0
+
+
+class CifarTrainLoader:
+    """Iterates over training batches without end.
+
+    A batch is ``{"image": uint8 (N, 3, 32, 32) RGB, "label": int64 (N,)}`` on the device of the
+    data, flipped and cropped; with Cutout also ``"cutout"``, the centres int64 ``(N, 2)`` that
+    :func:`~senet_transfer.data.cifar.transforms.cut_out` takes, because it comes after the model's
+    normalisation.
+    """
+
+    def __init__(
+        self,
+        data: ImageArrays,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: CifarAugment | None = None,
+        start_iter: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ):
+        """
+        Args:
+            data: what to read.
+            batch_size: images of this process a step.
+            seed: of the order and the augmentation, 0 or more.
+            augment: None for the images as they are.
+            start_iter: the iteration to begin at.
+            rank: of this process.
+            world_size: number of processes.
+            device: where the data is kept and augmented: 150 MB for CIFAR.
+
+        Raises:
+            UserError: a value that makes no sense.
+        """
+        _check_share(batch_size, rank, world_size)
+        if seed < 0 or start_iter < 0:
+            raise UserError(f"The seed is {seed} and start_iter {start_iter}; expected 0 or more.")
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.start_iter, self.rank, self.world_size = start_iter, rank, world_size
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        raise TypeError("training batches have no end; the number of iterations decides")
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        iteration = self.start_iter
+        while True:
+            yield self.batch(iteration)
+            iteration += 1
+
+    def indices(self, iteration: int) -> np.ndarray:
+        """The images of all processes in an iteration, `(world_size * batch_size,)`."""
+        total = self.batch_size * self.world_size
+        places = np.arange(iteration * total, (iteration + 1) * total)
+        epochs, places = np.divmod(places, len(self.labels))
+        parts = [self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, int(epoch), _STREAM))
+            self._epoch, self._order = epoch, rng.permutation(len(self.labels))
+        return self._order
+
+    def batch(self, iteration: int) -> dict[str, Tensor]:
+        """The batch of this process in an iteration."""
+        rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        index = torch.from_numpy(self.indices(iteration)[rows]).to(self.labels.device)
+        batch = {"image": self.images[index], "label": self.labels[index]}
+        if self.augment is not None:
+            draws = self.augment.draw(
+                self.batch_size * self.world_size,
+                seed=self.seed,
+                iteration=iteration,
+                side=self.images.shape[-1],
+            ).part(self.rank, self.batch_size)
+            batch["image"] = self.augment.move(batch["image"], draws)
+            if self.augment.cutout:
+                batch["cutout"] = draws.centre.to(self.labels.device)
+        return batch
+
+
+class CifarEvalLoader:
+    """Iterates once over this process's share of the data, in order and unchanged.
+
+    A batch has ``"image"`` and ``"label"`` as in training, ``"key"``, a name for each image, and
+    ``"index"``, its place in the data.
+
+    Attributes:
+        expected: images of this process.
+    """
+
+    def __init__(
+        self,
+        data: ImageArrays,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ):
+        """Arguments as those of :class:`CifarTrainLoader`; the last batch may be smaller."""
+        _check_share(batch_size, rank, world_size)
+        start, end = (len(data) * part // world_size for part in (rank, rank + 1))
+        self.images, self.labels = data.images[start:end], data.labels[start:end]
+        self.start, self.batch_size, self.device = start, batch_size, device
+        self.expected = end - start
+
+    def __len__(self) -> int:
+        return -(-self.expected // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, self.expected, self.batch_size):
+            rows = slice(start, min(start + self.batch_size, self.expected))
+            places = list(range(self.start + rows.start, self.start + rows.stop))
+            yield {
+                "image": self.images[rows].to(self.device),
+                "label": self.labels[rows].to(self.device),
+                "key": [str(place) for place in places],
+                "index": places,
+            }
+
+
+def _check_share(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1 or not 0 <= rank < world_size:
+        raise UserError(
+            f"The batch size is {batch_size}, the rank {rank} of {world_size}; expected at least 1 "
+            "image, and a rank below the number of processes."
+        )

@@ -1,0 +1,136 @@
+"""Small images in memory, from whatever holds them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from senet_transfer.data.cifar.archives import read_official_archive, read_official_folder
+from senet_transfer.data.cifar.image_files import read_images, split_place
+from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays, load_images, split_file
+from senet_transfer.data.classification.open import (
+    ClassificationDataset,
+    SingleImages,
+    check_classes,
+    open_dataset,
+)
+from senet_transfer.data.images.decode import BrokenImageError, encode_exact
+from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.shards.manifest import MANIFEST
+from senet_transfer.data.shards.storage import is_remote, local_path
+from senet_transfer.data.shards.tar import RawSample
+from senet_transfer.errors import UserError
+
+# The data sets that go by name, and where they lie below $DETECTRON2_DATASETS.
+NAMES = {
+    f"{data}_{split}": f"{data}/{split}.safetensors"
+    for data in ("cifar10", "cifar100")
+    for split in SPLITS
+}
+
+_PREPARED = ".safetensors"
+
+
+def open_images(
+    path: str | Path,
+    *,
+    split: str,
+    classes: list[str] | None = None,
+    cache_dir: str | Path | None = None,
+) -> ImageArrays:
+    """Reads a whole data set of small images.
+
+    Recognised: a prepared split, or the folder of both; an official archive of CIFAR, or the folder
+    it was unpacked into; a folder with a folder or archive a split; and all that
+    :func:`~senet_transfer.data.classification.open.open_dataset` opens, such as shards and a tree
+    with a folder a class. The images of the last are resized to 32 pixels where they are larger.
+
+    Args:
+        path: the file, folder or address.
+        split: "train" or "test", where the path does not say it.
+        classes: names in the order of their labels, to be agreed with.
+        cache_dir: keeps local copies of remote shards in this folder.
+
+    Raises:
+        UserError: there is nothing of these kinds, it is damaged, or has other classes.
+    """
+    data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split)
+    if data is None:
+        role = {"train": "train_standard", "test": "val"}[split]
+        data = decode_all(open_dataset(path, split=role, classes=classes, cache_dir=cache_dir))
+    check_classes(path, data.classes, classes)
+    return data
+
+
+def cifar_name(dataset: str) -> str | None:
+    """ "cifar10" or "cifar100", where a name or path of a config means these; else None."""
+    for name, place in NAMES.items():
+        if dataset == name or dataset.endswith(f"/{place}"):
+            return name.partition("_")[0]
+    return None
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a path is of a prepared split, which is read as a whole or not at all."""
+    return str(path).endswith(_PREPARED)
+
+
+def _open_split(path: Path, split: str) -> ImageArrays | None:
+    """Opens what is of CIFAR alone; None for all else."""
+    if is_prepared(path):
+        return load_images(path)
+    if path.is_file():
+        shard = (path.parent / MANIFEST).is_file()
+        splits = None if shard else read_official_archive(path)
+        return splits[split] if splits else None
+    if not path.is_dir() or (path / MANIFEST).is_file():
+        return None
+    if split_file(path, split).is_file():
+        return load_images(split_file(path, split))
+    splits = read_official_folder(path)
+    if splits is not None:
+        return splits[split]
+    place = split_place(path, split)
+    return read_images(place) if place else None
+
+
+class ArrayDataset(SingleImages):
+    """Small images in memory, for what reads samples one by one."""
+
+    def __init__(self, data: ImageArrays):
+        super().__init__(list(data.classes), len(data), data.origin)
+        self.data = data
+
+    def labels(self) -> np.ndarray:
+        return self.data.labels.numpy()
+
+    def read_sample(self, index: int) -> RawSample:
+        image = Image.fromarray(self.data.images[index].permute(1, 2, 0).numpy())
+        label = int(self.data.labels[index])
+        return RawSample(f"image_{index:06d}", label, encode_exact(image), self.origin)
+
+
+def decode_all(dataset: ClassificationDataset) -> ImageArrays:
+    """Decodes all images of a data set, each as evaluation with 32 pixels sees it.
+
+    Raises:
+        UserError: an image can't be decoded, or there are none.
+    """
+    view = EvalTransform(resize=SIDE, crop=SIDE)
+    images, labels = [], []
+    for unit in range(len(dataset.unit_sizes)):
+        for sample in dataset.read_unit(unit):
+            try:
+                images.append(view(sample.data))
+            except BrokenImageError as error:
+                raise UserError(
+                    f"{sample.origin} has an image {sample.key} that can't be decoded ({error}). "
+                    "Remove or replace it."
+                ) from error
+            labels.append(sample.label)
+    if not images:
+        raise UserError(f"{dataset.origin} holds no images. Name another data set.")
+    where = str(dataset.origin)
+    numbers = torch.from_numpy(np.array(labels, np.int64))
+    return ImageArrays(torch.stack(images), numbers, dataset.classes, where)

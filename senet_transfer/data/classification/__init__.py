@@ -1,0 +1,1 @@
+"""Classification data: opening, sampling and loading it."""

@@ -1,0 +1,302 @@
+"""Classification data sets: shards, folders and archives behind one interface.
+
+A data set is a row of units, the pieces that are read in one go: a shard, or a single image file.
+`stream` decides who reads which unit when; how a unit is read is decided here.
+"""
+
+import functools
+import glob
+import logging
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from senet_transfer.data.images import places365
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.images.listing import Images
+from senet_transfer.data.shards.cache import ShardCache
+from senet_transfer.data.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    load_manifest,
+    parse_index,
+)
+from senet_transfer.data.shards.storage import (
+    Storage,
+    is_remote,
+    join,
+    local_path,
+    open_stream,
+    read_bytes,
+    read_range,
+)
+from senet_transfer.data.shards.tar import RawSample, check_member, read_shard
+from senet_transfer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class ClassificationDataset(ABC):
+    """Labelled images in an order that never changes.
+
+    Attributes:
+        classes: names, the label being the position.
+        unit_sizes: `(U,)` int64, samples in each unit.
+        origin: where it is, for messages.
+    """
+
+    def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
+        self.classes = classes
+        self.unit_sizes = unit_sizes
+        self.origin = origin
+
+    def __len__(self) -> int:
+        return int(self.unit_sizes.sum())
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, with those that have no images."""
+        return len(self.classes)
+
+    @abstractmethod
+    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
+        """Yields the samples of a unit in order, undecoded, without the first `skip`."""
+
+    @abstractmethod
+    def labels(self) -> np.ndarray:
+        """All labels in order, `(len(self),)`."""
+
+    @abstractmethod
+    def read_sample(self, index: int) -> RawSample:
+        """Reads one sample by its position in the data set."""
+
+
+class SingleImages(ClassificationDataset):
+    """Labelled images of which each is a unit."""
+
+    def __init__(self, classes: list[str], count: int, origin: str):
+        super().__init__(classes, np.ones(count, np.int64), origin)
+
+    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
+        if skip == 0:
+            yield self.read_sample(unit)
+
+
+class ImageDataset(SingleImages):
+    """Images in a folder or an archive."""
+
+    def __init__(self, images: Images):
+        super().__init__(images.classes, len(images), str(images.root))
+        self.images = images
+
+    def labels(self) -> np.ndarray:
+        return self.images.labels
+
+    def read_sample(self, index: int) -> RawSample:
+        return self.images.read(index)
+
+
+class ShardDataset(ClassificationDataset):
+    """Images in tar shards with a manifest; each shard is a unit."""
+
+    def __init__(
+        self, manifest: Manifest, base: str, storage: Storage, cache: ShardCache | None = None
+    ):
+        """
+        Args:
+            manifest: of the shards.
+            base: path or address of their folder.
+            storage: how remote files are read.
+            cache: keeps local copies of remote shards; None to read them from where they are.
+        """
+        sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
+        super().__init__(manifest.classes, sizes, base)
+        self.manifest = manifest
+        self.storage = storage
+        self.cache = cache
+
+    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
+        shard = self.manifest.shards[unit]
+        url = self._place(shard)
+        with open_stream(url, self.storage, shard.bytes) as stream:
+            samples = read_shard(stream, url, samples=shard.samples, num_classes=self.num_classes)
+            yield from islice(samples, skip, None)
+
+    def labels(self) -> np.ndarray:
+        return np.concatenate([self._index(unit)[:, 2] for unit in range(len(self.unit_sizes))])
+
+    def read_sample(self, index: int) -> RawSample:
+        ends = self._ends
+        unit = int(np.searchsorted(ends, index, side="right"))
+        row = index - (int(ends[unit - 1]) if unit else 0)
+        offset, size, label = (int(value) for value in self._index(unit)[row])
+        url = self._place(self.manifest.shards[unit])
+        block = tarfile.BLOCKSIZE
+        data = read_range(url, self.storage, offset - block, size + block)
+        try:
+            header = tarfile.TarInfo.frombuf(data[:block], "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            header, found = None, str(error)
+        if header is None or header.size != size:
+            found = found if header is None else f"{header.size} bytes"
+            raise UserError(
+                f"{url} has no image of {size} bytes at byte {offset}: found {found}. Shard and "
+                "index do not belong together; prepare the data again."
+            )
+        check_member(header.name, url)
+        return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.unit_sizes)
+
+    @functools.cached_property
+    def _indices(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _index(self, unit: int) -> np.ndarray:
+        if unit not in self._indices:
+            shard = self.manifest.shards[unit]
+            where = join(self.origin, shard.index_name)
+            self._indices[unit] = parse_index(read_bytes(where, self.storage), shard, where)
+        return self._indices[unit]
+
+    def _place(self, shard: Shard) -> str:
+        url = join(self.origin, shard.name)
+        if self.cache is None or not is_remote(url):
+            return url
+        return str(self.cache.fetch(url, shard, self.storage))
+
+
+def open_dataset(
+    path: str | Path,
+    *,
+    split: str = "val",
+    size: str | None = None,
+    classes: list[str] | None = None,
+    cache_dir: str | Path | None = None,
+    storage: Storage | None = None,
+) -> ClassificationDataset:
+    """Opens whatever holds labelled images.
+
+    Recognised, in this order: a folder of shards, local or an address (`http(s)://`, `s3://` and
+    other object stores), or its manifest.json; single shards of such a folder, as a `.tar` path or
+    a pattern with `*`; Places365 as its site serves it: the folder with the lists, the folder of
+    images (`val_256`) or the archive (`val_256.tar`) beside them; and a tree with a folder a class.
+
+    Args:
+        path: the folder, file or address.
+        split: of Places365, where the path does not say it: "val", "train_standard" or
+            "train_challenge".
+        size: of Places365, "256" or "large"; None for the one that is there, 256 before large.
+        classes: names in the order of their labels, to be agreed with. A tree may lack some.
+        cache_dir: keeps local copies of remote shards in this folder.
+        storage: how remote files are read.
+
+    Raises:
+        UserError: there is nothing of these kinds, or it is damaged.
+    """
+    storage = storage or Storage()
+    text = str(path)
+    if is_remote(text):
+        cache = ShardCache(cache_dir) if cache_dir is not None else None
+        base = text.rstrip("/").removesuffix("/" + MANIFEST)
+        if base.endswith(".tar"):
+            base = base.rpartition("/")[0]
+            dataset = _some_shards(base, [text.rpartition("/")[2]], storage, cache)
+        else:
+            dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
+    else:
+        dataset = _open_local(local_path(text), split, size, classes, storage)
+    check_classes(path, dataset.classes, classes)
+    return dataset
+
+
+def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
+    """Raises UserError where a data set has other classes than expected; None expects nothing."""
+    if expected is None or list(found) == list(expected):
+        return
+    wrong = [
+        f"{label}: {one!r} rather than {other!r}"
+        for label, (one, other) in enumerate(zip(found, expected, strict=False))
+        if one != other
+    ]
+    raise UserError(
+        f"{path} has {len(found)} classes, expected {len(expected)}; "
+        f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
+    )
+
+
+def _open_local(
+    path: Path, split: str, size: str | None, classes: list[str] | None, storage: Storage
+) -> ClassificationDataset:
+    if path.name == MANIFEST:
+        path = path.parent
+    if (path / MANIFEST).is_file():
+        return ShardDataset(load_manifest(str(path), storage), str(path), storage)
+    if path.suffix == ".tar" and (path.parent / MANIFEST).is_file():
+        names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
+        return _some_shards(str(path.parent), names, storage, None)
+    if not path.exists():
+        raise UserError(f"there is no {path}; expected a folder or archive of images, or shards.")
+    dataset = _open_places365(path, split, size)
+    if dataset is not None:
+        return dataset
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a shard with a {MANIFEST} beside it nor an archive of Places365 "
+            f"with {places365.list_name(split)} beside it. Shards are made by "
+            "datasets/prepare_places365.py and prepare_folder.py."
+        )
+    return ImageDataset(open_folder(path, classes))
+
+
+def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:
+    """Opens what looks like Places365; None for all else.
+
+    Raises:
+        UserError: a folder can be of either train split, and `split` is neither.
+    """
+    sizes = places365.SIZES if size is None else (size,)
+    known = [
+        name
+        for name in places365.SPLITS
+        if any(path.name in places365.image_places(name, size) for size in sizes)
+    ]
+    trees = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    listed = (path.parent / places365.CATEGORIES).is_file() or any(
+        places365.has_lists(path.parent, name) for name in known
+    )
+    if known and (not trees or listed):
+        if split not in known and len(known) > 1:
+            raise UserError(
+                f"{path} can hold the images of {' or '.join(known)}, whose lists differ: say "
+                f"which; {split} is neither."
+            )
+        split = split if split in known else known[0]
+        return ImageDataset(places365.open_places365_images(path, path.parent, split))
+    if not path.is_dir() or not places365.has_lists(path, split):
+        return None
+    there = [s for s in sizes if any((path / p).exists() for p in places365.image_places(split, s))]
+    return ImageDataset(places365.open_places365(path, split, (there or sizes)[0]))
+
+
+def _some_shards(
+    base: str, names: list[str], storage: Storage, cache: ShardCache | None
+) -> ShardDataset:
+    manifest = load_manifest(base, storage)
+    by_name: dict[str, Any] = {shard.name: shard for shard in manifest.shards}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise UserError(
+            f"the manifest of {base} has no shards {', '.join(unknown[:5])}. Give shards that it "
+            "lists, or the whole folder."
+        )
+    part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)
+    return ShardDataset(part, base, storage, cache)

@@ -1,0 +1,1 @@
+"""Detection data: COCO's format, its checks, loader and mapper."""

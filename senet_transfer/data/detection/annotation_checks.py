@@ -1,0 +1,382 @@
+"""Reads an annotation file in COCO's format and refuses one that could not be trained on.
+
+A mistake in such a file otherwise surfaces hours later, as a KeyError inside the evaluator, or
+never, as an AP of 0. Every check runs over plain Python objects in one pass that takes the normal
+case first, so that the whole costs a fraction of `json.load` on COCO's own 450 MB; only an entry
+that the pass does not like is looked at closely.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.errors import UserError
+
+_REPAIR = "Correct the entry, or drop it, and write the file again"
+_BOX_FORM = "[x, y, width, height] in pixels"
+
+
+@dataclass
+class CocoSummary:
+    """What a valid annotation file holds."""
+
+    classes: list[str]  # in the order of the category ids, which is Detectron2's order
+    id_map: dict[int, int]  # category id in the file -> index into `classes`
+    num_images: int
+    num_annotations: int = 0
+    num_crowd: int = 0
+    num_zero_size: int = 0
+    num_over_the_edge: int = 0
+    num_not_evaluable: int = 0  # annotations without the `area` or `iscrowd` COCO's metric reads
+    num_without_segmentation: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = False) -> CocoSummary:
+    """Reads and checks `json_file` and that its images are in `image_dir`.
+
+    Args:
+        json_file: annotation file in COCO's instances format.
+        image_dir: folder that the file's `file_name`s are relative to.
+        allow_empty: accept a file without one usable annotation, as for a test set whose ground
+            truth is not public.
+
+    Raises:
+        UserError: naming the file, and the first entry of it, that is not as it should be.
+    """
+    _check_folder(image_dir, json_file)
+    data = read_json_object(json_file)
+    images = _section(json_file, data, "images")
+    categories = _section(json_file, data, "categories")
+    sizes = _check_images(json_file, images)
+    summary = _check_categories(json_file, categories)
+    summary.num_images = len(images)
+    if not allow_empty or data.get("annotations", []) != []:
+        annotations = _section(json_file, data, "annotations")
+        _check_annotations(json_file, annotations, sizes, summary)
+        if summary.num_crowd == len(annotations) and not allow_empty:
+            raise UserError(
+                f"{json_file}: all {len(annotations)} annotations are iscrowd=1, which no model "
+                "trains on; expected at least one object with iscrowd=0. Check how the file was "
+                "exported."
+            )
+    _check_files(json_file, [image["file_name"] for image in images], image_dir)
+    return summary
+
+
+def _section(json_file: str, data: dict, key: str) -> list[dict]:
+    """The list `data[key]`, which must be there, hold something, and hold objects only."""
+    if key not in data:
+        found = f"no `{key}` (its keys: {', '.join(map(repr, list(data)[:10])) or 'none'})"
+    elif not isinstance(data[key], list):
+        found = f"`{key}` of type {type(data[key]).__name__}"
+    elif not data[key]:
+        found = f"an empty list of `{key}`"
+    else:
+        for index, item in enumerate(data[key]):
+            if type(item) is not dict:
+                raise _bad(json_file, key, index, item, "is not an object", "{...}")
+        return data[key]
+    more = ""
+    if key == "annotations":
+        more = (
+            " Images without objects are fine, but not in all of them; in Python, a test set "
+            "without ground truth is registered with allow_empty=True."
+        )
+    raise UserError(
+        f"{json_file} has {found}; expected a list of `{key}` as in COCO's instances format. "
+        f"Check that this is the right file, and how it was exported.{more}"
+    )
+
+
+def _bad(
+    json_file: str, section: str, index: int, item: object, found: str, expected: str
+) -> UserError:
+    name = f"{section}[{index}]"
+    if isinstance(item, dict) and "id" in item:
+        name += f" (id {item['id']!r})"
+    return UserError(f"{json_file}: {name} {found}; expected {expected}. {_REPAIR}.")
+
+
+def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
+    if len({item["id"] for item in items}) == len(items):
+        return
+    first: dict = {}
+    for index, item in enumerate(items):
+        if first.setdefault(item["id"], index) != index:
+            found = f"has the id of {section}[{first[item['id']]}]"
+            raise _bad(json_file, section, index, item, found, "ids that occur once")
+
+
+def _check_images(json_file: str, images: list[dict]) -> dict:
+    """Returns image id -> (width, height), in pixels."""
+    for index, image in enumerate(images):
+        try:
+            name, width, height = image["file_name"], image["width"], image["height"]
+            fine = (
+                type(image["id"]) is type(width) is type(height) is int
+                and width > 0
+                and height > 0
+                and type(name) is str
+                and name
+                and name[0] not in "/\\"
+                and ".." not in name
+            )
+        except (KeyError, TypeError):
+            fine = False
+        if not fine:
+            problem = _image_problem(image)
+            if problem:
+                raise _bad(json_file, "images", index, image, *problem)
+    _check_unique_ids(json_file, "images", images)
+    return {image["id"]: (image["width"], image["height"]) for image in images}
+
+
+def _image_problem(image: dict) -> tuple[str, str] | None:
+    """What is wrong with an image's entry, and what was expected in its place."""
+    name = image.get("file_name")
+    if type(image.get("id")) is not int:
+        # Text would load here, but not in every implementation of COCO's metric.
+        found = f"has id {image['id']!r}" if "id" in image else "has no `id`"
+        return found, "a whole number"
+    if not isinstance(name, str) or not name.strip():
+        found = f"has file_name {name!r}" if "file_name" in image else "has no `file_name`"
+        return found, "the image's path relative to the image folder"
+    if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
+        return (
+            f"has file_name {name!r}",
+            "a path inside the image folder, with no leading slash and no `..` in it",
+        )
+    for key in ("width", "height"):
+        value = image.get(key)
+        if type(value) is not int or value <= 0:
+            found = f"has {key} {value!r}" if key in image else f"has no `{key}`"
+            return found, "the image's size as whole numbers of pixels above 0"
+    return None
+
+
+def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
+    names: dict[str, int] = {}
+    for index, category in enumerate(categories):
+        number, name = category.get("id"), category.get("name")
+        found = expected = None
+        if type(number) is not int:
+            found = f"has id {number!r}" if "id" in category else "has no `id`"
+            expected = "a whole number"
+        elif not isinstance(name, str) or not name.strip():
+            found = f"has name {name!r}" if "name" in category else "has no `name`"
+            expected = "the class's name"
+        elif names.setdefault(name, index) != index:
+            found = f"has the name {name!r} of categories[{names[name]}]"
+            expected = "names that occur once"
+        if found:
+            raise _bad(json_file, "categories", index, category, found, expected)
+    _check_unique_ids(json_file, "categories", categories)
+    ordered = sorted(categories, key=lambda category: category["id"])
+    return CocoSummary(
+        classes=[category["name"] for category in ordered],
+        id_map={category["id"]: index for index, category in enumerate(ordered)},
+        num_images=0,
+    )
+
+
+def _check_annotations(
+    json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
+) -> None:
+    """Checks every annotation and counts, into `summary`, what is odd but allowed."""
+    id_map, over_the_edge, not_evaluable = summary.id_map, 0, 0
+    for index, item in enumerate(annotations):
+        if not _is_usual(item, sizes, id_map):
+            problem = _annotation_problem(item, sizes, id_map)
+            if problem:
+                raise _bad(json_file, "annotations", index, item, *problem)
+        x, y, w, h = item["bbox"]
+        width, height = sizes[item["image_id"]]
+        # A pixel of slack, because annotation tools round.
+        if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+            over_the_edge += 1
+        if "area" not in item or "iscrowd" not in item:
+            not_evaluable += 1
+    _check_unique_ids(json_file, "annotations", annotations)
+    summary.num_annotations = len(annotations)
+    summary.num_crowd = sum(1 for item in annotations if item.get("iscrowd"))
+    summary.num_zero_size = sum(1 for item in annotations if 0 in item["bbox"][2:])
+    summary.num_over_the_edge = over_the_edge
+    summary.num_not_evaluable = not_evaluable
+    summary.num_without_segmentation = sum(not item.get("segmentation") for item in annotations)
+    if all(max(item["bbox"]) <= 1 for item in annotations):
+        raise _bad(
+            json_file,
+            "annotations",
+            0,
+            annotations[0],
+            f"has bbox {annotations[0]['bbox']!r}, and no box of the file reaches beyond 1 pixel",
+            f"{_BOX_FORM}, not as fractions of the image's size",
+        )
+    summary.warnings += _warnings(json_file, summary, any(a["id"] == 0 for a in annotations))
+
+
+def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
+    """Whether an annotation needs no closer look, told fast: there may be a million of them."""
+    try:
+        x, y, w, h = item["bbox"]
+        width, height = sizes[item["image_id"]]
+        area = item.get("area", 0)
+        # Written so that NaN and infinity fail it; text raises TypeError.
+        return (
+            0 < w < math.inf
+            and 0 < h < math.inf
+            and -w < x < width
+            and -h < y < height
+            and item["category_id"] in id_map
+            and type(item["id"]) is int
+            and item.get("ignore", 0) == 0
+            and item.get("iscrowd", 0) in (0, 1)
+            and type(area) in (int, float)
+            and -math.inf < area < math.inf
+            and bool not in (type(x), type(y), type(w), type(h))
+            and _is_segmentation(item.get("segmentation"))
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number, of any size, but not NaN or infinity."""
+    return type(value) in (int, float) and -math.inf < value < math.inf
+
+
+def _is_segmentation(value: object) -> bool:
+    """Whether Detectron2 can load it: polygons, run lengths, or none."""
+    if type(value) is list:
+        # Polygons of fewer than three points are left out by Detectron2, with a warning.
+        return all(
+            type(polygon) is list and all(type(part) in (int, float) for part in polygon[:6])
+            for polygon in value
+        )
+    if type(value) is dict and value:
+        size = value.get("size")
+        lengths = type(size) is list and len(size) == 2 and all(type(n) is int for n in size)
+        return lengths and type(value.get("counts")) in (str, list)
+    return value is None or value == {}
+
+
+def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
+    """What is wrong with an annotation, and what was expected in its place."""
+    for key in ("id", "image_id", "category_id", "bbox"):
+        if key not in item:
+            return f"has no `{key}`", "id, image_id, category_id and bbox"
+    if type(item["id"]) is not int:
+        return f"has id {item['id']!r}", "a whole number"
+    for key, known, of in (("image_id", sizes, "images"), ("category_id", id_map, "categories")):
+        value = item[key]
+        if isinstance(value, Collection) and not isinstance(value, str) or value not in known:
+            return f"has {key} {value!r}, which `{of}` does not list", _some_of(known)
+    if item.get("ignore", 0) != 0:
+        return f"has `ignore` {item['ignore']!r}, which Detectron2 cannot load", "none, or 0"
+    if item.get("iscrowd", 0) not in (0, 1):
+        return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
+    area = item.get("area", 0)
+    if not _is_finite(area):
+        return f"has area {area!r}", "a number of square pixels"
+    if not _is_segmentation(item.get("segmentation")):
+        found = f"has a segmentation that begins {str(item['segmentation'])[:40]!r}"
+        return found, "a list of polygons, each a list of numbers, or {counts, size}"
+    return _box_problem(item["bbox"], sizes[item["image_id"]])
+
+
+def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
+        return f"has bbox {bbox!r}", f"four finite numbers, {_BOX_FORM}"
+    x, y, w, h = bbox
+    if w < 0 or h < 0:
+        return f"has bbox {bbox!r}, of negative size", _BOX_FORM
+    # COCO itself has a few boxes of no width or height. Detectron2 drops them in the mapper.
+    if w > 0 and h > 0 and (x + w <= 0 or y + h <= 0 or x >= size[0] or y >= size[1]):
+        found = f"has bbox {bbox!r}, wholly outside of its image of {size[0]}x{size[1]} pixels"
+        return found, f"{_BOX_FORM} from the image's top left corner"
+    return None
+
+
+def _some_of(known: Iterable) -> str:
+    listed = list(known)
+    kind = type(listed[0]).__name__
+    return f"one of its {len(listed)} ids (of type {kind}), such as {listed[:3]!r}"
+
+
+def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]:
+    total, found = summary.num_annotations, []
+    if summary.num_zero_size:
+        found.append(
+            f"{summary.num_zero_size} of {total} boxes have no width or no height; training drops "
+            "them"
+        )
+    if summary.num_over_the_edge:
+        found.append(
+            f"{summary.num_over_the_edge} of {total} boxes reach over their image's edge and are "
+            "clipped. If these are many, the boxes may be written as [x1, y1, x2, y2], where "
+            f"{_BOX_FORM} is expected"
+        )
+    if has_id_0:
+        found.append(
+            "an annotation has id 0, and COCO's metric counts a detection of it as a false one; "
+            "number annotations from 1"
+        )
+    if summary.num_not_evaluable:
+        found.append(
+            f"{summary.num_not_evaluable} of {total} annotations have no `area` or no `iscrowd`: "
+            "fine for training, but COCO's metric cannot evaluate on this file"
+        )
+    return [f"{json_file}: {text}." for text in found]
+
+
+def _check_folder(image_dir: str, json_file: str) -> None:
+    if os.path.isdir(image_dir):
+        return
+    found = "not found"
+    if os.path.exists(image_dir):
+        found = "not a folder"
+        if os.path.isdir(json_file):
+            found += "; are the annotation file and the folder the wrong way round?"
+    raise UserError(
+        f"Image folder {image_dir}: {found}. Expected the folder that the file_names in "
+        f"{json_file} are relative to. Check the path; `~` and $VARS are expanded."
+    )
+
+
+def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
+    """Refuses a list of images of which some are not in the folder.
+
+    One listing a folder answers for all of its images, which on network storage is far cheaper
+    than asking for each.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[os.path.dirname(name)].append(name)
+    missing = []
+    for folder, members in groups.items():
+        try:
+            there = set(os.listdir(os.path.join(image_dir, folder)))
+        except OSError:
+            there = set()
+        # Asked again one by one: the file system may ignore case, or hide its listing.
+        missing += [
+            name
+            for name in members
+            if os.path.basename(name) not in there
+            and not os.path.exists(os.path.join(image_dir, name))
+        ]
+    if not missing:
+        return
+    bare = os.path.basename(missing[0].replace("\\", "/"))
+    hint = ""
+    if bare != missing[0] and os.path.exists(os.path.join(image_dir, bare)):
+        hint = f" {bare} is there, so the file_names' folder and the image folder do not match."
+    raise UserError(
+        f"{len(missing)} of the {len(names)} images that {json_file} lists are not in {image_dir}; "
+        f"the first: {', '.join(missing[:3])}.{hint} Expected every file_name, relative to that "
+        "folder. Give the right image folder, or drop these images from the file."
+    )

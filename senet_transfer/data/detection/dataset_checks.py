@@ -1,0 +1,233 @@
+"""What can be known to be wrong with a run's data sets before the run begins."""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
+
+from senet_transfer.data.detection.coco import ENTRY_FORM, CocoDataset, registered_entry
+from senet_transfer.data.detection.json_file import sniff_json
+from senet_transfer.errors import UserError
+
+OWN_DATA_COMMAND = """\
+  python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+      --dataset my_train train.json images/ --dataset my_val val.json images/"""
+
+# Where Detectron2's metadata keep the paths of its data sets of every kind.
+_FILE_KEYS = ("json_file", "panoptic_json")
+_FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
+
+_COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
+
+
+def dataset_classes(names: str | Sequence[str]) -> list[str]:
+    """The class names of a run's data sets, which must agree on them.
+
+    Args:
+        names: of registered data sets: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
+
+    Returns:
+        The names in the order of the model's outputs; empty if there are no data sets.
+
+    Raises:
+        UserError: if a name is unknown, a data set has no classes, or two of them differ.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        return []
+    first = names[0]
+    expected = _classes(first)
+    for name in names[1:]:
+        found = _classes(name)
+        if found == expected:
+            continue
+        index, pair = next(
+            (i, pair) for i, pair in enumerate(zip_longest(expected, found)) if pair[0] != pair[1]
+        )
+        one, other = ("missing" if part is None else repr(part) for part in pair)
+        raise UserError(
+            f"The data sets '{first}' and '{name}' have different classes: {len(expected)} and "
+            f"{len(found)} of them, and class {index} is {one} in the first, {other} in the "
+            "second. All data sets of a run need the same classes in the same order (that of the "
+            "category ids). Give their annotation files the same `categories`."
+        )
+    return expected
+
+
+def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:
+    """Refuses data sets that a run would fail on, without loading them.
+
+    Args:
+        names: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
+        evaluated: those of them that COCO's metric will be computed on.
+
+    Raises:
+        UserError: if a name is unknown, files are missing (with how to get them), or a data set
+            cannot be evaluated on.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in DatasetCatalog:
+            raise _unknown(name)
+    missing: dict[str, list[str]] = {}
+    for name in names:
+        dataset = registered_entry(name)
+        if isinstance(dataset, CocoDataset):
+            dataset.refresh()
+            if name in evaluated:
+                _check_evaluable(dataset)
+        else:
+            problems = _missing_paths(name)
+            if problems:
+                missing[name] = problems
+    if missing:
+        raise UserError(_explain_missing(missing))
+
+
+def category_ids(name: str) -> list[int]:
+    """The ids of a data set's categories in its JSON, in the order of the classes.
+
+    They are numbered from 1 where the data set states none.
+    """
+    metadata = MetadataCatalog.get(name)
+    found = metadata.get("thing_dataset_id_to_contiguous_id")
+    ids = sorted(found, key=found.get) if found else []
+    classes = len(metadata.get("thing_classes", ()))
+    return ids if len(ids) == classes else list(range(1, classes + 1))
+
+
+def check_segmentations(names: Sequence[str]) -> None:
+    """Refuses data sets without the outlines that a mask head learns from.
+
+    Raises:
+        UserError: objects of a data set of this project have none.
+    """
+    for name in names:
+        dataset = registered_entry(name)
+        if not isinstance(dataset, CocoDataset) or dataset.summary is None:
+            continue
+        lacking = dataset.summary.num_without_segmentation
+        if lacking:
+            raise UserError(
+                f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations "
+                "have no `segmentation`, which MODEL.MASK_ON learns from and is evaluated by. "
+                "Export the file with outlines, or set MODEL.MASK_ON False."
+            )
+
+
+def _classes(name: str) -> list[str]:
+    dataset = registered_entry(name)
+    metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None
+    if dataset is None and not (metadata and metadata.get("thing_classes")):
+        raise _unknown(name)
+    if isinstance(dataset, CocoDataset):
+        # The shapes' classes are known before their files are there.
+        if os.path.exists(dataset.json_file):
+            dataset.refresh()
+    elif not MetadataCatalog.get(name).get("thing_classes"):
+        # What is registered with Detectron2's own function learns its classes when it is loaded.
+        problems = _missing_paths(name)
+        if problems:
+            raise UserError(_explain_missing({name: problems}))
+        DatasetCatalog.get(name)
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
+        raise UserError(
+            f"The data set '{name}' has no class names; expected `thing_classes` in its metadata, "
+            "as every data set with objects to detect has. Use such a data set, or set "
+            f"MetadataCatalog.get({name!r}).thing_classes where you register it."
+        )
+    return list(classes)
+
+
+def _unknown(name: str) -> UserError:
+    near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=3, cutoff=0.6)
+    guess = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+    return UserError(
+        f"Unknown data set '{name}'.{guess} Expected one that Detectron2 or this project knows, or "
+        "your own in COCO's format: register it with `--dataset NAME JSON FOLDER` on the command "
+        f"line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
+    )
+
+
+def _check_evaluable(dataset: CocoDataset) -> None:
+    lacking = dataset.summary.num_not_evaluable
+    if lacking:
+        raise UserError(
+            f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations have "
+            "no `area` or no `iscrowd`, which COCO's metric reads of every one. Training would "
+            f"end in a KeyError at its first evaluation on '{dataset.name}'. Write both into the "
+            "file (area in square pixels, iscrowd 0 or 1), or take it out of DATASETS.TEST."
+        )
+
+
+def _missing_paths(name: str) -> list[str]:
+    """Says of each file and folder of a data set that is not there, or cannot be right, why."""
+    metadata, problems = MetadataCatalog.get(name).as_dict(), []
+    for key in (*_FILE_KEYS, *_FOLDER_KEYS):
+        path = metadata.get(key)
+        if not isinstance(path, str) or "://" in path:
+            continue
+        shown = os.path.abspath(path)
+        if key in _FOLDER_KEYS:
+            if not os.path.isdir(path):
+                problems.append(f"{shown}{os.sep} (missing)")
+            elif _is_empty(path):
+                problems.append(f"{shown}{os.sep} (empty)")
+        elif not os.path.exists(path):
+            problems.append(f"{shown} (missing)")
+        else:
+            problem = sniff_json(path)
+            if problem:
+                problems.append(problem)
+    return problems
+
+
+def _is_empty(folder: str) -> bool:
+    with os.scandir(folder) as entries:  # not all of COCO's 118,287
+        return next(entries, None) is None
+
+
+def _explain_missing(missing: dict[str, list[str]]) -> str:
+    names = ", ".join(f"'{name}'" for name in missing)
+    # Data sets share folders: each line once, in order.
+    lines = dict.fromkeys(line for problems in missing.values() for line in problems)
+    listing = "\n".join(f"  {line}" for line in lines)
+    years = [match[1] for match in map(_COCO_NAME.match, missing) if match]
+    parts = [f"The files of {names} are not all on disk:\n{listing}"]
+    if years:
+        parts += [_coco_layout(year) for year in dict.fromkeys(years)]
+        parts.append("No COCO at hand? `make demo` trains on images that are rendered on the spot.")
+    else:
+        parts.append(
+            "Expected them where the data set was registered; Detectron2's own are under "
+            f"{_root()} (see datasets/README.md)."
+        )
+    parts.append(f"For your own images, annotated in COCO's format:\n{OWN_DATA_COMMAND}")
+    return "\n".join(parts)
+
+
+def _coco_layout(year: str) -> str:
+    return f"""\
+Expected under {_root()}:
+  coco/annotations/instances_train{year}.json   from annotations_trainval{year}.zip
+  coco/annotations/instances_val{year}.json     from annotations_trainval{year}.zip
+  coco/train{year}/*.jpg                         from train{year}.zip
+  coco/val{year}/*.jpg                           from val{year}.zip
+Download the three archives from https://cocodataset.org/#download and unpack them in coco/, or
+link a copy that you have: ln -s /path/to/coco {os.path.join(_root_path(), "coco")}"""
+
+
+def _root_path() -> str:
+    # Detectron2 reads the variable once, when it is imported: this is what counts.
+    return os.path.abspath(builtin._root)
+
+
+def _root() -> str:
+    is_set = "DETECTRON2_DATASETS" in os.environ
+    origin = "as set when Detectron2 was imported" if is_set else "not set, and so ./datasets"
+    return f"{_root_path()} ($DETECTRON2_DATASETS; {origin})"

@@ -1,0 +1,230 @@
+"""The shapes data set: a small detection problem that is rendered rather than downloaded.
+
+A few hundred images of coloured shapes on textured backgrounds, in COCO's format. The shapes
+occlude one another, run off the image's edge and vary in size, so that detecting them takes a
+real detector; they stand out well enough for a small one to learn it from scratch on a CPU.
+"""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS, ShapeObject, render_image
+from senet_transfer.errors import UserError
+from senet_transfer.utils.progress import progress
+
+__all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "render_image"]
+
+TINY_IMAGES = 8
+
+# Raised whenever what is rendered or annotated for a given seed changes, so that a data set that
+# an older release wrote is not taken for this one's.
+VERSION = 2
+
+JPEG_QUALITY = 92
+CONTOUR_SCALE = 4
+
+logger = logging.getLogger(__name__)
+
+
+def make_shapes(
+    output_dir: str | Path,
+    seed: int = 0,
+    train: int = 400,
+    val: int = 100,
+    *,
+    quiet: bool = False,
+) -> Path:
+    """Renders the data set to a folder, or finds that the folder has it already.
+
+    The folder appears once all is written, so that an interrupted run leaves none. It holds
+    `{train,val,tiny}/000001.jpg` and so on, `annotations/instances_{train,val,tiny}.json` in
+    COCO's format, and `shapes.json`, the settings.
+
+    Args:
+        output_dir: the folder to make; it may be there if it is empty.
+        seed: not negative.
+        train: number of training images.
+        val: number of validation images.
+        quiet: no progress bar.
+
+    Returns:
+        `output_dir` as a path.
+
+    Raises:
+        UserError: the folder holds something else, it cannot be written, or a number is out of
+            range. Nothing in the folder is touched.
+    """
+    _check_numbers(seed, train, val)
+    output_dir = Path(output_dir)
+    # A link to a folder on another disk stays a link: it is what it points to that is written.
+    target = output_dir.resolve()
+    settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
+    try:
+        if _is_present(target, settings):
+            logger.info("%s already holds this data set (%s)", output_dir, _listed(settings))
+            return output_dir
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as scratch:
+            built = Path(scratch, "shapes")
+            _write(built, settings, quiet)
+            _move(built, target, settings)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the shapes data set to {output_dir}: {error}. Expected a folder that "
+            "can be made there and room for some megabytes. Make room or name another folder."
+        ) from error
+    logger.info("%s now holds the shapes data set (%s)", output_dir, _listed(settings))
+    return output_dir
+
+
+def _check_numbers(seed: int, train: int, val: int) -> None:
+    if seed < 0 or train < 1 or val < 1:
+        raise UserError(
+            f"cannot make a shapes data set of seed={seed}, train={train}, val={val}: expected a "
+            "seed of 0 or more and at least 1 image in each split. Correct the number."
+        )
+
+
+def _listed(settings: dict[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _is_present(target: Path, settings: dict[str, int]) -> bool:
+    """Says whether the folder holds the data set; False where there is room to make it.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    if not target.exists():
+        return False
+    if not target.is_dir():
+        found = "a file"
+    elif not any(target.iterdir()):
+        return False
+    else:
+        found = _difference(target, settings)
+        if found is None:
+            return True
+    raise UserError(
+        f"{target} is in the way: found {found}, expected nothing, an empty folder or the shapes "
+        f"data set with {_listed(settings)}. Move it away or name another folder; nothing was "
+        "changed."
+    )
+
+
+def _difference(target: Path, settings: dict[str, int]) -> str | None:
+    """Says how a folder that is not empty differs from the data set; None where it does not."""
+    try:
+        found = json.loads((target / "shapes.json").read_text())
+    except FileNotFoundError:
+        names = sorted(path.name for path in target.iterdir())
+        return f"a folder without a shapes.json, holding {', '.join(names[:5])}"
+    except (OSError, ValueError) as error:
+        return f"a shapes.json that cannot be read ({error})"
+    if found != settings:
+        listed = _listed(found) if isinstance(found, dict) else repr(found)
+        return f"a data set with other settings ({listed})"
+    for split in SHAPE_SPLITS:
+        images = len(list(target.glob(f"{split}/*.jpg")))
+        if images != settings[split]:
+            return f"the data set with {images} of the {settings[split]} images in {split}/"
+        if not _annotation_file(target, split).is_file():
+            return f"the data set without {_annotation_file(target, split).name}"
+    return None
+
+
+def _annotation_file(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def _move(built: Path, target: Path, settings: dict[str, int]) -> None:
+    """Moves the finished folder to its place, in one step that another run cannot see half of."""
+    try:
+        built.replace(target)
+    except OSError:
+        # Another run that was started beside this one may have come first.
+        if not _is_present(target, settings):
+            raise
+
+
+def _write(root: Path, settings: dict[str, int], quiet: bool) -> None:
+    """Writes the whole data set to a folder that is not there yet."""
+    (root / "annotations").mkdir(parents=True)
+    total = sum(settings[split] for split in SHAPE_SPLITS)
+    with progress(total=total, desc="shapes", unit="image", quiet=quiet) as bar:
+        for split in SHAPE_SPLITS:
+            (root / split).mkdir()
+            images, annotations = [], []
+            for index in range(1, settings[split] + 1):
+                image, objects = render_image(settings["seed"], split, index)
+                name = f"{index:06d}.jpg"
+                (root / split / name).write_bytes(_encode_jpeg(image))
+                height, width = image.shape[:2]
+                images.append({"id": index, "file_name": name, "width": width, "height": height})
+                for shape in objects:
+                    annotations.append(_annotation(shape, index, len(annotations) + 1))
+                bar.update()
+            text = json.dumps(_coco(images, annotations), separators=(",", ":"))
+            _annotation_file(root, split).write_text(text)
+    (root / "shapes.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _encode_jpeg(image: np.ndarray) -> bytes:
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+
+
+def _coco(images: list[dict], annotations: list[dict]) -> dict:
+    return {
+        "info": {"description": "senet_transfer shapes", "version": str(VERSION)},
+        "licenses": [],
+        "categories": [
+            {"id": number, "name": name, "supercategory": "shape"}
+            for number, name in enumerate(SHAPE_CLASSES, start=1)
+        ],
+        "images": images,
+        "annotations": annotations,
+    }
+
+
+def _annotation(shape: ShapeObject, image_id: int, annotation_id: int) -> dict:
+    left, top, width, height = cv2.boundingRect(shape.mask.astype(np.uint8))
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": SHAPE_CLASSES.index(shape.category) + 1,
+        "bbox": [left, top, width, height],
+        "area": int(shape.mask.sum()),
+        "iscrowd": 0,
+        "segmentation": _polygons(shape.mask),
+    }
+
+
+def _polygons(mask: np.ndarray) -> list[list[float]]:
+    """Returns polygons, [x0, y0, x1, y1, ...] in pixels, that cover a mask (H, W).
+
+    A contour runs through the centres of a mask's outer pixels and so lies half a pixel inside
+    it. It is taken from an enlarged mask, which makes that an eighth.
+    """
+    scale = CONTOUR_SCALE
+    enlarged = cv2.resize(
+        mask.astype(np.uint8), None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST
+    )
+    contours, tree = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    for contour, (_, _, _, parent) in zip(contours, tree[0] if contours else [], strict=True):
+        if parent != -1:
+            # COCO's polygons have no holes: a cut through this one makes it part of two outlines.
+            cut = int(contour[:, 0, 0].mean()) // scale
+            left, right = mask.copy(), mask.copy()
+            left[:, cut:] = False
+            right[:, :cut] = False
+            return _polygons(left) + _polygons(right)
+    # Half a pixel of tolerance: less than what is left of a single pixel, so that it too keeps
+    # its corners.
+    outlines = [cv2.approxPolyDP(contour, scale / 2, closed=True) for contour in contours]
+    return [((outline.reshape(-1) + 0.5) / scale).tolist() for outline in outlines]

@@ -1,0 +1,1 @@
+"""Tar shards: writing, reading and verifying them, locally or remotely."""

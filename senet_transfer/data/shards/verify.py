@@ -1,0 +1,83 @@
+"""Reading shards back, and comparing all there is to compare."""
+
+import hashlib
+import logging
+from collections import Counter
+from pathlib import Path
+
+from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.data.shards.manifest import Shard, load_manifest, parse_index
+from senet_transfer.data.shards.tar import read_shard
+from senet_transfer.errors import UserError
+from senet_transfer.utils.parallel import run_parallel
+from senet_transfer.utils.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
+    """Checks sha256, number, labels and decoding of all shards in a local folder.
+
+    Args:
+        folder: with a manifest.
+        workers: processes.
+        quiet: no progress bar.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: naming every shard that is damaged, and what is wrong with it.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(str(folder))
+    problems = []
+    argument = (folder, manifest.num_classes)
+    with progress(total=manifest.samples, unit="image", desc="verify", quiet=quiet) as bar:
+        if workers == 1:
+            results = ((shard, shard_problem(shard, argument)) for shard in manifest.shards)
+        else:
+            results = run_parallel(shard_problem, manifest.shards, argument, workers)
+        for shard, problem in results:
+            bar.update(shard.samples)
+            if problem:
+                problems.append(problem)
+    if problems:
+        raise UserError(f"{len(problems)} shards are damaged:\n" + "\n".join(sorted(problems)))
+    logger.info("%s: %d images in %d shards are good", folder, bar.total, len(manifest.shards))
+    return manifest.samples
+
+
+def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
+    """Says what is wrong with a shard; None for a good one."""
+    folder, num_classes = argument
+    path = folder / shard.name
+    try:
+        with open(path, "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != shard.sha256:
+                return (
+                    f"{path} has sha256 {found}, its manifest says {shard.sha256}. Delete it and "
+                    "its .json, and run the preparation again."
+                )
+            where = folder / shard.index_name
+            index = parse_index(where.read_bytes(), shard, str(where))
+            counts: Counter[int] = Counter()
+            stream.seek(0)
+            samples = read_shard(stream, str(path), samples=shard.samples, num_classes=num_classes)
+            for sample, (offset, size, label) in zip(samples, index.tolist(), strict=True):
+                counts[sample.label] += 1
+                place = stream.tell()
+                stream.seek(offset)
+                same = stream.read(size) == sample.data and label == sample.label
+                stream.seek(place)
+                if not same:
+                    return f"{path} does not match {where.name} at {sample.key}. Prepare it again."
+                decode_fast(sample.data)
+    except BrokenImageError as error:
+        return f"{path} holds {sample.key}, which cannot be decoded: {error}. Prepare it again."
+    except OSError as error:
+        return f"{path} cannot be read: {error}. Prepare it again."
+    except UserError as error:
+        return str(error)
+    return None if counts == shard.class_counts else f"{path} has labels other than its manifest's."

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: writing, finding and resuming from them."""

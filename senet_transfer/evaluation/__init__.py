@@ -1,0 +1,1 @@
+"""Evaluation of detectors and classifiers, and published results to compare with."""

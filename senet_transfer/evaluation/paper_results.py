@@ -1,0 +1,83 @@
+"""Errors that others have published, to stand beside one's own; top-1 and top-5 in percent."""
+
+from dataclasses import dataclass
+
+from senet_transfer.data.cifar.open import cifar_name
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result of one central crop.
+
+    Attributes:
+        name: of the network.
+        top1_error: in percent.
+        top5_error: in percent; None where only the other was published.
+        source: who published it.
+    """
+
+    name: str
+    top1_error: float
+    top5_error: float | None
+    source: str
+
+
+_TABLE_VI = "Squeeze-and-Excitation Networks, Table VI"
+
+# Places365's validation set.
+PLACES365 = (
+    Published("ResNet-152", 41.15, 11.61, _TABLE_VI),
+    Published("SE-ResNet-152", 40.37, 11.01, _TABLE_VI),
+    Published("Places-365-CNN", 41.07, 11.48, _TABLE_VI),
+)
+
+_AUTHORS = "the authors' released networks"
+_CADENE = "the table of pretrainedmodels"
+
+# ImageNet's validation set, by the weight family and the model's name.
+IMAGENET = {
+    ("caffe", "se_resnet50"): Published("SE-ResNet-50", 22.37, 6.36, _AUTHORS),
+    ("caffe", "se_resnet101"): Published("SE-ResNet-101", 21.75, 5.72, _AUTHORS),
+    ("caffe", "se_resnet152"): Published("SE-ResNet-152", 21.34, 5.54, _AUTHORS),
+    ("caffe", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.97, 5.54, _AUTHORS),
+    ("caffe", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.81, 4.96, _AUTHORS),
+    ("caffe", "senet154"): Published("SENet-154", 18.68, 4.47, _AUTHORS),
+    ("caffe", "se_bn_inception"): Published("SE-BN-Inception", 23.62, 7.04, _AUTHORS),
+    ("cadene", "se_resnet50"): Published("SE-ResNet-50", 22.364, 6.248, _CADENE),
+    ("cadene", "se_resnet101"): Published("SE-ResNet-101", 21.604, 5.742, _CADENE),
+    ("cadene", "se_resnet152"): Published("SE-ResNet-152", 21.342, 5.626, _CADENE),
+    ("cadene", "se_resnext50_32x4d"): Published("SE-ResNeXt-50", 20.924, 5.566, _CADENE),
+    ("cadene", "se_resnext101_32x4d"): Published("SE-ResNeXt-101", 19.764, 4.972, _CADENE),
+    ("cadene", "senet154"): Published("SENet-154", 18.696, 4.502, _CADENE),
+    ("cadene", "bn_inception"): Published("BN-Inception", 26.476, 8.438, _CADENE),
+}
+
+
+def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
+    found = {}
+    for data, model, title, plain, se in (
+        ("cifar10", "cifar_resnet110", "ResNet-110", 6.37, 5.21),
+        ("cifar10", "cifar_resnet164", "ResNet-164", 5.46, 4.39),
+        ("cifar10", "wrn16_8", "WRN-16-8", 4.27, 3.88),
+        ("cifar10", "shake_shake26_2x96d", "Shake-Shake 26 2x96d + Cutout", 2.56, 2.12),
+        ("cifar100", "cifar_resnet110", "ResNet-110", 26.88, 23.85),
+        ("cifar100", "cifar_resnet164", "ResNet-164", 24.33, 21.31),
+        ("cifar100", "wrn16_8", "WRN-16-8", 20.43, 19.14),
+        ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
+    ):
+        source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
+        # The baseline's authors published it before there was Cutout.
+        bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
+        note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
+        found[data, model] = Published(bare, plain, None, source + note)
+        found[data, f"se_{model}"] = Published(f"SE-{title}", se, None, source)
+    return found
+
+
+# The test sets of CIFAR, by data set and the model's name.
+CIFAR = _tables_iv_and_v()
+
+
+def published_on_cifar(dataset: str, model: str) -> Published | None:
+    """The paper's row for a model on a data set, named as in a config or by its path, if any."""
+    return CIFAR.get((cifar_name(dataset), model))

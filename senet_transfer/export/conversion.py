@@ -1,0 +1,163 @@
+"""Converting a weight file, and looking whether the new one computes what the old one does."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.models.classifier import Classifier
+from senet_transfer.models.registry import build_trunk, list_models, model_entry, options_of_file
+from senet_transfer.weights.convert import family_of, target_for, write_converted
+from senet_transfer.weights.file_geometry import local_weights
+from senet_transfer.weights.load import load_source
+from senet_transfer.weights.mapping.match import check_match, match
+from senet_transfer.weights.mapping.source import Source, examine
+from senet_transfer.weights.mapping.target import target_of
+
+logger = logging.getLogger(__name__)
+
+# Relative to the largest output; the same numbers in another file compute the very same.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two files differ.
+
+    Attributes:
+        of: what was compared: "logits" or "res5" on random images; or "tensors" where no model of
+            this project stands for the file alone, as with a detector.
+        absolute: the largest difference.
+        relative: the same over the largest value.
+    """
+
+    of: str
+    absolute: float
+    relative: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of {self.of}: {self.absolute:.3g} "
+            f"({self.relative:.3g} of the largest value)"
+        )
+
+
+def convert_file(
+    weights: str,
+    out: str | Path,
+    *,
+    to: str | None = None,
+    family: str | None = None,
+    force: bool = False,
+    check: bool = False,
+) -> Comparison | None:
+    """Converts a weight file of any family to this project's format, or to another project's.
+
+    Args:
+        weights: the file, or a name in the catalogue.
+        out: the new file. Without ``to``, ``.pth`` and ``.safetensors`` are this project's own,
+            ``.pkl`` is Detectron2's.
+        to: one of ``senet_transfer.weights.convert.TARGETS``.
+        family: of the file, where its names are those of several.
+        force: whether a file that is there already is replaced.
+        check: whether the outputs of both files' networks are compared.
+
+    Returns:
+        The comparison; None without ``check``.
+
+    Raises:
+        UserError: either file can't be what is asked for; or, with ``check``, the new one computes
+            something else.
+    """
+    out = Path(out)
+    to = target_for(out, to)
+    if out.exists() and not force:
+        raise UserError(f"{out} exists. Give another name, or --force to replace it.")
+    path, family = local_weights(weights, family)
+    logger.info("Reading %s (%s)", path, _size(path))
+    source = examine(path, family)
+    _check_complete(source)
+    logger.info("Taken for %s%s", source.taken_for, _network(source))
+    for note in write_converted(source, out, to):
+        logger.info(note)
+    logger.info("Wrote %s (%s), for %s", out, _size(out), to)
+    if not check:
+        return None
+    logger.info("Comparing")
+    comparison = compare(source, examine(out, family_of(to)))
+    if not comparison.relative <= TOLERANCE:
+        raise UserError(f"{out} does not compute what {path} does: {comparison}. Don't use it.")
+    return comparison
+
+
+def _size(path: str | Path) -> str:
+    return f"{Path(path).stat().st_size / 1e6:,.1f} MB"
+
+
+def _network(source: Source) -> str:
+    if source.architecture is None:
+        return ""
+    options = "".join(f", {name} {value}" for name, value in source.geometry.options().items())
+    return f": {source.architecture.name}{options}"
+
+
+def _is_registered(source: Source) -> bool:
+    arch = source.architecture
+    return arch is not None and not source.detector and arch.name in list_models()
+
+
+def _model(source: Source) -> nn.Module:
+    """A model of the file's network, with its classifier if it has one."""
+    entry = model_entry(source.architecture.name)
+    norm = "FrozenBN" if source.family.affine_norms else "BN"
+    trunk = build_trunk(entry, norm=norm, **options_of_file(entry, source, {}))
+    classes = source.architecture.classes
+    return Classifier(trunk, num_classes=classes, neck=entry.neck) if classes else trunk
+
+
+def _check_complete(source: Source) -> None:
+    """Raises UserError where a network that is known here lacks tensors in the file."""
+    if _is_registered(source):
+        with torch.device("meta"):
+            target = target_of(_model(source))
+        check_match(match(source, target), source, target)
+
+
+@torch.no_grad()
+def compare(first: Source, second: Source) -> Comparison:
+    """Compares the outputs of two files' networks, or their tensors where there is no model."""
+    if not (_is_registered(first) and _is_registered(second)):
+        return _difference("tensors", _comparable(first), _comparable(second))
+    # Noise: no two geometries compute the same of it, though the shapes are equal.
+    images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for source in (first, second):
+        model = _model(source)
+        load_source(model, source)
+        output = model.eval()(images)
+        outputs.append(output if isinstance(output, dict) else {"logits": output})
+    return _difference(next(iter(outputs[0])), *outputs)
+
+
+def _comparable(source: Source) -> dict[str, torch.Tensor]:
+    # Detectron2's files have no counters.
+    return {k: v for k, v in source.tensors.items() if not k.endswith(".num_batches_tracked")}
+
+
+def _difference(
+    of: str, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
+) -> Comparison:
+    if first.keys() != second.keys():
+        only = ", ".join(sorted(first.keys() ^ second.keys())[:4])
+        raise UserError(f"The files do not hold the same tensors ({only}, ...). Don't use the new.")
+    absolute = largest = 0.0
+    for name, value in first.items():
+        if value.numel():
+            difference = (value.double() - second[name].double()).abs().max().item()
+            # Where one is not a number, so is the result, and no comparison with it holds.
+            absolute = difference if not difference <= absolute else absolute
+            largest = max(largest, value.double().abs().max().item())
+    return Comparison(of, absolute, absolute / largest if largest else absolute)

@@ -1,0 +1,145 @@
+"""BN-Inception, with and without SE.
+
+Network: Ioffe and Szegedy 2015, "Batch Normalization", as in the SENet authors' network definition,
+which differs from the paper's figure in two widths and in the last module's max pool. Its
+max pools of stride 2 have no padding and cut their last window off at the edge.
+
+With SE (the paper's Figure 2; the authors' released SE-BN-Inception), what is gated is the whole
+module: the concatenation of its branches, in all ten modules, those of stride 2 included. With
+r = 16 that adds 646,398 parameters to 11,285,224 with 1000 classes.
+
+Modules stand where their output's resolution is: 3a and 3b in res3, 3c to 4d in res4, 4e to 5b in
+res5. Stage 2 has two plain convolutions and nothing to gate.
+"""
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase
+from torch import Tensor, nn
+
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.blocks import ResNetStem
+from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.common import MaxPool, make_conv
+from senet_transfer.models.registry import register_with_se
+
+# Of each module the channels of its branches: the 1x1; the 3x3 after a 1x1; two 3x3 after a 1x1;
+# the 1x1 after a pool, and that pool. Modules of stride 2 lack the first and the last.
+MODULES = {
+    3: (
+        (64, (64, 64), (64, 96), 32, "avg"),
+        (64, (64, 96), (64, 96), 64, "avg"),
+    ),
+    4: (
+        (0, (128, 160), (64, 96), 0, "max"),
+        (224, (64, 96), (96, 128), 128, "avg"),
+        (192, (96, 128), (96, 128), 128, "avg"),
+        (160, (128, 160), (128, 160), 128, "avg"),
+        (96, (128, 192), (160, 192), 128, "avg"),
+    ),
+    5: (
+        (0, (128, 192), (192, 256), 0, "max"),
+        (352, (192, 320), (160, 224), 128, "avg"),
+        (352, (192, 320), (192, 224), 128, "max"),
+    ),
+}
+
+
+class ConvPair(CNNBlockBase):
+    """The 1x1 and the 3x3 convolution before the modules."""
+
+    def __init__(self, in_channels: int, inner: int, out_channels: int, *, norm: str):
+        super().__init__(in_channels, out_channels, 1)
+        self.conv1 = make_conv(in_channels, inner, 1, norm=norm, relu=True)
+        self.conv2 = make_conv(inner, out_channels, 3, norm=norm, relu=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        return self.conv2(self.conv1(x))
+
+
+class InceptionBlock(CNNBlockBase):
+    """An Inception module, with or without SE on what its branches are concatenated to."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        one: int,
+        three: tuple[int, int],
+        double: tuple[int, int],
+        projection: int,
+        pool: str,
+        *,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            one: channels of the 1x1 branch; 0 is a module of stride 2, which has none.
+            three: of the 1x1 and the 3x3 of the second branch.
+            double: of the 1x1 and of both 3x3 of the third branch.
+            projection: of the 1x1 after the pool; 0 for none.
+            pool: "avg" or "max".
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        outputs = one + three[1] + double[1] + (projection or in_channels)
+        stride = 1 if one else 2
+        super().__init__(in_channels, outputs, stride)
+        self.pool = pool
+
+        def conv(inputs: int, width: int, kernel: int, stride: int = 1) -> nn.Module:
+            return make_conv(inputs, width, kernel, stride=stride, norm=norm, relu=True)
+
+        self.branch_1x1 = conv(in_channels, one, 1) if one else None
+        self.branch_3x3 = nn.Sequential(
+            conv(in_channels, three[0], 1), conv(three[0], three[1], 3, stride)
+        )
+        self.branch_double = nn.Sequential(
+            conv(in_channels, double[0], 1),
+            conv(double[0], double[1], 3),
+            conv(double[1], double[1], 3, stride),
+        )
+        self.branch_pool = conv(in_channels, projection, 1) if projection else None
+        self.se = None if se is None else se.operator(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        pooled = self._pooled(x)
+        branches = [
+            None if self.branch_1x1 is None else self.branch_1x1(x),
+            self.branch_3x3(x),
+            self.branch_double(x),
+            pooled if self.branch_pool is None else self.branch_pool(pooled),
+        ]
+        x = torch.cat([branch for branch in branches if branch is not None], dim=1)
+        return x if self.se is None else self.se(x)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.stride == 2:
+            # The definition can't take odd sides, where its pool and its convolutions give maps
+            # of two sizes. Padding those sides alone makes them one.
+            odd = (x.shape[2] % 2, x.shape[3] % 2)
+            return F.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True)
+        pool = F.avg_pool2d if self.pool == "avg" else F.max_pool2d
+        return pool(x, 3, stride=1, padding=1)
+
+
+@trunk_builder()
+def build_bn_inception(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """BN-Inception: "stem" and "res2" are of stride 4, "res3" ends with 3b, "res4" with 4d."""
+    check_se(se, "BN-Inception", stages=(3, 4, 5))
+    stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]
+    inputs = 192
+    for stage, modules in MODULES.items():
+        blocks: list[CNNBlockBase] = [MaxPool(inputs, ceil=True)] if stage == 3 else []
+        for module in modules:
+            blocks.append(InceptionBlock(inputs, *module, norm=norm, se=stage_se(se, stage)))
+            inputs = blocks[-1].out_channels
+        stages.append(blocks)
+    stem = ResNetStem(in_channels, norm=norm, pool="ceil")
+    return stem, stages
+
+
+register_with_se("bn_inception", build_bn_inception)

@@ -1,0 +1,235 @@
+"""What the networks for 32x32 images are made of: the stem, the sum with SE, pre-activation blocks.
+
+Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation);
+Zagoruyko and Komodakis 2016 (wide).
+
+Where SE sits in a pre-activation block, whose norms and ReLUs come before its convolutions:
+"standard" gates what the last convolution gives, "identity" the shortcut, "post" the sum, which no
+ReLU follows there, "3x3" what the last 1x1 convolution of a bottleneck gets. "pre" gates what
+enters the branch: the block's input, or in a block whose shortcut starts after the first norm and
+ReLU what comes out of these.
+"""
+
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
+from torch import Tensor, nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.blocks import check_not_mixture
+from senet_transfer.models.backbones.builder import StemAndStages, stage_se
+from senet_transfer.models.backbones.common import GatedBlock, make_conv, make_norm
+
+
+class CifarStem(CNNBlockBase):
+    """A 3x3 convolution of stride 1, with what follows it in the network."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 16,
+        *,
+        norm: str | None = None,
+        relu: bool = False,
+    ):
+        """
+        Args:
+            in_channels: channels of the image.
+            out_channels: channels of the output, of stride 1.
+            norm: Detectron2's name of the norm after the convolution; None for none.
+            relu: whether a ReLU ends the stem.
+        """
+        super().__init__(in_channels, out_channels, 1)
+        self.conv1 = make_conv(in_channels, out_channels, 3, norm=norm)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        x = self.conv1(x)
+        return F.relu_(x) if self.relu else x
+
+
+class NormReLU(CNNBlockBase):
+    """The norm and ReLU that end a pre-activation network; a part of its last stage."""
+
+    def __init__(self, channels: int, *, norm: str):
+        super().__init__(channels, channels, 1)
+        self.norm = make_norm(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of ``x``."""
+        return F.relu_(self.norm(x))
+
+
+class PaddedShortcut(nn.Module):
+    """The shortcut without parameters (He et al., option A): every n-th pixel, zero channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.added = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.added))
+
+
+class PreActBlock(GatedBlock):
+    """A residual block of norm, ReLU and convolution, two or three times, with or without SE."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bottleneck_channels: int | None = None,
+        stride: int = 1,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+        projection: bool = True,
+        shared: bool | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            bottleneck_channels: None for two 3x3 convolutions; else the width of the 3x3
+                convolution between two 1x1, of which the first has the stride.
+            stride: of the block.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+            projection: whether a shortcut that changes shape is a 1x1 convolution; otherwise it
+                is a :class:`PaddedShortcut`.
+            shared: whether the shortcut starts after the first norm and ReLU; None: where it
+                changes shape.
+
+        Raises:
+            UserError: a placement of SE that the block hasn't.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        changes = in_channels != out_channels or stride != 1
+        self.shared = changes if shared is None else shared
+        self.shortcut = self._make_shortcut(stride, projection) if changes else None
+        inner, kernels = bottleneck_channels, (1, 3, 1)
+        if inner is None:
+            inner, kernels = out_channels, (3, 3)
+        widths = [in_channels, *[inner] * (len(kernels) - 1), out_channels]
+        self.depth = len(kernels)
+        for index, kernel in enumerate(kernels):
+            inputs, outputs = widths[index : index + 2]
+            conv = make_conv(inputs, outputs, kernel, stride=stride if index == 0 else 1)
+            self.add_module(f"norm{index + 1}", make_norm(norm, inputs))
+            self.add_module(f"conv{index + 1}", conv)
+        if se is not None:
+            check_preact_se(se, bottleneck=self.depth == 3)
+            channels = {"pre": in_channels, "3x3": inner}.get(se.placement, out_channels)
+            self.placement, self.se = se.placement, se.operator(channels)
+
+    def _make_shortcut(self, stride: int, projection: bool) -> nn.Module:
+        if projection:
+            return make_conv(self.in_channels, self.out_channels, 1, stride=stride)
+        return PaddedShortcut(self.in_channels, self.out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        if self.shared:
+            x = F.relu_(self.norm1(x))
+            out = self.conv1(self._enter(x))
+        else:
+            out = self.conv1(F.relu_(self.norm1(self._enter(x))))
+        out = self.conv2(F.relu_(self.norm2(out)))
+        if self.depth == 3:
+            out = F.relu_(self.norm3(out))
+            out = self.conv3(self.se(out) if self.placement == "3x3" else out)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self._leave(self._sum(out, shortcut))
+
+
+def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
+    """Raises UserError for what SE can't be in a pre-activation block."""
+    check_not_mixture(se)
+    check_cifar_se(se)
+    if se.placement == "3x3" and not bottleneck:
+        raise UserError(
+            "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and this "
+            "network has basic blocks. Take another placement, or a network of bottlenecks."
+        )
+
+
+def check_cifar_se(se: SEOptions) -> None:
+    """Raises UserError for what SE can't be in any network for CIFAR."""
+    if se.relu_before:
+        raise UserError(
+            "A ReLU before the gate (se_relu_before) is of one family of ResNet-18 and -34, and "
+            "networks for CIFAR don't have it. Leave it at False."
+        )
+    if not set(se.stages) & {2, 3, 4}:
+        raise UserError(
+            f"The stages with SE are {tuple(se.stages)}, and the network has stages 2, 3 and 4. "
+            "Name some of these, or take the network without SE."
+        )
+
+
+def preact_parts(
+    *,
+    widths: tuple[int, int, int],
+    blocks: int,
+    in_channels: int,
+    se: SEOptions | None,
+    norm: str,
+    bottleneck: bool = False,
+    projection: bool = True,
+    shares: bool = False,
+) -> StemAndStages:
+    """The parts of a pre-activation trunk of three stages.
+
+    Args:
+        widths: channels of the stages' outputs.
+        blocks: of each stage.
+        in_channels: channels of the image.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        bottleneck: whether the blocks are bottlenecks, of a quarter of the width.
+        projection: see :class:`PreActBlock`.
+        shares: whether the first block of a stage has its norm and ReLU before its shortcut even
+            where it doesn't change shape.
+
+    Raises:
+        UserError: a value that makes no sense for the network.
+    """
+    if se is not None:
+        check_preact_se(se, bottleneck=bottleneck)
+    stages = _preact_stages(
+        widths, blocks, se, norm, bottleneck=bottleneck, projection=projection, shares=shares
+    )
+    stages[-1].append(NormReLU(widths[-1], norm=norm))
+    return CifarStem(in_channels, 16), stages
+
+
+def _preact_stages(
+    widths: tuple[int, int, int],
+    blocks: int,
+    se: SEOptions | None,
+    norm: str,
+    *,
+    bottleneck: bool,
+    projection: bool,
+    shares: bool,
+) -> list[list[CNNBlockBase]]:
+    return [
+        ResNet.make_stage(
+            PreActBlock,
+            blocks,
+            in_channels=inputs,
+            out_channels=width,
+            bottleneck_channels=width // 4 if bottleneck else None,
+            stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
+            shared_per_block=[True if shares else None] + [None] * (blocks - 1),
+            norm=norm,
+            se=stage_se(se, stage),
+            projection=projection,
+        )
+        for stage, inputs, width in zip((2, 3, 4), (16, *widths[:2]), widths, strict=True)
+    ]

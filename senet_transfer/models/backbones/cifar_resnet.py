@@ -1,0 +1,78 @@
+"""Pre-activation ResNets for CIFAR: ResNet-110, ResNet-164 and any other depth.
+
+Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks", and their released code:
+the first block of every stage has its norm and ReLU before both its branch and its shortcut, a
+shortcut of basic blocks that changes shape has no parameters (option A), that of bottlenecks is a
+1x1 convolution, and the stride of a bottleneck is in its first 1x1 convolution.
+
+With SE (the paper's Tables IV and V), every block gates its residual branch; other placements as in
+:mod:`senet_transfer.models.backbones.cifar_blocks`. The paper doesn't say whether its r = 16 holds
+at 16 channels, where it leaves one hidden unit; it does here, and ``se_ratio`` takes others. SE
+adds ``2 C (C // r) + C + C // r`` parameters a block of width C. With r = 16 and 10 classes that is
+14,238 to ResNet-110's 1,727,962 and 202,104 to ResNet-164's 1,703,258.
+"""
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.models.backbones.builder import CIFAR_FEATURES, StemAndStages, trunk_builder
+from senet_transfer.models.backbones.cifar_blocks import preact_parts
+from senet_transfer.models.registry import register_family, register_with_se
+from senet_transfer.preprocessing import CIFAR10
+
+BLOCKS = ("basic", "bottleneck")
+
+# The depths that the paper gives for bottlenecks; they mean these without being told.
+BOTTLENECK_DEPTHS = (164, 1001)
+
+
+@trunk_builder(CIFAR_FEATURES)
+def build_cifar_resnet(
+    *,
+    depth: int,
+    block: str | None = None,
+    se: SEOptions | None,
+    norm: str,
+    in_channels: int,
+) -> StemAndStages:
+    """A pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a norm and ReLU, as in the network.
+
+    Args:
+        depth: layers with weights: 6n + 2 of basic blocks, 9n + 2 of bottlenecks.
+        block: "basic" or "bottleneck"; None is bottlenecks for depth 164 and 1001, else basic.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
+
+    Raises:
+        UserError: no network of these blocks has this depth.
+    """
+    if block is not None:
+        check_choice("The block", block, BLOCKS)
+    bottleneck = depth in BOTTLENECK_DEPTHS if block is None else block == "bottleneck"
+    kind, layers = ("bottlenecks", 9) if bottleneck else ("basic blocks", 6)
+    blocks, rest = divmod(depth - 2, layers)
+    if rest or blocks < 1:
+        near = max(round((depth - 2) / layers), 1) * layers + 2
+        raise UserError(
+            f"A CIFAR ResNet of {kind} has {layers}n + 2 layers, so {depth} is none. The nearest "
+            f"is {near}; block= takes the other kind of block."
+        )
+    return preact_parts(
+        widths=(64, 128, 256) if bottleneck else (16, 32, 64),
+        blocks=blocks,
+        in_channels=in_channels,
+        se=se,
+        norm=norm,
+        bottleneck=bottleneck,
+        projection=bottleneck,
+        shares=True,
+    )
+
+
+for _depth in (110, 164):
+    register_with_se(
+        f"cifar_resnet{_depth}", build_cifar_resnet, preprocessing=CIFAR10, depth=_depth
+    )
+register_family(r"cifar_resnet(?P<depth>[1-9]\d{0,3})", build_cifar_resnet, preprocessing=CIFAR10)

@@ -1,0 +1,237 @@
+"""Inception-ResNet-v2, with and without SE.
+
+Network: Szegedy et al. 2017, "Inception-v4, Inception-ResNet and the Impact of Residual Connections
+on Learning", as its authors published it in TensorFlow and as timm and ``pretrainedmodels`` carry
+it, whose widths differ from the paper's figures.
+
+With SE, each of the 40 residual blocks gates its residual branch, after the 1x1 convolution that
+ends it and before it is scaled for the sum; the modules that change resolution have no identity
+branch and no gate. The paper says no more than "similar schemes" (section 3.3). With r = 16 that
+adds 8,543,980 parameters to 55,843,464 with 1000 classes.
+
+``padding="valid"`` is the published network, many of whose convolutions and pools lose the border
+of their map. ``padding="same"`` keeps it, so that a map's pixel lies where its stride says, as
+detectors and FPNs need; TensorFlow's detectors on this network do the same with the same weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase
+from torch import Tensor, nn
+
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.common import Chain, GatedBlock, MaxPool, make_conv
+from senet_transfer.models.registry import register_with_se
+from senet_transfer.preprocessing import Preprocessing
+
+PADDINGS = ("valid", "same")
+
+PLACEMENTS = ("standard", "pre", "post", "identity")
+
+_EPS = 1e-3
+
+# Of a residual block in res3, res4 and res5 the convolutions of its branches, each a kernel and a
+# width, how many there are, and the scale of the residual.
+RESIDUAL = {
+    3: (((1, 32),), ((1, 32), (3, 32)), ((1, 32), (3, 48), (3, 64))),
+    4: (((1, 192),), ((1, 128), ((1, 7), 160), ((7, 1), 192))),
+    5: (((1, 192),), ((1, 192), ((1, 3), 224), ((3, 1), 256))),
+}
+COUNTS = {3: 10, 4: 20, 5: 10}
+SCALES = {3: 0.17, 4: 0.10, 5: 0.20}
+
+# Of the modules before them, likewise; the pool is their last branch.
+MIXED = {
+    3: (((1, 96),), ((1, 48), (5, 64)), ((1, 64), (3, 96), (3, 96))),
+    4: (((3, 384),), ((1, 256), (3, 256), (3, 384))),
+    5: (((1, 256), (3, 384)), ((1, 256), (3, 288)), ((1, 256), (3, 288), (3, 320))),
+}
+
+Branch = tuple[tuple[int | tuple[int, int], int], ...]
+
+
+def _branch(inputs: int, layers: Branch, *, norm: str, reduces: bool, pad: bool) -> nn.Sequential:
+    """Convolutions in a row; in a module that halves the map the last has the stride."""
+    convs = []
+    for index, (kernel, width) in enumerate(layers):
+        last = reduces and index == len(layers) - 1
+        stride, keep = (2, pad) if last else (1, True)
+        convs.append(_conv(inputs, width, kernel, norm=norm, stride=stride, pad=keep))
+        inputs = width
+    return nn.Sequential(*convs)
+
+
+def _conv(
+    inputs: int,
+    outputs: int,
+    kernel: int | tuple[int, int],
+    *,
+    norm: str,
+    stride: int = 1,
+    pad: bool = True,
+) -> nn.Module:
+    return make_conv(
+        inputs, outputs, kernel, stride=stride, norm=norm, relu=True, pad=pad, eps=_EPS
+    )
+
+
+class ConvBlock(CNNBlockBase):
+    """A convolution with norm and ReLU where it stands between blocks, and so is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, **options: object):
+        super().__init__(in_channels, out_channels, options.get("stride", 1))
+        self.conv = _conv(in_channels, out_channels, kernel, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        return self.conv(x)
+
+
+class MixedBlock(CNNBlockBase):
+    """An Inception module without a shortcut: the first of res3, and those that halve the map."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        branches: tuple[Branch, ...],
+        *,
+        projection: int,
+        norm: str,
+        pad: bool,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            branches: of convolutions.
+            projection: channels of the 1x1 convolution after an average pool; 0 is a max pool of
+                stride 2 instead, as of all branches.
+            norm: Detectron2's name of a norm.
+            pad: whether the map keeps its border where it is halved.
+        """
+        outputs = sum(layers[-1][1] for layers in branches) + (projection or in_channels)
+        super().__init__(in_channels, outputs, 1 if projection else 2)
+        self.pad = pad
+        self.branches = nn.ModuleList(
+            _branch(in_channels, layers, norm=norm, reduces=not projection, pad=pad)
+            for layers in branches
+        )
+        self.project = _conv(in_channels, projection, 1, norm=norm) if projection else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        if self.project is None:
+            last = F.max_pool2d(x, 3, stride=2, padding=int(self.pad))
+        else:
+            pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            last = self.project(pooled)
+        return torch.cat([*(branch(x) for branch in self.branches), last], dim=1)
+
+
+class InceptionResidualBlock(GatedBlock):
+    """A residual block whose branch is an Inception module, with or without SE."""
+
+    def __init__(
+        self,
+        channels: int,
+        branches: tuple[Branch, ...],
+        *,
+        scale: float,
+        relu: bool = True,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            channels: of input and output.
+            branches: of convolutions, concatenated and projected back.
+            scale: of the residual in the sum.
+            relu: whether a ReLU follows the sum.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        super().__init__(channels, channels, 1)
+        self.branches = nn.ModuleList(
+            _branch(channels, layers, norm=norm, reduces=False, pad=True) for layers in branches
+        )
+        inner = sum(layers[-1][1] for layers in branches)
+        self.project = make_conv(inner, channels, 1, bias=True)
+        self.scale = scale
+        self.relu = relu
+        if se is not None:
+            self.placement, self.se = se.placement, se.operator(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, channels, H, W)`` to the same."""
+        entered = self._enter(x)
+        residual = self.project(torch.cat([branch(entered) for branch in self.branches], dim=1))
+        out = self._sum(residual, x, self.scale)
+        return self._leave(F.relu_(out) if self.relu else out)
+
+
+@trunk_builder()
+def build_inception_resnet_v2(
+    *, padding: str = "valid", se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """Inception-ResNet-v2, whose "stem" and "res2" are both of stride 4.
+
+    Args:
+        padding: "valid", the published network; "same" for maps that are aligned with the image.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
+
+    Raises:
+        UserError: another padding.
+    """
+    check_choice("The padding", padding, PADDINGS)
+    check_se(se, "Inception-ResNet-v2", stages=(3, 4, 5), placements=PLACEMENTS)
+    pad = padding == "same"
+    stem = Chain(
+        ConvBlock(in_channels, 32, 3, stride=2, norm=norm, pad=pad),
+        ConvBlock(32, 32, 3, norm=norm, pad=pad),
+        ConvBlock(32, 64, 3, norm=norm),
+        MaxPool(64, padding=int(pad)),
+    )
+    stages: list[list[CNNBlockBase]] = [
+        [ConvBlock(64, 80, 1, norm=norm), ConvBlock(80, 192, 3, norm=norm, pad=pad)]
+    ]
+    for stage in (3, 4, 5):
+        inputs = stages[-1][-1].out_channels
+        stages.append(_stage(stage, inputs, norm=norm, pad=pad, se=stage_se(se, stage)))
+    stages[-1].append(ConvBlock(stages[-1][-1].out_channels, 1536, 1, norm=norm))
+    return stem, stages
+
+
+def _stage(
+    stage: int, inputs: int, *, norm: str, pad: bool, se: SEOptions | None
+) -> list[CNNBlockBase]:
+    """A stage from res3 on; of the last one all but its last convolution."""
+    blocks: list[CNNBlockBase] = [MaxPool(inputs, padding=int(pad))] if stage == 3 else []
+    projection = 64 if stage == 3 else 0
+    blocks.append(MixedBlock(inputs, MIXED[stage], projection=projection, norm=norm, pad=pad))
+    channels = blocks[-1].out_channels
+    for index in range(COUNTS[stage]):
+        # The very last block adds its residual whole and has no ReLU.
+        last = stage == 5 and index == COUNTS[stage] - 1
+        blocks.append(
+            InceptionResidualBlock(
+                channels,
+                RESIDUAL[stage],
+                scale=1.0 if last else SCALES[stage],
+                relu=not last,
+                norm=norm,
+                se=se,
+            )
+        )
+    return blocks
+
+
+# Section 5 of the paper; mean and std are those of the published weights.
+_PREPROCESSING = Preprocessing(
+    mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), resize=352, crop=299
+)
+
+register_with_se(
+    "inception_resnet_v2", build_inception_resnet_v2, dropout=0.2, preprocessing=_PREPROCESSING
+)

@@ -1,0 +1,91 @@
+"""MobileNet 1.0, with and without SE.
+
+Network: Howard et al. 2017, "MobileNets", Table 1: depthwise 3x3 and pointwise 1x1 convolutions,
+each with a norm and a ReLU.
+
+With SE (the paper's Table III), each of the 13 pairs of a depthwise and a pointwise convolution is
+gated as a whole, after its last ReLU, as VGG's convolutions are. The paper doesn't say where; the
+table's 4.7M parameters leave no other choice: gates after the depthwise convolutions would give
+4.6M. With r = 16 they add 486,068 parameters to 4,231,976 with 1000 classes. Stage 2 is where the
+first pair stands.
+"""
+
+from detectron2.layers import CNNBlockBase
+from torch import Tensor
+
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.common import make_conv
+from senet_transfer.models.registry import register_with_se
+
+# By stage, width and stride of each pair.
+PAIRS = {
+    2: ((64, 1), (128, 2), (128, 1)),
+    3: ((256, 2), (256, 1)),
+    4: ((512, 2), *((512, 1),) * 5),
+    5: ((1024, 2), (1024, 1)),
+}
+
+
+class MobileNetStem(CNNBlockBase):
+    """A 3x3 convolution of stride 2."""
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 32, *, norm: str = "BN"):
+        super().__init__(in_channels, out_channels, 2)
+        self.conv1 = make_conv(in_channels, out_channels, 3, stride=2, norm=norm, relu=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``."""
+        return self.conv1(x)
+
+
+class SeparableBlock(CNNBlockBase):
+    """A depthwise and a pointwise convolution, with or without SE after them."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            stride: of the depthwise convolution.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        self.depthwise = make_conv(
+            in_channels, in_channels, 3, stride=stride, groups=in_channels, norm=norm, relu=True
+        )
+        self.pointwise = make_conv(in_channels, out_channels, 1, norm=norm, relu=True)
+        self.se = None if se is None else se.operator(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        x = self.pointwise(self.depthwise(x))
+        return x if self.se is None else self.se(x)
+
+
+@trunk_builder()
+def build_mobilenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """MobileNet 1.0: "stem" is of stride 2, "res2" to "res5" of strides 4 to 32."""
+    check_se(se, "MobileNet", stages=(2, 3, 4, 5))
+    stem = MobileNetStem(in_channels, norm=norm)
+    stages, inputs = [], stem.out_channels
+    for stage, pairs in PAIRS.items():
+        blocks = []
+        for width, stride in pairs:
+            gate = stage_se(se, stage)
+            blocks.append(SeparableBlock(inputs, width, stride=stride, norm=norm, se=gate))
+            inputs = width
+        stages.append(blocks)
+    return stem, stages
+
+
+register_with_se("mobilenet", build_mobilenet)

@@ -1,0 +1,164 @@
+"""ResNet, ResNeXt and SENet-154, with and without SE, inside Detectron2's own ``ResNet``.
+
+Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
+authors' network definition). A trunk without SE is made of Detectron2's own blocks.
+"""
+
+from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.blocks import (
+    ResNetStem,
+    SEBasicBlock,
+    SEBottleneckBlock,
+    SENet154Block,
+    SENet154Stem,
+)
+from senet_transfer.models.backbones.builder import StemAndStages, trunk_builder
+from senet_transfer.models.registry import register_model, register_with_se
+
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+@trunk_builder()
+def build_resnet(
+    *,
+    depth: int,
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    stride_in_1x1: bool = False,
+    stem_pool: str = "pad",
+    res5_dilation: int = 1,
+    stem_out_channels: int = 64,
+    res2_out_channels: int | None = None,
+    se: SEOptions | None,
+    norm: str,
+    in_channels: int,
+) -> StemAndStages:
+    """A residual trunk.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_groups: groups of the 3x3 convolutions; 32 is ResNeXt's.
+        width_per_group: channels a group in res2.
+        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
+        stem_pool: "pad" or "ceil"; see :class:`ResNetStem`.
+        res5_dilation: 2 keeps res5 at stride 16 and dilates it.
+        stem_out_channels: channels of the stem.
+        res2_out_channels: channels of res2, doubled with every stage; None is the usual number.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
+
+    Raises:
+        UserError: a value that makes no sense for the network.
+    """
+    _check_blocks(depth, num_groups, width_per_group, stride_in_1x1, res5_dilation)
+    channels = (stem_out_channels, res2_out_channels or (256 if depth >= 50 else 64))
+    stages = _stages(
+        depth, num_groups, width_per_group, channels, se, norm, stride_in_1x1, res5_dilation
+    )
+    stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
+    return stem, stages
+
+
+def _check_blocks(
+    depth: int, num_groups: int, width_per_group: int, stride_in_1x1: bool, dilation: int
+) -> None:
+    """Raises UserError for what can't be the blocks of a ResNet."""
+    if not isinstance(stride_in_1x1, bool):
+        raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
+    if num_groups < 1 or width_per_group < 1:
+        raise UserError(
+            f"A ResNet of {num_groups} groups of {width_per_group} channels can't be built: "
+            "expected 1 or more of both."
+        )
+    if depth not in BLOCKS_PER_STAGE:
+        depths = ", ".join(map(str, BLOCKS_PER_STAGE))
+        raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")
+    if dilation not in (1, 2):
+        raise UserError(f"The dilation of res5 is {dilation!r}, expected 1 or 2.")
+    if depth < 50 and (num_groups != 1 or dilation != 1 or stride_in_1x1):
+        raise UserError(
+            f"ResNet-{depth} has no bottlenecks, so groups, dilation and a stride in the 1x1 "
+            "convolution mean nothing there: leave them at 1, 1 and False, or take depth 50 up."
+        )
+
+
+def _stages(
+    depth: int,
+    num_groups: int,
+    width_per_group: int,
+    channels: tuple[int, int],
+    se: SEOptions | None,
+    norm: str,
+    stride_in_1x1: bool,
+    res5_dilation: int,
+) -> list[list[CNNBlockBase]]:
+    """The blocks of res2 to res5, as :func:`build_resnet` says; ``channels`` of stem and res2."""
+    bottleneck = depth >= 50
+    inputs, outputs = channels
+    stages = []
+    for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[depth], strict=True):
+        dilation = res5_dilation if stage == 5 else 1
+        stride = 1 if stage == 2 or dilation == 2 else 2
+        arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
+        if bottleneck:
+            arguments["bottleneck_channels"] = num_groups * width_per_group * 2 ** (stage - 2)
+            arguments["num_groups"] = num_groups
+            arguments["stride_in_1x1"] = stride_in_1x1
+            arguments["dilation"] = dilation
+        if se is not None and stage in se.stages:
+            block = SEBottleneckBlock if bottleneck else SEBasicBlock
+            arguments["se"] = se
+        else:
+            block = BottleneckBlock if bottleneck else BasicBlock
+        stages.append(
+            ResNet.make_stage(block, blocks, in_channels=inputs, out_channels=outputs, **arguments)
+        )
+        inputs, outputs = outputs, 2 * outputs
+    return stages
+
+
+@trunk_builder()
+def build_senet154(
+    *, stem_pool: str = "pad", se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """SENet-154, which has SE built in; ``stem_pool`` as in :func:`build_resnet`.
+
+    Raises:
+        UserError: stages without SE.
+    """
+    se = se or SEOptions()
+    if set(se.stages) != {2, 3, 4, 5}:
+        raise UserError(f"SENet-154 has SE in every stage, found stages {se.stages!r}. Leave it.")
+    stages = [
+        ResNet.make_stage(
+            SENet154Block,
+            blocks,
+            in_channels=128 if stage == 2 else 2 ** (5 + stage),
+            out_channels=2 ** (6 + stage),
+            stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
+            norm=norm,
+            se=se,
+        )
+        for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[152], strict=True)
+    ]
+    return SENet154Stem(in_channels, norm=norm, pool=stem_pool), stages
+
+
+for _depth in BLOCKS_PER_STAGE:
+    register_with_se(f"resnet{_depth}", build_resnet, depth=_depth)
+for _depth in (50, 101):
+    register_with_se(
+        f"resnext{_depth}_32x4d", build_resnet, depth=_depth, num_groups=32, width_per_group=4
+    )
+register_model("senet154", build_senet154, has_se=True, dropout=0.2)

@@ -1,0 +1,270 @@
+"""Shake-Shake 26 2x96d and Shake-Even 29 2x4x64d, for CIFAR.
+
+Networks: Gastaldi 2017, "Shake-Shake regularization". The first follows the author's released code:
+two branches of ReLU, 3x3 convolution, norm, ReLU, 3x3 convolution, norm; a shortcut that changes
+shape is two 1x1 convolutions of half the width, the second of them on the map shifted by a pixel.
+The second, which the author did not release, is the ResNeXt-29 of Xie et al. 2017 with two such
+branches instead of one: bottlenecks with the ReLU after the sum, and 1x1 shortcuts.
+
+The paper with SE leaves open where it sits among the branches. A branch is a residual function of
+its own here, so the standard placement gates each of the two before they are mixed;
+``se_placement="mixture"`` gates what they are mixed to, with half of the gates. "pre" is one gate
+on what both branches read, "identity" one on the shortcut, "post" one on the sum (after the ReLU,
+where one follows it), "3x3" one in each branch, of the second network alone. A gate on C channels
+has ``2 C (C // r) + C + C // r`` parameters. With r = 16 (6 and 16 hidden units in the first
+stage) and the data sets of the paper, that adds:
+
+===========================  ==========  ===========  ==========
+network                      plain       standard     mixture
+===========================  ==========  ===========  ==========
+shake_shake26_2x96d (10)     26,192,922  +199,248     +99,624
+shake_even29_2x4x64d (100)   34,529,700  +1,043,616   +521,808
+===========================  ==========  ===========  ==========
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
+from torch import Tensor, nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.shake_shake import ShakeMix
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import (
+    CIFAR_FEATURES,
+    StemAndStages,
+    stage_se,
+    trunk_builder,
+)
+from senet_transfer.models.backbones.cifar_blocks import CifarStem, check_cifar_se
+from senet_transfer.models.backbones.common import GatedBlock, make_conv, make_norm
+from senet_transfer.models.registry import register_with_se
+from senet_transfer.preprocessing import CIFAR10, CIFAR100
+
+
+class ShiftedShortcut(nn.Module):
+    """Two strided 1x1 convolutions, the second of pixels that the first doesn't see, and a norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str):
+        super().__init__()
+        self.conv1 = make_conv(in_channels, out_channels // 2, 1, stride=stride)
+        self.conv2 = make_conv(in_channels, out_channels // 2, 1, stride=stride)
+        self.norm = make_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        # A pixel to the right and down, also where the stride is 1, as in the author's code.
+        shifted = F.pad(x, (1, -1, 1, -1))
+        return self.norm(torch.cat((self.conv1(x), self.conv2(shifted)), dim=1))
+
+
+class BasicBranch(nn.Module):
+    """Two 3x3 convolutions with norms; the ReLU before them is the block's."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int, norm: str, se: SEOptions | None
+    ):
+        super().__init__()
+        self.conv1 = make_conv(in_channels, out_channels, 3, stride=stride, norm=norm)
+        self.conv2 = make_conv(out_channels, out_channels, 3, norm=norm)
+        self.se = se.operator(out_channels) if se else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        x = self.conv2(F.relu_(self.conv1(x)))
+        return x if self.se is None else self.se(x)
+
+
+class BottleneckBranch(nn.Module):
+    """The residual branch of a ResNeXt block, whose inner width is that of the output."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        norm: str,
+        se: SEOptions | None,
+        num_groups: int = 4,
+    ):
+        super().__init__()
+        inner = out_channels
+        self.conv1 = make_conv(in_channels, inner, 1, norm=norm)
+        self.conv2 = make_conv(inner, inner, 3, stride=stride, groups=num_groups, norm=norm)
+        self.conv3 = make_conv(inner, out_channels, 1, norm=norm)
+        self.placement = se.placement if se else None
+        self.se = se.operator(out_channels) if se else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        x = F.relu_(self.conv2(F.relu_(self.conv1(x))))
+        if self.placement == "3x3":
+            x = self.se(x)
+        x = self.conv3(x)
+        return self.se(x) if self.placement == "standard" else x
+
+
+class _ShakeBlock(GatedBlock, ABC):
+    """What the two kinds of blocks share: two branches, their mixture, and where SE sits."""
+
+    branch: type[nn.Module]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        even: bool = False,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            stride: of the block.
+            even: see :class:`~senet_transfer.layers.ShakeMix`.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        inside = se if se and se.placement in ("standard", "3x3") else None
+        options = {"stride": stride, "norm": norm}
+        self.branch1 = self.branch(in_channels, out_channels, **options, se=inside)
+        self.branch2 = self.branch(in_channels, out_channels, **options, se=inside)
+        self.mix = ShakeMix(even=even)
+        self.shortcut = None
+        if in_channels != out_channels or stride != 1:
+            self.shortcut = self._make_shortcut(stride, norm)
+        if se:
+            self.placement = se.placement
+        if se and inside is None:
+            self.se = se.operator(in_channels if se.placement == "pre" else out_channels)
+
+    @abstractmethod
+    def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
+        """The shortcut of a block that changes shape."""
+
+    def freeze(self) -> CNNBlockBase:
+        """As in Detectron2; a frozen block doesn't shake, but computes what it does in a test."""
+        self.mix.random = False
+        return super().freeze()
+
+    def _mixture(self, x: Tensor) -> Tensor:
+        return self.mix(self.branch1(x), self.branch2(x))
+
+
+class ShakeBasicBlock(_ShakeBlock):
+    """The block of Shake-Shake 26."""
+
+    branch = BasicBranch
+
+    def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
+        return ShiftedShortcut(self.in_channels, self.out_channels, stride=stride, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        residual = self._mixture(F.relu(self._enter(x)))
+        shortcut = x if self.shortcut is None else self.shortcut(F.relu(x))
+        return self._leave(self._sum(residual, shortcut))
+
+
+class ShakeBottleneckBlock(_ShakeBlock):
+    """The block of Shake-Even 29, a ResNeXt block with two branches."""
+
+    branch = BottleneckBranch
+
+    def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
+        return make_conv(self.in_channels, self.out_channels, 1, stride=stride, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        residual = self._mixture(self._enter(x))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self._leave(F.relu_(self._sum(residual, shortcut)))
+
+
+class FinalReLU(CNNBlockBase):
+    """The ReLU that ends Shake-Shake 26, whose blocks end with a sum; a part of its last stage."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of ``x``."""
+        return F.relu(x)
+
+
+@trunk_builder(CIFAR_FEATURES)
+def build_shake_shake26(
+    *, width: int = 96, se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a ReLU, as in the network.
+
+    Args:
+        width: channels of res2, doubled with every stage; even.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
+
+    Raises:
+        UserError: an odd width, or a placement of SE that the network hasn't.
+    """
+    if width < 2 or width % 2:
+        raise UserError(f"The width of Shake-Shake is {width}, expected an even number from 2 on.")
+    if se is not None and se.placement == "3x3":
+        raise UserError(
+            "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
+            "Shake-Shake 26 has none. Take another placement, or shake_even29_2x4x64d."
+        )
+    stem = CifarStem(in_channels, 16, norm=norm)
+    stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
+    stages[-1].append(FinalReLU(4 * width))
+    return stem, stages
+
+
+@trunk_builder(CIFAR_FEATURES)
+def build_shake_even29(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """Shake-Even-Image 29 2x4x64d; stages as those of :func:`build_shake_shake26`."""
+    stem = CifarStem(in_channels, 64, norm=norm, relu=True)
+    stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
+    return stem, stages
+
+
+def _stages(
+    block: type[_ShakeBlock],
+    blocks: int,
+    inputs: int,
+    width: int,
+    *,
+    se: SEOptions | None,
+    norm: str,
+    even: bool,
+) -> list[list[CNNBlockBase]]:
+    if se is not None:
+        check_cifar_se(se)
+    return [
+        ResNet.make_stage(
+            block,
+            blocks,
+            in_channels=inputs if stage == 2 else width * 2 ** (stage - 3),
+            out_channels=width * 2 ** (stage - 2),
+            stride_per_block=[1 if stage == 2 else 2] + [1] * (blocks - 1),
+            norm=norm,
+            even=even,
+            se=stage_se(se, stage),
+        )
+        for stage in (2, 3, 4)
+    ]
+
+
+register_with_se("shake_shake26_2x96d", build_shake_shake26, preprocessing=CIFAR10)
+# In the paper it is a network for CIFAR-100.
+register_with_se("shake_even29_2x4x64d", build_shake_even29, preprocessing=CIFAR100)

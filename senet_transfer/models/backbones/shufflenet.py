@@ -1,0 +1,118 @@
+"""ShuffleNet 1x with 3 groups, with and without SE.
+
+Network: Zhang et al. 2018, "ShuffleNet", Table 1 and Figure 2: pointwise convolutions in groups,
+whose channels are shuffled before a depthwise 3x3; units of stride 2 concatenate their shortcut, an
+average pool, instead of adding it.
+
+With SE (the paper's Table III), each of the 16 units gates its residual branch, after the norm
+that ends it and before the sum or the concatenation. The paper doesn't say where. With r = 16 that
+adds 618,805 parameters to 1,865,728 with 1000 classes, which are the table's 2.4M and 1.8M cut off
+after a digit; gates on what a unit of stride 2 concatenates would make it 2.5M.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.common import GatedBlock, MaxPool, make_conv
+from senet_transfer.models.backbones.mobilenet import MobileNetStem
+from senet_transfer.models.registry import register_with_se
+
+PLACEMENTS = ("standard", "pre", "post", "identity")
+
+STEM_CHANNELS = 24
+
+# By the stage's name here, its width and how many units it has.
+STAGES = {3: (240, 4), 4: (480, 8), 5: (960, 4)}
+
+
+class ShuffleUnit(GatedBlock):
+    """A ShuffleNet unit, with or without SE."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        num_groups: int = 3,
+        first_groups: int | None = None,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            stride: 1, or 2 for a unit that concatenates.
+            num_groups: of the pointwise convolutions.
+            first_groups: of the first of them, where it is another.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        inner = out_channels // 4
+        residual = out_channels - in_channels if stride == 2 else out_channels
+        self.num_groups = num_groups
+        self.compress = make_conv(
+            in_channels, inner, 1, groups=first_groups or num_groups, norm=norm, relu=True
+        )
+        self.depthwise = make_conv(inner, inner, 3, stride=stride, groups=inner, norm=norm)
+        self.expand = make_conv(inner, residual, 1, groups=num_groups, norm=norm)
+        if se is not None:
+            # What is gated: the branch, its input, the unit's output or its shortcut.
+            channels = {"standard": residual, "post": out_channels}
+            self.placement = se.placement
+            self.se = se.operator(channels.get(se.placement, in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        out = self.compress(self._enter(x))
+        out = self.expand(self.depthwise(shuffle(out, self.num_groups)))
+        if self.stride == 1:
+            return self._leave(F.relu_(self._sum(out, x)))
+        shortcut = F.avg_pool2d(x, 3, stride=2, padding=1)
+        if self.placement == "standard":
+            out = self.se(out)
+        elif self.placement == "identity":
+            shortcut = self.se(shortcut)
+        return self._leave(F.relu_(torch.cat([shortcut, out], dim=1)))
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    """Spreads the channels of each group over all groups; of the shape of ``x``."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+@trunk_builder()
+def build_shufflenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """ShuffleNet 1x with 3 groups.
+
+    "stem" is of stride 2, "res2" the max pool, of stride 4; "res3" to "res5" are stages 2 to 4 of
+    ShuffleNet's paper.
+    """
+    check_se(se, "ShuffleNet", stages=(3, 4, 5), placements=PLACEMENTS)
+    stem = MobileNetStem(in_channels, STEM_CHANNELS, norm=norm)
+    stages, inputs = [[MaxPool(STEM_CHANNELS, padding=1)]], STEM_CHANNELS
+    for stage, (width, units) in STAGES.items():
+        blocks = []
+        for index in range(units):
+            blocks.append(
+                ShuffleUnit(
+                    inputs,
+                    width,
+                    stride=2 if index == 0 else 1,
+                    # So few channels are left ungrouped.
+                    first_groups=1 if inputs == STEM_CHANNELS else None,
+                    norm=norm,
+                    se=stage_se(se, stage),
+                )
+            )
+            inputs = width
+        stages.append(blocks)
+    return stem, stages
+
+
+register_with_se("shufflenet_g3", build_shufflenet)

@@ -1,0 +1,107 @@
+"""VGG-16 with batch norm, with and without SE.
+
+Network: Simonyan and Zisserman 2015, configuration D, with a norm after every convolution (Ioffe
+and Szegedy 2015), as torchvision's ``vgg16_bn``; the biases of the convolutions, which the norms
+undo, are left out. The classifier has two hidden layers of 4096 units, see :class:`VGGNeck`.
+
+With SE (the paper's section 3.3 and Table II), a gate follows the ReLU of each of the 13
+convolutions; those of the stem (conv1 and conv2) count as stage 2. The hidden layers of the
+classifier have none. With r = 16 that adds 230,792 parameters to 138,361,768, the hidden layers
+and 1000 classes included (torchvision's 138,365,992 has 4,224 biases of convolutions in addition).
+"""
+
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase
+from torch import Tensor, nn
+
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.common import Chain, MaxPool, make_conv
+from senet_transfer.models.registry import register_with_se
+
+# Channels of the convolutions between two pools; the first two groups are the stem.
+WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGGBlock(CNNBlockBase):
+    """A 3x3 convolution with norm, ReLU and perhaps SE; perhaps after a 2x2 max pool."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        pool: bool = False,
+        norm: str = "BN",
+        se: SEOptions | None = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            pool: whether a pool comes first; it halves the map.
+            norm: Detectron2's name of a norm.
+            se: the SE variant; None for none.
+        """
+        super().__init__(in_channels, out_channels, 2 if pool else 1)
+        self.pool = pool
+        self.conv = make_conv(in_channels, out_channels, 3, norm=norm, relu=True)
+        self.se = None if se is None else se.operator(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        x = self.conv(F.max_pool2d(x, 2) if self.pool else x)
+        return x if self.se is None else self.se(x)
+
+
+class VGGNeck(nn.Module):
+    """What stands between VGG's last map and its linear classifier: a 7x7 pool, two layers.
+
+    An image of 224 pixels has a map of 7x7 as it is; others are pooled to it, as in torchvision.
+
+    Attributes:
+        out_channels: what the classifier gets of an image.
+    """
+
+    out_channels = 4096
+
+    def __init__(self, channels: int, *, dropout: float):
+        """
+        Args:
+            channels: of the map.
+            dropout: between the two layers, 0-1.
+        """
+        super().__init__()
+        self.fc1 = nn.Linear(channels * 7 * 7, self.out_channels)
+        self.fc2 = nn.Linear(self.out_channels, self.out_channels)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, channels, H, W)`` to ``(N, 4096)``."""
+        x = F.adaptive_avg_pool2d(x, 7).flatten(1)
+        x = self.dropout(F.relu(self.fc1(x)))
+        return F.relu(self.fc2(x))
+
+
+@trunk_builder()
+def build_vgg(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
+    """VGG-16: "stem" ends with conv2, of stride 2, "res4" with conv5; "res5" is the last pool."""
+    check_se(se, "VGG-16", stages=(2, 3, 4))
+    groups, inputs = [], in_channels
+    for index, widths in enumerate(WIDTHS):
+        blocks = []
+        for position, width in enumerate(widths):
+            pool = index > 0 and position == 0
+            gate = stage_se(se, max(index, 2))
+            blocks.append(VGGBlock(inputs, width, pool=pool, norm=norm, se=gate))
+            inputs = width
+        groups.append(blocks)
+    stem = Chain(*groups[0], *groups[1])
+    stages = [*groups[2:], [MaxPool(inputs, kernel=2)]]
+    return stem, stages
+
+
+register_with_se("vgg16_bn", build_vgg, dropout=0.5, neck=VGGNeck)

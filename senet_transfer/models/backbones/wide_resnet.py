@@ -1,0 +1,57 @@
+"""Wide ResNets for CIFAR: WRN-16-8 and any other depth and width.
+
+Networks: Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code:
+pre-activation blocks of two 3x3 convolutions, a 1x1 convolution where the shape changes, whose
+block then has its norm and ReLU before both its branch and its shortcut; no dropout.
+
+With SE (the paper's Tables IV and V), every block gates its residual branch; other placements as
+in :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds ``2 C (C // r) + C + C // r``
+parameters a block of width C: 87,920 to WRN-16-8's 10,961,370, with r = 16 and 10 classes.
+"""
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import CIFAR_FEATURES, StemAndStages, trunk_builder
+from senet_transfer.models.backbones.cifar_blocks import preact_parts
+from senet_transfer.models.registry import register_family, register_with_se
+from senet_transfer.preprocessing import CIFAR10
+
+
+@trunk_builder(CIFAR_FEATURES)
+def build_wide_resnet(
+    *, depth: int, width: int, se: SEOptions | None, norm: str, in_channels: int
+) -> StemAndStages:
+    """A wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
+
+    Only res4 ends with a norm and ReLU, as in the network.
+
+    Args:
+        depth: 6n + 4, which counts the shortcuts' convolutions as the paper does.
+        width: the factor k over 16, 32 and 64 channels.
+        se: as :func:`trunk_builder` says, like the rest.
+        norm: likewise.
+        in_channels: likewise.
+
+    Raises:
+        UserError: no network has this depth or width.
+    """
+    blocks, rest = divmod(depth - 4, 6)
+    if rest or blocks < 1 or width < 1:
+        near = max(round((depth - 4) / 6), 1) * 6 + 4
+        raise UserError(
+            f"A wide ResNet has 6n + 4 layers and a width of at least 1, so WRN-{depth}-{width} "
+            f"is none. The nearest depth is {near}."
+        )
+    return preact_parts(
+        widths=(16 * width, 32 * width, 64 * width),
+        blocks=blocks,
+        in_channels=in_channels,
+        se=se,
+        norm=norm,
+    )
+
+
+register_with_se("wrn16_8", build_wide_resnet, preprocessing=CIFAR10, depth=16, width=8)
+register_family(
+    r"wrn(?P<depth>[1-9]\d{0,3})_(?P<width>[1-9]\d{0,2})", build_wide_resnet, preprocessing=CIFAR10
+)

@@ -1,0 +1,170 @@
+"""From a Detectron2 config to a trunk: the only place that reads config keys for networks."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, ROI_HEADS_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from torch import nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.models.backbones.builder import NORMS
+from senet_transfer.models.backbones.resnet import build_resnet
+from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry
+
+
+def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
+    """The model that a config names or describes, and its options.
+
+    Raises:
+        UserError: keys that contradict each other, or that mean nothing for the model.
+    """
+    entry = _named_entry(cfg) if cfg.MODEL.BACKBONE.ARCH else _described_entry(cfg)
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        raise UserError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which these "
+            "trunks don't have. Leave it at False, or take Detectron2's build_resnet_backbone."
+        )
+    values = {
+        "stem_pool": cfg.MODEL.RESNETS.STEM_POOL,
+        "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+        "res5_dilation": cfg.MODEL.RESNETS.RES5_DILATION,
+        "padding": cfg.MODEL.BACKBONE.PADDING or "same",
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+    }
+    if entry.fixed.get("depth") in (18, 34):
+        # As in Detectron2, whose default is True, the key does not concern basic blocks.
+        values.pop("stride_in_1x1")
+    options = {key: value for key, value in values.items() if key in entry.options()}
+    options["norm"] = cfg.MODEL.RESNETS.NORM
+    if entry.has_se:
+        for field in fields(SEOptions):
+            options[f"se_{field.name}"] = cfg.MODEL.SE[field.name.upper()]
+    return entry, options
+
+
+def _named_entry(cfg: CfgNode) -> ModelEntry:
+    entry = model_entry(cfg.MODEL.BACKBONE.ARCH)
+    if entry.has_se and cfg.MODEL.SE.ENABLED is False:
+        raise UserError(
+            f"MODEL.BACKBONE.ARCH is {entry.name}, which has SE, and MODEL.SE.ENABLED is False. "
+            "Name the network without SE, or leave the switch out."
+        )
+    if cfg.MODEL.SE.ENABLED and not entry.has_se:
+        return model_entry(f"se_{entry.name}")
+    return entry
+
+
+def _described_entry(cfg: CfgNode) -> ModelEntry:
+    resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+        raise UserError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, and "
+            f"ResNet-{resnets.DEPTH} has 64: set it to 64, or name the network in "
+            "MODEL.BACKBONE.ARCH."
+        )
+    return ModelEntry(
+        name="MODEL.RESNETS",
+        build=build_resnet,
+        fixed={
+            "depth": resnets.DEPTH,
+            "num_groups": resnets.NUM_GROUPS,
+            "width_per_group": resnets.WIDTH_PER_GROUP,
+            "stem_out_channels": resnets.STEM_OUT_CHANNELS,
+            "res2_out_channels": resnets.RES2_OUT_CHANNELS,
+        },
+        has_se=bool(cfg.MODEL.SE.ENABLED),
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The trunk alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last."""
+    entry, options = trunk_from_config(cfg)
+    trunk = build_trunk(
+        entry,
+        out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES) or None,
+        in_channels=input_shape.channels,
+        **options,
+    )
+    trunk.preprocessing = replace(
+        entry.preprocessing,
+        format=cfg.INPUT.FORMAT,
+        mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    return trunk
+
+
+@BACKBONE_REGISTRY.register()
+def build_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The trunk under Detectron2's FPN, levels p2 to p6 (Faster and Mask R-CNN)."""
+    return _fpn(cfg, build_senet_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The trunk under Detectron2's FPN with p6 and p7 from res5 (RetinaNet)."""
+    trunk = build_senet_backbone(cfg, input_shape)
+    _check_fpn_features(trunk, ["res5"])
+    top = LastLevelP6P7(trunk.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    return _fpn(cfg, trunk, top)
+
+
+def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
+    if cfg.MODEL.BACKBONE.PADDING == "valid":
+        raise UserError(
+            "MODEL.BACKBONE.PADDING is 'valid', whose maps have lost their borders, and an FPN "
+            "adds maps of two resolutions pixel by pixel. Leave it empty, or set it to 'same'."
+        )
+    _check_fpn_features(trunk, cfg.MODEL.FPN.IN_FEATURES)
+    check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
+    check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))
+    return FPN(
+        bottom_up=trunk,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _check_fpn_features(trunk: Backbone, names: list[str]) -> None:
+    shapes = trunk.output_shape()
+    missing = [name for name in names if name not in shapes]
+    strides = [shapes[name].stride for name in names if name in shapes]
+    doubling = all(b == 2 * a for a, b in zip(strides, strides[1:], strict=False))
+    if not missing and names and not doubling:
+        raise UserError(
+            f"The FPN stands on {list(names)}, of strides {strides}, expected each to be twice "
+            "the one before. Name neighbouring stages from fine to coarse, undilated "
+            "(MODEL.RESNETS.RES5_DILATION 1)."
+        )
+    if missing or not names:
+        raise UserError(
+            f"The FPN stands on {list(names)}, the trunk returns {list(trunk.output_shape())}. "
+            "Set MODEL.RESNETS.OUT_FEATURES and MODEL.FPN.IN_FEATURES to the same stages, "
+            "usually ['res2', 'res3', 'res4', 'res5']."
+        )
+
+
+@ROI_HEADS_REGISTRY.register()
+class SENetRes5ROIHeads(Res5ROIHeads):
+    """Detectron2's C4 head with the res5 of the config's own trunk.
+
+    Detectron2's builds res5 from plain bottlenecks whatever the trunk, which would drop the
+    gates of an SE trunk's last stage without a word.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        # The whole trunk is built for its last stage, so that no second description of the stage
+        # exists that could differ from the first; the rest is dropped.
+        entry, options = trunk_from_config(cfg)
+        trunk = build_trunk(entry, out_features=["res5"], **{**options, "freeze_at": 0})
+        return trunk.res5, trunk.output_shape()["res5"].channels

@@ -1,0 +1,188 @@
+"""The classifier as Detectron2's engine trains and evaluates it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from torch import Tensor, nn
+from torchvision.transforms.v2 import CutMix, MixUp
+
+from senet_transfer.data.cifar.transforms import cut_out
+from senet_transfer.errors import UserError
+from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.classifier import Classifier
+from senet_transfer.preprocessing import Preprocessing
+
+_TRUNK_BUILDER = "build_senet_backbone"
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(Classifier):
+    """A classifier that takes batches of the loaders and returns losses, or logits.
+
+    Its parameters have the names of :class:`Classifier`'s: the weights are interchangeable.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        dropout: float = 0.0,
+        neck: Callable[..., nn.Module] | None = None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        cutout: int = 0,
+        channels_last: bool = False,
+    ):
+        """
+        Args:
+            backbone: a trunk that returns one feature map.
+            num_classes: classes to tell apart.
+            preprocessing: what the trunk expects of an image.
+            dropout: before the linear layer, 0-1.
+            neck: see :class:`Classifier`.
+            label_smoothing: of the loss, 0-1.
+            mixup: alpha of its Beta distribution, 0 for none (Zhang et al. 2018).
+            cutmix: likewise (Yun et al. 2019); with both, each batch draws one of them.
+            cutout: side in pixels of the square blanked around the batch's ``cutout``, if any.
+            channels_last: the memory layout of images and weights.
+
+        Raises:
+            UserError: the trunk returns several feature maps, or a value makes no sense.
+        """
+        super().__init__(backbone, num_classes=num_classes, dropout=dropout, neck=neck)
+        if not 0 <= label_smoothing < 1 or mixup < 0 or cutmix < 0:
+            raise UserError(
+                f"label_smoothing is {label_smoothing}, expected 0 up to, not including, 1; mixup "
+                f"is {mixup} and cutmix {cutmix}, expected 0 or more (MODEL.CLASSIFIER)."
+            )
+        backbone.preprocessing = preprocessing
+        self.label_smoothing = label_smoothing
+        self.cutout = cutout
+        self.mixes = _mixes(num_classes, mixup, cutmix)
+        self.input_format = preprocessing.format
+        # Not saved: the weights stay those of any classifier.
+        for name in ("mean", "std"):
+            self.register_buffer(f"pixel_{name}", _pixel(preprocessing, name), persistent=False)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments that a config stands for."""
+        options = cfg.MODEL.CLASSIFIER
+        dropout, neck = options.DROPOUT, None
+        if cfg.MODEL.BACKBONE.NAME == _TRUNK_BUILDER:
+            cfg = cfg.clone()
+            cfg.defrost()
+            # The last stage, whatever it is called; Detectron2's default is res4.
+            cfg.MODEL.RESNETS.OUT_FEATURES = []
+            # Whose maps a detector needs aligned; the published network is meant here.
+            cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
+            entry, _ = trunk_from_config(cfg)
+            dropout = entry.dropout if dropout is None else dropout
+            neck = entry.neck
+        return {
+            "backbone": build_backbone(cfg),
+            "num_classes": options.NUM_CLASSES,
+            "preprocessing": preprocessing_of(cfg),
+            "dropout": dropout or 0.0,
+            "neck": neck,
+            "label_smoothing": options.LABEL_SMOOTHING,
+            "mixup": options.MIXUP,
+            "cutmix": options.CUTMIX,
+            "cutout": cfg.INPUT.CLASSIFICATION.CUTOUT,
+            "channels_last": options.CHANNELS_LAST,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """RGB images, uint8 ``(N, 3, H, W)`` anywhere, to what the trunk takes, on its device."""
+        images = images.to(self.device, non_blocking=True)
+        if self.input_format == "BGR":
+            images = images.flip(1)
+        images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        return images.contiguous(memory_format=self.memory_format)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor] | Tensor:
+        """Classifies a batch.
+
+        Args:
+            batch: ``image``, uint8 RGB ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)`` for V
+                views of each; in training ``label``, int64 ``(N,)``, and where Cutout is on
+                ``cutout``, int64 ``(N, 2)``, its centres. All else is ignored.
+
+        Returns:
+            In training, the loss by name; in evaluation, logits ``(N, num_classes)``, averaged
+            over an image's views.
+        """
+        images = batch["image"]
+        if self.training:
+            images = self.normalise(images)
+            if self.cutout and "cutout" in batch:
+                images = cut_out(images, batch["cutout"], self.cutout)
+            return self._losses(images, batch["label"])
+        if images.dim() == 4:
+            return super().forward(self.normalise(images))
+        logits = super().forward(self.normalise(images.flatten(0, 1)))
+        return logits.unflatten(0, images.shape[:2]).mean(1)
+
+    def _losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        target = labels.to(self.device, non_blocking=True)
+        if len(self.mixes):
+            drawn = int(torch.randint(len(self.mixes), ()))
+            images, target = self.mixes[drawn](images, target)
+        logits = super().forward(images)
+        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        return {"loss_cls": loss}
+
+
+def preprocessing_of(cfg: CfgNode) -> Preprocessing:
+    """What a config says of an image that a classifier is tested on."""
+    image = cfg.INPUT.CLASSIFICATION
+    return Preprocessing(
+        format=cfg.INPUT.FORMAT,
+        mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        std=tuple(cfg.MODEL.PIXEL_STD),
+        resize=image.TEST_RESIZE,
+        crop=image.TEST_CROP,
+        interpolation=image.INTERPOLATION,
+    )
+
+
+def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
+    """What a batch is mixed by, from their alphas; 0 for none."""
+    mixes = [(MixUp, mixup), (CutMix, cutmix)]
+    return nn.ModuleList(
+        mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
+    )
+
+
+def _pixel(preprocessing: Preprocessing, name: str) -> Tensor:
+    """Mean or std as ``(3, 1, 1)``."""
+    return torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
+
+
+def wrap_classifier(classifier: Classifier) -> ImageClassifier:
+    """The same network, taking batches: for evaluating what ``create_classifier`` returned."""
+    wrapped = ImageClassifier(
+        backbone=classifier.backbone,
+        num_classes=classifier.linear.out_features,
+        preprocessing=replace(classifier.preprocessing),
+        dropout=classifier.dropout.p,
+    )
+    wrapped.neck = classifier.neck
+    wrapped.linear = classifier.linear
+    return wrapped

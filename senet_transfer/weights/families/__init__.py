@@ -1,0 +1,1 @@
+"""The families of pretrained weights: how each is detected, renamed and computed."""

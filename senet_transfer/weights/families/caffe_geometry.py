@@ -1,0 +1,84 @@
+"""What a Caffe file says of its network itself, beside its numbers.
+
+A ``.caffemodel`` usually holds the parameters of its layers. Where it does, they are believed and
+not the family's record: people have changed and trained the published definitions.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from senet_transfer.errors import UserError
+from senet_transfer.weights.families.geometry import Geometry
+from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
+
+_FIRST_1X1 = re.compile(r"conv[345]_1_1x1_reduce|res[345]a_branch2a")
+_FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
+
+
+def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
+    """The geometry that the layers state; ``expected`` in what they leave out.
+
+    Raises:
+        UserError: a stem pool that no trunk here has.
+    """
+    geometry = expected
+    strides: dict[str, set[int]] = {"1x1": set(), "3x3": set()}
+    for layer in layers:
+        if layer.type == "Convolution" and "convolution_param" in layer.params:
+            for kind, pattern in (("1x1", _FIRST_1X1), ("3x3", _FIRST_3X3)):
+                if pattern.fullmatch(layer.name):
+                    strides[kind].add(window_of(layer).stride[0])
+        elif layer.type == "Pooling" and layer.name.startswith("pool1"):
+            geometry = replace(geometry, stem_pool=_stem_pool(path, layer, expected))
+    if expected.stride_in_1x1 is None or not strides["1x1"]:
+        return geometry
+    if strides["1x1"] | strides["3x3"] != {1, 2} or len(strides["1x1"]) != 1:
+        raise UserError(
+            f"{path}: the stages of its network have their strides in different places "
+            f"(1x1: {sorted(strides['1x1'])}, 3x3: {sorted(strides['3x3'])}), which no trunk of "
+            "this project has."
+        )
+    return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
+
+
+def _stem_pool(path: str | Path, layer: CaffeLayer, expected: Geometry) -> str | None:
+    if "pooling_param" not in layer.params:
+        return expected.stem_pool
+    window = window_of(layer)
+    shape = (window.method, window.kernel, window.stride, window.pad, window.ceil)
+    if shape == ("MAX", (3, 3), (2, 2), (0, 0), True):
+        return "ceil"
+    if shape == ("MAX", (3, 3), (2, 2), (1, 1), False):
+        return "pad"
+    raise UserError(
+        f"{path}: the pool of its stem ({layer.name}: {window.method}, kernel {window.kernel}, "
+        f"stride {window.stride}, pad {window.pad}, {'ceil' if window.ceil else 'floor'}) is none "
+        "that a trunk of this project has: MAX, 3, 2 with pad 0 and ceil, or pad 1 and floor."
+    )
+
+
+def adjust_variances(
+    layers: Iterable[CaffeLayer],
+    renamed: Mapping[str, str | None],
+    tensors: dict[str, Tensor],
+    eps: float,
+) -> list[str]:
+    """Makes variances such that norms with ``eps`` compute what the file's do with their own.
+
+    Returns:
+        What was done, in words.
+    """
+    count, found = 0, set()
+    for layer in layers:
+        name = renamed.get(f"{layer.name}/running_var")
+        if layer.type == "BatchNorm" and layer.eps != eps and name in tensors:
+            tensors[name] = tensors[name] + (layer.eps - eps)
+            count += 1
+            found.add(layer.eps)
+    if not count:
+        return []
+    return [f"{count} variances take in the file's eps of {', '.join(map(str, sorted(found)))}"]

@@ -1,0 +1,126 @@
+"""Whether a file can be of a family, by the names of its tensors and what stands beside them.
+
+A detector takes both. Several can say yes of one file.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from senet_transfer.weights.formats.reader import OWN_METADATA
+
+Tensors = Mapping[str, Tensor]
+Metadata = Mapping[str, Any]
+Detector = Callable[[Tensors, Metadata], bool]
+
+
+def having(*needed: str) -> Detector:
+    """Recognises a family by patterns, for each of which some name must match wholly.
+
+    Patterns match many names of a file, so that one that lacks a few is still known, and refused
+    for what it lacks.
+    """
+    patterns = [re.compile(pattern) for pattern in needed]
+
+    def detect(tensors: Tensors, metadata: Metadata) -> bool:
+        return all(any(p.fullmatch(name) for name in tensors) for p in patterns)
+
+    return detect
+
+
+def either(*detectors: Detector) -> Detector:
+    """Whether one of several says yes."""
+    return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
+
+
+_plain_blocks = having(r"layer\d\.\d+\.conv\d\.weight", r"(conv1|bn1)\.weight")
+_any_se = having(r"layer\d\.\d+\.se(_layer|_module)?\..*")
+_deep_stem = having(r"conv1\.\d\.weight")
+_bottlenecks = having(r"layer\d\.\d+\.conv3\.weight")
+_vgg_with_norms = having(r"features\.\d+\.weight", r"features\.\d+\.running_(mean|var)")
+_bn_inception = having(r"inception_\d[a-e]_3x3\.weight", r"inception_\d[a-e]_3x3_bn\..*")
+_inception_resnet = having(
+    r"(mixed_\d[a-z]|repeat(_\d)?\.\d+)\.branch\d.*\.bn\..*", r"repeat(_\d)?\.\d+\.conv2d\..*"
+)
+
+
+def plain_torchvision(tensors: Tensors, metadata: Metadata) -> bool:
+    """torchvision's ResNets and ResNeXts, and others' under the same names."""
+    others = either(_any_se, _deep_stem)
+    return _plain_blocks(tensors, metadata) and not others(tensors, metadata)
+
+
+torchvision_v1 = either(plain_torchvision, _vgg_with_norms)
+
+
+def places365(tensors: Tensors, metadata: Metadata) -> bool:
+    """CSAIL's, known by the number of classes."""
+    shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
+    return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
+
+
+def timm(tensors: Tensors, metadata: Metadata) -> bool:
+    """timm's, without its legacy_se*."""
+    if _inception_resnet(tensors, metadata):
+        return "last_linear.weight" not in tensors
+    with_se = having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")
+    deep = _plain_blocks(tensors, metadata) and _deep_stem(tensors, metadata)
+    return deep or plain_torchvision(tensors, metadata) or with_se(tensors, metadata)
+
+
+cadene_like = having(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.fc\d\.weight")
+
+
+def cadene(tensors: Tensors, metadata: Metadata) -> bool:
+    """Cadene's; of the SE networks those with bottlenecks, since he has no others."""
+    if _inception_resnet(tensors, metadata):
+        return "classif.weight" not in tensors
+    with_se = cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
+    return with_se or _bn_inception(tensors, metadata)
+
+
+caffe = either(
+    having(r"conv\d_\d+_1x1_reduce/weight", r"conv\d_\d+_3x3/bn/.*"),
+    having(r"inception_\d[a-e]/double3x3a/weight", r"inception_\d[a-e]/3x3/bn/.*"),
+)
+
+_own_names = having(
+    r"(.*\.)?stem\.(\d\.)?conv\d?\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.\w+(\.\d)*\.weight"
+)
+
+# Other networks saved bare: the trunk's norms are named as Detectron2's are.
+_own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
+
+
+def own(tensors: Tensors, metadata: Metadata) -> bool:
+    """This project's."""
+    if OWN_METADATA in metadata:
+        return True
+    if metadata.get("__author__"):
+        return False
+    return _own_names(tensors, metadata) or _own_of_another_kind(tensors, metadata)
+
+
+def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
+    """Detectron's, with folded norms."""
+    folded = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
+    return folded(tensors, metadata) and not detectron2(tensors, metadata)
+
+
+def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
+    """Detectron2's: under Caffe2's names, or a saved model."""
+    if OWN_METADATA in metadata:
+        return False
+    caffe2 = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)")
+    return caffe2(tensors, metadata) or (
+        _own_names(tensors, metadata) and metadata.get("__author__") != "torchvision"
+    )
+
+
+def converted(tensors: Tensors, metadata: Metadata) -> bool:
+    """torchvision's, converted by Detectron2's script."""
+    if OWN_METADATA in metadata:
+        return False
+    return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")

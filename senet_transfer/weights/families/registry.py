@@ -1,0 +1,285 @@
+"""The families of weight files: how each is recognised, renamed, and what its networks compute.
+
+One record a family. What no shape shows (stride placement, stem pool, channel order, mean, std)
+is part of the record, so that no user has to remember it. Sources: the projects' own model code
+and network definitions.
+
+Not told apart, because nothing in the file does: timm's networks with blurred or averaged
+downsampling (``resnetblur*``, ``resnetaa*``, ``seresnetaa*`` with a plain stem), whose names and
+shapes are those of the plain ones. They load, and compute something else.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.families import detect
+from senet_transfer.weights.families import renaming as names
+from senet_transfer.weights.families import renaming_other as names_other
+from senet_transfer.weights.families.architecture import Architecture
+from senet_transfer.weights.families.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of weight file.
+
+    Attributes:
+        name: what users type.
+        title: what it is, for messages.
+        detect: whether tensors and metadata of a file can be of this family.
+        rename: from the file's names to this project's; None for a name that is none of its own.
+        geometry: of a network of the family; fields are None where they mean nothing for it.
+        preprocessing: what the networks expect; None where the file alone doesn't tell.
+        affine_norms: whether the norms' statistics are folded into their weights and biases, so
+            that only frozen norms can take them.
+        rename_deep: as ``rename``, for files of networks with a stem of three convolutions where
+            that gives a name another meaning.
+        background: the networks whose published classifiers begin with a class for the background,
+            1001 in all; it is left out.
+    """
+
+    name: str
+    title: str
+    detect: detect.Detector
+    rename: names.Rename
+    geometry: Callable[[Architecture], Geometry]
+    preprocessing: Callable[[Architecture], Preprocessing | None]
+    affine_norms: bool = False
+    rename_deep: names.Rename | None = None
+    background: tuple[str, ...] = ()
+
+    def renamed(self, found: Collection[str]) -> dict[str, str | None]:
+        """This project's name for each of a file's; None for those that the family lacks."""
+        deep = self.rename_deep is not None and "conv1.0.weight" in found
+        rename = self.rename_deep if deep else self.rename
+        return {name: rename(name) for name in found}
+
+
+def _stride_in_3x3(arch: Architecture) -> Geometry:
+    """torchvision's geometry, which is that of most PyTorch projects."""
+    return Geometry(
+        stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else False,
+        stem_pool="pad",
+        se_relu_before=False if arch.se_stages else None,
+    )
+
+
+def _authors(arch: Architecture) -> Geometry:
+    """The geometry of the authors' network definitions, and of their ports to PyTorch.
+
+    Their SE-ResNets have the stride in the first 1x1, their SE-ResNeXts and SENet-154 in the 3x3.
+    """
+    return Geometry(
+        stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else arch.groups == 1,
+        stem_pool="ceil",
+        se_relu_before=False if arch.se_stages else None,
+    )
+
+
+def _timm_legacy(arch: Architecture) -> Geometry:
+    # Its block for depths 18 and 34, which the authors' definitions don't have, has a ReLU
+    # between the second norm and the gate.
+    return Geometry(**{**vars(_authors(arch)), "se_relu_before": not arch.bottleneck})
+
+
+def _msra(arch: Architecture) -> Geometry:
+    """Detectron's: the stride of ResNets in the first 1x1, of ResNeXts in the 3x3."""
+    return Geometry(
+        stride_in_1x1=arch.groups == 1 if arch.bottleneck else None,
+        stem_pool="pad",
+        se_relu_before=False if arch.se_stages else None,
+    )
+
+
+def _unknown(arch: Architecture) -> Geometry:
+    return Geometry()
+
+
+_RGB = Preprocessing()
+_BGR = Preprocessing(format="BGR", mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0))
+# The publisher's mean is an image, places365CNN_mean.binaryproto; its averages are within a few
+# units of ImageNet's, which are used here.
+_PLACES_BGR = Preprocessing(format="BGR", mean=(104.007, 116.669, 122.679), std=(1.0, 1.0, 1.0))
+_BGR_STD = (57.375, 57.12, 58.395)
+
+
+def _detectron_pixels(mean: tuple[float, float, float]) -> Callable[[Architecture], Preprocessing]:
+    # Its ResNeXts were trained with a std, its ResNets without.
+    resnet = Preprocessing(format="BGR", mean=mean, std=(1.0, 1.0, 1.0))
+    resnext = Preprocessing(format="BGR", mean=(103.53, 116.28, 123.675), std=_BGR_STD)
+    return lambda arch: resnet if arch.groups == 1 else resnext
+
+
+def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Preprocessing | None]:
+    return lambda arch: preprocessing
+
+
+# What Google's networks expect of an image, in which projects differ in the resizing alone.
+_INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, resize=341, crop=299)
+_CADENE_BN_INCEPTION = Preprocessing(format="BGR", mean=(104.0, 117.0, 128.0), std=(1.0,) * 3)
+
+
+def _by_network(
+    usual: Preprocessing, **others: Preprocessing
+) -> Callable[[Architecture], Preprocessing | None]:
+    return lambda arch: others.get(arch.network, usual)
+
+
+def _detectron2_name(name: str) -> str:
+    return names.detectron(name) or names.own(name)
+
+
+# Where several can be of a file, the first is taken and the others are named in the log.
+_RECORDS = (
+    Family(
+        "senet_transfer",
+        "a file of this project",
+        detect.own,
+        names.own,
+        _unknown,
+        _always(None),
+    ),
+    Family(
+        "caffe",
+        "the SENet authors' Caffe models",
+        detect.caffe,
+        names.either(names.caffe, names_other.caffe_bn_inception),
+        _authors,
+        _always(_BGR),
+    ),
+    Family(
+        "places365_caffe",
+        "CSAIL's Places365 Caffe models, under the names of He et al.'s ResNets",
+        detect.having(r"res\d[a-z]\d*_branch2a/weight", r"bn\d[a-z]\d*_branch2a/.*"),
+        names.msra_caffe,
+        lambda arch: Geometry(stride_in_1x1=True if arch.bottleneck else None, stem_pool="ceil"),
+        _always(_PLACES_BGR),
+    ),
+    Family(
+        "cadene",
+        "Cadene's pretrainedmodels",
+        detect.cadene,
+        names.either(
+            names.cadene, names_other.cadene_bn_inception, names_other.cadene_inception_resnet
+        ),
+        _authors,
+        _by_network(_RGB, bn_inception=_CADENE_BN_INCEPTION, inception_resnet_v2=_INCEPTION),
+        background=("inception_resnet_v2",),
+    ),
+    Family(
+        "timm_legacy",
+        "timm's legacy_se* models",
+        detect.cadene_like,
+        names.cadene,
+        _timm_legacy,
+        _always(_RGB),
+    ),
+    Family(
+        "places365",
+        "CSAIL's Places365 PyTorch models",
+        detect.places365,
+        names.torchvision,
+        _stride_in_3x3,
+        _always(_RGB),
+    ),
+    Family(
+        "torchvision_v1",
+        "torchvision's IMAGENET1K_V1 weights",
+        detect.torchvision_v1,
+        names.either(names.torchvision, names_other.torchvision_vgg),
+        _stride_in_3x3,
+        _always(_RGB),
+    ),
+    Family(
+        "torchvision_v2",
+        "torchvision's IMAGENET1K_V2 weights",
+        detect.plain_torchvision,
+        names.torchvision,
+        _stride_in_3x3,
+        _always(Preprocessing(resize=232)),
+    ),
+    Family(
+        "timm",
+        "timm's resnet*, resnext*, seresnet*, seresnext*, senet154, inception_resnet_v2",
+        detect.timm,
+        names.either(names.timm, names_other.timm_inception_resnet),
+        _stride_in_3x3,
+        _by_network(
+            Preprocessing(interpolation="bicubic"),
+            inception_resnet_v2=replace(_INCEPTION, resize=333, interpolation="bicubic"),
+        ),
+        rename_deep=names.timm_deep,
+        background=("inception_resnet_v2",),
+    ),
+    Family(
+        "moskomule",
+        "moskomule's senet.pytorch",
+        detect.having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\.[02]\.weight"),
+        names.moskomule,
+        _stride_in_3x3,
+        _always(_RGB),
+    ),
+    Family(
+        "mmpretrain",
+        "mmpretrain (MMClassification)",
+        detect.having(
+            r"(backbone\.layer\d\.\d+|layer\d\.\d+\.se_layer)\..*", r"(backbone\.)?conv1\.weight"
+        ),
+        names.mmpretrain,
+        _stride_in_3x3,
+        _always(_RGB),
+    ),
+    Family(
+        "detectron1",
+        "Detectron's .pkl, whose norms are folded",
+        detect.detectron1,
+        names.detectron,
+        _msra,
+        _detectron_pixels((102.9801, 115.9465, 122.7717)),
+        affine_norms=True,
+    ),
+    Family(
+        "detectron2",
+        "Detectron2's model zoo",
+        detect.detectron2,
+        _detectron2_name,
+        _msra,
+        _detectron_pixels((103.53, 116.28, 123.675)),
+    ),
+    Family(
+        "detectron2_torchvision",
+        "torchvision's weights, converted by Detectron2's script",
+        detect.converted,
+        names.own,
+        _stride_in_3x3,
+        _always(_RGB),
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _RECORDS}
+
+# Networks of these projects with the names of a family, and something in them that no trunk here
+# has: a pattern of names, how many dimensions the tensor has (None: any), what differs.
+_OTHER_NETWORKS = (
+    (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts average before they project"),
+    (r"(backbone\.)?stem\.0\.weight", 4, "its stem has three convolutions"),
+    (r".*\.(se|attn)\.conv\.weight", None, "its attention is ECA, not SE"),
+    (r".*\.(ca|attn)\..*", None, "its attention is not SE"),
+    (r".*\.gn\d\..*", None, "its norms are group norms under names of their own"),
+)
+
+
+def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
+    """What in a file, by its own names, no trunk of this project has; None where nothing is known.
+
+    Some of these (timm's resnet50d, say) have parts that match in name and shape.
+    """
+    for pattern, dimensions, words in _OTHER_NETWORKS:
+        for name, tensor in tensors.items():
+            if re.fullmatch(pattern, name) and dimensions in (None, tensor.ndim):
+                return f"{words} ({name})"
+    return None

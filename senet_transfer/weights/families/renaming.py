@@ -1,0 +1,245 @@
+"""From the names that other projects give to tensors to this project's, which are Detectron2's.
+
+Each function takes a name as it stands in a file of its family, and returns this project's, or
+None for a name that the family does not have. The trunk is ``stem.conv1.weight``,
+``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
+``res2.0.se.fc1.weight``, ...; the classifier on it is ``linear.weight`` and ``linear.bias``, and
+before it ``neck.fc1.weight`` and so on where it has hidden layers. Networks that are no ResNets are
+in :mod:`~.renaming_other`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+Rename = Callable[[str], str | None]
+
+_NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+# What the names of a classifier's tensors behind its trunk begin with.
+CLASSIFIER = ("linear.", "neck.")
+
+
+def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
+    """A rename by patterns; the first that matches a whole name decides.
+
+    In a replacement, ``{n+1}`` is the n-th group raised by one, ``{n-1}`` lowered.
+    """
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+    def rename(name: str) -> str | None:
+        for pattern, replacement in compiled:
+            if match := pattern.fullmatch(name):
+                return _fill(replacement, match)
+        return None
+
+    return rename
+
+
+def _fill(replacement: str, match: re.Match) -> str:
+    def value(place: re.Match) -> str:
+        group, shift = match[int(place[1])], int(place[2] or 0)
+        return str(int(group) + shift) if shift else group
+
+    return re.sub(r"\{(\d)([+-]\d)?\}", value, replacement)
+
+
+def either(*renames: Rename) -> Rename:
+    """A rename by several, of which the first that knows a name decides."""
+
+    def rename(name: str) -> str | None:
+        return next((ours for rename in renames if (ours := rename(name)) is not None), None)
+
+    return rename
+
+
+def _stem(prefix: str = "") -> list[tuple[str, str]]:
+    at = re.escape(prefix)
+    return [
+        (rf"{at}conv1\.weight", "stem.conv1.weight"),
+        (rf"{at}bn1\.{_NORM}", "stem.conv1.norm.{1}"),
+    ]
+
+
+def _blocks(prefix: str = "") -> list[tuple[str, str]]:
+    block = rf"{re.escape(prefix)}layer(\d)\.(\d+)\."
+    return [
+        (rf"{block}conv(\d)\.weight", "res{1+1}.{2}.conv{3}.weight"),
+        (rf"{block}bn(\d)\.{_NORM}", "res{1+1}.{2}.conv{3}.norm.{4}"),
+        (rf"{block}downsample\.0\.weight", "res{1+1}.{2}.shortcut.weight"),
+        (rf"{block}downsample\.1\.{_NORM}", "res{1+1}.{2}.shortcut.norm.{3}"),
+    ]
+
+
+def _classifier(name: str = "fc") -> tuple[str, str]:
+    return (rf"{name}\.(weight|bias)", "linear.{1}")
+
+
+def _se(attribute: str, first: str, second: str, prefix: str = "") -> list[tuple[str, str]]:
+    block = rf"{re.escape(prefix)}layer(\d)\.(\d+)\.{attribute}\."
+    return [
+        (rf"{block}{first}\.(weight|bias)", "res{1+1}.{2}.se.fc1.{3}"),
+        (rf"{block}{second}\.(weight|bias)", "res{1+1}.{2}.se.fc2.{3}"),
+    ]
+
+
+torchvision = renamer([*_stem(), *_blocks(), _classifier()])
+
+moskomule = renamer([*_stem(), *_blocks(), _classifier(), *_se("se", r"fc\.0", r"fc\.2")])
+
+timm = renamer([*_stem(), *_blocks(), _classifier(), *_se("se", "fc1", "fc2")])
+
+timm_deep = renamer(
+    [
+        (r"conv1\.0\.weight", "stem.conv1.weight"),
+        (rf"conv1\.1\.{_NORM}", "stem.conv1.norm.{1}"),
+        (r"conv1\.3\.weight", "stem.conv2.weight"),
+        (rf"conv1\.4\.{_NORM}", "stem.conv2.norm.{1}"),
+        (r"conv1\.6\.weight", "stem.conv3.weight"),
+        (rf"bn1\.{_NORM}", "stem.conv3.norm.{1}"),
+        *_blocks(),
+        _classifier(),
+        *_se("se", "fc1", "fc2"),
+    ]
+)
+
+cadene = renamer(
+    [
+        (r"layer0\.conv(\d)\.weight", "stem.conv{1}.weight"),
+        (rf"layer0\.bn(\d)\.{_NORM}", "stem.conv{1}.norm.{2}"),
+        *_blocks(),
+        _classifier("last_linear"),
+        *_se("se_module", "fc1", "fc2"),
+    ]
+)
+
+_mmpretrain = renamer(
+    [
+        *_stem("backbone."),
+        *_blocks("backbone."),
+        _classifier(r"head\.fc"),
+        # The second form is of files from before the layers were wrapped with their activation.
+        *_se("se_layer", r"conv1\.conv", r"conv2\.conv", "backbone."),
+        *_se("se_layer", "conv1", "conv2", "backbone."),
+    ]
+)
+
+
+def mmpretrain(name: str) -> str | None:
+    """mmpretrain's classifiers, and its backbones saved alone."""
+    return _mmpretrain(name) or _mmpretrain(f"backbone.{name}")
+
+
+# Merged or apart: a BatchNorm's two tensors and those of the Scale layer after it.
+_CAFFE_NORM = "(?:/bn)?(?:/scale)?/(weight|bias|running_mean|running_var)"
+
+caffe = renamer(
+    [
+        (r"conv1/7x7_s2/(weight|bias)", "stem.conv1.{1}"),
+        (rf"conv1/7x7_s2{_CAFFE_NORM}", "stem.conv1.norm.{1}"),
+        (r"conv1_(\d)/3x3(?:_s2)?/(weight|bias)", "stem.conv{1}.{2}"),
+        (rf"conv1_(\d)/3x3(?:_s2)?{_CAFFE_NORM}", "stem.conv{1}.norm.{2}"),
+        *(
+            rule
+            for part, ours in [
+                ("1x1_reduce", "conv1"),
+                ("3x3", "conv2"),
+                ("1x1_increase", "conv3"),
+                ("1x1_proj", "shortcut"),
+            ]
+            for rule in [
+                (rf"conv(\d)_(\d+)_{part}/(weight|bias)", f"res{{1}}.{{2-1}}.{ours}.{{3}}"),
+                (rf"conv(\d)_(\d+)_{part}{_CAFFE_NORM}", f"res{{1}}.{{2-1}}.{ours}.norm.{{3}}"),
+            ]
+        ),
+        (r"conv(\d)_(\d+)_1x1_down/(weight|bias)", "res{1}.{2-1}.se.fc1.{3}"),
+        (r"conv(\d)_(\d+)_1x1_up/(weight|bias)", "res{1}.{2-1}.se.fc2.{3}"),
+        (r"(?:classifier|fc[^/]*)/(weight|bias)", "linear.{1}"),
+    ]
+)
+
+_BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+
+_MSRA = re.compile(
+    r"(res|bn|scale)(\d)([a-z])(\d*)_branch(1|2[abc])/(weight|bias|running_mean|running_var)"
+)
+
+_msra_ends = renamer(
+    [
+        (r"conv1/(weight|bias)", "stem.conv1.{1}"),
+        (r"(?:bn|scale)_conv1/(weight|bias|running_mean|running_var)", "stem.conv1.norm.{1}"),
+        (r"fc[^/]*/(weight|bias)", "linear.{1}"),
+    ]
+)
+
+
+def msra_caffe(name: str) -> str | None:
+    """He et al.'s names in Caffe: blocks are a, b, c ... or a, b1, b2 ..."""
+    if match := _MSRA.fullmatch(name):
+        kind, stage, letter, number, branch, tensor = match.groups()
+        index = int(number) if number else ord(letter) - ord("a")
+        norm = "" if kind == "res" else "norm."
+        return f"res{stage}.{index}.{_BRANCHES[branch]}.{norm}{tensor}"
+    return _msra_ends(name)
+
+
+_DETECTRON_TENSORS = {
+    "w": "weight",
+    "b": "bias",
+    "bn_s": "norm.weight",
+    "bn_b": "norm.bias",
+    "bn_gamma": "norm.weight",
+    "bn_beta": "norm.bias",
+    "bn_running_mean": "norm.running_mean",
+    "bn_running_var": "norm.running_var",
+    "bn_rm": "norm.running_mean",
+    "bn_riv": "norm.running_var",
+}
+
+_DETECTRON = re.compile(rf"res(\d)_(\d+)_branch(1|2[abc])_({'|'.join(_DETECTRON_TENSORS)})")
+_DETECTRON_STEM = re.compile(rf"(?:res_)?conv1_({'|'.join(_DETECTRON_TENSORS)})")
+_DETECTRON_CLASSIFIER = re.compile(r"(?:pred|fc\d+)_(w|b)")
+
+
+def detectron(name: str) -> str | None:
+    """Caffe2's names in the ``.pkl`` files of Detectron and Detectron2."""
+    if match := _DETECTRON.fullmatch(name):
+        stage, index, branch, tensor = match.groups()
+        return f"res{stage}.{index}.{_BRANCHES[branch]}.{_DETECTRON_TENSORS[tensor]}"
+    if match := _DETECTRON_STEM.fullmatch(name):
+        return f"stem.conv1.{_DETECTRON_TENSORS[match[1]]}"
+    if match := _DETECTRON_CLASSIFIER.fullmatch(name):
+        return f"linear.{_DETECTRON_TENSORS[match[1]]}"
+    return None
+
+
+_RES5 = "roi_heads.res5."
+
+
+def own(name: str) -> str:
+    """Names in this project's and Detectron2's own files, which need no change."""
+    return name
+
+
+def trunk_prefix(names: Iterable[str]) -> str:
+    """What stands before the trunk's names in a file under this project's or Detectron2's names.
+
+    A trunk's own file has nothing there; a classifier's and a C4 detector's have "backbone.", and
+    a detector's with an FPN "backbone.bottom_up.".
+    """
+    names = list(names)
+    for prefix in ("backbone.bottom_up.", "backbone."):
+        if any(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
+
+
+def canonical(name: str, prefix: str) -> str:
+    """A name without what stands before the trunk, and the C4 head's res5 as the trunk's."""
+    if name.startswith(_RES5):
+        return name.removeprefix("roi_heads.")
+    return name.removeprefix(prefix)
+
+
+def is_beside_trunk(name: str, prefix: str) -> bool:
+    """Whether a name is of a detector's other parts: its FPN, proposals and heads."""
+    return not name.startswith((prefix, _RES5, *CLASSIFIER))

@@ -1,0 +1,1 @@
+"""File formats of weights: from bytes to named tensors, safely."""

@@ -1,0 +1,244 @@
+"""Reading a file of weights, whatever its format, or saying what is wrong with it.
+
+What a file is, its content says, not its name. Nothing in it is executed, and the memory and time
+that reading it takes are bounded by its size.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from senet_transfer.errors import UserError
+from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
+from senet_transfer.weights.formats.caffe.layers import CaffeLayer
+from senet_transfer.weights.formats.refusal import shown
+from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
+from senet_transfer.weights.formats.state_dict import Checkpoint, collect
+from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
+
+# Where this project's own files keep what they say about themselves: a dictionary of that name
+# beside the tensors (in a .safetensors, whose metadata are strings, as JSON).
+OWN_METADATA = "senet_transfer"
+# In it: the tensors' hash, by tensors_sha256. A .safetensors or .pkl has no checksum else.
+OWN_HASH = "tensors_sha256"
+
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What a file of weights holds.
+
+    Attributes:
+        path: the file.
+        format: "pth", "safetensors", "pkl" or "caffemodel".
+        tensors: by name. The usual wrappers are peeled, ``module.`` too where every name has it;
+            the rest of the name is the file's. They own their memory.
+        metadata: small plain values found beside the tensors: ``arch``, ``epoch``, ``meta``,
+            ``__author__``, ``matching_heuristics``, this project's own under :data:`OWN_METADATA`.
+        layers: of a Caffe file, with their parameters; else empty.
+        verified: what the content was checked against: "sha256", "zip CRC", or "values" where
+            there was no checksum and the numbers were looked at (see :func:`check_values`).
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[CaffeLayer, ...] = ()
+    verified: tuple[str, ...] = ()
+
+
+def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
+    """Reads a file of weights: ``torch.save``'s formats, safetensors, pickles, Caffe's.
+
+    A SHA-256 beside the file (``NAME.sha256``, as ``sha256sum`` writes it) is verified too.
+
+    Args:
+        path: the file.
+        sha256: the expected SHA-256 in hexadecimal, or its first eight digits or more (what
+            publishers put into file names).
+
+    Raises:
+        UserError: the file is missing, damaged, of another hash, of no known format, without
+            tensors, or asks for something else than tensors. The message says what to do.
+    """
+    path = Path(path)
+    kind = sniff(path)
+    verified = verify_sha256(path, sha256)
+    try:
+        name, checkpoint, layers = _READERS[kind](path)
+        _verify_own_hash(path, checkpoint, verified)
+    except (UserError, NameError, ImportError):  # the last two can only be our own mistakes
+        raise
+    except Exception as error:  # a damaged or hostile file can raise anything in any reader
+        raise UserError(
+            f"{path}: damaged or incomplete ({path.stat().st_size:,} bytes): "
+            f"{shown(error, 300) or type(error).__name__}. Get the file again."
+        ) from error
+    if kind == ZIP:
+        verified.append("zip CRC")
+    if not verified:
+        check_values(checkpoint.tensors, path)
+        verified.append("values")
+    return WeightFile(
+        path, name, checkpoint.tensors, checkpoint.metadata, tuple(layers), tuple(verified)
+    )
+
+
+def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
+    """Checks that no number is infinite or not a number, and that no variance is negative.
+
+    This is what can be seen of damage where no checksum exists.
+
+    Raises:
+        UserError: names the tensors.
+    """
+    bad = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad.append(f"{shown(name)} (not finite)")
+        elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
+            bad.append(f"{shown(name)} (a negative variance)")
+    if bad:
+        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        raise UserError(
+            f"{path}: impossible values in {', '.join(bad[:_LISTED])}{more}. The file is damaged, "
+            "or its training diverged. Get the file again."
+        )
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """A SHA-256 of names, types, shapes and values, whatever the order and the file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        # A copy: `contiguous` leaves odd strides on tensors of one element or none.
+        tensor = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def verify_sha256(path: Path, expected: str | None) -> list[str]:
+    """Compares a file's SHA-256 with all that are stated, and says whether there was one.
+
+    Args:
+        path: the file.
+        expected: as of :func:`read_tensors`; beside it, what a ``NAME.sha256`` says holds.
+
+    Raises:
+        UserError: it has another one.
+    """
+    stated = []
+    if expected is not None:
+        if not re.fullmatch("[0-9a-fA-F]{8,64}", expected):
+            raise UserError(
+                f"sha256={expected!r}: expected are 8 to 64 hexadecimal digits, the SHA-256 of "
+                f"{path} or its beginning."
+            )
+        stated.append((expected.lower(), "as it was asked for"))
+    beside = path.with_name(path.name + ".sha256")
+    if beside.is_file():
+        stated.append((_hash_in(beside, path.name), f"in {beside.name} beside it"))
+    if not stated:
+        return []
+    found = file_sha256(path)
+    for digest, where in stated:
+        if not found.startswith(digest):
+            raise UserError(
+                f"{path}: its SHA-256 is {found}, but {digest} {where}. The file is damaged or "
+                "another one. Get it again, or check the hash."
+            )
+    return ["sha256"]
+
+
+def _hash_in(beside: Path, name: str) -> str:
+    """The hash of the file ``name`` in a list that ``sha256sum`` wrote, or the only one there."""
+    lines = [line.split() for line in beside.read_text(errors="replace").splitlines()[:1000]]
+    lines = [words for words in lines if words and re.fullmatch("[0-9a-fA-F]{64}", words[0])]
+    for words in lines:
+        if len(words) == 1 or words[-1].lstrip("*").rpartition("/")[2] == name:
+            return words[0].lower()
+    raise UserError(
+        f"{beside}: no SHA-256 of {name} in it. Expected is a line as sha256sum writes it; correct "
+        "or remove it."
+    )
+
+
+def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) -> None:
+    own = checkpoint.metadata.get(OWN_METADATA)
+    stated = own.get(OWN_HASH) if isinstance(own, dict) else None
+    if stated is None:
+        return
+    if tensors_sha256(checkpoint.tensors) != stated:
+        raise UserError(
+            f"{path}: its tensors are not those that it was saved with (their SHA-256 differs from "
+            "the one in its metadata). The file is damaged or was edited. Get it again."
+        )
+    verified.append("sha256")
+
+
+def _read_zip(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    return "pth", read_zip(path), []
+
+
+def _read_tar(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    return "pth", read_tar(path), []
+
+
+def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    stream = io.BytesIO(path.read_bytes())
+    first = PlainUnpickler(stream, path).load()
+    if first == LEGACY_MAGIC:
+        return "pth", read_legacy(stream, path), []
+    return "pkl", collect(first, path, path.stat().st_size), []
+
+
+def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata: dict[str, Any] = dict(file.metadata() or {})
+        # Copies: the library's tensors are the file's pages, and go with it when it is replaced.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise UserError(f"{path}: no tensors inside. Check the file.")
+    if OWN_METADATA in metadata:
+        metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
+    return "safetensors", Checkpoint(tensors, metadata), []
+
+
+def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    try:
+        name, layers = read_caffemodel(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
+            f"or a damaged .caffemodel: {shown(error)}. Check what it is, or get it again."
+        ) from error
+    tensors = caffe_tensors(layers, path)
+    if not tensors:
+        raise UserError(f"{path}: a Caffe file, but no layer in it has numbers. Get it again.")
+    return "caffemodel", Checkpoint(tensors, {"name": name}), layers
+
+
+_READERS: dict[str, Callable[[Path], tuple[str, Checkpoint, list[CaffeLayer]]]] = {
+    ZIP: _read_zip,
+    TAR: _read_tar,
+    PICKLE: _read_pickle,
+    SAFETENSORS: _read_safetensors,
+    CAFFE: _read_caffe,
+}

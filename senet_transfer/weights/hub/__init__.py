@@ -1,0 +1,1 @@
+"""Published weights: their catalogue and their download."""

@@ -1,0 +1,133 @@
+"""Batches from a data set in memory."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from senet_transfer import UserError, create_classifier
+from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, split_file
+from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
+from senet_transfer.data.cifar.prepare import prepare_cifar
+from senet_transfer.data.cifar.transforms import CifarAugment, cut_out, normalise
+from senet_transfer.preprocessing import CIFAR10
+
+
+def numbered(images: int = 50) -> ImageArrays:
+    """Every image and label says which it is."""
+    labels = torch.arange(images)
+    pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
+    return ImageArrays(pixels, labels, [str(n) for n in range(images)], "numbered")
+
+
+def labels(loader: CifarTrainLoader, batches: int) -> list[int]:
+    return [label for batch in islice(loader, batches) for label in batch["label"].tolist()]
+
+
+def test_batches_are_what_the_classifier_takes():
+    loader = CifarTrainLoader(numbered(), batch_size=8, seed=0, augment=CifarAugment())
+    batch = next(iter(loader))
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert (batch["image"].dtype, batch["label"].dtype) == (torch.uint8, torch.int64)
+    centre = batch["image"][:, 0, 16, 16]
+    assert centre.tolist() == batch["label"].tolist()
+
+
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
+    seen = labels(CifarTrainLoader(numbered(), batch_size=8, seed=0), 25)
+    epochs = [seen[start : start + 50] for start in range(0, 200, 50)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert seen != labels(CifarTrainLoader(numbered(), batch_size=8, seed=1), 25)
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 13, 40])
+def test_a_resumed_run_goes_on_with_the_very_same_batches(start):
+    options = {"batch_size": 8, "seed": 5, "augment": CifarAugment(cutout=8, padding="reflect")}
+    straight = list(islice(CifarTrainLoader(numbered(), **options), start + 5))[start:]
+    resumed = list(islice(CifarTrainLoader(numbered(), **options, start_iter=start), 5))
+    for one, other in zip(straight, resumed, strict=True):
+        assert one.keys() == other.keys() == {"image", "label", "cutout"}
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_processes_share_what_one_would_have():
+    options = {"seed": 2, "augment": CifarAugment(cutout=8)}
+    alone = CifarTrainLoader(numbered(), batch_size=12, **options)
+    shared = [
+        CifarTrainLoader(numbered(), batch_size=3, rank=rank, world_size=4, **options)
+        for rank in range(4)
+    ]
+    for whole, *parts in islice(zip(alone, *shared, strict=True), 10):
+        for key, value in whole.items():
+            assert torch.equal(value, torch.cat([part[key] for part in parts]))
+
+
+def test_a_batch_larger_than_the_data_goes_through_it_several_times():
+    seen = labels(CifarTrainLoader(numbered(10), batch_size=25, seed=0), 2)
+    assert sorted(seen) == sorted(list(range(10)) * 5)
+
+
+def test_cutout_after_the_loader_is_cutout_in_one_go():
+    data, augment = numbered(), CifarAugment(cutout=16)
+    loader = CifarTrainLoader(data, batch_size=8, seed=3, augment=augment)
+    batch = loader.batch(4)
+    draws = augment.draw(8, seed=3, iteration=4)
+    expected = augment(data.images[loader.indices(4)], draws, CIFAR10)
+    found = cut_out(normalise(batch["image"], CIFAR10), batch["cutout"], augment.cutout)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+def test_evaluation_sees_every_image_once_over_all_processes(world_size):
+    seen, keys = [], []
+    for rank in range(world_size):
+        loader = CifarEvalLoader(numbered(), batch_size=8, rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert sum(len(batch["label"]) for batch in batches) == loader.expected
+        for batch in batches:
+            assert batch["image"][:, 0, 0, 0].tolist() == batch["label"].tolist()
+            seen += batch["label"].tolist()
+            keys += batch["key"]
+    assert seen == list(range(50))
+    assert len(set(keys)) == 50
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"seed": -1}, {"start_iter": -1}],
+)
+def test_values_that_make_no_sense_are_refused(options):
+    with pytest.raises(UserError, match="expected"):
+        CifarTrainLoader(numbered(), **{"batch_size": 8, "seed": 0, **options})
+
+
+def test_training_batches_have_no_end():
+    with pytest.raises(TypeError, match="no end"):
+        len(CifarTrainLoader(numbered(), batch_size=8, seed=0))
+
+
+@pytest.mark.slow
+def test_the_real_images_are_prepared_and_a_network_learns_on_them(shared_data, tmp_path):
+    folder = prepare_cifar(shared_data / "cifar10_jpeg", tmp_path / "cifar10")
+    train, test = (load_images(split_file(folder, split)) for split in ("train", "test"))
+    assert (len(train), len(test), len(train.classes)) == (50_000, 10_000, 10)
+    assert set(train.class_counts()) == {5000}
+    # The mean that the recipes state, of the very images before they were recompressed.
+    mean = train.images.double().mean((0, 2, 3)).tolist()
+    assert mean == pytest.approx(CIFAR10.mean, abs=1)
+    torch.manual_seed(0)
+    model = create_classifier("se_cifar_resnet8", 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    loader = CifarTrainLoader(train, batch_size=64, seed=0, augment=CifarAugment())
+    losses = []
+    for batch in islice(loader, 100):
+        logits = model(normalise(batch["image"], CIFAR10))
+        loss = torch.nn.functional.cross_entropy(logits, batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.85 * losses[0]

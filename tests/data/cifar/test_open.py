@@ -1,0 +1,110 @@
+"""Small images in memory, from all that may hold them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from senet_transfer import UserError
+from senet_transfer.data.cifar import archives as cifar_official
+from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
+from senet_transfer.data.cifar.open import cifar_name, open_images
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.shards.write import convert
+from tests.data.cifar.cifar_files import CLASSES, FORMS, expected, official_files, write_tar
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Four images a class and split; losslessly, so that what is read can be told."""
+    root = tmp_path / "tree"
+    random = np.random.RandomState(0)
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for index in range(4):
+                pixels = random.randint(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def pixels(root, split: str) -> list[bytes]:
+    paths = sorted((root / split).rglob("*.png"))
+    return [np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in paths]
+
+
+def content(data: ImageArrays) -> list[bytes]:
+    return [image.numpy().tobytes() for image in data.images]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_tree_its_splits_shards_and_the_prepared_file_give_the_same_images(split, tree, tmp_path):
+    convert(open_folder(tree / split), tmp_path / "shards", split=split, shard_mb=0.01)
+    assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
+    places = [tree, tree / split, tmp_path / "shards"]
+    found = [open_images(place, split=split) for place in places]
+    save_images(found[0], split_file(tmp_path / "prepared", split), "drawn")
+    places = [split_file(tmp_path / "prepared", split), tmp_path / "prepared"]
+    found += [open_images(place, split=split) for place in places]
+    for data in found:
+        assert list(data.classes) == CLASSES
+        pairs = sorted(zip(content(data), data.labels.tolist(), strict=True))
+        expected = zip(pixels(tree, split), [0] * 4 + [1] * 4 + [2] * 4, strict=True)
+        assert pairs == sorted(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_official_data_is_read_as_it_comes(form, packed, tmp_path, monkeypatch):
+    path = write_tar(tmp_path / f"{form}.tar.gz", official_files(form))
+    kinds = tuple(
+        replace(k, md5=cifar_official.md5_of(path)) if form in k.name else k
+        for k in cifar_official.OFFICIAL
+    )
+    monkeypatch.setattr(cifar_official, "OFFICIAL", kinds)
+    monkeypatch.setattr(cifar_official, "_COUNTS", {"train": 20, "test": 5})
+    if not packed:
+        path = tmp_path / "unpacked"
+        path.mkdir()
+        for name, data in official_files(form).items():
+            (path / name).write_bytes(data)
+    images, labels = expected(form)
+    found = open_images(path, split="train")
+    assert torch.equal(found.images, torch.from_numpy(images))
+    assert found.labels.tolist() == labels.tolist()
+    assert len(open_images(path, split="test", classes=CLASSES)) == 5
+
+
+def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
+    (tmp_path / "only").mkdir()
+    Image.new("RGB", (90, 64), (10, 20, 30)).save(tmp_path / "only" / "a.png")
+    found = open_images(tmp_path, split="test")
+    assert found.images.shape == (1, 3, 32, 32)
+    assert found.images.float().mean((0, 2, 3)).tolist() == [10, 20, 30]
+
+
+def test_other_classes_are_refused(tree):
+    with pytest.raises(UserError, match=r"3 classes, expected 3; .*'cat' rather than 'dog'"):
+        open_images(tree, split="test", classes=["dog", "cat", "ship"])
+
+
+def test_a_broken_image_is_named(tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"broken.*can't be decoded"):
+        open_images(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("cifar10_test", "cifar10"),
+        ("/data/cifar100/test.safetensors", "cifar100"),
+        ("/data/mycifar10/test.safetensors", None),
+        ("flowers/test", None),
+    ],
+)
+def test_cifar_is_known_by_name_and_path(dataset, expected):
+    assert cifar_name(dataset) == expected

@@ -1,0 +1,112 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from senet_transfer.data.classification.open import ImageDataset, open_dataset
+from senet_transfer.data.classification.sampling import (
+    class_aware_stream,
+    share,
+    train_stream,
+    unit_positions,
+)
+
+
+def row(sizes, consumers, epochs, seed=3):
+    """The units of all consumers, put back into the order of their positions."""
+    merged = {}
+    for consumer in range(consumers):
+        positions = unit_positions(
+            np.array(sizes), seed=seed, consumer=consumer, consumers=consumers
+        )
+        for turn, (epoch, unit, skip) in zip(range(epochs * len(sizes)), positions, strict=False):
+            merged[consumer + turn * consumers] = (epoch, unit)
+            assert skip == 0
+    return [merged[position] for position in range(epochs * len(sizes))]
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("sizes", [[5], [4, 4, 4], [3, 9, 1, 7, 7, 2, 5]])
+def test_every_epoch_of_positions_holds_each_unit_once_for_any_number_of_consumers(
+    sizes, consumers
+):
+    positions = row(sizes, consumers, epochs=4)
+    for epoch in range(4):
+        part = positions[epoch * len(sizes) : (epoch + 1) * len(sizes)]
+        assert sorted(unit for _, unit in part) == list(range(len(sizes)))
+        assert {number for number, _ in part} == {epoch}
+
+
+def test_epochs_have_different_orders_and_seeds_too():
+    sizes = [1] * 50
+    positions = row(sizes, 1, epochs=2)
+    assert positions[:50] != [(0, unit) for _, unit in positions[50:]]
+    assert [unit for _, unit in row(sizes, 1, 1)] != [unit for _, unit in row(sizes, 1, 1, seed=4)]
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [3, 9, 1, 7, 7, 2, 5], [1] * 11])
+@pytest.mark.parametrize("consumers", [1, 2, 5])
+def test_starting_later_continues_the_same_row(sizes, consumers):
+    sizes = np.array(sizes)
+
+    def samples(start):
+        positions = unit_positions(
+            sizes, seed=0, consumer=consumers - 1, consumers=consumers, start=start
+        )
+        for epoch, unit, skip in positions:
+            yield from ((epoch, unit, place) for place in range(skip, sizes[unit]))
+
+    whole = list(islice(samples(0), 200))
+    for start in range(0, 150):
+        assert list(islice(samples(start), 50)) == whole[start : start + 50]
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_samples_of_a_shard_are_each_delivered_once_whatever_the_block(make_shards, block):
+    dataset = open_dataset(make_shards(30, 10))
+    stream = train_stream(dataset, seed=0, consumer=0, consumers=1, block=block)
+    first, second = list(islice(stream, 30)), list(islice(stream, 30))
+    assert len({sample.key for _, sample in first}) == 30
+    assert {sample.key for _, sample in first} == {sample.key for _, sample in second}
+    assert [sample.key for _, sample in first] != [sample.key for _, sample in second]
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
+    make_shards, val, consumers, kind
+):
+    dataset = open_dataset(make_shards(24, 3) if kind == "shards" else val)
+    streams = [
+        class_aware_stream(dataset, seed=0, consumer=consumer, consumers=consumers)
+        for consumer in range(consumers)
+    ]
+    draws = [next(streams[draw % consumers]) for draw in range(4 * 12)]
+    for turn in range(12):
+        assert {sample.label for _, sample in draws[4 * turn : 4 * turn + 4]} == {0, 1, 2, 3}
+    # 24 images of 4 classes: 6 a class.
+    for label in range(4):
+        keys = [sample.key for _, sample in draws if sample.label == label]
+        assert len(set(keys[:6])) == len(set(keys[6:])) == 6
+        assert [epoch for epoch, sample in draws if sample.label == label] == [0] * 6 + [1] * 6
+
+
+def test_class_aware_favours_no_class_however_few_images_it_has(val):
+    dataset = open_dataset(val)
+    images = dataset.images
+    keep = np.flatnonzero((images.labels != 2) | (np.arange(24) == 2))  # one image of class 2
+    labels = images.labels[keep]
+    names = [images.names[index] for index in keep]
+    few = ImageDataset(type(images)(images.root, names, labels, images.classes, images.sizes[keep]))
+    stream = class_aware_stream(few, seed=0, consumer=0, consumers=1)
+    counts = np.bincount([sample.label for _, sample in islice(stream, 400)])
+    assert counts.tolist() == [100, 100, 100, 100]
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 100])
+@pytest.mark.parametrize("consumers", [1, 3, 8])
+def test_evaluation_shares_are_equal_to_a_sample_and_leave_none_out(total, consumers):
+    shares = [share(total, consumer, consumers) for consumer in range(consumers)]
+    assert [sample for first, end in shares for sample in range(first, end)] == list(range(total))
+    sizes = [end - first for first, end in shares]
+    assert max(sizes) - min(sizes) <= 1

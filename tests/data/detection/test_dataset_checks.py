@@ -1,0 +1,129 @@
+import json
+import os
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin, register_coco_instances
+
+from senet_transfer.data.detection.coco import register_coco_dataset, register_shapes
+from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, dataset_classes
+from senet_transfer.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+
+
+def test_classes_are_known_for_data_sets_of_every_kind(data, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_shapes()
+    path, images = files(data)
+    register_coco_dataset("mine", path, images)
+    register_coco_instances("theirs", {}, str(path), str(images))
+    assert dataset_classes(["mine", "theirs"]) == ["cat", "dog"]
+    assert len(dataset_classes(("coco_2017_train", "coco_2017_val"))) == 80
+    assert dataset_classes("keypoints_coco_2017_val") == ["person"]
+    assert dataset_classes(["shapes_train", "shapes_val"])[0] == "circle"
+    assert dataset_classes([]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[0].update(name="wolf"), "class 1 is 'dog' in the first, 'wolf' in the second"),
+        (lambda c: c.append({"id": 99, "name": "x"}), "2 and 3 .*class 2 is missing in the first"),
+        (lambda c: c[0].update(id=1), "class 0 is 'cat' in the first, 'dog' in the second"),
+    ],
+)
+def test_data_sets_that_disagree_on_classes_are_refused(change, message, data, files, annotation):
+    register_coco_dataset("one", *files(data))
+    change(data["categories"])
+    data["annotations"] = [annotation(1, 7, 2, [1, 1, 9, 9])]
+    register_coco_dataset("two", *files(data, "two.json"))
+    with pytest.raises(UserError, match=f"'one' and 'two' have different classes.*{message}"):
+        dataset_classes(["one", "two"])
+
+
+def test_a_data_set_without_classes_is_refused():
+    DatasetCatalog.register("plain", lambda: [{}])
+    with pytest.raises(UserError, match="'plain' has no class names.*'plain'.*thing_classes"):
+        dataset_classes("plain")
+
+
+def test_classes_that_only_missing_files_would_tell_are_reported_as_missing_files(tmp_path):
+    register_coco_instances("theirs", {}, str(tmp_path / "train.json"), str(tmp_path))
+    with pytest.raises(UserError, match=r"train\.json \(missing\)"):
+        dataset_classes("theirs")
+
+
+@pytest.mark.parametrize("ask", [dataset_classes, check_datasets_on_disk])
+def test_an_unknown_name_gets_the_nearest_ones_and_the_way_to_register(ask):
+    with pytest.raises(UserError, match="'coco_2017_trian'. Did you mean 'coco_2017_train'") as e:
+        ask(["coco_2017_trian"])
+    assert "--dataset NAME JSON FOLDER" in str(e.value)
+    assert "DATASETS.REGISTER" in str(e.value)
+    with pytest.raises(UserError, match="Unknown data set 'qqq'. Expected"):
+        ask(["qqq"])
+
+
+@pytest.fixture
+def coco_root(tmp_path, monkeypatch):
+    """Points Detectron2's own COCO data sets to a folder, as at an import with another root."""
+    monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
+    for name in ("coco_2017_train", "coco_2017_val"):
+        values = vars(MetadataCatalog.get(name))
+        for key in ("json_file", "image_root"):
+            values[key] = str(tmp_path / "data" / os.path.relpath(values[key], "datasets"))
+    return tmp_path / "data"
+
+
+def test_missing_coco_files_are_listed_with_where_they_go_and_come_from(coco_root):
+    with pytest.raises(UserError) as caught:
+        check_datasets_on_disk(["coco_2017_train", "coco_2017_val"])
+    message = str(caught.value)
+    assert f"{coco_root}/coco/annotations/instances_train2017.json (missing)" in message
+    assert f"{coco_root}/coco/val2017/ (missing)" in message
+    for part in ("train2017.zip", "val2017.zip", "annotations_trainval2017.zip", "cocodataset.org"):
+        assert part in message
+    assert f"Expected under {coco_root} ($DETECTRON2_DATASETS" in message
+    assert "make demo" in message
+    assert "--config-file configs/finetune_detector.yaml" in message
+    assert "--dataset my_train train.json images/" in message
+    assert "--dataset my_val val.json images/" in message
+
+
+def test_only_what_is_missing_is_listed(coco_root, data):
+    (coco_root / "coco/annotations").mkdir(parents=True)
+    (coco_root / "coco/val2017").mkdir()
+    json_file = coco_root / "coco/annotations/instances_val2017.json"
+    json_file.write_text(json.dumps(data)[:-5])
+    with pytest.raises(UserError) as caught:
+        check_datasets_on_disk("coco_2017_val")
+    assert "instances_val2017.json is cut off" in str(caught.value)
+    assert "val2017/ (empty)" in str(caught.value)
+    assert "(missing)" not in str(caught.value)
+    json_file.write_text(json.dumps(data))
+    (coco_root / "coco/val2017/a.jpg").touch()
+    check_datasets_on_disk("coco_2017_val")
+
+
+def test_missing_files_of_other_builtin_data_sets_are_listed(monkeypatch, tmp_path):
+    vars(MetadataCatalog.get("voc_2007_val"))["dirname"] = str(tmp_path / "VOC2007")
+    with pytest.raises(UserError, match="VOC2007/ .missing."):
+        check_datasets_on_disk(["voc_2007_val"])
+
+
+def test_data_of_ones_own_pass_and_are_looked_at_again(data, files):
+    path, images = files(data)
+    register_coco_dataset("mine", path, images)
+    check_datasets_on_disk(["mine"], evaluated=["mine"])
+    path.unlink()
+    with pytest.raises(UserError, match="not found"):
+        check_datasets_on_disk(["mine"])
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_a_file_that_cocos_metric_cannot_read_trains_but_is_not_evaluated_on(key, data, files):
+    del data["annotations"][0][key]
+    register_coco_dataset("mine", *files(data))
+    check_datasets_on_disk(["mine"])
+    with pytest.raises(UserError, match="1 of 3 annotations .*DATASETS.TEST"):
+        check_datasets_on_disk(["mine"], evaluated=["mine"])

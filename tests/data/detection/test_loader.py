@@ -1,0 +1,100 @@
+"""Detection's batches: Detectron2's, and the same from wherever they are begun."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import TrainingSampler
+
+from senet_transfer.data.detection.coco import register_coco_dataset
+from senet_transfer.data.detection.loader import (
+    PlannedBatches,
+    build_train_loader,
+    random_numbers_of,
+)
+from senet_transfer.data.detection.mapper import CheckedDatasetMapper
+from senet_transfer.data.shapes.generate import make_shapes
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=2)
+
+
+@pytest.fixture
+def loader(folder):
+    """A function to the first batches of a loader, from an iteration on."""
+    register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("own",)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER.IMS_PER_BATCH = (48, 64, 80), 3
+
+    def batches(count, *, workers=0, seed=5, start_iter=0):
+        cfg.DATALOADER.NUM_WORKERS = workers
+        mapper = CheckedDatasetMapper(cfg, is_train=True)
+        row = build_train_loader(cfg, mapper, seed=seed, start_iter=start_iter)
+        return list(itertools.islice(row, count))
+
+    batches.cfg = cfg
+    return batches
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert [image["image_id"] for image in one] == [image["image_id"] for image in other]
+        for image, twin in zip(one, other, strict=True):
+            assert torch.equal(image["image"], twin["image"])
+            boxes, others = image["instances"].gt_boxes, twin["instances"].gt_boxes
+            assert torch.equal(boxes.tensor, others.tensor)
+
+
+def test_a_batch_follows_from_seed_and_iteration_alone(loader):
+    straight = loader(6)
+    assert_same(loader(6, workers=2), straight)
+    assert_same(loader(2, workers=1, start_iter=4), straight[4:])
+    others = [image["image_id"] for batch in loader(4, seed=6) for image in batch]
+    assert others != [image["image_id"] for batch in straight[:4] for image in batch]
+
+
+def test_batches_are_of_one_shape_as_detectron2_groups_them():
+    records = [{"width": w, "height": h} for w, h in ((4, 3), (3, 4), (5, 2), (2, 2), (3, 9))]
+    sampler = TrainingSampler(len(records), seed=3)
+    wide = lambda index: records[index]["width"] > records[index]["height"]  # noqa: E731
+    theirs = AspectRatioGroupedDataset((records[index] for index in sampler), 2)
+    ours = PlannedBatches(sampler, batch_size=2, is_wide=wide)
+    for batch, expected in zip(itertools.islice(ours, 40), theirs, strict=False):
+        assert [records[index] for _, index in batch] == expected
+
+
+def test_what_is_drawn_elsewhere_is_not_disturbed():
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = np.random.rand(), torch.rand(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    with random_numbers_of(7, 8):
+        drawn = np.random.rand(), torch.rand(1)
+    with random_numbers_of(7, 8):
+        assert (np.random.rand(), torch.rand(1)) == drawn
+    assert (np.random.rand(), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes", "warned"),
+    [(2000, "500 passes", False), (2001, "500 passes", True), (180000, "45000 passes", True)],
+)
+def test_a_schedule_for_far_more_images_than_there_are_is_told(
+    loader, caplog, steps, passes, warned
+):
+    loader.cfg.SOLVER.MAX_ITER = steps
+    with caplog.at_level("INFO", logger="senet_transfer"):
+        loader(1)
+    (said,) = [record for record in caplog.records if "passes over" in record.message]
+    assert passes in said.message
+    assert (said.levelname == "WARNING") == warned
+    assert ("SOLVER.MAX_ITER" in said.message) == warned

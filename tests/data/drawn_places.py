@@ -1,0 +1,65 @@
+"""Small data sets in Places365's layout, for the tests here."""
+
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from senet_transfer.engine.launch import run_single
+
+SCRIPTS = Path(__file__).parents[2] / "datasets"
+
+CLASSES = ["a/airfield", "b/barn", "s/swimming_pool/indoor", "s/swimming_pool/outdoor"]
+
+
+def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
+    """A smooth image that no other seed gives."""
+    noise = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.BILINEAR).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def write_val(root: Path, count: int, seed: int = 0) -> Path:
+    """Writes a Places365 validation split: lists and `val_256`."""
+    folder = root / "val_256"
+    folder.mkdir(parents=True)
+    lines = []
+    for index in range(count):
+        name = f"Places365_val_{index + 1:08d}.jpg"
+        (folder / name).write_bytes(jpeg(1000 * seed + index))
+        lines.append(f"{name} {index * 7 % len(CLASSES)}\n")
+    (root / "places365_val.txt").write_text("".join(lines))
+    categories = (f"/{name} {label}\n" for label, name in enumerate(CLASSES))
+    (root / "categories_places365.txt").write_text("".join(categories))
+    return root
+
+
+def shard_bytes(root: Path) -> dict[str, bytes]:
+    """The content of all that a conversion leaves, by name."""
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.name != ".lock"}
+
+
+def keys_of_tar(path: Path) -> list[str]:
+    """The keys in a shard, read with nothing but tarfile."""
+    with tarfile.open(path) as tar:
+        return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
+
+
+def command(name):
+    """A script of `datasets/` as a function from its words to its exit status."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(words):
+        try:
+            run_single(module.main, module.parser().parse_args(words))
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call

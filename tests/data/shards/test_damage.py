@@ -1,0 +1,247 @@
+"""What a damaged or hostile shard does: each kind is caught, and the message says which file."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+
+from senet_transfer.data.classification.loader import (
+    build_classification_eval_loader,
+    build_classification_train_loader,
+)
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
+from senet_transfer.data.shards.verify import verify
+from senet_transfer.errors import UserError
+from tests.data.drawn_places import jpeg
+
+
+@pytest.fixture
+def shards(make_shards):
+    return make_shards(24, 2)
+
+
+def evaluate(folder, workers=0):
+    transform = EvalTransform(resize=24, crop=16)
+    loader = build_classification_eval_loader(
+        open_dataset(folder), batch_size=5, transform=transform, num_workers=workers
+    )
+    return sum(len(batch["key"]) for batch in loader)
+
+
+def train(folder, workers=0):
+    loader = build_classification_train_loader(
+        open_dataset(folder), batch_size=6, transform=TrainTransform(size=16), seed=0
+    )
+    for _, _ in zip(range(8), loader, strict=False):
+        pass
+
+
+def members(path):
+    """Offset of the header, offset of the data, and size of each member."""
+    with tarfile.open(path) as tar:
+        return [(member.offset, member.offset_data, member.size) for member in tar]
+
+
+def first_shard(folder):
+    return folder / "val-000000.tar"
+
+
+def agree(folder):
+    """Makes the manifest agree with damaged shards in size and hash, as a forger would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"]:
+        data = (folder / shard["name"]).read_bytes()
+        shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(manifest))
+
+
+def insert(folder, member, data):
+    """Puts a further member at the front of a shard."""
+    path = first_shard(folder)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    length = 512 + -(-len(data) // 512) * 512
+    path.write_bytes(buffer.getvalue()[:length] + path.read_bytes())
+    agree(folder)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shards, use):
+    path = first_shard(shards)
+    cut = members(path)[10][0]  # a label's header: whole samples before it
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"val-000000\.tar is damaged: found 5 samples .* has 12"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_a_shard_cut_between_label_and_image_is_caught(shards, use):
+    path = first_shard(shards)
+    path.write_bytes(path.read_bytes()[: members(path)[11][0]])
+    with pytest.raises(UserError, match=r"val-000000\.tar has 0 images"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_a_shard_cut_inside_an_image_is_caught(shards, use):
+    path = first_shard(shards)
+    path.write_bytes(path.read_bytes()[: members(path)[11][1] + 100])
+    with pytest.raises(UserError, match=r"val-000000\.tar is damaged"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+@pytest.mark.parametrize("member", [0, 10, 11])
+def test_a_flipped_header_byte_is_caught(shards, use, member):
+    path = first_shard(shards)
+    data = bytearray(path.read_bytes())
+    data[members(path)[member][0] + 3] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"val-000000\.tar"):
+        use(shards)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_jpeg_is_an_error_in_evaluation_and_a_counted_skip_in_training(
+    shards, workers, caplog
+):
+    path = first_shard(shards)
+    _, offset, size = members(path)[11]
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2 : offset + size] = bytes(size - size // 2)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot decode Places365_val_\d+_\d+ in .*000000\.tar"):
+        evaluate(shards, workers)
+    train(shards)
+    assert "skipping a broken image: Places365_val_" in caplog.text
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+@pytest.mark.parametrize("name", ["../../x", "../../x.jpg", "/etc/x.jpg", "a/../../x.jpg"])
+def test_a_member_that_leads_elsewhere_is_refused_and_nothing_is_written(
+    shards, use, name, tmp_path, monkeypatch
+):
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    insert(shards, tarfile.TarInfo(name), jpeg(0))
+    with pytest.raises(UserError, match="has a member named"):
+        use(shards)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+@pytest.mark.parametrize("extension", ["pyd", "pkl", "pickle", "pth", "npy", "jpg.pyd"])
+def test_a_pickled_member_is_refused_and_never_unpickled(shards, use, extension, tmp_path):
+    insert(shards, tarfile.TarInfo(f"x.{extension}"), pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(UserError, match="Pickles .* are refused"):
+        use(shards)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_a_symlink_in_the_place_of_an_image_is_caught(shards, use):
+    member = tarfile.TarInfo("evil.jpg")
+    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    insert(shards, member, b"")
+    insert(shards, tarfile.TarInfo("evil.cls"), b"1")
+    with pytest.raises(UserError, match=r"evil of the shard .*val-000000\.tar has 0 images"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+@pytest.mark.parametrize("label", [b"4", b"-1", b"x", b"", b"99999999999"])
+def test_a_label_that_is_none_is_caught(shards, use, label):
+    insert(shards, tarfile.TarInfo("extra.jpg"), jpeg(1))
+    insert(shards, tarfile.TarInfo("extra.cls"), label)
+    with pytest.raises(UserError, match="sample extra of the shard"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_more_samples_than_the_manifest_has_are_caught(shards, use):
+    insert(shards, tarfile.TarInfo("extra.jpg"), jpeg(1))
+    insert(shards, tarfile.TarInfo("extra.cls"), b"1")
+    with pytest.raises(UserError, match="more than the 12 samples"):
+        use(shards)
+
+
+@pytest.mark.parametrize("use", [evaluate, train])
+def test_a_missing_shard_is_named(shards, use):
+    first_shard(shards).unlink()
+    with pytest.raises(UserError, match=r"cannot open .*val-000000\.tar"):
+        use(shards)
+
+
+@pytest.mark.parametrize("where", ["header", "image", "label"])
+def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
+    assert verify(shards) == 24
+    path = first_shard(shards)
+    header, offset, size = members(path)[11 if where != "label" else 10]
+    data = bytearray(path.read_bytes())
+    data[header + 3 if where == "header" else offset + size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000\.tar has sha256"):
+        verify(shards, workers=2)
+    agree(shards)
+    if where != "image":  # a flipped bit in an image can be another valid image
+        with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000"):
+            verify(shards)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda content: content.pop("format"), "not a manifest"),
+        (lambda content: content.update(version=99), "version 99"),
+        (lambda content: content.pop("shards"), "damaged: KeyError"),
+        (lambda content: content.update(samples=25), "says 25 samples"),
+        (lambda content: content["shards"][0].update(samples=11), "does not add up"),
+        (lambda content: content["shards"][0].update(name="../x.tar"), "plain name"),
+        (lambda content: content["shards"][0].update(name="pipe:ls"), "plain name"),
+        (lambda content: content.update(shards=[], samples=0), "0 shards"),
+        (lambda content: content.update(classes=["one"]), "labels out of range"),
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_refused(shards, change, found):
+    path = shards / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=found):
+        open_dataset(shards)
+
+
+def test_an_index_of_other_shards_is_refused_in_class_aware_sampling(shards):
+    a, b = (shards / f"val-00000{number}.index.npy" for number in range(2))
+    b.write_bytes(a.read_bytes())
+    dataset = open_dataset(shards)
+    options = {"batch_size": 24, "transform": TrainTransform(size=16), "seed": 0}
+    with pytest.raises(UserError, match="Shard and index do not belong together"):
+        next(iter(build_classification_train_loader(dataset, class_aware=True, **options)))
+
+
+@pytest.mark.parametrize("url", ["pipe:touch x", "PIPE:touch x", "ftp://x/y", "hf://x", "gopen:x"])
+def test_addresses_that_run_commands_or_are_unknown_are_refused(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot read .* expected a local path or one of"):
+        open_dataset(url)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""Which checkpoints a run keeps, goes back to, and never touches."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from senet_transfer import UserError
+from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
+
+
+@pytest.fixture
+def saver(tmp_path, monkeypatch):
+    """A checkpointer of a model of one number, which saves the number."""
+    monkeypatch.setattr(
+        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _: {}
+    )
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), keep=2)
+    return lambda number: checkpointer.save(f"model_{number:07d}", iteration=number)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("model_*.pth"))
+
+
+def test_the_newest_few_stay_and_their_sums_go_with_them(saver, tmp_path):
+    (tmp_path / "model_best.pth").write_bytes(b"best")
+    for number in (1, 3, 5, 7):
+        saver(number)
+    assert names(tmp_path) == ["model_0000005.pth", "model_0000007.pth", "model_best.pth"]
+    assert len(list(tmp_path.glob("*.sha256"))) == 2
+    assert history.checkpoints(tmp_path) == ["model_0000007.pth", "model_0000005.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000007.pth"
+
+
+def test_every_sum_is_the_one_that_sha256sum_would_write(saver, tmp_path):
+    saver(1)
+    path = tmp_path / "model_0000001.pth"
+    assert (tmp_path / "model_0000001.pth.sha256").read_text() == (
+        f"{history.file_sha256(path)}  {path.name}\n"
+    )
+    assert torch.load(path, weights_only=True)["iteration"] == 1
+
+
+def test_a_tag_that_was_set_back_is_obeyed(saver, tmp_path):
+    saver(1)
+    saver(3)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert history.checkpoints(tmp_path) == ["model_0000001.pth"]
+
+
+def test_a_file_that_is_written_again_is_the_newest(saver, tmp_path):
+    saver(1)
+    saver(3)
+    saver(1)
+    assert history.checkpoints(tmp_path) == ["model_0000001.pth", "model_0000003.pth"]
+
+
+def test_names_that_lead_out_of_the_folder_are_neither_read_nor_deleted(saver, tmp_path):
+    outside = tmp_path.parent / "model_outside.pth"
+    outside.write_bytes(b"precious")
+    (tmp_path / "recent_checkpoints").write_text(f"../{outside.name}\n{outside}\nconfig.yaml\n")
+    (tmp_path / "config.yaml").write_text("precious")
+    for number in (1, 3, 5):
+        saver(number)
+    assert outside.read_bytes() == b"precious"
+    assert (tmp_path / "config.yaml").is_file()
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_run_that_begins_anew_has_nothing_to_resume_and_keeps_the_files(saver, tmp_path):
+    saver(1)
+    history.forget(tmp_path)
+    assert history.checkpoints(tmp_path) == []
+    assert names(tmp_path) == ["model_0000001.pth"]
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(saver, tmp_path):
+    saver(1)
+    left = [
+        ".model_0000003.pth.abc.tmp",
+        ".model_0000001.pth.sha256.x.tmp",
+        ".last_checkpoint.x.tmp",
+    ]
+    for name in (*left, ".mine.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("x")
+    history.sweep(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.tmp")} | {
+        path.name for path in tmp_path.glob(".*.tmp")
+    } == {".mine.tmp", "notes.tmp"}
+    assert names(tmp_path) == ["model_0000001.pth"]
+
+
+def test_the_one_before_a_damaged_one_is_taken_and_said(saver, tmp_path, caplog):
+    saver(1)
+    saver(3)
+    path = tmp_path / "model_0000003.pth"
+    path.write_bytes(path.read_bytes()[:-1])
+    logging.getLogger("senet_transfer").propagate = True
+    assert history.newest_whole(tmp_path).name == "model_0000001.pth"
+    assert "model_0000003.pth: its SHA-256 is" in caplog.text
+    (tmp_path / "model_0000001.pth").unlink()
+    with pytest.raises(UserError, match="(?s)No checkpoint in .* is whole.*SHA-256"):
+        history.newest_whole(tmp_path)
+
+
+def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp_path):
+    saver(1)
+    path = tmp_path / "model_0000001.pth"
+    (tmp_path / "model_0000001.pth.sha256").unlink()
+    assert history.damage(path) == ""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"iteration") + 12] ^= 1
+    path.write_bytes(data)
+    assert "is damaged" in history.damage(path)
+
+
+def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _: {}
+    )
+    UntaggedCheckpointer(nn.Linear(1, 1), str(tmp_path)).save("model_best")
+    assert history.checkpoints(tmp_path) == []
+    assert history.damage(tmp_path / "model_best.pth") == ""
+    assert (tmp_path / "model_best.pth.sha256").is_file()
+
+
+def test_a_line_that_a_process_was_killed_in_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.json"
+    history.drop_torn_line(path)
+    for content, left in (("{}\n{}\n", "{}\n{}\n"), ('{}\n{"a', "{}\n"), ('{"a', ""), ("", "")):
+        path.write_text(content)
+        history.drop_torn_line(path)
+        assert path.read_text() == left

@@ -1,0 +1,96 @@
+"""Detectron2's checkpointer with strict loading: initial weights, resumed runs, damaged ones."""
+
+import pytest
+import torch
+from detectron2.solver import build_lr_scheduler, build_optimizer
+
+from senet_transfer import UserError, create_classifier
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.weights.mapping.source import examine
+from tests.weights.detectors import config, detector
+from tests.weights.peers import peer, randomise, save
+
+
+def _run(folder, classes=3, seed=0):
+    """What a run checkpoints."""
+    model = detector("se_resnet18", classes, seed=seed)
+    cfg = config("se_resnet18")
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    return model, optimizer, Checkpointer(model, str(folder), **parts)
+
+
+def test_a_run_is_taken_up_with_all_its_state(tmp_path):
+    model, optimizer, checkpointer = _run(tmp_path)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    checkpointer.save("model_0000004", iteration=4)
+
+    again, fresh, second = _run(tmp_path, seed=1)
+    rest = second.resume_or_load("", resume=True)
+    assert rest["iteration"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(
+        model.state_dict().values(), again.state_dict().values(), strict=True))  # fmt: skip
+    momenta = [
+        [state["momentum_buffer"] for state in o.state.values() if "momentum_buffer" in state]
+        for o in (optimizer, fresh)
+    ]
+    assert momenta[0]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+
+
+def test_checkpoints_say_what_their_network_is(tmp_path):
+    _, _, checkpointer = _run(tmp_path)
+    checkpointer.save("model_final")
+    source = examine(tmp_path / "model_final.pth")
+    assert source.family.name == "senet_transfer"
+    assert source.geometry.stem_pool == "pad"
+    assert source.preprocessing.format == "BGR"
+    assert source.detector
+
+
+def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tmp_path):
+    _run(tmp_path)[2].save("model_final")
+    _, _, other = _run(tmp_path, classes=5)
+    with pytest.raises(UserError, match="cls_score"):
+        other.resume_or_load("", resume=True)
+    other.resume_or_load(str(tmp_path / "model_final.pth"), resume=False)
+    assert len(other.report.initialised) == 4
+
+
+def test_predicting_needs_a_file_of_the_whole_model(tmp_path):
+    path = save(peer("timm", "seresnet18"), tmp_path / "trunk.pth")
+    with pytest.raises(UserError, match="missing in the file"):
+        Checkpointer(detector("se_resnet18")).load(str(path))
+
+
+def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
+    model = create_classifier("resnet18", 10)
+    checkpointer = Checkpointer(model, family="torchvision_v2")
+    assert checkpointer.resume_or_load(str(path), resume=False) == {}
+    assert checkpointer.report.family == "torchvision_v2"
+    assert set(checkpointer.report.initialised) == {"linear.weight", "linear.bias"}
+
+
+def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
+    """Trap: Detectron2's own trains from random weights then."""
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
+    right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
+    checkpointer = Checkpointer(create_classifier("resnet18"))
+    with pytest.raises(UserError, match="no family that is known"):
+        checkpointer.load(str(tmp_path / "other.pth"), [])
+    with pytest.raises(UserError, match="no weight file"):
+        checkpointer.load(str(tmp_path / "absent.pth"), [])
+    checkpointer.load(str(right))
+    assert not checkpointer.report.initialised
+
+
+def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
+    model, _, checkpointer = _run(tmp_path)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="no state of the optimizer, scheduler"):
+        checkpointer.load(str(tmp_path / "weights.pth"))
+    assert checkpointer.load("") == {}

@@ -1,0 +1,92 @@
+"""A small tree of images with a folder a class, and command lines on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.shards.write import convert
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+from tests.small_networks import SE_RESNEXT50
+
+CLASSES = ("blue", "green", "nested/blue", "red")
+PER_CLASS = 6
+
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    **SE_RESNEXT50,
+    "INPUT.CLASSIFICATION.CROP": "32",
+    "INPUT.CLASSIFICATION.TEST_RESIZE": "36",
+    "INPUT.CLASSIFICATION.TEST_CROP": "32",
+    "DATALOADER.NUM_WORKERS": "0",
+    "SOLVER.IMS_PER_BATCH": "4",
+    "SOLVER.BASE_LR": "0.0005",
+    "SOLVER.MAX_ITER": "2",
+    "SOLVER.STEPS": "()",
+    "SOLVER.CHECKPOINT_PERIOD": "2",
+    "SEED": "3",
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """For every test here."""
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.RandomState(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for index in range(PER_CLASS):
+            pixels = random.randint(0, 120, (5, 6, 3))
+            pixels[..., label % 3] += 100
+            image = Image.fromarray(pixels.astype(np.uint8)).resize((48, 40), Image.BILINEAR)
+            image.save(root / name / f"{index}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tree, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("shards")
+    convert(open_folder(tree), output, split="images", shard_mb=0.02)
+    assert len(list(output.glob("*.tar"))) > 2
+    return output
+
+
+@pytest.fixture
+def words(tree, tmp_path):
+    """A function from flags and overrides to the words of a small training command."""
+
+    def make(*flags: str, config: str = "configs/base/classification.yaml", **overrides: str):
+        keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run")}
+        keys |= {f"DATASETS.{which}": f"('{tree}',)" for which in ("TRAIN", "TEST")}
+        keys |= overrides
+        return ["--config-file", config, *flags, *(word for item in keys.items() for word in item)]
+
+    return make
+
+
+@pytest.fixture
+def command(words):
+    """As `words`, parsed."""
+    return lambda *flags, **overrides: argument_parser().parse_args(words(*flags, **overrides))
+
+
+@pytest.fixture
+def train(command):
+    """A function that trains as a command line says, and returns the trainer."""
+
+    def run(*flags: str, **overrides: str) -> Trainer:
+        args = command(*flags, **overrides)
+        trainer = Trainer(setup(args))
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        return trainer
+
+    return run

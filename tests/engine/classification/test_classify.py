@@ -1,0 +1,63 @@
+"""Predictions of classes on images."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from senet_transfer import UserError
+from senet_transfer.engine.classify import classify_images
+from senet_transfer.engine.predictor import find_images, load_trained
+from tests.processes import call
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tree, tmp_path):
+    model = train().model.eval()
+    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    images = find_images([str(tree / "red"), str(tree / "nested" / "blue" / "0.jpg")])
+    json_file, found = classify_images(cfg, images, str(tmp_path / "out"), quiet=True)
+    assert json.loads(Path(json_file).read_text()) == found
+    assert [entry["file_name"] for entry in found] == images
+    view = transforms.Compose(
+        [transforms.Resize(36), transforms.CenterCrop(32), transforms.PILToTensor()]
+    )
+    for entry in found:
+        with torch.no_grad():
+            logits = model({"image": view(Image.open(entry["file_name"]))[None]})[0]
+        best = logits.softmax(0).topk(4)
+        assert [row["label"] for row in entry["top"]] == best.indices.tolist()
+        assert [row["probability"] for row in entry["top"]] == pytest.approx(best.values.tolist())
+        for row in entry["top"]:
+            assert row["class"] == cfg.DATASETS.CLASSES[row["label"]]
+
+
+def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
+    train()
+    line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
+    line += ["--input", tree / "red", "--limit", "2", "--output", tmp_path / "out"]
+    done = call(sys.executable, *line)
+    assert done.returncode == 0, done.stderr
+    first, _, last = done.stdout.strip().splitlines()
+    assert first.startswith(f"{tree}/red/0.jpg: ")
+    assert "%" in first
+    assert last.endswith("predictions.json")
+
+
+def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
+    train()
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    images = [str(tmp_path / "broken.jpg"), str(tree / "red" / "0.jpg")]
+    with pytest.raises(UserError, match="(?s)1 of 2 images can't be read.*broken.jpg"):
+        classify_images(cfg, images, str(tmp_path / "out"), quiet=True)
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert entry["file_name"] == images[1]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output folder .*file can't be made"):
+        classify_images(cfg, images, str(tmp_path / "file"))

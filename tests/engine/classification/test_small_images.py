@@ -1,0 +1,148 @@
+"""Training and evaluation on small images in memory, from the config to the predictions."""
+
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from senet_transfer import UserError
+from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.data.build import train_loader, use_classification_datasets
+from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
+from senet_transfer.engine.classify import classify_images
+from senet_transfer.engine.predictor import load_trained
+from senet_transfer.engine.setup import load_config, setup
+
+CONFIG = "configs/instant/cifar10_se_shake_shake26_2x96d.yaml"
+SIDE = "INPUT.CLASSIFICATION"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """``$DETECTRON2_DATASETS`` with a small data set in CIFAR-10's place."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 10)):
+        images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
+        data = ImageArrays(images, torch.arange(count) % 3, ["cat", "dog", "ship"], "drawn")
+        save_images(data, split_file(tmp_path / "data" / "cifar10", split), "drawn")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    return tmp_path
+
+
+@pytest.fixture
+def small(root):
+    """Overrides for a run of a small network with all that augments."""
+    return {
+        "config": CONFIG,
+        "DATASETS.TRAIN": "('cifar10_train',)",
+        "DATASETS.TEST": "('cifar10_test',)",
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.BACKBONE.ARCH": "cifar_resnet8",
+        f"{SIDE}.TEST_RESIZE": "32",
+        f"{SIDE}.CUTOUT": "16",
+        "OUTPUT_DIR": str(root / "straight"),
+    }
+
+
+def tensors(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train, root):
+    keys = {**small, "SOLVER.MAX_ITER": "8", "SOLVER.CHECKPOINT_PERIOD": "4"}
+    train(**keys)
+    broken = root / "broken"
+    broken.mkdir()
+    for name in ("model_0000003.pth", "config.yaml"):
+        shutil.copy(root / "straight" / name, broken / name)
+    (broken / "last_checkpoint").write_text("model_0000003.pth")
+    resumed = train("--resume", **{**keys, "OUTPUT_DIR": str(broken)})
+    assert resumed.start_iter == 4
+    whole, again = (tensors(root / name / "model_final.pth") for name in ("straight", "broken"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    other = train(**{**keys, "SEED": "4", "OUTPUT_DIR": str(root / "other")})
+    state = other.model.state_dict()
+    assert not all(torch.equal(whole[key], state[key]) for key in whole)
+
+
+def test_a_step_sees_the_batch_normalised_with_squares_cut_out(small, command):
+    cfg = setup(command(**small))
+    batch = next(iter(train_loader(cfg, cfg.SEED, start_iter=5)))
+    assert torch.equal(batch["image"], next(islice(train_loader(cfg, cfg.SEED), 5, 6))["image"])
+    model = build_model(cfg)
+    seen = []
+    model.backbone.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(batch)
+    model.eval()(batch)
+    trained, evaluated = seen
+    mean, std = (torch.tensor(getattr(cfg.MODEL, f"PIXEL_{n}")) for n in ("MEAN", "STD"))
+    plain = (batch["image"] - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    torch.testing.assert_close(evaluated, plain)
+    for image, original, centre in zip(trained, plain, batch["cutout"].tolist(), strict=True):
+        top, left = (max(place - 8, 0) for place in centre)
+        bottom, right = (place + 8 for place in centre)
+        original[:, top:bottom, left:right] = 0
+        torch.testing.assert_close(image, original)
+
+
+def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
+    trainer = train(**small)
+    weights = root / "straight" / "model_final.pth"
+    words = ["--weights", str(weights), "--output", str(root / "results.json"), "--quiet"]
+    found = run_evaluation(evaluation_parser(None).parse_args(words))
+    logged = trainer._last_eval_results["classification"]
+    assert found["model"] == "se_cifar_resnet8"
+    assert (found["images"], found["top1_error"]) == (10, pytest.approx(logged["top1_error"]))
+    named = ["--model", "se_cifar_resnet8", "--data", "cifar10_test"]
+    assert run_evaluation(evaluation_parser(None).parse_args([*words, *named]))[
+        "top1_error"
+    ] == pytest.approx(logged["top1_error"])
+    pixels = np.random.RandomState(0).randint(0, 256, (48, 40, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(root / "photo.png")
+    photo, output = str(root / "photo.png"), str(root / "predictions")
+    _, (entry,) = classify_images(load_trained(str(weights)), [photo], output, quiet=True)
+    assert {row["class"] for row in entry["top"]} == {"cat", "dog", "ship"}
+
+
+def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
+    train(**{**small, "MODEL.BACKBONE.ARCH": "cifar_resnet110", "SOLVER.MAX_ITER": "1",
+             "SOLVER.STEPS": "()", f"{SIDE}.CUTOUT": "0"})  # fmt: skip
+    weights = root / "straight" / "model_final.pth"
+    words = ["--weights", str(weights), "--data", str(root / "data/cifar10/test.safetensors")]
+    run_evaluation(evaluation_parser(None).parse_args([*words, "--quiet"]))
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "SE-ResNet-110" in line)
+    assert row.split()[1:3] == ["5.21", "-"]
+    assert "Table IV" in row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({f"{SIDE}.AUGMENT": "random"}, r"AUGMENT is 'random'"),
+        ({f"{SIDE}.AUGMENT": "region"}, r"CUTOUT is 16 and AUGMENT region"),
+        ({f"{SIDE}.AUGMENT": "region", f"{SIDE}.CUTOUT": "0"}, r"is read with .*pad_crop"),
+        ({f"{SIDE}.CUTOUT": "15"}, r"Cutout is 15, expected an even number"),
+        ({f"{SIDE}.PADDING": "edge"}, r"'edge'"),
+        ({f"{SIDE}.TEST_RESIZE": "36"}, r"are \(32, 36, 32\)"),
+        ({f"{SIDE}.TEST_MODE": "ten_crop"}, r"ten_crop"),
+        ({"DATASETS.TRAIN": "('cifar100_train',)"}, r"no data set cifar100/train.safetensors"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(small, options, message):
+    keys = {**small, **options}
+    config = keys.pop("config")
+    cfg = load_config(config, [word for item in keys.items() for word in item])
+    with pytest.raises(UserError, match=message):
+        use_classification_datasets(cfg)
+
+
+def test_drawing_by_class_is_refused(small, command):
+    cfg = setup(command(**small))
+    cfg.defrost()
+    cfg.DATALOADER.SAMPLER_TRAIN = "ClassAwareSampler"
+    with pytest.raises(UserError, match=r"expected one of TrainingSampler for a classifier with"):
+        train_loader(cfg, cfg.SEED)

@@ -1,0 +1,140 @@
+"""faster-coco-eval against pycocotools, through Detectron2's evaluator, on what is awkward."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools.cocoeval import COCOeval
+
+from senet_transfer.evaluation import coco as coco_metrics
+from senet_transfer.evaluation.coco import FastCOCOEvaluator
+
+SIDE, IMAGES, CLASSES = 160, 40, 5
+
+
+def box_of(draw: np.random.Generator) -> list[float]:
+    corner, size = draw.uniform(0, 80, 2), draw.uniform(2, 80, 2)
+    return [float(value) for value in (*corner, *size)]
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    """A data set with crowds, images without objects, and a class without any."""
+    draw = np.random.default_rng(0)
+    annotations = []
+    for image in range(IMAGES - 4):
+        for _ in range(draw.integers(1, 9)):
+            x, y, w, h = box_of(draw)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image + 1,
+                    "category_id": int(10 * draw.integers(1, CLASSES)),
+                    "bbox": [x, y, w, h],
+                    "area": w * h * float(draw.uniform(0.5, 1)),
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+    for annotation in annotations[::15]:
+        annotation["iscrowd"] = 1
+        size, pixels = [SIDE, SIDE], SIDE * SIDE
+        annotation["segmentation"] = {"size": size, "counts": [pixels // 3, 400, pixels // 3 * 2]}
+        annotation["segmentation"]["counts"][2] = pixels - 400 - pixels // 3
+    file = tmp_path_factory.mktemp("coco") / "truth.json"
+    sizes = {"height": SIDE, "width": SIDE}
+    images = [{"id": i + 1, "file_name": f"{i}.jpg", **sizes} for i in range(IMAGES)]
+    names = [{"id": 10 * (index + 1), "name": f"class {index}"} for index in range(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": names, "info": {}}
+    file.write_text(json.dumps(content))
+    register_coco_instances("metrics_test", {}, str(file), str(file.parent))
+    DatasetCatalog.get("metrics_test")
+    yield annotations
+    DatasetCatalog.remove("metrics_test")
+    MetadataCatalog.remove("metrics_test")
+
+
+def predictions(truth: list[dict], masks: bool) -> list[tuple[dict, dict]]:
+    """Some objects found, displaced; some invented; scores with ties; 120 an image at most."""
+    draw = np.random.default_rng(1)
+    found = []
+    for image in range(1, IMAGES + 1):
+        own = [row for row in truth if row["image_id"] == image]
+        rows = [(np.add(row["bbox"], draw.normal(0, 3, 4)), row["category_id"]) for row in own]
+        invented = draw.integers(0, 120 if image % 10 == 0 else 6)
+        rows += [(box_of(draw), int(10 * draw.integers(1, CLASSES + 1))) for _ in range(invented)]
+        boxes = np.array([row[0] for row in rows]).reshape(-1, 4)
+        boxes[:, 2:] = boxes[:, :2] + np.maximum(boxes[:, 2:], 1)
+        instances = Instances((SIDE, SIDE))
+        instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        instances.scores = torch.tensor(draw.integers(1, 12, len(rows)) / 12)
+        instances.pred_classes = torch.tensor([row[1] // 10 - 1 for row in rows], dtype=torch.int64)
+        if masks:
+            grid = torch.arange(SIDE)
+            x1, y1, x2, y2 = instances.pred_boxes.tensor[:, :, None].unbind(1)
+            columns, lines = (grid >= x1) & (grid < x2), (grid >= y1) & (grid < y2)
+            instances.pred_masks = lines[:, :, None] & columns[:, None, :]
+        found.append(({"image_id": image}, {"instances": instances}))
+    return found
+
+
+def evaluate(evaluator: COCOEvaluator, found: list[tuple[dict, dict]]) -> dict:
+    evaluator.reset()
+    for given, output in found:
+        evaluator.process([given], [output])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
+    found = predictions(truth, masks)
+    expected = evaluate(COCOEvaluator("metrics_test", use_fast_impl=False), found)
+    slow = []
+    monkeypatch.setattr(COCOeval, "evaluateImg", lambda *_: slow.append(1))
+    result = evaluate(FastCOCOEvaluator("metrics_test"), found)
+    assert not slow
+    assert list(result) == list(expected) == (["bbox", "segm"] if masks else ["bbox"])
+    for task, numbers in expected.items():
+        assert list(result[task]) == list(numbers)
+        assert len(numbers) == 6 + CLASSES
+        for name, value in numbers.items():
+            assert result[task][name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+    assert 5 < expected["bbox"]["AP"] < 95
+
+
+def test_the_twelve_numbers_agree(truth, monkeypatch):
+    """Detectron2 reports six of COCO's twelve; recall is among the others."""
+    stats = []
+    derive = COCOEvaluator._derive_coco_results
+
+    def keep(self, coco_eval, *arguments, **options):
+        stats.append(np.array(coco_eval.stats[:12]))
+        return derive(self, coco_eval, *arguments, **options)
+
+    monkeypatch.setattr(COCOEvaluator, "_derive_coco_results", keep)
+    found = predictions(truth, masks=False)
+    for evaluator in (COCOEvaluator("metrics_test", use_fast_impl=False), FastCOCOEvaluator):
+        kind = evaluator if isinstance(evaluator, COCOEvaluator) else evaluator("metrics_test")
+        evaluate(kind, found)
+    assert stats[0].shape == (12,)
+    np.testing.assert_allclose(stats[1], stats[0], rtol=0, atol=1e-9)
+
+
+def test_without_faster_coco_eval_pycocotools_takes_over(truth, monkeypatch):
+    found = predictions(truth, masks=False)
+    fast = evaluate(FastCOCOEvaluator("metrics_test"), found)
+    monkeypatch.setattr(coco_metrics, "faster_coco_eval", None)
+    slow = evaluate(FastCOCOEvaluator("metrics_test"), found)
+    assert slow["bbox"] == pytest.approx(fast["bbox"], abs=1e-9, nan_ok=True)
+
+
+def test_no_detections_are_reported_as_pycocotools_reports_them(truth):
+    empty = [(given, {"instances": output["instances"][:0]}) for given, output in
+             predictions(truth, masks=False)]  # fmt: skip
+    expected = evaluate(COCOEvaluator("metrics_test", use_fast_impl=False), empty)
+    assert str(evaluate(FastCOCOEvaluator("metrics_test"), empty)) == str(expected)

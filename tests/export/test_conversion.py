@@ -1,0 +1,319 @@
+"""Conversions compute what the file computed, here and in the project that reads them."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from senet_transfer import UserError, create_backbone, create_classifier, save_weights
+from senet_transfer.export import conversion as engine_convert
+from senet_transfer.export.conversion import convert_file
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.convert import FORMATS, MADE_FROM, family_of
+from senet_transfer.weights.families.registry import FAMILIES
+from senet_transfer.weights.formats.reader import file_sha256, read_tensors
+from senet_transfer.weights.mapping.source import examine
+from tests.processes import call
+from tests.weights import published
+from tests.weights.detectors import detector
+from tests.weights.peers import (
+    images,
+    outputs_of_ours,
+    outputs_of_peer,
+    peer,
+    randomise,
+    save,
+    worst,
+)
+
+slow = pytest.mark.slow
+
+# Package, its network, ours, the format, the suffix of the files.
+ROUND_TRIPS = [
+    ("torchvision", "resnet18", "resnet18", "torchvision", ".pth"),
+    ("torchvision", "resnet18", "resnet18", "torchvision", ".safetensors"),
+    ("timm", "resnet18", "resnet18", "timm", ".safetensors"),
+    ("timm", "seresnet18", "se_resnet18", "timm", ".pth"),
+    ("timm", "legacy_seresnet18", "se_resnet18", "timm_legacy", ".safetensors"),
+    ("pretrainedmodels", "se_resnet50", "se_resnet50", "cadene", ".pth"),
+]
+SLOW_ROUND_TRIPS = [
+    ("torchvision", "resnext50_32x4d", "resnext50_32x4d", "torchvision", ".safetensors"),
+    ("timm", "seresnet50", "se_resnet50", "timm", ".safetensors"),
+    ("timm", "legacy_seresnext50_32x4d", "se_resnext50_32x4d", "timm_legacy", ".pth"),
+    ("timm", "senet154", "senet154", "timm", ".pth"),
+    ("pretrainedmodels", "senet154", "senet154", "cadene", ".safetensors"),
+]
+
+
+def _again(package, name):
+    """The same network with other weights, to load into."""
+    return peer(package, name, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("package", "theirs", "ours", "to", "suffix"),
+    [*ROUND_TRIPS, *(pytest.param(*case, marks=slow) for case in SLOW_ROUND_TRIPS)],
+)
+def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, suffix, tmp_path):
+    """From the peer to ours, and from ours back to the peer."""
+    model = peer(package, theirs)
+    path = save(model, tmp_path / "peer.pth")
+    own, back = tmp_path / f"own{suffix}", tmp_path / f"back{suffix}"
+    assert convert_file(path, own, family=FORMATS[to].family, check=True).relative == 0
+    expected = outputs_of_peer(model, images())
+    mine = create_classifier(ours, weights=own).eval()
+    assert worst(expected, outputs_of_ours(mine, images())) < 1e-5
+
+    assert convert_file(own, back, to=to, check=True).relative == 0
+    other = _again(package, theirs)
+    state = torch.load(back, weights_only=True) if suffix == ".pth" else load_file(back)
+    other.load_state_dict(state, strict=True)
+    assert worst(expected, outputs_of_peer(other, images())) < 1e-5
+    assert state.keys() == model.state_dict().keys()
+
+
+def test_mmpretrains_names(tmp_path):
+    model = randomise(published.MMClassifier(50, se=True))
+    path = save(model, tmp_path / "mm.pth")
+    convert_file(path, tmp_path / "own.pth")
+    convert_file(tmp_path / "own.pth", tmp_path / "back.pth", to="mmpretrain", check=True)
+    again = randomise(published.MMClassifier(50, se=True), seed=7)
+    again.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True), strict=True)
+    assert torch.equal(model(images()), again(images()))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_name_that_a_format_gives_is_read_as_what_it_was(name):
+    form = FORMATS[name]
+    family = FAMILIES[form.family]
+    for network in sorted(form.networks & {"resnet18", "se_resnet18", "se_resnet50", "senet154"}):
+        with torch.device("meta"):
+            tensors = create_classifier(network).state_dict()
+        ours = [tensor.removeprefix("backbone.") for tensor in tensors]
+        deep = form.rename_deep and "stem.conv3.weight" in ours
+        theirs = [(form.rename_deep if deep else form.rename)(tensor) for tensor in ours]
+        assert list(family.renamed(theirs).values()) == ours
+
+
+def _detectron2_trunk(stride_in_1x1):
+    """Detectron2's own ResNet-50 with a classifier."""
+    stages = ResNet.make_default_stages(50, BottleneckBlock, stride_in_1x1=stride_in_1x1)
+    return ResNet(BasicStem(norm="BN"), stages, num_classes=1000)
+
+
+@pytest.mark.parametrize("to", ["pkl", "own and pkl"])
+def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
+    model = peer("torchvision", "resnet50")
+    path = save(model, tmp_path / "r50.pth")
+    if to == "own and pkl":
+        path = tmp_path / "own.safetensors"
+        convert_file(tmp_path / "r50.pth", path)
+    pkl = tmp_path / "R-50.pkl"
+    assert convert_file(path, pkl, check=True).relative == 0
+
+    theirs = _detectron2_trunk(stride_in_1x1=False)
+    found = []
+    checkpointer = DetectionCheckpointer(theirs)
+    checkpointer._log_incompatible_keys = found.append
+    checkpointer.load(str(pkl))
+    assert all(not (i.missing_keys or i.unexpected_keys or i.incorrect_shapes) for i in found)
+    with torch.no_grad():
+        result = theirs.eval()(images())["linear"]
+    assert worst({"logits": outputs_of_peer(model, images())["logits"]}, {"logits": result}) < 1e-5
+    assert pickle.loads(pkl.read_bytes())["matching_heuristics"] is True
+
+
+def test_a_pkl_goes_into_a_detectors_trunk_by_detectron2s_own_loader(tmp_path):
+    path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
+    convert_file(path, tmp_path / "x.pkl", family="timm_legacy")
+    model = detector("se_resnet18", STEM_POOL="ceil")
+    DetectionCheckpointer(model).load(str(tmp_path / "x.pkl"))
+    trunk = create_backbone("se_resnet18", weights=path, family="timm_legacy").state_dict()
+    state = model.backbone.bottom_up.state_dict()
+    for name, tensor in trunk.items():
+        if "num_batches" not in name:
+            assert torch.equal(state[name], tensor), name
+
+
+def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
+    model = detector("se_resnet18")
+    save_weights(model, tmp_path / "whole.pth")
+    comparison = convert_file(tmp_path / "whole.pth", tmp_path / "whole.pkl", check=True)
+    assert (comparison.of, comparison.absolute) == ("tensors", 0)
+    again = detector("se_resnet18", seed=1)
+    DetectionCheckpointer(again).load(str(tmp_path / "whole.pkl"))
+    state = again.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match="of a detector"):
+        convert_file(tmp_path / "whole.pth", tmp_path / "t.pth", to="timm_legacy")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
+def test_the_metadata_travels_inside(suffix, tmp_path):
+    path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
+    out = tmp_path / f"out{suffix}"
+    convert_file(path, out, family="timm_legacy")
+    word = read_tensors(out).metadata["senet_transfer"]
+    assert word["source"] == {"family": "timm_legacy", "file": "x.pth", "sha256": file_sha256(path)}
+    assert word["model"] == "se_resnet18"
+    source = examine(out)
+    assert source.family.name == "senet_transfer"
+    expected = examine(path, "timm_legacy")
+    assert source.geometry == expected.geometry
+    assert source.preprocessing == expected.preprocessing
+    assert "sha256" in read_tensors(out).verified
+
+
+def test_the_origin_travels_in_other_projects_files_too(tmp_path):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
+    for suffix in (".pth", ".safetensors"):
+        convert_file(path, tmp_path / f"tv{suffix}", to="torchvision")
+    state = torch.load(tmp_path / "tv.pth", weights_only=True)
+    assert state._metadata[MADE_FROM]["source"]["sha256"] == file_sha256(path)
+    with safe_open(tmp_path / "tv.safetensors", "pt") as file:
+        origin = json.loads(file.metadata()[MADE_FROM])
+    assert origin["source"]["family"] == "torchvision_v1"
+
+
+@pytest.mark.parametrize(
+    ("ours", "options", "to", "words"),
+    [
+        ("se_resnet18", {}, "torchvision", "network is se_resnet18; it has resnet101"),
+        ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, 'pad'"),
+        ("resnet50", {"stride_in_1x1": True}, "torchvision", "stride_in_1x1 is True in the file"),
+        ("se_resnet18", {}, "timm", r"\(\(2, 3, 4, 5\), 16, 1, True\) in the file, .*16, 8, True"),
+        ("se_resnet18", {"stem_pool": "ceil"}, "timm_legacy", "se_relu_before is False"),
+        ("se_resnet50", {}, "cadene", "stride_in_1x1 is False.*\n.*stem_pool is 'pad'"),
+        ("se_resnet50", {"se_bias": False}, "timm", "biases"),
+        ("se_resnet18", {}, "cadene", "network is se_resnet18"),
+    ],
+)
+def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
+    """Traps: every one of these has tensors that would fit."""
+    save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
+    with pytest.raises(UserError, match=words):
+        convert_file(tmp_path / "own.pth", tmp_path / "out.pth", to=to)
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
+    model = randomise(published.PlainClassifier(18))
+    path = published_bgr(model, tmp_path)
+    with pytest.raises(UserError, match="format BGR for the file's network, RGB"):
+        convert_file(path, tmp_path / "out.pth", to="torchvision")
+
+
+def published_bgr(model, tmp_path) -> Path:
+    """A file that says it is of BGR images."""
+    path = save(model, tmp_path / "tv.pth")
+    ours = create_classifier("resnet18", weights=path)
+    ours.backbone.preprocessing = Preprocessing(format="BGR")
+    save_weights(ours, tmp_path / "bgr.pth")
+    return tmp_path / "bgr.pth"
+
+
+def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
+    torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="stem_pool is not stated.*\n.*does not state what pixels"):
+        convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
+
+
+def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_path):
+    state = peer("torchvision", "resnet18").state_dict()
+    del state["layer4.1.bn2.running_var"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="1 missing in the file"):
+        convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
+    state = {**peer("torchvision", "resnet18").state_dict(), "aux.weight": torch.zeros(2)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="1 left over: aux.weight"):
+        convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
+    caplog.set_level("INFO", "senet_transfer")
+    model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
+    path = published.write_detectron1(model, tmp_path / "R-50.pkl")
+    assert convert_file(path, tmp_path / "r50.safetensors", check=True).relative < 1e-6
+    assert "for FrozenBN alone" in caplog.text
+    trunk = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
+    outputs = outputs_of_ours(trunk.eval(), images())
+    assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
+
+
+def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, monkeypatch):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"mine")
+    with pytest.raises(UserError, match="out.pth exists.*--force"):
+        convert_file(path, out)
+    with pytest.raises(UserError, match="exists"):
+        convert_file(path, path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*args, **kwargs):
+        args[1].write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="can't be written: .*No space left"):
+            convert_file(path, out, force=True)
+    assert out.read_bytes() == b"mine"
+    assert sorted(tmp_path.iterdir()) == before
+    convert_file(path, out, force=True)
+    assert examine(out).family.name == "senet_transfer"
+
+
+def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
+    other = examine(save(peer("torchvision", "resnet18", seed=3), tmp_path / "other.pth"))
+    real = engine_convert.examine
+    monkeypatch.setattr(
+        engine_convert, "examine", lambda p, f: other if Path(p).name == "out.pth" else real(p, f)
+    )
+    with pytest.raises(UserError, match="does not compute what .*largest difference of logits"):
+        convert_file(path, tmp_path / "out.pth", check=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "to", "words"),
+    [
+        ("x.bin", None, "saved as .pth or .safetensors, not '.bin'"),
+        ("x.pth", "detectron2", "saved as .pkl, not '.pth'"),
+        ("x.pkl", "timm", "saved as .pth or .safetensors, not '.pkl'"),
+        ("x.pth", "keras", "can't be converted to 'keras'"),
+    ],
+)
+def test_a_suffix_or_target_that_is_none_is_refused(out, to, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        convert_file("absent.pth", tmp_path / out, to=to)
+
+
+def test_every_format_is_read_as_a_family_that_is_known():
+    assert all(family_of(name) in FAMILIES for name in FORMATS)
+
+
+def test_the_command_line(tmp_path):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
+    command = (sys.executable, "tools/convert_weights.py", path, tmp_path / "out.safetensors")
+    done = call(*command, "--check")
+    assert done.returncode == 0, done.stderr
+    checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
+    assert checked in done.stdout
+    assert "Taken for" in done.stdout
+    quiet = call(*command, "--check", "--force", "--quiet")
+    assert (quiet.returncode, quiet.stdout) == (0, f"{checked}\n")
+    again = call(*command, "--quiet")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in again.stderr

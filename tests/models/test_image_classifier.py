@@ -1,0 +1,200 @@
+"""The meta-architecture: what goes in, what comes out, and that it is the plain classifier."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import build_model
+from torchvision.transforms.v2 import CutMix, MixUp
+
+from senet_transfer import UserError, create_classifier
+from senet_transfer.engine.setup import load_config
+from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
+from senet_transfer.preprocessing import Preprocessing
+
+BASE = "configs/base/classification.yaml"
+
+
+def build(**overrides) -> ImageClassifier:
+    keys = {"MODEL.DEVICE": "cpu", "MODEL.CLASSIFIER.NUM_CLASSES": "7"}
+    keys |= {"MODEL.BACKBONE.ARCH": "se_resnet18", **overrides}
+    torch.manual_seed(0)
+    return build_model(load_config(BASE, [word for item in keys.items() for word in item]))
+
+
+def batch(images: int = 4, size: int = 32) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "image": torch.randint(256, (images, 3, size, size), generator=generator).byte(),
+        "label": torch.arange(images) % 7,
+        "key": [str(index) for index in range(images)],
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet18", "se_resnet18", "se_resnext50_32x4d", "senet154"])
+def test_weights_are_interchangeable_with_those_of_create_classifier(name):
+    model = build(**{"MODEL.BACKBONE.ARCH": name})
+    plain = create_classifier(name, 7)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert model.dropout.p == plain.dropout.p
+    prefixes = {key.partition(".")[0] for key in model.state_dict()}
+    assert prefixes == {"backbone", "linear"}
+
+
+@pytest.mark.slow
+def test_vggs_hidden_layers_are_those_of_create_classifier():
+    model = build(**{"MODEL.BACKBONE.ARCH": "vgg16_bn"})
+    plain = create_classifier("vgg16_bn", 7)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert model.dropout.p == model.neck.dropout.p == 0.5
+    assert {key.partition(".")[0] for key in model.state_dict()} == {"backbone", "neck", "linear"}
+
+
+def test_a_classifier_has_the_published_inception_resnet():
+    model = build(**{"MODEL.BACKBONE.ARCH": "inception_resnet_v2"}).eval()
+    plain = create_classifier("inception_resnet_v2", 7).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randint(0, 256, (1, 3, 80, 80), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = plain(model.normalise(images))
+        torch.testing.assert_close(model({"image": images}), expected)
+
+
+def test_a_trunk_that_resnets_describe_gives_its_last_stage():
+    model = build(
+        **{
+            "MODEL.BACKBONE.ARCH": "",
+            "MODEL.RESNETS.DEPTH": "50",
+            "MODEL.SE.ENABLED": "True",
+            "MODEL.RESNETS.OUT_FEATURES": "('res3',)",
+        }
+    )
+    assert model.feature == "res5"
+    assert model.linear.in_features == 2048
+    assert any(".se." in key for key in model.state_dict())
+
+
+def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
+    model = build().eval()
+    plain = create_classifier("se_resnet18", 7).eval()
+    plain.load_state_dict(model.state_dict())
+    inputs = batch()
+    mean, std = (
+        torch.tensor(getattr(Preprocessing(), key)).view(3, 1, 1) for key in ("mean", "std")
+    )
+    with torch.no_grad():
+        expected = plain((inputs["image"].float() - mean) / std)
+        assert torch.equal(model(inputs), expected)
+        assert torch.equal(wrap_classifier(plain).eval()(inputs), expected)
+
+
+def test_a_bgr_trunk_gets_its_channels_turned_round():
+    model = build(**{"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": "[104., 117., 123.]"})
+    images = batch()["image"]
+    bgr = images[:, [2, 1, 0]].float()
+    mean = torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+    expected = (bgr - mean) / torch.tensor(Preprocessing().std).view(3, 1, 1)
+    torch.testing.assert_close(model.normalise(images), expected, rtol=0, atol=0)
+
+
+def test_several_views_of_an_image_give_the_mean_of_their_logits():
+    model = build().eval()
+    views = batch(6)["image"].view(2, 3, 3, 32, 32)
+    with torch.no_grad():
+        each = torch.stack([model({"image": views[:, view]}) for view in range(3)])
+        torch.testing.assert_close(model({"image": views}), each.mean(0))
+
+
+def logits_of(model: ImageClassifier, images: torch.Tensor) -> torch.Tensor:
+    return model.linear(model.backbone(images)["res5"].mean((2, 3)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_with_smoothed_labels(smoothing):
+    model = build(**{"MODEL.CLASSIFIER.LABEL_SMOOTHING": str(smoothing)})
+    inputs = batch()
+    log = logits_of(model, model.normalise(inputs["image"])).log_softmax(1)
+    target = F.one_hot(inputs["label"], 7) * (1 - smoothing) + smoothing / 7
+    (loss,) = model(inputs).values()
+    torch.testing.assert_close(loss, -(target * log).sum(1).mean())
+
+
+@pytest.mark.parametrize(("key", "mix"), [("MIXUP", MixUp), ("CUTMIX", CutMix)])
+def test_mixed_images_have_the_loss_of_mixed_labels(key, mix):
+    model = build(**{f"MODEL.CLASSIFIER.{key}": "0.4"})
+    inputs = batch()
+    torch.manual_seed(5)
+    torch.randint(1, ())
+    images, target = mix(alpha=0.4, num_classes=7)(
+        model.normalise(inputs["image"]), inputs["label"]
+    )
+    assert 0 < target.max(1).values.min() < 1
+    expected = -(target * logits_of(model, images).log_softmax(1)).sum(1).mean()
+    torch.manual_seed(5)
+    (loss,) = model(inputs).values()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_with_both_mixes_a_batch_draws_one():
+    model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2", "MODEL.CLASSIFIER.CUTMIX": "1.0"})
+    seen = set()
+    for mix in model.mixes:
+        mix.register_forward_hook(lambda module, *_: seen.add(type(module)))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model(batch())
+    assert seen == {MixUp, CutMix}
+
+
+def test_dropout_acts_in_training_alone():
+    model = build(**{"MODEL.CLASSIFIER.DROPOUT": "0.5", "MODEL.RESNETS.NORM": "GN"})
+    with torch.no_grad():
+        assert model(batch())["loss_cls"] != model(batch())["loss_cls"]
+        model.eval()
+        assert torch.equal(model(batch()), model(batch()))
+
+
+def test_channels_last_is_a_layout_and_no_other_result():
+    model, other = build().eval(), build(**{"MODEL.CLASSIFIER.CHANNELS_LAST": "True"}).eval()
+    other.load_state_dict(model.state_dict())
+    assert other.normalise(batch()["image"]).is_contiguous(memory_format=torch.channels_last)
+    convolution = other.backbone.res2[0].conv1.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(other(batch()), model(batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_classifier_computes_the_same_for_any_batch_size():
+    model = build().eval()
+    size = torch.export.Dim("N", min=1, max=16)
+    images = {"image": batch()["image"]}
+    exported = torch.export.export(model, (images,), dynamic_shapes=({"image": {0: size}},))
+    for count in (4, 7):
+        inputs = {"image": batch(count)["image"]}
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_classifier_computes_the_same(training):
+    model = build(**{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"}).train(training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = {key: batch()[key] for key in ("image", "label")}
+    expected, found = model(inputs), compiled(inputs)
+    if training:
+        expected, found = expected["loss_cls"], found["loss_cls"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_classifier_trains_on_mixed_images():
+    model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2", "MODEL.RESNETS.NORM": "GN"})
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.manual_seed(3)
+    expected = model(batch())["loss_cls"]
+    torch.manual_seed(3)
+    torch.testing.assert_close(compiled(batch())["loss_cls"], expected)
+
+
+@pytest.mark.parametrize("key", ["LABEL_SMOOTHING", "DROPOUT", "MIXUP"])
+def test_values_that_make_no_sense_are_refused(key):
+    with pytest.raises(UserError, match=key.lower()):
+        build(**{f"MODEL.CLASSIFIER.{key}": "-0.5"})

@@ -1,0 +1,98 @@
+"""Files are whole or not there at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from senet_transfer.utils.atomic_io import atomic_file, whole_file, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_has_its_name_once_it_is_complete(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with atomic_file(path) as stream:
+        stream.write(b"half")
+        stream.flush()
+        assert path.read_bytes() == b"before"
+        stream.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail():
+        with atomic_file(path) as stream:
+            stream.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        fail()
+    assert raised.value is error
+    assert path.read_bytes() == b"before"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(ValueError, match="first"), whole_file(tmp_path / "file"):
+        raise ValueError("first")
+
+
+def test_two_who_write_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with atomic_file(path) as one, atomic_file(path) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert path.read_bytes() in (b"one", b"other")
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    def recorded(name):
+        function = getattr(os, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, recorded(name))
+    with atomic_file(tmp_path / "file") as stream:
+        stream.write(b"content")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {"b": 1})
+        with whole_file(tmp_path / "a.safetensors") as partial:
+            save_file({"x": torch.ones(2)}, partial)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]

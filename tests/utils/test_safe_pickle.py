@@ -1,0 +1,284 @@
+"""Pickles are read as data: what people's programs wrote is read right, and nothing is executed."""
+
+import argparse
+import collections
+import io
+import os
+import pickle
+import resource
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from senet_transfer.errors import UserError
+from senet_transfer.utils.plain_values import ArrayRef
+from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.weights.formats.reader import read_tensors
+from tests.weights.file_writers import python2_pickle, python2_torch_file, tar_torch_file
+
+
+def _load(data: bytes):
+    return PlainUnpickler(io.BytesIO(data), Path("test.pkl")).load()
+
+
+def _arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "conv1_w": rng.normal(0, 1, (4, 3, 7, 7)).astype(np.float32),
+        "res_conv1_bn_gamma": rng.normal(0, 1, 4),
+        "fortran": np.asfortranarray(rng.normal(0, 1, (3, 5)).astype(np.float16)),
+        "big_endian": np.arange(6, dtype=">f4").reshape(2, 3),
+        "strided": np.arange(12, dtype=np.int64)[::2],
+        "steps": np.array(7),
+        "empty": np.zeros((0, 3), np.float32),
+        "mask": np.array([True, False]),
+    }
+
+
+def _assert_equal(tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray]) -> None:
+    assert list(tensors) == list(arrays)
+    for name, array in arrays.items():
+        assert tuple(tensors[name].shape) == array.shape
+        assert tensors[name].numpy().dtype == array.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(tensors[name].numpy(), array)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
+    content = {"model": _arrays(), "__author__": "x", "matching_heuristics": True}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    file = read_tensors(tmp_path / "a.pkl")
+    assert file.format == "pkl"
+    assert file.metadata == {"__author__": "x", "matching_heuristics": True}
+    _assert_equal(file.tensors, _arrays())
+
+
+@pytest.mark.parametrize("protocol", range(3))
+def test_python_2_pickles_are_read_as_the_standard_library_reads_them(protocol, tmp_path):
+    data = python2_pickle({"blobs": _arrays(), "cfg": "TR\xc4IN:\n  X: 'y'"}, protocol)
+    expected = pickle.loads(data, encoding="latin1")
+    (tmp_path / "a.pkl").write_bytes(data)
+    file = read_tensors(tmp_path / "a.pkl")
+    assert file.metadata == {"cfg": expected["cfg"]}
+    _assert_equal(file.tensors, expected["blobs"])
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_values_are_read_as_the_standard_library_reads_them(protocol):
+    shared = [1, "two"]
+    value = {
+        "numbers": [0, 1, -1, 255, 256, 65536, 2**31, -(2**70), 1.5, float("inf")],
+        "texts": ["", "a" * 300, "\u00e4\u4e2d\U0001f600", "line\nbreak 'quoted\\'"],
+        "bytes": [b"", b"\x00\xff" * 200],
+        "constants": (None, True, False),
+        "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+        "ordered": collections.OrderedDict([("b", 1), ("a", 2)]),
+        "counter": collections.Counter("aab"),
+        "default": collections.defaultdict(list, a=[1]),
+        "sets": {1, 2},
+        "shared": [shared, shared],
+        ("a", 1): {1: 2},
+    }
+    read = _load(pickle.dumps(value, protocol))
+    assert read == value
+    assert read["shared"][0] is read["shared"][1]
+    assert list(read["ordered"]) == ["b", "a"]
+
+
+def test_numpy_scalars_are_read_as_numbers():
+    value = [np.float64(2.5), np.float32(0.5), np.int64(-3), np.bool_(True), np.str_("text")]
+    assert _load(pickle.dumps(value, 2)) == [2.5, 0.5, -3, True, "text"]
+    assert _load(python2_pickle(value)) == [2.5, 0.5, -3, True, "text"]
+
+
+def test_an_array_costs_no_memory_until_it_is_asked_for():
+    ref = _load(pickle.dumps(np.arange(3.0)))
+    assert isinstance(ref, ArrayRef)
+    assert not ref.array.flags.owndata
+
+
+# What must be refused. Every payload would leave a file behind if anything in it ran.
+
+
+class _Runs:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _payloads(sentinel: Path) -> dict[str, object]:
+    command = f"touch {sentinel}"
+    return {
+        "os.system": _Runs(os.system, command),
+        "eval": _Runs(eval, f"__import__('os').system({command!r})"),
+        "open": _Runs(open, str(sentinel), "w"),
+        "getattr": _Runs(getattr, os, "system"),
+        "torch.serialization.load": _Runs(torch.load, str(sentinel)),
+    }
+
+
+def _names(name: str) -> str:
+    return {"os.system": r"(posix|os)\.system", "getattr": "getattr", "open": "open"}.get(
+        name, name.replace(".", r"\.")
+    )
+
+
+@pytest.mark.parametrize("name", sorted(_payloads(Path("x"))))
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+def test_a_pickle_that_runs_code_is_refused_by_name(name, protocol, tmp_path):
+    sentinel = tmp_path / "ran"
+    if name == "getattr":  # a module can't be pickled: the call is written out
+        data = b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
+    else:
+        content = {"model": _arrays(), "hook": _payloads(sentinel)[name]}
+        data = pickle.dumps(content, protocol)
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=_names(name)) as error:
+        read_tensors(path)
+    assert str(path) in str(error.value)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("writer", ["zip", "legacy", "python2", "tar"])
+@pytest.mark.parametrize("name", ["os.system", "eval"])
+def test_a_torch_file_that_runs_code_is_refused_by_name(writer, name, tmp_path):
+    sentinel, path = tmp_path / "ran", tmp_path / "a.pth"
+    tensors, payload = {"conv.weight": torch.ones(2)}, _payloads(sentinel)[name]
+    content = {"state_dict": tensors, "hook": payload}
+    if writer == "tar":
+        tar_torch_file(tensors, path, hook=payload)
+    elif writer == "python2":
+        python2_torch_file(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
+    with pytest.raises(UserError, match=_names(name)) as error:
+        read_tensors(path)
+    assert "Nothing was run" in str(error.value)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"(S'touch x'\nios\nsystem\n.",  # INST
+        b"(cos\nsystem\nS'touch x'\no.",  # OBJ
+        b"cos\nsystem\nS'touch x'\n\x85\x81.",  # NEWOBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.",  # STACK_GLOBAL
+        b"\x80\x02cposix\nsystem\nU\x01x\x85R.",
+        b"\x80\x04\x8c\x00\x8c\x06system\x93.",
+        b"\x80\x04K\x01K\x02\x93.",
+        b"\x80\x04\x8c\x07os.path\x8c\x11__builtins__.eval\x93.",
+        b"\x80\x04\x8c\x0bcollections\x8c\x16OrderedDict.fromkeys.x\x93.",
+        b"\x82\x01.",  # EXT1
+        b"Pos.system\n.",  # PERSID
+        b"\x80\x02ccollections\nOrderedDict\n)R}U\x05itemsK\x01sb.",
+        b"\x80\x02cnumpy\ndtype\nU\x02O8\x85R.",
+    ],
+)
+def test_odd_ways_to_name_things_run_nothing(data, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.pkl"):
+        read_tensors(tmp_path / "a.pkl")
+
+
+def test_what_an_attacker_sets_on_a_name_does_not_outlive_the_file():
+    # BUILD with a slot state sets attributes: on a real class it would change it for good.
+    slot_state = b"N}U\x05buildNs\x86b."
+    for name in (b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
+        with pytest.raises((ValueError, TypeError)):
+            _load(b"\x80\x02" + name + slot_state)
+    assert isinstance(_load(pickle.dumps(np.ones(2))), ArrayRef)
+
+
+def test_whole_models_and_unknown_classes_are_refused_with_what_to_do(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict"):
+        read_tensors(tmp_path / "model.pth")
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
+    with pytest.raises(UserError, match=r"argparse\.Namespace.*torch\.save"):
+        read_tensors(tmp_path / "args.pth")
+
+
+def test_object_and_structured_arrays_are_refused(tmp_path):
+    for array in (np.array([{}, 1], dtype=object), np.zeros(2, [("a", "f4")])):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"w": array}}))
+        with pytest.raises(UserError, match="object|structured|dtype"):
+            read_tensors(tmp_path / "a.pkl")
+
+
+def _array_pickle(shape: str, dtype: str = "f4", raw: bytes = b"\0\0\0\0") -> bytes:
+    state = f"(I1\n{shape}cnumpy\ndtype\n(S'{dtype}'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
+    return (
+        b"(S'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        + state.encode()
+        + b"I00\nT"
+        + struct.pack("<i", len(raw))
+        + raw
+        + b"tbd."
+    )
+
+
+def _many(times: int, push: bytes) -> bytes:
+    return push * times
+
+
+BOMBS = {
+    "an array of a terabyte": _array_pickle("(I1000000000000\nt"),
+    "an array larger than its data": _array_pickle("(I2\nI3\nt"),
+    "negative sizes": _array_pickle("(I-1\nI-1\nt"),
+    "items of a gigabyte": _array_pickle("(I1\nt", "S1000000000"),
+    "many dimensions": _array_pickle("(" + "I1\n" * 40 + "t"),
+    "a memo of four billion": b"\x80\x02}r\xff\xff\xff\xff.",
+    "a string of four gigabytes": b"\x80\x02X\xff\xff\xff\xffab.",
+    "bytes of an exabyte": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0fab.",
+    "a bytearray of an exabyte": b"\x80\x05\x96" + b"\xff" * 7 + b"\x0fab.",
+    "a frame of an exabyte": b"\x80\x04\x95" + b"\xff" * 7 + b"\x0f.",
+    "a long of two gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "text encoded again and again": b"\x80\x02X\x40\x42\x0f\x00"
+    + b"a" * 1_000_000
+    + b"q\x000(c_codecs\nencode\nq\x01"
+    + _many(20_000, b"h\x00U\x06latin1\x86Rh\x01")
+    + b"l.",
+    "another codec": b"\x80\x02c_codecs\nencode\nU\x03abcU\x06base64\x86R.",
+    "a list handed on again and again": b"\x80\x02("
+    + b"K\x01K\x01\x86" * 50_000
+    + b"lq\x000ccollections\nOrderedDict\nq\x01("
+    + _many(20_000, b"h\x01h\x00\x85R")
+    + b"l.",
+    "a deeply nested key": b"\x80\x02}" + b"K\x01" + b"\x85" * 100_000 + b"K\x01s.",
+    "deeply nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "doubled dictionaries": b"\x80\x02}U\x01wK\x01sq\x00"
+    + b"".join(
+        b"}(U\x01ah" + bytes([i]) + b"U\x01bh" + bytes([i]) + b"uq" + bytes([i + 1])
+        for i in range(60)
+    )
+    + b".",
+    "a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "a dictionary in itself": b"\x80\x02}q\x00U\x05modelh\x00s.",
+    "four million steps": b"\x80\x02" + b"N0" * 2_000_000 + b"}.",
+    "pops": b"\x80\x02000.",
+    "marks": b"\x80\x02" + b"(" * 100_000 + b".",
+    "nothing": b"\x80\x02.",
+    "no end": b"\x80\x02}",
+    "protocol 5 buffers": b"\x80\x05\x97\x98.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_at_once(name, tmp_path):
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(BOMBS[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()  # not the clock: the machine may be busy
+    with pytest.raises(UserError, match=r"bomb\.pkl"):
+        read_tensors(path)
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB

@@ -1,0 +1,143 @@
+"""Caffe networks, executed by OpenCV's importer, compute here what they compute there."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from senet_transfer import UserError, create_classifier
+from senet_transfer.weights.mapping.source import examine
+from tests.weights import caffe_networks
+from tests.weights.caffe_networks import DESIGNS, places_resnet, se_bn_inception, senet
+from tests.weights.caffe_writer import CaffeNet
+from tests.weights.peers import check_traps, images, outputs_of_ours, worst
+
+slow = pytest.mark.slow
+
+
+def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
+    """res2 to res5 and logits, image by image, because its Axpy takes one gate only."""
+    net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
+    runner = cv2.dnn.readNetFromCaffe(str(folder / "net.prototxt"), str(folder / "net.caffemodel"))
+    # Fused, it would not give the maps within.
+    runner.enableFusion(False)
+    names = [layer["name"] for layer in net.layers]
+    joins = [layer["name"] for layer in net.layers if layer["type"] in ("Axpy", "Eltwise")]
+    last = {stage: [j for j in joins if f"{stage}" in j[:5]][-1] for stage in "2345"}
+    relus = [
+        f"{name}/relu" if f"{name}/relu" in names else f"{name}_relu" for name in last.values()
+    ]
+    found = []
+    for image in images().numpy():
+        runner.setInput(image[None])
+        found.append(runner.forward([*relus, names[-1]]))
+    keys = ["res2", "res3", "res4", "res5", "logits"]
+    stacked = [np.concatenate(outputs) for outputs in zip(*found, strict=True)]
+    outputs = {key: torch.from_numpy(value) for key, value in zip(keys, stacked, strict=True)}
+    outputs["logits"] = outputs["logits"].flatten(1)
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("SE-ResNet-50", "se_resnet50"),
+        ("SE-ResNeXt-50", "se_resnext50_32x4d"),
+        pytest.param("SE-ResNet-101", "se_resnet101", marks=slow),
+        pytest.param("SE-ResNet-152", "se_resnet152", marks=slow),
+        pytest.param("SE-ResNeXt-101", "se_resnext101_32x4d", marks=slow),
+        pytest.param("SENet-154", "senet154", marks=slow),
+    ],
+)
+def test_the_authors_networks(name, ours, tmp_path):
+    expected = _opencv(senet(name), tmp_path)
+    path = tmp_path / "net.caffemodel"
+    model = create_classifier(ours, weights=path).eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+    assert examine(path).family.name == "caffe"
+    assert model.preprocessing.format == "BGR"
+    assert model.preprocessing.mean == (104.0, 117.0, 123.0)
+    assert model.preprocessing.std == (1.0, 1.0, 1.0)
+    check_traps(ours, model, expected, path)
+
+
+def test_the_authors_bn_inception(tmp_path):
+    net = se_bn_inception()
+    net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", for_opencv=True)
+    runner = cv2.dnn.readNetFromCaffe(
+        *(str(tmp_path / f"net.{s}") for s in ("prototxt", "caffemodel"))
+    )
+    runner.enableFusion(False)
+    ends = {"res2": "conv2/relu_3x3", "logits": "classifier"}
+    ends |= {f"res{m[0]}": f"inception_{m}_scale" for m in ("3b", "4d", "5b")}
+    found = []
+    for image in images().numpy():
+        runner.setInput(image[None])
+        found.append(runner.forward(list(ends.values())))
+    stacked = [torch.from_numpy(np.concatenate(out)) for out in zip(*found, strict=True)]
+    expected = dict(zip(ends, stacked, strict=True))
+    expected["logits"] = expected["logits"].flatten(1)
+
+    model = create_classifier("se_bn_inception", weights=tmp_path / "net.caffemodel").eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+    source = examine(tmp_path / "net.caffemodel")
+    assert source.family.name == "caffe"
+    assert source.architecture.name == "se_bn_inception"
+    assert not source.unknown
+    assert (model.preprocessing.format, model.preprocessing.mean) == ("BGR", (104.0, 117.0, 123.0))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ours"),
+    [((3, 4, 6, 3), "resnet50"), pytest.param((3, 8, 36, 3), "resnet152", marks=slow)],
+)
+def test_places365_in_caffe(blocks, ours, tmp_path):
+    expected = _opencv(places_resnet(blocks), tmp_path)
+    path = tmp_path / "net.caffemodel"
+    model = create_classifier(ours, 365, weights=path).eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+    assert examine(path).family.name == "places365_caffe"
+    assert model.preprocessing.format == "BGR"
+    check_traps(ours, model, expected, path)
+
+
+def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch):
+    """A file that states a stride of 2 in its 3x3 has it there, whatever the authors' had."""
+    changed = replace(DESIGNS["SE-ResNet-50"], stride_in_1x1=False)
+    monkeypatch.setitem(caffe_networks.DESIGNS, "SE-ResNet-50", changed)
+    expected = _opencv(senet("SE-ResNet-50", classes=10), tmp_path)
+    model = create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel").eval()
+    assert not examine(tmp_path / "net.caffemodel").geometry.stride_in_1x1
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+
+
+def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
+    net = senet("SE-ResNet-50", classes=10)
+    for layer in net.layers:
+        if layer["type"] == "BatchNorm":
+            layer["params"]["batch_norm_param"]["eps"] = 0.1
+    expected = _opencv(net, tmp_path)
+    model = create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel").eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+
+
+def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
+    """He et al.'s ResNet-50 has one in its first convolution."""
+    net = senet("SE-ResNet-50", classes=10)
+    first = net.layers[0]
+    first["blobs"].append(np.random.default_rng(2).normal(0, 1, 64).astype(np.float32))
+    first["params"]["convolution_param"].pop("bias_term")
+    expected = _opencv(net, tmp_path)
+    model = create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel").eval()
+    assert worst(expected, outputs_of_ours(model, images())) < 1e-4
+
+
+def test_a_stem_pool_that_no_trunk_has_is_refused(tmp_path):
+    net = senet("SE-ResNet-50", classes=10)
+    pool = next(layer for layer in net.layers if layer["name"].startswith("pool1"))
+    pool["params"]["pooling_param"]["pad"] = 1
+    net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
+    with pytest.raises(UserError, match="the pool of its stem"):
+        create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel")

@@ -1,0 +1,287 @@
+"""Files of torch.save: read as torch.load(weights_only=True) reads them, and checked better."""
+
+import collections
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from senet_transfer.errors import UserError
+from senet_transfer.weights.formats.reader import read_tensors
+from tests.weights.file_writers import python2_torch_file, tar_torch_file
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(4, 6, generator=generator)
+    tensors = {
+        "conv.weight": torch.randn(4, 3, 3, 3, generator=generator),
+        "bn.running_var": torch.rand(4, generator=generator) + 0.5,
+        "bn.num_batches_tracked": torch.tensor(7),
+        "view": base[1:3, 2:5],
+        "transposed": base.t(),
+        "expanded": base[:1, :1].expand(3, 2),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "tied": base,
+        "parameter": torch.nn.Parameter(torch.randn(2, generator=generator)),
+        "empty": torch.empty(0, 3),
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "double": base.double(),
+        "bool": base > 0,
+    }
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        tensors[str(dtype).removeprefix("torch.")] = torch.arange(5, dtype=dtype)
+    return tensors
+
+
+def _assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(tensors) == list(expected)
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor.detach()), name
+        assert tensors[name].is_contiguous()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_torch_saves_is_read_as_torch_loads_it(zipped, protocol, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(
+        collections.OrderedDict(_tensors()),
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
+    file = read_tensors(path)
+    assert file.format == "pth"
+    _assert_same(file.tensors, torch.load(path, weights_only=protocol == 2))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
+    model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model.module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
+    content = {
+        "epoch": 3,
+        "arch": "resnet50",
+        "state_dict": model.state_dict(),
+        "best_prec1": torch.tensor(75.5),
+        "best_prec5": np.float64(92.5),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "meta": {"classes": ["a", "b"], "seed": None},
+    }
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    file = read_tensors(path)
+    _assert_same(file.tensors, model.module.state_dict())
+    assert file.metadata == {
+        "epoch": 3,
+        "arch": "resnet50",
+        "best_prec1": 75.5,
+        "best_prec5": 92.5,
+        "meta": {"classes": ["a", "b"], "seed": None},
+    }
+
+
+def test_python_2_files_are_read(tmp_path):
+    tensors = {f"module.{name}": tensor for name, tensor in _tensors().items()}
+    tensors.pop("module.bfloat16")
+    python2_torch_file(
+        {"state_dict": tensors, "arch": "resnet50", "best_prec1": np.float64(54.7), "name": "\xe9"},
+        tmp_path / "a.pth.tar",
+    )
+    file = read_tensors(tmp_path / "a.pth.tar")
+    _assert_same(file.tensors, {k.removeprefix("module."): v for k, v in tensors.items()})
+    assert file.metadata == {"arch": "resnet50", "best_prec1": 54.7, "name": "\xe9"}
+
+
+def test_the_tar_format_is_read_as_torch_loads_it(tmp_path):
+    tensors = {"a.weight": torch.randn(3, 4), "a.bias": torch.arange(5), "b": torch.randn(()) + 1}
+    path = tmp_path / "a.pth.tar"
+    tar_torch_file(tensors, path, arch="alexnet")
+    expected = torch.load(path, weights_only=False)
+    file = read_tensors(path)
+    assert file.format == "pth"
+    assert file.metadata == {"arch": "alexnet"}
+    _assert_same(file.tensors, expected["state_dict"])
+    _assert_same(file.tensors, tensors)
+
+
+def test_tied_tensors_stay_tied_and_others_own_their_memory(tmp_path):
+    weight = torch.randn(3, 3)
+    torch.save({"a": weight, "b": weight, "c": weight[0]}, tmp_path / "a.pth")
+    tensors = read_tensors(tmp_path / "a.pth").tensors
+    assert tensors["a"].data_ptr() == tensors["b"].data_ptr()
+    assert tensors["c"].untyped_storage().nbytes() == 12
+    tensors["a"].add_(1)
+
+
+def test_loaded_tensors_outlive_the_file(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(1000)}, path)
+    tensors = read_tensors(path).tensors
+    path.write_bytes(b"")  # pages mapped from a file that is cut kill the process on access
+    assert tensors["a"].sum() == 1000
+
+
+# Damage.
+
+
+def _places(path, name: str) -> range:
+    """Where a record's bytes lie in a zip."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        info = next(i for i in archive.infolist() if i.filename.endswith(name))
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        start = info.header_offset + 30 + name_length + extra_length
+        return range(start, start + info.file_size)
+
+
+def _flip(path, place: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_flipped_byte_of_a_weight_is_caught_which_torch_does_not_catch(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": {"w": torch.ones(1000)}}, path)
+    _flip(path, _places(path, "data/0")[500], bit=3)
+    loaded = torch.load(path, weights_only=True)["state_dict"]["w"]
+    assert not torch.equal(loaded, torch.ones(1000))
+    with pytest.raises(UserError, match="damaged.*CRC"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/1", "data.pkl", "version"])
+def test_a_flipped_byte_of_any_record_is_caught(record, tmp_path):
+    path = tmp_path / "a.pth"
+    content = {"state_dict": {"w": torch.ones(9)}, "optimizer": {"momentum": torch.ones(9)}}
+    torch.save(content, path)
+    for place in _places(path, record):
+        _flip(path, place)
+        with pytest.raises(UserError):
+            read_tensors(path)
+        _flip(path, place)
+    read_tensors(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere_is_refused(zipped, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.ones(50)}, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    for end in {*range(0, len(data), 7), *range(64), *range(len(data) - 64, len(data))}:
+        path.write_bytes(data[:end])
+        with pytest.raises(UserError, match=r"a\.pth"):
+            read_tensors(path)
+
+
+def test_other_archives_say_what_they_are(tmp_path):
+    inner = tmp_path / "weights.pth"
+    torch.save({"w": torch.ones(2)}, inner)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(inner, "weights.pth")
+    with pytest.raises(UserError, match="weights.pth.*unpack"):
+        read_tensors(tmp_path / "a.zip")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(inner, "weights.pth")
+    with pytest.raises(UserError, match="weights.pth.*unpack"):
+        read_tensors(tmp_path / "a.tar")
+    with zipfile.ZipFile(inner) as old, zipfile.ZipFile(tmp_path / "c.pth", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(UserError, match="compression"):
+        read_tensors(tmp_path / "c.pth")
+    np.savez(tmp_path / "a.npz", w=np.ones(2))
+    with pytest.raises(UserError, match="not one of torch.save"):
+        read_tensors(tmp_path / "a.npz")
+
+
+def test_a_torchscript_program_is_refused(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="TorchScript"):
+        read_tensors(tmp_path / "a.pt")
+
+
+# Files that lie about themselves. A tensor larger than its data makes torch.load make up the rest.
+
+
+class _Storage:
+    def __init__(self, kind: str, key: str, numel: int):
+        self.identity = ("storage", getattr(torch, kind), key, "cpu", numel)
+
+
+class _Rebuilt:
+    def __init__(self, *arguments):
+        self.arguments = (*arguments, False, collections.OrderedDict())
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+def _zip(path, content, records: dict[str, bytes]) -> None:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            return obj.identity if isinstance(obj, _Storage) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(content)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", buffer.getvalue())
+        archive.writestr("a/version", "3\n")
+        for name, raw in records.items():
+            archive.writestr(f"a/{name}", raw)
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "stated", "stored"),
+    [
+        (0, (1000,), (1,), 4, 4),  # larger than its data
+        (1, (4,), (1,), 4, 4),
+        (0, (2, 2), (3, 1), 4, 4),
+        (0, (4,), (1,), 1000, 4),  # data that is not there
+        (0, (4,), (1,), 2**40, 4),
+        (0, (4,), (1,), 4, 8),
+        (0, (-4,), (1,), 4, 4),
+        (0, (4,), (-1,), 4, 4),
+        (-1, (2,), (1,), 4, 4),
+        (0, (4,), (), 4, 4),
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes of one number
+        (0, (1,) * 40, (1,) * 40, 4, 4),
+        (0, (4.0,), (1,), 4, 4),
+    ],
+)
+def test_a_tensor_that_does_not_fit_its_data_is_refused(
+    offset, shape, strides, stated, stored, tmp_path
+):
+    path = tmp_path / "a.pth"
+    tensor = _Rebuilt(_Storage("FloatStorage", "0", stated), offset, shape, strides)
+    _zip(path, {"state_dict": {"w": tensor}}, {"data/0": bytes(4 * stored)})
+    with pytest.raises(UserError, match="damaged"):
+        read_tensors(path)
+
+
+def test_a_big_endian_file_is_refused(tmp_path):
+    tensor = _Rebuilt(_Storage("FloatStorage", "0", 1), 0, (1,), (1,))
+    _zip(tmp_path / "a.pth", {"w": tensor}, {"data/0": bytes(4), "byteorder": b"big"})
+    with pytest.raises(UserError, match="big-endian"):
+        read_tensors(tmp_path / "a.pth")
+
+
+def test_many_views_of_few_bytes_are_refused(tmp_path):
+    storage = _Storage("FloatStorage", "0", 250_000)
+    views = {f"w{i}": _Rebuilt(storage, 0, (249_999,), (1,)) for i in range(1000)}
+    _zip(tmp_path / "a.pth", {"state_dict": views}, {"data/0": bytes(1_000_000)})
+    with pytest.raises(UserError, match="memory"):
+        read_tensors(tmp_path / "a.pth")

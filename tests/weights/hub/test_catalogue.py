@@ -1,0 +1,201 @@
+"""Published weights by name: well-formed, and loaded through the doors that paths go through."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+from senet_transfer import (
+    UserError,
+    apply_file_geometry,
+    create_backbone,
+    create_classifier,
+    get_senet_config,
+    list_catalogue,
+    list_models,
+    load_weights,
+)
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.run_checks import check_run
+from senet_transfer.weights import FAMILIES, resolve
+from senet_transfer.weights.hub import catalogue
+from senet_transfer.weights.hub.catalogue import CATALOGUE, Entry
+from tests.weights.peers import peer, save
+from tests.weights.web import serving
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_an_entry_is_well_formed(name):
+    entry = CATALOGUE[name]
+    assert entry.name == name
+    assert re.fullmatch(r"[a-z0-9_]+/[\w.-]+", name)
+    assert entry.family in FAMILIES
+    assert name.startswith(entry.family) or entry.family.startswith(name.partition("/")[0])
+    assert entry.model in list_models()
+    parts = urlsplit(entry.url)
+    assert parts.scheme == "https" or entry.by_hand
+    assert parts.hostname
+    assert not parts.query
+    assert entry.note or not entry.by_hand
+    assert entry.file == Path(entry.file).name
+    if entry.verified:
+        assert re.search(rf"-{entry.sha256}\.", entry.url.rpartition("/")[2])
+        assert re.fullmatch("[0-9a-f]{8,64}", entry.sha256)
+    else:
+        assert not re.search(r"-[0-9a-f]{8}\.", entry.url)
+
+
+def test_one_name_in_the_cache_is_one_file():
+    addresses = {}
+    for entry in CATALOGUE.values():
+        assert addresses.setdefault(entry.file, entry.url) == entry.url
+
+
+def test_torchvision_states_the_same_addresses():
+    models = pytest.importorskip("torchvision").models
+    for version in ("v1", "v2"):
+        for name in list_catalogue(f"torchvision_{version}/*"):
+            weights = models.get_model_weights(name.partition("/")[2])
+            assert CATALOGUE[name].url == weights[f"IMAGENET1K_{version.upper()}"].url
+
+
+def test_timm_and_pretrainedmodels_state_the_same_files():
+    timm_models = pytest.importorskip("timm").models
+    names = {name: name.partition("/")[2] for name in list_catalogue("timm/*")}
+    legacy = list_catalogue("timm_legacy/*")
+    names |= {name: f"legacy_{name.partition('/')[2]}.in1k" for name in legacy}
+    for name, theirs in names.items():
+        stated = timm_models.get_pretrained_cfg(theirs).url
+        # Of networks that it has moved to the Hub alone, it states none any more.
+        assert CATALOGUE[name].url == stated or (not stated and "inception" in name)
+
+    stated = pytest.importorskip("pretrainedmodels").pretrained_settings
+    for name in list_catalogue("cadene/*"):
+        address = stated[name.partition("/")[2]]["imagenet"]["url"]
+        assert CATALOGUE[name].file == address.rpartition("/")[2]
+
+
+def test_names_are_listed_by_pattern():
+    assert list_catalogue("cadene/se_resnet*") == [
+        f"cadene/se_resnet{depth}" for depth in (101, 152, 50)
+    ]
+    assert len(list_catalogue()) == len(CATALOGUE)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server with a timm file, in the catalogue as timm/test and cadene/wrong."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
+    digest = hashlib.sha256(body).hexdigest()[:8]
+    with serving() as site:
+        url = site.add(f"x-{digest}.pth", body)
+        file = f"x-{digest}.pth"
+        entries = {
+            "timm_legacy/test": Entry(
+                "timm_legacy/test", url, file, digest, "timm_legacy", "se_resnet18"
+            ),
+            "cadene/wrong": Entry("cadene/wrong", url, file, digest, "cadene", "se_resnet18"),
+        }
+        for name, entry in entries.items():
+            monkeypatch.setitem(CATALOGUE, name, entry)
+        yield site
+
+
+def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_path):
+    name = "timm_legacy/test"
+    trunk = create_backbone("se_resnet18", weights=name)
+    assert trunk.res2[0].relu_before
+    assert trunk.weights_source["family"] == "timm_legacy"
+    options = {"stem_pool": "ceil", "se_relu_before": True}
+    assert load_weights(create_classifier("se_resnet18", **options), name).family == "timm_legacy"
+    checkpointer = Checkpointer(create_classifier("se_resnet18", **options))
+    checkpointer.load(name, [])
+    assert checkpointer.report.family == "timm_legacy"
+
+    cfg = get_senet_config()
+    cfg.MODEL.WEIGHTS = name
+    cfg.MODEL.BACKBONE.ARCH = "se_resnet18"
+    cfg.OUTPUT_DIR = str(tmp_path)
+    check_run(cfg, eval_only=False, resume=False)
+    assert "MODEL.RESNETS.STEM_POOL" in {change.key for change in apply_file_geometry(cfg)}
+    assert name == cfg.MODEL.WEIGHTS
+    assert len(published.asked) == 1
+    assert resolve(name) == Path(torch.hub.get_dir()) / "checkpoints" / CATALOGUE[name].file
+
+
+def test_what_the_user_says_of_the_family_counts(published):
+    with pytest.raises(UserError, match="no file of the family cadene"):
+        create_backbone("se_resnet18", weights="cadene/wrong")
+    trunk = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
+    assert trunk.weights_source["family"] == "timm_legacy"
+
+
+def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(published):
+    entry = CATALOGUE["timm_legacy/test"]
+    path = resolve(entry.name)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="damaged or another file: its SHA-256 is .*Remove it"):
+        create_backbone("se_resnet18", weights=entry.name)
+    assert len(published.asked) == 1
+
+
+def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timm_legacy").mkdir()
+    save(peer("timm", "seresnet18"), tmp_path / "timm_legacy" / "test")
+    trunk = create_backbone("se_resnet18", weights=os.path.join("timm_legacy", "test"))
+    assert trunk.weights_source["family"] == "timm"
+    assert not published.asked
+
+
+@pytest.mark.parametrize("name", ["cadene/se_resnet5O", "timm/seresnet50", "places365/resnet34"])
+def test_an_unknown_name_is_answered_with_the_nearest(name):
+    with pytest.raises(UserError, match=rf"no published weights.*Did you mean {name[:6]}"):
+        create_backbone("se_resnet50", weights=name)
+    cfg = get_senet_config()
+    cfg.MODEL.WEIGHTS = name
+    with pytest.raises(UserError, match="Did you mean"):
+        check_run(cfg, eval_only=False, resume=False)
+    with pytest.raises(UserError, match="Did you mean"):
+        apply_file_geometry(cfg)
+
+
+def test_a_misspelt_publisher_is_answered_like_a_missing_file():
+    cfg = get_senet_config()
+    cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
+    with pytest.raises(UserError, match="no such file.*a name like this: cadene/se_resnet50"):
+        check_run(cfg, eval_only=False, resume=False)
+    with pytest.raises(UserError, match="no weight file .*cadene/se_resnet50.* of the catalogue"):
+        apply_file_geometry(cfg)
+
+
+@pytest.mark.parametrize("name", [name for name, e in CATALOGUE.items() if e.by_hand])
+def test_what_has_to_be_fetched_by_hand_says_from_where_and_to_where(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    entry = CATALOGUE[name]
+    with pytest.raises(UserError) as error:
+        resolve(name)
+    for word in (entry.url, str(entry.path), "by hand"):
+        assert word in str(error.value)
+    entry.path.parent.mkdir(parents=True)
+    entry.path.write_bytes(b"x")
+    assert resolve(name) == entry.path
+
+
+def test_a_cached_file_is_hashed_once_as_long_as_it_stays(published, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(catalogue, "check_sha256", lambda path, sha256: hashed.append(path))
+    path = resolve("timm_legacy/test")
+    for _ in range(3):
+        resolve("timm_legacy/test")
+    assert len(hashed) == 1
+    os.utime(path, ns=(1, 1))
+    resolve("timm_legacy/test")
+    assert len(hashed) == 2
