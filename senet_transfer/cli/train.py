@@ -11,3 +11,7 @@ def command() -> None:
     from senet_transfer.engine.train import main
 
     run(main, args)
+
+
+if __name__ == "__main__":
+    command()

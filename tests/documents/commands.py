@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from senet_transfer.engine.setup import load_config
+from senet_transfer.config.load import load_config
 from senet_transfer.weights.hub.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
