@@ -7,14 +7,17 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
-from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.utils.progress import no_bars
+from senet_transfer.utils.read_once import read_once
+from senet_transfer.weights.file_geometry import examine_config_weights
 
 RESULTS = "results.json"
 
@@ -26,8 +29,11 @@ def main(args: argparse.Namespace) -> None:
         args: of :func:`~senet_transfer.cli.arguments.argument_parser`.
     """
     with no_bars(args.quiet):
-        cfg = setup(args)
-        results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+        with read_once():
+            cfg = setup(args)
+            load = _load_model if args.eval_only else _load_trainer
+            loaded = load(cfg, args.resume)
+        results = Trainer.evaluate(cfg, loaded) if args.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
         if args.quiet:  # otherwise the log has them
@@ -36,9 +42,19 @@ def main(args: argparse.Namespace) -> None:
             verify_results(cfg, results)
 
 
-def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """Return the model to evaluate, all of it loaded: nothing untrained is evaluated."""
+    checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
+    return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
+
+
+def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
     # Without DATASETS.TEST there was no evaluation.
@@ -47,13 +63,3 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     if trainer.clock.steps:
         training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
     return {**found, "training": training}
-
-
-def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    model = Trainer.build_model(cfg)
-    # The whole model, or else what is new in it would be evaluated, too.
-    if resume:
-        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
-    else:
-        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
-    return Trainer.evaluate(cfg, model)
