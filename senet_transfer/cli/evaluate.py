@@ -63,13 +63,13 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
         published: results of others on the same data, to be printed next to them.
     """
     from senet_transfer.engine.inference.evaluate import run_evaluation
+    from senet_transfer.engine.model_from import find_model
 
+    found = find_model(
+        args.model, args.config_file, args.weights, family=args.family, options=args.opts
+    )
     results = run_evaluation(
-        args.model,
-        args.config_file,
-        args.weights,
-        family=args.family,
-        options=args.opts,
+        found,
         device=args.device,
         data=args.data,
         mode=args.crop_mode or "",

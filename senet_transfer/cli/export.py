@@ -39,9 +39,8 @@ def main(args: argparse.Namespace) -> None:
 
     format_of(args.output)  # An invalid name is an error before the weights are read.
     with no_bars(args.quiet):
-        loaded = find_model(
-            args.model, args.config_file, args.weights, options=args.opts, device="cpu"
-        ).build()
+        found = find_model(args.model, args.config_file, args.weights, options=args.opts)
+        loaded = found.build("cpu")
         compared = export_model(
             loaded.model,
             loaded.cfg,

@@ -57,11 +57,9 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.engine.model_from import find_model
 
     dataset = open_labelled(args.data, args.images)
-    loaded = find_model(
-        args.model, args.config_file, args.weights, options=args.opts, device=args.device
-    ).build()
+    model = find_model(args.model, args.config_file, args.weights, options=args.opts)
     found = analyze_gates(
-        loaded,
+        model.build(args.device),
         dataset,
         args.output,
         images_per_class=args.images_per_class,

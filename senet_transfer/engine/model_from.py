@@ -60,26 +60,37 @@ class ModelSource:
     """A model that is not built yet.
 
     Attributes:
-        cfg: its config, with the geometry of the weight file.
-        source: the examined weight file; None for random weights.
+        cfg: its config; ``MODEL.WEIGHTS`` is its weight file.
+        source: that file, or the checkpoint to take instead, if it has been read already.
         config_file: the file that the config was read from; empty for a model known by its name.
     """
 
     cfg: CfgNode
-    source: Source | None
+    source: Source | None = None
     config_file: str = ""
 
-    def build(self) -> LoadedModel:
-        """Build the model and fill all of it from the weight file.
+    def build(self, device: str = "") -> LoadedModel:
+        """Build the model as its weight file needs it, and fill all of it from the file.
+
+        Args:
+            device: such as "cpu" or "cuda:1"; empty for ``MODEL.DEVICE``. Without any GPU it is
+                the CPU.
 
         Raises:
-            UserError: the file does not fit the model, down to the number of classes.
+            UserError: the file can't be read, or does not fit the model down to the number of
+                classes; there is no such device.
         """
-        model = build_model(self.cfg)
-        if self.source is None:
-            return LoadedModel(model.eval(), self.cfg)
-        load_source(model, self.source, exact=True)
-        return LoadedModel(model.eval(), self.cfg, self.source.family.name)
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        use_available_device(cfg, logger)
+        source = self.source or examine_config_weights(cfg)
+        if source is None:
+            return LoadedModel(build_model(cfg).eval(), cfg)
+        apply_file_geometry(cfg, source)
+        model = build_model(cfg)
+        load_source(model, source, exact=True)
+        return LoadedModel(model.eval(), cfg, source.family.name)
 
 
 def find_model(
@@ -89,7 +100,6 @@ def find_model(
     *,
     family: str = "",
     options: Sequence[str] = (),
-    device: str = "",
 ) -> ModelSource:
     """Find the config and the weights of a model.
 
@@ -97,54 +107,19 @@ def find_model(
         model: a name of :func:`senet_transfer.list_models`, for the classifier that
             ``create_classifier`` builds.
         config_file: a config, instead of a name.
-        weights: a weight file, whose geometry and preprocessing override the config's; empty for
+        weights: a weight file, whose geometry overrides the config's; empty for
             ``MODEL.WEIGHTS``. Given alone, the model is that of the ``config.yaml`` next to it, or
             else the network that the file holds.
         family: the family of ``weights``, if its tensor names fit several.
         options: alternating keys and values that override the config.
-        device: such as "cpu" or "cuda:1"; empty for ``MODEL.DEVICE``, or the CPU without a GPU.
 
     Raises:
         UserError: the arguments name no model, or two; a file is missing or invalid.
     """
-    found = _find(model, config_file, weights, family, options)
-    cfg, source = found.cfg, found.source
-    if source is None:
-        source = examine_config_weights(cfg)
-        apply_file_geometry(cfg, source)
-    cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
-    use_available_device(cfg, logger)
-    return ModelSource(cfg, source, found.config_file)
-
-
-def model_config(
-    model: str = "", config_file: str = "", weights: str = "", options: Sequence[str] = ()
-) -> CfgNode:
-    """Return the config of a model to be counted, arguments as for :func:`find_model`.
-
-    The file that the config itself names as ``MODEL.WEIGHTS`` is not read.
-    """
-    return _find(model, config_file, weights, "", options).cfg
-
-
-def build_to_count(cfg: CfgNode) -> nn.Module:
-    """Build the config's model on the CPU with all weights zero, which takes no time."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    with built_empty():
-        model = build_model(cfg)
-    return fill_empty(model).eval()
-
-
-def _find(
-    model: str, config_file: str, weights: str, family: str, options: Sequence[str]
-) -> ModelSource:
     if model and config_file:
         raise UserError("--model and --config-file both say what the model is. Give one of them.")
-    own_config = config_next_to(weights)
-    if own_config and not model:
-        config_file = config_file or own_config
+    if not model:
+        config_file = config_file or config_next_to(weights)
     family = family or dict(zip(options[::2], options[1::2], strict=False)).get(
         "MODEL.WEIGHTS_FAMILY", ""
     )
@@ -158,8 +133,6 @@ def _find(
             # A config's own family is that of the weights that its training started from.
             cfg.MODEL.WEIGHTS_FAMILY = family
         cfg.MODEL.WEIGHTS = weights
-        source = source or examine_config_weights(cfg)
-        apply_file_geometry(cfg, source)
     return ModelSource(cfg, source, config_file)
 
 
@@ -167,6 +140,29 @@ def config_next_to(weights: str) -> str:
     """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
     path = os.path.join(os.path.dirname(weights), "config.yaml")
     return path if weights and os.path.isfile(path) else ""
+
+
+def model_config(
+    model: str = "", config_file: str = "", weights: str = "", options: Sequence[str] = ()
+) -> CfgNode:
+    """Return the config of a model to be counted, arguments as for :func:`find_model`.
+
+    The file that the config itself names as ``MODEL.WEIGHTS`` is not read.
+    """
+    found = find_model(model, config_file, weights, options=options)
+    if weights:
+        apply_file_geometry(found.cfg, found.source)
+    return found.cfg
+
+
+def build_to_count(cfg: CfgNode) -> nn.Module:
+    """Build the config's model on the CPU with all weights zero, which takes no time."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with built_empty():
+        model = build_model(cfg)
+    return fill_empty(model).eval()
 
 
 def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +14,7 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_images
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.engine.model_from import ModelSource, find_model
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
@@ -23,12 +23,8 @@ from senet_transfer.models.build import trunk_from_config
 
 
 def run_evaluation(
-    model: str = "",
-    config_file: str = "",
-    weights: str = "",
+    found: ModelSource,
     *,
-    family: str = "",
-    options: Sequence[str] = (),
     device: str = "",
     data: str = "",
     mode: str = "",
@@ -45,12 +41,7 @@ def run_evaluation(
     """Evaluate a classifier and write the results.
 
     Args:
-        model: see :func:`~senet_transfer.engine.model_from.find_model`, also for the other
-            arguments up to ``device``.
-        config_file: a config, instead of a name.
-        weights: a weight file; empty for ``MODEL.WEIGHTS`` of the config.
-        family: the family of ``weights``, if its tensor names fit several.
-        options: alternating keys and values that override the config.
+        found: the classifier.
         device: empty for a GPU if there is one.
         data: shards, a folder or an archive; empty for the first of ``DATASETS.TEST``.
         mode: one of ``EVAL_MODES``; empty for the config's.
@@ -74,16 +65,9 @@ def run_evaluation(
         _check_writable(path)
     if keep_logits and not predictions:
         raise UserError("--logits go into the CSV of --predictions, which is not given.")
-    # A missing data set is an error before a large weight file is read.
-    data = find_dataset(data) if data else ""
-    found = find_model(model, config_file, weights, family=family, options=options, device=device)
     _check(found)
     dataset = _open_data(found.cfg, data)
-    # A classifier of other classes does not fit the weights.
-    found.cfg.MODEL.CLASSIFIER.NUM_CLASSES = dataset.num_classes
-    config_file = found.config_file
-    loaded = found.build()
-    del found  # and with it the file's tensors
+    loaded = _with_classes(found, dataset.num_classes).build(device)
     view = loaded.preprocessing
     transform = EvalTransform(
         mode=mode or loaded.cfg.INPUT.CLASSIFICATION.TEST_MODE,
@@ -105,7 +89,7 @@ def run_evaluation(
     published = published or _published(evaluation, dataset.origin, name, loaded.family)
     results = {
         **evaluation.summary(),
-        "model": name if loaded.cfg.MODEL.BACKBONE.ARCH else config_file,
+        "model": name if loaded.cfg.MODEL.BACKBONE.ARCH else found.config_file,
         "weights": loaded.cfg.MODEL.WEIGHTS,
         "family": loaded.family,
         "data": dataset.origin,
@@ -140,17 +124,24 @@ def _check(found: ModelSource) -> None:
             "classifier (MODEL.META_ARCHITECTURE ImageClassifier). tools/train_net.py --eval-only "
             "evaluates detectors."
         )
-    if found.source is None:
+    if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
             "Neither --weights nor MODEL.WEIGHTS names a weight file, and random weights are not "
             "worth evaluating: --model needs --weights, a config at least one of the two."
         )
 
 
+def _with_classes(found: ModelSource, count: int) -> ModelSource:
+    """Return the same with a number of classes, which the weights then have to fit."""
+    cfg = found.cfg.clone()
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = count
+    return replace(found, cfg=cfg)
+
+
 def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
     if not data and not cfg.DATASETS.TEST:
         raise UserError("There is no data to evaluate on. Name it with --data.")
-    path = data or find_dataset(cfg.DATASETS.TEST[0])
+    path = find_dataset(data or cfg.DATASETS.TEST[0])
     classes = list(cfg.DATASETS.CLASSES) or None
     cache = cfg.DATALOADER.CACHE_DIR or None
     if in_memory(cfg):

@@ -300,9 +300,12 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
         (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "Neither --weights"),
         (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
-        (["--model", "resnet18", "--weights", "x", "--data", "/no/such"], "no data set /no/such"),
-        (["--model", "resnet18", "--weights", "x", "--logits"], "--predictions"),
-        (["--model", "resnet18", "--weights", "x", "--output", "."], "can't be written"),
+        (
+            ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
+            "no data set /no/such",
+        ),
+        (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
+        (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),
     ],
 )
 def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path):
