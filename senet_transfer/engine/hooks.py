@@ -15,7 +15,6 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet_transfer.data.detection.loader import seed_generators
 from senet_transfer.engine import signals as interruption
@@ -26,6 +25,8 @@ from senet_transfer.errors import UserError
 
 BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class FrozenStatistics(HookBase):
             model: with batch norms.
             iterations: how many, at the end of the run.
         """
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
 
     def before_step(self) -> None:

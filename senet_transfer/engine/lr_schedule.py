@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.solver import LRMultiplier
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -86,13 +87,15 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return build_detectron2_scheduler(cfg, optimizer)
-    warmup = cfg.clone()
-    warmup.defrost()
-    # Detectron2's warm-up, with no step after it.
-    warmup.SOLVER.LR_SCHEDULER_NAME, warmup.SOLVER.STEPS = "WarmupMultiStepLR", ()
+    warmup = WarmupParamScheduler(
+        MultiStepParamScheduler([1.0], milestones=[], num_updates=solver.MAX_ITER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+    )
     return PlateauLR(
         optimizer,
-        multiplier=build_detectron2_scheduler(warmup, optimizer)._multiplier,
+        multiplier=warmup,
         max_iter=solver.MAX_ITER,
         metric=solver.PLATEAU.METRIC,
         factor=solver.GAMMA,

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
         if args.quiet:  # otherwise the log has them
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if args.eval_only:  # a training run has been held to them by Detectron2's trainer
+        if args.eval_only:  # Trainer.train has compared those of a training run
             verify_results(cfg, results)
 
 
@@ -41,12 +41,10 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     trainer.resume_or_load(resume=resume)
     with stop_at_step_end():
         trainer.train()
-    # Without DATASETS.TEST there was no evaluation.
-    found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
     if trainer.clock.steps:
         training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
-    return {**found, "training": training}
+    return {**trainer.results, "training": training}
 
 
 def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:

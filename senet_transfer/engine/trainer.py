@@ -1,7 +1,6 @@
 """The one train loop of this project, which is Detectron2's."""
 
 import contextlib
-import functools
 import logging
 import os
 import weakref
@@ -13,11 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -39,6 +37,7 @@ from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.evaluation.evaluator import ClassificationEvaluator
+from senet_transfer.utils.private_api import limit_history
 
 # Values of a metric that are kept for smoothing.
 _HISTORY = 400
@@ -52,6 +51,10 @@ class Trainer(DefaultTrainer):
     What differs: images are checked against their JSON entries, checkpoints are loaded strictly,
     mixed precision and several processes work on a CPU, evaluation can add test-time
     augmentation, and the solver has the options of ``senet_transfer/config/defaults.py``.
+
+    Attributes:
+        results: the metrics of the last evaluation, by task; empty before the first one.
+        periodic_writers: the hooks that write metrics.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -93,6 +96,7 @@ class Trainer(DefaultTrainer):
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             trainer=weakref.proxy(self),
         )
+        self.results: OrderedDict = OrderedDict()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -120,6 +124,12 @@ class Trainer(DefaultTrainer):
                 lambda: self.build_train_loader(self.cfg, self.step_seed.seed, self.start_iter)
             )
 
+    def train(self) -> None:
+        """Train to the last iteration, and compare the metrics with ``TEST.EXPECTED_RESULTS``."""
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        if comm.is_main_process():
+            verify_results(self.cfg, self.results)
+
     def state_dict(self) -> dict[str, Any]:
         """As Detectron2's; with what the course of a run depends on beside its config."""
         return {**super().state_dict(), "divided": self._division()}
@@ -144,9 +154,8 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """As Detectron2's, which would keep a million values of each metric and log the last 20."""
-        short = functools.partial(HistoryBuffer, max_length=_HISTORY)
-        self.storage._history.default_factory = short
+        """Run the hooks; Detectron2 would keep a million values of each metric to log 20."""
+        limit_history(self.storage, _HISTORY)
         super().before_train()
 
     def after_train(self) -> None:
@@ -155,11 +164,10 @@ class Trainer(DefaultTrainer):
             super().after_train()
             return
         self.storage.iter = self.iter
-        for hook in self._hooks:
-            if isinstance(hook, PeriodicWriter):
-                # What ended the run is said, not what follows from it on a full disk.
-                with contextlib.suppress(OSError):
-                    hook.after_train()
+        for writer in self.periodic_writers:
+            # The error that ended the run is reported, not what follows from it on a full disk.
+            with contextlib.suppress(OSError):
+                writer.after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -256,11 +264,11 @@ class Trainer(DefaultTrainer):
         if cfg.SOLVER.EMA.ENABLED:
             self.average = hooks.WeightAverage(model, cfg.SOLVER.EMA.DECAY)
         theirs = super().build_hooks()
-        writer = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
+        self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
         first = [self.clock, *(hook for hook in theirs if not isinstance(hook, replaced))]
         saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        last = [*writer, hooks.StopWhenTold()]
+        last = [*self.periodic_writers, hooks.StopWhenTold()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:
             evaluate = EvalHook(0, lambda: self._test_with_augmentation(cfg, self.model))
@@ -297,8 +305,8 @@ class Trainer(DefaultTrainer):
 
     def _evaluate_in_training(self) -> OrderedDict:
         with self.average.in_place() if self.average else contextlib.nullcontext():
-            self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+            self.results = self.test(self.cfg, self.model)
+        return self.results
 
 
 def _distribute(model: nn.Module) -> nn.Module:

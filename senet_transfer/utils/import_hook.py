@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from senet_transfer.utils.private_api import is_initializing
+
 
 def after_import(name: str, action: Callable[[], object]) -> None:
     """Run an action once a module has been imported: at once if it has been, else right after.
@@ -16,8 +18,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
         action: takes no arguments.
     """
     module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None and not getattr(spec, "_initializing", False):
+    if module is not None and not is_initializing(module):
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))

@@ -46,7 +46,7 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_coco_images(shared_da
     second.resume_or_load(resume=True)
     assert second.start_iter == 2
     second.train()
-    trained = second._last_eval_results["bbox"]
+    trained = second.results["bbox"]
 
     final = str(tmp_path / "model_final.pth")
     _, cfg = start("--eval-only", **{"MODEL.WEIGHTS": final})

@@ -26,4 +26,4 @@ def test_an_instant_twin_runs_to_its_end(path, shapes, tmp_path):
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert (tmp_path / "model_final.pth").is_file()
-    assert {"bbox", "classification"} & set(trainer._last_eval_results)
+    assert {"bbox", "classification"} & set(trainer.results)

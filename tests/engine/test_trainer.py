@@ -69,7 +69,7 @@ def test_another_precision_is_refused(command):
 
 def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
     trainer = train(command())
-    printed = trainer._last_eval_results["bbox"]
+    printed = trainer.results["bbox"]
     written = tmp_path / "run" / "inference" / "own" / "coco_instances_results.json"
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(shapes / "annotations" / "instances_tiny.json"))

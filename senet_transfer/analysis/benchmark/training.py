@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -29,6 +28,7 @@ from senet_transfer.data.cifar.transforms import CifarAugment, cut_out, normalis
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import CIFAR10
+from senet_transfer.utils.private_api import set_write_period
 
 STEPS = 2
 
@@ -81,9 +81,8 @@ def engine_loop(
     use_classification_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.iter, trainer.max_iter = 0, cfg.SOLVER.MAX_ITER
-    writers = [hook for hook in trainer._hooks if isinstance(hook, PeriodicWriter)]
-    for writer in writers:
-        writer._period = STEPS
+    for writer in trainer.periodic_writers:
+        set_write_period(writer, STEPS)
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -95,7 +94,7 @@ def engine_loop(
     with EventStorage(0) as trainer.storage:
         trainer.before_train()
         yield steps, trainer.model
-        for writer in writers:
+        for writer in trainer.periodic_writers:
             writer.after_train()
 
 
