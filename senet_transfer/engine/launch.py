@@ -117,9 +117,7 @@ def _guarded(main: Callable, args: argparse.Namespace) -> None:
 
 
 def exit_with(error: UserError | RunError) -> None:
-    """Prints the error, once where all processes raise it, and exits with its status."""
-    # One that comes out of a data loader's worker carries the worker's traceback before it.
-    message = str(error).rpartition("senet_transfer.errors.UserError: ")[2].strip()
+    """Print an error, once where all processes raise it, and exit with its status."""
     if comm.is_main_process() or not error.on_all_ranks:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_status)

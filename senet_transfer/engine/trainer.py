@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator, verify_results
@@ -20,14 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
+from senet_transfer.config import is_classification
 from senet_transfer.config.validation import config_errors
 from senet_transfer.data import build as classification
 from senet_transfer.data.classification.loader import ClassificationLoader
 from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
-from senet_transfer.data.workers import init_worker
+from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks
 from senet_transfer.engine import lr_schedule as schedule
 from senet_transfer.engine.checkpoints import checkpoint_history as history
@@ -67,7 +67,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         with config_errors("division of the work"):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
             cfg = schedule.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
@@ -149,7 +149,7 @@ class Trainer(DefaultTrainer):
     def _division(self) -> dict[str, int]:
         division = {"images a step": self.cfg.SOLVER.IMS_PER_BATCH}
         division["processes"] = comm.get_world_size()
-        if classification.is_classification(self.cfg):
+        if is_classification(self.cfg):
             division["workers a process"] = self.cfg.DATALOADER.NUM_WORKERS
         return division
 
@@ -182,11 +182,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(
         cls, cfg: CfgNode, seed: int | None = None, start_iter: int = 0
-    ) -> DataLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader:
         """The training data from an iteration on, its order and augmentation as a seed says."""
         if seed is None:
             seed = comm.shared_random_seed()
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             return classification.train_loader(cfg, seed, start_iter)
         mapper = CheckedDatasetMapper(cfg, is_train=True)
         return detection.build_train_loader(cfg, mapper, seed=seed, start_iter=start_iter)
@@ -194,14 +194,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
-    ) -> DataLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader:
         """Detectron2's loader, with images checked; a classifier's."""
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = init_worker
-        return loader
+        return detection.build_test_loader(cfg, dataset_name, mapper)
 
     @classmethod
     def build_evaluator(
@@ -214,7 +212,7 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: the data set is not evaluated by COCO's metrics.
         """
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
             output_dir = os.path.join(
                 cfg.OUTPUT_DIR, classification.inference_dir(cfg, dataset_name)

@@ -174,3 +174,21 @@ def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
     args.dataset = [["own", str(boxes), str(shapes / "tiny")]]
     with pytest.raises(UserError, match="no `segmentation`"):
         setup(args)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("MODEL: {SE: {RATIOS: 8}}", "no config key MODEL.SE.RATIOS. Did you mean MODEL.SE.RATIO"),
+        ("NOTHING_LIKE_IT: 1", "no config key NOTHING_LIKE_IT. It is no key of Detectron2 or ours"),
+        ("MODEL: {WEIGHTS: {FILE: x}}", "Expected a value of the type of the key's default"),
+        ("_BASE_: base.yaml\nSEED: 1", "no config key SOLVR. Did you mean SOLVER"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
+    (tmp_path / "base.yaml").write_text("SOLVR: {MAX_ITER: 3}")
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value)
