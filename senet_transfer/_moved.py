@@ -75,4 +75,5 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Make the old names importable."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(MovedFinder())
+        # First, or a folder of old byte code that an updated clone still has would be found.
+        sys.meta_path.insert(0, MovedFinder())
