@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from senet_transfer import UserError
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup
+from tests.engine.conftest import SMALL
 
 FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
 
@@ -159,7 +161,7 @@ def test_a_model_meets_the_classes_it_was_trained_on(command, shapes, tmp_path):
     args = command(
         "--eval-only", **{"DATASETS.CLASSES": str(names), "MODEL.WEIGHTS": str(tmp_path / "w.pth")}
     )
-    args.dataset = [["own", str(other), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(other), str(shapes / "tiny")]])
     with pytest.raises(UserError, match="trained on the classes"):
         setup(args)
 
@@ -171,7 +173,7 @@ def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps(data))
     args = command(**{"MODEL.MASK_ON": "True"})
-    args.dataset = [["own", str(boxes), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(boxes), str(shapes / "tiny")]])
     with pytest.raises(UserError, match="no `segmentation`"):
         setup(args)
 
@@ -192,3 +194,34 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
     with pytest.raises(UserError, match=expected) as caught:
         load_config(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
+    """A run that a launcher has started again is resumed; its options don't say so."""
+    run = command()
+    before = replace(run)
+    cfg = setup(run)
+    assert not resumes(cfg, run)
+    (tmp_path / "run" / "model_0000001.pth").touch()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    assert not resumes(cfg, run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resumes(cfg, run)
+    assert not resumes(cfg, replace(run, eval_only=True))
+    assert run == before
+    with pytest.raises(FrozenInstanceError):
+        run.resume = True
+
+
+def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
+    options = [word for item in SMALL.items() for word in item]
+    own = ("own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny")
+    cfg = setup(
+        RunOptions(
+            "faster_rcnn_se_r50",
+            [*options, "OUTPUT_DIR", str(tmp_path), "DATASETS.TRAIN", "('own',)"],
+            datasets=[own],
+        )
+    )
+    assert [list(own)] == cfg.DATASETS.REGISTER
+    assert int(SMALL["SOLVER.MAX_ITER"]) == cfg.SOLVER.MAX_ITER

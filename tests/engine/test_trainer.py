@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -176,7 +177,7 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
     json_file = tmp_path / "tens.json"
     json_file.write_text(json.dumps(data))
     args = command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"})
-    args.dataset = [["own", str(json_file), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(json_file), str(shapes / "tiny")]])
     train(args)
     cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
     images = find_images([str(shapes / "tiny")])[:2]
