@@ -48,8 +48,8 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
     training = {"iterations": trainer.iter}
-    if trainer.clock.steps:
-        training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
+    if trainer.timer.steps:
+        training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
     return {**trainer.results, "training": training}
 
 

@@ -28,11 +28,9 @@ from senet_transfer.data.classification.loader import ClassificationLoader
 from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
-from senet_transfer.engine import hooks
-from senet_transfer.engine import lr_schedule as schedule
+from senet_transfer.engine import hooks, solver
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
@@ -41,6 +39,9 @@ from senet_transfer.utils.private_api import limit_history
 
 # Values of a metric that are kept for smoothing.
 _HISTORY = 400
+
+# The hooks of version 0.1 by whose names their states are in checkpoints, and today's names.
+_HOOK_NAMES = {"WeightAverage": "ModelEMA"}
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Trainer(DefaultTrainer):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
-            cfg = schedule.epochs_to_iterations(cfg, images)
+            cfg = solver.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
         with config_errors("model"):
             model = self.build_model(cfg)
@@ -100,8 +101,8 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self.average: hooks.WeightAverage | None = None
-        self.clock = hooks.Clock()
+        self.average: hooks.ModelEMA | None = None
+        self.timer = hooks.StepTimer()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -135,8 +136,10 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "divided": self._division()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Detectron2's; says where a resumed run can't be the unbroken one to the last bit."""
-        super().load_state_dict(state_dict)
+        """Restore a state; warn if the resumed run can't equal the unbroken one bit for bit."""
+        hooks_state = state_dict.get("hooks", {})
+        renamed = {_HOOK_NAMES.get(name, name): state for name, state in hooks_state.items()}
+        super().load_state_dict({**state_dict, "hooks": renamed})
         now = self._division()
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
@@ -172,12 +175,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """The config's optimizer."""
-        return build_optimizer(cfg, model)
+        return solver.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         """Detectron2's schedules, and "WarmupPlateauLR"."""
-        return schedule.build_lr_scheduler(cfg, optimizer)
+        return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(
@@ -260,18 +263,18 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
-            self.average = hooks.WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+            self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
-        first = [self.clock, *(hook for hook in theirs if not isinstance(hook, replaced))]
+        first = [self.timer, *(hook for hook in theirs if not isinstance(hook, replaced))]
         saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        last = [*self.periodic_writers, hooks.StopWhenTold()]
+        last = [*self.periodic_writers, hooks.GracefulStop()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:
             evaluate = EvalHook(0, lambda: self._test_with_augmentation(cfg, self.model))
             evaluation.append(evaluate)
-        if isinstance(self.scheduler, schedule.PlateauLR):
+        if isinstance(self.scheduler, solver.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
             # A checkpoint has to know of the evaluation that was made at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]

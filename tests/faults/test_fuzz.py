@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_is_what_it_was_or_refused(straight, data, with_sum
     path.write_bytes(content)
     if with_sum:
         shutil.copy(history.sum_file(whole), SCRATCH)
-    problem = history.damage(path)
+    problem = history.verify_checkpoint(path)
     history.sum_file(path).unlink(missing_ok=True)
     if with_sum:
         assert bool(problem) == (content != whole.read_bytes())

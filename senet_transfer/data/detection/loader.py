@@ -56,8 +56,12 @@ def _seed_libraries(entropy: Iterable[int]) -> int:
 
 
 @contextlib.contextmanager
-def random_numbers_of(*entropy: int) -> Iterator[None]:
-    """Within, what is drawn on the CPU follows from whole numbers; after it, all is as before."""
+def seeded_rng(*entropy: int) -> Iterator[None]:
+    """Seed the CPU's generators inside the context, and restore their states after it.
+
+    Args:
+        entropy: whole numbers, which the seed is derived from.
+    """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # torch.manual_seed would seed GPUs, too, for good.
     torch.default_generator.manual_seed(_seed_libraries(entropy))
@@ -81,7 +85,7 @@ def build_train_loader(
         start_iter: the first iteration to deliver.
     """
     # Detectron2's samplers that are given no seed draw one.
-    with random_numbers_of(seed):
+    with seeded_rng(seed):
         theirs = build_detection_train_loader(cfg, mapper=_unmapped)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
@@ -205,5 +209,5 @@ class _SeededImages(Dataset):
 
     def __getitem__(self, place: Place) -> Any:
         position, index = place
-        with random_numbers_of(self.seed, self.rank, position, _IMAGES):
+        with seeded_rng(self.seed, self.rank, position, _IMAGES):
             return self.images[index]

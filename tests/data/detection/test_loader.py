@@ -15,7 +15,7 @@ from senet_transfer.data.detection.loader import (
     PlannedBatches,
     build_test_loader,
     build_train_loader,
-    random_numbers_of,
+    seeded_rng,
 )
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.shapes.generate import make_shapes
@@ -79,9 +79,9 @@ def test_what_is_drawn_elsewhere_is_not_disturbed():
     expected = np.random.rand(), torch.rand(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    with random_numbers_of(7, 8):
+    with seeded_rng(7, 8):
         drawn = np.random.rand(), torch.rand(1)
-    with random_numbers_of(7, 8):
+    with seeded_rng(7, 8):
         assert (np.random.rand(), torch.rand(1)) == drawn
     assert (np.random.rand(), torch.rand(1)) == expected
 
