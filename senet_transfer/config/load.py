@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
 
@@ -53,6 +54,7 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
         with _merge_errors("the command line"):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
     _check_nothing_is_missing(cfg)
+    check_elements(cfg)
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:

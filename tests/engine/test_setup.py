@@ -9,6 +9,7 @@ import pytest
 from senet_transfer import UserError
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.setup import RunOptions, resumes, setup
+from senet_transfer.engine.trainer import Trainer
 from tests.engine.conftest import SMALL
 
 FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
@@ -225,3 +226,44 @@ def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
     )
     assert [list(own)] == cfg.DATASETS.REGISTER
     assert int(SMALL["SOLVER.MAX_ITER"]) == cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "expected a number, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "expected a number, found True"),
+        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"expected a number, found \(\)"),
+        ("MODEL.RPN.IN_FEATURES", "[1]", "expected text, found 1"),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "expected True or False, found 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "expected a number, found 'x'"),
+        ("DATASETS.TEST", "(3,)", "expected text, found 3"),
+    ],
+)
+def test_elements_of_another_type_than_the_default_s_are_an_error(key, value, expected):
+    with pytest.raises(UserError, match=f"{key} is .*{expected}"):
+        load_config("", [key, value])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64.5]"),
+        ("SOLVER.STEPS", "()"),
+        ("MODEL.PIXEL_STD", "[58, 57.1, 57]"),
+        ("DATASETS.REGISTER", "[['own', 'a.json', 'images']]"),
+    ],
+)
+def test_lists_that_detectron2_takes_are_accepted(key, value):
+    load_config("", [key, value])
+
+
+@pytest.mark.parametrize("mistake", [AttributeError, TypeError, IndexError])
+def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, mistake):
+    def build(cfg, model):
+        raise mistake("a mistake of ours")
+
+    monkeypatch.setattr(Trainer, "build_optimizer", build)
+    cfg = setup(command())
+    with pytest.raises(mistake, match="a mistake of ours"):
+        Trainer(cfg)
