@@ -68,12 +68,13 @@ _ELEMENTS: dict[str, Any] = {
     "DATASETS.PROPOSAL_FILES_TEST": "path",
     "DATASETS.PROPOSAL_FILES_TRAIN": "path",
     "DATASETS.REGISTER": "path",
-    "DATASETS.TEST": "name",
-    "DATASETS.TRAIN": "name",
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
     "TEST.KEYPOINT_OKS_SIGMAS": 0.1,
 }
+
+
+_KINDS = {bool: "True or False", int: "a number", float: "a number", str: "text"}
 
 
 def check_elements(cfg: CfgNode) -> None:
@@ -92,8 +93,7 @@ def check_elements(cfg: CfgNode) -> None:
         elements = _leaves(value) if nested else value
         wrong = [element for element in elements if not _is_like(element, example)]
         if example is not None and wrong:
-            kind = "a number" if isinstance(example, int | float) else type(example).__name__
-            kind = {"str": "text", "bool": "True or False"}.get(kind, kind)
+            kind = _KINDS[type(example)]
             raise UserError(f"{key} is {value!r}: expected {kind}, found {wrong[0]!r}.")
 
 
