@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
-from senet_transfer.data.cifar.open import NAMES, is_prepared, open_images
+from senet_transfer.data.cifar.open import NAMES, is_prepared, open_cifar
 from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.data.classification.loader import (
     ClassificationLoader,
@@ -143,7 +143,7 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: bool
 ) -> ClassificationDataset | ImageArrays:
-    open_any = open_images if whole else open_dataset
+    open_any = open_cifar if whole else open_dataset
     if is_prepared(name) and not whole:
         raise UserError(
             "a prepared file of small images is read with INPUT.CLASSIFICATION.AUGMENT pad_crop. "

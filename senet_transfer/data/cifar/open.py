@@ -32,7 +32,7 @@ NAMES = {
 _PREPARED = ".safetensors"
 
 
-def open_images(
+def open_cifar(
     path: str | Path,
     *,
     split: str,
