@@ -1,19 +1,24 @@
 """Small images in memory, from all that may hold them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from senet_transfer import UserError
-from senet_transfer.data.cifar import archives as cifar_official
+from senet_transfer.data.cifar import archives
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
 from senet_transfer.data.cifar.open import cifar_name, open_cifar
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards.write import convert
-from tests.data.cifar.cifar_files import CLASSES, FORMS, expected, official_files, write_tar
+from tests.data.cifar.cifar_files import (
+    CLASSES,
+    FORMS,
+    expected,
+    make_official,
+    official_files,
+    write_tar,
+)
 
 
 @pytest.fixture
@@ -59,12 +64,8 @@ def test_a_tree_its_splits_shards_and_the_prepared_file_give_the_same_images(spl
 @pytest.mark.parametrize("packed", [True, False])
 def test_official_data_is_read_as_it_comes(form, packed, tmp_path, monkeypatch):
     path = write_tar(tmp_path / f"{form}.tar.gz", official_files(form))
-    kinds = tuple(
-        replace(k, md5=cifar_official.md5_of(path)) if form in k.name else k
-        for k in cifar_official.OFFICIAL
-    )
-    monkeypatch.setattr(cifar_official, "OFFICIAL", kinds)
-    monkeypatch.setattr(cifar_official, "_COUNTS", {"train": 20, "test": 5})
+    make_official(form, path, monkeypatch)
+    monkeypatch.setattr(archives, "IMAGE_COUNTS", {"train": 20, "test": 5})
     if not packed:
         path = tmp_path / "unpacked"
         path.mkdir()
