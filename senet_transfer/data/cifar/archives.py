@@ -222,10 +222,10 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: in
     """
     if member.size > max_bytes:
         raise UserError(
-            f"{archive.name}: {member.name} has {member.size:,} bytes; expected at most "
+            f"{archive.name!s}: {member.name} has {member.size:,} bytes; expected at most "
             f"{max_bytes:,}. Check the archive."
         )
-    return archive.extractfile(member).read()
+    return archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
 
 
 def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:
@@ -253,10 +253,13 @@ def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, n
     batch = _load_pickle(data, where)
     images, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
     array = images.array if isinstance(images, ArrayRef) else np.empty(0)
-    valid = isinstance(labels, list) and all(
-        type(label) is int and 0 <= label < 2**31 for label in labels
-    )
-    if not valid or array.dtype != np.uint8 or array.shape != (len(labels), _PIXELS) or not labels:
+    if not (
+        isinstance(labels, list)
+        and labels
+        and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+        and array.dtype == np.uint8
+        and array.shape == (len(labels), _PIXELS)
+    ):
         found = f"{len(labels)} values" if isinstance(labels, list) else type(labels).__name__
         raise UserError(
             f"{where} has images of shape {array.shape} ({array.dtype}) and labels of {found}; "
