@@ -97,8 +97,9 @@ def download_cifar(name: str, root: Path) -> Path:
         dataset(root, download=True)
     except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(
-            f"{dataset.url} can't be downloaded to {root} ({type(error).__name__}: {error}). Try "
-            f"again, or get {dataset.filename} in another way and pass it as --source."
+            f"{dataset.url} can't be downloaded to {root} ({type(error).__name__}: {error}). "
+            f"Remove {root / dataset.base_folder}, if it exists, and try again; or get "
+            f"{dataset.filename} in another way and pass it as --source."
         ) from error
     return root / dataset.base_folder
 
