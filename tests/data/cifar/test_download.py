@@ -1,7 +1,6 @@
 """The download of CIFAR by torchvision, from a server on this machine."""
 
 import functools
-import runpy
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,19 +10,14 @@ import pytest
 import torch
 
 from senet_transfer import UserError
+from senet_transfer.cli.data import prepare
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.cifar import archives
 from senet_transfer.data.cifar.in_memory import load_images, split_file
 from senet_transfer.data.cifar.prepare import read_source
 from tests.data.cifar.cifar_files import CLASSES, expected, make_official, python2_files, write_tar
 
-COMMAND = runpy.run_path(str(Path(__file__).parents[3] / "datasets" / "prepare_cifar.py"))
-
 FORMS = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python"}
-
-
-def prepare(*arguments: str) -> None:
-    COMMAND["main"](COMMAND["parser"]().parse_args(arguments))
 
 
 @pytest.fixture(params=FORMS)
@@ -56,7 +50,7 @@ def test_the_official_archive_is_downloaded_once_and_prepared(served, tmp_path, 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     with pytest.raises(UserError, match=f"prepare_cifar.py --download {name}, or correct"):
         find_dataset(f"{name}_train")
-    prepare("--download", name)
+    prepare("cifar", ["--download", name])
     assert "GET" in requests
     assert find_dataset(f"{name}_train") == str(split_file(tmp_path / "data" / name, "train"))
     data = load_images(split_file(tmp_path / "data" / name, "train"))
@@ -65,7 +59,7 @@ def test_the_official_archive_is_downloaded_once_and_prepared(served, tmp_path, 
     assert torch.equal(data.images, torch.from_numpy(images))
     assert data.labels.tolist() == labels.tolist()
     requests.clear()
-    prepare("--download", name)
+    prepare("cifar", ["--download", name])
     assert requests == []
 
 
@@ -110,8 +104,12 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
     assert caplog.messages == [f"{folder}: {split} is not the official file, by its md5"]
 
 
-def test_a_source_needs_an_output_folder(tmp_path):
-    with pytest.raises(UserError, match="--source needs --output"):
-        prepare("--source", str(tmp_path))
-    with pytest.raises(SystemExit):
-        prepare("--source", str(tmp_path), "--download", "cifar10")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "--source needs --output"), (["--download", "cifar10"], "not allowed with")],
+)
+def test_a_source_needs_an_output_folder_and_no_download(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        prepare("cifar", ["--source", str(tmp_path), *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
