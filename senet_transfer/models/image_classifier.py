@@ -11,8 +11,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from senet_transfer.data.cifar.transforms import cut_out
 from senet_transfer.errors import UserError
+from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models.build import trunk_from_config
 from senet_transfer.models.classifier import Classifier
 from senet_transfer.preprocessing import Preprocessing

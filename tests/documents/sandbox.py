@@ -205,7 +205,7 @@ STAND_INS = (
         (rf"places365/{split}", f"datasets/places365/{split}", _places365_shards(split))
         for split in ("val", "train_standard", "train_challenge")
     ),
-    (r"cifar-10-python\.tar\.gz", "cifar-10-python.tar.gz", _cifar_archive),
+    (r"cifar-10-python\.tar\.gz|--download cifar10", "cifar-10-python.tar.gz", _cifar_archive),
     (r"cifar10_(train|test)", "datasets/cifar10", _cifar("cifar10")),
     (r"cifar100_(train|test)", "datasets/cifar100", _cifar("cifar100")),
     (r"places365/resnet50", "hub", _by_hand),
