@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senet_transfer.config.load import load_config
-from senet_transfer.weights.hub.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import load_catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
@@ -70,8 +70,8 @@ def _instant(words: list[str]) -> list[str]:
 
 def _published(words: list[str]) -> list[str]:
     return [
-        f"published/{CATALOGUE[word].file}"
-        if word in CATALOGUE and CATALOGUE[word].sha256
+        f"published/{load_catalogue()[word].file}"
+        if word in load_catalogue() and load_catalogue()[word].sha256
         else word
         for word in words
     ]

@@ -159,16 +159,10 @@ def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 
 
 def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
-    try:
-        name, layers = read_caffemodel(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
-            f"or a damaged .caffemodel: {shown(error)}. Check what it is, or get it again."
-        ) from error
+    name, layers = read_caffemodel(path)
     tensors = caffe_tensors(layers, path)
     if not tensors:
-        raise UserError(f"{path}: a Caffe file, but no layer in it has numbers. Get it again.")
+        raise UserError(f"{path}: a Caffe file, but no layer in it has blobs. Get it again.")
     return "caffemodel", Checkpoint(tensors, {"name": name}), layers
 
 
