@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from senet_transfer import UserError, list_models
 from senet_transfer.analysis.complexity.breakdown import report
-from senet_transfer.analysis.complexity.paper_tables import compare
+from senet_transfer.analysis.complexity.paper_tables import compare_with_paper
 from senet_transfer.analysis.complexity.tables import (
     COST_HEADERS,
     PAPER_HEADERS,
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
 def _print_paper(args: argparse.Namespace) -> None:
     if args.model or args.config_file or args.weights or args.size or args.opts:
         raise UserError("--paper has its own models and sizes: leave the other options out.")
-    rows, reasons = paper_rows(compare(quiet=args.quiet))
+    rows, reasons = paper_rows(compare_with_paper(quiet=args.quiet))
     right = ("left", "left", *["right"] * 6, "left")
     print(tabulate(rows, PAPER_HEADERS, disable_numparse=True, colalign=right))
     for reason in reasons:

@@ -153,15 +153,15 @@ def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> Non
     check_sha256(path, sha256)
 
 
-def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """A weight file and its family, from a path or from a name in the catalogue.
+def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
+    """Return a weight file and its family, given a path or a name in the catalogue.
 
     Args:
-        weights: a path, which is returned as it is, whether it exists or not; or a name.
-        family: what the user says the family is, which counts; None: the catalogue's.
+        weights: a path, which is returned unchanged, whether it exists or not; or a name.
+        family: the family given by the user, which takes precedence; None: the catalogue's.
 
     Raises:
-        UserError: as :func:`resolve`; or it is neither path nor name.
+        UserError: the same errors as :func:`resolve`; or ``weights`` is neither a path nor a name.
     """
     if not isinstance(weights, str | Path):
         raise UserError(f"The weights are {weights!r}, expected a path, or a published name.")
