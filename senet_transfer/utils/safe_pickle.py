@@ -24,7 +24,6 @@ from senet_transfer.utils.plain_values import (
     make_set,
     plain_key,
 )
-from senet_transfer.weights.formats.refusal import refuse
 
 # A detector's checkpoint with its optimizer takes some 50 thousand steps.
 MAX_STEPS = 1_000_000
@@ -239,6 +238,8 @@ class PlainUnpickler:
         modern = re.sub(r"^__builtin__$", "builtins", module)
         modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
         if modern not in self._functions and modern not in self._names:
+            from senet_transfer.weights.formats.refusal import refuse
+
             refuse(self._path, f"{module}.{name}")
         self._stack.append(Global(modern))
 

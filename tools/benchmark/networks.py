@@ -12,8 +12,7 @@ from torch import nn
 from benchmark.compare import compare
 from benchmark.memory import saved_bytes
 from benchmark.report import Amounts, Row
-from senet_transfer.models import create_classifier
-from senet_transfer.models.backbones import create_backbone
+from senet_transfer.models import create_backbone, create_classifier
 from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 
 STAGES = ["res2", "res3", "res4", "res5"]
