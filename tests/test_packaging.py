@@ -48,6 +48,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
         if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
             assert path.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
+    assert not [name for name in names if "benchmark" in name]
 
 
 def test_the_commands_that_are_promised_can_be_called():

@@ -25,7 +25,7 @@ from senet_transfer.engine.setup import available_device, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
-from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.build import backbone_name
 from senet_transfer.models.classifier import create_classifier
 from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.models.registry import model_entry
@@ -86,7 +86,7 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
         quiet=args.quiet,
     )
     family = getattr(model.backbone, "weights_source", {}).get("family")
-    name = args.model or trunk_from_config(cfg)[0].name
+    name = args.model or backbone_name(cfg)
     published = published or _published(found, dataset.origin, name, family)
     result = {
         **found.summary(),

@@ -170,7 +170,7 @@ def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> Non
     check_sha256(path, sha256)
 
 
-def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
+def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
     """Return the weight file and its family for a path or a name in the catalogue.
 
     Args:

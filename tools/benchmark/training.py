@@ -19,9 +19,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
-from senet_transfer.analysis.benchmark.compare import Comparison, compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.compare import Comparison, compare
+from benchmark.networks import Options
+from benchmark.report import Amounts, Row
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images
