@@ -221,15 +221,7 @@ def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
     cfg = setup(
         RunOptions(
             "faster_rcnn_se_r50",
-            [
-                *options,
-                "OUTPUT_DIR",
-                str(tmp_path),
-                "DATASETS.TRAIN",
-                "('own',)",
-                "DATASETS.TEST",
-                "()",
-            ],
+            [*options, *data, "OUTPUT_DIR", str(tmp_path)],
             datasets=[own],
         )
     )
