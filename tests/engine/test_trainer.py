@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from senet_transfer import UserError
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.predictor import find_images, load_trained, predict_images
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
 
@@ -209,17 +209,20 @@ def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     first = command(**short)
     # Before its first checkpoint there is nothing to resume.
-    trainer = Trainer(setup(first))
-    assert not first.resume
-    trainer.resume_or_load(resume=first.resume)
+    cfg = setup(first)
+    assert not resumes(cfg, first)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
     trainer.train()
     again = command()
-    assert Trainer(setup(again)).cfg.SOLVER.MAX_ITER == 4
-    assert again.resume
+    cfg = setup(again)
+    assert cfg.SOLVER.MAX_ITER == 4
+    assert resumes(cfg, again)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     anew = command(**short)
-    trainer = Trainer(setup(anew))
-    assert not anew.resume
+    cfg = setup(anew)
+    assert not resumes(cfg, anew)
+    trainer = Trainer(cfg)
     # From here on, what the folder held is not this run's.
     trainer.resume_or_load(resume=False)
     assert not (tmp_path / "run" / "last_checkpoint").exists()
