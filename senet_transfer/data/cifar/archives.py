@@ -19,8 +19,7 @@ import torch
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.errors import UserError
-from senet_transfer.utils.plain_values import ArrayRef
-from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.utils.safe_pickle import load_plain
 
 _PIXELS = 3 * SIDE * SIDE
 
@@ -227,7 +226,7 @@ def _parts(
         return
     batch = _unpickle(data, origin, name)
     images, labels = batch.get("data"), batch.get(kind.key)
-    array = images.array if isinstance(images, ArrayRef) else np.empty(0)
+    array = images if isinstance(images, np.ndarray) else np.empty(0)
     good = isinstance(labels, list) and all(type(label) is int for label in labels)
     if not good or array.dtype != np.uint8 or array.shape != (len(labels), _PIXELS) or not labels:
         found = f"{len(labels)} values" if isinstance(labels, list) else type(labels).__name__
@@ -242,7 +241,7 @@ def _parts(
 def _unpickle(data: bytes, origin: str, name: str) -> dict[str, Any]:
     """The dictionary in a pickle, with the keys of Python 2 and 3 alike as text."""
     try:
-        value = PlainUnpickler(io.BytesIO(data), Path(name)).load()
+        value = load_plain(io.BytesIO(data), name)
     except UserError as error:
         raise UserError(
             f"{origin}: {name} is refused: it holds more than arrays, lists and text, and loading "

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 
 from senet_transfer.errors import UserError
-from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.utils.safe_pickle import load_plain
+from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
-from senet_transfer.weights.formats.refusal import shown
 from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
@@ -203,8 +203,8 @@ def _read_tar(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 
 def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     stream = io.BytesIO(path.read_bytes())
-    first = PlainUnpickler(stream, path).load()
-    if first == LEGACY_MAGIC:
+    first = load_plain(stream, path)
+    if isinstance(first, int) and first == LEGACY_MAGIC:
         return "pth", read_legacy(stream, path), []
     return "pkl", collect(first, path, path.stat().st_size), []
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from senet_transfer.errors import UserError
-from senet_transfer.weights.formats.refusal import shown
+from senet_transfer.utils.text import shown
 
 ZIP, TAR, PICKLE, SAFETENSORS, CAFFE = "zip", "tar", "pickle", "safetensors", "caffe"
 

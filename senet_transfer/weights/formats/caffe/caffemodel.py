@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
 from senet_transfer.weights.formats.caffe.schema import (
     LAYER,
@@ -22,7 +23,6 @@ from senet_transfer.weights.formats.caffe.schema import (
     Schema,
 )
 from senet_transfer.weights.formats.caffe.wire import BYTES, FIXED32, FIXED64, VARINT, Message
-from senet_transfer.weights.formats.refusal import shown
 
 _V1_NAMES = {number: name for number, _, name in V1_TYPES}
 # Fields of NetParameter besides its layers: name, layers (V1), input, input_dim, force_backward,

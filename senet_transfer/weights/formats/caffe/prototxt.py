@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
 from senet_transfer.weights.formats.caffe.schema import LAYER, V1_TYPES, Field, Schema
-from senet_transfer.weights.formats.refusal import shown
 
 # The longest published definition, SENet-154's, has 150 kB.
 _MAX_BYTES = 2**24
