@@ -12,7 +12,7 @@ import torch
 from senet_transfer.utils.safe_pickle import check_sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Storage:
     """Consecutive numbers in a file, read when a tensor of the model needs them."""
 

@@ -13,7 +13,7 @@ import io
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,36 +96,26 @@ def read_zip(path: Path) -> Checkpoint:
         byteorder = f"{root}/byteorder"
         if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
             raise UserError(f"{path}: saved on a big-endian machine; save it on a common one.")
-        storages, unread = _Storages(), {info.filename: info for info in archive.infolist()}
+        if damaged := archive.testzip():
+            raise ValueError(f"the CRC-32 of record {damaged} is wrong")
+        storages = _Storages()
 
-        def read_record(key: Any, nbytes: int) -> bytearray:
-            data, filled = bytearray(nbytes), 0
-            for chunk in _chunks(archive, unread.pop(f"{root}/data/{key}")):
-                data[filled : filled + len(chunk)] = chunk
-                filled += len(chunk)
+        def read_record(key: Any, _nbytes: int) -> bytearray:
+            data = bytearray()
+            with archive.open(f"{root}/data/{key}") as record:
+                while chunk := record.read(_CHUNK):
+                    data += chunk
             return data
 
         def persistent_load(identity: Any) -> Storage:
             storage = storages.named(identity, read_record)
-            info = archive.getinfo(f"{root}/data/{identity[2]}")
-            if info.file_size != storage.nbytes:
-                raise ValueError(f"record {info.filename} is not {storage.nbytes} bytes")
+            if archive.getinfo(f"{root}/data/{identity[2]}").file_size != storage.nbytes:
+                raise ValueError(f"record data/{identity[2]} is not {storage.nbytes} bytes")
             return storage
 
         stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
         tree = load_plain(stream, path, ALLOWED, persistent_load)
-        checkpoint = collect(tree, path, path.stat().st_size)
-        for info in unread.values():
-            for _ in _chunks(archive, info):
-                pass
-    return checkpoint
-
-
-def _chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Yield the content of a record; at its end, zipfile verifies its checksum."""
-    with archive.open(info) as record:
-        while chunk := record.read(_CHUNK):
-            yield chunk
+        return collect(tree, path, path.stat().st_size)
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
@@ -243,6 +233,6 @@ def _skip_data(stream: io.BytesIO, dtype: torch.dtype, numel: int) -> int:
     if struct.unpack("<q", stream.read(8)) != (numel,):
         raise ValueError("the data does not have the length that its tensor states")
     start = stream.tell()
-    if start + numel * dtype.itemsize > length_of(stream):
+    if stream.seek(start + numel * dtype.itemsize) > length_of(stream):
         raise ValueError("the file ends in the middle of a tensor")
-    return stream.seek(start + numel * dtype.itemsize) - numel * dtype.itemsize
+    return start
