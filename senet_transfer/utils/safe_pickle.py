@@ -13,6 +13,7 @@ import re
 import struct
 import types
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,8 @@ def check_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
 
 class _DType:
     """Stand-in for ``numpy.dtype``, whose byte order follows in a ``BUILD`` instruction."""
+
+    __hash__ = None  # type: ignore[assignment]  # no key of a dictionary
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufcSUO]\d{0,9}", code):
@@ -79,8 +82,8 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
-# By name, in the spelling of Python 3 and numpy 2: what is called in its place, or an inert object
-# for a name that a pickle may pass on and may not call.
+# By name, in the spelling of Python 3 and numpy 2: what is called in its place, or None for a name
+# that a pickle may pass on and may not call.
 PLAIN: Mapping[str, Any] = {
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
@@ -93,8 +96,18 @@ PLAIN: Mapping[str, Any] = {
     "numpy._core.multiarray.scalar": lambda dtype, raw=b"": _array(raw, dtype, (), "C").item(),
     "numpy._core.numeric._frombuffer": _array,
     "numpy.dtype": _DType,
-    **dict.fromkeys(("numpy.ndarray", "builtins.dict", "builtins.list", "builtins.int"), object()),
+    **dict.fromkeys(("numpy.ndarray", "builtins.dict", "builtins.list", "builtins.int")),
 }
+
+
+@dataclass  # which makes it unhashable: no key of a dictionary
+class Named:
+    """Class or function that a pickle names, and what is called in its place."""
+
+    value: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.value(*arguments)
 
 
 class _Tuple(tuple):
@@ -147,7 +160,7 @@ class _PlainUnpickler(_Unpickler):
         modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
         if modern not in self._allowed:
             _reject(self._path, f"{module}.{name}")
-        return self._allowed[modern]
+        return Named(self._allowed[modern])
 
     def _counted_read(self, size: int) -> bytes:
         self._spend(1)
@@ -237,8 +250,8 @@ def load_plain(
     Args:
         stream: the file's content, in memory: reading a length that lies returns what there is.
         path: for error messages.
-        allowed: what a pickle may name, by name. What is callable may also be called; what has a
-            method ``build`` takes its state from the pickle.
+        allowed: what is called in place of each name that a pickle may contain; any other value is
+            passed on as :class:`Named`. A result with a method ``build`` takes a state.
         persistent_load: returns the object of a persistent id (torch's storages); None rejects it.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from senet_transfer.utils.safe_pickle import check_sizes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass  # which makes it unhashable: no key of a dictionary
 class Storage:
     """Consecutive numbers in a file, read when a tensor of the model needs them."""
 
@@ -44,6 +44,8 @@ class Storage:
 
 class TensorRef:
     """Tensor in a file: a view of a :class:`Storage`, checked to lie inside it."""
+
+    __hash__ = None  # type: ignore[assignment]  # no key of a dictionary
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))

@@ -23,6 +23,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import (
     MAX_DIMENSIONS,
     PLAIN,
+    Named,
     check_sizes,
     length_of,
     load_plain,
@@ -72,8 +73,9 @@ class _Storages(dict[Any, Storage]):
     """Storages of a file by key, with the check of what a pickle states about them."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
-        """Return the storage of a persistent id; ``read`` takes its key and its bytes' number."""
-        kind, dtype, key, _, numel = identity
+        """Return the storage of a persistent id; ``read`` takes its key and length in bytes."""
+        kind, storage_type, key, _, numel = identity
+        dtype = storage_type.value if isinstance(storage_type, Named) else None
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) not in (str, int):
             raise ValueError("a reference to something that is not a tensor's data")
         (numel,) = check_sizes((numel,))
@@ -96,8 +98,9 @@ def read_zip(path: Path) -> Checkpoint:
         byteorder = f"{root}/byteorder"
         if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
             raise UserError(f"{path}: saved on a big-endian machine; save it on a common one.")
-        if damaged := archive.testzip():
-            raise ValueError(f"the CRC-32 of record {damaged} is wrong")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"record {damaged} is damaged (its CRC-32 or header is wrong)")
         storages = _Storages()
 
         def read_record(key: Any, _nbytes: int) -> bytearray:
@@ -163,7 +166,7 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
     if not all(type(key) in (str, int) for key in keys) or sorted(keys) != sorted(storages):
         raise ValueError("its data is not the data that its tensors need")
     for key in keys:
-        starts[key] = _skip_data(stream, storages[key].dtype, storages[key].numel)
+        starts[key] = _skip_data(stream, storages[key])
     return collect(tree, path, length_of(stream))
 
 
@@ -194,13 +197,13 @@ def _tar_storages(stream: io.BytesIO, path: Path) -> dict[int, Storage]:
     storages = _Storages()
     starts: dict[Any, int] = {}
     for _ in range(load_plain(stream, path)):
-        key, location, dtype = load_plain(stream, path, ALLOWED)
+        key, location, storage_type = load_plain(stream, path, ALLOWED)
         place = stream.tell()
         (numel,) = struct.unpack("<q", stream.read(8))
-        identity = ("storage", dtype, key, location, numel)
-        storages.named(identity, lambda key, n: _raw(stream, starts[key], n))
+        identity = ("storage", storage_type, key, location, numel)
+        storage = storages.named(identity, lambda key, n: _raw(stream, starts[key], n))
         stream.seek(place)
-        starts[key] = _skip_data(stream, dtype, numel)
+        starts[key] = _skip_data(stream, storage)
     for key, root, offset, numel in load_plain(stream, path):
         storages[int(key)] = storages[int(root)].view(offset, numel)
     return storages
@@ -228,11 +231,11 @@ def _raw(stream: io.BytesIO, start: int, nbytes: int) -> bytearray:
     return bytearray(stream.read(nbytes))
 
 
-def _skip_data(stream: io.BytesIO, dtype: torch.dtype, numel: int) -> int:
+def _skip_data(stream: io.BytesIO, storage: Storage) -> int:
     """Skip the data of a storage, check its length, and return where it starts."""
-    if struct.unpack("<q", stream.read(8)) != (numel,):
+    if struct.unpack("<q", stream.read(8)) != (storage.numel,):
         raise ValueError("the data does not have the length that its tensor states")
     start = stream.tell()
-    if stream.seek(start + numel * dtype.itemsize) > length_of(stream):
+    if stream.seek(start + storage.nbytes) > length_of(stream):
         raise ValueError("the file ends in the middle of a tensor")
     return start
