@@ -135,10 +135,9 @@ def _leaves(
 
 
 def _strip_prefixes(sources: dict[str, _Source]) -> dict[str, _Source]:
-    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in sources)), None)
-    if prefix is None:
-        return sources
-    return _strip_prefixes({name.removeprefix(prefix): s for name, s in sources.items()})
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in sources)), None):
+        sources = {name.removeprefix(prefix): source for name, source in sources.items()}
+    return sources
 
 
 def _take_plain(metadata: dict[str, Any], values: dict) -> None:

@@ -134,6 +134,42 @@ def test_loaded_tensors_outlive_the_file(tmp_path):
     assert tensors["a"].sum() == 1000
 
 
+def test_only_the_model_s_tensors_are_read_into_memory(tmp_path, monkeypatch):
+    content = {"state_dict": {"w": torch.ones(7)}, "optimizer": {"momentum": torch.ones(9)}}
+    lengths = []
+    read = torch.frombuffer
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch, "frombuffer", lambda raw, **kw: lengths.append(len(raw)) or read(raw, **kw)
+            )
+            read_tensors(tmp_path / "a.pth")
+    assert lengths == [28, 28]
+
+
+@pytest.mark.parametrize("view", [("1", 2, 3), ("1", 4, 3), ("1", -1, 3), ("1", 0, 2**62)])
+def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
+    # torch before 0.4 wrote parts of a storage so; torch.load still reads them.
+    path = tmp_path / "a.pth"
+    storage = _Storage("FloatStorage", "0", 6)
+    storage.identity = (*storage.identity, view)
+    body = _pickled({"w": _Rebuilt(storage, 0, (3,), (1,)), "x": _Rebuilt(storage, 1, (2,), (1,))})
+    head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    with path.open("wb") as file:
+        for part in (*(pickle.dumps(value, 2) for value in head), body, pickle.dumps(["0"], 2)):
+            file.write(part)
+        file.write(struct.pack("<q6f", 6, *range(6)))
+    if view[1] != 2:
+        with pytest.raises(UserError, match="damaged"):
+            read_tensors(path)
+        return
+    tensors = read_tensors(path).tensors
+    _assert_same(tensors, torch.load(path, weights_only=False))
+    assert tensors["w"].tolist() == [2, 3, 4]
+    assert tensors["x"].untyped_storage().nbytes() == 8
+
+
 # Damage.
 
 
@@ -230,15 +266,19 @@ class _Rebuilt:
         return torch._utils._rebuild_tensor_v2, self.arguments
 
 
-def _zip(path, content, records: dict[str, bytes]) -> None:
+def _pickled(content) -> bytes:
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj):
             return obj.identity if isinstance(obj, _Storage) else None
 
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump(content)
+    return buffer.getvalue()
+
+
+def _zip(path, content, records: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", buffer.getvalue())
+        archive.writestr("a/data.pkl", _pickled(content))
         archive.writestr("a/version", "3\n")
         for name, raw in records.items():
             archive.writestr(f"a/{name}", raw)
