@@ -12,12 +12,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS := 2
+TRAINING_TESTS := $(addprefix tests/engine/classification/test_,small_images.py training.py) \
+	$(addprefix tests/engine/test_,commands.py repeated_runs.py train_step.py trainer.py)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 # The pins for the default build of torch do not apply to another.
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-instant test test-faults test-slow lint bench
+.PHONY: help setup demo demo-instant test test-narrow test-faults test-slow lint bench
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -46,6 +48,10 @@ demo demo-instant: $(READY)
 
 test: $(READY) ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
+
+test-narrow: $(READY) ## the tests of training, with the vector instructions that every x86-64 server has
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest \
+		-n $(WORKERS) --dist worksteal -m "not slow and not faults" $(TRAINING_TESTS)
 
 test-slow: $(READY) ## all tests but those of faults
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not faults"

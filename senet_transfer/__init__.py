@@ -1,34 +1,47 @@
 """Squeeze-and-Excitation networks beyond ImageNet, on Detectron2.
 
-Importing this package registers its trunks, heads and data sets with Detectron2.
+Importing this package is cheap: what it offers is imported at first use. Its backbones and heads
+are in Detectron2's registries as soon as both packages are imported, in either order.
 """
 
-import warnings
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-try:
-    with warnings.catch_warnings():
-        # Detectron2 scripts some functions when it is imported, which recent versions of torch
-        # call deprecated; nothing here uses them.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script")
-        import detectron2.modeling  # noqa: F401
-except ModuleNotFoundError as error:
-    if not (error.name or "").startswith("detectron2"):
-        raise
+from senet_transfer import _moved
+from senet_transfer.errors import UserError
+from senet_transfer.utils.import_hook import after_import
+
+if TYPE_CHECKING:
+    from senet_transfer.config import add_senet_config, get_senet_config
+    from senet_transfer.export.deploy import deploy
+    from senet_transfer.models import create_backbone, create_classifier, list_models
+    from senet_transfer.weights import (
+        apply_file_geometry,
+        list_catalogue,
+        load_weights,
+        save_weights,
+    )
+
+if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
         "senet_transfer needs Detectron2, which is not on the package index under its own name. "
         "In a clone of this project run `python tools/install_detectron2.py`, or build "
         "Detectron2 from its official source."
-    ) from error
+    )
 
-from senet_transfer.config import add_senet_config, get_senet_config
-from senet_transfer.data.detection.coco import register_shapes
-from senet_transfer.errors import UserError
-from senet_transfer.export.deploy import deploy
-from senet_transfer.models import create_classifier
-from senet_transfer.models.backbones import create_backbone, list_models
-from senet_transfer.weights import apply_file_geometry, list_catalogue, load_weights, save_weights
-
-register_shapes()
+_PLACES = {
+    "add_senet_config": "config",
+    "apply_file_geometry": "weights",
+    "create_backbone": "models",
+    "create_classifier": "models",
+    "deploy": "export.deploy",
+    "get_senet_config": "config",
+    "list_catalogue": "weights",
+    "list_models": "models",
+    "load_weights": "weights",
+    "save_weights": "weights",
+}
 
 __all__ = [
     "UserError",
@@ -43,3 +56,20 @@ __all__ = [
     "load_weights",
     "save_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_moved.install()
+after_import("detectron2.modeling", lambda: importlib.import_module("senet_transfer.models"))

@@ -27,3 +27,9 @@ class RunError(Exception):
 
     on_all_ranks = True
     exit_status = 1
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...] | dict[str, object]) -> None:
+    """Raise UserError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}, expected one of: {', '.join(choices)}.")

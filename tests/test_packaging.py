@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from senet_transfer import UserError
-from senet_transfer.engine.setup import find_config, load_config
+from senet_transfer.config.load import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("senet-train", "senet-predict", "senet-eval-places365")

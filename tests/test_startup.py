@@ -1,16 +1,15 @@
-"""What starting up imports: little beyond what Detectron2's own models need."""
+"""What importing the package costs, and that its models are registered all the same."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT
 
-# Readers of data, writers of logs, exporters: each is needed by some commands alone.
-HEAVY = (
+# Readers of data, writers of logs, exporters: only some commands need them.
+HEAVY = {
     "aiohttp",
     "faster_coco_eval",
     "fsspec",
@@ -23,27 +22,63 @@ HEAVY = (
     "timm",
     "torch.utils.tensorboard",
     "webdataset",
-)
+}
 
-HELP = """
-import runpy
-sys.argv = ["tools/train_net.py", "--help"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
-    pass
+
+def modules_after(code: str) -> set[str]:
+    """Return the modules that a fresh process has imported after running code."""
+    code = f"import sys, json\n{code}\nprint(json.dumps(list(sys.modules)))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert not modules_after("import senet_transfer") & {*HEAVY, "torch", "detectron2", "numpy"}
+
+
+def test_building_a_model_imports_no_more_than_it_needs():
+    modules = modules_after("import senet_transfer; senet_transfer.create_backbone")
+    assert "senet_transfer.models.backbones.resnet" in modules
+    assert not modules & {*HEAVY, "detectron2.engine", "detectron2.evaluation"}
+
+
+BUILD = """
+cfg = senet_transfer.get_senet_config()
+cfg.MODEL.BACKBONE.NAME = "build_senet_fpn_backbone"
+cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+cfg.MODEL.SE.ENABLED, cfg.MODEL.DEVICE = True, "cpu"
+model = build_model(cfg)
+assert model.backbone.bottom_up.res2[0].se.fc1.in_features == 64
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+for registry, name in (
+    (BACKBONE_REGISTRY, "build_senet_backbone"),
+    (BACKBONE_REGISTRY, "build_retinanet_senet_fpn_backbone"),
+    (META_ARCH_REGISTRY, "ImageClassifier"),
+    (ROI_HEADS_REGISTRY, "SENetRes5ROIHeads"),
+):
+    registry.get(name)
 """
 
 
 @pytest.mark.parametrize(
-    ("code", "also"),
-    [("import senet_transfer", ("detectron2.engine", "detectron2.evaluation")), (HELP, ())],
-    ids=["import", "--help"],
+    "imports",
+    [
+        "import senet_transfer\nfrom detectron2.modeling import build_model",
+        "from detectron2.modeling import build_model\nimport senet_transfer",
+    ],
+    ids=["ours first", "detectron2 first"],
 )
-def test_starting_up_imports_no_more_than_it_needs(code, also):
-    code = f"import sys, json\n{code}\nprint(json.dumps(list(sys.modules)))"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "senet_transfer.models.backbones.resnet" in modules
-    assert not modules & {*HEAVY, *also}
+def test_plain_detectron2_finds_every_model_in_either_order_of_imports(imports):
+    modules_after(imports + BUILD)
+
+
+def test_the_demos_data_is_registered_by_runs_and_not_by_an_import():
+    modules_after(
+        "import senet_transfer\nfrom detectron2.data import DatasetCatalog\n"
+        "senet_transfer.create_backbone\nassert 'shapes_val' not in DatasetCatalog\n"
+        "from senet_transfer.data.detection.coco import register_datasets\n"
+        "register_datasets([])\nassert 'shapes_val' in DatasetCatalog"
+    )

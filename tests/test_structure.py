@@ -1,56 +1,147 @@
-"""Files and functions stay short enough to be read at once."""
+"""The architecture: which part may import which, and what stands in one place only."""
 
 import ast
-import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_OF_FILE, MOST_OF_FUNCTION = 400, 50
+PACKAGE = ROOT / "senet_transfer"
+
+# Each row may import the rows above it and itself; parts that share a row may not import each
+# other. `utils` knows nothing of the project but its errors.
+LAYERS = (
+    ("errors", "preprocessing"),
+    ("utils", "layers"),
+    ("config",),
+    ("weights",),
+    ("models", "data"),
+    ("evaluation", "export"),
+    ("engine",),
+    ("analysis",),
+    ("cli",),
+)
+RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
+# Beyond the rows: what `data` and `utils` may not know, although it stands above them.
+FORBIDDEN = {"data": {"weights", "models", "layers"}, "utils": {"preprocessing"}}
+MOST_FILES = 14
 
 
-def sources(suffix: str) -> list[Path]:
-    folders = ("senet_transfer", "tools", "datasets", "tests")
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob(f"*{suffix}"))]
+def modules() -> dict[str, Path]:
+    """Return the path of each module of the package by its dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[dotted.removesuffix(".__init__")] = path
+    return found
 
 
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+MODULES = modules()
 
 
-def functions(text: str) -> dict[str, int]:
-    """The lines of each function of a Python file, its docstring included."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-    return {f"{f.name}, line {f.lineno}": f.end_lineno - f.lineno + 1 for f in found}
+def imports(name: str, *, when_loaded: bool) -> set[str]:
+    """Return the modules of the package that a module imports.
+
+    Args:
+        name: the module's dotted name.
+        when_loaded: leave out imports inside functions and those for type checkers.
+    """
+    tree = ast.parse(MODULES[name].read_text())
+    nodes = list(_outside_functions(tree)) if when_loaded else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {module for module in found if module in MODULES} - {name}
 
 
-def statements(text: str) -> list[str]:
-    """The outermost statements of a JavaScript file, and the comments between them."""
-    return re.split(r"\n(?![\s)}\]])", text.strip())
+def _outside_functions(node: ast.AST):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _outside_functions(child)
 
 
-def test_the_counts_see_what_is_nested_and_what_is_a_docstring():
-    text = 'def a():\n    """One.\n\n    Two."""\n    def b():\n        return 1\n\n    return b\n'
-    assert functions(text) == {"a, line 1": 8, "b, line 5": 2}
-    text = "/** a\n */\nconst a = 1;\n\nfunction b() {\n  // Why.\n\n  return 1;\n}\nc();\n"
-    lengths = [len(part.strip().splitlines()) for part in statements(text)]
-    assert lengths == [2, 1, 5, 1]
+def part(module: str) -> str:
+    """Return the part of the package that a module is in, such as "models"; "" for the package."""
+    return (module.split(".") + [""])[1]
 
 
-@pytest.mark.parametrize("path", sources(".py"), ids=name)
-def test_a_python_file_and_its_functions_are_short(path):
-    text = path.read_text()
-    assert len(text.splitlines()) < MOST_OF_FILE
-    assert {f: n for f, n in functions(text).items() if n >= MOST_OF_FUNCTION} == {}
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return groups of two or more nodes that reach each other (Tarjan's algorithm)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in edges.get(node, ()):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            group = []
+            while not group or group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return found
 
 
-@pytest.mark.parametrize("path", sources(".js"), ids=name)
-def test_a_javascript_file_and_its_functions_are_short(path):
-    text = path.read_text()
-    assert len(text.splitlines()) < MOST_OF_FILE
-    for statement in statements(text):
-        # A function is in one statement, which is cut nowhere if its braces are in pairs.
-        assert statement.count("{") == statement.count("}"), statement
-        assert len(statement.strip().splitlines()) < MOST_OF_FUNCTION, statement
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in RANK])
+def test_a_module_imports_only_parts_below_its_own(name):
+    own = part(name)
+    for target in imports(name, when_loaded=False):
+        other = part(target)
+        if other in ("", own):
+            continue
+        assert RANK[other] < RANK[own], f"{name} imports {target}"
+        assert other not in FORBIDDEN.get(own, ()), f"{name} imports {target}"
+
+
+def test_every_part_has_a_place_in_the_architecture():
+    assert {part(name) for name in MODULES} - {"", "_moved"} == set(RANK)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    edges = {name: imports(name, when_loaded=True) for name in MODULES}
+    assert circles(edges) == []
+
+
+def test_no_folders_import_each_other_in_a_circle():
+    # A folder and those inside it are one place: `models/registry.py` is used by `backbones/`,
+    # whose networks `models/build.py` builds.
+    edges = {path.parent: set() for path in MODULES.values()}
+    for name, path in MODULES.items():
+        for target in imports(name, when_loaded=True):
+            ends = path.parent, MODULES[target].parent
+            if not (ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0])):
+                edges[ends[0]].add(ends[1])
+    assert circles(edges) == []
+
+
+def test_only_the_command_lines_parse_arguments():
+    users = {name for name, path in MODULES.items() if "argparse" in path.read_text()}
+    assert {part(name) for name in users} == {"cli"}
+
+
+def test_a_folder_holds_few_enough_files_to_be_overlooked_at_once():
+    count = Counter(path.parent for path in MODULES.values())
+    assert {str(folder): n for folder, n in count.items() if n > MOST_FILES} == {}

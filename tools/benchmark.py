@@ -22,7 +22,7 @@ from senet_transfer.analysis.benchmark import (
     training,
 )
 from senet_transfer.engine.launch import run_single
-from senet_transfer.layers.squeeze_excitation import check_choice
+from senet_transfer.errors import check_choice
 from senet_transfer.utils.progress import progress
 
 PARTS = {

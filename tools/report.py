@@ -1,49 +1,7 @@
 #!/usr/bin/env python
-"""Makes one HTML page of runs: results beside the paper's, curves, classes, pictures, configs.
+"""Make one HTML page of runs; see --help for examples."""
 
-    python tools/report.py output/demo
-    python tools/report.py output/demo output/other --output compared.html
-
-A RUN is the output folder of tools/train_net.py, of a run that is finished or not, or a folder that
-holds such folders. The page needs no network and no other file; open it in any browser.
-"""
-
-import argparse
-from pathlib import Path
-
-from senet_transfer.analysis.report import find_runs, load_runs, write_report
-from senet_transfer.engine.launch import run_single
-from senet_transfer.errors import UserError
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="an output folder, or one of such")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="default: report.html in the run, or beside the first of several",
-    )
-    parser.add_argument(
-        "--images", type=int, default=240, help="pictures of detection in the page (240)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Makes the page and says where it is."""
-    if args.images < 0:
-        raise UserError(f"--images is {args.images}, expected 0 or more.")
-    folders = find_runs(args.runs)
-    place = folders[0] if len(folders) == 1 else folders[0].resolve().parent
-    output = args.output or place / "report.html"
-    write_report(load_runs(folders), output, images=args.images, quiet=args.quiet)
-    print(f"{len(folders)} runs: {output}" if len(folders) > 1 else output)
-
+from senet_transfer.cli.report import command
 
 if __name__ == "__main__":
-    run_single(main, parser().parse_args())
+    command()

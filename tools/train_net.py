@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains or evaluates a model from a config; see --help for examples."""
+"""Train or evaluate a model from a config; see --help for examples."""
 
 from senet_transfer.cli.train import command
 

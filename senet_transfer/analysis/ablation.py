@@ -14,7 +14,8 @@ from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.excitations.collect import trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
-from senet_transfer.data.build import is_classification, use_classification_datasets
+from senet_transfer.config import is_classification
+from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.engine.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.errors import UserError

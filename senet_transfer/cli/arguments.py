@@ -1,10 +1,9 @@
 """The command line of training: Detectron2's arguments, and own data sets."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-
-from detectron2.engine import default_argument_parser
+from collections.abc import Callable, Sequence
 
 _EPILOG = """
 Examples:
@@ -56,12 +55,38 @@ class Parser(argparse.ArgumentParser):
 
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, ``--dataset`` and ``--quiet``."""
-    parser = Parser(epilog=_EPILOG, parents=[default_argument_parser()], add_help=False)
+    parser = Parser(epilog=_EPILOG)
+    _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
         "--quiet", action="store_true", help="leave the log to log.txt, but for warnings"
     )
     return parser
+
+
+def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of Detectron2's own parser, whose import would take seconds."""
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a recipe")
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
+    add("--num-gpus", type=int, default=1, help="processes on each machine, one per GPU (1)")
+    add("--num-machines", type=int, default=1, help="machines of the job (1)")
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    # As Detectron2 has it: a port that follows from the user, so that a leftover process of an
+    # earlier job shows as an address in use.
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
+    address = f"tcp://127.0.0.1:{port}"
+    add("--dist-url", default=address, help="address of the first machine, tcp://HOST:PORT")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+
+
+def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Run a command in this process; an error of the user's ends it with a message, status 2."""
+    # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
+    from senet_transfer.engine.launch import run_single
+
+    run_single(main, args)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

@@ -11,14 +11,17 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments
-from senet_transfer.data.build import find_dataset, in_memory, is_classification
+from senet_transfer.config import is_classification
+from senet_transfer.config.load import load_config
+from senet_transfer.data.base import ClassificationDataset
+from senet_transfer.data.build import find_dataset, in_memory
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.open import open_images
-from senet_transfer.data.classification.open import ClassificationDataset, open_dataset
+from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EVAL_MODES, EvalTransform
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.results import write_results
-from senet_transfer.engine.setup import available_device, load_config, use_available_device
+from senet_transfer.engine.setup import available_device, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar

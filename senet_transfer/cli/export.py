@@ -11,7 +11,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from senet_transfer.data.build import is_classification
+from senet_transfer.config import is_classification
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.model_from import model_config
 from senet_transfer.errors import UserError

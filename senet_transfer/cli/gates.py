@@ -20,10 +20,11 @@ from senet_transfer.analysis.excitations.prune import (
 )
 from senet_transfer.analysis.excitations.tables import block_table, write_csv
 from senet_transfer.cli.arguments import Parser, add_running_arguments
+from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.cifar.in_memory import load_images
 from senet_transfer.data.cifar.open import ArrayDataset, is_prepared
-from senet_transfer.data.classification.open import ClassificationDataset, open_dataset
+from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.crops import CocoCrops
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer

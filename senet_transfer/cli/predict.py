@@ -7,7 +7,7 @@ classifier the best five classes of each image are printed and written as a JSON
 import argparse
 
 from senet_transfer.cli.arguments import Parser
-from senet_transfer.data.build import is_classification
+from senet_transfer.config import is_classification
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.launch import run_single
 from senet_transfer.engine.predictor import find_images, load_trained, predict_images

@@ -1,13 +1,21 @@
-"""``senet-train``: trains or evaluates a model from a config."""
+"""``senet train``: train or evaluate a model from a config."""
 
-from senet_transfer.cli.arguments import argument_parser
+import argparse
+
+from senet_transfer.cli.arguments import argument_parser as parser
+
+__all__ = ["command", "parser"]
 
 
-def command() -> None:
-    """Runs as the command line says."""
-    args = argument_parser().parse_args()
-    # Only now, so that --help and mistakes in the arguments don't wait for all that training needs.
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    args: argparse.Namespace = parser().parse_args(words)
+    # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
     from senet_transfer.engine.launch import run
     from senet_transfer.engine.train import main
 
     run(main, args)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,10 +1,19 @@
 """Every config key of this project, and reading configs."""
 
 from senet_transfer.config.defaults import (
+    META_ARCHITECTURE,
     add_senet_config,
     config_items,
     config_value,
     get_senet_config,
+    is_classification,
 )
 
-__all__ = ["add_senet_config", "config_items", "config_value", "get_senet_config"]
+__all__ = [
+    "META_ARCHITECTURE",
+    "add_senet_config",
+    "config_items",
+    "config_value",
+    "get_senet_config",
+    "is_classification",
+]

@@ -200,3 +200,11 @@ def _add_classification_input(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFICATION.TEST_MODE = "short_side"
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = 256
     cfg.INPUT.CLASSIFICATION.TEST_CROP = 224
+
+
+META_ARCHITECTURE = "ImageClassifier"
+
+
+def is_classification(cfg: CfgNode) -> bool:
+    """Whether a config is of a classifier."""
+    return cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE

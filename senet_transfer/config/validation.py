@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from senet_transfer.config import config_items
+from senet_transfer.config.defaults import config_items
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import re
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
 from senet_transfer.data.cifar.open import NAMES, is_prepared, open_images
@@ -16,20 +17,13 @@ from senet_transfer.data.classification.loader import (
     build_classification_eval_loader,
     build_classification_train_loader,
 )
-from senet_transfer.data.classification.open import ClassificationDataset, open_dataset
+from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
-from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import check_choice
+from senet_transfer.errors import UserError, check_choice
 
-META_ARCHITECTURE = "ImageClassifier"
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
 AUGMENTS = ("region", "pad_crop")
-
-
-def is_classification(cfg: CfgNode) -> bool:
-    """Whether a config is of a classifier."""
-    return cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE
 
 
 def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:

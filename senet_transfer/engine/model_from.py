@@ -6,11 +6,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from senet_transfer.analysis.complexity.count import built_empty, fill_empty
-from senet_transfer.config import get_senet_config
-from senet_transfer.data.build import META_ARCHITECTURE
-from senet_transfer.engine.setup import load_config, merge_options
+from senet_transfer.config import META_ARCHITECTURE, get_senet_config
+from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.errors import UserError
+from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.registry import model_entry
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import local_weights

@@ -15,12 +15,14 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
+from senet_transfer.config.load import load_config
+from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.results import write_results
 from senet_transfer.engine.run_checks import check_augmentation
-from senet_transfer.engine.setup import load_config, use_available_device
+from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 from senet_transfer.weights import apply_file_geometry
@@ -86,6 +88,7 @@ def load_trained(weights: str, config_file: str = "", options: Iterable[str] = (
 
 def _take_classes(cfg: CfgNode) -> None:
     """The classes of the data sets that a recipe names, where these are known without files."""
+    register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
         if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
             cfg.DATASETS.CLASSES = list(MetadataCatalog.get(name).thing_classes)

@@ -15,11 +15,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from senet_transfer.config import config_items
-from senet_transfer.data.build import is_classification
+from senet_transfer.config import config_items, is_classification
+from senet_transfer.config.load import load_config
 from senet_transfer.engine.checkpoints.checkpoint_history import checkpoints
 from senet_transfer.engine.results import metrics
-from senet_transfer.engine.setup import load_config
 from senet_transfer.engine.train import RESULTS
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.paper_results import published_on_cifar
@@ -66,7 +65,7 @@ def run_once(
         logger.info("%s is finished already.", output_dir)
         return found
     resume = ["--resume"] if checkpoints(output_dir) else []
-    command = [sys.executable, "-m", "senet_transfer.engine.train", "--config-file", config_file]
+    command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", config_file]
     # A process of its own: Detectron2's loggers and registries are the process's.
     status = subprocess.run(
         [*command, *flags, *resume, *options], stdout=subprocess.DEVNULL if quiet else None

@@ -13,9 +13,8 @@ from detectron2.modeling import (
 )
 from detectron2.utils import comm
 
-from senet_transfer.config import config_items
+from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.validation import check_ranges
-from senet_transfer.data.build import is_classification
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.lr_schedule import check_epochs
 from senet_transfer.errors import UserError

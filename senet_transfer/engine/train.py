@@ -8,10 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.launch import run
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.signals import stop_at_step_end
@@ -59,7 +57,3 @@ def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     else:
         Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
     return Trainer.evaluate(cfg, model)
-
-
-if __name__ == "__main__":
-    run(main, argument_parser().parse_args())

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from senet_transfer.config import is_classification
 from senet_transfer.config.validation import config_errors
 from senet_transfer.data import build as classification
 from senet_transfer.data.classification.loader import ClassificationLoader
@@ -64,7 +65,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         with config_errors("division of the work"):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
             cfg = schedule.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
@@ -139,7 +140,7 @@ class Trainer(DefaultTrainer):
     def _division(self) -> dict[str, int]:
         division = {"images a step": self.cfg.SOLVER.IMS_PER_BATCH}
         division["processes"] = comm.get_world_size()
-        if classification.is_classification(self.cfg):
+        if is_classification(self.cfg):
             division["workers a process"] = self.cfg.DATALOADER.NUM_WORKERS
         return division
 
@@ -178,7 +179,7 @@ class Trainer(DefaultTrainer):
         """The training data from an iteration on, its order and augmentation as a seed says."""
         if seed is None:
             seed = comm.shared_random_seed()
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             return classification.train_loader(cfg, seed, start_iter)
         mapper = CheckedDatasetMapper(cfg, is_train=True)
         return detection.build_train_loader(cfg, mapper, seed=seed, start_iter=start_iter)
@@ -188,7 +189,7 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str
     ) -> DataLoader | ClassificationLoader:
         """Detectron2's loader, with images checked; a classifier's."""
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -206,7 +207,7 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: the data set is not evaluated by COCO's metrics.
         """
-        if classification.is_classification(cfg):
+        if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
             output_dir = os.path.join(
                 cfg.OUTPUT_DIR, classification.inference_dir(cfg, dataset_name)

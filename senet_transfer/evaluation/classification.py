@@ -10,6 +10,7 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 from torch import Tensor
 
+from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.loader import CifarEvalLoader
 from senet_transfer.data.classification.loader import (
@@ -17,7 +18,6 @@ from senet_transfer.data.classification.loader import (
     ClassificationLoader,
     build_classification_eval_loader,
 )
-from senet_transfer.data.classification.open import ClassificationDataset
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.evaluator import TOP, ClassificationEvaluator

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 
 SQUEEZES = ("avg", "max", "none")
 
@@ -32,12 +32,6 @@ _FEW_IMAGES = 8
 
 # The bias of fc2 at which a gate starts (nearly) open: 0.982, 0.964 and 1.
 _OPEN_BIAS = {"sigmoid": 4.0, "tanh": 2.0, "relu": 1.0}
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...] | dict[str, object]) -> None:
-    """Raises UserError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}, expected one of: {', '.join(choices)}.")
 
 
 def hidden_width(channels: int, ratio: int, divisor: int = 1) -> int:

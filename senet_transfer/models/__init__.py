@@ -1,6 +1,17 @@
-"""Image classification on the trunks."""
+"""Backbones and classifiers, by name and from configs.
 
+Importing this package registers all of them, by name and with Detectron2.
+"""
+
+from senet_transfer.models import backbones  # noqa: F401
 from senet_transfer.models.classifier import Classifier, create_classifier
 from senet_transfer.models.image_classifier import ImageClassifier
+from senet_transfer.models.registry import create_backbone, list_models
 
-__all__ = ["Classifier", "ImageClassifier", "create_classifier"]
+__all__ = [
+    "Classifier",
+    "ImageClassifier",
+    "create_backbone",
+    "create_classifier",
+    "list_models",
+]

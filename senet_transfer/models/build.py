@@ -10,8 +10,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.errors import UserError, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.builder import NORMS
 from senet_transfer.models.backbones.resnet import build_resnet
 from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry

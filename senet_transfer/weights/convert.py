@@ -13,16 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.hashing import file_sha256, tensors_sha256
 from senet_transfer.weights.families import renaming_export as names_back
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.registry import FAMILIES
 from senet_transfer.weights.families.renaming import Rename
-from senet_transfer.weights.formats.reader import (
-    OWN_HASH,
-    OWN_METADATA,
-    file_sha256,
-    tensors_sha256,
-)
+from senet_transfer.weights.formats.reader import OWN_HASH, OWN_METADATA
 from senet_transfer.weights.load import pixel_contradictions
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.save import check_suffix, own_metadata, write_own, written_whole

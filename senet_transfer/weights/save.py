@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.atomic_io import whole_file
+from senet_transfer.utils.hashing import tensors_sha256
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry
-from senet_transfer.weights.formats.reader import OWN_HASH, OWN_METADATA, tensors_sha256
+from senet_transfer.weights.formats.reader import OWN_HASH, OWN_METADATA
 from senet_transfer.weights.mapping.target import Target, target_of
 
 _VERSION = 1

@@ -6,10 +6,11 @@ from torch import nn
 
 from senet_transfer import UserError, create_classifier, list_models, save_weights
 from senet_transfer.analysis.complexity.breakdown import report
-from senet_transfer.analysis.complexity.count import built_empty, fill_empty, measure
+from senet_transfer.analysis.complexity.count import measure
 from senet_transfer.analysis.complexity.paper_tables import ROWS, Row, _shufflenet_macs, compare
 from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.layers import SqueezeExcitation
+from senet_transfer.models.empty import built_empty, fill_empty
 
 DEEP = ("34", "101", "110", "152", "154", "164", "next50", "shake", "inception_resnet")
 

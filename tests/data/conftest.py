@@ -1,65 +1,37 @@
-"""Fixtures for tests of detection data sets."""
+"""Fixtures for tests of data."""
 
-import json
+from pathlib import Path
 
+import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+
+from senet_transfer.data.images.places365 import open_places365
+from senet_transfer.data.shards.write import convert
+from tests.data.drawn_places import write_val
 
 
 @pytest.fixture
-def catalogs():
-    """Leaves Detectron2's catalogs as they were."""
-    datasets, metadata = dict(DatasetCatalog), dict(MetadataCatalog)
-    contents = {name: dict(vars(value)) for name, value in metadata.items()}
-    yield
-    DatasetCatalog.data = datasets
-    MetadataCatalog.data = metadata
-    for name, content in contents.items():
-        vars(metadata[name]).clear()
-        vars(metadata[name]).update(content)
+def make_shards(tmp_path_factory):
+    """Makes shards of a drawn validation split, cut into about as many as asked for."""
 
-
-@pytest.fixture
-def annotation():
-    """Makes an annotation that has all COCO asks for."""
-
-    def make(number, image_id, category_id, bbox, **more):
-        base = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox}
-        return {**base, "area": bbox[2] * bbox[3], "iscrowd": 0, **more}
+    def make(count: int, shards: int, seed: int = 0) -> Path:
+        source = write_val(tmp_path_factory.mktemp("source"), count, seed)
+        output = tmp_path_factory.mktemp("shards")
+        images = open_places365(source, "val")
+        blocks = int(np.sum(-(-images.sizes // 512) + 3))
+        convert(images, output, split="val", shard_mb=blocks * 512 / 1e6 / (shards - 0.5))
+        assert len(list(output.glob("*.tar"))) == shards
+        return output
 
     return make
 
 
 @pytest.fixture
-def data(annotation):
-    """A small valid annotation file's content, for a test to spoil."""
-    return {
-        "images": [
-            {"id": 7, "file_name": "a.png", "width": 64, "height": 48},
-            {"id": 3, "file_name": "b.png", "width": 32, "height": 40},
-            {"id": 5, "file_name": "sub/c.png", "width": 32, "height": 40},
-        ],
-        "categories": [{"id": 9, "name": "dog"}, {"id": 2, "name": "cat"}],
-        "annotations": [
-            annotation(1, 7, 9, [1, 2, 30, 40.5]),
-            annotation(2, 7, 2, [10, 10, 54, 38]),
-            annotation(3, 3, 2, [0, 0, 5, 5], iscrowd=1),
-        ],
-    }
+def val(tmp_path):
+    """A drawn validation split of 24 images."""
+    return write_val(tmp_path / "places", 24)
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Writes content as `train.json` beside the folder `images`, and returns both paths."""
-
-    def write(content, name="train.json"):
-        images = tmp_path / "images"
-        (images / "sub").mkdir(parents=True, exist_ok=True)
-        for file_name, size in (("a.png", (64, 48)), ("b.png", (32, 40)), ("sub/c.png", (32, 40))):
-            Image.new("RGB", size).save(images / file_name)
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path, images
-
-    return write
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """For every test here."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from senet_transfer.engine.setup import load_config
+from senet_transfer.config.load import load_config
 from senet_transfer.weights.hub.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
-    r"make (test|test-slow|test-faults|lint)": "these are the tests, or look at the whole of them",
+    r"make (test(-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from senet_transfer.engine.setup import load_config
+from senet_transfer.config.load import load_config
 from tests.documents.commands import (
     COMMANDS,
     DOCUMENTS,

@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from senet_transfer import UserError
-from senet_transfer.engine.setup import load_config, setup
+from senet_transfer.config.load import load_config
+from senet_transfer.engine.setup import setup
 
 FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
 

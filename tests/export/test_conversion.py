@@ -16,9 +16,10 @@ from senet_transfer import UserError, create_backbone, create_classifier, save_w
 from senet_transfer.export import conversion as engine_convert
 from senet_transfer.export.conversion import convert_file
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.convert import FORMATS, MADE_FROM, family_of
 from senet_transfer.weights.families.registry import FAMILIES
-from senet_transfer.weights.formats.reader import file_sha256, read_tensors
+from senet_transfer.weights.formats.reader import read_tensors
 from senet_transfer.weights.mapping.source import examine
 from tests.processes import call
 from tests.weights import published

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 from senet_transfer import UserError, create_backbone, create_classifier
+from senet_transfer.config.load import load_config
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.engine.setup import load_config
 from senet_transfer.export import deploy, export_detector, export_network, formats
 from senet_transfer.models.image_classifier import wrap_classifier
 from senet_transfer.preprocessing import Preprocessing

@@ -19,16 +19,18 @@ from PIL import Image
 from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.config import config_items, get_senet_config
+from senet_transfer.config.load import load_config
+from senet_transfer.data.base import RawSample
 from senet_transfer.data.cifar.in_memory import load_images, split_file
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact, decode_fast
 from senet_transfer.data.images.places365 import read_categories, read_list
-from senet_transfer.data.shards.tar import RawSample, ShardWriter, read_shard
+from senet_transfer.data.shards.tar import ShardWriter, read_shard
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import _training_state
-from senet_transfer.engine.setup import load_config, setup
+from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from tests.comparing import assert_same
 

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torchvision.transforms.v2 import CutMix, MixUp
 
 from senet_transfer import UserError, create_classifier
-from senet_transfer.engine.setup import load_config
+from senet_transfer.config.load import load_config
 from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.preprocessing import Preprocessing
 

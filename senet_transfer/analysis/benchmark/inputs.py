@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 from senet_transfer.analysis.benchmark.compare import compare
 from senet_transfer.analysis.benchmark.networks import Options
 from senet_transfer.analysis.benchmark.report import Row
+from senet_transfer.data.base import RawSample
 from senet_transfer.data.classification.loader import build_classification_train_loader
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import TrainTransform
-from senet_transfer.data.shards.tar import RawSample, ShardWriter
+from senet_transfer.data.shards.tar import ShardWriter
 
 IMAGES, BATCH, SIZE = 256, 32, 224
 

@@ -12,8 +12,7 @@ from torch import nn
 from senet_transfer.analysis.benchmark.compare import compare
 from senet_transfer.analysis.benchmark.memory import saved_bytes
 from senet_transfer.analysis.benchmark.report import Amounts, Row
-from senet_transfer.models import create_classifier
-from senet_transfer.models.backbones import create_backbone
+from senet_transfer.models import create_backbone, create_classifier
 from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 
 STAGES = ["res2", "res3", "res4", "res5"]

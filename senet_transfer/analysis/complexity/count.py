@@ -9,8 +9,6 @@ pooling, sums, scales, non-linearities.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Any
@@ -96,22 +94,6 @@ class Measured:
     def total(self) -> Cost:
         """Of the whole model."""
         return self.modules[""]
-
-
-@contextmanager
-def built_empty() -> Iterator[None]:
-    """Builds what is built inside without memory, which takes no time; see `fill_empty`."""
-    with torch.device("meta"):
-        yield
-
-
-def fill_empty(model: nn.Module) -> nn.Module:
-    """Gives a model that was built empty its place on the CPU, with zeros everywhere."""
-    model = model.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.zero_()
-    return model
 
 
 def measure(model: nn.Module, *inputs: Tensor) -> Measured:

@@ -20,7 +20,7 @@ from torch import nn
 
 from senet_transfer.analysis.excitations.collect import Excitations, trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
-from senet_transfer.data.classification.open import ClassificationDataset
+from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import evaluate_classifier

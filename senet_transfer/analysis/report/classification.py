@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.run_folder import Run, data_label
+from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import inference_dir, open_test_dataset
-from senet_transfer.data.classification.open import ClassificationDataset
 from senet_transfer.data.images.decode import BrokenImageError, decode_fast
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress

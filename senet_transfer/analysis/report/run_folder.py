@@ -145,24 +145,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_metrics(run: Run) -> None:
     values: dict[str, dict[int, float]] = {}
-    parts, elapsed, step = 0.0, 0.0, {}
     for row in _rows(run.folder / "metrics.json"):
         iteration = row.pop("iteration")
         for name, value in row.items():
             if isinstance(value, int | float):
-                # A resumed run repeats some iterations: the later line counts.
+                # A resumed run repeats some iterations: the later line counts, and comes last.
                 values.setdefault(name, {}).pop(iteration, None)
                 values[name][iteration] = float(value)
-        now = row.get("elapsed_seconds")
-        if isinstance(now, int | float):
-            parts, elapsed = (parts + elapsed, now) if now < elapsed else (parts, now)
-        if isinstance(row.get("time"), int | float):
-            step[iteration] = row["time"]
+    step = values.get("time", {})
+    elapsed = values.pop("elapsed_seconds", {})
     run.curves = {name: sorted(points.items()) for name, points in values.items()}
     if memory := run.curves.pop("peak_memory_mb", None):
         run.memory_mb = max(value for _, value in memory)
-    if run.curves.pop("elapsed_seconds", None):
-        run.seconds = parts + elapsed
+    if elapsed:
+        run.seconds = _total_seconds(run.folder / "metrics.json")
     elif step:
         run.seconds = sum(step.values()) / len(step) * run.iterations
     if eta := run.curves.pop("eta_seconds", None):
@@ -170,6 +166,18 @@ def _read_metrics(run: Run) -> None:
     for name, points in run.curves.items():
         if found := parse_metric(name):
             run.results[found] = points[-1][1]
+
+
+def _total_seconds(path: Path) -> float:
+    """Return the sum over the parts of a run, whose clock starts anew with each resumption."""
+    before, elapsed = 0.0, 0.0
+    for row in _rows(path):
+        now = row.get("elapsed_seconds")
+        if isinstance(now, int | float):
+            if now < elapsed:
+                before += elapsed
+            elapsed = now
+    return before + elapsed
 
 
 def _read_results(run: Run) -> None:

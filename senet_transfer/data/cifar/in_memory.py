@@ -18,7 +18,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import whole_file
-from senet_transfer.weights.formats.reader import tensors_sha256
+from senet_transfer.utils.hashing import tensors_sha256
 
 SIDE = 32
 

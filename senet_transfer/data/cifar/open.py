@@ -6,20 +6,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages
 from senet_transfer.data.cifar.archives import read_official_archive, read_official_folder
 from senet_transfer.data.cifar.image_files import read_images, split_place
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays, load_images, split_file
-from senet_transfer.data.classification.open import (
-    ClassificationDataset,
-    SingleImages,
-    check_classes,
-    open_dataset,
-)
+from senet_transfer.data.classification.open import check_classes, open_dataset
 from senet_transfer.data.images.decode import BrokenImageError, encode_exact
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote, local_path
-from senet_transfer.data.shards.tar import RawSample
 from senet_transfer.errors import UserError
 
 # The data sets that go by name, and where they lie below $DETECTRON2_DATASETS.

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import check_choice
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.preprocessing import Preprocessing
 
 PADDINGS = ("zero", "reflect")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from senet_transfer.data.classification.open import ClassificationDataset, SingleImages
-from senet_transfer.data.shards.tar import RawSample
+from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages
 
 
 class ClassSample(SingleImages):

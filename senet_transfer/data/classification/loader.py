@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from senet_transfer.data.classification.open import ClassificationDataset
+from senet_transfer.data.base import ClassificationDataset, RawSample
 from senet_transfer.data.classification.sampling import (
     SHUFFLE_BLOCK,
     class_aware_stream,
@@ -29,7 +29,6 @@ from senet_transfer.data.classification.sampling import (
 from senet_transfer.data.classification.skip_counter import SkipCounter
 from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform, put, sample_rng
-from senet_transfer.data.shards.tar import RawSample
 from senet_transfer.data.workers import init_worker
 from senet_transfer.errors import UserError
 

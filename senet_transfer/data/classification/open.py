@@ -8,7 +8,6 @@ import functools
 import glob
 import logging
 import tarfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages
 from senet_transfer.data.images import places365
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.listing import Images
@@ -36,56 +36,10 @@ from senet_transfer.data.shards.storage import (
     read_bytes,
     read_range,
 )
-from senet_transfer.data.shards.tar import RawSample, check_member, read_shard
+from senet_transfer.data.shards.tar import check_member, read_shard
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-class ClassificationDataset(ABC):
-    """Labelled images in an order that never changes.
-
-    Attributes:
-        classes: names, the label being the position.
-        unit_sizes: `(U,)` int64, samples in each unit.
-        origin: where it is, for messages.
-    """
-
-    def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
-        self.classes = classes
-        self.unit_sizes = unit_sizes
-        self.origin = origin
-
-    def __len__(self) -> int:
-        return int(self.unit_sizes.sum())
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, with those that have no images."""
-        return len(self.classes)
-
-    @abstractmethod
-    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yields the samples of a unit in order, undecoded, without the first `skip`."""
-
-    @abstractmethod
-    def labels(self) -> np.ndarray:
-        """All labels in order, `(len(self),)`."""
-
-    @abstractmethod
-    def read_sample(self, index: int) -> RawSample:
-        """Reads one sample by its position in the data set."""
-
-
-class SingleImages(ClassificationDataset):
-    """Labelled images of which each is a unit."""
-
-    def __init__(self, classes: list[str], count: int, origin: str):
-        super().__init__(classes, np.ones(count, np.int64), origin)
-
-    def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        if skip == 0:
-            yield self.read_sample(unit)
 
 
 class ImageDataset(SingleImages):

@@ -16,8 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from senet_transfer.data.classification.open import ClassificationDataset
-from senet_transfer.data.shards.tar import RawSample
+from senet_transfer.data.base import ClassificationDataset, RawSample
 from senet_transfer.errors import UserError
 
 SHUFFLE_BLOCK = 1024

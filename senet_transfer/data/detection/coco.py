@@ -147,18 +147,19 @@ def register_coco_dataset(
 
 
 def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
-    """Registers the data sets that the config key `DATASETS.REGISTER` lists.
+    """Register the data sets that the config key `DATASETS.REGISTER` lists, and the shapes.
 
     Args:
         entries: `[name, annotation file, image folder]` each. In paths, `~` and `$VARS` are
             expanded; what is relative is so to the current folder.
 
     Returns:
-        Their names.
+        The names in `entries`.
 
     Raises:
         UserError: if an entry has another form, or as `register_coco_dataset` does.
     """
+    register_shapes()
     if not isinstance(entries, list | tuple):
         raise UserError(
             f"DATASETS.REGISTER is {entries!r}; expected a list of data sets, such as "
@@ -200,7 +201,7 @@ def register_shapes() -> None:
         if known == dataset:
             continue
         if type(known) is not ShapesDataset and (known is not None or _has_metadata(name)):
-            # An import must not fail because of somebody's choice of a name.
+            # No other run may fail because of somebody's choice of a name.
             logger.warning("'%s' is registered already, not by this project; left as it is", name)
             continue
         dataset.publish(SHAPE_CLASSES, {i + 1: i for i in range(len(SHAPE_CLASSES))})

@@ -6,12 +6,11 @@ import os
 import numpy as np
 from PIL import Image
 
-from senet_transfer.data.classification.open import SingleImages
+from senet_transfer.data.base import RawSample, SingleImages
 from senet_transfer.data.detection.annotation_checks import read_coco_summary
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import encode_exact
-from senet_transfer.data.shards.tar import RawSample
 from senet_transfer.errors import UserError
 
 

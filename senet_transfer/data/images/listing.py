@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from senet_transfer.data.shards.tar import RawSample, make_key
+from senet_transfer.data.base import RawSample, make_key
 from senet_transfer.errors import UserError
 
 # As many offenders as a message names.

@@ -10,47 +10,16 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
+from senet_transfer.data.base import RawSample
 from senet_transfer.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 OTHER_EXTENSIONS = ("cls", "json")
-
-# Room for an extension in the 100 bytes that a tar member's name may have.
-MAX_KEY = 80
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """An image as it is stored.
-
-    Attributes:
-        key: names the sample in its data set; never used as a path.
-        label: the class, as a position in the list of classes.
-        data: the encoded image.
-        origin: the file or shard it came from, for messages.
-    """
-
-    key: str
-    label: int
-    data: bytes
-    origin: str
-
-
-def make_key(name: str, index: int) -> str:
-    """The key of an image from its path in a list and its position there.
-
-    Webdataset takes all after a name's first dot for the extension, and a slash for a folder, so
-    neither may be in a key. Different paths can come out alike; the position keeps them apart.
-    """
-    stem = re.sub(r"\.[A-Za-z0-9]+$", "", name.strip("/"))
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
-    return f"{stem[-(MAX_KEY - 10) :].lstrip('-_') or 'image'}_{index:09d}"
 
 
 def image_extension(data: bytes) -> str:

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from senet_transfer.data.base import RawSample, make_key
 from senet_transfer.data.images.decode import BrokenImageError, decode_fast
 from senet_transfer.data.images.listing import Images, named, read_image
 from senet_transfer.data.shards.manifest import Manifest, Shard, parse_shard
-from senet_transfer.data.shards.tar import RawSample, ShardWriter, make_key
+from senet_transfer.data.shards.tar import ShardWriter
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.parallel import run_parallel

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
-from senet_transfer.weights.formats.reader import file_sha256, verify_sha256
+from senet_transfer.utils.hashing import file_sha256, verify_sha256
 
 TAG = "last_checkpoint"
 HISTORY = "recent_checkpoints"

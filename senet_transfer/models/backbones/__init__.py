@@ -1,6 +1,5 @@
-"""The trunks. Importing this package registers all of them, by name and with Detectron2."""
+"""The backbones, a file for each family of architectures; importing it registers all by name."""
 
-from senet_transfer.models import build  # noqa: F401
 from senet_transfer.models.backbones import (  # noqa: F401
     bn_inception,
     cifar_resnet,
@@ -12,6 +11,3 @@ from senet_transfer.models.backbones import (  # noqa: F401
     vgg,
     wide_resnet,
 )
-from senet_transfer.models.registry import create_backbone, list_models
-
-__all__ = ["create_backbone", "list_models"]

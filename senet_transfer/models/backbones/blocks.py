@@ -12,9 +12,9 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.fused_gate import fold_squeeze, gated_sum
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 
 STEM_POOLS = ("pad", "ceil")
 

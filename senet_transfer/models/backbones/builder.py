@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 
-from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.errors import UserError, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
 

@@ -12,8 +12,8 @@ adds ``2 C (C // r) + C + C // r`` parameters a block of width C. With r = 16 an
 14,238 to ResNet-110's 1,727,962 and 202,104 to ResNet-164's 1,703,258.
 """
 
-from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.errors import UserError, check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.builder import CIFAR_FEATURES, StemAndStages, trunk_builder
 from senet_transfer.models.backbones.cifar_blocks import preact_parts
 from senet_transfer.models.registry import register_family, register_with_se

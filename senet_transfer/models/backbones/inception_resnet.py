@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 
-from senet_transfer.layers.squeeze_excitation import SEOptions, check_choice
+from senet_transfer.errors import check_choice
+from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
 from senet_transfer.models.backbones.common import Chain, GatedBlock, MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se

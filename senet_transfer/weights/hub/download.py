@@ -16,9 +16,9 @@ from pathlib import Path
 import portalocker
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import shown
-from senet_transfer.weights.formats.reader import file_sha256
 
 logger = logging.getLogger(__name__)
 

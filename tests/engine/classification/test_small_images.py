@@ -11,11 +11,12 @@ from PIL import Image
 
 from senet_transfer import UserError
 from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.config.load import load_config
 from senet_transfer.data.build import train_loader, use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
 from senet_transfer.engine.classify import classify_images
 from senet_transfer.engine.predictor import load_trained
-from senet_transfer.engine.setup import load_config, setup
+from senet_transfer.engine.setup import setup
 
 CONFIG = "configs/instant/cifar10_se_shake_shake26_2x96d.yaml"
 SIDE = "INPUT.CLASSIFICATION"

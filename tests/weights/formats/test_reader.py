@@ -13,12 +13,8 @@ import safetensors.torch
 import torch
 
 from senet_transfer.errors import UserError
-from senet_transfer.weights.formats.reader import (
-    check_values,
-    file_sha256,
-    read_tensors,
-    tensors_sha256,
-)
+from senet_transfer.utils.hashing import file_sha256, tensors_sha256
+from senet_transfer.weights.formats.reader import check_values, read_tensors
 from tests.weights.caffe_writer import CaffeNet
 
 

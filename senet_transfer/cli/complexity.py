@@ -1,0 +1,90 @@
+"""Count a model: parameters, multiply-accumulates, activations, and the share of SE in them.
+
+    python tools/complexity.py --model se_resnet50
+    python tools/complexity.py --model resnet50 --model "se_resne*" --size 320
+    python tools/complexity.py --model se_resnet50 MODEL.SE.RATIO 8 MODEL.RESNETS.STRIDE_IN_1X1 True
+    python tools/complexity.py --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
+    python tools/complexity.py --weights output/model_final.pth
+
+Every Params and GFLOPs cell of the paper next to ours:
+    python tools/complexity.py --paper
+"""
+
+import argparse
+
+from senet_transfer.cli.arguments import Parser, run_command
+from senet_transfer.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--model", action="append", default=[], help="a name or pattern; may be repeated")
+    add("--config-file", default="", help="of a classifier or a detector, instead of a name")
+    add("--weights", default="", help="a checkpoint, whose model is counted")
+    add("--size", type=int, nargs="+", help="height and width of the image in pixels, or its side")
+    add("--paper", action="store_true", help="the paper's cells next to ours")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Count and print."""
+    from tabulate import tabulate
+
+    from senet_transfer.analysis.complexity.breakdown import report
+    from senet_transfer.analysis.complexity.tables import COST_HEADERS, cost_row
+    from senet_transfer.engine.model_from import build_to_count, model_config
+    from senet_transfer.models import list_models
+
+    if args.paper:
+        _print_paper(args)
+        return
+    if args.size and len(args.size) > 2:
+        raise UserError(f"--size has {len(args.size)} numbers, expected a height and a width.")
+    size = (args.size[0], args.size[-1]) if args.size else None
+    names = [found for name in args.model for found in list_models(name) or [name]]
+    reports, notes = [], []
+    for name in names or [""]:
+        cfg = model_config(name, args.config_file, args.weights, args.opts)
+        reports.append(report(build_to_count(cfg), cfg, size))
+        notes += reports[-1].notes
+    if cfg.MODEL.WEIGHTS and not args.weights:
+        notes.append(
+            f"Counted as the config describes it; a run takes its geometry from "
+            f"{cfg.MODEL.WEIGHTS}, and so does this command with --weights."
+        )
+    if len(reports) == 1:
+        rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]
+        rows.append(cost_row("all", reports[0].total))
+        print(f"An image of {reports[0].size[0]} x {reports[0].size[1]} pixels:")
+    else:
+        rows = [
+            cost_row(f"{name}, {found.size[0]} x {found.size[1]}", found.total)
+            for name, found in zip(names, reports, strict=True)
+        ]
+    print(tabulate(rows, COST_HEADERS, disable_numparse=True, colalign=("left", *["right"] * 5)))
+    for note in dict.fromkeys(notes):
+        print(note)
+
+
+def _print_paper(args: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
+    from senet_transfer.analysis.complexity.paper_tables import compare
+    from senet_transfer.analysis.complexity.tables import PAPER_HEADERS, paper_rows
+
+    if args.model or args.config_file or args.weights or args.size or args.opts:
+        raise UserError("--paper has its own models and sizes: leave the other options out.")
+    rows, reasons = paper_rows(compare(quiet=args.quiet))
+    right = ("left", "left", *["right"] * 6, "left")
+    print(tabulate(rows, PAPER_HEADERS, disable_numparse=True, colalign=right))
+    for reason in reasons:
+        print(reason)
+
+
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    run_command(main, parser().parse_args(words))

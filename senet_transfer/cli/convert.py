@@ -1,0 +1,61 @@
+"""Convert a weight file of any family to this project's format, or to another project's."""
+
+import argparse
+import logging
+
+from senet_transfer.cli.arguments import run_command
+from senet_transfer.cli.choices import WEIGHT_FAMILIES, WEIGHT_TARGETS
+
+_EPILOG = """
+Examples:
+
+    python tools/convert_weights.py SE-ResNet-50.caffemodel se_resnet50.safetensors --check
+    python tools/convert_weights.py cadene/se_resnet50 se_resnet50.pth
+    python tools/convert_weights.py torchvision_v1/resnet50 R-50.pkl
+    python tools/convert_weights.py classifier.pth seresnet50.pth --to timm
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="IN", help="a weight file, or a name in the catalogue")
+    parser.add_argument(
+        "output", metavar="OUT", help="the new file: .pth, .safetensors, or .pkl for Detectron2"
+    )
+    parser.add_argument(
+        "--to", choices=WEIGHT_TARGETS, help="default: senet_transfer, or detectron2 for a .pkl"
+    )
+    parser.add_argument(
+        "--family",
+        choices=WEIGHT_FAMILIES,
+        help="family of IN, where several families have the same tensor names",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare the outputs of both files' networks"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Convert, and print what was found and done."""
+    from detectron2.utils.logger import setup_logger
+
+    from senet_transfer.export.conversion import convert_file
+    from senet_transfer.utils.progress import no_bars
+
+    setup_logger(name="senet_transfer").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    options = {"to": args.to, "family": args.family, "force": args.force, "check": args.check}
+    with no_bars(args.quiet):
+        comparison = convert_file(args.input, args.output, **options)
+    if comparison:
+        print(f"Checked: {comparison}")
+
+
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    run_command(main, parser().parse_args(words))

@@ -1,0 +1,182 @@
+"""``senet data``: prepare data sets for training and evaluation."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from senet_transfer.cli.arguments import run_command
+from senet_transfer.cli.choices import PLACES365_SIZES, PLACES365_SPLITS
+
+if TYPE_CHECKING:
+    from senet_transfer.data.images.listing import Images
+
+
+def _places365_parser() -> argparse.ArgumentParser:
+    parser = _shards_parser(
+        "Convert Places365 to WebDataset shards.", source="folder with lists and images"
+    )
+    parser.add_argument("--split", choices=PLACES365_SPLITS, required=True)
+    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="of the images")
+    return parser
+
+
+def _prepare_places365(args: argparse.Namespace) -> None:
+    from senet_transfer.data.images.places365 import open_places365
+
+    images = open_places365(args.source, args.split, args.size, skip_missing=args.skip_broken)
+    _write_shards(images, args.split, args)
+
+
+def _folder_parser() -> argparse.ArgumentParser:
+    parser = _shards_parser(
+        "Convert a tree of images to WebDataset shards.", source="folder with one folder per class"
+    )
+    parser.add_argument("--name", default="images", help="begins the shards' names")
+    parser.add_argument("--classes-from", type=Path, help="shards whose classes and labels to take")
+    return parser
+
+
+def _prepare_folder(args: argparse.Namespace) -> None:
+    from senet_transfer.data.images.folders import open_folder
+    from senet_transfer.data.shards.manifest import load_manifest
+
+    like = load_manifest(str(args.classes_from)) if args.classes_from else None
+    images = open_folder(args.source, like.classes if like else None, skip_empty=args.skip_broken)
+    _write_shards(images, args.name, args)
+
+
+def _cifar_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Prepare CIFAR-10, CIFAR-100 or similar data.")
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="archive or folder to read")
+    add("--output", type=Path, required=True, help="folder to write, such as datasets/cifar10")
+    add(
+        "--any-checksum",
+        action="store_true",
+        help="accept an archive in the official form that is not the official one",
+    )
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _prepare_cifar(args: argparse.Namespace) -> None:
+    from senet_transfer.data.cifar.prepare import prepare_cifar
+
+    prepare_cifar(args.source, args.output, verify=not args.any_checksum, quiet=args.quiet)
+
+
+def _shapes_parser() -> argparse.ArgumentParser:
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    parser = argparse.ArgumentParser(
+        description="Render the shapes data set, in COCO's format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=root / "shapes", help="folder to make")
+    add("--seed", type=int, default=0, help="another seed gives other images")
+    add("--train", type=int, default=400, help="number of training images")
+    add("--val", type=int, default=100, help="number of validation images")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _prepare_shapes(args: argparse.Namespace) -> None:
+    from senet_transfer.data.shapes.class_folders import make_shape_classes
+    from senet_transfer.data.shapes.generate import make_shapes
+
+    shapes = make_shapes(
+        args.output, seed=args.seed, train=args.train, val=args.val, quiet=args.quiet
+    )
+    make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
+
+
+def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of every command that writes shards."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help=source)
+    add("--output", type=Path, required=True, help="folder for the shards, one for each split")
+    add("--seed", type=int, default=0, help="of the global shuffle")
+    add("--workers", type=int, default=2, help="processes")
+    add("--shard-mb", type=float, default=200, help="approximate size of a shard")
+    add("--skip-broken", type=int, default=0, help="leave out and record this many bad images")
+    add("--verify", action="store_true", help="read all shards back and compare")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> None:
+    """Write images to shards as the arguments of :func:`_shards_parser` say.
+
+    Args:
+        images: the images to write.
+        split: prefix of the shards' names.
+        args: as parsed.
+    """
+    from senet_transfer.data.shards.verify import verify
+    from senet_transfer.data.shards.write import convert
+
+    manifest = convert(
+        images,
+        args.output,
+        split=split,
+        seed=args.seed,
+        shard_mb=args.shard_mb,
+        workers=args.workers,
+        skip_broken=args.skip_broken,
+        quiet=args.quiet,
+    )
+    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
+    if manifest.skipped:
+        print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
+    if args.verify:
+        verify(args.output, workers=args.workers, quiet=args.quiet)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A data set that can be prepared: its command line and what runs it."""
+
+    parser: Callable[[], argparse.ArgumentParser]
+    main: Callable[[argparse.Namespace], None]
+
+
+PREPARATIONS = {
+    "cifar": Preparation(_cifar_parser, _prepare_cifar),
+    "folder": Preparation(_folder_parser, _prepare_folder),
+    "places365": Preparation(_places365_parser, _prepare_places365),
+    "shapes": Preparation(_shapes_parser, _prepare_shapes),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line, of which each data set has a further one."""
+    parser = argparse.ArgumentParser(description="Prepare a data set; NAME --help has the options.")
+    parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="its options")
+    return parser
+
+
+def prepare(name: str, words: list[str] | None = None) -> None:
+    """Prepare a data set as the command line says.
+
+    Args:
+        name: one of :data:`PREPARATIONS`.
+        words: its arguments; None for those of this process.
+    """
+    preparation = PREPARATIONS[name]
+    args = preparation.parser().parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_command(preparation.main, args)
+
+
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    args = parser().parse_args(words)
+    prepare(args.name, args.options)

@@ -1,0 +1,50 @@
+"""Make one HTML page of runs: results next to the paper's, curves, classes, pictures, configs.
+
+    python tools/report.py output/demo
+    python tools/report.py output/demo output/other --output compared.html
+
+A RUN is the output folder of tools/train_net.py, finished or not, or a folder that holds such
+folders. The page needs no network and no other file; open it in any browser.
+"""
+
+import argparse
+from pathlib import Path
+
+from senet_transfer.cli.arguments import run_command
+from senet_transfer.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="an output folder, or one of such")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: report.html in the run, or next to the first of several runs",
+    )
+    parser.add_argument(
+        "--images", type=int, default=240, help="pictures of detections in the page (240)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make the page and print its path."""
+    from senet_transfer.analysis.report import find_runs, load_runs, write_report
+
+    if args.images < 0:
+        raise UserError(f"--images is {args.images}, expected 0 or more.")
+    folders = find_runs(args.runs)
+    place = folders[0] if len(folders) == 1 else folders[0].resolve().parent
+    output = args.output or place / "report.html"
+    write_report(load_runs(folders), output, images=args.images, quiet=args.quiet)
+    print(f"{len(folders)} runs: {output}" if len(folders) > 1 else output)
+
+
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    run_command(main, parser().parse_args(words))

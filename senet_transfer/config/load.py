@@ -1,0 +1,142 @@
+"""Reading configs: files, the names of this project's own, and options over them."""
+
+import difflib
+import os
+from importlib import resources
+
+import yaml
+from detectron2.config import CfgNode
+
+from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.errors import UserError
+
+
+def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
+    """Reads a config file and options over it, on this project's defaults.
+
+    Args:
+        config_file: a YAML file, or the name of one of this project's; empty for the defaults
+            alone.
+        options: alternating keys and values, as on a command line.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a value of the wrong type.
+    """
+    cfg = get_senet_config()
+    if config_file:
+        config_file = find_config(config_file)
+        _check_config_file(config_file)
+        # Detectron2's default would run code that a file names in a YAML tag.
+        _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: CfgNode, options: list[str]) -> None:
+    """Sets config keys, in place, as on a command line: alternating keys and values.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type.
+    """
+    if len(options) % 2:
+        raise UserError(
+            f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
+            f"{' '.join(options)}. Put a value that has spaces in quotes."
+        )
+    if options:
+        options = _whole_numbers_as_floats(cfg, list(options))
+        _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
+    _check_nothing_is_missing(cfg)
+
+
+def _check_nothing_is_missing(cfg: CfgNode) -> None:
+    """Refuses None where there is a default, which yacs takes for a value of any type."""
+    values = dict(config_items(cfg))
+    for key, default in config_items(get_senet_config()):
+        if default is not None and not isinstance(default, str) and values.get(key) is None:
+            raise UserError(
+                f"{key} is None, expected a value as its default, {default!r}. Set one, or leave "
+                "the key out."
+            )
+
+
+def find_config(name: str) -> str:
+    """The path of a config file, which may be one of this project's by name.
+
+    Args:
+        name: a path; or such as "faster_rcnn_se_r50", also with "configs/" before it and ".yaml"
+            after it, where there is no such file.
+
+    Raises:
+        UserError: there is none of either kind.
+    """
+    if os.path.exists(name) or name.endswith(".py"):
+        return name
+    own = resources.files("senet_transfer").joinpath("configs")
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    path = own.joinpath(f"{stem}.yaml")
+    if path.is_file():
+        return str(path)
+    names = [entry.name for entry in own.iterdir() if entry.is_file()]
+    known = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+    near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
+    raise UserError(
+        f"There is no config file {name}. Give the path of one, or a name such as "
+        f"{', '.join(near)}."
+    )
+
+
+def _check_config_file(path: str) -> None:
+    if path.endswith(".py"):
+        raise UserError(
+            f"{path} is a LazyConfig, which this command doesn't read. Give a YAML config; in "
+            "Python, a LazyConfig can hold senet_transfer.create_backbone."
+        )
+    try:
+        with open(path) as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} can't be read: {error}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"The config file {path} is not plain YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"The config file {path} holds {type(content).__name__}, expected keys such as "
+            "MODEL and SOLVER with values below them."
+        )
+
+
+def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
+    """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
+    floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
+    return [
+        f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
+        for key, word in zip([None, *options], options, strict=False)
+    ]
+
+
+def _merge(cfg: CfgNode, source: str, merge) -> None:
+    try:
+        merge(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {source} can't be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The config file {source} is not YAML: {error}") from error
+    except KeyError as error:
+        raise UserError(f"In {source}: {_explain_key(cfg, str(error.args[0]))}") from error
+    except RecursionError as error:
+        raise UserError(f"The config file {source} is its own _BASE_. Name another.") from error
+    except (ValueError, AssertionError, AttributeError, TypeError, SyntaxError) as error:
+        if "Non-existent" in str(error):
+            raise UserError(f"In {source}: {_explain_key(cfg, str(error))}") from error
+        raise UserError(
+            f"In {source}: {error}. Expected a value of the type of the key's default; see "
+            "Detectron2's config reference and senet_transfer/config/defaults.py."
+        ) from error
+
+
+def _explain_key(cfg: CfgNode, message: str) -> str:
+    key = message.rpartition(": ")[2]
+    near = difflib.get_close_matches(key, [name for name, _ in config_items(cfg)], n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
+    return f"{message}. {hint}"

@@ -1,0 +1,94 @@
+"""The command lines: one program, parsers that are cheap, and values that match the package."""
+
+import argparse
+import importlib
+import subprocess
+import sys
+
+import pytest
+from detectron2.engine import default_argument_parser
+
+from senet_transfer.analysis.ablation import PAPER
+from senet_transfer.cli import choices
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.main import COMMANDS
+from senet_transfer.data.images.places365 import SIZES, SPLITS
+from senet_transfer.data.images.transforms import EVAL_MODES
+from senet_transfer.weights import FAMILIES
+from senet_transfer.weights.convert import TARGETS
+from tests.processes import ROOT, call
+
+
+def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+    """Return what each argument of a parser accepts and where it goes."""
+    return {
+        action.dest: (action.option_strings, action.nargs, action.default, action.type)
+        for action in parser._actions
+    }
+
+
+def test_training_takes_every_argument_of_detectron2s_own_parser():
+    ours, theirs = facts(argument_parser()), facts(default_argument_parser())
+    theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])  # [] for None
+    assert {name: ours[name] for name in theirs} == theirs
+    assert set(ours) - set(theirs) == {"dataset", "quiet"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "values"),
+    [
+        (choices.ABLATION_AXES, PAPER),
+        (choices.EVAL_MODES, EVAL_MODES),
+        (choices.PLACES365_SIZES, SIZES),
+        (choices.PLACES365_SPLITS, SPLITS),
+        (choices.WEIGHT_FAMILIES, FAMILIES),
+        (choices.WEIGHT_TARGETS, TARGETS),
+    ],
+)
+def test_the_stated_choices_are_those_of_the_package(stated, values):
+    assert stated == tuple(values)
+
+
+def test_every_command_has_a_module_and_a_parser():
+    for module, _ in COMMANDS.values():
+        assert callable(importlib.import_module(f"senet_transfer.cli.{module}").command)
+
+
+def test_senet_passes_the_arguments_on_and_names_the_command():
+    help_text = call(sys.executable, "-m", "senet_transfer.cli.main", "--help").stdout
+    for name, (_, text) in COMMANDS.items():
+        assert f" {name} " in help_text
+        assert text in help_text
+    found = call(sys.executable, "-m", "senet_transfer.cli.main", "data", "shapes", "--help").stdout
+    assert "--train" in found
+    found = call(sys.executable, "-m", "senet_transfer.cli.main", "report", "--images")
+    assert found.returncode == 2
+    assert "usage: senet report" in found.stderr
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "datasets")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name not in ("install_detectron2.py", "classify_onnx.py", "benchmark.py")
+)
+
+
+def test_help_imports_neither_torch_nor_detectron2():
+    # All in one process, which is what makes this test cheap: each adds to what is imported.
+    code = f"""
+import runpy, sys
+for script in {SCRIPTS!r}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        assert error.code == 0, script
+    for heavy in ("torch", "detectron2", "torchvision", "numpy"):
+        assert heavy not in sys.modules, (script, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("usage: ") == len(SCRIPTS)

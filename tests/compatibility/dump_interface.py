@@ -1,0 +1,72 @@
+"""The public names and ``--help`` texts of this checkout, as a fresh process finds them.
+
+    python tests/compatibility/dump_interface.py NAMES.json OUTPUT.json
+
+NAMES.json maps modules to names. OUTPUT.json gets the names that can't be imported, with the
+error, and the help text of every command that the checkout has.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import json
+import os
+import runpy
+import sys
+import tomllib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
+    """Return the names that can't be imported, each with the error."""
+    missing = {}
+    for module, members in names.items():
+        for name in members:
+            try:
+                exec(f"from {module} import {name}" if name else f"import {module}", {})
+            except Exception as error:
+                missing[f"{module}.{name}"] = f"{type(error).__name__}: {error}"
+    return missing
+
+
+def read_help(name: str, command: Callable[[], object]) -> str:
+    """Return what a command prints on ``--help``."""
+    printed = io.StringIO()
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(printed):
+        try:
+            command()
+        except SystemExit as end:
+            if isinstance(end.code, int) and end.code:
+                return f"exit status {end.code}"
+            printed.write(end.code or "")
+    return printed.getvalue()
+
+
+def help_texts() -> dict[str, str]:
+    """Return the help texts of ``tools/``, ``datasets/`` and the console commands by name."""
+    os.environ["COLUMNS"] = "100"
+    texts = {}
+    scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")]
+    for path in sorted(scripts):
+        sys.path.insert(0, str(path.parent))
+        name = path.relative_to(ROOT).as_posix()
+        texts[name] = read_help(str(path), partial(runpy.run_path, path, run_name="__main__"))
+        sys.path.pop(0)
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, target in commands.items():
+        entry = importlib.metadata.EntryPoint(name, target, "console_scripts")
+        texts[name] = read_help(name, entry.load())
+    return texts
+
+
+if __name__ == "__main__":
+    names = json.loads(Path(sys.argv[1]).read_text())
+    output = Path(sys.argv[2])
+    missing = find_missing(names)
+    output.write_text(json.dumps({"missing": missing, "help": help_texts()}))

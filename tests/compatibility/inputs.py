@@ -1,0 +1,85 @@
+"""Inputs that the fixtures and their tests share, drawn the same everywhere."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).resolve().parents[2]
+
+# The narrow SE-ResNet-50 of fixtures/weights, as options of create_classifier.
+NARROW = {"stem_out_channels": 4, "res2_out_channels": 8, "width_per_group": 1, "se_ratio": 4}
+
+# The modules whose public names are kept without an `__all__`.
+WITHOUT_ALL = ("config", "data.coco", "errors", "preprocessing")
+DOCUMENTS = ("README", "CONTRIBUTING", "tools/README", "datasets/README", "configs/README")
+
+
+def draw_images(folder: Path, *, classes: int = 3, images: int = 8) -> None:
+    """Write 32x32 images to ``folder/train`` and ``folder/val``, one folder per class.
+
+    A class has its own colour, under noise. ``RandomState`` never changes its numbers.
+    """
+    for split, seed in (("train", 1), ("val", 2)):
+        numbers = np.random.RandomState(seed)
+        for label in range(classes):
+            place = folder / split / f"class_{label}"
+            place.mkdir(parents=True)
+            for index in range(images):
+                pixels = numbers.randint(0, 160, size=(32, 32, 3))
+                pixels[..., label] += 90
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{index}.png")
+
+
+def draw_pixels() -> np.ndarray:
+    """Return a batch ``(2, 3, 64, 64)`` float32, RGB of 0-255."""
+    return np.random.RandomState(3).randint(0, 256, size=(2, 3, 64, 64)).astype(np.float32)
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """Return a config's keys such as ``SOLVER.BASE_LR`` with their values, tuples as lists."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = _plain(value)
+    return found
+
+
+def _plain(value: object) -> object:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """Return what follows each option in a ``--help`` text; a positional follows its own name.
+
+    Python 3.13 writes the metavar of ``-s, --long VALUE`` once, earlier versions twice.
+    """
+    found = {}
+    section = re.search(r"^positional arguments:\n(.*?)^\S", f"{text}\nend", re.M | re.S)
+    for name in re.findall(r"^  (\S+)", section[1] if section else "", re.M):
+        found[name] = name
+    for line in re.findall(r"^  (-\S.*)$", text, re.M):
+        parts = [part.partition(" ")[::2] for part in line.split("  ")[0].split(", ")]
+        found |= {option: parts[-1][1] for option, _ in parts}
+    return found
+
+
+def tensor_sums(tensors: dict) -> dict[str, list[float]]:
+    """Return the sum and the sum of absolute values of each tensor, in float64."""
+    return {
+        name: [float(tensor.double().sum()), float(tensor.double().abs().sum())]
+        for name, tensor in tensors.items()
+    }
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """Return the last value of each metric that a run logged."""
+    metrics: dict[str, float] = {}
+    for line in (run / "metrics.json").read_text().splitlines():
+        metrics |= json.loads(line)
+    return metrics
