@@ -137,6 +137,15 @@ def test_no_folders_import_each_other_in_a_circle():
     assert circles(edges) == []
 
 
+def test_nothing_below_the_models_imports_detectron2s_models_when_it_is_loaded():
+    # That import registers ours, which in turn import all that is below them.
+    for name, path in MODULES.items():
+        if part(name) in RANK and RANK[part(name)] < RANK["models"]:
+            for node in _outside_functions(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom | ast.Import):
+                    assert "detectron2.modeling" not in ast.unparse(node), name
+
+
 def test_only_the_command_lines_parse_arguments():
     users = {name for name, path in MODULES.items() if "argparse" in path.read_text()}
     assert {part(name) for name in users} == {"cli"}

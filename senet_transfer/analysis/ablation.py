@@ -1,6 +1,5 @@
 """The paper's ablations (section 6) as a small grid of runs, on any classifier's config."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.engine.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.errors import UserError
+from senet_transfer.utils.atomic_io import write_json
 
 METRIC = "classification/top1_error"
 
@@ -240,5 +240,5 @@ def write_grid(
         }
         for variant in variants
     ]
-    path.write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(path, rows)
     return str(path)

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from senet_transfer.utils.import_hook import without_script_warnings
+
 _EPILOG = """
 Examples:
 
@@ -84,7 +86,8 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run a command in this process; an error of the user's ends it with a message, status 2."""
     # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
-    from senet_transfer.engine.launch import run_single
+    with without_script_warnings():
+        from senet_transfer.engine.launch import run_single
 
     run_single(main, args)
 

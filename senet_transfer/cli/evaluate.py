@@ -16,7 +16,7 @@ from senet_transfer.config.load import load_config
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import find_dataset, in_memory
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
-from senet_transfer.data.cifar.open import open_images
+from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EVAL_MODES, EvalTransform
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
@@ -25,7 +25,7 @@ from senet_transfer.engine.setup import available_device, use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
-from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.build import backbone_name
 from senet_transfer.models.classifier import create_classifier
 from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.models.registry import model_entry
@@ -86,7 +86,7 @@ def run_evaluation(args: argparse.Namespace, published: Sequence[Published] = ()
         quiet=args.quiet,
     )
     family = getattr(model.backbone, "weights_source", {}).get("family")
-    name = args.model or trunk_from_config(cfg)[0].name
+    name = args.model or backbone_name(cfg)
     published = published or _published(found, dataset.origin, name, family)
     result = {
         **found.summary(),
@@ -165,7 +165,7 @@ def _dataset(args: argparse.Namespace, cfg: CfgNode | None) -> ClassificationDat
     classes = list(cfg.DATASETS.CLASSES) if cfg else []
     small = in_memory(cfg) if cfg else model_entry(args.model).preprocessing.resize == SIDE
     if small:
-        return open_images(find_dataset(name), split="test", classes=classes or None)
+        return open_cifar(find_dataset(name), split="test", classes=classes or None)
     cache = cfg.DATALOADER.CACHE_DIR if cfg else ""
     return open_dataset(
         find_dataset(name), split="val", classes=classes or None, cache_dir=cache or None

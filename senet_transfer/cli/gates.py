@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from senet_transfer.analysis.excitations.collect import collect, trunk_of
+from senet_transfer.analysis.excitations.collect import collect_excitations, trunk_of
 from senet_transfer.analysis.excitations.figures import write_blocks, write_overview
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import (
@@ -74,7 +74,7 @@ def run_analysis(args: argparse.Namespace) -> None:
     pruned = pruned_config(cfg, model, args.prune_stage) if args.prune_stage else None
     transform = _transform(cfg, model)
     reading = {"batch_size": args.batch_size, "workers": args.workers, "quiet": args.quiet}
-    found = collect(
+    found = collect_excitations(
         model,
         dataset,
         transform,

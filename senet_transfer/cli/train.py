@@ -3,6 +3,7 @@
 import argparse
 
 from senet_transfer.cli.arguments import argument_parser as parser
+from senet_transfer.utils.import_hook import without_script_warnings
 
 __all__ = ["command", "parser"]
 
@@ -11,8 +12,9 @@ def command(words: list[str] | None = None) -> None:
     """Run as the command line says."""
     args: argparse.Namespace = parser().parse_args(words)
     # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
-    from senet_transfer.engine.launch import run
-    from senet_transfer.engine.train import main
+    with without_script_warnings():
+        from senet_transfer.engine.launch import run
+        from senet_transfer.engine.train import main
 
     run(main, args)
 

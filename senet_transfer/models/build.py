@@ -47,6 +47,23 @@ def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
     return entry, options
 
 
+def backbone_name(cfg: CfgNode) -> str:
+    """Return the name of the backbone that a config names or describes.
+
+    A config that describes a ResNet or ResNeXt gets the name of that network, such as
+    ``"se_resnext50_32x4d"``. Nothing is validated: the name may be of no registered model.
+    """
+    has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
+    if name:
+        return f"se_{name}" if has_se and not name.startswith("se") else name
+    resnets = cfg.MODEL.RESNETS
+    if resnets.NUM_GROUPS > 1:
+        name = f"resnext{resnets.DEPTH}_{resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
+    else:
+        name = f"resnet{resnets.DEPTH}"
+    return f"se_{name}" if has_se else name
+
+
 def _named_entry(cfg: CfgNode) -> ModelEntry:
     entry = model_entry(cfg.MODEL.BACKBONE.ARCH)
     if entry.has_se and cfg.MODEL.SE.ENABLED is False:

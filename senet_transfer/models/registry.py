@@ -16,7 +16,7 @@ from torch import nn
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
-from senet_transfer.weights.hub.catalogue import locate
+from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
 
@@ -236,7 +236,7 @@ def create_backbone(
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
     """The file that a model is created with, understood; None for none."""
     if weights is not None:
-        return examine(*locate(weights, family))
+        return examine(*locate_weights(weights, family))
     if family is not None:
         raise UserError(f"family={family!r} says what the file in weights= is, and there is none.")
     return None

@@ -1,11 +1,21 @@
-"""Code that runs when another package is imported, now or later."""
+"""Importing Detectron2, and code that runs when another package is imported, now or later."""
 
+import contextlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+@contextlib.contextmanager
+def without_script_warnings() -> Iterator[None]:
+    """Hide the deprecation of ``torch.jit.script`` while Detectron2, which uses it, is imported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
+        yield
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
@@ -49,6 +59,8 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.action()

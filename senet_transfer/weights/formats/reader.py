@@ -18,7 +18,7 @@ from safetensors import safe_open
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import tensors_sha256, verify_sha256
 from senet_transfer.utils.safe_pickle import load_plain
-from senet_transfer.utils.text import shown
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
 from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
@@ -108,9 +108,8 @@ def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights")
         elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
             bad.append(f"{shown(name)} (a negative variance)")
     if bad:
-        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         raise UserError(
-            f"{path}: impossible values in {', '.join(bad[:_LISTED])}{more}. The file is damaged, "
+            f"{path}: impossible values in {first_of(bad, _LISTED)}. The file is damaged, "
             "or its training diverged. Get the file again."
         )
 
@@ -149,16 +148,10 @@ def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 
 
 def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
-    try:
-        name, layers = read_caffemodel(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
-            f"or a damaged .caffemodel: {shown(error)}. Check what it is, or get it again."
-        ) from error
+    name, layers = read_caffemodel(path)
     tensors = caffe_tensors(layers, path)
     if not tensors:
-        raise UserError(f"{path}: a Caffe file, but no layer in it has numbers. Get it again.")
+        raise UserError(f"{path}: a Caffe file, but no layer in it has blobs. Get it again.")
     return "caffemodel", Checkpoint(tensors, {"name": name}), layers
 
 

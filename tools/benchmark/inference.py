@@ -9,9 +9,9 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from senet_transfer.analysis.benchmark.compare import Comparison, compare
-from senet_transfer.analysis.benchmark.networks import Options, trained
-from senet_transfer.analysis.benchmark.report import Row
+from benchmark.compare import Comparison, compare
+from benchmark.networks import Options, trained
+from benchmark.report import Row
 from senet_transfer.export import deploy, export_network
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import Preprocessing

@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torchvision.transforms.v2.functional import normalize
 
-from senet_transfer.analysis.benchmark.compare import Comparison, compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.compare import Comparison, compare
+from benchmark.networks import Options
+from benchmark.report import Amounts, Row
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images
 from senet_transfer.data.cifar.loader import CifarTrainLoader
-from senet_transfer.data.cifar.transforms import CifarAugment, cut_out, normalise
+from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import CIFAR10
 
@@ -165,7 +167,7 @@ def measure_augment(options: Options) -> Iterator[Row]:
         def work() -> None:
             for _ in range(batches):
                 batch = loader.batch(next(iterations))
-                images = normalise(batch["image"], CIFAR10)
+                images = normalize(batch["image"].float(), CIFAR10.mean, CIFAR10.std)
                 if augment.cutout:
                     cut_out(images, batch["cutout"], augment.cutout)
 
