@@ -64,7 +64,7 @@ lint: $(READY) ## style and format, with ruff; types of the public API, with myp
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(READY) ## measure beside what one would take instead; into output/benchmark.json
+bench: $(READY) ## compare with the usual alternatives; into output/benchmark.json
 	$(PY) tools/benchmark.py --output output/benchmark.json
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call. pip comes

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Makes the two files that training on CIFAR-10 or CIFAR-100 reads.
+"""Prepare the two files from which CIFAR-10, CIFAR-100 or similar data is trained.
 
+    python datasets/prepare_cifar.py --download cifar10
     python datasets/prepare_cifar.py --source cifar-10-python.tar.gz --output datasets/cifar10
 
-The source is an official archive (binary or python version, checked against its site's md5), the
-folder it was unpacked into, or a folder with train and test (or train.tar.xz and test.tar.xz) that
-have a folder of 32x32 images a class. Takes less than a minute; what is there already is kept.
+The download is torchvision's, verified by its md5. A source is an official archive (binary or
+python version, verified by its md5), the folder it was unpacked to, or a folder with train and test
+(or train.tar.xz and test.tar.xz) that hold one folder of 32x32 images per class. Preparing takes
+less than a minute; existing files are kept.
 """
 
 from senet_transfer.cli.data import prepare

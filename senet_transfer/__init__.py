@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from senet_transfer import _moved
 from senet_transfer.errors import UserError
-from senet_transfer.utils.import_hook import after_import
+from senet_transfer.utils.import_hook import after_import, without_script_warnings
 
 if TYPE_CHECKING:
     from senet_transfer.config import add_senet_config, get_senet_config
@@ -62,7 +62,8 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for (PEP 562)."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    with without_script_warnings():
+        value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -35,7 +35,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_wheel_holds_every_module_config_and_asset(wheel):
+def test_a_wheel_holds_every_module_config_and_data_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         for path in (ROOT / "configs").rglob("*.yaml"):
@@ -45,9 +45,10 @@ def test_a_wheel_holds_every_module_config_and_asset(wheel):
         assert all(f"{command} = " in archive.read(entries).decode() for command in COMMANDS)
     assert "senet_transfer/py.typed" in names
     for path in (ROOT / "senet_transfer").rglob("*"):
-        if path.suffix in (".py", ".html", ".css", ".js"):
+        if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
             assert path.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
+    assert not [name for name in names if "benchmark" in name]
 
 
 def test_the_commands_that_are_promised_can_be_called():

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 
 from senet_transfer.weights import FAMILIES
-from senet_transfer.weights.hub.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import load_catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -40,7 +40,7 @@ def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
     assert {row[0].strip(" `") for row in rows[2:]} == set(FAMILIES)
     for family, _, name in rows[2:]:
         if found := re.match(r" `([^`]+)`", name):
-            assert CATALOGUE[found[1]].family == family.strip(" `")
+            assert load_catalogue()[found[1]].family == family.strip(" `")
 
 
 def test_every_config_that_is_named_for_a_kind_of_data_exists():

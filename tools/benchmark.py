@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Measures this project beside what one would take instead, in parts; all of them by default.
+"""Benchmarks of this project against the usual alternatives, in parts; all parts by default.
 
-Candidates take turns, round after round; a ratio is the median over the rounds, with its 95%
-interval, and a second build of the baseline is the control.
+Candidates take turns, round after round. A ratio is the median over the rounds, with its 95%
+confidence interval; a second build of the baseline is the control.
 
     python tools/benchmark.py trunk --output output/trunk.json
 """
@@ -10,7 +10,7 @@ interval, and a second build of the baseline is the control.
 import argparse
 import sys
 
-from senet_transfer.analysis.benchmark import (
+from benchmark import (
     coco,
     detector,
     inference,
@@ -40,7 +40,7 @@ PARTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures, prints as it goes, and writes."""
+    """Run the parts, print each result as it arrives, and write the JSON file."""
     for part in args.parts:
         check_choice("The part", part, PARTS)
     options = networks.Options(seconds=args.seconds, device=args.device, profile=args.profile)

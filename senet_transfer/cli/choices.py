@@ -4,6 +4,7 @@ They are those of the package; a test compares them.
 """
 
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
+CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
 PLACES365_SIZES = ("256", "large")
 PLACES365_SPLITS = ("val", "train_standard", "train_challenge")

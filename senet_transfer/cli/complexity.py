@@ -73,12 +73,12 @@ def main(args: argparse.Namespace) -> None:
 def _print_paper(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
-    from senet_transfer.analysis.complexity.paper_tables import compare
+    from senet_transfer.analysis.complexity.paper_tables import compare_with_paper
     from senet_transfer.analysis.complexity.tables import PAPER_HEADERS, paper_rows
 
     if args.model or args.config_file or args.weights or args.size or args.opts:
         raise UserError("--paper has its own models and sizes: leave the other options out.")
-    rows, reasons = paper_rows(compare(quiet=args.quiet))
+    rows, reasons = paper_rows(compare_with_paper(quiet=args.quiet))
     right = ("left", "left", *["right"] * 6, "left")
     print(tabulate(rows, PAPER_HEADERS, disable_numparse=True, colalign=right))
     for reason in reasons:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import run_command
-from senet_transfer.cli.choices import PLACES365_SIZES, PLACES365_SPLITS
+from senet_transfer.cli.choices import CIFAR_DOWNLOADS, PLACES365_SIZES, PLACES365_SPLITS
+from senet_transfer.errors import UserError
 
 if TYPE_CHECKING:
     from senet_transfer.data.images.listing import Images
@@ -52,21 +53,38 @@ def _prepare_folder(args: argparse.Namespace) -> None:
 def _cifar_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prepare CIFAR-10, CIFAR-100 or similar data.")
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="archive or folder to read")
-    add("--output", type=Path, required=True, help="folder to write, such as datasets/cifar10")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--source", type=Path, help="archive or folder to read")
+    data.add_argument(
+        "--download", choices=CIFAR_DOWNLOADS, help="get the official archive, with torchvision"
+    )
+    add(
+        "--output",
+        type=Path,
+        help="folder to write, such as datasets/cifar10; with --download the default is "
+        "$DETECTRON2_DATASETS/cifar10 or cifar100",
+    )
     add(
         "--any-checksum",
         action="store_true",
-        help="accept an archive in the official form that is not the official one",
+        help="accept data in the official form with another checksum or number of images",
     )
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="no progress bars while reading")
     return parser
 
 
 def _prepare_cifar(args: argparse.Namespace) -> None:
+    from senet_transfer.data.cifar.archives import download_cifar
     from senet_transfer.data.cifar.prepare import prepare_cifar
 
-    prepare_cifar(args.source, args.output, verify=not args.any_checksum, quiet=args.quiet)
+    source, output = args.source, args.output
+    if output is None:
+        if source is not None:
+            raise UserError("--source needs --output, a folder to write such as datasets/cifar10.")
+        output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
+    if source is None:
+        source = download_cifar(args.download, output.expanduser())
+    prepare_cifar(source, output, verify=not args.any_checksum, quiet=args.quiet)
 
 
 def _shapes_parser() -> argparse.ArgumentParser:

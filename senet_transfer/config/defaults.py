@@ -14,7 +14,7 @@ def get_senet_config() -> CfgNode:
 
 
 def config_items(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields all keys of a config, such as ``SOLVER.BASE_LR``, with their values."""
+    """Yield all keys of a config, such as ``SOLVER.BASE_LR``, with their values."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from config_items(value, f"{prefix}{key}.")

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
-from senet_transfer.data.cifar.open import NAMES, is_prepared, open_images
+from senet_transfer.data.cifar.open import NAMES, cifar_name, is_prepared, open_cifar
 from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.data.classification.loader import (
     ClassificationLoader,
@@ -87,6 +87,7 @@ def find_dataset(name: str) -> str:
         raise UserError(f"DATASETS.TRAIN and DATASETS.TEST hold paths and names, found {name!r}.")
     if is_remote(name):
         return name
+    cifar = cifar_name(name)
     name = NAMES.get(name, name)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
@@ -94,10 +95,16 @@ def find_dataset(name: str) -> str:
         # The last part of a path can be a pattern of shards.
         if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
             return place
+    if cifar is not None:
+        remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
+    else:
+        remedy = (
+            "Name a folder of shards, an official distribution of Places365 or CIFAR, or a folder "
+            "with one folder per class"
+        )
     raise UserError(
-        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. Name a "
-        "folder of shards, Places365 or CIFAR as it comes, or a folder with a folder a class; "
-        "datasets/README.md has the layouts, and $DETECTRON2_DATASETS says where data lies."
+        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. {remedy}; "
+        "datasets/README.md has the layouts, and $DETECTRON2_DATASETS is the root of all data."
     )
 
 
@@ -137,7 +144,7 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: bool
 ) -> ClassificationDataset | ImageArrays:
-    open_any = open_images if whole else open_dataset
+    open_any = open_cifar if whole else open_dataset
     if is_prepared(name) and not whole:
         raise UserError(
             "a prepared file of small images is read with INPUT.CLASSIFICATION.AUGMENT pad_crop. "

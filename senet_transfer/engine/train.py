@@ -1,6 +1,5 @@
-"""One run from a command line: training or evaluation, ended by ``results.json``."""
+"""One run of training or evaluation, which ends by writing ``results.json``."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import metrics, write_results
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.utils.progress import no_bars
@@ -22,23 +21,29 @@ from senet_transfer.weights.file_geometry import examine_config_weights
 RESULTS = "results.json"
 
 
-def main(args: argparse.Namespace) -> None:
-    """Runs in every process of the job, and leaves ``OUTPUT_DIR/results.json`` when it is through.
+def main(options: RunOptions) -> None:
+    """Train or evaluate, and write ``OUTPUT_DIR/results.json`` at the end.
+
+    To be called in every process of the job, see :func:`~senet_transfer.engine.launch.run`.
 
     Args:
-        args: of :func:`~senet_transfer.cli.arguments.argument_parser`.
+        options: of the run.
+
+    Raises:
+        UserError: the run can't start as asked; the message says why and what to do.
+        RunError: it can't continue.
     """
-    with no_bars(args.quiet):
+    with no_bars(options.quiet):
         with read_once():
-            cfg = setup(args)
-            load = _load_model if args.eval_only else _load_trainer
-            loaded = load(cfg, args.resume)
-        results = Trainer.evaluate(cfg, loaded) if args.eval_only else _train(loaded)
+            cfg = setup(options)
+            load = _load_model if options.eval_only else _load_trainer
+            loaded = load(cfg, resumes(cfg, options))
+        results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
-        if args.quiet:  # otherwise the log has them
+        if options.quiet:  # otherwise the log has them
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if args.eval_only:  # a training run has been held to them by Detectron2's trainer
+        if options.eval_only:  # Trainer.train has compared those of a training run
             verify_results(cfg, results)
 
 
@@ -57,9 +62,7 @@ def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
 def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
-    # Without DATASETS.TEST there was no evaluation.
-    found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
-    if trainer.clock.steps:
-        training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
-    return {**found, "training": training}
+    if trainer.timer.steps:
+        training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
+    return {**trainer.results, "training": training}

@@ -10,6 +10,7 @@ from torch import nn
 from senet_transfer.errors import UserError
 from senet_transfer.models.classifier import build_classifier
 from senet_transfer.models.registry import build_trunk, list_models, model_entry
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.convert import family_of, target_for, write_converted
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.load import load_source
@@ -24,14 +25,14 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How two files differ.
+class FileDifference:
+    """Difference between two weight files.
 
     Attributes:
-        of: what was compared: "logits" or "res5" on random images; or "tensors" where no model of
-            this project stands for the file alone, as with a detector.
-        absolute: the largest difference.
-        relative: the same over the largest value.
+        of: the compared values: "logits" or "res5" on random images; or "tensors" where this
+            project has no model for the file, as for a detector.
+        absolute: the largest absolute difference.
+        relative: ``absolute`` divided by the largest absolute value.
     """
 
     of: str
@@ -53,7 +54,7 @@ def convert_file(
     family: str | None = None,
     force: bool = False,
     check: bool = False,
-) -> Comparison | None:
+) -> FileDifference | None:
     """Converts a weight file of any family to this project's format, or to another project's.
 
     Args:
@@ -87,7 +88,7 @@ def convert_file(
     if not check:
         return None
     logger.info("Comparing")
-    comparison = compare(source, examine(out, family_of(to)))
+    comparison = compare_files(source, examine(out, family_of(to)))
     if not comparison.relative <= TOLERANCE:
         raise UserError(f"{out} does not compute what {path} does: {comparison}. Don't use it.")
     return comparison
@@ -128,8 +129,8 @@ def _check_complete(source: Source) -> None:
 
 
 @torch.no_grad()
-def compare(first: Source, second: Source) -> Comparison:
-    """Compares the outputs of two files' networks, or their tensors where there is no model."""
+def compare_files(first: Source, second: Source) -> FileDifference:
+    """Compare the outputs of two files' networks, or their tensors where there is no model."""
     if not (_is_registered(first) and _is_registered(second)):
         return _difference("tensors", _comparable(first), _comparable(second))
     # Noise: no two geometries compute the same of it, though the shapes are equal.
@@ -150,10 +151,10 @@ def _comparable(source: Source) -> dict[str, torch.Tensor]:
 
 def _difference(
     of: str, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
-) -> Comparison:
+) -> FileDifference:
     if first.keys() != second.keys():
-        only = ", ".join(sorted(first.keys() ^ second.keys())[:4])
-        raise UserError(f"The files do not hold the same tensors ({only}, ...). Don't use the new.")
+        only = first_of(sorted(first.keys() ^ second.keys()), 4)
+        raise UserError(f"The files do not hold the same tensors ({only}). Don't use the new file.")
     absolute = largest = 0.0
     for name, value in first.items():
         if value.numel():
@@ -161,4 +162,4 @@ def _difference(
             # Where one is not a number, so is the result, and no comparison with it holds.
             absolute = difference if not difference <= absolute else absolute
             largest = max(largest, value.double().abs().max().item())
-    return Comparison(of, absolute, absolute / largest if largest else absolute)
+    return FileDifference(of, absolute, absolute / largest if largest else absolute)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, normalise
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
 
@@ -32,16 +32,14 @@ class ImageModel(nn.Module):
         """
         super().__init__()
         self.network = network
-        self.is_bgr = preprocessing.format == "BGR"
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
-            self.register_buffer(name, values)
+        self.format = preprocessing.format
+        mean, std = preprocessing.channel_values()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """``(N, 3, H, W)``, RGB of 0-255, to logits, or to feature maps from fine to coarse."""
-        if self.is_bgr:
-            images = images.flip(1)
-        found = self.network((images - self.mean) / self.std)
+        """Return logits, or feature maps from fine to coarse, of RGB images ``(N, 3, H, W)``."""
+        found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)
 
 

@@ -12,9 +12,8 @@ from torch import nn
 
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import NORMS
 from senet_transfer.models.backbones.resnet import build_resnet
-from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry
+from senet_transfer.models.registry import NORMS, ModelEntry, build_trunk, model_entry
 
 
 def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -45,6 +44,23 @@ def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
         for field in fields(SEOptions):
             options[f"se_{field.name}"] = cfg.MODEL.SE[field.name.upper()]
     return entry, options
+
+
+def backbone_name(cfg: CfgNode) -> str:
+    """Return the name of the backbone that a config names or describes.
+
+    A config that describes a ResNet or ResNeXt gets the name of that network, such as
+    ``"se_resnext50_32x4d"``. Nothing is validated: the name may be of no registered model.
+    """
+    has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
+    if name:
+        return f"se_{name}" if has_se and not name.startswith("se") else name
+    resnets = cfg.MODEL.RESNETS
+    if resnets.NUM_GROUPS > 1:
+        name = f"resnext{resnets.DEPTH}_{resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
+    else:
+        name = f"resnet{resnets.DEPTH}"
+    return f"se_{name}" if has_se else name
 
 
 def _named_entry(cfg: CfgNode) -> ModelEntry:

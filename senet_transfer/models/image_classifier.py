@@ -11,11 +11,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from senet_transfer.data.cifar.transforms import cut_out
 from senet_transfer.errors import UserError
+from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models.build import trunk_from_config
 from senet_transfer.models.classifier import Classifier
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, normalise
 
 _TRUNK_BUILDER = "build_senet_backbone"
 
@@ -70,8 +70,9 @@ class ImageClassifier(Classifier):
         self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
         # Not saved: the weights stay those of any classifier.
-        for name in ("mean", "std"):
-            self.register_buffer(f"pixel_{name}", _pixel(preprocessing, name), persistent=False)
+        mean, std = preprocessing.channel_values()
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
@@ -109,11 +110,9 @@ class ImageClassifier(Classifier):
         return self.pixel_mean.device
 
     def normalise(self, images: Tensor) -> Tensor:
-        """RGB images, uint8 ``(N, 3, H, W)`` anywhere, to what the trunk takes, on its device."""
+        """Convert RGB images, uint8 ``(N, 3, H, W)`` on any device, to the backbone's input."""
         images = images.to(self.device, non_blocking=True)
-        if self.input_format == "BGR":
-            images = images.flip(1)
-        images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        images = normalise(images, self.pixel_mean, self.pixel_std, self.input_format)
         return images.contiguous(memory_format=self.memory_format)
 
     def forward(self, batch: dict[str, Any] | Tensor) -> dict[str, Tensor] | Tensor:
@@ -172,11 +171,6 @@ def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
     return nn.ModuleList(
         mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
     )
-
-
-def _pixel(preprocessing: Preprocessing, name: str) -> Tensor:
-    """Mean or std as ``(3, 1, 1)``."""
-    return torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
 
 
 def wrap_classifier(classifier: Classifier) -> ImageClassifier:

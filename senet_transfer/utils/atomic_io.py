@@ -1,6 +1,7 @@
 """Files that appear under their name complete and on the disk, or not at all."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,29 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, atomically, the same bytes for the same value."""
-    with atomic_file(path) as stream:
-        stream.write(json.dumps(value, sort_keys=True, indent=1).encode() + b"\n")
+def write_json(
+    path: str | Path, value: Any, *, indent: int | None = 2, sort_keys: bool = False
+) -> None:
+    """Write a value as JSON, atomically. NaN and infinity, which JSON lacks, become null.
+
+    Args:
+        path: the file.
+        value: numbers, text, lists and dicts of these.
+        indent: spaces per level; None for a single line, for large values.
+        sort_keys: whether equal dicts give the same bytes whatever the order of their keys.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    text = json.dumps(nonfinite_to_null(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+    with atomic_file(Path(path)) as stream:
+        stream.write(text.encode() + b"\n")
+
+
+def nonfinite_to_null(value: Any) -> Any:
+    """Return a value for JSON, with None in place of every NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: nonfinite_to_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [nonfinite_to_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

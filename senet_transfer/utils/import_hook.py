@@ -1,11 +1,23 @@
-"""Code that runs when another package is imported, now or later."""
+"""Importing Detectron2, and code that runs when another package is imported, now or later."""
 
+import contextlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from senet_transfer.utils.private_api import is_initializing
+
+
+@contextlib.contextmanager
+def without_script_warnings() -> Iterator[None]:
+    """Hide the deprecation of ``torch.jit.script`` while Detectron2, which uses it, is imported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
+        yield
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
@@ -16,8 +28,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
         action: takes no arguments.
     """
     module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None and not getattr(spec, "_initializing", False):
+    if module is not None and not is_initializing(module):
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))
@@ -49,6 +60,8 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.action()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256, tensors_sha256
+from senet_transfer.utils.private_api import set_state_dict_metadata
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming_export as names_back
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.registry import FAMILIES
@@ -124,10 +126,10 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
             be written.
     """
     if source.unknown:
-        some = ", ".join(source.unknown[:4])
         raise UserError(
             f"{source.path}, taken for {source.taken_for}, has {len(source.unknown)} tensors of "
-            f"names that the family does not have ({some}, ...): what they do would be lost."
+            f"names that the family does not have ({first_of(source.unknown, 4)}): what they do "
+            "would be lost."
         )
     origin = {
         "family": source.family.name,
@@ -202,8 +204,7 @@ def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str,
             save_file(tensors, partial, {"format": "pt", MADE_FROM: json.dumps(metadata)})
         return
     state = OrderedDict(tensors)
-    # Where torch keeps the versions of modules: load_state_dict passes over what is none.
-    state._metadata = OrderedDict({MADE_FROM: metadata})
+    set_state_dict_metadata(state, {MADE_FROM: metadata})
     with written_whole(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)
 

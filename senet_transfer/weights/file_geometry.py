@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from senet_transfer.config import config_value
 from senet_transfer.errors import UserError
-from senet_transfer.weights.hub.catalogue import locate, nearest_names
+from senet_transfer.weights.hub.catalogue import locate_weights, nearest_names
 from senet_transfer.weights.load import same_pixels
 from senet_transfer.weights.mapping.source import Source, examine
 
@@ -49,7 +49,7 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
     Raises:
         UserError: there is no such file, or it can't be fetched.
     """
-    place, family = locate(name, family)
+    place, family = locate_weights(name, family)
     try:
         path = PathManager.get_local_path(str(place))
     except Exception as error:  # every handler of a scheme raises what it likes

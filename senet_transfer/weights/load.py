@@ -10,8 +10,9 @@ from torch import nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families.geometry import Geometry
-from senet_transfer.weights.hub.catalogue import locate
+from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.mapping.match import check_match, match
 from senet_transfer.weights.mapping.source import Source, examine
 from senet_transfer.weights.mapping.target import Target, fill, target_of
@@ -66,8 +67,7 @@ def _by_reason(what: str, reasons: dict[str, str]) -> list[str]:
     lines = []
     for reason, count in Counter(reasons.values()).items():
         names = [name for name, why in reasons.items() if why == reason]
-        more = f", and {count - _SHOWN} more" if count > _SHOWN else ""
-        lines.append(f"  {what}, {count} ({reason}): {', '.join(names[:_SHOWN])}{more}")
+        lines.append(f"  {what}, {count} ({reason}): {first_of(names, _SHOWN)}")
     return lines
 
 
@@ -92,7 +92,7 @@ def load_weights(model: nn.Module, path: str | Path, family: str | None = None) 
         UserError: the file is missing, damaged or of no known family, or does not fit; the model
             is then as it was.
     """
-    return load_source(model, examine(*locate(path, family)))
+    return load_source(model, examine(*locate_weights(path, family)))
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:

@@ -7,7 +7,12 @@ from torch import nn
 from senet_transfer import UserError, create_classifier, list_models, save_weights
 from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import measure
-from senet_transfer.analysis.complexity.paper_tables import ROWS, Row, _shufflenet_macs, compare
+from senet_transfer.analysis.complexity.paper_tables import (
+    ROWS,
+    Row,
+    _shufflenet_macs,
+    compare_with_paper,
+)
 from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.layers import SqueezeExcitation
 from senet_transfer.models.empty import built_empty, fill_empty
@@ -110,7 +115,7 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
     ids=["some", "all"],
 )
 def test_the_papers_cells_are_ours_or_have_a_reason(rows):
-    for one in compare(rows, quiet=True):
+    for one in compare_with_paper(rows, quiet=True):
         assert not any("no reason is known" in reason for reason in one.reasons), one.row
         # A cell that is off has a sentence, and one that is not has none.
         off = [abs(one.gflops_off or 0) > 0.005, abs(one.parameters_off or 0) > 0.1e6]
@@ -118,7 +123,7 @@ def test_the_papers_cells_are_ours_or_have_a_reason(rows):
 
 
 def test_a_cell_that_is_off_is_told():
-    right, less, more = compare(
+    right, less, more = compare_with_paper(
         (
             Row("II", "right", "resnet18", parameters=11.7, gflops=1.814),
             Row("II", "off", "resnet18", gflops=1.80),

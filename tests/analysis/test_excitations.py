@@ -12,7 +12,7 @@ from PIL import Image
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.analysis.excitations.analyze import open_labelled
-from senet_transfer.analysis.excitations.collect import collect, trunk_of
+from senet_transfer.analysis.excitations.collect import collect_excitations, trunk_of
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
 from senet_transfer.cli import evaluate, gates
@@ -61,7 +61,9 @@ def arguments(trained, tree, output, *more: str):
 def test_statistics_are_those_of_the_images_one_by_one(tree):
     _, model = shaken("se_cifar_resnet8")
     dataset = open_dataset(tree)
-    found = collect(model, dataset, VIEW, images_per_class=100, batch_size=7, quiet=True)
+    found = collect_excitations(
+        model, dataset, VIEW, images_per_class=100, batch_size=7, quiet=True
+    )
     assert (found.images, found.classes) == (16, 3)
     assert list(found.drawn.values()) == dataset.classes
     for name, gate in gates_of(model.backbone).items():

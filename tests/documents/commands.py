@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senet_transfer.config.load import load_config
-from senet_transfer.weights.hub.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import load_catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
@@ -70,8 +70,8 @@ def _instant(words: list[str]) -> list[str]:
 
 def _published(words: list[str]) -> list[str]:
     return [
-        f"published/{CATALOGUE[word].file}"
-        if word in CATALOGUE and CATALOGUE[word].sha256
+        f"published/{load_catalogue()[word].file}"
+        if word in load_catalogue() and load_catalogue()[word].sha256
         else word
         for word in words
     ]
@@ -83,6 +83,8 @@ RULES = (
          _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
     Rule("one seed goes the way of all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
     Rule("published weights can't be made up: their name holds their hash", _published),
+    Rule("nothing is downloaded in the sandbox",
+         _replaced(r"--download (cifar10)", r"--source cifar-10-python.tar.gz --output \1")),
     Rule("so does an archive, which is not the official one here",
          _replaced(r"(datasets/prepare_cifar.py)", r"\1 --any-checksum")),
     Rule("a part that takes seconds, where the others take minutes",

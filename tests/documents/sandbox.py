@@ -22,7 +22,7 @@ from senet_transfer.data.images.places365 import open_places365
 from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.data.shapes.generate import make_shapes
 from senet_transfer.data.shards.write import convert
-from senet_transfer.weights.hub.catalogue import CATALOGUE
+from senet_transfer.weights.hub.catalogue import load_catalogue
 from tests.data.cifar.cifar_files import official_files, write_tar
 from tests.documents.commands import ROOT
 from tests.documents.warm import LIMIT, WarmPython
@@ -144,7 +144,7 @@ def _cifar(name: str) -> Callable[[Path], None]:
 
 def _by_hand(root: Path) -> None:
     """What a user fetches by hand, with random weights, where its name finds it."""
-    path = root / "hub/hub/checkpoints" / CATALOGUE["places365/resnet50"].file
+    path = root / "hub/hub/checkpoints" / load_catalogue()["places365/resnet50"].file
     path.parent.mkdir(parents=True)
     network = torchvision.models.resnet50(num_classes=365)
     tensors = {f"module.{name}": value for name, value in network.state_dict().items()}
@@ -152,7 +152,7 @@ def _by_hand(root: Path) -> None:
 
 
 def _published(root: Path) -> None:
-    path = root / "published" / CATALOGUE["torchvision/resnet50"].file
+    path = root / "published" / load_catalogue()["torchvision/resnet50"].file
     path.parent.mkdir()
     torch.save(torchvision.models.resnet50().state_dict(), path)
 
@@ -205,7 +205,7 @@ STAND_INS = (
         (rf"places365/{split}", f"datasets/places365/{split}", _places365_shards(split))
         for split in ("val", "train_standard", "train_challenge")
     ),
-    (r"cifar-10-python\.tar\.gz", "cifar-10-python.tar.gz", _cifar_archive),
+    (r"cifar-10-python\.tar\.gz|--download cifar10", "cifar-10-python.tar.gz", _cifar_archive),
     (r"cifar10_(train|test)", "datasets/cifar10", _cifar("cifar10")),
     (r"cifar100_(train|test)", "datasets/cifar100", _cifar("cifar100")),
     (r"places365/resnet50", "hub", _by_hand),

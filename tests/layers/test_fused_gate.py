@@ -8,8 +8,8 @@ from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmark import saved_bytes
 from senet_transfer import create_backbone
-from senet_transfer.analysis.benchmark import saved_bytes
 from senet_transfer.layers import SqueezeExcitation
 from senet_transfer.layers import fused_gate as module
 from senet_transfer.layers.fused_gate import gated_sum

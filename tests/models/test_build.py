@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from senet_transfer import UserError, add_senet_config, create_backbone, get_senet_config
+from senet_transfer.models.build import backbone_name
 
 
 def config(**keys):
@@ -219,3 +220,24 @@ def test_the_fpn_stands_on_the_trunk_as_detectron2s_does():
         "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
     }  # fmt: skip
     assert fpn.bottom_up.preprocessing.format == "BGR"
+
+
+@pytest.mark.parametrize("se", [None, False, True])
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"MODEL.BACKBONE.ARCH": "vgg16_bn"}, "vgg16_bn"),
+        ({"MODEL.RESNETS.DEPTH": 101}, "resnet101"),
+        ({"MODEL.RESNETS.NUM_GROUPS": 32, "MODEL.RESNETS.WIDTH_PER_GROUP": 4}, "resnext50_32x4d"),
+    ],
+)
+def test_a_named_and_a_described_backbone_have_their_models_name(keys, name, se):
+    cfg = config(**keys, **{"MODEL.SE.ENABLED": se})
+    assert backbone_name(cfg) == (f"se_{name}" if se else name)
+
+
+@pytest.mark.parametrize("se", [None, True])
+@pytest.mark.parametrize("name", ["se_resnet50", "senet154"])
+def test_a_name_with_se_stays_as_it_is(name, se):
+    cfg = config(**{"MODEL.BACKBONE.ARCH": name, "MODEL.SE.ENABLED": se})
+    assert backbone_name(cfg) == name

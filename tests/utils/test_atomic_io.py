@@ -96,3 +96,9 @@ def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mod
     for path in tmp_path.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == mode
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]
+
+
+def test_json_has_the_same_bytes_whatever_the_order_of_the_keys(tmp_path):
+    for name, value in {"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}.items():
+        write_json(tmp_path / name, value, indent=1, sort_keys=True)
+        assert (tmp_path / name).read_text() == '{\n "x": 1,\n "y": 2\n}\n'

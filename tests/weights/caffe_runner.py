@@ -1,7 +1,9 @@
-"""Runs a Caffe network in plain PyTorch, from what the reader says: layer by layer, by its params.
+"""A Caffe network in plain PyTorch: runs what the reader returns, layer by layer.
 
 Each operation follows Caffe's documentation of the layer, not this project's modules.
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +12,17 @@ from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 
 
 def run_caffe(
-    definition: list[CaffeLayer], tensors: dict[str, torch.Tensor], image: torch.Tensor
+    layers: Iterable[CaffeLayer], tensors: dict[str, torch.Tensor], image: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Returns every blob of the network by name, after the last layer that writes it.
+    """Return every blob of the network by name, after the last layer that writes it.
 
     Args:
-        definition: the layers, of a prototxt or a caffemodel.
-        tensors: as ``caffe_tensors`` names them.
-        image: (N, C, H, W), for each Input layer, or the first bottom where there is none.
+        layers: The layers of a caffemodel.
+        tensors: The tensors that ``caffe_tensors`` returns.
+        image: (N, C, H, W), the network's input.
     """
     blobs: dict[str, torch.Tensor] = {}
-    for layer in definition:
-        if layer.type == "Input":
-            blobs[layer.tops[0]] = image
-            continue
+    for layer in layers:
         inputs = [blobs.setdefault(name, image) for name in layer.bottoms]
         own = {
             name.removeprefix(f"{layer.name}/"): tensor

@@ -64,15 +64,15 @@ _MESSAGES: dict[str, tuple[int, int | None, dict[str, tuple[int, Any]]]] = {
     "input_param": (143, None, {"shape": (1, _SHAPE)}),
 }
 _V1_TYPES = {
-    "Concat": (3, "CONCAT"),
-    "Convolution": (4, "CONVOLUTION"),
-    "Dropout": (6, "DROPOUT"),
-    "Eltwise": (25, "ELTWISE"),
-    "InnerProduct": (14, "INNER_PRODUCT"),
-    "Pooling": (17, "POOLING"),
-    "ReLU": (18, "RELU"),
-    "Sigmoid": (19, "SIGMOID"),
-    "Softmax": (20, "SOFTMAX"),
+    "Concat": 3,
+    "Convolution": 4,
+    "Dropout": 6,
+    "Eltwise": 25,
+    "InnerProduct": 14,
+    "Pooling": 17,
+    "ReLU": 18,
+    "Sigmoid": 19,
+    "Softmax": 20,
 }
 
 
@@ -248,23 +248,17 @@ class CaffeNet:
         Path(prototxt).write_text(self.prototxt(for_opencv=for_opencv))
         Path(caffemodel).write_bytes(self.caffemodel())
 
-    def prototxt(self, *, for_opencv: bool = False, v1: bool = False) -> str:
-        """The definition. ``v1`` is the format of 2014, which knows fewer layers."""
+    def prototxt(self, *, for_opencv: bool = False) -> str:
+        """Return the definition in the current format."""
         dims = {"shape": {"dim": list(self.shape)}}
-        lines = [f'name: "{self.name}"']
-        if v1:
-            lines += [f'input: "{self.data}"'] + [f"input_dim: {n}" for n in self.shape]
-        else:
-            lines += ["layer {", f'  name: "{self.data}"', '  type: "Input"']
-            lines += [f'  top: "{self.data}"', *_text("input_param", dims, "  "), "}"]
+        lines = [f'name: "{self.name}"', "layer {", f'  name: "{self.data}"', '  type: "Input"']
+        lines += [f'  top: "{self.data}"', *_text("input_param", dims, "  "), "}"]
         for layer in self.layers:
             bottoms = layer["bottoms"]
             if for_opencv and layer["type"] == "Axpy":
                 bottoms = [bottoms[0], bottoms[2], bottoms[1]]
-            kind = _V1_TYPES[layer["type"]][1] if v1 else f'"{layer["type"]}"'
-            lines += ["layers {" if v1 else "layer {", f'  name: "{layer["name"]}"']
-            lines += [f"  type: {kind}", *(f'  bottom: "{bottom}"' for bottom in bottoms)]
-            lines += [f'  top: "{layer["top"]}"']
+            lines += ["layer {", f'  name: "{layer["name"]}"', f'  type: "{layer["type"]}"']
+            lines += [*(f'  bottom: "{bottom}"' for bottom in bottoms), f'  top: "{layer["top"]}"']
             for name, params in layer["params"].items():
                 lines += _text(name, params, "  ")
             lines.append("}")
@@ -300,7 +294,7 @@ class CaffeNet:
         for layer in self.layers:
             body = b"".join(_bytes(2, bottom.encode()) for bottom in layer["bottoms"])
             body += _bytes(3, layer["top"].encode()) + _bytes(4, layer["name"].encode())
-            body += _varint(5 << 3) + _varint(_V1_TYPES[layer["type"]][0])
+            body += _varint(5 << 3) + _varint(_V1_TYPES[layer["type"]])
             body += b"".join(_bytes(6, _blob(blob, True, False, True)) for blob in layer["blobs"])
             body += b"".join(_varint(7 << 3 | 5) + struct.pack("<f", 1) for _ in layer["blobs"])
             for name, params in layer["params"].items():

@@ -197,12 +197,12 @@ _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
 }
 
 
-def compare(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
-    """Counts the networks of the paper's rows.
+def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
+    """Count the networks in rows of the paper's tables.
 
     Args:
-        rows: which.
-        quiet: no progress bar; there is none either where stderr is no terminal.
+        rows: the rows.
+        quiet: show no progress bar; none is shown either if stderr is not a terminal.
     """
     # The same network stands in several tables.
     counted: dict[tuple, tuple[int, Report, str]] = {}

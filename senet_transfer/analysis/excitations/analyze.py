@@ -3,7 +3,11 @@
 import os
 from dataclasses import dataclass, field
 
-from senet_transfer.analysis.excitations.collect import Excitations, collect, trunk_of
+from senet_transfer.analysis.excitations.collect import (
+    Excitations,
+    collect_excitations,
+    trunk_of,
+)
 from senet_transfer.analysis.excitations.figures import write_blocks, write_overview
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import (
@@ -110,7 +114,7 @@ def analyze_gates(
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
-    found = collect(
+    found = collect_excitations(
         loaded.model,
         dataset,
         transform,

@@ -17,7 +17,9 @@ from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 from senet_transfer.models.image_classifier import ImageClassifier
+from senet_transfer.preprocessing import normalise
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import first_of
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,12 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return model.backbone.bottom_up if isinstance(model.backbone, FPN) else model.backbone
 
 
-def normalised(model: nn.Module, images: Tensor) -> Tensor:
-    """RGB images, uint8 ``(N, 3, H, W)``, to what the trunk of the model takes."""
+def backbone_input(model: nn.Module, images: Tensor) -> Tensor:
+    """Convert RGB images, uint8 ``(N, 3, H, W)``, to the input of the model's backbone."""
     if isinstance(model, ImageClassifier):
         return model.normalise(images)
     images = images.to(model.pixel_mean.device)
-    if model.input_format == "BGR":
-        images = images.flip(1)
-    return (images.float() - model.pixel_mean) / model.pixel_std
+    return normalise(images, model.pixel_mean, model.pixel_std, model.input_format)
 
 
 def choose_classes(
@@ -66,16 +66,15 @@ def choose_classes(
     there = {sample.classes[label]: label for label in with_images}
     missing = [name for name in names if name not in there]
     if missing:
-        some = ", ".join(list(there)[:20])
         raise UserError(
-            f"{sample.origin} has no images of {', '.join(missing)}. Expected some of: {some}"
-            + (", ..." if len(there) > 20 else ".")
+            f"{sample.origin} has no images of {', '.join(missing)}. Expected some of: "
+            f"{first_of(there)}."
         )
     return {there[name]: name for name in names}
 
 
 @torch.inference_mode()
-def collect(
+def collect_excitations(
     model: nn.Module,
     dataset: ClassificationDataset,
     transform: EvalTransform,
@@ -88,7 +87,7 @@ def collect(
     workers: int = 0,
     quiet: bool = False,
 ) -> Excitations:
-    """Watches the gates of a model's trunk on a sample of each class of a data set.
+    """Collect the gates of a model's backbone on a sample of each class of a data set.
 
     The classes need not be those that the model knows.
 
@@ -137,5 +136,5 @@ def _batches(
     """Labels and gates of each batch."""
     with watched(gates) as values:
         for batch in loader:
-            trunk_of(model)(normalised(model, batch["image"]))
+            trunk_of(model)(backbone_input(model, batch["image"]))
             yield batch["label"].numpy(), values

@@ -160,15 +160,15 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
         mine = sorted(by_image[image["image_id"]], key=lambda row: -row["score"])
         boxes = np.array([row["bbox"] for row in mine], np.float64).reshape(-1, 4)
         classes = np.array([to_class[row["category_id"]] for row in mine], np.int64)
-        matches = match(boxes, classes, image)
+        matches = match_detections(boxes, classes, image)
         keep = matches > -2
         scores = np.array([row["score"] for row in mine], np.float64)
         result.append(Found(boxes[keep], scores[keep], classes[keep], matches[keep]))
     return result
 
 
-def match(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
-    """Which object each detection hits, by COCO's rule at an overlap of one half.
+def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
+    """Match each detection with an object by COCO's rule at an overlap of one half.
 
     The best detection takes the object of its class that it overlaps most. What is left, and lies
     on a crowd, counts for nothing. The best come first, so leaving out low scores changes no match.

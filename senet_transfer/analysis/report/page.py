@@ -14,12 +14,13 @@ from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
-from senet_transfer.analysis.report.paper_rows import has_gates, paper_row, trunk_name
+from senet_transfer.analysis.report.paper_rows import has_gates, paper_row
 from senet_transfer.analysis.report.pictures import data_uri
-from senet_transfer.analysis.report.run_folder import Run, data_label, flat_config, parse_metric
+from senet_transfer.analysis.report.run_folder import Run, config_texts, data_label, parse_metric
 from senet_transfer.config import get_senet_config
 from senet_transfer.errors import UserError
-from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.models.build import backbone_name
+from senet_transfer.utils.atomic_io import atomic_file, nonfinite_to_null
 
 # Of a curve.
 MOST_POINTS = 400
@@ -72,7 +73,7 @@ def write_report(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M} on {socket.gethostname()}",
         asset=lambda name: resources.files(_ASSETS).joinpath("assets", name).read_text(),
-        data=_finite(data),
+        data=nonfinite_to_null(data),
         notes=notes,
         summaries=[_summary(run) for run in runs],
         results=[row for run in runs for row in _results(run)],
@@ -99,17 +100,6 @@ def _write(output: Path, html: str) -> None:
             stream.write(html.encode())
     except OSError as error:
         raise UserError(f"The page {output} can't be written: {error}.") from error
-
-
-def _finite(value: Any) -> Any:
-    """The same for JSON, which has no word for what is not a number."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
@@ -144,7 +134,7 @@ def _summary(run: Run) -> dict[str, str]:
     return {
         "name": run.name,
         "state": state,
-        "model": f"{run.cfg.MODEL.META_ARCHITECTURE}, {trunk_name(run.cfg)}",
+        "model": f"{run.cfg.MODEL.META_ARCHITECTURE}, {backbone_name(run.cfg)}",
         "data": ", ".join(map(data_label, run.cfg.DATASETS.TEST)) or "-",
         "time": _time(run.seconds),
         "memory": f"{run.memory_mb:,.0f} MB" if run.memory_mb else "-",
@@ -270,9 +260,9 @@ def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
     Their values, run by run; with a single run the default comes first.
     """
-    flat = [flat_config(run.cfg) for run in runs]
+    flat = [config_texts(run.cfg) for run in runs]
     if len(runs) == 1:
-        flat.insert(0, flat_config(get_senet_config()))
+        flat.insert(0, config_texts(get_senet_config()))
     keys = sorted(set().union(*flat))
     rows = [(key, [values.get(key, "(absent)") for values in flat]) for key in keys]
     return [(key, [_cut(value) for value in row]) for key, row in rows if len(set(row)) > 1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 
 from senet_transfer.evaluation.paper_results import PLACES365, published_on_cifar
+from senet_transfer.models.build import backbone_name
 
 _TABLE_VII = "Squeeze-and-Excitation Networks, Table VII"
 _PLACES365_IMAGES = 36_500
@@ -41,17 +42,6 @@ def has_gates(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
 
 
-def trunk_name(cfg: CfgNode) -> str:
-    """The name of a config's trunk: that in ``MODEL.BACKBONE.ARCH``, or what it describes."""
-    with_se = bool(cfg.MODEL.SE.ENABLED)
-    if arch := cfg.MODEL.BACKBONE.ARCH:
-        return f"se_{arch}" if with_se and not arch.startswith("se") else arch
-    resnets = cfg.MODEL.RESNETS
-    grouped = resnets.NUM_GROUPS > 1
-    name = f"resnext{resnets.DEPTH}_{resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
-    return ("se_" if with_se else "") + (name if grouped else f"resnet{resnets.DEPTH}")
-
-
 def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -> PaperRow | None:
     """What the paper has for a run.
 
@@ -61,7 +51,7 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
         task: as Detectron2 names it: "bbox", "classification".
         images: that were evaluated, where that is known.
     """
-    trunk = trunk_name(cfg)
+    trunk = backbone_name(cfg)
     if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
         fpn = cfg.MODEL.BACKBONE.NAME == "build_senet_fpn_backbone" and not cfg.MODEL.MASK_ON
         return COCO.get(trunk) if fpn else None

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
 # [data set/]task/metric, as Detectron2 names what an evaluation found.
@@ -217,15 +218,9 @@ def _read_environment(run: Run) -> None:
         run.environment = run.environment.strip()
 
 
-def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
-    """Every key of a config with its value as text."""
-    flat: dict[str, str] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = _text(value)
-    return flat
+def config_texts(cfg: CfgNode) -> dict[str, str]:
+    """Return the values of a config as text, by key."""
+    return {key: _text(value) for key, value in config_items(cfg)}
 
 
 def data_label(name: str) -> str:

@@ -1,268 +1,294 @@
-"""The official archives of CIFAR-10 and CIFAR-100, binary and python, packed or unpacked.
+"""Official distributions of CIFAR-10 and CIFAR-100: python and binary, packed or unpacked.
 
-Formats and checksums: the data sets' site. The pickles of the python version are read as data: see
-:mod:`senet_transfer.utils.safe_pickle`; nothing in them is executed.
+torchvision downloads the python version and has the names and checksums of its files. Other data in
+the same form is also read, so a pickle is always loaded by the unpickler that executes nothing:
+see :mod:`senet_transfer.utils.safe_pickle`.
 """
 
 import hashlib
 import io
+import logging
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import calculate_md5
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.errors import UserError
-from senet_transfer.utils.plain_values import ArrayRef
-from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.utils.safe_pickle import load_plain
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+IMAGE_COUNTS = {"train": 50_000, "test": 10_000}
 
 _PIXELS = 3 * SIDE * SIDE
-
-# What a damaged archive or a failing disk raises.
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 # The largest official file has 155 MB.
 _MAX_BYTES = 400 * 2**20
 
+_REMEDY = (
+    "Download it again. For a data set of your own in the same form, run datasets/prepare_cifar.py "
+    "with --any-checksum."
+)
+
 
 @dataclass(frozen=True)
-class Official:
-    """One of the four archives.
+class BinaryVersion:
+    """What torchvision's classes state of the python version, for a binary version.
 
-    Attributes:
-        name: the file as its site calls it.
-        md5: of that file.
-        splits: the files of each split, by name.
-        names: the file with the names of the classes.
-        labels: bytes of labels before each image in the binary version, of which the last counts;
-            0 for the python version.
-        key: of the labels in the python version.
-        names_key: of the names there.
+    Before each image stand ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
 
-    name: str
-    md5: str
-    splits: dict[str, tuple[str, ...]]
-    names: str
-    labels: int = 0
-    key: str = ""
-    names_key: str = ""
-
-    @property
-    def files(self) -> set[str]:
-        """All files that are read."""
-        return {self.names, *(name for files in self.splits.values() for name in files)}
+    filename: str
+    tgz_md5: str
+    train_list: list[tuple[str, str | None]]
+    test_list: list[tuple[str, str | None]]
+    meta: dict[str, Any]
 
 
-_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-
-OFFICIAL = (
-    Official(
+FORMS: tuple[type[CIFAR10] | BinaryVersion, ...] = (
+    CIFAR10,
+    CIFAR100,
+    BinaryVersion(
         "cifar-10-binary.tar.gz",
         "c32a1d4ab5d03f1284b67883e8d87530",
-        {"train": tuple(f"{name}.bin" for name in _BATCHES), "test": ("test_batch.bin",)},
-        "batches.meta.txt",
-        labels=1,
+        [(f"data_batch_{number}.bin", None) for number in range(1, 6)],
+        [("test_batch.bin", None)],
+        {"filename": "batches.meta.txt", "md5": None, "label_bytes": 1},
     ),
-    Official(
-        "cifar-10-python.tar.gz",
-        "c58f30108f718f92721af3b95e74349a",
-        {"train": _BATCHES, "test": ("test_batch",)},
-        "batches.meta",
-        key="labels",
-        names_key="label_names",
-    ),
-    Official(
+    BinaryVersion(
         "cifar-100-binary.tar.gz",
         "03b5dce01913d631647c71ecec9e9cb8",
-        {"train": ("train.bin",), "test": ("test.bin",)},
-        "fine_label_names.txt",
-        labels=2,
-    ),
-    Official(
-        "cifar-100-python.tar.gz",
-        "eb9058c3a382ffc7106e4002c42a8d85",
-        {"train": ("train",), "test": ("test",)},
-        "meta",
-        key="fine_labels",
-        names_key="fine_label_names",
+        [("train.bin", None)],
+        [("test.bin", None)],
+        {"filename": "fine_label_names.txt", "md5": None, "label_bytes": 2},
     ),
 )
 
-_COUNTS = {"train": 50_000, "test": 10_000}
 
-
-def read_official_archive(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] | None:
-    """Reads an archive that has an official one's files.
+def download_cifar(name: str, root: Path) -> Path:
+    """Download the python version with torchvision, which verifies and unpacks it.
 
     Args:
-        path: a tar archive, compressed or not.
-        verify: whether it must be the official archive to the byte.
+        name: a key of :data:`DOWNLOADS`.
+        root: folder for the archive and the unpacked files. Verified files there are kept.
 
     Returns:
-        The splits by name; None where the archive is of another kind.
+        The folder of the unpacked files.
 
     Raises:
-        UserError: the archive is not the official one, is damaged, or asks for code to be run.
+        UserError: the data can't be downloaded or written, or has another checksum.
     """
-    files: dict[str, bytes] = {}
-    wanted = set().union(*(kind.files for kind in OFFICIAL))
+    dataset = DOWNLOADS[name]
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if name not in wanted or not member.isfile():
-                    # Other members are of trees of images, of which one may be large.
-                    if not files and member.name.lower().endswith((".jpg", ".jpeg", ".png")):
-                        return None
-                    continue
-                if member.size > _MAX_BYTES:
-                    raise UserError(
-                        f"{path} has a member {name} of {member.size:,} bytes; expected at most "
-                        f"{_MAX_BYTES:,}. Download the archive again."
-                    )
-                files[name] = archive.extractfile(member).read()
-    except READ_ERRORS as error:
-        raise UserError(_damaged(path, error)) from error
-    kind = _kind(set(files))
-    if kind is None:
+        dataset(root, download=True)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise UserError(
+            f"{dataset.url} can't be downloaded to {root} ({type(error).__name__}: {error}). "
+            f"Remove {root / dataset.base_folder}, if it exists, and try again; or get "
+            f"{dataset.filename} in another way and pass it as --source."
+        ) from error
+    return root / dataset.base_folder
+
+
+def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] | None:
+    """Read an archive or a folder with the files of an official distribution.
+
+    Args:
+        path: tar archive, compressed or not, or the folder it was unpacked to, or its parent.
+        verify: raise an error for an archive with another checksum than the official one, and for
+            data with another number of images.
+
+    Returns:
+        The splits by name, or None for an archive or folder with other files.
+
+    Raises:
+        UserError: the data is damaged, fails the verification, or holds a pickle that could
+            execute code.
+    """
+    files = _read_folder(path) if path.is_dir() else _read_archive(path)
+    form = _match(files)
+    if form is None:
         return None
     if verify:
-        found = md5_of(path)
-        if found != kind.md5:
-            raise UserError(
-                f"{path} has the files of {kind.name} and md5 {found}, where the official archive "
-                f"has {kind.md5}. Download it again; if it is a data set of your own in the same "
-                "form, say so (--any-checksum)."
-            )
-    return _read(kind, files, str(path), counts=_COUNTS if verify else None)
-
-
-def read_official_folder(folder: Path, *, verify: bool = True) -> dict[str, ImageArrays] | None:
-    """Reads a folder into which an official archive was unpacked; as for an archive.
-
-    ``verify`` checks the number of images here: the site has no checksums of single files.
-    """
-    inside = (entry for entry in sorted(folder.iterdir()) if entry.is_dir())
-    for place in (folder, *inside):
-        kind = _kind({entry.name for entry in place.iterdir() if entry.is_file()})
-        if kind is not None:
-            break
-    else:
-        return None
-    try:
-        files = {name: (place / name).read_bytes() for name in kind.files}
-    except OSError as error:
-        raise UserError(_damaged(place, error)) from error
-    return _read(kind, files, str(place), counts=_COUNTS if verify else None)
-
-
-def md5_of(path: Path) -> str:
-    """The checksum that the site states."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _damaged(path: Path, error: BaseException) -> str:
-    return (
-        f"{path} can't be read to its end ({type(error).__name__}: {error}): it is cut off, "
-        "damaged or no archive. Download it again."
-    )
-
-
-def _kind(names: set[str]) -> Official | None:
-    return next((kind for kind in OFFICIAL if kind.files <= names), None)
-
-
-def _read(
-    kind: Official, files: dict[str, bytes], origin: str, counts: dict[str, int] | None
-) -> dict[str, ImageArrays]:
-    if kind.labels:
-        text = files[kind.names].decode("utf-8", "replace")
-        classes = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
-        classes = _unpickle(files[kind.names], origin, kind.names).get(kind.names_key)
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise UserError(
-                f"{origin}: {kind.names} has no list {kind.names_key!r}. Download the data again."
-            )
+        _verify_checksums(form, path, files)
+    classes = _classes(form.meta, files[form.meta["filename"]], f"{path}: {form.meta['filename']}")
     splits = {}
-    for split, names in kind.splits.items():
-        parts = [part for name in names for part in _parts(kind, files[name], origin, name)]
-        images = np.concatenate([part[0] for part in parts])
-        labels = np.concatenate([part[1] for part in parts])
-        if counts is not None and len(labels) != counts[split]:
+    for split, listed in (("train", form.train_list), ("test", form.test_list)):
+        batches = [_batch(form.meta, files[name], f"{path}: {name}") for name, _ in listed]
+        images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        if verify and len(labels) != IMAGE_COUNTS[split]:
             raise UserError(
-                f"{origin} has {len(labels):,} {split} images, where the official data has "
-                f"{counts[split]:,}. Download it again."
+                f"{path} has {len(labels):,} {split} images; expected {IMAGE_COUNTS[split]:,} as "
+                f"in the official data. {_REMEDY}"
             )
         splits[split] = ImageArrays(
             torch.from_numpy(images).view(-1, 3, SIDE, SIDE),
             torch.from_numpy(labels),
             classes,
-            f"{origin} ({split})",
+            f"{path} ({split})",
         )
     return splits
 
 
-def _parts(
-    kind: Official, data: bytes, origin: str, name: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    if kind.labels:
-        record = kind.labels + _PIXELS
+def _verify_checksums(
+    form: type[CIFAR10] | BinaryVersion, path: Path, files: dict[str, bytes]
+) -> None:
+    """Raise an error for an archive, and log a warning for unpacked files, with other checksums."""
+    if path.is_file():
+        if (md5 := calculate_md5(path)) != form.tgz_md5:
+            raise UserError(
+                f"{path} has the files of {form.filename} and md5 {md5}; expected {form.tgz_md5}, "
+                f"that of the official archive. {_REMEDY}"
+            )
+        return
+    for name, md5 in _checksums(form).items():
+        if md5 not in (None, hashlib.md5(files[name], usedforsecurity=False).hexdigest()):
+            logger.warning("%s: %s is not the official file, by its md5", path, name)
+
+
+def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
+    """Return the MD5 checksums, where known, of all files that are read."""
+    return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
+
+
+def _match(names: Iterable[str]) -> type[CIFAR10] | BinaryVersion | None:
+    names = set(names)
+    return next((form for form in FORMS if names.issuperset(_checksums(form))), None)
+
+
+def _read_folder(path: Path) -> dict[str, bytes]:
+    """Return the official files in a folder or one of its subfolders, by name."""
+    subfolders = (entry for entry in sorted(path.iterdir()) if entry.is_dir())
+    for folder in (path, *subfolders):
+        form = _match(entry.name for entry in folder.iterdir() if entry.is_file())
+        if form is not None:
+            break
+    else:
+        return {}
+    try:
+        return {name: (folder / name).read_bytes() for name in _checksums(form)}
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be read ({type(error).__name__}: {error}). Check its files, or "
+            "unpack the archive again."
+        ) from error
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """Return the official files in a tar archive, by name."""
+    wanted = {name for form in FORMS for name in _checksums(form)}
+    files: dict[str, bytes] = {}
+    with open_tar(path) as archive:
+        for member in archive:
+            name = member.name.rpartition("/")[2]
+            if name in wanted and member.isfile():
+                files[name] = read_member(archive, member, _MAX_BYTES)
+            elif not files and name.lower().endswith((".jpg", ".jpeg", ".png")):
+                break  # a tree of images, possibly a large one
+    return files
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a tar archive, and raise :class:`UserError` for what damage or a failing disk raises."""
+    try:
+        with tarfile.open(path) as archive:
+            yield archive
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        raise UserError(
+            f"{path} can't be read to its end ({type(error).__name__}: {error}): it is cut off, "
+            "damaged or no archive. Get it again."
+        ) from error
+
+
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> bytes:
+    """Return the content of a regular file in an archive.
+
+    Raises:
+        UserError: the file has more than ``max_bytes`` bytes.
+    """
+    if member.size > max_bytes:
+        raise UserError(
+            f"{archive.name!s}: {member.name} has {member.size:,} bytes; expected at most "
+            f"{max_bytes:,}. Check the archive."
+        )
+    return archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
+
+
+def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:
+    if "label_bytes" in meta:
+        lines = data.decode("utf-8", "replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    classes = _load_pickle(data, where).get(meta["key"])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where} has no list {meta['key']!r}. Download the data again.")
+    return classes
+
+
+def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images, uint8 `(N, 3072)`, and labels, int64 `(N,)`, of one file."""
+    if before := meta.get("label_bytes"):
+        record = before + _PIXELS
         if not data or len(data) % record:
             raise UserError(
-                f"{origin}: {name} has {len(data):,} bytes, expected a multiple of {record:,} (a "
-                "label and an image each). It is cut off or damaged; download it again."
+                f"{where} has {len(data):,} bytes; expected a multiple of {record:,}, a label and "
+                "an image each. It is cut off or damaged; download it again."
             )
         rows = np.frombuffer(data, np.uint8).reshape(-1, record)
-        # Of CIFAR-100's two labels the second is the fine one.
-        yield rows[:, kind.labels :], rows[:, kind.labels - 1].astype(np.int64)
-        return
-    batch = _unpickle(data, origin, name)
-    images, labels = batch.get("data"), batch.get(kind.key)
-    array = images.array if isinstance(images, ArrayRef) else np.empty(0)
-    good = isinstance(labels, list) and all(type(label) is int for label in labels)
-    if not good or array.dtype != np.uint8 or array.shape != (len(labels), _PIXELS) or not labels:
+        # CIFAR-100 has two labels per image; the second is the fine one.
+        return rows[:, before:], rows[:, before - 1].astype(np.int64)
+    batch = _load_pickle(data, where)
+    images, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
+    array = images if isinstance(images, np.ndarray) else np.empty(0)
+    if not (
+        isinstance(labels, list)
+        and labels
+        and all(type(label) is int and 0 <= label < 2**31 for label in labels)
+        and array.dtype == np.uint8
+        and array.shape == (len(labels), _PIXELS)
+    ):
         found = f"{len(labels)} values" if isinstance(labels, list) else type(labels).__name__
         raise UserError(
-            f"{origin}: {name} has images of shape {array.shape} ({array.dtype}) and labels "
-            f"({kind.key}) of {found}; expected uint8 images (N, {_PIXELS}) and a list of N "
-            "labels. Download the data again."
+            f"{where} has images of shape {array.shape} ({array.dtype}) and labels of {found}; "
+            f"expected uint8 images (N, {_PIXELS}) and a list of N labels. Download the data again."
         )
-    yield array, np.array(labels, np.int64)
+    return array, np.array(labels, np.int64)
 
 
-def _unpickle(data: bytes, origin: str, name: str) -> dict[str, Any]:
-    """The dictionary in a pickle, with the keys of Python 2 and 3 alike as text."""
+def _load_pickle(data: bytes, where: str) -> dict[str, Any]:
+    """Return the dictionary in a pickle of Python 2 or 3, with its keys and lists as text."""
     try:
-        value = PlainUnpickler(io.BytesIO(data), Path(name)).load()
+        value = load_plain(io.BytesIO(data), where)
     except UserError as error:
         raise UserError(
-            f"{origin}: {name} is refused: it holds more than arrays, lists and text, and loading "
-            f"it could run code. Nothing was run. Get the official archive. ({error})"
+            f"{where} was rejected: it holds more than arrays, lists and text, and loading it "
+            f"could execute code. Nothing was executed. Get the official archive. ({error})"
         ) from error
-    # Any error can come of bytes that are no pickle; none of them is worth telling apart.
-    except Exception as error:
+    except Exception as error:  # damaged bytes raise errors of many types
         raise UserError(
-            f"{origin}: {name} is no readable pickle ({type(error).__name__}: {error}); it is cut "
-            "off or damaged. Download the data again."
+            f"{where} is no readable pickle ({type(error).__name__}: {error}); it is cut off or "
+            "damaged. Download the data again."
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{origin}: {name} holds a {type(value).__name__}, expected a dictionary.")
+        raise UserError(f"{where} holds a {type(value).__name__}; expected a dictionary.")
     return {
-        key.decode("latin-1") if isinstance(key, bytes) else str(key): _text(item)
-        for key, item in value.items()
+        str(_text(key)): [_text(item) for item in value] if isinstance(value, list) else value
+        for key, value in value.items()
     }
 
 
 def _text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [item.decode("latin-1") if isinstance(item, bytes) else item for item in value]
-    return value
+    return value.decode("latin-1") if isinstance(value, bytes) else value

@@ -26,7 +26,7 @@ class CifarTrainLoader:
 
     A batch is ``{"image": uint8 (N, 3, 32, 32) RGB, "label": int64 (N,)}`` on the device of the
     data, flipped and cropped; with Cutout also ``"cutout"``, the centres int64 ``(N, 2)`` that
-    :func:`~senet_transfer.data.cifar.transforms.cut_out` takes, because it comes after the model's
+    :func:`~senet_transfer.layers.cutout.cut_out` takes, because it comes after the model's
     normalisation.
     """
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages
-from senet_transfer.data.cifar.archives import read_official_archive, read_official_folder
-from senet_transfer.data.cifar.image_files import read_images, split_place
+from senet_transfer.data.cifar.archives import read_official
+from senet_transfer.data.cifar.image_files import read_images, split_path
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays, load_images, split_file
 from senet_transfer.data.classification.open import check_classes, open_dataset
 from senet_transfer.data.images.decode import BrokenImageError, encode_exact
@@ -27,28 +27,29 @@ NAMES = {
 _PREPARED = ".safetensors"
 
 
-def open_images(
+def open_cifar(
     path: str | Path,
     *,
     split: str,
     classes: list[str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> ImageArrays:
-    """Reads a whole data set of small images.
+    """Read a whole data set of small images.
 
-    Recognised: a prepared split, or the folder of both; an official archive of CIFAR, or the folder
-    it was unpacked into; a folder with a folder or archive a split; and all that
+    Supported are a prepared split or the folder of both; an official archive of CIFAR or the folder
+    it was unpacked to; a folder with a folder or archive for each split; and everything that
     :func:`~senet_transfer.data.classification.open.open_dataset` opens, such as shards and a tree
-    with a folder a class. The images of the last are resized to 32 pixels where they are larger.
+    with one folder per class. Only images of this last group may be larger than 32 pixels; they are
+    resized.
 
     Args:
-        path: the file, folder or address.
-        split: "train" or "test", where the path does not say it.
-        classes: names in the order of their labels, to be agreed with.
-        cache_dir: keeps local copies of remote shards in this folder.
+        path: file, folder or address.
+        split: "train" or "test"; used where the path does not determine the split.
+        classes: expected names of the classes, in the order of their labels.
+        cache_dir: folder for local copies of remote shards.
 
     Raises:
-        UserError: there is nothing of these kinds, it is damaged, or has other classes.
+        UserError: the data is of none of these kinds, is damaged, or has other classes.
     """
     data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split)
     if data is None:
@@ -72,22 +73,19 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def _open_split(path: Path, split: str) -> ImageArrays | None:
-    """Opens what is of CIFAR alone; None for all else."""
+    """Open data in a form that only CIFAR has; return None for anything else."""
     if is_prepared(path):
         return load_images(path)
-    if path.is_file():
-        shard = (path.parent / MANIFEST).is_file()
-        splits = None if shard else read_official_archive(path)
-        return splits[split] if splits else None
-    if not path.is_dir() or (path / MANIFEST).is_file():
+    folder = path if path.is_dir() else path.parent
+    if not (path.is_file() or path.is_dir()) or (folder / MANIFEST).is_file():
         return None
     if split_file(path, split).is_file():
         return load_images(split_file(path, split))
-    splits = read_official_folder(path)
+    splits = read_official(path)
     if splits is not None:
         return splits[split]
-    place = split_place(path, split)
-    return read_images(place) if place else None
+    images = split_path(path, split)
+    return read_images(images) if images else None
 
 
 class ArrayDataset(SingleImages):

@@ -1,11 +1,11 @@
-"""From what people download to the prepared files of :mod:`senet_transfer.data.cifar.in_memory`."""
+"""Conversion of CIFAR and similar data to prepared files."""
 
 import logging
 from pathlib import Path
 
 import torch
 
-from senet_transfer.data.cifar.archives import read_official_archive, read_official_folder
+from senet_transfer.data.cifar.archives import read_official
 from senet_transfer.data.cifar.image_files import read_image_splits
 from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images, split_file
 from senet_transfer.errors import UserError
@@ -16,34 +16,31 @@ logger = logging.getLogger(__name__)
 def read_source(
     source: Path, *, verify: bool = True, quiet: bool = False
 ) -> dict[str, ImageArrays]:
-    """Reads any of the forms in which CIFAR and its like come.
+    """Read CIFAR or similar data in any supported form.
 
     Args:
-        source: an official archive (binary or python version), a folder into which one was
-            unpacked, or a folder with a folder or archive a split, `train` and `test`, with a
-            folder a class in it.
-        verify: whether official data must be the official data, by checksum or count.
-        quiet: no progress bars.
+        source: an official archive (binary or python version), a folder to which one was unpacked,
+            or a folder with a folder or archive for each split, `train` and `test`, that holds one
+            folder per class.
+        verify: as for :func:`~senet_transfer.data.cifar.archives.read_official`.
+        quiet: show no progress bars.
 
     Returns:
         The splits by name, "train" and "test".
 
     Raises:
-        UserError: it is none of these, or damaged.
+        UserError: the data has another form, is damaged or fails the verification.
     """
     if not source.exists():
         raise UserError(f"There is no {source}. Name an archive or a folder.")
-    if source.is_dir():
-        splits = read_official_folder(source, verify=verify) or read_image_splits(
-            source, quiet=quiet
-        )
-    else:
-        splits = read_official_archive(source, verify=verify)
+    splits = read_official(source, verify=verify)
+    if splits is None and source.is_dir():
+        splits = read_image_splits(source, quiet=quiet)
     if splits is None:
         raise UserError(
             f"{source} is neither an official archive of CIFAR-10 or CIFAR-100 (binary or python "
             "version), packed or unpacked, nor a folder with train and test (or train.tar.xz and "
-            "test.tar.xz) that have a folder a class. Name one of these."
+            "test.tar.xz) that hold one folder per class. Name one of these."
         )
     return splits
 
@@ -51,23 +48,23 @@ def read_source(
 def prepare_cifar(
     source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
 ) -> Path:
-    """Writes the prepared files of a data set, or finds that they are there.
+    """Write the prepared files of a data set, or keep those that exist.
 
     Args:
         source: as for :func:`read_source`.
-        output: the folder to write `train.safetensors` and `test.safetensors` to.
+        output: folder for `train.safetensors` and `test.safetensors`.
         verify: as for :func:`read_source`.
-        quiet: no progress bars.
+        quiet: show no progress bars.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        UserError: the source is none or damaged, or the folder holds another data set.
+        UserError: the source can't be read, or the folder holds another data set.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     splits = read_source(source, verify=verify, quiet=quiet)
-    # All is compared before anything is written.
+    # Compare both splits before writing one.
     there = {split for split, data in splits.items() if _is_there(split_file(output, split), data)}
     for split, data in splits.items():
         path = split_file(output, split)

@@ -1,9 +1,8 @@
 """Augmentation of small images, for a whole batch at once but drawn for each image.
 
 Flip, padding and random crop: He et al. 2016, section 4.2; zeros around the image, or its
-reflection as in the code of Zagoruyko and Komodakis 2016. Cutout: DeVries and Taylor 2017, and
-their released code: a square of zeros in the normalised image, whose centre is any pixel, so that
-it can reach over the border.
+reflection as in the code of Zagoruyko and Komodakis 2016. The centres of Cutout's squares are drawn
+here; :func:`~senet_transfer.layers.cutout.cut_out` takes them after the model's normalisation.
 
 What is drawn follows from a seed and the iteration alone, whatever the device or the number of
 processes, so that a run which resumes goes on with the images that the unbroken run had.
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.preprocessing import Preprocessing
 
 PADDINGS = ("zero", "reflect")
 
@@ -118,51 +116,8 @@ class CifarAugment:
         moved = images.flatten(2).gather(2, index.expand(-1, channels, -1))
         return moved.view(count, channels, side, side)
 
-    def __call__(self, images: Tensor, draws: Draws, preprocessing: Preprocessing) -> Tensor:
-        """All of it: uint8 RGB images to what a network takes, normalised, with Cutout.
-
-        Args:
-            images: uint8 `(N, 3, S, S)` on any device.
-            draws: for these.
-            preprocessing: mean and std.
-
-        Returns:
-            float32 of the same shape and device.
-        """
-        moved = normalise(self.move(images, draws), preprocessing)
-        return cut_out(moved, draws.centre, self.cutout)
-
 
 def _reflect(index: Tensor, side: int) -> Tensor:
     """Positions beyond the border as those on the other side of its last pixel."""
     index = index.abs()
     return torch.where(index >= side, 2 * (side - 1) - index, index)
-
-
-def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Subtracts the mean and divides by the standard deviation, in float32."""
-    mean, std = (
-        torch.tensor(values, device=images.device).view(-1, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    return (images - mean) / std
-
-
-def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Normalised images with a square of zeros each.
-
-    Args:
-        images: `(N, C, H, W)`.
-        centres: int64 `(N, 2)`, row and column. The square has as many pixels before its centre
-            as from it on, up to the image's border.
-        size: its side in pixels, even; 0 leaves the images as they are.
-    """
-    if not size:
-        return images
-    centres = centres.to(images.device)
-    kept = [
-        (torch.arange(length, device=images.device) - centres[:, axis, None] + size // 2)
-        for axis, length in enumerate(images.shape[2:])
-    ]
-    rows, columns = ((distance < 0) | (distance >= size) for distance in kept)
-    return images * (rows[:, None, :, None] | columns[:, None, None, :])

@@ -28,7 +28,7 @@ from senet_transfer.data.shards.manifest import (
     parse_index,
 )
 from senet_transfer.data.shards.storage import (
-    Storage,
+    RemoteOptions,
     is_remote,
     join,
     local_path,
@@ -38,6 +38,7 @@ from senet_transfer.data.shards.storage import (
 )
 from senet_transfer.data.shards.tar import check_member, read_shard
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class ShardDataset(ClassificationDataset):
     """Images in tar shards with a manifest; each shard is a unit."""
 
     def __init__(
-        self, manifest: Manifest, base: str, storage: Storage, cache: ShardCache | None = None
+        self, manifest: Manifest, base: str, storage: RemoteOptions, cache: ShardCache | None = None
     ):
         """
         Args:
@@ -135,7 +136,7 @@ def open_dataset(
     size: str | None = None,
     classes: list[str] | None = None,
     cache_dir: str | Path | None = None,
-    storage: Storage | None = None,
+    storage: RemoteOptions | None = None,
 ) -> ClassificationDataset:
     """Opens whatever holds labelled images.
 
@@ -156,7 +157,7 @@ def open_dataset(
     Raises:
         UserError: there is nothing of these kinds, or it is damaged.
     """
-    storage = storage or Storage()
+    storage = storage or RemoteOptions()
     text = str(path)
     if is_remote(text):
         cache = ShardCache(cache_dir) if cache_dir is not None else None
@@ -188,7 +189,7 @@ def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str
 
 
 def _open_local(
-    path: Path, split: str, size: str | None, classes: list[str] | None, storage: Storage
+    path: Path, split: str, size: str | None, classes: list[str] | None, storage: RemoteOptions
 ) -> ClassificationDataset:
     if path.name == MANIFEST:
         path = path.parent
@@ -242,14 +243,14 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
 
 
 def _some_shards(
-    base: str, names: list[str], storage: Storage, cache: ShardCache | None
+    base: str, names: list[str], storage: RemoteOptions, cache: ShardCache | None
 ) -> ShardDataset:
     manifest = load_manifest(base, storage)
     by_name: dict[str, Any] = {shard.name: shard for shard in manifest.shards}
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise UserError(
-            f"the manifest of {base} has no shards {', '.join(unknown[:5])}. Give shards that it "
+            f"the manifest of {base} has no shards {first_of(unknown, 5)}. Give shards that it "
             "lists, or the whole folder."
         )
     part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from senet_transfer.data.images.listing import Images, is_image_name, locate, named
+from senet_transfer.data.images.listing import Images, find_listed_images, is_image_name
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def open_folder(
     by_class = _images_by_folder(root)
     if "" in by_class:
         raise UserError(
-            f"{root} holds images outside of all class folders: {named(by_class[''])}. Expected "
+            f"{root} holds images outside of all class folders: {first_of(by_class[''])}. Expected "
             "a folder a class; move them into one, or give the folder that holds the classes."
         )
     if not any(by_class.values()):
@@ -46,7 +47,7 @@ def open_folder(
     empty = sorted(set(by_class).difference(found))
     if empty and classes is None:
         raise UserError(
-            f"{len(empty)} folders in {root} hold no images: {named(empty)}. Whether they are "
+            f"{len(empty)} folders in {root} hold no images: {first_of(empty)}. Whether they are "
             "classes decides the labels: remove them, or fill them."
         )
     classes = found if classes is None else list(classes)
@@ -54,12 +55,12 @@ def open_folder(
     if unknown:
         raise UserError(
             f"{len(unknown)} folders in {root} are none of the {len(classes)} classes expected: "
-            f"{named(unknown)}. Use a tree with the folders of the one that was trained on."
+            f"{first_of(unknown)}. Use a tree with the folders of the one that was trained on."
         )
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
     labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)
-    return locate(root, names, labels, classes, complete=False, skip_missing=skip_empty)
+    return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
@@ -74,5 +75,5 @@ def _images_by_folder(root: Path) -> dict[str, list[str]]:
             by_folder[folder] = images
         others = [name for name in files if not is_image_name(name) and not name.startswith(".")]
         if others:
-            logger.warning("ignoring %d files in %s: %s", len(others), path, named(others))
+            logger.warning("ignoring %d files in %s: %s", len(others), path, first_of(others))
     return by_folder

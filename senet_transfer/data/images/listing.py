@@ -10,9 +10,7 @@ import numpy as np
 
 from senet_transfer.data.base import RawSample, make_key
 from senet_transfer.errors import UserError
-
-# As many offenders as a message names.
-NAMED = 20
+from senet_transfer.utils.text import first_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class Images:
         """
         offset = None if self.offsets is None else int(self.offsets[index])
         name = self.names[index]
-        data = read_image(self.root, name, int(self.sizes[index]), offset)
+        data = read_image_bytes(self.root, name, int(self.sizes[index]), offset)
         label = int(self.labels[index])
         return RawSample(make_key(name, index), label, data, os.path.join(self.root, name))
 
 
-def read_image(root: Path, name: str, size: int, offset: int | None) -> bytes:
-    """Reads an image's bytes from a folder, or from an archive where `offset` is given."""
+def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> bytes:
+    """Read an image's bytes from a folder, or from an archive where `offset` is given."""
     # Joined as text: a Path takes as long as reading a small file.
     where = os.path.join(root, name) if offset is None else root
     try:
@@ -72,7 +70,7 @@ def read_image(root: Path, name: str, size: int, offset: int | None) -> bytes:
     return data
 
 
-def locate(
+def find_listed_images(
     root: Path,
     names: Sequence[str],
     labels: np.ndarray,
@@ -81,7 +79,7 @@ def locate(
     complete: bool,
     skip_missing: int = 0,
 ) -> Images:
-    """Finds every listed image in a folder or an archive.
+    """Find every listed image in a folder or an archive.
 
     Args:
         root: a folder, or a tar archive whose members lie in one folder, as Places365's do.
@@ -101,13 +99,13 @@ def locate(
     if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
             f"{len(missing)} of {len(names)} listed images are not in {root}, or empty: "
-            f"{named(missing)}. Expected every image of the list; unpack the archive again, or "
+            f"{first_of(missing)}. Expected every image of the list; unpack the archive again, or "
             "use the list that belongs to it."
         )
     if complete and not set(found).issubset(names):
         extra = sorted(set(found).difference(names))
         raise UserError(
-            f"{root} holds {len(extra)} images that the list does not name: {named(extra)}. "
+            f"{root} holds {len(extra)} images that the list does not name: {first_of(extra)}. "
             "Expected the list and the images of one split; use the list that belongs to it."
         )
     labels = np.asarray(labels, np.int32)
@@ -118,12 +116,6 @@ def locate(
     sizes = np.array([found[name][1] for name in names], np.int64)
     offsets = np.array([found[name][0] for name in names], np.int64) if archived else None
     return Images(root, names, labels, classes, sizes, offsets, tuple(missing))
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
@@ -178,7 +170,7 @@ def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
     beyond = [name for name, (offset, size) in members.items() if offset + size > end]
     if beyond:
         raise UserError(
-            f"the archive {archive} is cut short: {named(beyond)} reach beyond its {end} bytes. "
+            f"the archive {archive} is cut short: {first_of(beyond)} reach beyond its {end} bytes. "
             "Download it again."
         )
     return members

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from senet_transfer.data.images.listing import Images, locate, named
+from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
 
 SPLITS = ("val", "train_standard", "train_challenge")
 SIZES = ("256", "large")
@@ -77,7 +78,9 @@ def open_places365_images(
     names, labels = read_list(_read_list(lists, list_name(split)), str(where), len(classes))
     # A folder of train images can hold both variants; one of val holds val.
     complete = split == "val"
-    return locate(images, names, labels, classes, complete=complete, skip_missing=skip_missing)
+    return find_listed_images(
+        images, names, labels, classes, complete=complete, skip_missing=skip_missing
+    )
 
 
 def has_lists(folder: Path, split: str) -> bool:
@@ -131,8 +134,8 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
         labels.append(label)
     if bad:
         raise UserError(
-            f"{where} has {len(bad)} bad lines: {named(bad)}. Expected a path and a label a line, "
-            "each path once. Download the lists again."
+            f"{where} has {len(bad)} bad lines: {first_of(bad)}. Expected one path and one label "
+            "per line, each path once. Download the lists again."
         )
     if not names:
         raise UserError(f"{where} is empty. Download the lists again.")

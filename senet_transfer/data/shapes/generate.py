@@ -16,6 +16,7 @@ import numpy as np
 from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS, ShapeObject, render_image
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import first_of
 
 __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "render_image"]
 
@@ -123,7 +124,7 @@ def _difference(target: Path, settings: dict[str, int]) -> str | None:
         found = json.loads((target / "shapes.json").read_text())
     except FileNotFoundError:
         names = sorted(path.name for path in target.iterdir())
-        return f"a folder without a shapes.json, holding {', '.join(names[:5])}"
+        return f"a folder without a shapes.json, holding {first_of(names, 5)}"
     except (OSError, ValueError) as error:
         return f"a shapes.json that cannot be read ({error})"
     if found != settings:

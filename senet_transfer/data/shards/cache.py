@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from senet_transfer.data.shards.manifest import Shard
-from senet_transfer.data.shards.storage import Storage, open_stream
+from senet_transfer.data.shards.storage import RemoteOptions, open_stream
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
 
@@ -34,7 +34,7 @@ class ShardCache:
         place = hashlib.sha256(f"{url}\n{shard.sha256}".encode()).hexdigest()[:24]
         return self.folder / f"{place}-{shard.name}"
 
-    def fetch(self, url: str, shard: Shard, storage: Storage) -> Path:
+    def fetch(self, url: str, shard: Shard, storage: RemoteOptions) -> Path:
         """Returns the local copy of a shard, after copying it where there is none.
 
         Raises:
@@ -62,7 +62,7 @@ class ShardCache:
         # The name says the content was checked; the size tells what a disk lost since.
         return path.is_file() and path.stat().st_size == shard.bytes
 
-    def _copy(self, url: str, shard: Shard, storage: Storage, path: Path) -> None:
+    def _copy(self, url: str, shard: Shard, storage: RemoteOptions, path: Path) -> None:
         logger.info("copying %s (%.0f MB) to %s", url, shard.bytes / 1e6, path)
         digest = hashlib.sha256()
         with atomic_file(path) as target, open_stream(url, storage, shard.bytes) as source:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from senet_transfer.data.shards.storage import Storage, join, read_bytes
+from senet_transfer.data.shards.storage import RemoteOptions, join, read_bytes
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import write_json
 
@@ -76,14 +76,16 @@ class Manifest:
         return len(self.classes)
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest into a folder, atomically."""
+        """Write the manifest into a folder, atomically."""
         write_json(
             folder / MANIFEST,
             {"format": FORMAT, "version": VERSION, "samples": self.samples} | asdict(self),
+            indent=1,
+            sort_keys=True,
         )
 
 
-def load_manifest(base: str, storage: Storage | None = None) -> Manifest:
+def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
     """Reads and checks the manifest of a folder of shards.
 
     Args:
@@ -95,7 +97,7 @@ def load_manifest(base: str, storage: Storage | None = None) -> Manifest:
     """
     where = join(base, MANIFEST)
     try:
-        content = json.loads(read_bytes(where, storage or Storage()))
+        content = json.loads(read_bytes(where, storage or RemoteOptions()))
     except ValueError as error:
         raise UserError(f"{where} is not readable JSON: {error}. Prepare the data again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How remote files are read.
+class RemoteOptions:
+    """Options for reading remote files.
 
     Attributes:
-        options: passed to fsspec's file system, such as `{"anon": True}` for a public bucket.
-        retries: how often a read that failed is taken up again before it is an error.
+        options: arguments of fsspec's file system, such as `{"anon": True}` for a public bucket.
+        retries: number of times that a failed read is retried before it is an error.
         backoff: seconds before the first retry; doubled for each further one, up to a minute.
         timeout: seconds without an answer over http(s) after which a read has failed.
     """
@@ -81,7 +81,7 @@ def join(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(local_path(base) / name)
 
 
-def open_stream(url: str, storage: Storage, size: int | None = None) -> BinaryIO:
+def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> BinaryIO:
     """Opens a file for reading from its start to its end.
 
     A remote file whose connection breaks is taken up again at the byte where it broke, so nothing
@@ -103,13 +103,13 @@ def open_stream(url: str, storage: Storage, size: int | None = None) -> BinaryIO
     return io.BufferedReader(ResumingReader(url, storage, size), buffer_size=1 << 20)
 
 
-def read_bytes(url: str, storage: Storage) -> bytes:
+def read_bytes(url: str, storage: RemoteOptions) -> bytes:
     """Reads a small file whole."""
     with open_stream(url, storage) as stream:
         return stream.read()
 
 
-def read_range(url: str, storage: Storage, offset: int, size: int) -> bytes:
+def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> bytes:
     """Reads `size` bytes at `offset`.
 
     Raises:
@@ -131,7 +131,7 @@ def read_range(url: str, storage: Storage, offset: int, size: int) -> bytes:
     return data
 
 
-def file_system(url: str, storage: Storage) -> fsspec.AbstractFileSystem:
+def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     """The fsspec file system that serves an address.
 
     Raises:
@@ -158,7 +158,7 @@ def file_system(url: str, storage: Storage) -> fsspec.AbstractFileSystem:
 class ResumingReader(io.RawIOBase):
     """A remote file read forwards, reopened at the same byte whenever the connection breaks."""
 
-    def __init__(self, url: str, storage: Storage, size: int | None = None, start: int = 0):
+    def __init__(self, url: str, storage: RemoteOptions, size: int | None = None, start: int = 0):
         """
         Args:
             url: the address.

@@ -25,13 +25,14 @@ import numpy as np
 
 from senet_transfer.data.base import RawSample, make_key
 from senet_transfer.data.images.decode import BrokenImageError, decode_fast
-from senet_transfer.data.images.listing import Images, named, read_image
+from senet_transfer.data.images.listing import Images, read_image_bytes
 from senet_transfer.data.shards.manifest import Manifest, Shard, parse_shard
 from senet_transfer.data.shards.tar import ShardWriter
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import first_of
 
 # Raised when the same images and settings give other bytes.
 PLAN_VERSION = 1
@@ -161,14 +162,14 @@ def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
     with atomic_file(output / shard.index_name) as stream:
         np.save(stream, np.array(writer.index, np.int64).reshape(-1, 3))
     entry = asdict(shard) | {"plan": plan.plan, "skipped": skipped}
-    write_json(output / _json_name(plan.name), entry)
+    write_json(output / _json_name(plan.name), entry, indent=1, sort_keys=True)
     return entry
 
 
 def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[RawSample]:
     for place, name in enumerate(plan.names):
         offset = None if plan.offsets is None else int(plan.offsets[place])
-        data = read_image(plan.root, name, int(plan.sizes[place]), offset)
+        data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
         try:
             # The only sure sign of a good image; cheap beside reading it.
             decode_fast(data)
@@ -274,7 +275,7 @@ def _too_many_broken(
         stream.write("".join(line + "\n" for line in lines).encode())
     return UserError(
         f"{len(skipped)} images of {root} are missing or cannot be decoded, tolerated are "
-        f"{tolerated}: {named(lines)}. All are listed in {output / 'broken.txt'}. Restore them "
+        f"{tolerated}: {first_of(lines)}. All are listed in {output / 'broken.txt'}. Restore them "
         f"and run again, or leave them out with --skip-broken {len(skipped)}."
     )
 

@@ -11,7 +11,7 @@ from senet_transfer.config import is_classification
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import find_dataset, in_memory
 from senet_transfer.data.cifar.in_memory import ImageArrays
-from senet_transfer.data.cifar.open import open_images
+from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import ModelSource
@@ -19,7 +19,7 @@ from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
-from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.build import backbone_name
 
 
 def run_evaluation(
@@ -85,7 +85,7 @@ def run_evaluation(
         keep_logits=keep_logits,
         quiet=quiet,
     )
-    name = trunk_from_config(loaded.cfg)[0].name
+    name = backbone_name(loaded.cfg)
     published = published or _published(evaluation, dataset.origin, name, loaded.family)
     results = {
         **evaluation.summary(),
@@ -145,7 +145,7 @@ def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
     classes = list(cfg.DATASETS.CLASSES) or None
     cache = cfg.DATALOADER.CACHE_DIR or None
     if in_memory(cfg):
-        return open_images(path, split="test", classes=classes, cache_dir=cache)
+        return open_cifar(path, split="test", classes=classes, cache_dir=cache)
     return open_dataset(path, split="val", classes=classes, cache_dir=cache)
 
 

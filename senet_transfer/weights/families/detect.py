@@ -30,8 +30,8 @@ def having(*needed: str) -> Detector:
     return detect
 
 
-def either(*detectors: Detector) -> Detector:
-    """Whether one of several says yes."""
+def any_of(*detectors: Detector) -> Detector:
+    """Return a detector that accepts what any of several accepts."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -48,11 +48,11 @@ _inception_resnet = having(
 
 def plain_torchvision(tensors: Tensors, metadata: Metadata) -> bool:
     """torchvision's ResNets and ResNeXts, and others' under the same names."""
-    others = either(_any_se, _deep_stem)
+    others = any_of(_any_se, _deep_stem)
     return _plain_blocks(tensors, metadata) and not others(tensors, metadata)
 
 
-torchvision_v1 = either(plain_torchvision, _vgg_with_norms)
+torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
@@ -81,7 +81,7 @@ def cadene(tensors: Tensors, metadata: Metadata) -> bool:
     return with_se or _bn_inception(tensors, metadata)
 
 
-caffe = either(
+caffe = any_of(
     having(r"conv\d_\d+_1x1_reduce/weight", r"conv\d_\d+_3x3/bn/.*"),
     having(r"inception_\d[a-e]/double3x3a/weight", r"inception_\d[a-e]/3x3/bn/.*"),
 )

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
 _WORDS = {
@@ -69,6 +68,9 @@ def built_geometry(trunk: nn.Module, stages: dict[str, nn.Module]) -> Geometry:
         trunk: the trunk, whose ``stem`` is looked at.
         stages: its stages by name; with the C4 head's res5, which is no part of the trunk.
     """
+    # Imported only now, because the models, which use this module, are registered by that import.
+    from detectron2.modeling.backbone.resnet import BasicStem
+
     stem = getattr(trunk, "stem", None)
     # A stem without the choice is Detectron2's own.
     pool = getattr(stem, "pool", "pad" if isinstance(stem, BasicStem) else None)

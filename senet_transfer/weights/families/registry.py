@@ -130,7 +130,7 @@ def _by_network(
 
 
 def _detectron2_name(name: str) -> str:
-    return names.detectron(name) or names.own(name)
+    return names.detectron(name) or names.unchanged(name)
 
 
 # Where several can be of a file, the first is taken and the others are named in the log.
@@ -139,7 +139,7 @@ _RECORDS = (
         "senet_transfer",
         "a file of this project",
         detect.own,
-        names.own,
+        names.unchanged,
         _unknown,
         _always(None),
     ),
@@ -147,7 +147,7 @@ _RECORDS = (
         "caffe",
         "the SENet authors' Caffe models",
         detect.caffe,
-        names.either(names.caffe, names_other.caffe_bn_inception),
+        names.first_match(names.caffe, names_other.caffe_bn_inception),
         _authors,
         _always(_BGR),
     ),
@@ -163,7 +163,7 @@ _RECORDS = (
         "cadene",
         "Cadene's pretrainedmodels",
         detect.cadene,
-        names.either(
+        names.first_match(
             names.cadene, names_other.cadene_bn_inception, names_other.cadene_inception_resnet
         ),
         _authors,
@@ -190,7 +190,7 @@ _RECORDS = (
         "torchvision_v1",
         "torchvision's IMAGENET1K_V1 weights",
         detect.torchvision_v1,
-        names.either(names.torchvision, names_other.torchvision_vgg),
+        names.first_match(names.torchvision, names_other.torchvision_vgg),
         _stride_in_3x3,
         _always(_RGB),
     ),
@@ -206,7 +206,7 @@ _RECORDS = (
         "timm",
         "timm's resnet*, resnext*, seresnet*, seresnext*, senet154, inception_resnet_v2",
         detect.timm,
-        names.either(names.timm, names_other.timm_inception_resnet),
+        names.first_match(names.timm, names_other.timm_inception_resnet),
         _stride_in_3x3,
         _by_network(
             Preprocessing(interpolation="bicubic"),
@@ -254,7 +254,7 @@ _RECORDS = (
         "detectron2_torchvision",
         "torchvision's weights, converted by Detectron2's script",
         detect.converted,
-        names.own,
+        names.unchanged,
         _stride_in_3x3,
         _always(_RGB),
     ),

@@ -43,8 +43,8 @@ def _fill(replacement: str, match: re.Match) -> str:
     return re.sub(r"\{(\d)([+-]\d)?\}", value, replacement)
 
 
-def either(*renames: Rename) -> Rename:
-    """A rename by several, of which the first that knows a name decides."""
+def first_match(*renames: Rename) -> Rename:
+    """Combine renames: the first that knows a name decides."""
 
     def rename(name: str) -> str | None:
         return next((ours for rename in renames if (ours := rename(name)) is not None), None)
@@ -215,8 +215,8 @@ def detectron(name: str) -> str | None:
 _RES5 = "roi_heads.res5."
 
 
-def own(name: str) -> str:
-    """Names in this project's and Detectron2's own files, which need no change."""
+def unchanged(name: str) -> str:
+    """Return a name as it is, for files of this project and of Detectron2."""
     return name
 
 

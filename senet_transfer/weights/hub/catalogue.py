@@ -4,17 +4,19 @@ import difflib
 import fnmatch
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files as package_files
 from pathlib import Path
 
 import torch
+import yaml
 
 from senet_transfer.errors import UserError
 from senet_transfer.weights.hub.download import check_sha256, fetch
-from senet_transfer.weights.hub.entries import SHELVES, Shelf
 
-# Networks whose publishers spell their names otherwise.
+# Networks with other names here than at their publishers.
 _RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -25,16 +27,16 @@ class Entry:
     """A published file of weights.
 
     Attributes:
-        name: what users type.
-        url: its address; the page that leads to it where it has to be fetched by hand.
-        file: its name in the cache.
-        sha256: the beginning of its SHA-256, as its publisher states it; None where none is
-            stated, so that the file can't be verified.
-        family: of weights, one of ``FAMILIES``.
-        model: the name of its network here.
-        licence: as its publisher states it, or empty: look there.
-        note: what else there is to know, or empty.
-        by_hand: whether it can't be downloaded by a program.
+        name: The name that users type.
+        url: Its address, or the page that links to it if it must be fetched by hand.
+        file: Its name in the cache.
+        sha256: The beginning of its SHA-256, as its publisher states it; None if the publisher
+            states none, so that the file cannot be verified.
+        family: The family of weights, one of ``FAMILIES``.
+        model: This project's name of the network.
+        licence: As its publisher states it; empty if not stated.
+        note: Further information, or empty.
+        by_hand: Whether it must be fetched by hand.
     """
 
     name: str
@@ -54,83 +56,98 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Where the file is, or will be: in torch.hub's cache, which most projects share."""
+        """The file's path in torch.hub's cache, which many projects share."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
 
-def _entry(shelf: Shelf, name: str, path: str) -> Entry:
-    file = shelf.cached_as + path.rpartition("/")[2]
-    stated = _HASH.search(file)
-    return Entry(
-        name=f"{shelf.title or shelf.family}/{name}",
-        url=shelf.place if shelf.family == "caffe" else f"{shelf.place}/{path}",
-        file=file,
-        sha256=stated[1] if stated else None,
-        family=shelf.family,
-        model=_model(name),
-        licence=shelf.licence,
-        note=shelf.note,
-        by_hand=shelf.by_hand,
-    )
+@lru_cache(maxsize=1)
+def load_catalogue() -> dict[str, Entry]:
+    """Return all published weights by name, from ``catalogue.yaml``, which is read once."""
+    text = (package_files(__package__) / "catalogue.yaml").read_text(encoding="utf-8")
+    return {entry.name: entry for group in yaml.safe_load(text) for entry in _entries(**group)}
+
+
+def _entries(
+    *,
+    family: str,
+    files: dict[str, str],
+    address: str = "",
+    page: str = "",
+    publisher: str = "",
+    licence: str = "",
+    note: str = "",
+    by_hand: bool = False,
+    cache_prefix: str = "",
+) -> Iterator[Entry]:
+    """Yield the entries of one group of ``catalogue.yaml``, which describes the arguments."""
+    for name, path in files.items():
+        file = cache_prefix + path.rpartition("/")[2]
+        stated = _HASH.search(file)
+        yield Entry(
+            name=f"{publisher or family}/{name}",
+            url=page or f"{address}/{path}",
+            file=file,
+            sha256=stated[1] if stated else None,
+            family=family,
+            model=_model(name),
+            licence=licence,
+            note=note,
+            by_hand=by_hand,
+        )
 
 
 def _model(name: str) -> str:
-    """This project's name of a network, from its publisher's."""
+    """Return this project's name of a network, given its publisher's."""
     name = name.partition(".")[0]
     return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
 
-CATALOGUE: dict[str, Entry] = {
-    entry.name: entry
-    for shelf in SHELVES
-    for entry in (_entry(shelf, name, path) for name, path in shelf.files.items())
-}
-
-
 def list_catalogue(pattern: str = "*") -> list[str]:
-    """The names of all published weights that match a shell-style pattern, such as "cadene/*"."""
-    return sorted(fnmatch.filter(CATALOGUE, pattern))
+    """Return the names of published weights that match a shell-style pattern, as "cadene/*"."""
+    return sorted(fnmatch.filter(load_catalogue(), pattern))
 
 
 def catalogue_entry(name: str) -> Entry:
-    """The published weights of this name.
+    """Return the published weights of this name.
 
     Raises:
-        UserError: there are none; the message names the nearest.
+        UserError: The name is unknown; the message suggests similar ones.
     """
-    if name not in CATALOGUE:
+    catalogue = load_catalogue()
+    if name not in catalogue:
         near = nearest_names(name)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
             f"There is no file {name}, and no published weights of this name are known here. "
-            f"{hint}senet_transfer.list_catalogue() names all of them."
+            f"{hint}senet_transfer.list_catalogue() lists all names."
         )
-    return CATALOGUE[name]
+    return catalogue[name]
 
 
 def nearest_names(name: str) -> list[str]:
-    """The names of published weights that are most like this one; empty where none is."""
-    begun = [known for known in CATALOGUE if known.startswith(name)]
-    return begun[:4] or difflib.get_close_matches(name, CATALOGUE, n=4, cutoff=0.75)
+    """Return up to four similar names of published weights, or an empty list."""
+    catalogue = load_catalogue()
+    begun = [known for known in catalogue if known.startswith(name)]
+    return begun[:4] or difflib.get_close_matches(name, catalogue, n=4, cutoff=0.75)
 
 
 def names_published(weights: str | Path) -> bool:
-    """Whether this is meant as a name in the catalogue, be it one or not.
+    """Return whether this is meant as a name in the catalogue, even if it is not in it.
 
-    A file of that name comes first, and a name is known by its publisher's part.
+    An existing file of that name takes precedence. A name is recognized by its publisher's part.
     """
     if isinstance(weights, Path) or os.path.exists(weights):
         return False
     publisher, slash, _ = weights.partition("/")
-    return bool(slash) and any(name.startswith(f"{publisher}/") for name in CATALOGUE)
+    return bool(slash) and any(name.startswith(f"{publisher}/") for name in load_catalogue())
 
 
 def resolve(name: str) -> Path:
-    """The file of published weights, downloaded into torch.hub's cache unless it is there.
+    """Return the path of published weights, downloaded into torch.hub's cache if not there yet.
 
     Raises:
-        UserError: an unknown name; weights that have to be fetched by hand, or can't be
-            downloaded; a file of another hash. The message gives the address and the place.
+        UserError: The name is unknown, the file must be fetched by hand, the download failed, or
+            the cached file has another hash. The message gives the address and the path.
     """
     entry = catalogue_entry(name)
     path = entry.path
@@ -138,8 +155,8 @@ def resolve(name: str) -> Path:
     if not path.is_file():
         if entry.by_hand:
             raise UserError(
-                f"{name} has to be fetched by hand, from {entry.url} ({entry.note}). Put the file "
-                f"at {path}, where this name finds it, or give its path."
+                f"{name} must be fetched by hand from {entry.url} ({entry.note}). Put the file at "
+                f"{path}, where this name finds it, or give its path."
             )
         return fetch(entry.url, path, entry.sha256, hint=hint)
     stat = path.stat()
@@ -149,22 +166,22 @@ def resolve(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> None:
-    """Verifies a file once in a process, as long as it does not change."""
+    """Verify a file once per process, unless its size or time of change differs."""
     check_sha256(path, sha256)
 
 
-def locate(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """A weight file and its family, from a path or from a name in the catalogue.
+def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
+    """Return the weight file and its family for a path or a name in the catalogue.
 
     Args:
-        weights: a path, which is returned as it is, whether it exists or not; or a name.
-        family: what the user says the family is, which counts; None: the catalogue's.
+        weights: A path, which is returned unchanged even if it does not exist, or a name.
+        family: The family, which overrides the catalogue's; None: the catalogue's.
 
     Raises:
-        UserError: as :func:`resolve`; or it is neither path nor name.
+        UserError: ``weights`` is neither a path nor a name, or :func:`resolve` fails.
     """
     if not isinstance(weights, str | Path):
-        raise UserError(f"The weights are {weights!r}, expected a path, or a published name.")
+        raise UserError(f"The weights are {weights!r}, expected a path or a published name.")
     if not names_published(weights):
         return weights, family
     name = str(weights)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families.renaming import CLASSIFIER
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.mapping.target import Target
@@ -167,8 +168,5 @@ def check_match(result: Match, source: Source, target: Target) -> None:
 
 
 def _listed(what: str, items: Iterable[str]) -> str:
-    items = list(items)
-    if not items:
-        return ""
-    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"{what}: {', '.join(items[:_SHOWN])}{more}"
+    names = first_of(items, _SHOWN)
+    return f"{what}: {names}" if names else ""

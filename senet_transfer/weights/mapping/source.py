@@ -12,6 +12,7 @@ from torch import Tensor
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.read_once import once_per_file
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.caffe_geometry import adjust_variances, stated_geometry
@@ -113,12 +114,11 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
             )
         return [FAMILIES[family]]
     if not found:
-        some = ", ".join(list(file.tensors)[:4])
         differs = what_differs(file.tensors)
         hint = f" What differs from the networks here: {differs}." if differs else ""
         raise UserError(
             f"{file.path} holds {len(file.tensors)} tensors under names of no family that is known "
-            f"here ({some}, ...).{hint} Known: {', '.join(FAMILIES)}."
+            f"here ({first_of(file.tensors, 4)}).{hint} Known: {', '.join(FAMILIES)}."
         )
     return found
 

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from senet_transfer import UserError
 from senet_transfer.analysis.report import find_runs, load_run, load_runs, write_report
 from senet_transfer.analysis.report.classification import Predictions
-from senet_transfer.analysis.report.detection import match
+from senet_transfer.analysis.report.detection import match_detections
 from tests.analysis.report.run_folders import HOSTILE, training_rows, write_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -239,7 +239,7 @@ def test_hits_are_those_of_coco_evaluation():
     for image in images:
         objects = sorted((o for o in truth if o["image_id"] == image), key=lambda o: o["iscrowd"])
         mine = sorted((f for f in found if f["image_id"] == image), key=lambda f: -f["score"])
-        matches = match(
+        matches = match_detections(
             np.array([f["bbox"] for f in mine], float),
             np.array([f["category_id"] for f in mine]),
             {

@@ -1,11 +1,17 @@
 """Small data sets in the forms of the official ones, made up."""
 
+import hashlib
 import io
 import pickle
+import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from senet_transfer.data.cifar import archives
 
 CLASSES = ["cat", "dog", "ship"]
 
@@ -77,3 +83,54 @@ def expected(form: str) -> tuple[np.ndarray, np.ndarray]:
     parts = [made_up(4, n) for n in range(1, 6)] if "10-" in form else [made_up(20, 1)]
     images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     return images.reshape(-1, 3, 32, 32), labels
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def make_official(
+    form: str,
+    archive: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes] | None = None,
+) -> None:
+    """Set the checksums of an official distribution to those of the made-up one."""
+    files, checksum = files or official_files(form), md5(archive.read_bytes())
+    if form.endswith("binary"):
+        forms = [
+            replace(known, tgz_md5=checksum) if form in known.filename else known
+            for known in archives.FORMS
+        ]
+        monkeypatch.setattr(archives, "FORMS", tuple(forms))
+        return
+    dataset = next(known for known in archives.DOWNLOADS.values() if form in known.filename)
+    monkeypatch.setattr(dataset, "tgz_md5", checksum)
+    for split in ("train_list", "test_list"):
+        listed = [[name, md5(files[name])] for name, _ in getattr(dataset, split)]
+        monkeypatch.setattr(dataset, split, listed)
+    meta = dataset.meta
+    monkeypatch.setattr(dataset, "meta", {**meta, "md5": md5(files[meta["filename"]])})
+
+
+class Python2Pickler(pickle._Pickler):
+    """A writer of pickles as Python 2 wrote them, where text and bytes were one type."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value: str | bytes) -> None:
+        data = value if isinstance(value, bytes) else value.encode("latin-1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def python2_files(form: str) -> dict[str, bytes]:
+    """Return the files of a python version as pickles of Python 2, which the official ones are."""
+    files = {}
+    for name, data in official_files(form).items():
+        stream = io.BytesIO()
+        Python2Pickler(stream, 2).dump(pickle.loads(data))
+        files[name] = stream.getvalue()
+    return files

@@ -1,19 +1,24 @@
 """Small images in memory, from all that may hold them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from senet_transfer import UserError
-from senet_transfer.data.cifar import archives as cifar_official
+from senet_transfer.data.cifar import archives
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
-from senet_transfer.data.cifar.open import cifar_name, open_images
+from senet_transfer.data.cifar.open import cifar_name, open_cifar
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards.write import convert
-from tests.data.cifar.cifar_files import CLASSES, FORMS, expected, official_files, write_tar
+from tests.data.cifar.cifar_files import (
+    CLASSES,
+    FORMS,
+    expected,
+    make_official,
+    official_files,
+    write_tar,
+)
 
 
 @pytest.fixture
@@ -44,10 +49,10 @@ def test_a_tree_its_splits_shards_and_the_prepared_file_give_the_same_images(spl
     convert(open_folder(tree / split), tmp_path / "shards", split=split, shard_mb=0.01)
     assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
     places = [tree, tree / split, tmp_path / "shards"]
-    found = [open_images(place, split=split) for place in places]
+    found = [open_cifar(place, split=split) for place in places]
     save_images(found[0], split_file(tmp_path / "prepared", split), "drawn")
     places = [split_file(tmp_path / "prepared", split), tmp_path / "prepared"]
-    found += [open_images(place, split=split) for place in places]
+    found += [open_cifar(place, split=split) for place in places]
     for data in found:
         assert list(data.classes) == CLASSES
         pairs = sorted(zip(content(data), data.labels.tolist(), strict=True))
@@ -59,42 +64,38 @@ def test_a_tree_its_splits_shards_and_the_prepared_file_give_the_same_images(spl
 @pytest.mark.parametrize("packed", [True, False])
 def test_official_data_is_read_as_it_comes(form, packed, tmp_path, monkeypatch):
     path = write_tar(tmp_path / f"{form}.tar.gz", official_files(form))
-    kinds = tuple(
-        replace(k, md5=cifar_official.md5_of(path)) if form in k.name else k
-        for k in cifar_official.OFFICIAL
-    )
-    monkeypatch.setattr(cifar_official, "OFFICIAL", kinds)
-    monkeypatch.setattr(cifar_official, "_COUNTS", {"train": 20, "test": 5})
+    make_official(form, path, monkeypatch)
+    monkeypatch.setattr(archives, "IMAGE_COUNTS", {"train": 20, "test": 5})
     if not packed:
         path = tmp_path / "unpacked"
         path.mkdir()
         for name, data in official_files(form).items():
             (path / name).write_bytes(data)
     images, labels = expected(form)
-    found = open_images(path, split="train")
+    found = open_cifar(path, split="train")
     assert torch.equal(found.images, torch.from_numpy(images))
     assert found.labels.tolist() == labels.tolist()
-    assert len(open_images(path, split="test", classes=CLASSES)) == 5
+    assert len(open_cifar(path, split="test", classes=CLASSES)) == 5
 
 
 def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("RGB", (90, 64), (10, 20, 30)).save(tmp_path / "only" / "a.png")
-    found = open_images(tmp_path, split="test")
+    found = open_cifar(tmp_path, split="test")
     assert found.images.shape == (1, 3, 32, 32)
     assert found.images.float().mean((0, 2, 3)).tolist() == [10, 20, 30]
 
 
 def test_other_classes_are_refused(tree):
     with pytest.raises(UserError, match=r"3 classes, expected 3; .*'cat' rather than 'dog'"):
-        open_images(tree, split="test", classes=["dog", "cat", "ship"])
+        open_cifar(tree, split="test", classes=["dog", "cat", "ship"])
 
 
 def test_a_broken_image_is_named(tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"broken.*can't be decoded"):
-        open_images(tmp_path, split="test")
+        open_cifar(tmp_path, split="test")
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards import storage as storage_module
 from senet_transfer.data.shards.cache import ShardCache
-from senet_transfer.data.shards.storage import Storage
+from senet_transfer.data.shards.storage import RemoteOptions
 from senet_transfer.errors import UserError
 
-HASTY = Storage(retries=3, backoff=0.01, timeout=1)
+HASTY = RemoteOptions(retries=3, backoff=0.01, timeout=1)
 
 
 class Server:
@@ -216,7 +216,7 @@ def test_a_server_that_comes_back_costs_nothing(make_shards, serve):
     folder = make_shards(24, 3)
     expected = trained(open_dataset(folder), batches=4)
     server = serve(folder)
-    dataset = open_dataset(server.address, storage=Storage(retries=8, backoff=0.05))
+    dataset = open_dataset(server.address, storage=RemoteOptions(retries=8, backoff=0.05))
     server.break_after, server.breaks = 0, 5
     assert trained(dataset, batches=4) == expected
 
@@ -339,7 +339,7 @@ def bucket(monkeypatch):
             "client_kwargs": {"endpoint_url": endpoint},
             "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2},
         }
-        yield upload, Storage(options, retries=2, backoff=0.01), server.kill
+        yield upload, RemoteOptions(options, retries=2, backoff=0.01), server.kill
         server.kill()
 
 

@@ -1,6 +1,6 @@
-"""Caffe files: what is read runs as OpenCV runs it; geometry and old formats; broken files."""
+"""Caffe files: they compute what OpenCV computes; geometry, old formats and broken files."""
 
-import struct
+import os
 import time
 
 import cv2
@@ -11,7 +11,6 @@ import torch
 from senet_transfer.errors import UserError
 from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
-from senet_transfer.weights.formats.caffe.prototxt import read_prototxt
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.caffe_runner import run_caffe
 from tests.weights.caffe_writer import CaffeNet
@@ -113,29 +112,30 @@ def test_what_is_read_computes_what_opencv_computes(net, tmp_path):
     expected = torch.from_numpy(_opencv(net, image, tmp_path))
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
     file = read_tensors(tmp_path / "net.caffemodel")
-    for definition in (read_prototxt(tmp_path / "net.prototxt"), list(file.layers)):
-        blobs = run_caffe(definition, file.tensors, torch.from_numpy(image))
-        last = blobs[definition[-1].tops[0]]
-        torch.testing.assert_close(last.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+    blobs = run_caffe(file.layers, file.tensors, torch.from_numpy(image))
+    last = blobs[file.layers[-1].tops[0]]
+    torch.testing.assert_close(last.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_definition_and_model_state_the_same_layers(tmp_path):
+def test_layers_are_read_as_written(tmp_path):
     net = _se_net()
-    net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
-    text = read_prototxt(tmp_path / "net.prototxt")
-    name, binary = read_caffemodel(tmp_path / "net.caffemodel")
+    net.layers[0]["params"]["convolution_param"]["dilation"] = [1, 1]
+    (tmp_path / "net.caffemodel").write_bytes(net.caffemodel())
+    name, layers = read_caffemodel(tmp_path / "net.caffemodel")
     assert name == "tiny SE"
-    assert text[0].type == "Input"
-    assert text[0].params["input_param"] == {"shape": [{"dim": [1, 3, 33, 33]}]}
-    assert len(binary) == len(text) - 1
-    for one, other in zip(text[1:], binary, strict=True):
-        assert (one.name, one.type, one.bottoms, one.tops) == (
-            other.name,
-            other.type,
-            other.bottoms,
-            other.tops,
-        )
-        assert one.params == other.params
+    for read, written in zip(layers, net.layers, strict=True):
+        assert (read.name, read.type) == (written["name"], written["type"])
+        assert (read.bottoms, read.tops) == (tuple(written["bottoms"]), (written["top"],))
+        for blob, expected in zip(read.blobs, written["blobs"], strict=True):
+            np.testing.assert_array_equal(blob, expected)
+    params = layers[0].params["convolution_param"]
+    assert params == {
+        "num_output": 8,
+        "kernel_size": [7],
+        "stride": [2],
+        "pad": [3],
+        "dilation": [1, 1],
+    }
 
 
 def test_geometry_is_as_stated(tmp_path):
@@ -149,6 +149,9 @@ def test_geometry_is_as_stated(tmp_path):
     assert (pool.kernel, pool.pad, pool.ceil, pool.method) == ((3, 3), (0, 0), True, "MAX")
     assert window_of(layers["conv2_1_global_pool"]).is_global
     assert layers["conv1/7x7_s2/bn"].eps == 1e-5
+    norm = CaffeNet("eps")
+    norm.batch_norm("bn", "data", np.ones(2), np.ones(2), eps=2e-5)
+    assert _layers_of(tmp_path, norm.caffemodel())[0].eps == 2e-5
     with pytest.raises(UserError, match=r"prototxt"):
         window_of(CaffeLayer("conv", "Convolution"))
 
@@ -182,19 +185,16 @@ def test_files_of_2014_are_read(tmp_path):
     x = net.pool("pool", net.relu("relu", x), kernel=2, stride=2)
     net.softmax("prob", net.fc("fc", x, rng.normal(0, 1, (5, 16)), rng.normal(0, 1, 5)))
     (tmp_path / "old.caffemodel").write_bytes(net.v1_caffemodel())
-    (tmp_path / "old.prototxt").write_text(net.prototxt(v1=True))
     (tmp_path / "cv.prototxt").write_text(net.prototxt())
     file = read_tensors(tmp_path / "old.caffemodel")
-    text = read_prototxt(tmp_path / "old.prototxt")
-    assert [layer.type for layer in text] == ["Input", *(layer.type for layer in file.layers)]
-    assert text[0].params["input_param"]["shape"] == [{"dim": [1, 3, 9, 9]}]
+    assert [layer.type for layer in file.layers] == [layer["type"] for layer in net.layers]
     assert window_of(file.layers[0]).stride == (2, 2)
     image = rng.normal(0, 1, net.shape).astype(np.float32)
     oracle = cv2.dnn.readNetFromCaffe(
         str(tmp_path / "cv.prototxt"), str(tmp_path / "old.caffemodel")
     )
     oracle.setInput(image)
-    ours = run_caffe(text, file.tensors, torch.from_numpy(image))["prob"]
+    ours = run_caffe(file.layers, file.tensors, torch.from_numpy(image))["prob"]
     torch.testing.assert_close(ours, torch.from_numpy(oracle.forward()), rtol=1e-4, atol=1e-5)
 
 
@@ -233,7 +233,7 @@ def test_tensors_own_aligned_writable_memory(tmp_path):
         (CaffeLayer("bn", "BatchNorm", blobs=(np.ones(2),) * 2), "factor"),
         (CaffeLayer("bn", "BatchNorm", blobs=(np.ones(2), np.ones(3), np.ones(1))), "one length"),
         (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 2)),)), "four dimensions"),
-        (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 1, 3, 3)), np.ones(3))), "2 numbers"),
+        (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 1, 3, 3)), np.ones(3))), "2 values"),
         (
             CaffeLayer(
                 "c",
@@ -261,7 +261,7 @@ def test_numbers_that_contradict_their_layer_are_refused(layer, expected):
 
 def test_a_layer_that_is_there_twice_is_refused():
     layer = CaffeLayer("s", "Scale", blobs=(np.ones(2), np.ones(2)))
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="two layers 's'"):
         caffe_tensors([layer, layer])
 
 
@@ -285,6 +285,53 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
         between += 1
         assert len(layers) < whole
     assert between <= 2
+
+
+@pytest.mark.parametrize(
+    ("blob", "expected"),
+    [
+        (b"\x2a\x06" + bytes(6), "any known format"),  # one and a half packed floats
+        (b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03", r"2 values, but the shape \(3,\)"),
+        (b"\x2a\x08" + bytes(8) + b"\x3a\x0c\x0a\x0a" + b"\xff" * 9 + b"\x01", r"shape \(-1,\)"),
+        (b"\x2a\x04" + bytes(4) + b"\x3a\x23\x0a\x21" + b"\x01" * 33, "invalid blob shape"),
+    ],
+)
+def test_a_blob_that_contradicts_itself_is_rejected(blob, expected, tmp_path):
+    layer = b"\x0a\x01c" + b"\x12\x0bConvolution" + bytes([0x3A, len(blob)]) + blob
+    path = tmp_path / "blob.caffemodel"
+    path.write_bytes(b"\xa2\x06" + bytes([len(layer)]) + layer)
+    with pytest.raises(UserError, match=expected):
+        read_tensors(path)
+
+
+def test_fields_unknown_in_a_layer_are_skipped_and_at_the_top_rejected(tmp_path):
+    data, path = _se_net().caffemodel(), tmp_path / "net.caffemodel"
+    path.write_bytes(data + b"\xa2\x06\x05\xfa\x3f\x02ab")  # a layer with field 1023
+    assert read_tensors(path).layers[-1] == CaffeLayer("", "")
+    path.write_bytes(data + b"\xfa\x3f\x02ab")
+    with pytest.raises(UserError, match="fields that no Caffe network has"):
+        read_tensors(path)
+
+
+def test_a_name_that_is_not_utf8_is_rejected(tmp_path):
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(_se_net().caffemodel().replace(b"conv2_1_3x3/bn", b"conv2_1_3x3/\xff\xfe"))
+    with pytest.raises(UserError, match="any known format"):
+        read_tensors(path)
+
+
+def test_a_file_over_the_limit_of_protobuf_is_not_read(tmp_path):
+    path = tmp_path / "huge.caffemodel"
+    path.write_bytes(_se_net().caffemodel())
+    os.truncate(path, 2**31)  # sparse
+    with pytest.raises(UserError, match="2 GiB"):
+        read_tensors(path)
+
+
+def test_an_unknown_pooling_method_is_rejected():
+    layer = CaffeLayer("pool", "Pooling", params={"pooling_param": {"pool": 7}})
+    with pytest.raises(UserError, match="pooling method 7"):
+        window_of(layer)
 
 
 def test_a_file_of_2013_says_what_to_do(tmp_path):
@@ -312,71 +359,3 @@ def test_reading_is_fast(tmp_path):
     _, layers = read_caffemodel(tmp_path / "wide.caffemodel")
     assert time.perf_counter() - start < 3  # 300 MB
     assert layers[1].blobs[0].shape == weight.shape
-
-
-# The text format.
-
-
-def _definition(tmp_path, text: str) -> list[CaffeLayer]:
-    (tmp_path / "net.prototxt").write_text(text)
-    return read_prototxt(tmp_path / "net.prototxt")
-
-
-def test_every_spelling_of_the_text_format(tmp_path):
-    text = """name: 'net' # a comment { with braces
-    input_shape: { dim: 1 dim: 3 } input: "data"
-    layer: < name: "a" "b" type: "Convolution", bottom: "data" top: "ab";
-      convolution_param: { num_output: 0x10 kernel_size: [3, 5] pad: 1 pad: 2 stride: 2
-                           weight_filler { type: "xavier" std: 1e-2 } bias_term: False } >
-    layer { name: "bn" type: "BatchNorm" batch_norm_param { eps: 1e-3f } include { phase: TRAIN } }
-    layer { name: "p" type: "Pooling" pooling_param { pool: 1 round_mode: FLOOR } own { x: 1 x: 2 }}
-    """
-    data, conv, norm, pool = _definition(tmp_path, text)
-    assert data.params["input_param"]["shape"] == [{"dim": [1, 3]}]
-    assert (conv.name, conv.bottoms, conv.tops) == ("ab", ("data",), ("ab",))
-    params = conv.params["convolution_param"]
-    assert (params["num_output"], params["kernel_size"], params["pad"]) == (16, [3, 5], [1, 2])
-    assert params["bias_term"] is False
-    assert params["weight_filler"] == {"type": "xavier", "std": "1e-2"}
-    assert window_of(conv).kernel == (3, 5)
-    assert norm.eps == 1e-3
-    assert norm.in_training_only
-    assert not conv.in_training_only
-    assert pool.params["own"] == {"x": ["1", "2"]}
-    assert (window_of(pool).method, window_of(pool).ceil) == ("AVE", False)
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "what"),
-    [
-        ('layer {\n name: "a"\n type: "ReLU"\n', 1, "never closed"),
-        ('layer {\n name: "a"\n type:', 3, "ends in the middle"),
-        ('layer {\n name "a" }', 2, "not a value"),
-        ('layer { type: "ReLU" }\n}', 2, "opening bracket"),
-        ('layer {\n name: "a"\n}', 1, "no type"),
-        ("layer {\n type: 'C'\n convolution_param { stride: two } }", 3, "whole number"),
-        ("layer {\n type: 'C'\n convolution_param { stride: '2' } }", 3, "whole number"),
-        ("layer {\n type: 'C' pooling_param { pool: MIN } }", 2, "one of MAX, AVE"),
-        ("layer {\n type: 'C' scale_param { bias_term: maybe } }", 2, "true or false"),
-        ("layer {\n type: 'C'\n scale_param { axis: 1 axis: 2 } }", 3, "twice"),
-        ("layer {\n type: 'C'\n scale_param: 3 }", 3, "instead of"),
-        ("layer {\n type: 'C'\n name: \x01 }", 3, "unexpected"),
-        ("layer {\n type: 'C'\n name: 'open }", 3, "unexpected"),
-        ("layer { a " + "{ a " * 50, 1, "too deeply"),
-        ("layer: 3", 1, "instead of"),
-        ("layer {\n bottom: { } type: 'C' }", 2, "not a text"),
-    ],
-)
-def test_a_broken_definition_is_refused_with_its_line(text, line, what, tmp_path):
-    with pytest.raises(UserError, match=f"line {line}: .*({what})"):
-        _definition(tmp_path, text)
-
-
-def test_a_definition_without_layers_or_of_bytes_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no layers"):
-        _definition(tmp_path, 'name: "empty"')
-    (tmp_path / "net.prototxt").write_bytes(struct.pack("<4f", 1, 2, 3, -4))
-    with pytest.raises(UserError, match="text file"):
-        read_prototxt(tmp_path / "net.prototxt")
-    with pytest.raises(UserError, match="No such file"):
-        read_prototxt(tmp_path / "missing.prototxt")

@@ -137,7 +137,7 @@ BROKEN = {
     "list": (pickle.dumps([1, 2]), "a list.*Expected is a dictionary"),
     "one array": (pickle.dumps(np.ones(3)), "a single tensor"),
     "no tensors": (pickle.dumps({"epoch": 3}), r"no model tensors inside \(found: 'epoch'\)"),
-    "no layers": (b"\x0a\x03net", "no layer in it has numbers"),
+    "no layers": (b"\x0a\x03net", "no layer in it has blobs"),
 }
 
 

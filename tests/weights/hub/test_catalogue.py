@@ -23,9 +23,11 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.weights import FAMILIES, resolve
 from senet_transfer.weights.hub import catalogue
-from senet_transfer.weights.hub.catalogue import CATALOGUE, Entry
+from senet_transfer.weights.hub.catalogue import Entry, load_catalogue
 from tests.weights.peers import peer, save
 from tests.weights.web import serving
+
+CATALOGUE = load_catalogue()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -80,7 +80,7 @@ def test_a_transfer_that_keeps_breaking_leaves_nothing(site, tmp_path):
 
 
 def test_a_wrong_hash_leaves_nothing(site, tmp_path):
-    with pytest.raises(UserError, match="has the SHA-256 .*and 12345678... is what the publisher"):
+    with pytest.raises(UserError, match="has the SHA-256 .*expected 12345678..., which"):
         fetch(site.add("a.pth", BODY), tmp_path / "a.pth", "12345678")
     assert _left(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""A layer of a Caffe network, whichever file it was read from, and its geometry."""
+"""A layer of a Caffe network and its geometry."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,8 +7,13 @@ import numpy as np
 
 from senet_transfer.errors import UserError
 
+# Messages of a layer that become `CaffeLayer.params`.
+PARAMETERS = ("convolution_param", "inner_product_param", "pooling_param", "batch_norm_param")
 # Caffe's default of BatchNormParameter.eps.
 DEFAULT_EPS = 1e-5
+
+_CEIL = 0  # of PoolingParameter.RoundMode
+_METHODS = ("MAX", "AVE", "STOCHASTIC")  # PoolingParameter.PoolMethod
 
 
 @dataclass(frozen=True)
@@ -16,15 +21,14 @@ class CaffeLayer:
     """One layer.
 
     Attributes:
-        name: such as ``conv2_1_1x1_reduce/bn``.
-        type: in today's spelling, such as ``Convolution``, also where an old file says CONVOLUTION.
-        bottoms: names of the blobs it reads.
-        tops: names of the blobs it writes.
-        blobs: its numbers, float32 arrays that may be read-only views of the file. None in a
-            definition.
-        params: the layer's parameters as the file states them, such as
-            ``{"convolution_param": {"num_output": 64, "kernel_size": [3], "bias_term": False}}``;
-            what is repeated in Caffe's message is a list. Defaults are not filled in.
+        name: Such as ``conv2_1_1x1_reduce/bn``.
+        type: The current format's name, such as ``Convolution``.
+        bottoms: Names of the inputs.
+        tops: Names of the outputs.
+        blobs: Weights and statistics, as float32 arrays.
+        params: The layer's parameters as the file states them, such as
+            ``{"convolution_param": {"num_output": 64, "kernel_size": [3]}}``. Repeated fields are
+            lists, enumerations integers; defaults are not filled in. See :data:`PARAMETERS`.
     """
 
     name: str
@@ -36,28 +40,24 @@ class CaffeLayer:
 
     @property
     def eps(self) -> float:
-        """What a BatchNorm layer adds to the variance."""
-        return self.params.get("batch_norm_param", {}).get("eps", DEFAULT_EPS)
-
-    @property
-    def in_training_only(self) -> bool:
-        """Whether the layer is left out of the network that is tested."""
-        phases = [rule.get("phase") for rule in self.params.get("include", [])]
-        return bool(phases) and all(phase == "TRAIN" for phase in phases)
+        """The constant that a BatchNorm layer adds to the variance."""
+        eps = self.params.get("batch_norm_param", {}).get("eps", DEFAULT_EPS)
+        # The shortest decimal of the float32: 1e-5, not 9.99999974e-06.
+        return float(str(np.float32(eps)))
 
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a Convolution or Pooling layer, defaults filled in; pairs are (y, x).
+    """The geometry of a Convolution or Pooling layer, with defaults filled in.
 
     Attributes:
-        kernel: size in pixels; (0, 0) where a pooling is global.
-        stride: in pixels.
-        pad: in pixels, on each side.
-        dilation: 1 is an ordinary convolution.
-        group: of a convolution.
-        ceil: whether a pooling rounds its output size up, as Caffe's does unless told otherwise.
-        is_global: whether a pooling takes the whole image.
+        kernel: (height, width) in pixels; (0, 0) for global pooling.
+        stride: (vertical, horizontal) in pixels.
+        pad: (vertical, horizontal) in pixels, on each side.
+        dilation: (vertical, horizontal); 1 is an ordinary convolution.
+        group: Number of groups of a convolution.
+        ceil: Whether pooling rounds its output size up, as Caffe does by default.
+        is_global: Whether pooling covers the whole image.
         method: "MAX", "AVE" or "STOCHASTIC"; empty for a convolution.
     """
 
@@ -72,11 +72,11 @@ class Window:
 
 
 def window_of(layer: CaffeLayer) -> Window:
-    """The geometry of a Convolution or Pooling layer.
+    """Return the geometry of a Convolution or Pooling layer.
 
     Raises:
-        UserError: the layer is of another type, or states no geometry: a ``.caffemodel`` may hold
-            blobs alone; then the definition beside it is needed.
+        UserError: The layer has another type or an invalid geometry, or the file does not state
+            the geometry: a ``.caffemodel`` may hold blobs only.
     """
     key = {"Convolution": "convolution_param", "Pooling": "pooling_param"}.get(layer.type)
     if key is None or key not in layer.params:
@@ -92,22 +92,32 @@ def window_of(layer: CaffeLayer) -> Window:
         pad=_pair(layer, params, "pad", "pad", 0),
         dilation=_pair(layer, params, "dilation", None, 1),
         group=params.get("group", 1),
-        ceil=pooling and params.get("round_mode", "CEIL") == "CEIL",
+        ceil=pooling and params.get("round_mode", _CEIL) == _CEIL,
         is_global=params.get("global_pooling", False),
-        method=params.get("pool", "MAX") if pooling else "",
+        method=_method(layer, params) if pooling else "",
     )
+
+
+def _method(layer: CaffeLayer, params: dict[str, Any]) -> str:
+    number = params.get("pool", 0)
+    if not 0 <= number < len(_METHODS):
+        raise UserError(
+            f"Caffe layer {layer.name!r} has the pooling method {number}, expected 0 to "
+            f"{len(_METHODS) - 1}. The file is damaged. Get it again."
+        )
+    return _METHODS[number]
 
 
 def _pair(
     layer: CaffeLayer, params: dict[str, Any], name: str, sides: str | None, default: int
 ) -> tuple[int, int]:
-    """Caffe states a size once, once a dimension, or as ``_h`` and ``_w``."""
+    """Return a size that Caffe states once, per dimension, or as ``_h`` and ``_w``."""
     if sides is not None and f"{sides}_h" in params:
         return params[f"{sides}_h"], params.get(f"{sides}_w", default)
     value = params.get(name, default)
     values = value if isinstance(value, list) else [value]
     if len(values) > 2:
         raise UserError(
-            f"Caffe layer {layer.name!r}: {name} has {len(values)} numbers, not 1 or 2."
+            f"Caffe layer {layer.name!r}: {name} has {len(values)} values, expected 1 or 2."
         )
     return (values[0], values[-1]) if values else (default, default)

@@ -1,133 +1,140 @@
-"""Caffe's messages, as far as weights and geometry need them: field numbers, names and kinds.
+"""Caffe's protobuf messages, reduced to the fields that weights and geometry need.
 
-From Caffe's public message definition (NetParameter, LayerParameter, V1LayerParameter). The same
-tables read the binary ``.caffemodel`` and the text ``.prototxt``. A field that is not here is
-passed over in the binary, and kept as it is written in the text.
+Names, numbers and types are those of Caffe's public ``caffe.proto``; protobuf skips other fields.
+Enumerations are declared as integers, so that an unknown value is kept instead of dropped.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-@dataclass(frozen=True)
-class Field:
-    """One field of a message.
-
-    Attributes:
-        name: as in the text format.
-        kind: ``int``, ``float``, ``bool``, ``str``, a tuple of an enumeration's names in the order
-            of their numbers, or the dict (number to :class:`Field`) of a nested message.
-        repeated: whether the value is a list.
-    """
-
-    name: str
-    kind: Any = int
-    repeated: bool = False
-
-
-Schema = dict[int, Field]
-
-SHAPE: Schema = {1: Field("dim", int, repeated=True)}
-
-CONVOLUTION: Schema = {
-    1: Field("num_output"),
-    2: Field("bias_term", bool),
-    3: Field("pad", repeated=True),
-    4: Field("kernel_size", repeated=True),
-    5: Field("group"),
-    6: Field("stride", repeated=True),
-    9: Field("pad_h"),
-    10: Field("pad_w"),
-    11: Field("kernel_h"),
-    12: Field("kernel_w"),
-    13: Field("stride_h"),
-    14: Field("stride_w"),
-    16: Field("axis"),
-    18: Field("dilation", repeated=True),
+# By message and field: the number and the type; "*" marks a repeated field.
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "BlobShape": {"dim": (1, "int64*")},
+    "BlobProto": {
+        "num": (1, "int32"),
+        "channels": (2, "int32"),
+        "height": (3, "int32"),
+        "width": (4, "int32"),
+        "data": (5, "float*"),
+        "shape": (7, "BlobShape"),
+        "double_data": (8, "double*"),
+    },
+    "ConvolutionParameter": {
+        "num_output": (1, "uint32"),
+        "pad": (3, "uint32*"),
+        "kernel_size": (4, "uint32*"),
+        "group": (5, "uint32"),
+        "stride": (6, "uint32*"),
+        "pad_h": (9, "uint32"),
+        "pad_w": (10, "uint32"),
+        "kernel_h": (11, "uint32"),
+        "kernel_w": (12, "uint32"),
+        "stride_h": (13, "uint32"),
+        "stride_w": (14, "uint32"),
+        "dilation": (18, "uint32*"),
+    },
+    "PoolingParameter": {
+        "pool": (1, "int32"),
+        "kernel_size": (2, "uint32"),
+        "stride": (3, "uint32"),
+        "pad": (4, "uint32"),
+        "kernel_h": (5, "uint32"),
+        "kernel_w": (6, "uint32"),
+        "stride_h": (7, "uint32"),
+        "stride_w": (8, "uint32"),
+        "pad_h": (9, "uint32"),
+        "pad_w": (10, "uint32"),
+        "global_pooling": (12, "bool"),
+        "round_mode": (13, "int32"),
+    },
+    "InnerProductParameter": {"num_output": (1, "uint32"), "transpose": (6, "bool")},
+    "BatchNormParameter": {"eps": (3, "float")},
+    "LayerParameter": {
+        "name": (1, "string"),
+        "type": (2, "string"),
+        "bottom": (3, "string*"),
+        "top": (4, "string*"),
+        "blobs": (7, "BlobProto*"),
+        "convolution_param": (106, "ConvolutionParameter"),
+        "inner_product_param": (117, "InnerProductParameter"),
+        "pooling_param": (121, "PoolingParameter"),
+        "batch_norm_param": (139, "BatchNormParameter"),
+    },
+    # The format of 2014, which has no BatchNorm. `layer` is that of 2013, which is not read.
+    "V1LayerParameter": {
+        "layer": (1, "bytes"),
+        "bottom": (2, "string*"),
+        "top": (3, "string*"),
+        "name": (4, "string"),
+        "type": (5, "int32"),
+        "blobs": (6, "BlobProto*"),
+        "convolution_param": (10, "ConvolutionParameter"),
+        "inner_product_param": (17, "InnerProductParameter"),
+        "pooling_param": (19, "PoolingParameter"),
+    },
+    # Complete, so that an unknown field tells that the file is not Caffe's.
+    "NetParameter": {
+        "name": (1, "string"),
+        "layers": (2, "V1LayerParameter*"),
+        "input": (3, "string*"),
+        "input_dim": (4, "int32*"),
+        "force_backward": (5, "bool"),
+        "state": (6, "bytes"),
+        "debug_info": (7, "bool"),
+        "input_shape": (8, "BlobShape*"),
+        "layer": (100, "LayerParameter*"),
+    },
 }
-POOLING: Schema = {
-    1: Field("pool", ("MAX", "AVE", "STOCHASTIC")),
-    2: Field("kernel_size"),
-    3: Field("stride"),
-    4: Field("pad"),
-    5: Field("kernel_h"),
-    6: Field("kernel_w"),
-    7: Field("stride_h"),
-    8: Field("stride_w"),
-    9: Field("pad_h"),
-    10: Field("pad_w"),
-    12: Field("global_pooling", bool),
-    13: Field("round_mode", ("CEIL", "FLOOR")),
-}
-INNER_PRODUCT: Schema = {
-    1: Field("num_output"),
-    2: Field("bias_term", bool),
-    5: Field("axis"),
-    6: Field("transpose", bool),
-}
-BATCH_NORM: Schema = {
-    1: Field("use_global_stats", bool),
-    2: Field("moving_average_fraction", float),
-    3: Field("eps", float),
-}
-SCALE: Schema = {1: Field("axis"), 2: Field("num_axes"), 4: Field("bias_term", bool)}
-CONCAT: Schema = {1: Field("concat_dim"), 2: Field("axis")}
-ELTWISE: Schema = {
-    1: Field("operation", ("PROD", "SUM", "MAX")),
-    2: Field("coeff", float, repeated=True),
-}
-DROPOUT: Schema = {1: Field("dropout_ratio", float)}
-RELU: Schema = {1: Field("negative_slope", float)}
-RESHAPE: Schema = {1: Field("shape", SHAPE), 2: Field("axis"), 3: Field("num_axes")}
-INPUT: Schema = {1: Field("shape", SHAPE, repeated=True)}
-RULE: Schema = {1: Field("phase", ("TRAIN", "TEST"))}
 
-# LayerParameter: what is neither name, type, bottom, top (1-4) nor blobs (7).
-LAYER: Schema = {
-    8: Field("include", RULE, repeated=True),
-    104: Field("concat_param", CONCAT),
-    106: Field("convolution_param", CONVOLUTION),
-    108: Field("dropout_param", DROPOUT),
-    110: Field("eltwise_param", ELTWISE),
-    117: Field("inner_product_param", INNER_PRODUCT),
-    121: Field("pooling_param", POOLING),
-    123: Field("relu_param", RELU),
-    133: Field("reshape_param", RESHAPE),
-    139: Field("batch_norm_param", BATCH_NORM),
-    142: Field("scale_param", SCALE),
-    143: Field("input_param", INPUT),
+# V1LayerParameter.LayerType, with the names of the current format.
+V1_TYPES = {
+    1: "Accuracy",
+    3: "Concat",
+    4: "Convolution",
+    5: "Data",
+    6: "Dropout",
+    8: "Flatten",
+    12: "ImageData",
+    14: "InnerProduct",
+    15: "LRN",
+    17: "Pooling",
+    18: "ReLU",
+    19: "Sigmoid",
+    20: "Softmax",
+    21: "SoftmaxWithLoss",
+    22: "Split",
+    23: "TanH",
+    25: "Eltwise",
+    26: "Power",
+    33: "Slice",
+    39: "Deconvolution",
 }
-# V1LayerParameter (files of 2014): other numbers for the same, and no BatchNorm and Scale yet.
-V1_LAYER: Schema = {
-    32: Field("include", RULE, repeated=True),
-    9: Field("concat_param", CONCAT),
-    10: Field("convolution_param", CONVOLUTION),
-    12: Field("dropout_param", DROPOUT),
-    17: Field("inner_product_param", INNER_PRODUCT),
-    19: Field("pooling_param", POOLING),
-    24: Field("eltwise_param", ELTWISE),
-    30: Field("relu_param", RELU),
-}
-# V1's enumeration of layer types: number, its name in the text format, today's name.
-V1_TYPES: tuple[tuple[int, str, str], ...] = (
-    (1, "ACCURACY", "Accuracy"),
-    (3, "CONCAT", "Concat"),
-    (4, "CONVOLUTION", "Convolution"),
-    (5, "DATA", "Data"),
-    (6, "DROPOUT", "Dropout"),
-    (8, "FLATTEN", "Flatten"),
-    (12, "IMAGE_DATA", "ImageData"),
-    (14, "INNER_PRODUCT", "InnerProduct"),
-    (15, "LRN", "LRN"),
-    (17, "POOLING", "Pooling"),
-    (18, "RELU", "ReLU"),
-    (19, "SIGMOID", "Sigmoid"),
-    (20, "SOFTMAX", "Softmax"),
-    (21, "SOFTMAX_LOSS", "SoftmaxWithLoss"),
-    (22, "SPLIT", "Split"),
-    (23, "TANH", "TanH"),
-    (25, "ELTWISE", "Eltwise"),
-    (26, "POWER", "Power"),
-    (33, "SLICE", "Slice"),
-    (39, "DECONVOLUTION", "Deconvolution"),
-)
+
+
+def _net_parameter() -> Any:
+    """Build the message class of a whole network."""
+    # Edition 2023 has proto2's presence of fields, and rejects text that is not UTF-8.
+    file = descriptor_pb2.FileDescriptorProto(
+        name="caffe.proto",
+        package="caffe",
+        syntax="editions",
+        edition=descriptor_pb2.Edition.EDITION_2023,
+    )
+    for message, fields in _MESSAGES.items():
+        descriptor = file.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            label = "LABEL_REPEATED" if kind.endswith("*") else "LABEL_OPTIONAL"
+            kind = kind.rstrip("*")
+            field = descriptor.field.add(name=name, number=number, label=label)
+            if kind in _MESSAGES:
+                field.type_name = f".caffe.{kind}"
+            else:
+                field.type = getattr(field, f"TYPE_{kind.upper()}")
+    # A pool of its own: the default one may hold Caffe's full definition.
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
+
+
+NetParameter = _net_parameter()

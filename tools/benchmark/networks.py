@@ -9,9 +9,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
-from senet_transfer.analysis.benchmark.compare import compare
-from senet_transfer.analysis.benchmark.memory import saved_bytes
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.compare import compare
+from benchmark.memory import saved_bytes
+from benchmark.report import Amounts, Row
 from senet_transfer.models import create_backbone, create_classifier
 from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 

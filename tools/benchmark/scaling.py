@@ -10,16 +10,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from senet_transfer.analysis.benchmark.compare import Comparison, compare
-from senet_transfer.analysis.benchmark.inputs import draw_images
-from senet_transfer.analysis.benchmark.memory import peak_bytes
-from senet_transfer.analysis.benchmark.networks import (
+from benchmark.compare import Comparison, compare
+from benchmark.inputs import draw_images
+from benchmark.memory import peak_bytes
+from benchmark.networks import (
     Options,
     detection_trunk,
     trained,
     training_step,
 )
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.report import Amounts, Row
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.evaluation.classification import evaluate_classifier

@@ -22,8 +22,9 @@ from senet_transfer.engine.results import metrics
 from senet_transfer.engine.train import RESULTS
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.paper_results import published_on_cifar
-from senet_transfer.models.build import trunk_from_config
-from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.models.build import backbone_name
+from senet_transfer.utils.atomic_io import write_json
+from senet_transfer.utils.text import first_of
 
 _RECORD = "run.json"
 
@@ -98,7 +99,7 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
         if other:
             first = sorted(other)[0]
             raise UserError(
-                f"{output_dir} holds a run that differs in {', '.join(sorted(other)[:5])}: "
+                f"{output_dir} holds a run that differs in {first_of(sorted(other), 5)}: "
                 f"{first} was {begun.get(first)} and is {config.get(first)}. Take another output "
                 "folder, or delete this one."
             )
@@ -109,8 +110,7 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
             "output folder, or empty this one."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(record) as stream:
-        stream.write(json.dumps(config, indent=2).encode())
+    write_json(record, config)
 
 
 def run_seeds(
@@ -168,7 +168,7 @@ def seeds_report(
     lines = [tabulate(table, header, tablefmt="pipe", disable_numparse=True, stralign="right")]
     published = None
     if is_classification(cfg) and cfg.DATASETS.TEST:
-        model = trunk_from_config(cfg)[0].name
+        model = backbone_name(cfg)
         published = published_on_cifar(cfg.DATASETS.TEST[0], model)
     if published:
         lines.append(f"{published.name}: {published.top1_error:.2f} ({published.source})")

@@ -14,21 +14,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torchvision.transforms.v2.functional import normalize
 
-from senet_transfer.analysis.benchmark.compare import Comparison, compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.compare import Comparison, compare
+from benchmark.networks import Options
+from benchmark.report import Amounts, Row
 from senet_transfer.config import get_senet_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images
 from senet_transfer.data.cifar.loader import CifarTrainLoader
-from senet_transfer.data.cifar.transforms import CifarAugment, cut_out, normalise
+from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import CIFAR10
+from senet_transfer.utils.private_api import set_write_period
 
 STEPS = 2
 
@@ -81,9 +83,8 @@ def engine_loop(
     use_classification_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.iter, trainer.max_iter = 0, cfg.SOLVER.MAX_ITER
-    writers = [hook for hook in trainer._hooks if isinstance(hook, PeriodicWriter)]
-    for writer in writers:
-        writer._period = STEPS
+    for writer in trainer.periodic_writers:
+        set_write_period(writer, STEPS)
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -95,7 +96,7 @@ def engine_loop(
     with EventStorage(0) as trainer.storage:
         trainer.before_train()
         yield steps, trainer.model
-        for writer in writers:
+        for writer in trainer.periodic_writers:
             writer.after_train()
 
 
@@ -165,7 +166,7 @@ def measure_augment(options: Options) -> Iterator[Row]:
         def work() -> None:
             for _ in range(batches):
                 batch = loader.batch(next(iterations))
-                images = normalise(batch["image"], CIFAR10)
+                images = normalize(batch["image"].float(), CIFAR10.mean, CIFAR10.std)
                 if augment.cutout:
                     cut_out(images, batch["cutout"], augment.cutout)
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.training import (
+from benchmark.networks import Options
+from benchmark.training import (
     STEPS,
     engine_loop,
     measure_augment,

@@ -9,10 +9,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from senet_transfer.analysis.benchmark.compare import compare
-from senet_transfer.analysis.benchmark.memory import peak_bytes
-from senet_transfer.analysis.benchmark.networks import Options, trained
-from senet_transfer.analysis.benchmark.report import Amounts, Row
+from benchmark.compare import compare
+from benchmark.memory import peak_bytes
+from benchmark.networks import Options, trained
+from benchmark.report import Amounts, Row
 from senet_transfer.config import get_senet_config
 
 HEIGHT, WIDTH, IMAGES, PROPOSALS, CLASSES = 320, 480, 2, 128, 80

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from senet_transfer.analysis.benchmark.compare import Comparison
+from benchmark.compare import Comparison
 
 
 @dataclass(frozen=True)

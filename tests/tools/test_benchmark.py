@@ -1,18 +1,17 @@
-"""The benchmark's own arithmetic, and that every candidate gets its turn."""
+"""Statistics of the benchmark, and its command line."""
 
 import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from senet_transfer.analysis.benchmark import Comparison, Ratio, compare, saved_bytes
-from senet_transfer.analysis.benchmark.memory import highest_sum, peak_bytes
-from tests.processes import call
+from benchmark import Comparison, Ratio, compare, saved_bytes
+from benchmark.memory import highest_sum, peak_bytes
+from tests.processes import ROOT, call
 
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
@@ -90,9 +89,17 @@ def test_the_peak_is_what_was_occupied_at_once():
 
 def test_the_command_starts_without_the_packages_for_export():
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
+    line += "sys.path[0] = 'tools'; "
     line += "runpy.run_path('tools/benchmark.py', run_name='__main__')"
     done = call(sys.executable, "-c", line, "--help")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_starts_from_any_folder(tmp_path):
+    command = [sys.executable, ROOT / "tools/benchmark.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: benchmark.py" in done.stdout
 
 
 @pytest.mark.slow
@@ -104,8 +111,7 @@ def test_every_part_runs_from_the_command_line(part, tmp_path):
     """As short as can be: the figures mean nothing, but all candidates are there."""
     output = tmp_path / "benchmark.json"
     command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, *command], cwd=root, check=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     rows = json.loads(output.read_text())["parts"][part]
     assert rows
     for row in rows:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from senet_transfer.analysis.benchmark.compare import compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Row
+from benchmark.compare import compare
+from benchmark.networks import Options
+from benchmark.report import Row
 from senet_transfer.data.base import RawSample
 from senet_transfer.data.classification.loader import build_classification_train_loader
 from senet_transfer.data.classification.open import open_dataset

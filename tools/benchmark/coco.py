@@ -10,9 +10,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from senet_transfer.analysis.benchmark.compare import compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Row
+from benchmark.compare import compare
+from benchmark.networks import Options
+from benchmark.report import Row
 from senet_transfer.evaluation.coco import no_garbage_collection
 
 CLASSES, DETECTIONS = 80, 100

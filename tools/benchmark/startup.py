@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from senet_transfer.analysis.benchmark.compare import compare
-from senet_transfer.analysis.benchmark.networks import Options
-from senet_transfer.analysis.benchmark.report import Row
+from benchmark.compare import compare
+from benchmark.networks import Options
+from benchmark.report import Row
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _python(*arguments: str) -> Callable[[], None]:

@@ -1,0 +1,25 @@
+"""Text for messages."""
+
+from collections.abc import Iterable
+
+
+def first_of(names: Iterable[str], limit: int = 20) -> str:
+    """Return the first names, separated by commas, and the number of the others.
+
+    Args:
+        names: in the order in which to list them.
+        limit: the largest number of names in the text.
+
+    Returns:
+        Text such as ``"a, b, and 3 more"``.
+    """
+    names = list(names)
+    text = ", ".join(names[:limit])
+    return f"{text}, and {len(names) - limit} more" if len(names) > limit else text
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """Return untrusted text in a form fit for a message: short, on one line, printable."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
+    line = " ".join(words)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
