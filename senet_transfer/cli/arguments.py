@@ -7,6 +7,38 @@ from collections.abc import Callable, Sequence
 
 from senet_transfer.utils.import_hook import without_script_warnings
 
+# Values of arguments, as the package has them: importing them from there would take seconds.
+ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
+CIFAR_DOWNLOADS = ("cifar10", "cifar100")
+EVAL_MODES = ("short_side", "squash", "ten_crop")
+PLACES365_SIZES = ("256", "large")
+PLACES365_SPLITS = ("val", "train_standard", "train_challenge")
+WEIGHT_FAMILIES = (
+    "senet_transfer",
+    "caffe",
+    "places365_caffe",
+    "cadene",
+    "timm_legacy",
+    "places365",
+    "torchvision_v1",
+    "torchvision_v2",
+    "timm",
+    "moskomule",
+    "mmpretrain",
+    "detectron1",
+    "detectron2",
+    "detectron2_torchvision",
+)
+WEIGHT_TARGETS = (
+    "senet_transfer",
+    "detectron2",
+    "torchvision",
+    "timm",
+    "timm_legacy",
+    "cadene",
+    "mmpretrain",
+)
+
 _EPILOG = """
 Examples:
 
