@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.lr_schedule import build_lr_scheduler
+from senet_transfer.engine.solver import build_lr_scheduler
 from senet_transfer.evaluation.paper_results import published_on_cifar
 from senet_transfer.preprocessing import CIFAR10, CIFAR100
 from senet_transfer.weights.families.architecture import Architecture

@@ -43,16 +43,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse does, with flags before, after and between the config's options."""
+        """Parse flags before, after and between the config's options."""
         words = list(sys.argv[1:] if args is None else args)
-        found = super().parse_args(words, namespace)
-        flag = next((at for at, word in enumerate(found.opts) if word[:2] == "--" != word), None)
-        if flag is None:
-            return found
-        pairs, rest = found.opts[:flag], found.opts[flag:]
-        found = self.parse_args([*words[: len(words) - len(found.opts)], *rest], namespace)
-        found.opts = pairs + found.opts
-        return found
+        pairs: list[str] = []
+        while True:
+            found = super().parse_args(words, namespace)
+            is_flag = [word[:2] == "--" != word for word in found.opts]
+            if True not in is_flag:
+                found.opts = pairs + found.opts
+                return found
+            # The options before the flag are set aside; it and what follows are parsed again.
+            first = is_flag.index(True)
+            pairs += found.opts[:first]
+            words = [*words[: len(words) - len(found.opts)], *found.opts[first:]]
 
 
 def argument_parser() -> argparse.ArgumentParser:

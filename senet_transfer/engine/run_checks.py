@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
-from senet_transfer.engine.lr_schedule import check_epochs
+from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import trunk_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names

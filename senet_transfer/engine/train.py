@@ -1,6 +1,5 @@
-"""One run from a command line: training or evaluation, ended by ``results.json``."""
+"""One run of training or evaluation, which ends by writing ``results.json``."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from detectron2.utils import comm
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.results import metrics, write_results
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.utils.progress import no_bars
@@ -19,20 +18,27 @@ from senet_transfer.utils.progress import no_bars
 RESULTS = "results.json"
 
 
-def main(args: argparse.Namespace) -> None:
-    """Runs in every process of the job, and leaves ``OUTPUT_DIR/results.json`` when it is through.
+def main(options: RunOptions) -> None:
+    """Train or evaluate, and write ``OUTPUT_DIR/results.json`` at the end.
+
+    To be called in every process of the job, see :func:`~senet_transfer.engine.launch.run`.
 
     Args:
-        args: of :func:`~senet_transfer.cli.arguments.argument_parser`.
+        options: of the run.
+
+    Raises:
+        UserError: the run can't start as asked; the message says why and what to do.
+        RunError: it can't continue.
     """
-    with no_bars(args.quiet):
-        cfg = setup(args)
-        results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+    with no_bars(options.quiet):
+        cfg = setup(options)
+        run = _evaluate if options.eval_only else _train
+        results = run(cfg, resumes(cfg, options))
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
-        if args.quiet:  # otherwise the log has them
+        if options.quiet:  # otherwise the log has them
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if args.eval_only:  # a training run has been held to them by Detectron2's trainer
+        if options.eval_only:  # Trainer.train has compared those of a training run
             verify_results(cfg, results)
 
 
@@ -41,12 +47,10 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     trainer.resume_or_load(resume=resume)
     with stop_at_step_end():
         trainer.train()
-    # Without DATASETS.TEST there was no evaluation.
-    found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
-    if trainer.clock.steps:
-        training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
-    return {**found, "training": training}
+    if trainer.timer.steps:
+        training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
+    return {**trainer.results, "training": training}
 
 
 def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from torch import nn
 
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import NORMS
 from senet_transfer.models.backbones.resnet import build_resnet
-from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry
+from senet_transfer.models.registry import NORMS, ModelEntry, build_trunk, model_entry
 
 
 def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from detectron2.modeling import Backbone
 from torch import nn
 
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.hub.catalogue import locate_weights
@@ -22,6 +22,8 @@ from senet_transfer.weights.mapping.source import Source, examine
 
 # In messages: the types of a builder's arguments.
 _KINDS = {int: "a whole number from 1 on", str: "a word", bool: "True or False", NoneType: "None"}
+
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
 _SE_OVERRIDES = tuple(f"se_{field.name}" for field in fields(SEOptions))
 
@@ -53,8 +55,9 @@ class ModelEntry:
 
     def options(self) -> list[str]:
         """The arguments of ``build`` that the name leaves open."""
-        names = inspect.signature(self.build).parameters
-        return [name for name in names if name not in self.fixed and name != "se"]
+        found = inspect.signature(self.build).parameters.items()
+        named = [name for name, option in found if option.kind is not option.VAR_KEYWORD]
+        return [name for name in named if name not in self.fixed and name != "se"]
 
 
 _MODELS: dict[str, ModelEntry] = {}
@@ -163,6 +166,7 @@ def build_trunk(
         raise UserError(
             f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
+    check_choice("The norm", norm, NORMS)
     _check_types(entry.build, {**entry.fixed, **overrides})
     if "stages" in se:
         stages = se["stages"]

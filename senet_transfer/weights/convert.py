@@ -14,6 +14,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256, tensors_sha256
+from senet_transfer.utils.private_api import set_state_dict_metadata
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming_export as names_back
 from senet_transfer.weights.families.architecture import Architecture
@@ -203,8 +204,7 @@ def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str,
             save_file(tensors, partial, {"format": "pt", MADE_FROM: json.dumps(metadata)})
         return
     state = OrderedDict(tensors)
-    # Where torch keeps the versions of modules: load_state_dict passes over what is none.
-    state._metadata = OrderedDict({MADE_FROM: metadata})
+    set_state_dict_metadata(state, {MADE_FROM: metadata})
     with written_whole(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from senet_transfer import UserError
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.predictor import find_images, load_trained, predict_images
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
 
@@ -69,7 +70,7 @@ def test_another_precision_is_refused(command):
 
 def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
     trainer = train(command())
-    printed = trainer._last_eval_results["bbox"]
+    printed = trainer.results["bbox"]
     written = tmp_path / "run" / "inference" / "own" / "coco_instances_results.json"
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(shapes / "annotations" / "instances_tiny.json"))
@@ -176,7 +177,7 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
     json_file = tmp_path / "tens.json"
     json_file.write_text(json.dumps(data))
     args = command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"})
-    args.dataset = [["own", str(json_file), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(json_file), str(shapes / "tiny")]])
     train(args)
     cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
     images = find_images([str(shapes / "tiny")])[:2]
@@ -208,17 +209,20 @@ def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     first = command(**short)
     # Before its first checkpoint there is nothing to resume.
-    trainer = Trainer(setup(first))
-    assert not first.resume
-    trainer.resume_or_load(resume=first.resume)
+    cfg = setup(first)
+    assert not resumes(cfg, first)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
     trainer.train()
     again = command()
-    assert Trainer(setup(again)).cfg.SOLVER.MAX_ITER == 4
-    assert again.resume
+    cfg = setup(again)
+    assert cfg.SOLVER.MAX_ITER == 4
+    assert resumes(cfg, again)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     anew = command(**short)
-    trainer = Trainer(setup(anew))
-    assert not anew.resume
+    cfg = setup(anew)
+    assert not resumes(cfg, anew)
+    trainer = Trainer(cfg)
     # From here on, what the folder held is not this run's.
     trainer.resume_or_load(resume=False)
     assert not (tmp_path / "run" / "last_checkpoint").exists()

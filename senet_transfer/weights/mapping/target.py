@@ -64,7 +64,8 @@ class Target:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
+    batch_norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    return isinstance(module, FrozenBatchNorm2d | batch_norms)
 
 
 def target_of(model: nn.Module) -> Target:

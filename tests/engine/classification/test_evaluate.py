@@ -282,7 +282,7 @@ def test_a_model_of_other_classes_is_refused(weights, tree):
 def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_path):
     trainer = train()
     run = tmp_path / "run"
-    expected = trainer._last_eval_results["classification"]
+    expected = trainer.results["classification"]
     # Where nothing is said, the config beside the checkpoint says all.
     found = evaluate("--weights", run / "model_final.pth", "--workers", "0")
     assert {key: found[key] for key in expected} == expected

@@ -95,7 +95,7 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     weights = root / "straight" / "model_final.pth"
     words = ["--weights", str(weights), "--output", str(root / "results.json"), "--quiet"]
     found = run_evaluation(evaluation_parser(None).parse_args(words))
-    logged = trainer._last_eval_results["classification"]
+    logged = trainer.results["classification"]
     assert found["model"] == "se_cifar_resnet8"
     assert (found["images"], found["top1_error"]) == (10, pytest.approx(logged["top1_error"]))
     named = ["--model", "se_cifar_resnet8", "--data", "cifar10_test"]

@@ -1,5 +1,7 @@
 """Promises that every registered trunk keeps."""
 
+import inspect
+
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
@@ -7,6 +9,9 @@ from detectron2.modeling import Backbone
 
 from senet_transfer import UserError, create_backbone, create_classifier, list_models
 from senet_transfer.layers import SqueezeExcitation
+from senet_transfer.models.backbones import builder
+from senet_transfer.models.backbones.vgg import VGGBlock
+from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -281,3 +286,34 @@ def test_preprocessing_is_torchvisions_without_weights():
     std = [value / 255 for value in preprocessing.std]
     assert mean == pytest.approx([0.485, 0.456, 0.406])
     assert std == pytest.approx([0.229, 0.224, 0.225])
+
+
+def test_a_builder_of_version_0_1_is_registered_and_warned_of():
+    with pytest.warns(DeprecationWarning, match="return build_backbone"):
+        decorate = builder.trunk_builder(("stem", "res2", "res3"))
+
+    @decorate
+    def build_old(*, se, norm, in_channels, width):
+        gates = [builder.stage_se(se, stage) for stage in (2, 3)]
+        blocks = [VGGBlock(width, width, pool=True, norm=norm, se=gate) for gate in gates]
+        return VGGBlock(in_channels, width, norm=norm), [[block] for block in blocks]
+
+    entry = ModelEntry("old", build_old, {"width": 4}, has_se=True)
+    backbone = build_trunk(entry, out_features=["res2", "res3"], freeze_at=1, se_ratio=2)
+    assert list(backbone.output_shape()) == ["res2", "res3"]
+    assert [any(p.requires_grad for p in part.parameters()) for part in backbone.children()] == [
+        False,
+        True,
+        True,
+    ]
+    assert entry.options() == ["norm", "in_channels", "out_features", "freeze_at"]
+    with pytest.raises(UserError, match="no option 'depth'"):
+        build_trunk(entry, depth=3)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_options_of_a_model_are_those_that_its_builder_states(name):
+    entry = model_entry(name)
+    stated = inspect.signature(entry.build).parameters.values()
+    assert all(option.kind is option.KEYWORD_ONLY for option in stated)
+    assert {"norm", "in_channels", "out_features", "freeze_at"} <= set(entry.options())

@@ -8,8 +8,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from senet_transfer import UserError, create_classifier
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.lr_schedule import build_lr_scheduler, check_epochs, epochs_to_iterations
-from senet_transfer.engine.optimizer import build_optimizer
+from senet_transfer.engine.solver import (
+    build_lr_scheduler,
+    build_optimizer,
+    check_epochs,
+    epochs_to_iterations,
+)
 
 BASE = "configs/base/classification.yaml"
 
