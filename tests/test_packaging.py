@@ -25,7 +25,7 @@ COMMANDS = ("senet", "senet-train", "senet-predict", "senet-eval-places365")
 def source(tmp_path_factory) -> Path:
     """A copy of what packages are built from."""
     root = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root / name)
     for name in ("senet_transfer", "configs"):
         hidden = shutil.ignore_patterns("__pycache__")
@@ -65,7 +65,7 @@ def test_the_version_is_stated_once_and_used_by_every_package(wheel):
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
 
 
-def test_senet_prints_its_version_without_importing_torch():
+def test_senet_prints_its_version_without_torch():
     code = """
 import sys
 from senet_transfer.cli.main import command
