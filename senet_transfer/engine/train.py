@@ -6,14 +6,17 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
-from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.utils.progress import no_bars
+from senet_transfer.utils.read_once import read_once
+from senet_transfer.weights.file_geometry import examine_config_weights
 
 RESULTS = "results.json"
 
@@ -31,9 +34,11 @@ def main(options: RunOptions) -> None:
         RunError: it can't continue.
     """
     with no_bars(options.quiet):
-        cfg = setup(options)
-        run = _evaluate if options.eval_only else _train
-        results = run(cfg, resumes(cfg, options))
+        with read_once():
+            cfg = setup(options)
+            load = _load_model if options.eval_only else _load_trainer
+            loaded = load(cfg, resumes(cfg, options))
+        results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
         if options.quiet:  # otherwise the log has them
@@ -42,22 +47,22 @@ def main(options: RunOptions) -> None:
             verify_results(cfg, results)
 
 
-def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """Return the model to evaluate, all of it loaded: nothing untrained is evaluated."""
+    checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
+    return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
+
+
+def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
     training = {"iterations": trainer.iter}
     if trainer.timer.steps:
         training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
     return {**trainer.results, "training": training}
-
-
-def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    model = Trainer.build_model(cfg)
-    # The whole model, or else what is new in it would be evaluated, too.
-    if resume:
-        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
-    else:
-        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
-    return Trainer.evaluate(cfg, model)

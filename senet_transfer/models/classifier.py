@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.models.registry import (
+    ModelEntry,
     build_trunk,
     examine_weights,
     model_entry,
-    options_of_file,
 )
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.load import load_source
+from senet_transfer.weights.mapping.source import Source
 
 
 class Classifier(nn.Module):
@@ -108,12 +109,32 @@ def create_classifier(
     if "out_features" in overrides:
         raise UserError("A classifier stands on the last stage: out_features can't be set.")
     source = examine_weights(weights, family)
-    model = Classifier(
-        build_trunk(entry, **options_of_file(entry, source, overrides)),
+    model = build_classifier(entry, num_classes, source, dropout=dropout, **overrides)
+    if source is not None:
+        load_source(model, source)
+    return model
+
+
+def build_classifier(
+    entry: ModelEntry,
+    num_classes: int,
+    source: Source | None = None,
+    *,
+    dropout: float | None = None,
+    **overrides: Any,
+) -> Classifier:
+    """Build the classifier of a registered model; see :func:`create_classifier`.
+
+    Args:
+        entry: the model.
+        num_classes: the number of classes.
+        source: the weight file that the classifier will be filled from, whose geometry it gets.
+        dropout: before the linear layer, 0-1; None is the network's own.
+        overrides: those of :func:`~senet_transfer.models.registry.build_trunk`.
+    """
+    return Classifier(
+        build_trunk(entry, source, **overrides),
         num_classes=num_classes,
         dropout=entry.dropout if dropout is None else dropout,
         neck=entry.neck,
     )
-    if source is not None:
-        load_source(model, source)
-    return model

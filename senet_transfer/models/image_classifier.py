@@ -115,18 +115,22 @@ class ImageClassifier(Classifier):
         images = normalise(images, self.pixel_mean, self.pixel_std, self.input_format)
         return images.contiguous(memory_format=self.memory_format)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor] | Tensor:
-        """Classifies a batch.
+    def forward(self, batch: dict[str, Any] | Tensor) -> dict[str, Tensor] | Tensor:
+        """Classify a batch.
 
         Args:
             batch: ``image``, uint8 RGB ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)`` for V
-                views of each; in training ``label``, int64 ``(N,)``, and where Cutout is on
-                ``cutout``, int64 ``(N, 2)``, its centres. All else is ignored.
+                views of each; in training ``label``, int64 ``(N,)``, and with Cutout ``cutout``,
+                int64 ``(N, 2)``, its centres. Other entries are ignored. A tensor of normalised
+                images ``(N, 3, H, W)`` is classified as by :class:`Classifier`, which is what
+                exporters pass.
 
         Returns:
             In training, the loss by name; in evaluation, logits ``(N, num_classes)``, averaged
-            over an image's views.
+            over an image's views. Logits for a tensor.
         """
+        if isinstance(batch, Tensor):
+            return super().forward(batch)
         images = batch["image"]
         if self.training:
             images = self.normalise(images)

@@ -143,20 +143,28 @@ def _family_entry(name: str) -> ModelEntry | None:
 
 
 def build_trunk(
-    entry: ModelEntry, *, out_features: list[str] | None = None, norm: str = "BN", **overrides: Any
+    entry: ModelEntry,
+    source: Source | None = None,
+    *,
+    out_features: list[str] | None = None,
+    norm: str = "BN",
+    **overrides: Any,
 ) -> Backbone:
-    """Builds the trunk of a registered model, with the attribute ``preprocessing``.
+    """Build the backbone of a registered model, with the attribute ``preprocessing``.
 
     Args:
         entry: the model.
+        source: the weight file that the model will be filled from, whose geometry it gets.
         out_features: the stages to return, by name; None is the last one.
         norm: Detectron2's name of a norm.
         overrides: further arguments of ``entry.build``, and those of :class:`SEOptions` with
             ``se_`` before the name.
 
     Raises:
-        UserError: an override that the model does not have, or a value that makes no sense.
+        UserError: an override that the model does not have or that the file contradicts; an
+            invalid value.
     """
+    overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
     if se and not entry.has_se:
         raise UserError(f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Take se_*.")
@@ -230,15 +238,14 @@ def create_backbone(
     """
     entry = model_entry(name)
     source = examine_weights(weights, family)
-    options = options_of_file(entry, source, overrides)
-    trunk = build_trunk(entry, out_features=out_features, norm=norm, **options)
+    trunk = build_trunk(entry, source, out_features=out_features, norm=norm, **overrides)
     if source is not None:
         load_source(trunk, source)
     return trunk
 
 
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
-    """The file that a model is created with, understood; None for none."""
+    """Examine the file that a model is created with; None without one."""
     if weights is not None:
         return examine(*locate_weights(weights, family))
     if family is not None:
@@ -246,24 +253,18 @@ def examine_weights(weights: str | Path | None, family: str | None) -> Source | 
     return None
 
 
-def options_of_file(
+def _with_file_options(
     entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """``overrides``, and over them the options that the network of a file has.
+    """Return ``overrides`` with the options of a file's network added.
 
     Raises:
-        UserError: an override says otherwise.
+        UserError: an override contradicts the file.
     """
     if source is None:
         return overrides
-    stated = source.geometry.options()
-    arch = source.architecture
-    if arch and arch.se_stages:
-        stated |= {"se_bias": arch.se_bias, "se_stages": arch.se_stages}
-        if arch.se_ratio:
-            stated |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
-    stated = {key: value for key, value in stated.items() if key in known}
+    stated = {key: value for key, value in source.options().items() if key in known}
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

@@ -14,11 +14,13 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
-from senet_transfer import UserError, create_backbone, create_classifier
+from senet_transfer import UserError, create_backbone, create_classifier, list_models
 from senet_transfer.config.load import load_config
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.engine.model_from import find_model
 from senet_transfer.export import deploy, export_detector, export_network, formats
-from senet_transfer.models.image_classifier import wrap_classifier
+from senet_transfer.export.write import export_model
+from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +117,83 @@ def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     # The comparison, on another number of images than it was traced with, is the function's own.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
+
+
+def with_statistics(model: nn.Module, side: int) -> nn.Module:
+    """Return the model with the statistics of noise; random ones amplify rounding with depth."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, side, side))
+    return model.eval()
+
+
+# One of each type of block; the others are as deep as their papers.
+SMALL = [
+    "se_resnet18",
+    "se_resnet50",
+    "se_cifar_resnet8",
+    "se_bn_inception",
+    "se_mobilenet",
+    "se_shufflenet_g3",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SMALL,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in list_models()
+            if name not in SMALL
+        ),
+    ],
+)
+def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
+    """The neck between backbone and linear layer is part of it, such as VGG's hidden layers."""
+    options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
+    torch.manual_seed(0)
+    loaded = find_model(name, options=options).build("cpu")
+    # Inception-ResNet's convolutions lose their borders.
+    side = 96 if "inception_resnet" in name else min(loaded.preprocessing.crop, 64)
+    model = with_statistics(randomised(loaded.model), side)
+    path = tmp_path / "model.ts"
+    # It compares what it wrote with the eager model.
+    export_model(model, loaded.cfg, str(path), size=[side])
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    with torch.no_grad():
+        (found,) = torch.jit.load(str(path))(images.float())
+        expected = model({"image": images})
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+class Hidden(nn.Module):
+    """A hidden layer between the backbone and the linear layer, as VGG has two."""
+
+    out_channels = 5
+
+    def __init__(self, channels: int, *, dropout: float):
+        super().__init__()
+        self.fc = nn.Linear(channels, self.out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean((2, 3))).relu()
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
+    backbone = create_backbone("se_cifar_resnet8")
+    preprocessing = Preprocessing(resize=32, crop=32)
+    model = randomised(
+        ImageClassifier(
+            backbone=backbone, num_classes=3, preprocessing=preprocessing, neck=Hidden, mixup=0.2
+        )
+    )
+    path = tmp_path / f"model{formats.FORMATS[form]}"
+    options = {"form": form, "preprocessing": preprocessing, "size": (32, 32)}
+    assert 0 <= export_network(model, path, **options) < 1e-5
 
 
 def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, monkeypatch):

@@ -129,9 +129,12 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """What a checkpoint holds beside the model, read without running anything in it."""
+    """Return what a checkpoint holds besides the model, without running code from it.
+
+    The file is mapped into memory, so that the model's tensors are not read a second time.
+    """
     try:
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
             f"{filename} is no checkpoint of a run: its training state can't be read "

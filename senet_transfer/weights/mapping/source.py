@@ -11,6 +11,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.read_once import once_per_file
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
@@ -59,9 +60,20 @@ class Source:
         """The family in words."""
         return f"{self.family.name} ({self.family.title})"
 
+    def options(self) -> dict[str, Any]:
+        """Return what is known of the network, by the names of ``create_backbone``'s overrides."""
+        options = self.geometry.options()
+        arch = self.architecture
+        if arch and arch.se_stages:
+            options |= {"se_bias": arch.se_bias, "se_stages": arch.se_stages}
+            if arch.se_ratio:
+                options |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
+        return options
 
+
+@once_per_file
 def examine(path: str | Path, family: str | None = None) -> Source:
-    """Reads a weight file and finds out what it is.
+    """Read a weight file and find out what it is.
 
     Args:
         path: the file.
