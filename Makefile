@@ -59,7 +59,7 @@ test-slow: $(READY) ## all tests but those of faults
 test-faults: $(READY) ## kill, stop, fill and damage runs at random points; fuzz what they read
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
-lint: $(READY) ## style and format, with ruff; types of the public API, with mypy
+lint: $(READY) ## style and format, with ruff; types, with mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
