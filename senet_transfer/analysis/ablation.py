@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import Cost
-from senet_transfer.analysis.excitations.collect import trunk_of
+from senet_transfer.analysis.excitations.collect import backbone_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
 from senet_transfer.analysis.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.config import is_classification
@@ -121,7 +121,7 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
 
 
 def _stages(cfg: CfgNode) -> set[int | None]:
-    return {stage_of(name) for name in gates_of(trunk_of(build_to_count(cfg)))}
+    return {stage_of(name) for name in gates_of(backbone_of(build_to_count(cfg)))}
 
 
 def _has(cfg: CfgNode, key: str, value: str) -> bool:

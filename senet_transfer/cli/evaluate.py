@@ -12,8 +12,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
-from senet_transfer.cli.choices import EVAL_MODES
+from senet_transfer.cli.arguments import EVAL_MODES, Parser, add_running_arguments, run_command
 
 _PLACES365 = """\
 Evaluate a classifier on Places365's validation set, next to the rows of the paper's Table VI.

@@ -1,7 +1,7 @@
 """Write a model for production, batch norms folded, and compare it with the eager one.
 
     python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
-    python tools/export.py --weights output/model_best.pth --trunk --size 512 --output backbone.pt2
+    python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
     python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
 
 A classifier, or the backbone of a classifier or detector, becomes ONNX (.onnx), a program of
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="", help="a name of senet_transfer.list_models()")
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
-    add("--trunk", action="store_true", help="only the backbone's feature maps")
+    add("--backbone", "--trunk", action="store_true", help="only the backbone's feature maps")
     add("--size", type=int, nargs="+", help="pixels: a side, or height and width; default: 224")
     add("--image", default="", help="an image to trace a detector with")
     add("--quiet", action="store_true", help="no progress bar")
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
             loaded.model,
             loaded.cfg,
             args.output,
-            backbone_only=args.trunk,
+            backbone_only=args.backbone,
             size=args.size,
             image=args.image,
         )

@@ -9,7 +9,7 @@ from torch import nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.models.classifier import build_classifier
-from senet_transfer.models.registry import build_trunk, list_models, model_entry
+from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.convert import family_of, target_for, write_converted
 from senet_transfer.weights.families.architecture import Architecture
@@ -120,7 +120,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
     norm = "FrozenBN" if source.family.affine_norms else "BN"
     if architecture.classes:
         return build_classifier(entry, architecture.classes, source, norm=norm)
-    return build_trunk(entry, source, norm=norm)
+    return build_backbone(entry, source, norm=norm)
 
 
 def _check_complete(source: Source) -> None:

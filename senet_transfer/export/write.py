@@ -62,7 +62,7 @@ def export_model(
     if form != "torchscript":
         raise UserError(
             f"{output} is to be {form}, and a detector can be exported as TorchScript (.ts). "
-            "Name it so, or export its backbone only, with --trunk."
+            "Name it so, or export only its backbone, with --backbone."
         )
     if not image:
         raise UserError("A detector is traced on an image. Name one, best with objects: --image.")

@@ -34,10 +34,10 @@ class ModelEntry:
 
     Attributes:
         name: what users type.
-        build: the function that builds its trunk, from keyword arguments alone; among them
+        build: the function that builds its backbone, from keyword arguments alone; among them
             ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
         fixed: the arguments that the name stands for.
-        has_se: whether the trunk has SE.
+        has_se: whether the backbone has SE.
         dropout: before the classifier, 0-1.
         preprocessing: what the network expects of an image when it is trained from scratch.
         neck: what a classifier has between the last feature map and its linear layer, a module
@@ -142,7 +142,7 @@ def _family_entry(name: str) -> ModelEntry | None:
     return None
 
 
-def build_trunk(
+def build_backbone(
     entry: ModelEntry,
     source: Source | None = None,
     *,
@@ -179,15 +179,15 @@ def build_trunk(
     if "stages" in se:
         stages = se["stages"]
         se["stages"] = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
-    trunk = entry.build(
+    backbone = entry.build(
         **entry.fixed,
         se=SEOptions(**se) if entry.has_se else None,
         out_features=out_features,
         norm=norm,
         **overrides,
     )
-    trunk.preprocessing = entry.preprocessing
-    return trunk
+    backbone.preprocessing = entry.preprocessing
+    return backbone
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
@@ -210,9 +210,9 @@ def create_backbone(
     norm: str = "BN",
     **overrides: Any,
 ) -> Backbone:
-    """Builds a trunk by name, as a Detectron2 ``Backbone``.
+    """Builds a backbone by name, as a Detectron2 ``Backbone``.
 
-    Without weights, every residual trunk has stride 2 in the 3x3 convolution, the padded stem
+    Without weights, every residual backbone has stride 2 in the 3x3 convolution, the padded stem
     pool, nothing frozen, and torchvision's preprocessing. The paper's 3.86 GMACs of SE-ResNet-50
     are with ``stride_in_1x1=True``. With weights, it has what the file's network has.
     Inception-ResNet-v2 is the published network, whose maps lose their borders: a detector wants
@@ -229,7 +229,7 @@ def create_backbone(
             ``freeze_at=2``, ``se_ratio=8``, ``se_placement="pre"``, ...
 
     Returns:
-        A trunk that maps ``(N, 3, H, W)`` to a dict of feature maps by name. Its
+        A backbone that maps ``(N, 3, H, W)`` to a dict of feature maps by name. Its
         ``preprocessing`` says what it expects of an image.
 
     Raises:
@@ -238,10 +238,10 @@ def create_backbone(
     """
     entry = model_entry(name)
     source = examine_weights(weights, family)
-    trunk = build_trunk(entry, source, out_features=out_features, norm=norm, **overrides)
+    backbone = build_backbone(entry, source, out_features=out_features, norm=norm, **overrides)
     if source is not None:
-        load_source(trunk, source)
-    return trunk
+        load_source(backbone, source)
+    return backbone
 
 
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:

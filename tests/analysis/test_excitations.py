@@ -12,7 +12,7 @@ from PIL import Image
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.analysis.excitations.analyze import open_labelled
-from senet_transfer.analysis.excitations.collect import collect_excitations, trunk_of
+from senet_transfer.analysis.excitations.collect import backbone_of, collect_excitations
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
 from senet_transfer.cli import evaluate, gates
@@ -304,4 +304,4 @@ def test_a_detectors_gates_are_watched_on_crops(tmp_path):
     model = find_model(weights=str(tmp_path / "model.pth")).build().model
     with pytest.raises(UserError, match="Gates are dropped from classifiers"):
         pruned_config(cfg, model, [5])
-    assert trunk_of(model) is model.backbone.bottom_up
+    assert backbone_of(model) is model.backbone.bottom_up

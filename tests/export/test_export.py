@@ -51,17 +51,17 @@ def randomised(model: nn.Module) -> nn.Module:
         ),
     ],
 )
-def test_deployed_trunks_compute_the_same_without_norms(name, norm):
+def test_deployed_backbones_compute_the_same_without_norms(name, norm):
     features = ["res2", "res4"] if "cifar" in name else STAGES
-    trunk = randomised(create_backbone(name, norm=norm, out_features=features)).double()
-    before = {key: tensor.clone() for key, tensor in trunk.state_dict().items()}
-    deployed = deploy(trunk)
+    backbone = randomised(create_backbone(name, norm=norm, out_features=features)).double()
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    deployed = deploy(backbone)
     x = torch.randn(2, 3, 64, 96, dtype=torch.double)
     with torch.no_grad():
-        expected, found = trunk(x), deployed(x)
+        expected, found = backbone(x), deployed(x)
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9)
-    for key, tensor in trunk.state_dict().items():
+    for key, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[key])
     if "cifar" not in name:  # Whose norms come before the convolutions.
         norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -84,13 +84,13 @@ VARIANTS = [
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
     """Whatever reads the folded network: eager, with a gradient to the images, or compiled."""
     options = {"out_features": ["res4"], "in_channels": 5, **variant}
-    trunk = randomised(create_backbone("se_resnet50", **options)).double()
-    deployed = deploy(trunk)
+    backbone = randomised(create_backbone("se_resnet50", **options)).double()
+    deployed = deploy(backbone)
     fc1 = deployed.res3[0].se.fc1
     starts_early = variant.get("se_squeeze", "avg") == "avg" and "se_placement" not in variant
     assert (fc1.in_features == 128) == (starts_early or variant.get("se_placement") == "3x3")
     x = torch.randn(2, 5, 64, 96, dtype=torch.double, requires_grad=True)
-    expected, found = trunk(x)["res4"], deployed(x)["res4"]
+    expected, found = backbone(x)["res4"], deployed(x)["res4"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(out.sum(), x)[0] for out in (expected, found)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
@@ -99,7 +99,7 @@ def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(var
         for run in (deployed, compiled):
             torch.testing.assert_close(run(x)["res4"], expected, rtol=1e-9, atol=1e-9)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = [net.float()(x.float())["res4"] - expected for net in (trunk, deployed)]
+            rounded = [net.float()(x.float())["res4"] - expected for net in (backbone, deployed)]
     assert rounded[1].norm() < 1.5 * rounded[0].norm()
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from senet_transfer.analysis.excitations.collect import (
     Excitations,
+    backbone_of,
     collect_excitations,
-    trunk_of,
 )
 from senet_transfer.analysis.excitations.figures import write_blocks, write_overview
 from senet_transfer.analysis.excitations.gates import gates_of
@@ -109,7 +109,7 @@ def analyze_gates(
         os.makedirs(output, exist_ok=True)
     except OSError as error:
         raise UserError(f"The folder {output} can't be made: {error}.") from error
-    gates_of(trunk_of(loaded.model))
+    gates_of(backbone_of(loaded.model))
     # Mistakes are errors before the long part begins.
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)

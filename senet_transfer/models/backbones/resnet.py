@@ -1,7 +1,7 @@
 """ResNet, ResNeXt and SENet-154, with and without SE, inside Detectron2's own ``ResNet``.
 
 Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). A trunk without SE is made of Detectron2's own blocks.
+authors' network definition). A backbone without SE is made of Detectron2's own blocks.
 """
 
 from detectron2.layers import CNNBlockBase

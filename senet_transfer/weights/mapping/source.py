@@ -33,14 +33,14 @@ class Source:
         path: the file.
         family: what it was taken for.
         alternatives: other families that have the same names and shapes, and what would differ.
-        tensors: by this project's name; the trunk's have no prefix, whatever stands around it.
+        tensors: by this project's name; the backbone's have no prefix, whatever stands around it.
         original: the file's own name of each.
         unknown: the file's names that the family does not have.
         notes: what was done to tensors on the way, in words.
-        architecture: of the trunk; None where it is no network of this project.
-        geometry: of the trunk, as far as it is known.
+        architecture: of the backbone; None where it is no network of this project.
+        geometry: of the backbone, as far as it is known.
         preprocessing: what the network expects of an image; None where it is not known.
-        detector: whether there are parts around the trunk besides a classifier.
+        detector: whether there are parts around the backbone besides a classifier.
     """
 
     path: str
@@ -131,7 +131,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         )
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
-    prefix = names.trunk_prefix(known.values())
+    prefix = names.backbone_prefix(known.values())
     tensors: dict[str, Tensor] = {}
     original: dict[str, str] = {}
     for name, ours in known.items():
@@ -161,7 +161,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         architecture=architecture,
         geometry=geometry,
         preprocessing=preprocessing,
-        detector=any(names.is_beside_trunk(ours, prefix) for ours in known.values()),
+        detector=any(names.is_beside_backbone(ours, prefix) for ours in known.values()),
     )
 
 
