@@ -101,8 +101,8 @@ class ShardDataset(ClassificationDataset):
         if header is None or header.size != size:
             found = found if header is None else f"{header.size} bytes"
             raise UserError(
-                f"{url} has no image of {size} bytes at byte {offset}: found {found}. Shard and "
-                "index do not belong together; prepare the data again."
+                f"{url} has no image of {size} bytes at offset {offset}: found {found}. The shard "
+                "does not match its index. Prepare the data again."
             )
         check_member(header.name, url)
         return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
