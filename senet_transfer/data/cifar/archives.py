@@ -46,9 +46,9 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """What torchvision's classes state of the python version, for a binary version.
+    """Files and checksums of a binary version, with the attributes of torchvision's classes.
 
-    Before each image stand ``meta["label_bytes"]`` bytes, the last of which is the label.
+    Each image follows ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
 
     filename: str
