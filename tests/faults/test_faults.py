@@ -75,7 +75,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
-        stopped = re.findall(r"Stopped after iteration (\d+), saved", run.told())
+        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.told())
         assert run.last_iteration() == int(stopped[0])
     else:
         assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
@@ -89,7 +89,7 @@ def test_a_second_signal_ends_a_run_at_once(work, straight, number):
     process = run.start(harm=harms.slow_steps)
     run.wait_for("Starting training", process)
     os.kill(process.pid, number)
-    run.wait_for("once more stops at once", process)
+    run.wait_for("repeat to stop now", process)
     time.sleep(1.2)
     os.kill(process.pid, number)
     assert runs.end_of(process, limit=10) == 128 + number
@@ -177,7 +177,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     damage(run.folder, random.Random(seed))
     run.go_on()
     assert run.started_at() == start
-    assert ("A checkpoint is damaged" in run.told()) == (start < 9)
+    assert ("Falling back to the previous checkpoint" in run.told()) == (start < 9)
     run.assert_ends_as(straight(kind)[0])
 
 

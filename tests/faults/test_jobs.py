@@ -78,7 +78,7 @@ def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight)
         os.kill(job.children()[-1], signal.SIGKILL)
         assert job.ends() == 0, job.told()[-3000:]
         told = job.told()
-    assert "The command was started again after a failure: the run is resumed." in told
+    assert "The launcher has restarted this command: resuming the run." in told
     assert told.count("Starting training from iteration 0") == 1
     run.assert_clean()
     run.assert_ends_as(unbroken)
@@ -129,7 +129,7 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
             # The first is the resource tracker of `multiprocessing`.
             os.kill(job.children()[-1], signal.SIGKILL)
             assert job.ends(60) == 1
-            assert "terminated with signal SIGKILL; the others were ended" in job.told()
+            assert "terminated with signal SIGKILL; the others were terminated" in job.told()
     run.go_on(ranks=2)
     run.assert_ends_as(unbroken)
 
