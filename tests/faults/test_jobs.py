@@ -1,4 +1,4 @@
-"""Jobs of several processes, started as users start them."""
+"""Tests of jobs with several processes, started with torchrun and with ``--num-gpus``."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ from tests.faults import runs
 
 pytestmark = pytest.mark.faults
 
-# Two processes that import PyTorch, twice, on a loaded machine.
+# Seconds, for two processes that import PyTorch twice on a loaded machine.
 LIMIT = 400
 
 
 class Command:
-    """A command in a process group of its own, which ends with the block."""
+    """Context manager that runs a command in a new process group and kills it at the end."""
 
     def __init__(self, *words: str):
         self.log = Path(words[-1]).with_suffix(".job")
@@ -126,7 +126,7 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
             os.kill(job.process.pid, signal.SIGTERM)
             assert job.ends(60) in (75, 0), job.told()[-3000:]
         else:
-            # The first is the resource tracker of `multiprocessing`.
+            # The first child is the resource tracker of `multiprocessing`.
             os.kill(job.children()[-1], signal.SIGKILL)
             assert job.ends(60) == 1
             assert "terminated with signal SIGKILL; the others were terminated" in job.told()
@@ -141,7 +141,7 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
         for index in range(count):
             (eight / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(tree / name / f"{index}.jpg", eight / name)
-    # A step of plain descent at a rate of 1 is the gradient.
+    # A step of SGD without momentum at a learning rate of 1 equals the gradient.
     descent = {
         "BASE_LR": "1.0",
         "MOMENTUM": "0.0",
