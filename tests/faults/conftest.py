@@ -131,7 +131,7 @@ def straight(words, disk):
             processes = unbroken.start_ranks(ranks=ranks) if ranks > 1 else [unbroken.start()]
             unbroken.wait_for("Starting training", processes[0])
             began = time.monotonic()
-            assert [runs.end_of(process) for process in processes] == [0] * ranks, unbroken.told()
+            assert [runs.end_of(process) for process in processes] == [0] * ranks, unbroken.output()
             unbroken.assert_clean()
             assert time.monotonic() - begin < runs.LIMIT
             done[kind, ranks] = unbroken, time.monotonic() - began

@@ -83,19 +83,20 @@ class Work:
         """Run the command to its end and return the exit status."""
         return end_of(self.start(*flags, harm=harm))
 
-    def told(self) -> str:
+    def output(self) -> str:
+        """Return the output of all commands so far."""
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def wait_for(self, words: str, process: multiprocessing.Process, count: int = 1) -> None:
         """Wait until the log contains the words ``count`` times, or the process has ended."""
         until = time.monotonic() + LIMIT
-        while self.told().count(words) < count and process.is_alive():
-            assert time.monotonic() < until, f"no {words!r}:\n{self.told()[-3000:]}"
+        while self.output().count(words) < count and process.is_alive():
+            assert time.monotonic() < until, f"no {words!r}:\n{self.output()[-3000:]}"
             time.sleep(0.01)
 
     def started_at(self) -> int:
         """Return the first iteration of the last start."""
-        return int(re.findall(r"Starting training from iteration (\d+)", self.told())[-1])
+        return int(re.findall(r"Starting training from iteration (\d+)", self.output())[-1])
 
     def last_iteration(self) -> int:
         """Return the iteration of the newest intact checkpoint, or -1 without one."""
@@ -115,7 +116,7 @@ class Work:
             statuses = [self.run(*flags)]
         else:
             statuses = [end_of(process) for process in self.start_ranks(*flags, ranks=ranks)]
-        assert statuses == [0] * ranks, self.told()[-3000:]
+        assert statuses == [0] * ranks, self.output()[-3000:]
         assert last + 1 == ITERATIONS or self.started_at() == last + 1
         self.assert_clean()
 

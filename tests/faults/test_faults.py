@@ -34,7 +34,7 @@ def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, k
     for _ in range(1 + seed // 4 % 2):
         saved = run.last_iteration()
         flags = ["--resume"] if saved >= 0 else []
-        count = run.told().count("Starting training") + 1
+        count = run.output().count("Starting training") + 1
         process = run.start(*flags)
         run.wait_for("Starting training", process, count)
         process.join(draw.uniform(0, lasts))
@@ -76,7 +76,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
-        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.told())
+        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.output())
         assert run.last_iteration() == int(stopped[0])
     else:
         assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
@@ -178,7 +178,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     damage(run.folder, random.Random(seed))
     run.go_on()
     assert run.started_at() == start
-    assert ("Falling back to the previous checkpoint" in run.told()) == (start < 9)
+    assert ("Falling back to the previous checkpoint" in run.output()) == (start < 9)
     run.assert_ends_as(straight(kind)[0])
 
 
@@ -187,7 +187,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
     for number in (2, 5, 8):
         os.truncate(run.folder / f"model_{number:07d}.pth", 5)
     assert run.run("--resume") == 2
-    assert "error: No checkpoint" in run.told()
+    assert "error: No checkpoint" in run.output()
     assert all((run.folder / f"model_{number:07d}.pth").stat().st_size == 5 for number in (2, 5, 8))
 
 
@@ -201,7 +201,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, 
     else:
         run, flags, last = work(kind), [], -1
     assert run.run(*flags, harm=room) == 2
-    assert re.search(r"error: The checkpoint .* can't be written: .*File too large", run.told())
+    assert re.search(r"error: The checkpoint .* can't be written: .*File too large", run.output())
     assert run.last_iteration() == last, resumed
     assert not list(run.folder.glob(".*"))
     run.go_on()
@@ -216,7 +216,9 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_the_reason(work, stra
     status = runs.end_of(process)
     run.folder.chmod(0o755)
     assert status == 2
-    assert re.search(r"error: The checkpoint .* can't be written: .*Permission denied", run.told())
+    assert re.search(
+        r"error: The checkpoint .* can't be written: .*Permission denied", run.output()
+    )
     run.go_on()
     run.assert_ends_as(straight("folder")[0])
 
@@ -256,7 +258,7 @@ def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, rank
     harm = functools.partial(harms.poison, (iteration,), ranks - 1)
     processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
     assert [runs.end_of(process) for process in processes] == [1] * ranks
-    assert f"error: Iteration {iteration}: loss_cls is nan" in run.told()
+    assert f"error: Iteration {iteration}: loss_cls is nan" in run.output()
     assert run.last_iteration() == (iteration // runs.PERIOD) * runs.PERIOD - 1
     for rank in range(ranks):
         report = runs.read_json(run.folder / f"nonfinite_{iteration:07d}_rank{rank}.json")
@@ -270,7 +272,7 @@ def test_data_that_one_process_cannot_read_stops_all(work, iteration):
     harm = functools.partial(harms.no_batch, iteration, 1)
     ranks = run.start_ranks(harm=harm)
     assert [runs.end_of(process, limit=60) for process in ranks] == [2, 2]
-    assert run.told().count("error: Another process stopped: the image x.jpg is broken") == 1
+    assert run.output().count("error: Another process stopped: the image x.jpg is broken") == 1
 
 
 @pytest.mark.parametrize("harm", [harms.poison, harms.raise_in_the_model])
