@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from senet_transfer.utils.import_hook import without_script_warnings
 
@@ -69,10 +70,10 @@ class Parser(argparse.ArgumentParser):
     append ``--resume`` to their previous command.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def parse_args(
+    def parse_args(  # type: ignore[override]  # typeshed has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config's options."""

@@ -353,9 +353,9 @@ class CheckpointSaver(PeriodicCheckpointer):
             problem = str(error)
         # All processes wait here for the file: after SIGTERM, the machine may be gone soon.
         if problem := "".join(comm.all_gather(problem)):
-            error = UserError(problem)
-            error.on_all_ranks = True
-            raise error
+            failure = UserError(problem)
+            failure.on_all_ranks = True
+            raise failure
 
 
 class GracefulStop(HookBase):
