@@ -143,7 +143,7 @@ def _add_epochs(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = None
     cfg.TEST.EVAL_EPOCHS = None
     # Keep the model of the best evaluation in model_best.pth, by this metric as it is logged, such
-    # as "classification/top1_error" or "bbox/AP"; lower is better for errors and losses. Empty: off.
+    # as "classification/top1_error" or "bbox/AP"; lower is better for errors and losses. "": off.
     cfg.TEST.BEST_METRIC = ""
 
 
