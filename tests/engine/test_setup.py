@@ -189,7 +189,7 @@ def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
         ("MODEL: {SE: {RATIOS: 8}}", "no config key MODEL.SE.RATIOS. Did you mean MODEL.SE.RATIO"),
         (
             "NOTHING_LIKE_IT: 1",
-            "no config key NOTHING_LIKE_IT. Neither Detectron2 nor this project",
+            "no config key NOTHING_LIKE_IT. Neither Detectron2 nor",
         ),
         ("MODEL: {WEIGHTS: {FILE: x}}", "Expected a value of the same type as the key's default"),
         ("_BASE_: base.yaml\nSEED: 1", "no config key SOLVR. Did you mean SOLVER"),
