@@ -1,12 +1,12 @@
-"""Pickles read as data: arrays and plain containers, without executing anything.
+"""Safe reading of pickles: arrays and plain containers are loaded without executing code.
 
-The standard library's unpickler with an allow-list: a name in a pickle is looked up in a table of
-stand-ins, never in a module. Any other name becomes a :class:`Placeholder`; one that acts on the
-machine is an error.
+The reader is the standard library's unpickler with an allow-list: a name in a pickle is looked up
+in a table of stand-ins, never in a module. Any other name becomes a :class:`Placeholder`; a name of
+a function or class that acts on the machine is an error.
 
-It is the library's implementation in Python. The one in C can be made to exhaust the machine before
-a name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index, cost it 20 seconds and 4.7 GB),
-and its instructions can't be overridden.
+The base class is the standard library's Python implementation. The C implementation can be made to
+exhaust the memory before a name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index, take
+20 seconds and 4.7 GB), and its instructions can't be overridden.
 """
 
 import io
@@ -26,10 +26,10 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.text import shown
 
 MAX_DIMENSIONS = 16
-# Reads of the stream. A detector's checkpoint with its optimizer takes about 100 thousand.
+# Limit on reads of the stream. A detector's checkpoint with optimizer takes about 100 thousand.
 _MAX_STEPS = 2_000_000
 
-# Modules whose functions act on the machine, and those where people define their models.
+# Modules whose functions act on the machine.
 _RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|_posixsubprocess|subprocess|pty|_?socket|shutil|_?ctypes|_?signal|builtins"
     r"|__builtin__|_?importlib|runpy|_?operator|_?functools|types|code|_?io|pathlib|tempfile|glob"
@@ -43,6 +43,7 @@ _HOLDS_VALUES = re.compile(
     r"|(builtins|__builtin__)[.](bool|bytearray|complex|float|long|object|slice|str|tuple|unicode"
     r"|x?range)"
 )
+# Prefixes of the modules that usually define models.
 _MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
 
 
@@ -91,14 +92,14 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np
 
 
 def _encode(text: str, codec: str = "latin1") -> bytes:
-    # Protocols 0 to 2 write bytes as text encoded in latin1.
+    # Protocols 0 to 2 store bytes as text in latin1.
     if codec not in ("latin1", "latin-1"):
         raise ValueError("bytes that are text in another codec than latin1")
     return text.encode("latin-1")
 
 
-# By name, in the spelling of Python 3 and numpy 2: what is called in its place, or None for a name
-# that a pickle may pass on and may not call.
+# Stand-ins by name, in the spelling of Python 3 and numpy 2. None marks a name that a pickle may
+# pass as an argument but not call.
 PLAIN: Mapping[str, Any] = {
     **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), lambda kind, *_: kind),
     "collections.OrderedDict": dict,
@@ -118,7 +119,7 @@ PLAIN: Mapping[str, Any] = {
 
 @dataclass(eq=False)  # a dictionary's key by its identity: hashing does not reach the value
 class Named:
-    """Class or function that a pickle names, and what is called in its place."""
+    """Class or function named in a pickle, with the stand-in that is called for it."""
 
     value: Any
 
@@ -127,9 +128,9 @@ class Named:
 
 
 class Placeholder:
-    """Inert stand-in for a class or function that is not allowed, and for the result of a call.
+    """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
-    It takes arguments, items and attributes, and keeps only the name.
+    It accepts arguments, items and attributes, and keeps only the name.
     """
 
     __slots__ = ("name",)
@@ -161,21 +162,21 @@ class _Tuple(tuple):
 
 
 class _Instructions(dict):
-    """Pickle instructions that are followed, by code."""
+    """Supported pickle instructions by opcode."""
 
     def __missing__(self, code: int) -> NoReturn:
         raise ValueError(f"byte {bytes([code])!r} is not a pickle instruction for plain data")
 
 
-_Unpickler: Any = pickle._Unpickler  # typed as Any: it is in no type stub
+_Unpickler: Any = pickle._Unpickler  # typed as Any: type stubs lack it
 
 
 class _PlainUnpickler(_Unpickler):
     """Unpickler with an allow-list; :func:`load_plain` describes its arguments."""
 
     dispatch = _Instructions(_Unpickler.dispatch)
-    # Of no use to plain data: they call an object in another way than REDUCE, or take one from a
-    # registry of the process or from outside the pickle.
+    # Plain data does not need these instructions. They call an object by other means than REDUCE,
+    # or take one from a registry of the process or from outside of the pickle.
     for _code in (
         *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
         *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
@@ -214,7 +215,7 @@ class _PlainUnpickler(_Unpickler):
             raise ValueError("the pickle takes far more time or memory than the file's size needs")
 
     def _charge(self, arguments: Any) -> None:
-        # A memoised value can be an argument any number of times, at two bytes each.
+        # A memoised value can be an argument many times, at a cost of only two bytes each.
         if not isinstance(arguments, tuple):
             raise ValueError("arguments that are not a tuple")
         for argument in arguments:
@@ -246,7 +247,7 @@ class _PlainUnpickler(_Unpickler):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        # Dropped: an OrderedDict's attributes, such as a state_dict's _metadata.
+        # Drop attributes of an OrderedDict, such as a state_dict's _metadata.
         if type(target) in (dict, Placeholder):
             return
         self._charge(state)
@@ -291,15 +292,17 @@ def load_plain(
     are read-only. An object of any other class is a :class:`Placeholder`.
 
     Args:
-        stream: the file's content, in memory: reading a length that lies returns what there is.
-        path: for error messages.
-        allowed: what is called in place of each name that a pickle may contain; any other value is
-            passed on as :class:`Named`. A result with a method ``build`` takes a state.
-        persistent_load: returns the object of a persistent id (torch's storages); None rejects it.
+        stream: the content of the file in memory, so that a false length can't allocate more.
+        path: the path for error messages.
+        allowed: the stand-in to call for each name that a pickle may contain. If the object that
+            it returns has a method ``build``, this method is called with the pickled state.
+        persistent_load: a function that returns the object for a persistent id (in torch's files,
+            a storage); None rejects such ids.
 
     Raises:
-        UserError: the pickle names a class or function that acts on the machine.
-        ValueError, and other errors of reading: the bytes are not a pickle, or damaged.
+        UserError: if the pickle names a class or function that acts on the machine.
+        ValueError: if the bytes are damaged or not a pickle. Other exceptions of the unpickler
+            may be raised too.
     """
     unpickler = _PlainUnpickler(stream, path, allowed)
     if persistent_load is not None:
@@ -323,9 +326,9 @@ def reject_class(path: str | Path, name: str) -> NoReturn:
     start = f"{path}: rejected, because loading it would call or create `{name}`"
     if _runs_code(name):
         raise UserError(
-            f"{start}, code that runs on this machine. Expected are tensors, arrays and plain "
-            "containers. Nothing was run. Do not load the file by other means; get it again from "
-            "its publisher."
+            f"{start}, code that runs on this machine. Expected tensors, arrays and plain "
+            "containers. Nothing was run. Do not load the file by other means; download it again "
+            "from its publisher."
         )
     if name.startswith(_MODEL_CODE):
         raise UserError(

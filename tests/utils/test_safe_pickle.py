@@ -1,4 +1,4 @@
-"""Pickles are read as data: what people's programs wrote is read right, and nothing is executed."""
+"""Tests of the safe pickle reader: valid data is read correctly, and no code is executed."""
 
 import argparse
 import collections
@@ -124,7 +124,7 @@ def test_pickles_follow_one_another_in_a_stream():
 
 
 def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
-    # pickle._Unpickler is no public name: a Python that changes it shows here first.
+    # pickle._Unpickler is private: this test fails first if a Python version changes it.
     from senet_transfer.utils.safe_pickle import _PlainUnpickler
 
     assert _PlainUnpickler.__mro__[1] is pickle._Unpickler
@@ -139,7 +139,7 @@ def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
     assert set(_PlainUnpickler.dispatch) < set(pickle._Unpickler.dispatch)
 
 
-# What must be refused. Every payload would leave a file behind if anything in it ran.
+# Payloads that must be rejected. Each would create a file if anything in it were executed.
 
 
 class _Runs:
@@ -171,7 +171,7 @@ def _names(name: str) -> str:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
 def test_a_pickle_that_runs_code_is_refused_by_name(name, protocol, tmp_path):
     sentinel = tmp_path / "ran"
-    if name == "getattr":  # a module can't be pickled: the call is written out
+    if name == "getattr":  # a module can't be pickled, so the call is written by hand
         data = b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
     else:
         content = {"model": _arrays(), "hook": _payloads(sentinel)[name]}
@@ -227,7 +227,7 @@ def test_odd_ways_to_name_things_run_nothing(data, tmp_path):
 
 
 def test_what_an_attacker_sets_on_a_name_does_not_outlive_the_file():
-    # BUILD with a slot state sets attributes: on a real class it would change it for good.
+    # BUILD with a slot state sets attributes. On a real class, they would outlast the file.
     slot_state = b"N}U\x05buildNs\x86b."
     for name in (b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
         with pytest.raises((ValueError, TypeError)):
@@ -494,7 +494,7 @@ def test_a_bomb_is_refused_at_once(name, tmp_path):
     path = tmp_path / "bomb.pkl"
     path.write_bytes(BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()  # not the clock: the machine may be busy
+    start = time.process_time()  # CPU time, because the machine may be busy
     with pytest.raises(UserError, match=r"bomb\.pkl"):
         read_tensors(path)
     assert time.process_time() - start < 2
