@@ -12,9 +12,9 @@ from senet_transfer.weights.hub.catalogue import load_catalogue
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))
 }
-PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet-train",
+PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
             "senet-predict", "senet-eval-places365")  # fmt: skip
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
@@ -24,6 +24,7 @@ NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
     r"make (test(-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
+    r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
 }
 

@@ -194,7 +194,7 @@ def _documents(root: Path) -> None:
 # What it takes for a command to be about something, and the place of that; in an order in which
 # each finds what it is made of.
 STAND_INS = (
-    (r"datasets/|tools/|senet-train|make demo", "datasets/shapes", _shapes),
+    (r"datasets/|tools/|senet train|make demo", "datasets/shapes", _shapes),
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),

@@ -82,6 +82,12 @@ def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
 
 INSTALLED = {"senet-train": "tools/train_net.py", "senet-predict": "tools/predict.py",
              "senet-eval-places365": "tools/eval_places365.py"}  # fmt: skip
+# The commands of `senet`, and the scripts that do the same.
+SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
+         "predict": "tools/predict.py", "export": "tools/export.py",
+         "convert": "tools/convert_weights.py", "report": "tools/report.py",
+         "complexity": "tools/complexity.py", "gates": "tools/analyze_excitations.py",
+         "sweep": "tools/run_seeds.py", "ablation": "tools/ablation.py"}  # fmt: skip
 
 
 def _script(words: list[str]) -> list[str] | None:
@@ -90,6 +96,8 @@ def _script(words: list[str]) -> list[str] | None:
         return words[1:]
     if words[0] == "torchrun":
         return words[words.index("tools/train_net.py") :]
+    if words[0] == "senet" and words[1] in SENET:
+        return [SENET[words[1]], *words[2:]]
     return [INSTALLED[words[0]], *words[1:]] if words[0] in INSTALLED else None
 
 
@@ -106,7 +114,7 @@ def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
     config = getattr(args, "config_file", "")
     if config and not config.startswith("output/"):
         monkeypatch.chdir(ROOT)
-        assert config.startswith("configs/") or words[0] in INSTALLED
+        assert config.startswith("configs/") or words[0] in (*INSTALLED, "senet")
         load_config(config, getattr(args, "opts", []))
     else:
         load_config("", getattr(args, "opts", []))
