@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.lr_schedule import build_lr_scheduler
+from senet_transfer.engine.solver import build_lr_scheduler
 from senet_transfer.evaluation.paper_results import published_on_cifar
 from senet_transfer.preprocessing import CIFAR10, CIFAR100
 from senet_transfer.weights.families.architecture import Architecture
@@ -70,10 +70,10 @@ def test_every_config_has_an_instant_twin_that_inherits_from_it(path):
 
 
 @every_config
-def test_every_config_builds_its_trunk(path):
+def test_every_config_builds_its_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
-    trunk = build_backbone(cfg, ShapeSpec(channels=3))
-    has_se = any(".se." in key for key, _ in trunk.named_parameters())
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
+    has_se = any(".se." in key for key, _ in backbone.named_parameters())
     assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_"))
 
 
@@ -151,12 +151,12 @@ def test_the_rate_of_a_pre_activation_resnet_is_a_tenth_for_400_iterations():
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
-def test_every_recipe_starts_from_published_weights_of_its_own_trunk(path):
+def test_every_recipe_starts_from_published_weights_of_its_own_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.OUT_FEATURES", "['res5']"])
     entry = catalogue_entry(cfg.MODEL.WEIGHTS)
     assert entry.verified
-    trunk = BACKBONE_REGISTRY.get("build_senet_backbone")(cfg, ShapeSpec(channels=3))
-    assert Architecture.of(trunk.state_dict()).name == entry.model
+    backbone = BACKBONE_REGISTRY.get("build_senet_backbone")(cfg, ShapeSpec(channels=3))
+    assert Architecture.of(backbone.state_dict()).name == entry.model
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)

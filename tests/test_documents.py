@@ -100,12 +100,12 @@ def test_the_worked_example_of_contributing_runs(own_things, tmp_path, monkeypat
         exec(block, names)
 
     image = torch.randn(2, 3, 64, 64)
-    features = names["trunk"](image)
+    features = names["backbone"](image)
     assert {name: tuple(map.shape) for name, map in features.items()} == {
         "res3": (2, 64, 4, 4),
         "res5": (2, 256, 1, 1),
     }
-    assert sum(".se." in name for name, _ in names["trunk"].named_parameters()) == 4 * 4
+    assert sum(".se." in name for name, _ in names["backbone"].named_parameters()) == 4 * 4
     assert names["classifier"](image).shape == (2, 10)
     with torch.inference_mode():
         expected = theirs.eval()(image)

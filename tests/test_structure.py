@@ -13,7 +13,8 @@ PACKAGE = ROOT / "senet_transfer"
 # other. `utils` knows nothing of the project but its errors.
 LAYERS = (
     ("errors", "preprocessing"),
-    ("utils", "layers"),
+    ("utils",),
+    ("layers",),
     ("config",),
     ("weights",),
     ("models", "data"),
@@ -149,6 +150,63 @@ def test_nothing_below_the_models_imports_detectron2s_models_when_it_is_loaded()
 def test_only_the_command_lines_parse_arguments():
     users = {name for name, path in MODULES.items() if "argparse" in path.read_text()}
     assert {part(name) for name in users} == {"cli"}
+
+
+def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
+    """Return private attributes and modules that a module takes from another library.
+
+    Args:
+        tree: of the module.
+        own: private names that the package defines.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of_own_class = ast.unparse(node.value) in ("self", "cls", "super()")
+            if node.attr not in own and not of_own_class and ast.unparse(node) != "os._exit":
+                found.append(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            found += [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [part for name in names for part in name.split(".") if part not in own]
+    return [name for name in found if name.startswith("_") and not name.endswith("__")]
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Return the private names that a module defines, and attributes that it sets on ``self``."""
+    found = {"_moved"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+            found.update([node.attr] if isinstance(node.ctx, ast.Store) else [])
+    return {name for name in found if name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("storage._history", ["_history"]),
+        ("getattr(trainer, '_hooks')", ["_hooks"]),
+        ("from torch.utils._pytree import tree_map", ["_pytree"]),
+        ("import torch._inductor.config", ["_inductor"]),
+        ("self._anything; cls._other; super()._third; other._own; os._exit(1)", []),
+        ("x.__dict__", []),
+    ],
+)
+def test_a_private_name_of_another_library_is_found(source, expected):
+    assert foreign_private_names(ast.parse(source), {"_own"}) == expected
+
+
+def test_private_parts_of_other_libraries_are_in_one_module():
+    trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+    own = set().union(*map(private_names, trees.values()))
+    users = {name: foreign_private_names(tree, own) for name, tree in trees.items()}
+    del users["senet_transfer.utils.private_api"]
+    assert {name: found for name, found in users.items() if found} == {}
 
 
 def test_a_folder_holds_few_enough_files_to_be_overlooked_at_once():

@@ -4,7 +4,7 @@
 Candidates take turns, round after round. A ratio is the median over the rounds, with its 95%
 confidence interval; a second build of the baseline is the control.
 
-    python tools/benchmark.py trunk --output output/trunk.json
+    python tools/benchmark.py backbone --output output/backbone.json
 """
 
 import argparse
@@ -27,7 +27,7 @@ from senet_transfer.utils.progress import progress
 
 PARTS = {
     "block": networks.measure_block,
-    "trunk": networks.measure_trunk,
+    "trunk": networks.measure_backbone,
     "inference": inference.measure_inference,
     "detector": detector.measure_detector,
     "loader": inputs.measure_loader,

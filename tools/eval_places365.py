@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Evaluates a classifier on Places365's validation set; see --help."""
+"""Evaluate a classifier on Places365's validation set; see --help."""
 
-from senet_transfer.cli.eval_places365 import command
+from senet_transfer.cli.evaluate import command_places365
 
 if __name__ == "__main__":
-    command()
+    command_places365()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predicts on images, with a checkpoint of tools/train_net.py; see --help."""
+"""Predict on images with a checkpoint of tools/train_net.py; see --help."""
 
 from senet_transfer.cli.predict import command
 

@@ -11,12 +11,12 @@ from tabulate import tabulate
 
 from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import Cost
-from senet_transfer.analysis.excitations.collect import trunk_of
+from senet_transfer.analysis.excitations.collect import backbone_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
+from senet_transfer.analysis.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.config import is_classification
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.engine.model_from import build_to_count, model_config
-from senet_transfer.engine.repeated_runs import mean_and_deviation, run_seeds
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import write_json
 
@@ -121,7 +121,7 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
 
 
 def _stages(cfg: CfgNode) -> set[int | None]:
-    return {stage_of(name) for name in gates_of(trunk_of(build_to_count(cfg)))}
+    return {stage_of(name) for name in gates_of(backbone_of(build_to_count(cfg)))}
 
 
 def _has(cfg: CfgNode, key: str, value: str) -> bool:
@@ -152,7 +152,7 @@ def run_grid(
         variants: what it returned.
         seeds: values of ``SEED``.
         output_dir: of all runs; what is finished in it is kept, what broke off is taken up.
-        arguments: of :func:`senet_transfer.engine.repeated_runs.run_once`.
+        arguments: of :func:`senet_transfer.analysis.repeated_runs.run_once`.
 
     Returns:
         The results of each variant's runs, by :attr:`Variant.folder`.

@@ -15,8 +15,7 @@ interruption, give the same command. The paper's networks have MODEL.SE.BIAS Fal
 import argparse
 import logging
 
-from senet_transfer.cli.arguments import Parser, run_command
-from senet_transfer.cli.choices import ABLATION_AXES
+from senet_transfer.cli.arguments import ABLATION_AXES, Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:

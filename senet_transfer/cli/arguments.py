@@ -30,6 +30,40 @@ Ctrl-C, and saved (a second one ends at once, with 128 and its number).
 """
 
 
+# Values that arguments can take, stated here so that a parser imports nothing else. They are those
+# of the package; a test compares them.
+ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
+CIFAR_DOWNLOADS = ("cifar10", "cifar100")
+EVAL_MODES = ("short_side", "squash", "ten_crop")
+PLACES365_SIZES = ("256", "large")
+PLACES365_SPLITS = ("val", "train_standard", "train_challenge")
+WEIGHT_FAMILIES = (
+    "senet_transfer",
+    "caffe",
+    "places365_caffe",
+    "cadene",
+    "timm_legacy",
+    "places365",
+    "torchvision_v1",
+    "torchvision_v2",
+    "timm",
+    "moskomule",
+    "mmpretrain",
+    "detectron1",
+    "detectron2",
+    "detectron2_torchvision",
+)
+WEIGHT_TARGETS = (
+    "senet_transfer",
+    "detectron2",
+    "torchvision",
+    "timm",
+    "timm_legacy",
+    "cadene",
+    "mmpretrain",
+)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line that ends in the config's options (``opts``), KEY VALUE pairs.
 
@@ -43,16 +77,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse does, with flags before, after and between the config's options."""
+        """Parse flags before, after and between the config's options."""
         words = list(sys.argv[1:] if args is None else args)
-        found = super().parse_args(words, namespace)
-        flag = next((at for at, word in enumerate(found.opts) if word[:2] == "--" != word), None)
-        if flag is None:
-            return found
-        pairs, rest = found.opts[:flag], found.opts[flag:]
-        found = self.parse_args([*words[: len(words) - len(found.opts)], *rest], namespace)
-        found.opts = pairs + found.opts
-        return found
+        pairs: list[str] = []
+        while True:
+            found = super().parse_args(words, namespace)
+            is_flag = [word[:2] == "--" != word for word in found.opts]
+            if True not in is_flag:
+                found.opts = pairs + found.opts
+                return found
+            # The options before the flag are set aside; it and what follows are parsed again.
+            first = is_flag.index(True)
+            pairs += found.opts[:first]
+            words = [*words[: len(words) - len(found.opts)], *found.opts[first:]]
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -3,8 +3,7 @@
 import argparse
 import logging
 
-from senet_transfer.cli.arguments import run_command
-from senet_transfer.cli.choices import WEIGHT_FAMILIES, WEIGHT_TARGETS
+from senet_transfer.cli.arguments import WEIGHT_FAMILIES, WEIGHT_TARGETS, run_command
 
 _EPILOG = """
 Examples:

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from senet_transfer.cli.arguments import run_command
-from senet_transfer.cli.choices import CIFAR_DOWNLOADS, PLACES365_SIZES, PLACES365_SPLITS
+from senet_transfer.cli.arguments import (
+    CIFAR_DOWNLOADS,
+    PLACES365_SIZES,
+    PLACES365_SPLITS,
+    run_command,
+)
 from senet_transfer.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,103 +1,58 @@
-"""The export of models from the command line."""
+"""Write a model for production, batch norms folded, and compare it with the eager one.
+
+    python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
+    python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
+    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
+
+A classifier, or the backbone of a classifier or detector, becomes ONNX (.onnx), a program of
+torch.export (.pt2) or TorchScript (.ts), by the suffix of the output; a detector TorchScript.
+tools/classify_onnx.py runs a classifier without torch.
+"""
 
 import argparse
-import os
+from pathlib import Path
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import detection_utils
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
-from torch import Tensor, nn
-
-from senet_transfer.config import is_classification
-from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.model_from import model_config
-from senet_transfer.errors import UserError
-from senet_transfer.export import FORMATS, export_detector, export_network
-from senet_transfer.models.classifier import Classifier
-from senet_transfer.models.image_classifier import preprocessing_of
+from senet_transfer.cli.arguments import Parser, run_command
 
 
-def export_model(args: argparse.Namespace) -> str:
-    """Exports as a command line of ``tools/export.py`` says.
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--weights", default="", help="a checkpoint or a weight file; without it, random weights")
+    add("--model", default="", help="a name of senet_transfer.list_models()")
+    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
+    add("--backbone", "--trunk", action="store_true", help="only the backbone's feature maps")
+    add("--size", type=int, nargs="+", help="pixels: a side, or height and width; default: 224")
+    add("--image", default="", help="an image to trace a detector with")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
 
-    Returns:
-        What was compared, in words.
 
-    Raises:
-        UserError: the model can't be told or built, or what is asked for doesn't go together.
-    """
-    form = _form(args.output)
-    cfg = model_config(args.model, args.config_file, args.weights, args.opts)
-    model = _load(cfg)
-    if is_classification(cfg) or args.trunk:
-        return _export_network(args, form, cfg, model)
-    if form != "torchscript":
-        raise UserError(
-            f"{args.output} is to be {form}, and a detector can be exported as TorchScript (.ts). "
-            "Name it so, or take its trunk with --trunk."
+def main(args: argparse.Namespace) -> None:
+    """Export, and print what was compared and written."""
+    from senet_transfer.engine.model_from import find_model
+    from senet_transfer.export.write import export_model, format_of
+    from senet_transfer.utils.progress import no_bars
+
+    format_of(args.output)  # An invalid name is an error before the weights are read.
+    with no_bars(args.quiet):
+        found = find_model(args.model, args.config_file, args.weights, options=args.opts)
+        loaded = found.build("cpu")
+        compared = export_model(
+            loaded.model,
+            loaded.cfg,
+            args.output,
+            backbone_only=args.backbone,
+            size=args.size,
+            image=args.image,
         )
-    if not args.image:
-        raise UserError("A detector is traced on an image. Name one, best with objects: --image.")
-    found = export_detector(model, args.output, _image(args.image, cfg))
-    return f"Compared with the eager detector: the same {found} objects."
+    print(compared)
+    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 
-def _form(output: str) -> str:
-    ending = os.path.splitext(output)[1]
-    forms = {value: key for key, value in FORMATS.items()}
-    if ending not in forms:
-        raise UserError(
-            f"{output} ends in {ending!r}, expected one of {', '.join(forms)}, which says what to "
-            "write."
-        )
-    if not os.path.isdir(os.path.dirname(output) or "."):
-        raise UserError(f"There is no folder {os.path.dirname(output)}. Make it first.")
-    return forms[ending]
-
-
-def _load(cfg: CfgNode) -> nn.Module:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    if cfg.MODEL.WEIGHTS:
-        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
-    return model.eval()
-
-
-def _export_network(args: argparse.Namespace, form: str, cfg: CfgNode, model: nn.Module) -> str:
-    preprocessing = preprocessing_of(cfg)
-    size = tuple(args.size or [preprocessing.crop])
-    if len(size) > 2 or any(side < 1 for side in size):
-        raise UserError(f"--size is {args.size}, expected a side, or height and width, in pixels.")
-    network = model.backbone if args.trunk else _without_batches(model)
-    worst = export_network(
-        network,
-        args.output,
-        form=form,
-        preprocessing=preprocessing,
-        size=(size[0], size[-1]),
-        classes=() if args.trunk else cfg.DATASETS.CLASSES,
-    )
-    return f"Compared with the eager network: outputs differ by {worst:.1e} of the largest."
-
-
-def _without_batches(model: nn.Module) -> nn.Module:
-    """The same classifier, of normalised images in place of a loader's batches."""
-    plain = Classifier(model.backbone, num_classes=model.linear.out_features)
-    plain.linear = model.linear
-    return plain
-
-
-def _image(path: str, cfg: CfgNode) -> Tensor:
-    """As Detectron2's evaluation reads it."""
-    try:
-        image = detection_utils.read_image(path, cfg.INPUT.FORMAT)
-    except OSError as error:
-        raise UserError(f"{path} can't be read as an image: {error}. Name another.") from error
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    image = resize.get_transform(image).apply_image(image)
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    run_command(main, parser().parse_args(words))

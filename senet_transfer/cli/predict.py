@@ -1,56 +1,56 @@
-"""Predicts on images, with a checkpoint of a run.
+"""Predict on images with the checkpoint of a run.
 
-A detector's objects are drawn on the images and written as a JSON in COCO's format. Of a
-classifier the best five classes of each image are printed and written as a JSON.
+The objects of a detector are drawn on the images and written as a JSON in COCO's format. The best
+five classes of a classifier are printed for each image and written as a JSON.
 """
 
 import argparse
 
-from senet_transfer.cli.arguments import Parser
-from senet_transfer.config import is_classification
-from senet_transfer.engine.classify import classify_images
-from senet_transfer.engine.launch import run_single
-from senet_transfer.engine.predictor import find_images, load_trained, predict_images
-from senet_transfer.engine.run_checks import check_augmentation
+from senet_transfer.cli.arguments import Parser, run_command
 from senet_transfer.errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--weights", required=True, help="a checkpoint of a trained model")
-    parser.add_argument(
-        "--config-file", default="", help="its config; default: the config.yaml beside it"
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="images, folders of images, or patterns"
-    )
-    parser.add_argument("--output", required=True, help="folder for the drawings and the JSON")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0-1")
-    parser.add_argument("--limit", type=int, help="take the first N images alone")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add = parser.add_argument
+    add("--weights", required=True, help="a checkpoint of a trained model")
+    add("--config-file", default="", help="its config; default: the config.yaml next to it")
+    add("--input", nargs="+", required=True, help="images, folders of images, or patterns")
+    add("--output", required=True, help="folder for the drawings and the JSON")
+    add("--threshold", type=float, default=0.5, help="least score, 0-1")
+    add("--limit", type=int, help="predict on the first N images only")
+    add("--tta", action="store_true", help="test-time augmentation")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
-def _predict(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
+    """Predict, and print what was found and written."""
+    from senet_transfer.config import is_classification
+    from senet_transfer.engine.inference.classify import classify_images
+    from senet_transfer.engine.inference.detect import predict_images
+    from senet_transfer.engine.inference.inputs import find_images, load_trained
+
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, expected 1 or more.")
-    options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
-    cfg = load_trained(args.weights, args.config_file, options)
-    check_augmentation(cfg)
     images = find_images(args.input)[: args.limit]
-    if is_classification(cfg):
-        json_file, found = classify_images(cfg, images, args.output, quiet=args.quiet)
-        for entry in found:
-            top = ", ".join(f"{row['class']} {row['probability']:.1%}" for row in entry["top"])
-            print(f"{entry['file_name']}: {top}")
-        print(f"{len(images)} images: predictions in {json_file}")
+    options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
+    loaded = load_trained(args.weights, args.config_file, options)
+    if not is_classification(loaded.cfg):
+        json_file = predict_images(
+            loaded, images, args.output, threshold=args.threshold, quiet=args.quiet
+        )
+        print(f"{len(images)} images: drawings in {args.output}, detections in {json_file}")
         return
-    json_file = predict_images(cfg, images, args.output, threshold=args.threshold, quiet=args.quiet)
-    print(f"{len(images)} images: drawings in {args.output}, detections in {json_file}")
+    json_file, found = classify_images(loaded, images, args.output, quiet=args.quiet)
+    for entry in found:
+        top = ", ".join(f"{row['class']} {row['probability']:.1%}" for row in entry["top"])
+        print(f"{entry['file_name']}: {top}")
+    print(f"{len(images)} images: predictions in {json_file}")
 
 
-def command() -> None:
-    """Runs as the command line says."""
-    run_single(_predict, _parser().parse_args())
+def command(words: list[str] | None = None) -> None:
+    """Run as the command line says."""
+    run_command(main, parser().parse_args(words))

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     """Run what is missing and print the table."""
     from detectron2.utils.logger import setup_logger
 
-    from senet_transfer.engine.repeated_runs import run_seeds, seeds_report
+    from senet_transfer.analysis.repeated_runs import run_seeds, seeds_report
 
     setup_logger(name="senet_transfer").setLevel(logging.INFO)
     results = run_seeds(

@@ -1,11 +1,15 @@
 """``senet train``: train or evaluate a model from a config."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import argument_parser as parser
 from senet_transfer.utils.import_hook import without_script_warnings
 
-__all__ = ["command", "parser"]
+if TYPE_CHECKING:
+    from senet_transfer.engine.setup import RunOptions
+
+__all__ = ["command", "parser", "run_options"]
 
 
 def command(words: list[str] | None = None) -> None:
@@ -16,7 +20,28 @@ def command(words: list[str] | None = None) -> None:
         from senet_transfer.engine.launch import run
         from senet_transfer.engine.train import main
 
-    run(main, args)
+    run(
+        main,
+        run_options(args),
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+    )
+
+
+def run_options(args: argparse.Namespace) -> "RunOptions":
+    """Return what the engine takes, of a command line that is parsed."""
+    from senet_transfer.engine.setup import RunOptions
+
+    return RunOptions(
+        config_file=args.config_file,
+        options=tuple(args.opts),
+        datasets=tuple(map(tuple, args.dataset)),
+        resume=args.resume,
+        eval_only=args.eval_only,
+        quiet=args.quiet,
+    )
 
 
 if __name__ == "__main__":

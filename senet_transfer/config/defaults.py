@@ -45,7 +45,7 @@ def add_senet_config(cfg: CfgNode) -> None:
 
 def _add_model_config(cfg: CfgNode) -> None:
     # The name of any model of `senet_transfer.list_models()`. Empty: `MODEL.RESNETS` describes a
-    # residual trunk (depth, groups, widths), as it does in Detectron2.
+    # residual backbone (depth, groups, widths), as it does in Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
     # Of Inception-ResNet-v2: "valid", the published network, or "same", for maps that are aligned
     # with the image. Empty: "same" under a detector, "valid" in a classifier.
@@ -104,7 +104,7 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # The images of a step are pushed through the network in this many parts, whose gradients are
     # added up: the batch of a large machine on a small one. Batch norm sees one part at a time.
     cfg.SOLVER.MICRO_BATCHES = 1
-    # Learning rate of the trunk as a multiple of that of the rest; below 1 to fine-tune gently.
+    # Learning rate of the backbone as a multiple of that of the rest; below 1 to fine-tune gently.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Batch norms keep their statistics for this many iterations at the end, so that training ends
     # with the network that is tested (the paper's appendix).

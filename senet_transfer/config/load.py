@@ -1,13 +1,17 @@
 """Reading configs: files, the names of this project's own, and options over them."""
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterator
 from importlib import resources
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
 
 from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
 
@@ -26,8 +30,8 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     if config_file:
         config_file = find_config(config_file)
         _check_config_file(config_file)
-        # Detectron2's default would run code that a file names in a YAML tag.
-        _merge(cfg, config_file, lambda path: cfg.merge_from_file(path, allow_unsafe=False))
+        with _merge_errors(config_file):
+            _merge_file(cfg, config_file)
     merge_options(cfg, options)
     return cfg
 
@@ -44,9 +48,13 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
             f"{' '.join(options)}. Put a value that has spaces in quotes."
         )
     if options:
-        options = _whole_numbers_as_floats(cfg, list(options))
-        _merge(cfg, "the command line", lambda _: cfg.merge_from_list(options))
+        for key in options[::2]:
+            if not _has_key(cfg, key):
+                raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
+        with _merge_errors("the command line"):
+            cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
     _check_nothing_is_missing(cfg)
+    check_elements(cfg)
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:
@@ -115,28 +123,73 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     ]
 
 
-def _merge(cfg: CfgNode, source: str, merge) -> None:
+@contextlib.contextmanager
+def _merge_errors(source: str) -> Iterator[None]:
+    """Raise UserError for the errors of Detectron2 and yacs on merging values into a config."""
     try:
-        merge(source)
+        yield
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {source} can't be read: {error}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"The config file {source} is not YAML: {error}") from error
-    except KeyError as error:
-        raise UserError(f"In {source}: {_explain_key(cfg, str(error.args[0]))}") from error
     except RecursionError as error:
         raise UserError(f"The config file {source} is its own _BASE_. Name another.") from error
-    except (ValueError, AssertionError, AttributeError, TypeError, SyntaxError) as error:
-        if "Non-existent" in str(error):
-            raise UserError(f"In {source}: {_explain_key(cfg, str(error))}") from error
+    except (
+        ValueError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+    ) as error:
         raise UserError(
             f"In {source}: {error}. Expected a value of the type of the key's default; see "
             "Detectron2's config reference and senet_transfer/config/defaults.py."
         ) from error
 
 
-def _explain_key(cfg: CfgNode, message: str) -> str:
-    key = message.rpartition(": ")[2]
-    near = difflib.get_close_matches(key, [name for name, _ in config_items(cfg)], n=3, cutoff=0.6)
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    """Merge a YAML file, and the files that it names as ``_BASE_``, into a config.
+
+    Raises:
+        UserError: a key that does not exist.
+    """
+    try:
+        # Detectron2's default would run code that a file names in a YAML tag.
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except KeyError as error:
+        unknown = next(_unknown_keys(cfg, cfg.load_yaml_with_base(path)), None)
+        if unknown is None:
+            raise
+        raise UserError(f"In {path}: {_explain_unknown(cfg, unknown)}") from error
+
+
+def _unknown_keys(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a file's content that a config does not have."""
+    for key, value in content.items():
+        if key not in cfg:
+            if not cfg.is_new_allowed():
+                yield f"{prefix}{key}"
+        elif isinstance(value, dict) and isinstance(cfg[key], CfgNode):
+            yield from _unknown_keys(cfg[key], value, f"{prefix}{key}.")
+
+
+def _has_key(cfg: CfgNode, key: str) -> bool:
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _explain_unknown(cfg: CfgNode, key: str) -> str:
+    known = [
+        ".".join(parts[:n])
+        for name, _ in config_items(cfg)
+        for parts in [name.split(".")]
+        for n in range(1, len(parts) + 1)
+    ]
+    near = difflib.get_close_matches(key, dict.fromkeys(known), n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
-    return f"{message}. {hint}"
+    return f"There is no config key {key}. {hint}"

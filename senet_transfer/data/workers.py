@@ -1,10 +1,56 @@
-"""What every worker process of a data loader begins with."""
+"""Worker processes of data loaders: how they start, and how their errors reach the main process.
+
+torch raises what a worker raised with the worker's traceback in the message. A UserError is meant
+for users, so it is returned by the worker as a value, and raised in the main process.
+"""
 
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+
+from senet_transfer.errors import UserError
+
+
+class ErrorsAsValues:
+    """A function that returns the UserError that another one raises.
+
+    Args:
+        function: takes one argument.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __call__(self, item: Any) -> Any:
+        try:
+            return self.function(item)
+        except UserError as error:
+            return error
+
+
+class RaisingLoader:
+    """A data loader that raises a UserError that is in a batch, or in a batch's place.
+
+    Args:
+        loader: yields batches; those that are lists are searched.
+    """
+
+    def __init__(self, loader: Iterable[Any]):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            for item in batch if isinstance(batch, list) else [batch]:
+                if isinstance(item, UserError):
+                    raise item
+            yield batch
 
 
 def init_worker(_worker: int) -> None:

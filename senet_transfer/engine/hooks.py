@@ -1,4 +1,4 @@
-"""What happens around a step of training, each in a hook of its own."""
+"""Hooks of the train loop, one for each thing that happens around a step."""
 
 import contextlib
 import logging
@@ -15,29 +15,30 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from senet_transfer.data.detection.loader import seed_generators
 from senet_transfer.engine import signals as interruption
-from senet_transfer.engine.checkpoints.checkpoint_history import damage
+from senet_transfer.engine.checkpoints.checkpoint_history import verify_checkpoint
 from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
-from senet_transfer.engine.lr_schedule import PlateauLR, lower_is_better
+from senet_transfer.engine.solver import PlateauLR, lower_is_better
 from senet_transfer.errors import UserError
 
 BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 logger = logging.getLogger(__name__)
 
 
-class Clock(HookBase):
-    """Measures the steps since the run began or was resumed; the first of the hooks.
+class StepTimer(HookBase):
+    """Timer of the steps since the run began or was resumed; the first of the hooks.
 
-    Evaluation and saving are not in steps.
+    Evaluation and saving are not counted.
 
     Attributes:
-        seconds: of all steps.
-        steps: how many.
+        seconds: total time of the steps.
+        steps: number of steps.
     """
 
     def __init__(self) -> None:
@@ -46,11 +47,11 @@ class Clock(HookBase):
         self._start = 0.0
 
     def before_step(self) -> None:
-        """Looks at the time."""
+        """Start timing a step."""
         self._start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Adds what has passed."""
+        """Add the time of the step."""
         self.seconds += time.perf_counter() - self._start
         self.steps += 1
 
@@ -119,7 +120,7 @@ class FrozenStatistics(HookBase):
             model: with batch norms.
             iterations: how many, at the end of the run.
         """
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
 
     def before_step(self) -> None:
@@ -134,8 +135,8 @@ class FrozenStatistics(HookBase):
             norm.train()
 
 
-class WeightAverage(HookBase):
-    """An exponential moving average of weights and statistics: EMA.
+class ModelEMA(HookBase):
+    """Exponential moving average (EMA) of a model's weights and running statistics.
 
     After step t the average is ``d * average + (1 - d) * weights`` with
     ``d = min(decay, (1 + t) / (10 + t))``, so that a short run forgets its random start.
@@ -144,8 +145,8 @@ class WeightAverage(HookBase):
     def __init__(self, model: nn.Module, decay: float):
         """
         Args:
-            model: what is trained, without a wrapper for distributed training.
-            decay: 0-1.
+            model: the trained model, without a wrapper for distributed training.
+            decay: largest share of the average that a step keeps, 0-1.
         """
         self.model = model
         self.decay = decay
@@ -153,13 +154,13 @@ class WeightAverage(HookBase):
         self.average: dict[str, Tensor] = {}
 
     def before_train(self) -> None:
-        """Begins with the model's weights, unless resumed."""
+        """Start from the model's weights, unless the run is resumed."""
         if not self.average:
             self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Takes the step into the average."""
+        """Update the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in self._tensors().items():
@@ -173,7 +174,7 @@ class WeightAverage(HookBase):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average within, and its own weights after."""
+        """Give the model the average inside the context, and its own weights back after it."""
         own = {k: v.detach().clone() for k, v in self._tensors().items()}
         self._write(self.average)
         try:
@@ -260,7 +261,7 @@ class BestModel(_AfterEvaluation):
         period: int,
         metric: str,
         checkpointer: UntaggedCheckpointer,
-        average: WeightAverage | None = None,
+        average: ModelEMA | None = None,
     ):
         """
         Args:
@@ -279,7 +280,7 @@ class BestModel(_AfterEvaluation):
         path = Path(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
         if self.trainer.start_iter == 0 or not path.is_file():
             return
-        if problem := damage(path):
+        if problem := verify_checkpoint(path):
             logger.error("The best model so far is lost, the next one takes its place: %s", problem)
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -303,7 +304,7 @@ class BestModel(_AfterEvaluation):
 class AverageSaver(HookBase):
     """Writes the averaged model to ``model_ema.pth`` when training has ended."""
 
-    def __init__(self, average: WeightAverage, checkpointer: UntaggedCheckpointer):
+    def __init__(self, average: ModelEMA, checkpointer: UntaggedCheckpointer):
         """
         Args:
             average: to save.
@@ -320,9 +321,9 @@ class AverageSaver(HookBase):
 
 
 class CheckpointSaver(PeriodicCheckpointer):
-    """Detectron2's, in all processes: they agree on what a run that is told to stop saves.
+    """Detectron2's PeriodicCheckpointer, which also saves before a graceful shutdown.
 
-    A save that fails in the main process ends the run in all.
+    It runs in all processes, so that a failure of the main one to save ends the run in all.
     """
 
     def after_step(self) -> None:
@@ -346,11 +347,14 @@ class CheckpointSaver(PeriodicCheckpointer):
             raise error
 
 
-class StopWhenTold(HookBase):
-    """Ends the run after a step in which it was told to stop; the last of the hooks."""
+class GracefulStop(HookBase):
+    """Graceful shutdown on SIGTERM or Ctrl-C, at the end of a step; the last of the hooks."""
 
     def after_step(self) -> None:
-        """Exits with a status of its own, after what the step leads to, such as an evaluation."""
+        """Exit with status 75 if any process was asked to stop in this step.
+
+        Checkpoints and evaluations that are due after the step have run by then.
+        """
         if self.trainer.stops and self.trainer.iter + 1 < self.trainer.max_iter:
             logger.warning(
                 "Stopped after iteration %d, saved. Go on with --resume.", self.trainer.iter

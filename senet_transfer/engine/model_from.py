@@ -1,6 +1,9 @@
-"""The model that is meant by a name, a config or a checkpoint, as a config in each case."""
+"""One path from a name, a config file or a weight file to a model."""
 
+import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -8,73 +11,173 @@ from torch import nn
 
 from senet_transfer.config import META_ARCHITECTURE, get_senet_config
 from senet_transfer.config.load import load_config, merge_options
+from senet_transfer.data.cifar.in_memory import SIDE
+from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.models.empty import built_empty, fill_empty
+from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
+from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights import apply_file_geometry
-from senet_transfer.weights.file_geometry import local_weights
-from senet_transfer.weights.mapping.source import examine
+from senet_transfer.weights.file_geometry import (
+    OPTION_KEYS,
+    examine_config_weights,
+    local_weights,
+)
+from senet_transfer.weights.load import load_source
+from senet_transfer.weights.mapping.source import Source, examine
+
+logger = logging.getLogger(__name__)
 
 
-def model_config(
-    model: str = "", config_file: str = "", weights: str = "", options: list[str] = ()
-) -> CfgNode:
-    """The config of the model that is meant.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode.
+
+    Attributes:
+        model: the model, on the device of the config.
+        cfg: its config.
+        family: the family of its weight file; empty with random weights.
+    """
+
+    model: nn.Module
+    cfg: CfgNode
+    family: str = ""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The format, size and normalisation of images that the model expects."""
+        return preprocessing_of(self.cfg)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of its classes; empty if they are not known."""
+        return list(self.cfg.DATASETS.CLASSES)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not built yet.
+
+    Attributes:
+        cfg: its config; ``MODEL.WEIGHTS`` is its weight file.
+        source: that file, or the checkpoint to take instead, if it has been read already.
+        config_file: the file that the config was read from; empty for a model known by its name.
+    """
+
+    cfg: CfgNode
+    source: Source | None = None
+    config_file: str = ""
+
+    def build(self, device: str = "") -> LoadedModel:
+        """Build the model as its weight file needs it, and fill all of it from the file.
+
+        Args:
+            device: such as "cpu" or "cuda:1"; empty for ``MODEL.DEVICE``. Without any GPU it is
+                the CPU.
+
+        Raises:
+            UserError: the file can't be read, or does not fit the model down to the number of
+                classes; there is no such device.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        use_available_device(cfg, logger)
+        source = self.source or examine_config_weights(cfg)
+        if source is None:
+            return LoadedModel(build_model(cfg).eval(), cfg)
+        apply_file_geometry(cfg, source)
+        model = build_model(cfg)
+        load_source(model, source, exact=True)
+        return LoadedModel(model.eval(), cfg, source.family.name)
+
+
+def find_model(
+    model: str = "",
+    config_file: str = "",
+    weights: str = "",
+    *,
+    family: str = "",
+    options: Sequence[str] = (),
+) -> ModelSource:
+    """Find the config and the weights of a model.
 
     Args:
-        model: a name of :func:`senet_transfer.list_models`: a classifier, with what
-            ``create_classifier`` builds of it.
-        config_file: a config, in place of a name.
-        weights: a weight file, which has the last word on geometry and preprocessing. With it
-            alone, the model is that of the config.yaml beside it, or else what the file says.
-        options: alternating keys and values over the config.
+        model: a name of :func:`senet_transfer.list_models`, for the classifier that
+            ``create_classifier`` builds.
+        config_file: a config, instead of a name.
+        weights: a weight file, whose geometry overrides the config's; empty for
+            ``MODEL.WEIGHTS``. Given alone, the model is that of the ``config.yaml`` next to it, or
+            else the network that the file holds.
+        family: the family of ``weights``, if its tensor names fit several.
+        options: alternating keys and values that override the config.
 
     Raises:
-        UserError: none or two of them say what the model is, or one makes no sense.
+        UserError: the arguments name no model, or two; a file is missing or invalid.
     """
     if model and config_file:
         raise UserError("--model and --config-file both say what the model is. Give one of them.")
-    beside = os.path.join(os.path.dirname(weights), "config.yaml")
-    if weights and not model and not config_file and os.path.isfile(beside):
-        config_file = beside
-    if config_file:
-        cfg = load_config(config_file, list(options))
-        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
-        if weights:
-            apply_file_geometry(cfg)
-        return cfg
-    stated: list[str] = []
-    if weights:
-        name, stated = _of_file(weights)
-        model = model or name
     if not model:
+        config_file = config_file or config_next_to(weights)
+    family = family or dict(zip(options[::2], options[1::2], strict=False)).get(
+        "MODEL.WEIGHTS_FAMILY", ""
+    )
+    if config_file:
+        cfg, source = load_config(config_file, list(options)), None
+    else:
+        cfg, source = _named(model, weights, family)
+        merge_options(cfg, list(options))
+    if weights:
+        if family or weights != cfg.MODEL.WEIGHTS:
+            # A config's own family is that of the weights that its training started from.
+            cfg.MODEL.WEIGHTS_FAMILY = family
+        cfg.MODEL.WEIGHTS = weights
+    return ModelSource(cfg, source, config_file)
+
+
+def config_next_to(weights: str) -> str:
+    """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
+    path = os.path.join(os.path.dirname(weights), "config.yaml")
+    return path if weights and os.path.isfile(path) else ""
+
+
+def model_config(
+    model: str = "", config_file: str = "", weights: str = "", options: Sequence[str] = ()
+) -> CfgNode:
+    """Return the config of a model to be counted, arguments as for :func:`find_model`.
+
+    The file that the config itself names as ``MODEL.WEIGHTS`` is not read.
+    """
+    found = find_model(model, config_file, weights, options=options)
+    if weights:
+        apply_file_geometry(found.cfg, found.source)
+    return found.cfg
+
+
+def build_to_count(cfg: CfgNode) -> nn.Module:
+    """Build the config's model on the CPU with all weights zero, which takes no time."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with built_empty():
+        model = build_model(cfg)
+    return fill_empty(model).eval()
+
+
+def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None]:
+    """Return the config of the classifier that ``create_classifier`` builds, and its weights."""
+    if name:
+        model_entry(name)  # An unknown name is an error before a large file is read.
+    source = examine(*local_weights(weights, family or None)) if weights else None
+    architecture = source.architecture if source else None
+    name = name or (architecture.name if architecture else "")
+    if not name:
         raise UserError(
             "What is the model? Give --model NAME (see senet_transfer.list_models()), "
             "--config-file, or a checkpoint that says what it is as --weights."
         )
-    cfg = _named(model)
-    merge_options(cfg, [*stated, *options])
-    cfg.MODEL.WEIGHTS = weights
-    apply_file_geometry(cfg)
-    return cfg
-
-
-def _of_file(weights: str) -> tuple[str, list[str]]:
-    """The name of a file's network, empty where it can't be told, and the options it needs."""
-    arch = examine(*local_weights(weights)).architecture
-    if arch is None:
-        return "", []
-    stated = []
-    if arch.classes:
-        stated += ["MODEL.CLASSIFIER.NUM_CLASSES", str(arch.classes)]
-    if arch.se_stages and arch.se_ratio:
-        stated += ["MODEL.SE.STAGES", str(arch.se_stages), "MODEL.SE.RATIO", str(arch.se_ratio)]
-    return arch.name, stated
-
-
-def _named(name: str) -> CfgNode:
-    """The config of the classifier that ``create_classifier`` builds of a name."""
-    preprocessing = model_entry(name).preprocessing
+    preprocessing = (source.preprocessing if source else None) or model_entry(name).preprocessing
     cfg = get_senet_config()
     cfg.MODEL.META_ARCHITECTURE = META_ARCHITECTURE
     cfg.MODEL.BACKBONE.NAME = "build_senet_backbone"
@@ -88,14 +191,10 @@ def _named(name: str) -> CfgNode:
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize
     cfg.INPUT.CLASSIFICATION.TEST_CROP = preprocessing.crop
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
-    return cfg
-
-
-def build_to_count(cfg: CfgNode) -> nn.Module:
-    """The config's model on the CPU with all weights zero, which takes no time to build."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    with built_empty():
-        model = build_model(cfg)
-    return fill_empty(model).eval()
+    if preprocessing.resize == SIDE:
+        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The augmentation of such small images.
+    if architecture and architecture.classes:
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = architecture.classes
+    for option, value in (source.options() if source else {}).items():
+        cfg.merge_from_list([OPTION_KEYS[option], value])
+    return cfg, source

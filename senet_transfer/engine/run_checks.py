@@ -16,9 +16,9 @@ from detectron2.utils import comm
 from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
-from senet_transfer.engine.lr_schedule import check_epochs
+from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError
-from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.build import backbone_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
@@ -78,11 +78,11 @@ def _check_names(cfg: CfgNode) -> None:
     c4 = cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
     of_ours = cfg.MODEL.BACKBONE.NAME == "build_senet_backbone"
     if c4 and of_ours and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
-        entry, _ = trunk_from_config(cfg)
+        entry, _ = backbone_from_config(cfg)
         if entry.has_se and 5 in cfg.MODEL.SE.STAGES:
             raise UserError(
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
-                "the trunk. Set it to SENetRes5ROIHeads."
+                "the backbone. Set it to SENetRes5ROIHeads."
             )
 
 

@@ -1,9 +1,10 @@
-"""From a command line to a config that a run can start with."""
+"""From what a run is asked for to a config that it can start with."""
 
-import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.config import is_classification
-from senet_transfer.config.load import find_config, load_config
+from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.detection.coco import register_datasets, registered_entry
 from senet_transfer.data.detection.dataset_checks import (
@@ -39,14 +40,36 @@ _RECORDED = (
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Makes everything ready for a run: config, logging, data sets, device, checks.
+@dataclass(frozen=True)
+class RunOptions:
+    """A run of training or evaluation, as a command line or a Python caller asks for it.
+
+    Attributes:
+        config_file: a YAML file, or the name of one of this project's configs; empty for the
+            defaults.
+        options: alternating config keys and values, which override the file's.
+        datasets: data sets in COCO's format to register: name, JSON and image folder of each.
+        resume: continue from the newest checkpoint in ``OUTPUT_DIR``.
+        eval_only: evaluate ``MODEL.WEIGHTS`` instead of training.
+        quiet: write the log to ``log.txt`` only, except for warnings.
+    """
+
+    config_file: str = ""
+    options: Sequence[str] = ()
+    datasets: Sequence[Sequence[str]] = ()
+    resume: bool = False
+    eval_only: bool = False
+    quiet: bool = False
+
+
+def setup(options: RunOptions) -> CfgNode:
+    """Make everything ready for a run: config, logging, data sets, device, checks.
 
     Writes the full config, the command line and the versions of everything to the output folder.
 
     Args:
-        args: of :func:`senet_transfer.cli.arguments.argument_parser`. ``resume`` is set where
-            the launcher has started the same command again after a failure.
+        options: of the run. A run that a launcher has started again after a failure is resumed
+            without ``resume``, see :func:`resumes`.
 
     Returns:
         The config, frozen.
@@ -55,22 +78,22 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: the run can't start as asked; the message says why and what to do.
     """
     try:
-        cfg = _prepare(args)
+        cfg = _prepare(options)
     except UserError as error:
         error.on_all_ranks = True
         raise
     cfg.freeze()
-    _start(cfg, args)
+    _start(cfg, options)
     return cfg
 
 
-def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """As Detectron2's default_setup, which can leave half a config where it is interrupted."""
+def _start(cfg: CfgNode, options: RunOptions) -> None:
+    """Do what Detectron2's default_setup does, with files that are written atomically."""
     rank = comm.get_rank()
-    _logger("fvcore", cfg, args)
-    logger = _logger("detectron2", cfg, args)
+    _logger("fvcore", cfg, quiet=options.quiet)
+    logger = _logger("detectron2", cfg, quiet=options.quiet)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Command line arguments: %s", args)
+    logger.info("Options: %s", options)
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", cfg.dump())
         history.write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
@@ -78,36 +101,41 @@ def _start(cfg: CfgNode, args: argparse.Namespace) -> None:
         logger.info("Environment:\n%s", environment)
         history.write_text(Path(cfg.OUTPUT_DIR, "environment.txt"), environment)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
-    if not args.eval_only:
+    if not options.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
-def _was_restarted(cfg: CfgNode) -> bool:
-    """Whether torchrun or SLURM starts this command again, and it has got somewhere before."""
+def resumes(cfg: CfgNode, options: RunOptions) -> bool:
+    """Return whether a run continues from a checkpoint.
+
+    It does if it is asked to. A training run also does if torchrun or SLURM has started it again
+    after a failure, and there is a checkpoint. All processes of a job have to call this at once.
+    """
+    if options.resume or options.eval_only:
+        return options.resume
     counts = (os.environ.get(name, "") for name in _RESTARTS)
     again = any(count.isdigit() and int(count) > 0 for count in counts)
     # As the main process sees it: another may see its first checkpoint a moment later.
     return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
 
 
-def _prepare(args: argparse.Namespace) -> CfgNode:
-    if args.config_file:
-        args.config_file = find_config(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
-    logger = _start_logging(cfg, args)
-    if not (args.resume or args.eval_only) and _was_restarted(cfg):
+def _prepare(options: RunOptions) -> CfgNode:
+    eval_only = options.eval_only
+    cfg = load_config(options.config_file, list(options.options))
+    logger = _start_logging(cfg, quiet=options.quiet)
+    resume = resumes(cfg, options)
+    if resume and not options.resume:
         logger.warning("The command was started again after a failure: the run is resumed.")
-        args.resume = True
     use_available_device(cfg, logger)
-    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *args.dataset]
+    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *map(list, options.datasets)]
     if is_classification(cfg):
-        use_classification_datasets(cfg, eval_only=args.eval_only)
+        use_classification_datasets(cfg, eval_only=eval_only)
     else:
-        use_datasets(cfg, eval_only=args.eval_only, keep_classes=args.eval_only or args.resume)
-    check_run(cfg, eval_only=args.eval_only, resume=args.resume)
-    resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if args.resume else None
+        use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
+    check_run(cfg, eval_only=eval_only, resume=resume)
+    resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     apply_file_geometry(cfg, resumed)
-    if args.resume and not args.eval_only:
+    if resume and not eval_only:
         _compare_with_begun(cfg, logger)
     return cfg
 
@@ -122,11 +150,11 @@ def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
     check_changes(cfg, before)
 
 
-def _start_logging(cfg: CfgNode, args: argparse.Namespace) -> logging.Logger:
+def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
     try:
         if comm.is_main_process():
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        return _logger("senet_transfer", cfg, args)
+        return _logger("senet_transfer", cfg, quiet=quiet)
     except OSError as error:
         raise UserError(
             f"The output folder {cfg.OUTPUT_DIR} can't be written: {error}. "
@@ -134,10 +162,10 @@ def _start_logging(cfg: CfgNode, args: argparse.Namespace) -> logging.Logger:
         ) from error
 
 
-def _logger(name: str, cfg: CfgNode, args: argparse.Namespace) -> logging.Logger:
-    """Detectron2's logger to the terminal and ``log.txt``; with ``--quiet`` to the latter alone."""
+def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
+    """Return Detectron2's logger, which writes to the terminal, unless quiet, and ``log.txt``."""
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-    if args.quiet:
+    if quiet:
         for handler in logger.handlers:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.setLevel(logging.WARNING)

@@ -1,59 +1,68 @@
-"""One run from a command line: training or evaluation, ended by ``results.json``."""
+"""One run of training or evaluation, which ends by writing ``results.json``."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
-from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import metrics, write_results
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.utils.progress import no_bars
+from senet_transfer.utils.read_once import read_once
+from senet_transfer.weights.file_geometry import examine_config_weights
 
 RESULTS = "results.json"
 
 
-def main(args: argparse.Namespace) -> None:
-    """Runs in every process of the job, and leaves ``OUTPUT_DIR/results.json`` when it is through.
+def main(options: RunOptions) -> None:
+    """Train or evaluate, and write ``OUTPUT_DIR/results.json`` at the end.
+
+    To be called in every process of the job, see :func:`~senet_transfer.engine.launch.run`.
 
     Args:
-        args: of :func:`~senet_transfer.cli.arguments.argument_parser`.
+        options: of the run.
+
+    Raises:
+        UserError: the run can't start as asked; the message says why and what to do.
+        RunError: it can't continue.
     """
-    with no_bars(args.quiet):
-        cfg = setup(args)
-        results = _evaluate(cfg, args.resume) if args.eval_only else _train(cfg, args.resume)
+    with no_bars(options.quiet):
+        with read_once():
+            cfg = setup(options)
+            load = _load_model if options.eval_only else _load_trainer
+            loaded = load(cfg, resumes(cfg, options))
+        results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
-        if args.quiet:  # otherwise the log has them
+        if options.quiet:  # otherwise the log has them
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if args.eval_only:  # a training run has been held to them by Detectron2's trainer
+        if options.eval_only:  # Trainer.train has compared those of a training run
             verify_results(cfg, results)
 
 
-def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """Return the model to evaluate, all of it loaded: nothing untrained is evaluated."""
+    checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
+    return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
+
+
+def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
-    # Without DATASETS.TEST there was no evaluation.
-    found = getattr(trainer, "_last_eval_results", {})
     training = {"iterations": trainer.iter}
-    if trainer.clock.steps:
-        training["seconds_per_iteration"] = trainer.clock.seconds / trainer.clock.steps
-    return {**found, "training": training}
-
-
-def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    model = Trainer.build_model(cfg)
-    # The whole model, or else what is new in it would be evaluated, too.
-    if resume:
-        Checkpointer(model).load(str(newest_whole(cfg.OUTPUT_DIR)))
-    else:
-        Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
-    return Trainer.evaluate(cfg, model)
+    if trainer.timer.steps:
+        training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
+    return {**trainer.results, "training": training}

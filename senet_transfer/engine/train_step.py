@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class StepTrainer(SimpleTrainer):
             UserError: another type, or no parts.
         """
         super().__init__(model, data_loader, optimizer)
+        self._batches: Iterator[Any] | None = None
         self.device_type = next(model.parameters()).device.type
         if dtype == "":
             dtype = "float16" if self.device_type == "cuda" else "bfloat16"
@@ -63,6 +65,11 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(
             self.device_type, enabled=self.dtype == torch.float16
         )
+
+    def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
+        """Replace the data loader by what a function returns."""
+        super().reset_data_loader(data_loader_builder)
+        self._batches = None
 
     def run_step(self) -> None:
         """One step of training, or none where a number in it is not finite on any process.
@@ -91,7 +98,7 @@ class StepTrainer(SimpleTrainer):
         if problem:
             self.guard.refuse(problem, self.iter, batch)
             return
-        self._write_metrics(totals, data_time)
+        self.write_metrics(totals, data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -100,7 +107,9 @@ class StepTrainer(SimpleTrainer):
         start = time.perf_counter()
         batch = problem = None
         try:
-            batch = next(self._data_loader_iter)
+            if self._batches is None:
+                self._batches = iter(self.data_loader)
+            batch = next(self._batches)
         except UserError as error:
             problem = error
         seconds = time.perf_counter() - start

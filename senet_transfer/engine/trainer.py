@@ -1,7 +1,6 @@
 """The one train loop of this project, which is Detectron2's."""
 
 import contextlib
-import functools
 import logging
 import os
 import weakref
@@ -10,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.validation import config_errors
@@ -30,19 +27,21 @@ from senet_transfer.data import build as classification
 from senet_transfer.data.classification.loader import ClassificationLoader
 from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
-from senet_transfer.data.workers import init_worker
-from senet_transfer.engine import hooks
-from senet_transfer.engine import lr_schedule as schedule
+from senet_transfer.data.workers import RaisingLoader
+from senet_transfer.engine import hooks, solver
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.optimizer import build_optimizer
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.evaluation.evaluator import ClassificationEvaluator
+from senet_transfer.utils.private_api import limit_history
 
 # Values of a metric that are kept for smoothing.
 _HISTORY = 400
+
+# The hooks of version 0.1 by whose names their states are in checkpoints, and today's names.
+_HOOK_NAMES = {"WeightAverage": "ModelEMA"}
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,10 @@ class Trainer(DefaultTrainer):
     What differs: images are checked against their JSON entries, checkpoints are loaded strictly,
     mixed precision and several processes work on a CPU, evaluation can add test-time
     augmentation, and the solver has the options of ``senet_transfer/config/defaults.py``.
+
+    Attributes:
+        results: the metrics of the last evaluation, by task; empty before the first one.
+        periodic_writers: the hooks that write metrics.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -67,7 +70,7 @@ class Trainer(DefaultTrainer):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
-            cfg = schedule.epochs_to_iterations(cfg, images)
+            cfg = solver.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
         with config_errors("model"):
             model = self.build_model(cfg)
@@ -94,11 +97,12 @@ class Trainer(DefaultTrainer):
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             trainer=weakref.proxy(self),
         )
+        self.results: OrderedDict = OrderedDict()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self.average: hooks.WeightAverage | None = None
-        self.clock = hooks.Clock()
+        self.average: hooks.ModelEMA | None = None
+        self.timer = hooks.StepTimer()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -121,13 +125,21 @@ class Trainer(DefaultTrainer):
                 lambda: self.build_train_loader(self.cfg, self.step_seed.seed, self.start_iter)
             )
 
+    def train(self) -> None:
+        """Train to the last iteration, and compare the metrics with ``TEST.EXPECTED_RESULTS``."""
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        if comm.is_main_process():
+            verify_results(self.cfg, self.results)
+
     def state_dict(self) -> dict[str, Any]:
         """As Detectron2's; with what the course of a run depends on beside its config."""
         return {**super().state_dict(), "divided": self._division()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Detectron2's; says where a resumed run can't be the unbroken one to the last bit."""
-        super().load_state_dict(state_dict)
+        """Restore a state; warn if the resumed run can't equal the unbroken one bit for bit."""
+        hooks_state = state_dict.get("hooks", {})
+        renamed = {_HOOK_NAMES.get(name, name): state for name, state in hooks_state.items()}
+        super().load_state_dict({**state_dict, "hooks": renamed})
         now = self._division()
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
@@ -145,9 +157,8 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """As Detectron2's, which would keep a million values of each metric and log the last 20."""
-        short = functools.partial(HistoryBuffer, max_length=_HISTORY)
-        self.storage._history.default_factory = short
+        """Run the hooks; Detectron2 would keep a million values of each metric to log 20."""
+        limit_history(self.storage, _HISTORY)
         super().before_train()
 
     def after_train(self) -> None:
@@ -156,26 +167,25 @@ class Trainer(DefaultTrainer):
             super().after_train()
             return
         self.storage.iter = self.iter
-        for hook in self._hooks:
-            if isinstance(hook, PeriodicWriter):
-                # What ended the run is said, not what follows from it on a full disk.
-                with contextlib.suppress(OSError):
-                    hook.after_train()
+        for writer in self.periodic_writers:
+            # The error that ended the run is reported, not what follows from it on a full disk.
+            with contextlib.suppress(OSError):
+                writer.after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """The config's optimizer."""
-        return build_optimizer(cfg, model)
+        return solver.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         """Detectron2's schedules, and "WarmupPlateauLR"."""
-        return schedule.build_lr_scheduler(cfg, optimizer)
+        return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(
         cls, cfg: CfgNode, seed: int | None = None, start_iter: int = 0
-    ) -> DataLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader:
         """The training data from an iteration on, its order and augmentation as a seed says."""
         if seed is None:
             seed = comm.shared_random_seed()
@@ -187,14 +197,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
-    ) -> DataLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader:
         """Detectron2's loader, with images checked; a classifier's."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = init_worker
-        return loader
+        return detection.build_test_loader(cfg, dataset_name, mapper)
 
     @classmethod
     def build_evaluator(
@@ -255,18 +263,18 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
-            self.average = hooks.WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+            self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY)
         theirs = super().build_hooks()
-        writer = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
+        self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
-        first = [self.clock, *(hook for hook in theirs if not isinstance(hook, replaced))]
+        first = [self.timer, *(hook for hook in theirs if not isinstance(hook, replaced))]
         saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        last = [*writer, hooks.StopWhenTold()]
+        last = [*self.periodic_writers, hooks.GracefulStop()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:
             evaluate = EvalHook(0, lambda: self._test_with_augmentation(cfg, self.model))
             evaluation.append(evaluate)
-        if isinstance(self.scheduler, schedule.PlateauLR):
+        if isinstance(self.scheduler, solver.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
             # A checkpoint has to know of the evaluation that was made at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]
@@ -298,8 +306,8 @@ class Trainer(DefaultTrainer):
 
     def _evaluate_in_training(self) -> OrderedDict:
         with self.average.in_place() if self.average else contextlib.nullcontext():
-            self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+            self.results = self.test(self.cfg, self.model)
+        return self.results
 
 
 def _distribute(model: nn.Module) -> nn.Module:

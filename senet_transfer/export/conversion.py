@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from senet_transfer.errors import UserError
-from senet_transfer.models.classifier import Classifier
-from senet_transfer.models.registry import build_trunk, list_models, model_entry, options_of_file
+from senet_transfer.models.classifier import build_classifier
+from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.convert import family_of, target_for, write_converted
 from senet_transfer.weights.file_geometry import local_weights
@@ -111,12 +111,13 @@ def _is_registered(source: Source) -> bool:
 
 
 def _model(source: Source) -> nn.Module:
-    """A model of the file's network, with its classifier if it has one."""
+    """Build a model of the file's network, with its classifier if it has one."""
     entry = model_entry(source.architecture.name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
-    trunk = build_trunk(entry, norm=norm, **options_of_file(entry, source, {}))
     classes = source.architecture.classes
-    return Classifier(trunk, num_classes=classes, neck=entry.neck) if classes else trunk
+    if classes:
+        return build_classifier(entry, classes, source, norm=norm)
+    return build_backbone(entry, source, norm=norm)
 
 
 def _check_complete(source: Source) -> None:

@@ -19,7 +19,7 @@ def deploy(model: nn.Module) -> nn.Module:
     a 1x1 convolution is computed from that convolution's input, which has fewer channels.
 
     Args:
-        model: a trunk, a classifier or a detector. It is left as it is.
+        model: a backbone, a classifier or a detector. It is left as it is.
 
     Returns:
         A network in evaluation mode that computes the same to rounding. Its parameters don't

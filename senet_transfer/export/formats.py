@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """A trunk or a classifier from RGB images of 0-255, so that no user has to normalise."""
+    """A backbone or a classifier from RGB images of 0-255, so that no user has to normalise."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
@@ -52,12 +52,12 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
 ) -> float:
-    """Writes a trunk or a classifier, norms folded, and compares what was written with it.
+    """Writes a backbone or a classifier, norms folded, and compares what was written with it.
 
     The batch size stays open, height and width are fixed.
 
     Args:
-        network: takes normalised images; a classifier returns logits, a trunk a dict of maps.
+        network: takes normalised images; a classifier returns logits, a backbone a dict of maps.
         path: the file to write.
         form: a key of :data:`FORMATS`.
         preprocessing: what the network expects; becomes a part of what is written and, in ONNX,

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation, mean_of_maps
+from senet_transfer.utils.private_api import has_hooks, intercepts_operators
 
 # Positions of a map up to which computing it once more costs less than going through gradients of
 # the weights of each image: reading one takes as long as a hundred multiplications or two.
@@ -109,20 +109,13 @@ def _choose(
 
 
 def _is_watched(*modules: nn.Module) -> bool:
-    """Whether something relies on the modules' being called, or on plain operators."""
+    """Return whether something relies on the modules being called, or on plain operators."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.jit.is_scripting()
-        or torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
-        or any(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in modules
-        )
+        or intercepts_operators()
+        or any(map(has_hooks, modules))
     )
 
 
@@ -166,7 +159,7 @@ def _learning(se: SqueezeExcitation) -> list[nn.Parameter]:
 
 def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     norm = conv.norm
-    x = conv._conv_forward(x, conv.weight, None)
+    x = _conv_forward(conv, x, conv.weight, None)
     # Under autocast convolutions return another type; and one value a channel has no variance,
     # which the norm itself says best.
     if x.dtype != shortcut.dtype or x.numel() == x.shape[1]:
@@ -332,6 +325,11 @@ def _by_image(
     return dx, dfolded, dgate
 
 
+def _conv_forward(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a layer makes of ``x`` with other weights, without its norm."""
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def _convolve(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     # In the type of the maps, whatever autocast would take.
     with torch.autocast(x.device.type, enabled=False):
@@ -352,7 +350,8 @@ def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tens
     # Scaling the weights costs less than a norm's pass over the map, where that is large.
     if conv.norm is not None and x.shape[2] * x.shape[3] > x.shape[1] // conv.groups:
         scale, shift = _fold(conv.norm)
-        out = conv._conv_forward(x, _folded(conv.weight, scale, x.dtype), shift.to(x.dtype))
+        weight = _folded(conv.weight, scale, x.dtype)
+        out = _conv_forward(conv, x, weight, shift.to(x.dtype))
     else:
         out = conv(x)
     return torch.addcmul(shortcut, out, se.gate(out) if gate is None else gate, out=out)

@@ -161,7 +161,7 @@ class SqueezeExcitation(nn.Module):
         """Starts fc1 from He's initialisation and the gates open.
 
         With biases, fc2 starts from weight 0 and a bias at which every gate is 0.98 (sigmoid),
-        whatever the input. A trunk that takes over the weights of a plain ResNet then computes
+        whatever the input. A backbone that takes over the weights of a plain ResNet then computes
         what that ResNet computes to within 2% a residual branch, and training moves the gates
         from there: half-open gates, which random weights around zero give, would halve every
         residual branch and ruin the features, which frozen batch norms can't repair. From

@@ -1,4 +1,4 @@
-"""From a Detectron2 config to a trunk: the only place that reads config keys for networks."""
+"""From a Detectron2 config to a backbone: the only place that reads config keys for networks."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -12,12 +12,11 @@ from torch import nn
 
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import NORMS
 from senet_transfer.models.backbones.resnet import build_resnet
-from senet_transfer.models.registry import ModelEntry, build_trunk, model_entry
+from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, model_entry
 
 
-def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
+def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
     """The model that a config names or describes, and its options.
 
     Raises:
@@ -27,7 +26,7 @@ def trunk_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         raise UserError(
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which these "
-            "trunks don't have. Leave it at False, or take Detectron2's build_resnet_backbone."
+            "backbones don't have. Leave it at False, or take Detectron2's build_resnet_backbone."
         )
     values = {
         "stem_pool": cfg.MODEL.RESNETS.STEM_POOL,
@@ -100,49 +99,49 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
 
 @BACKBONE_REGISTRY.register()
 def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The trunk alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last."""
-    entry, options = trunk_from_config(cfg)
-    trunk = build_trunk(
+    """The backbone alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last."""
+    entry, options = backbone_from_config(cfg)
+    backbone = build_backbone(
         entry,
         out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES) or None,
         in_channels=input_shape.channels,
         **options,
     )
-    trunk.preprocessing = replace(
+    backbone.preprocessing = replace(
         entry.preprocessing,
         format=cfg.INPUT.FORMAT,
         mean=tuple(cfg.MODEL.PIXEL_MEAN),
         std=tuple(cfg.MODEL.PIXEL_STD),
     )
-    return trunk
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()
 def build_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The trunk under Detectron2's FPN, levels p2 to p6 (Faster and Mask R-CNN)."""
+    """The backbone under Detectron2's FPN, levels p2 to p6 (Faster and Mask R-CNN)."""
     return _fpn(cfg, build_senet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The trunk under Detectron2's FPN with p6 and p7 from res5 (RetinaNet)."""
-    trunk = build_senet_backbone(cfg, input_shape)
-    _check_fpn_features(trunk, ["res5"])
-    top = LastLevelP6P7(trunk.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
-    return _fpn(cfg, trunk, top)
+    """The backbone under Detectron2's FPN with p6 and p7 from res5 (RetinaNet)."""
+    backbone = build_senet_backbone(cfg, input_shape)
+    _check_fpn_features(backbone, ["res5"])
+    top = LastLevelP6P7(backbone.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    return _fpn(cfg, backbone, top)
 
 
-def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
+def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(
             "MODEL.BACKBONE.PADDING is 'valid', whose maps have lost their borders, and an FPN "
             "adds maps of two resolutions pixel by pixel. Leave it empty, or set it to 'same'."
         )
-    _check_fpn_features(trunk, cfg.MODEL.FPN.IN_FEATURES)
+    _check_fpn_features(backbone, cfg.MODEL.FPN.IN_FEATURES)
     check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
     check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))
     return FPN(
-        bottom_up=trunk,
+        bottom_up=backbone,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
@@ -151,8 +150,8 @@ def _fpn(cfg: CfgNode, trunk: Backbone, top_block: nn.Module) -> FPN:
     )
 
 
-def _check_fpn_features(trunk: Backbone, names: list[str]) -> None:
-    shapes = trunk.output_shape()
+def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
+    shapes = backbone.output_shape()
     missing = [name for name in names if name not in shapes]
     strides = [shapes[name].stride for name in names if name in shapes]
     doubling = all(b == 2 * a for a, b in zip(strides, strides[1:], strict=False))
@@ -164,24 +163,24 @@ def _check_fpn_features(trunk: Backbone, names: list[str]) -> None:
         )
     if missing or not names:
         raise UserError(
-            f"The FPN stands on {list(names)}, the trunk returns {list(trunk.output_shape())}. "
-            "Set MODEL.RESNETS.OUT_FEATURES and MODEL.FPN.IN_FEATURES to the same stages, "
-            "usually ['res2', 'res3', 'res4', 'res5']."
+            f"The FPN stands on {list(names)}, the backbone returns "
+            f"{list(backbone.output_shape())}. Set MODEL.RESNETS.OUT_FEATURES and "
+            "MODEL.FPN.IN_FEATURES to the same stages, usually ['res2', 'res3', 'res4', 'res5']."
         )
 
 
 @ROI_HEADS_REGISTRY.register()
 class SENetRes5ROIHeads(Res5ROIHeads):
-    """Detectron2's C4 head with the res5 of the config's own trunk.
+    """Detectron2's C4 head with the res5 of the config's own backbone.
 
-    Detectron2's builds res5 from plain bottlenecks whatever the trunk, which would drop the
-    gates of an SE trunk's last stage without a word.
+    Detectron2's builds res5 from plain bottlenecks whatever the backbone, which would drop the
+    gates of an SE backbone's last stage without a word.
     """
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        # The whole trunk is built for its last stage, so that no second description of the stage
+        # The whole backbone is built for its last stage, so that no second description of the stage
         # exists that could differ from the first; the rest is dropped.
-        entry, options = trunk_from_config(cfg)
-        trunk = build_trunk(entry, out_features=["res5"], **{**options, "freeze_at": 0})
-        return trunk.res5, trunk.output_shape()["res5"].channels
+        entry, options = backbone_from_config(cfg)
+        backbone = build_backbone(entry, out_features=["res5"], **{**options, "freeze_at": 0})
+        return backbone.res5, backbone.output_shape()["res5"].channels

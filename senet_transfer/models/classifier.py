@@ -1,4 +1,4 @@
-"""A trunk with a linear classifier on its last stage."""
+"""A backbone with a linear classifier on its last stage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.models.registry import (
-    build_trunk,
+    ModelEntry,
+    build_backbone,
     examine_weights,
     model_entry,
-    options_of_file,
 )
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.load import load_source
+from senet_transfer.weights.mapping.source import Source
 
 
 class Classifier(nn.Module):
-    """Global average pooling, dropout and a linear layer on a trunk's only feature map."""
+    """Global average pooling, dropout and a linear layer on a backbone's only feature map."""
 
     def __init__(
         self,
@@ -31,21 +32,21 @@ class Classifier(nn.Module):
     ):
         """
         Args:
-            backbone: a trunk that returns one feature map.
+            backbone: a backbone that returns one feature map.
             num_classes: classes to tell apart.
             dropout: before the linear layer, 0-1.
             neck: what takes the place of the pooling, as in
                 :class:`~senet_transfer.models.registry.ModelEntry`.
 
         Raises:
-            UserError: the trunk returns several feature maps, or a value makes no sense.
+            UserError: the backbone returns several feature maps, or a value makes no sense.
         """
         super().__init__()
         shapes = backbone.output_shape()
         if len(shapes) != 1:
             raise UserError(
-                f"A classifier stands on one feature map, the trunk returns {', '.join(shapes)}. "
-                "Build the trunk with one name in out_features."
+                f"A classifier takes one feature map, the backbone returns {', '.join(shapes)}. "
+                "Build the backbone with one name in out_features."
             )
         whole = type(num_classes) is int and num_classes >= 1
         if not whole or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
@@ -108,12 +109,32 @@ def create_classifier(
     if "out_features" in overrides:
         raise UserError("A classifier stands on the last stage: out_features can't be set.")
     source = examine_weights(weights, family)
-    model = Classifier(
-        build_trunk(entry, **options_of_file(entry, source, overrides)),
+    model = build_classifier(entry, num_classes, source, dropout=dropout, **overrides)
+    if source is not None:
+        load_source(model, source)
+    return model
+
+
+def build_classifier(
+    entry: ModelEntry,
+    num_classes: int,
+    source: Source | None = None,
+    *,
+    dropout: float | None = None,
+    **overrides: Any,
+) -> Classifier:
+    """Build the classifier of a registered model; see :func:`create_classifier`.
+
+    Args:
+        entry: the model.
+        num_classes: the number of classes.
+        source: the weight file that the classifier will be filled from, whose geometry it gets.
+        dropout: before the linear layer, 0-1; None is the network's own.
+        overrides: those of :func:`~senet_transfer.models.registry.build_backbone`.
+    """
+    return Classifier(
+        build_backbone(entry, source, **overrides),
         num_classes=num_classes,
         dropout=entry.dropout if dropout is None else dropout,
         neck=entry.neck,
     )
-    if source is not None:
-        load_source(model, source)
-    return model

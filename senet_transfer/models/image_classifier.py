@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import CutMix, MixUp
 
 from senet_transfer.errors import UserError
 from senet_transfer.layers.cutout import cut_out
-from senet_transfer.models.build import trunk_from_config
+from senet_transfer.models.build import backbone_from_config
 from senet_transfer.models.classifier import Classifier
 from senet_transfer.preprocessing import Preprocessing, normalise
 
@@ -44,9 +44,9 @@ class ImageClassifier(Classifier):
     ):
         """
         Args:
-            backbone: a trunk that returns one feature map.
+            backbone: a backbone that returns one feature map.
             num_classes: classes to tell apart.
-            preprocessing: what the trunk expects of an image.
+            preprocessing: what the backbone expects of an image.
             dropout: before the linear layer, 0-1.
             neck: see :class:`Classifier`.
             label_smoothing: of the loss, 0-1.
@@ -56,7 +56,7 @@ class ImageClassifier(Classifier):
             channels_last: the memory layout of images and weights.
 
         Raises:
-            UserError: the trunk returns several feature maps, or a value makes no sense.
+            UserError: the backbone returns several feature maps, or a value makes no sense.
         """
         super().__init__(backbone, num_classes=num_classes, dropout=dropout, neck=neck)
         if not 0 <= label_smoothing < 1 or mixup < 0 or cutmix < 0:
@@ -88,7 +88,7 @@ class ImageClassifier(Classifier):
             cfg.MODEL.RESNETS.OUT_FEATURES = []
             # Whose maps a detector needs aligned; the published network is meant here.
             cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
-            entry, _ = trunk_from_config(cfg)
+            entry, _ = backbone_from_config(cfg)
             dropout = entry.dropout if dropout is None else dropout
             neck = entry.neck
         return {
@@ -115,18 +115,22 @@ class ImageClassifier(Classifier):
         images = normalise(images, self.pixel_mean, self.pixel_std, self.input_format)
         return images.contiguous(memory_format=self.memory_format)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor] | Tensor:
-        """Classifies a batch.
+    def forward(self, batch: dict[str, Any] | Tensor) -> dict[str, Tensor] | Tensor:
+        """Classify a batch.
 
         Args:
             batch: ``image``, uint8 RGB ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)`` for V
-                views of each; in training ``label``, int64 ``(N,)``, and where Cutout is on
-                ``cutout``, int64 ``(N, 2)``, its centres. All else is ignored.
+                views of each; in training ``label``, int64 ``(N,)``, and with Cutout ``cutout``,
+                int64 ``(N, 2)``, its centres. Other entries are ignored. A tensor of normalised
+                images ``(N, 3, H, W)`` is classified as by :class:`Classifier`, which is what
+                exporters pass.
 
         Returns:
             In training, the loss by name; in evaluation, logits ``(N, num_classes)``, averaged
-            over an image's views.
+            over an image's views. Logits for a tensor.
         """
+        if isinstance(batch, Tensor):
+            return super().forward(batch)
         images = batch["image"]
         if self.training:
             images = self.normalise(images)

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from detectron2.modeling import Backbone
 from torch import nn
 
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.hub.catalogue import locate_weights
@@ -22,6 +22,8 @@ from senet_transfer.weights.mapping.source import Source, examine
 
 # In messages: the types of a builder's arguments.
 _KINDS = {int: "a whole number from 1 on", str: "a word", bool: "True or False", NoneType: "None"}
+
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
 _SE_OVERRIDES = tuple(f"se_{field.name}" for field in fields(SEOptions))
 
@@ -32,10 +34,10 @@ class ModelEntry:
 
     Attributes:
         name: what users type.
-        build: the function that builds its trunk, from keyword arguments alone; among them
+        build: the function that builds its backbone, from keyword arguments alone; among them
             ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
         fixed: the arguments that the name stands for.
-        has_se: whether the trunk has SE.
+        has_se: whether the backbone has SE.
         dropout: before the classifier, 0-1.
         preprocessing: what the network expects of an image when it is trained from scratch.
         neck: what a classifier has between the last feature map and its linear layer, a module
@@ -53,8 +55,9 @@ class ModelEntry:
 
     def options(self) -> list[str]:
         """The arguments of ``build`` that the name leaves open."""
-        names = inspect.signature(self.build).parameters
-        return [name for name in names if name not in self.fixed and name != "se"]
+        found = inspect.signature(self.build).parameters.items()
+        named = [name for name, option in found if option.kind is not option.VAR_KEYWORD]
+        return [name for name in named if name not in self.fixed and name != "se"]
 
 
 _MODELS: dict[str, ModelEntry] = {}
@@ -139,21 +142,29 @@ def _family_entry(name: str) -> ModelEntry | None:
     return None
 
 
-def build_trunk(
-    entry: ModelEntry, *, out_features: list[str] | None = None, norm: str = "BN", **overrides: Any
+def build_backbone(
+    entry: ModelEntry,
+    source: Source | None = None,
+    *,
+    out_features: list[str] | None = None,
+    norm: str = "BN",
+    **overrides: Any,
 ) -> Backbone:
-    """Builds the trunk of a registered model, with the attribute ``preprocessing``.
+    """Build the backbone of a registered model, with the attribute ``preprocessing``.
 
     Args:
         entry: the model.
+        source: the weight file that the model will be filled from, whose geometry it gets.
         out_features: the stages to return, by name; None is the last one.
         norm: Detectron2's name of a norm.
         overrides: further arguments of ``entry.build``, and those of :class:`SEOptions` with
             ``se_`` before the name.
 
     Raises:
-        UserError: an override that the model does not have, or a value that makes no sense.
+        UserError: an override that the model does not have or that the file contradicts; an
+            invalid value.
     """
+    overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
     if se and not entry.has_se:
         raise UserError(f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Take se_*.")
@@ -163,19 +174,20 @@ def build_trunk(
         raise UserError(
             f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
+    check_choice("The norm", norm, NORMS)
     _check_types(entry.build, {**entry.fixed, **overrides})
     if "stages" in se:
         stages = se["stages"]
         se["stages"] = tuple(stages) if isinstance(stages, list | tuple) else (stages,)
-    trunk = entry.build(
+    backbone = entry.build(
         **entry.fixed,
         se=SEOptions(**se) if entry.has_se else None,
         out_features=out_features,
         norm=norm,
         **overrides,
     )
-    trunk.preprocessing = entry.preprocessing
-    return trunk
+    backbone.preprocessing = entry.preprocessing
+    return backbone
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
@@ -198,9 +210,9 @@ def create_backbone(
     norm: str = "BN",
     **overrides: Any,
 ) -> Backbone:
-    """Builds a trunk by name, as a Detectron2 ``Backbone``.
+    """Builds a backbone by name, as a Detectron2 ``Backbone``.
 
-    Without weights, every residual trunk has stride 2 in the 3x3 convolution, the padded stem
+    Without weights, every residual backbone has stride 2 in the 3x3 convolution, the padded stem
     pool, nothing frozen, and torchvision's preprocessing. The paper's 3.86 GMACs of SE-ResNet-50
     are with ``stride_in_1x1=True``. With weights, it has what the file's network has.
     Inception-ResNet-v2 is the published network, whose maps lose their borders: a detector wants
@@ -217,7 +229,7 @@ def create_backbone(
             ``freeze_at=2``, ``se_ratio=8``, ``se_placement="pre"``, ...
 
     Returns:
-        A trunk that maps ``(N, 3, H, W)`` to a dict of feature maps by name. Its
+        A backbone that maps ``(N, 3, H, W)`` to a dict of feature maps by name. Its
         ``preprocessing`` says what it expects of an image.
 
     Raises:
@@ -226,15 +238,14 @@ def create_backbone(
     """
     entry = model_entry(name)
     source = examine_weights(weights, family)
-    options = options_of_file(entry, source, overrides)
-    trunk = build_trunk(entry, out_features=out_features, norm=norm, **options)
+    backbone = build_backbone(entry, source, out_features=out_features, norm=norm, **overrides)
     if source is not None:
-        load_source(trunk, source)
-    return trunk
+        load_source(backbone, source)
+    return backbone
 
 
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
-    """The file that a model is created with, understood; None for none."""
+    """Examine the file that a model is created with; None without one."""
     if weights is not None:
         return examine(*locate_weights(weights, family))
     if family is not None:
@@ -242,24 +253,18 @@ def examine_weights(weights: str | Path | None, family: str | None) -> Source | 
     return None
 
 
-def options_of_file(
+def _with_file_options(
     entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """``overrides``, and over them the options that the network of a file has.
+    """Return ``overrides`` with the options of a file's network added.
 
     Raises:
-        UserError: an override says otherwise.
+        UserError: an override contradicts the file.
     """
     if source is None:
         return overrides
-    stated = source.geometry.options()
-    arch = source.architecture
-    if arch and arch.se_stages:
-        stated |= {"se_bias": arch.se_bias, "se_stages": arch.se_stages}
-        if arch.se_ratio:
-            stated |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
-    stated = {key: value for key, value in stated.items() if key in known}
+    stated = {key: value for key, value in source.options().items() if key in known}
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.read_once import once_per_file
 
 
+@once_per_file
 def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from senet_transfer.utils.private_api import is_initializing
+
 
 @contextlib.contextmanager
 def without_script_warnings() -> Iterator[None]:
@@ -26,8 +28,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
         action: takes no arguments.
     """
     module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None and not getattr(spec, "_initializing", False):
+    if module is not None and not is_initializing(module):
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))

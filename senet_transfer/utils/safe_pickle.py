@@ -1,280 +1,298 @@
-"""Reading pickles as data: tensors, arrays and plain containers come out, nothing is executed.
+"""Pickles read as data: arrays and plain containers, without executing anything.
 
-A pickle is a small program. ``pickle.Unpickler`` with a strict ``find_class`` stops it from calling
-what it likes, but not from exhausting the machine: eight bytes (``LONG_BINPUT`` with a huge index)
-cost it 20 seconds and 4.7 GB before any class is looked up. So the instructions, which the standard
-library's ``pickletools`` parses, are followed here: a callable is only ever a key of a short table
-of this project's own functions, and the work and memory a file may cause are bounded by its size.
+The standard library's unpickler with an allow-list: a name in a pickle is looked up in a table of
+stand-ins, never in a module. It is the library's implementation in Python. The one in C can be made
+to exhaust the machine before a name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index,
+cost it 20 seconds and 4.7 GB), and its instructions can't be overridden.
 """
 
-import codecs
 import io
+import math
 import pickle
-import pickletools
 import re
-from collections.abc import Callable, Mapping
+import struct
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from senet_transfer.utils.plain_values import (
-    PLAIN_FUNCTIONS,
-    PLAIN_NAMES,
-    Global,
-    make_dict,
-    make_set,
-    plain_key,
+import numpy as np
+
+from senet_transfer.errors import UserError
+from senet_transfer.utils.text import shown
+
+MAX_DIMENSIONS = 16
+# Reads of the stream. A detector's checkpoint with its optimizer takes about 100 thousand.
+_MAX_STEPS = 2_000_000
+
+# Modules whose functions act on the machine, and those where people define their models.
+_RUNS_CODE = re.compile(
+    r"(os|posix|nt|sys|subprocess|pty|socket|shutil|ctypes|signal|builtins|__builtin__|importlib"
+    r"|runpy|operator|functools|types|code|io|pathlib|tempfile|glob|pickle|marshal|urllib"
+    r"|webbrowser)[.]"
 )
-
-# A detector's checkpoint with its optimizer takes some 50 thousand steps.
-MAX_STEPS = 1_000_000
+_MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
 
 
-def _read_string(stream: io.BytesIO) -> str:
-    # pickletools takes protocol 0's strings for ASCII; Python 2's arrays are not.
-    return codecs.escape_decode(stream.readline().strip()[1:-1])[0].decode("latin-1")
+def check_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
+    """Return a shape or strides as a tuple, or raise ValueError if they are invalid."""
+    sizes = tuple(sizes)
+    if len(sizes) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+        raise ValueError("sizes that are negative, too many, or not integers")
+    return sizes
 
 
-# By byte: the instruction's name, and what reads its argument.
-_OPCODES = {
-    op.code.encode("latin-1"): (op.name, op.arg.reader if op.arg else None)
-    for op in pickletools.opcodes
+class _DType:
+    """Stand-in for ``numpy.dtype``, whose byte order follows in a ``BUILD`` instruction."""
+
+    __hash__ = None  # type: ignore[assignment]  # no key of a dictionary
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufcSUO]\d{0,9}", code):
+            raise ValueError("a dtype that is not one of numbers or text")
+        self.value = np.dtype(code)
+
+    def build(self, state: tuple) -> None:
+        _, byteorder, subdtype, names, fields, size, _, flags = state[:8]
+        if subdtype is not None or names is not None or fields is not None:
+            raise ValueError("a structured dtype")
+        if size not in (-1, self.value.itemsize) or (flags and self.value.kind in "biufc"):
+            raise ValueError(f"dtype {self.value} of another size, or with flags")
+        self.value = self.value.newbyteorder(byteorder)
+
+
+def _array(raw: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np.ndarray:
+    """Stand-in for numpy's ``_frombuffer``, which checks its arguments."""
+    raw, shape = raw.encode("latin-1") if isinstance(raw, str) else raw, check_sizes(shape)
+    if not isinstance(dtype, _DType) or type(raw) is not bytes:
+        raise ValueError("an array without a dtype or bytes")
+    if dtype.value.hasobject:
+        raise ValueError("an array of Python objects (dtype object), which can hide anything")
+    if math.prod(shape) * dtype.value.itemsize != len(raw):
+        raise ValueError(f"an array of shape {shape} ({dtype.value}) with {len(raw)} bytes of data")
+    array = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if order == "F" else "C")
+    return array if axes is None else array.transpose(check_sizes(axes))
+
+
+def _encode(text: str, codec: str = "latin1") -> bytes:
+    # Protocols 0 to 2 write bytes as text encoded in latin1.
+    if codec not in ("latin1", "latin-1"):
+        raise ValueError("bytes that are text in another codec than latin1")
+    return text.encode("latin-1")
+
+
+# By name, in the spelling of Python 3 and numpy 2: what is called in its place, or None for a name
+# that a pickle may pass on and may not call.
+PLAIN: Mapping[str, Any] = {
+    "collections.OrderedDict": dict,
+    "collections.Counter": dict,
+    "collections.defaultdict": lambda _factory=None, items=(): dict(items),
+    "builtins.set": set,
+    "builtins.frozenset": set,
+    "builtins.bytes": lambda: b"",  # protocols 0 to 2 write b"" so
+    "_codecs.encode": _encode,
+    "numpy._core.multiarray._reconstruct": lambda *_: np.empty(0, np.float32),
+    "numpy._core.multiarray.scalar": lambda dtype, raw=b"": _array(raw, dtype, (), "C").item(),
+    "numpy._core.numeric._frombuffer": _array,
+    "numpy.dtype": _DType,
+    **dict.fromkeys(("numpy.ndarray", "builtins.dict", "builtins.list", "builtins.int")),
 }
-_OPCODES[b"S"] = ("STRING", _read_string)
-_TEXTS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE"}
-_TEXTS |= {"SHORT_BINUNICODE", "BINUNICODE8"}
-_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-_PUSHES_ITS_ARGUMENT = _TEXTS | _BYTES | _NUMBERS
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-class PlainUnpickler:
-    """Follows the instructions of one pickle after another in a stream.
+@dataclass  # which makes it unhashable: no key of a dictionary
+class Named:
+    """Class or function that a pickle names, and what is called in its place."""
 
-    Args:
-        stream: the file's bytes, in memory: a length that lies then reads no more than there is.
-        path: for error messages.
-        functions: what the pickle may call, by name, in Python 3's and numpy 2's spelling.
-        names: what it may name besides, without calling it.
-        persistent_load: resolves a persistent id (torch's storages); None refuses them.
+    value: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.value(*arguments)
+
+
+class _Tuple(tuple):
+    """Tuple that can be a dictionary's key only if it is short and flat.
+
+    Hashing a deeply nested tuple overflows the C stack.
     """
 
-    def __init__(
-        self,
-        stream: io.BytesIO,
-        path: Path,
-        *,
-        functions: Mapping[str, Callable[..., Any]] = PLAIN_FUNCTIONS,
-        names: frozenset[str] = PLAIN_NAMES,
-        persistent_load: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self._stream = stream
-        self._path = path
-        self._functions = functions
-        self._names = names
-        self._persistent_load = persistent_load
-        self._steps_left = MAX_STEPS
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        if len(self) > MAX_DIMENSIONS or any(isinstance(part, tuple) for part in self):
+            raise ValueError("a dictionary key that is a long or nested tuple")
+        return super().__hash__()
+
+
+class _Instructions(dict):
+    """Pickle instructions that are followed, by code."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        raise ValueError(f"byte {bytes([code])!r} is not a pickle instruction for plain data")
+
+
+_Unpickler: Any = pickle._Unpickler  # typed as Any: it is in no type stub
+
+
+class _PlainUnpickler(_Unpickler):
+    """Unpickler with an allow-list; :func:`load_plain` describes its arguments."""
+
+    dispatch = _Instructions(_Unpickler.dispatch)
+    # Of no use to plain data: they call an object in another way than REDUCE, or take one from a
+    # registry of the process or from outside the pickle.
+    for _code in (
+        *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    ):
+        del dispatch[_code[0]]
+    # Bytes in place of a bytearray, which would be allocated before its length is checked.
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
+
+    def __init__(self, stream: io.BytesIO, path: str | Path, allowed: Mapping[str, Any]) -> None:
+        counted = types.SimpleNamespace(read=self._counted_read, readline=stream.readline)
+        super().__init__(counted, encoding="latin-1")
+        self._stream, self._path, self._allowed = stream, path, allowed
+        self._steps_left = _MAX_STEPS
         self._bytes_left = 4 * length_of(stream) + 2**20
 
-    def load(self) -> Any:
-        """Returns the next object of the stream.
+    def find_class(self, module: str, name: str) -> Any:
+        modern = re.sub(r"^__builtin__$", "builtins", module)
+        modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
+        if modern not in self._allowed:
+            _reject(self._path, f"{module}.{name}")
+        return Named(self._allowed[modern])
 
-        Raises:
-            UserError: the pickle asks for something else than plain data, which is named.
-            ValueError, and other errors of reading: the bytes are not a pickle, or damaged.
-        """
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-        while byte := self._stream.read(1):
-            self._spend(1)
-            opcode = _OPCODES.get(byte)
-            if opcode is None:
-                raise ValueError(f"byte {byte!r} is not a pickle instruction")
-            name, read_argument = opcode
-            argument = read_argument(self._stream) if read_argument else None
-            if name == "STOP":
-                return self._stack.pop()
-            if name in _PUSHES_ITS_ARGUMENT:
-                self._stack.append(argument)
-            elif name in _CONSTANTS:
-                self._stack.append(_CONSTANTS[name])
-            else:
-                operation = getattr(self, f"_op_{name.lower()}", None)
-                if operation is None:
-                    raise ValueError(f"the pickle instruction {name}, which weights do not need")
-                operation(argument)
-        raise ValueError("the pickle has no end")
+    def _counted_read(self, size: int) -> bytes:
+        self._spend(1)
+        return self._stream.read(size)
 
     def _spend(self, steps: int) -> None:
         self._steps_left -= steps
-        if self._steps_left < 0:
-            raise ValueError(f"the pickle takes more than {MAX_STEPS:,} steps")
+        if self._steps_left < 0 or self._bytes_left < 0:
+            raise ValueError("the pickle takes far more time or memory than the file's size needs")
 
-    def _charge(self, arguments: tuple) -> None:
-        # A memoised value can be handed to a function any number of times by two bytes each.
+    def _charge(self, arguments: Any) -> None:
+        # A memoised value can be an argument any number of times, at two bytes each.
+        if not isinstance(arguments, tuple):
+            raise ValueError("arguments that are not a tuple")
         for argument in arguments:
-            if isinstance(argument, str | bytes | bytearray):
+            if isinstance(argument, str | bytes):
                 self._bytes_left -= len(argument)
-            elif isinstance(argument, list | tuple | dict | set):
+            elif hasattr(argument, "__len__"):
                 self._spend(len(argument))
-        if self._bytes_left < 0:
-            raise ValueError("the pickle asks for far more memory than the file's size")
+        self._spend(1)
 
-    def _since_mark(self) -> list[Any]:
-        start = self._marks.pop()
-        items = self._stack[start:]
-        del self._stack[start:]
-        self._spend(len(items))
-        return items
+    def load_frame(self) -> None:
+        # Frames divide the stream for faster reading; here they are only checked.
+        (size,) = struct.unpack("<Q", self.read(8))
+        if self._stream.tell() + size > length_of(self._stream):
+            raise EOFError
 
-    def _top(self, kind: type) -> Any:
-        if type(self._stack[-1]) is not kind:
-            raise ValueError(f"items for a {kind.__name__} that is not there")
-        return self._stack[-1]
+    dispatch[pickle.FRAME[0]] = load_frame
 
-    # The operations, by the names that pickletools gives the instructions.
+    def load_frozenset(self) -> None:
+        # A set can't be in a set: comparing nested ones takes exponential time.
+        self.append(set(self.pop_mark()))
 
-    def _op_proto(self, protocol: int) -> None:
-        if protocol > pickle.HIGHEST_PROTOCOL:
-            raise ValueError(f"pickle protocol {protocol} is not known")
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
 
-    def _op_frame(self, length: int) -> None:
-        if self._stream.tell() + length > length_of(self._stream):
-            raise ValueError("the file ends in the middle of the pickle")
+    def load_reduce(self) -> None:
+        self._charge(self.stack[-1])
+        super().load_reduce()
 
-    def _op_mark(self, _: Any) -> None:
-        self._marks.append(len(self._stack))
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = load_reduce
 
-    def _op_pop(self, _: Any) -> None:
-        # Protocol 0 and 1 pop a mark in this way as well.
-        if self._marks and self._marks[-1] == len(self._stack):
-            self._marks.pop()
-        else:
-            self._stack.pop()
-
-    def _op_pop_mark(self, _: Any) -> None:
-        self._since_mark()
-
-    def _op_dup(self, _: Any) -> None:
-        self._stack.append(self._stack[-1])
-
-    def _op_put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
-
-    _op_binput = _op_long_binput = _op_put
-
-    def _op_memoize(self, _: Any) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def _op_get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
-
-    _op_binget = _op_long_binget = _op_get
-
-    def _op_empty_list(self, _: Any) -> None:
-        self._stack.append([])
-
-    def _op_empty_dict(self, _: Any) -> None:
-        self._stack.append({})
-
-    def _op_empty_set(self, _: Any) -> None:
-        self._stack.append(set())
-
-    def _op_list(self, _: Any) -> None:
-        self._stack.append(self._since_mark())
-
-    def _op_tuple(self, _: Any) -> None:
-        self._stack.append(tuple(self._since_mark()))
-
-    def _op_tuple1(self, _: Any) -> None:
-        self._stack[-1:] = [(self._stack[-1],)]
-
-    def _op_tuple2(self, _: Any) -> None:
-        self._stack[-2:] = [(self._stack[-2], self._stack[-1])]
-
-    def _op_tuple3(self, _: Any) -> None:
-        self._stack[-3:] = [(self._stack[-3], self._stack[-2], self._stack[-1])]
-
-    def _op_frozenset(self, _: Any) -> None:
-        self._stack.append(make_set(self._since_mark()))
-
-    def _op_dict(self, _: Any) -> None:
-        items = self._since_mark()
-        self._stack.append(make_dict(zip(items[::2], items[1::2], strict=True)))
-
-    def _op_append(self, _: Any) -> None:
-        item = self._stack.pop()
-        self._top(list).append(item)
-
-    def _op_appends(self, _: Any) -> None:
-        items = self._since_mark()
-        self._top(list).extend(items)
-
-    def _op_setitem(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._top(dict)[plain_key(key)] = value
-
-    def _op_setitems(self, _: Any) -> None:
-        items = self._since_mark()
-        self._top(dict).update(make_dict(zip(items[::2], items[1::2], strict=True)))
-
-    def _op_additems(self, _: Any) -> None:
-        items = self._since_mark()
-        self._top(set).update(make_set(items))
-
-    def _op_global(self, argument: str) -> None:
-        self._push_global(*argument.split(" ", 1))
-
-    def _op_stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._push_global(module, name)
-
-    def _op_inst(self, argument: str) -> None:
-        self._push_global(*argument.split(" ", 1))
-        raise ValueError("the pickle instruction INST, which weights do not need")
-
-    def _push_global(self, module: str, name: str) -> None:
-        modern = re.sub(r"^__builtin__$", "builtins", module)
-        modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
-        if modern not in self._functions and modern not in self._names:
-            from senet_transfer.weights.formats.refusal import refuse
-
-            refuse(self._path, f"{module}.{name}")
-        self._stack.append(Global(modern))
-
-    def _op_reduce(self, _: Any) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
-        if not isinstance(function, Global) or type(arguments) is not tuple:
-            raise ValueError("a call of something that is not a function")
-        if function.name not in self._functions:
-            raise ValueError(f"a call of {function.name}, which weights do not need")
-        self._charge(arguments)
-        self._stack.append(self._functions[function.name](*arguments))
-
-    def _op_newobj(self, argument: Any) -> None:
-        self._op_reduce(argument)
-
-    def _op_build(self, _: Any) -> None:
-        state, target = self._stack.pop(), self._stack[-1]
-        if hasattr(target, "build"):
-            self._charge(state)
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is dict:  # an OrderedDict's attributes, such as a state_dict's _metadata
+            return
+        self._charge(state)
+        if type(target) is np.ndarray:
+            _, shape, dtype, fortran, raw = state
+            raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+            checked = _array(raw, dtype, shape, "C")
+            # numpy refers to the bytes of a large array and does not copy them.
+            numpy_state: Any = (1, checked.shape, checked.dtype, bool(fortran), raw)
+            target.__setstate__(numpy_state)
+            target.flags.writeable = False
+        elif hasattr(type(target), "build"):
             target.build(state)
-        elif type(target) is not dict:  # a dict's attributes (state_dict's _metadata) are dropped
+        else:
             raise ValueError(f"attributes for a {type(target).__name__}")
 
-    def _op_binpersid(self, _: Any) -> None:
-        self._op_persid(self._stack.pop())
+    dispatch[pickle.BUILD[0]] = load_build
 
-    def _op_persid(self, identity: Any) -> None:
-        if self._persistent_load is None:
-            raise ValueError("a reference to data outside the pickle")
-        self._stack.append(self._persistent_load(identity))
+
+def _make_hash_safe(load: Callable) -> Callable:
+    def load_tuple(unpickler: _PlainUnpickler) -> None:
+        load(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return load_tuple
+
+
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _PlainUnpickler.dispatch[_code[0]] = _make_hash_safe(_PlainUnpickler.dispatch[_code[0]])
+
+
+def load_plain(
+    stream: io.BytesIO,
+    path: str | Path,
+    allowed: Mapping[str, Any] = PLAIN,
+    persistent_load: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return the next object of a stream of pickles, of any protocol and of Python 2 or 3.
+
+    Python 2's strings are decoded as latin1. Classes of containers become the plain ones: a
+    dictionary for an ``OrderedDict``, a number for a numpy scalar, bytes for a bytearray. Arrays
+    are read-only.
+
+    Args:
+        stream: the file's content, in memory: reading a length that lies returns what there is.
+        path: for error messages.
+        allowed: what is called in place of each name that a pickle may contain; any other value is
+            passed on as :class:`Named`. A result with a method ``build`` takes a state.
+        persistent_load: returns the object of a persistent id (torch's storages); None rejects it.
+
+    Raises:
+        UserError: the pickle names a class or function that is not allowed.
+        ValueError, and other errors of reading: the bytes are not a pickle, or damaged.
+    """
+    unpickler = _PlainUnpickler(stream, path, allowed)
+    if persistent_load is not None:
+        unpickler.persistent_load = persistent_load
+    try:
+        return unpickler.load()
+    except EOFError as error:
+        raise ValueError("the file ends in the middle of the pickle") from error
 
 
 def length_of(stream: io.BytesIO) -> int:
-    """The bytes in a stream. (``getbuffer`` would copy all of them first.)"""
+    """Return the number of bytes in a stream, without the copy that ``getbuffer`` makes."""
     place = stream.tell()
     length = stream.seek(0, io.SEEK_END)
     stream.seek(place)
     return length
+
+
+def _reject(path: str | Path, name: str) -> NoReturn:
+    if not re.fullmatch(r"[\w.]{1,200}", name):
+        raise ValueError(f"{shown(name)!r}, expected the name of a class")
+    start = f"{path}: rejected, because loading it would call or create `{name}`"
+    if _RUNS_CODE.match(name):
+        raise UserError(
+            f"{start}, code that runs on this machine. Expected are tensors, arrays and plain "
+            "containers. Nothing was run. Do not load the file by other means; get it again from "
+            "its publisher."
+        )
+    if name.startswith(_MODEL_CODE):
+        raise UserError(
+            f"{start}: the file holds a whole model object instead of its tensors. Get the "
+            "publisher's state_dict file; or, if you trust the file, load it where its code is "
+            "installed and save `model.state_dict()`."
+        )
+    raise UserError(
+        f"{start}, which is neither a tensor nor a plain container. If you trust the file, load it "
+        "where that class is installed and save only the model's tensors: "
+        'torch.save({"state_dict": model.state_dict()}, "weights.pth").'
+    )

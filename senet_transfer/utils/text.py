@@ -16,3 +16,10 @@ def first_of(names: Iterable[str], limit: int = 20) -> str:
     names = list(names)
     text = ", ".join(names[:limit])
     return f"{text}, and {len(names) - limit} more" if len(names) > limit else text
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """Return untrusted text in a form fit for a message: short, on one line, printable."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
+    line = " ".join(words)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -1,6 +1,6 @@
 """Weight files of every family that people have, loaded right or refused.
 
-Knows no network by class: it looks at tensors and at modules, so that the trunks can use it.
+Knows no network by class: it looks at tensors and at modules, so that the backbones can use it.
 """
 
 from senet_transfer.weights.families.registry import FAMILIES

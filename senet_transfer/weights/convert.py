@@ -14,6 +14,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256, tensors_sha256
+from senet_transfer.utils.private_api import set_state_dict_metadata
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming_export as names_back
 from senet_transfer.weights.families.architecture import Architecture
@@ -144,7 +145,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         if "linear.weight" not in source.tensors:
             notes.append("It has no classifier: there it loads with strict=False, or without one.")
         return notes
-    # A detector's names tell which part of it a tensor is of; a trunk's are the same everywhere.
+    # A detector's names tell which part of it a tensor is of; a backbone's are the same everywhere.
     tensors = {
         source.original[name] if source.detector else name: tensor
         for name, tensor in source.tensors.items()
@@ -168,7 +169,7 @@ def _write_detectron2(
     content = {
         "model": {name: tensor.contiguous().numpy() for name, tensor in tensors.items()},
         "__author__": "senet_transfer",
-        # A trunk's names are matched with the ends of a detector's.
+        # A backbone's names are matched with the ends of a detector's.
         "matching_heuristics": heuristics,
         OWN_METADATA: {**metadata, OWN_HASH: tensors_sha256(tensors)},
     }
@@ -189,8 +190,8 @@ def _keys_for_detectron2(source: Source) -> list[str]:
     arch = source.architecture
     if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool == "ceil"):
         notes.append(
-            "Detectron2's own trunks have neither SE nor the ceil pool, and drop what they don't "
-            "know without an error: load this file into a trunk of senet_transfer."
+            "Detectron2's own backbones have neither SE nor the ceil pool, and drop tensors that "
+            "they don't know without an error: load this file into a backbone of senet_transfer."
         )
     return notes
 
@@ -203,8 +204,7 @@ def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str,
             save_file(tensors, partial, {"format": "pt", MADE_FROM: json.dumps(metadata)})
         return
     state = OrderedDict(tensors)
-    # Where torch keeps the versions of modules: load_state_dict passes over what is none.
-    state._metadata = OrderedDict({MADE_FROM: metadata})
+    set_state_dict_metadata(state, {MADE_FROM: metadata})
     with written_whole(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)
 
@@ -230,7 +230,7 @@ def _check_expressible(source: Source, form: Format) -> None:
     arch = source.architecture
     problems = []
     if source.detector:
-        problems.append("The file is of a detector, of which it has no parts but the trunk.")
+        problems.append("The file is of a detector, of which it has no parts but the backbone.")
     if arch is None or arch.name not in form.networks:
         name = arch.name if arch else "no residual network"
         problems.append(f"The file's network is {name}; it has {', '.join(sorted(form.networks))}.")

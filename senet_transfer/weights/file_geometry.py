@@ -17,6 +17,17 @@ from senet_transfer.weights.mapping.source import Source, examine
 
 logger = logging.getLogger(__name__)
 
+# The config keys of `Source.options`.
+OPTION_KEYS = {
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "stem_pool": "MODEL.RESNETS.STEM_POOL",
+    "se_relu_before": "MODEL.SE.RELU_BEFORE",
+    "se_bias": "MODEL.SE.BIAS",
+    "se_stages": "MODEL.SE.STAGES",
+    "se_ratio": "MODEL.SE.RATIO",
+    "se_divisor": "MODEL.SE.DIVISOR",
+}
+
 
 @dataclass(frozen=True)
 class Change:
@@ -53,8 +64,28 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
     return path, family
 
 
-def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change]:
-    """Gives a config what its weight file needs, before the model is built.
+def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source | None:
+    """Examine the weight file of a config.
+
+    Args:
+        cfg: the config.
+        weights: the file, if it is not ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
+
+    Returns:
+        The examined file; None for an empty name.
+
+    Raises:
+        UserError: the file can't be read or is of no known family.
+    """
+    # The family is that of MODEL.WEIGHTS; a checkpoint states its own.
+    is_other = weights is not None and weights != cfg.MODEL.WEIGHTS
+    family = None if is_other else cfg.MODEL.WEIGHTS_FAMILY or None
+    name = cfg.MODEL.WEIGHTS if weights is None else weights
+    return examine(*local_weights(name, family)) if name else None
+
+
+def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
+    """Give a config what its weight file needs, before the model is built.
 
     These are stride placement, stem pool, channel order, mean and std, and of SE layers whether
     they have biases, their rounding and a ReLU before the gate. What changes is logged as a table.
@@ -62,8 +93,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
 
     Args:
         cfg: changed in place, frozen or not.
-        weights: the file, where it is another than ``MODEL.WEIGHTS``: a run that is resumed starts
-            from its last checkpoint. An empty name changes nothing.
+        weights: the file, if it is not ``MODEL.WEIGHTS`` (a resumed run starts from its last
+            checkpoint) or is already examined. An empty name changes nothing.
 
     Returns:
         The keys that changed.
@@ -72,15 +103,9 @@ def apply_file_geometry(cfg: CfgNode, weights: str | None = None) -> list[Change
         UserError: the file can't be read or is of no known family; or it contradicts a pinned
             config.
     """
-    resumed = weights is not None and weights != cfg.MODEL.WEIGHTS
-    weights = cfg.MODEL.WEIGHTS if weights is None else weights
-    if not weights:
-        return []
-    # The family is said of MODEL.WEIGHTS; a checkpoint says its own.
-    family = None if resumed else cfg.MODEL.WEIGHTS_FAMILY or None
-    source = examine(*local_weights(weights, family))
-    changes = _changes(cfg, source)
-    if not changes:
+    source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
+    changes = _changes(cfg, source) if source else []
+    if not source or not changes:
         return []
     table = tabulate(
         [(c.key, c.before, c.after) for c in changes],
@@ -110,12 +135,7 @@ def _changes(cfg: CfgNode, source: Source) -> list[Change]:
 
 def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """The keys that matter for the file's network, with its values."""
-    keys = {
-        "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
-        "stem_pool": "MODEL.RESNETS.STEM_POOL",
-        "se_relu_before": "MODEL.SE.RELU_BEFORE",
-    }
-    wanted = {keys[name]: value for name, value in source.geometry.options().items()}
+    wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
         wanted["INPUT.FORMAT"] = source.preprocessing.format
         wanted["MODEL.PIXEL_MEAN"] = list(source.preprocessing.mean)

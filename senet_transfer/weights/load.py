@@ -72,21 +72,22 @@ def _by_reason(what: str, reasons: dict[str, str]) -> list[str]:
 
 
 def load_weights(model: nn.Module, path: str | Path, family: str | None = None) -> LoadReport:
-    """Fills a model from a weight file of any known family, wholly or not at all.
+    """Fill a model from a weight file of any known family, completely or not at all.
 
-    Every tensor of the trunk is filled, the norms' statistics included, and no tensor of the file
-    is left over, except for what the report names: a classifier or a detector's predictors of
-    another class count, SE layers where the file is of a plain network, parts of a detector that
-    a trunk's file does not have. The file's geometry must be the model's; ``create_backbone`` and
-    ``create_classifier`` with ``weights``, and a config, take it from the file instead.
+    Every tensor of the backbone is filled, including the norms' statistics, and every tensor of the
+    file is used, except for those that the report names: a classifier or a detector's predictors
+    with another number of classes, SE layers if the file is of a plain network, parts of a detector
+    that a backbone's file does not have. The file's geometry must be the model's;
+    ``create_backbone`` and ``create_classifier`` with ``weights``, and a config, take it from the
+    file instead.
 
     Args:
-        model: a trunk, a classifier or a Detectron2 detector on one of this project's trunks.
+        model: a backbone, a classifier or a Detectron2 detector on one of this project's backbones.
         path: the file, or a name of ``list_catalogue()``.
         family: its family, where the names in it are those of several; see ``FAMILIES``.
 
     Returns:
-        What was loaded; it is logged too. The trunk's ``preprocessing`` is that of the file.
+        What was loaded; it is logged too. The backbone's ``preprocessing`` is that of the file.
 
     Raises:
         UserError: the file is missing, damaged or of no known family, or does not fit; the model
@@ -109,14 +110,14 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     _check_norms(source, target)
     _check_geometry(source, target)
     fill(target, result.filled)
-    own = target.trunk_preprocessing()
+    own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
     if target.pixels():
         # Built from a config, which says the view, too: the run's is not that of the file.
         preprocessing = replace(
             preprocessing, resize=own.resize, crop=own.crop, interpolation=own.interpolation
         )
-    target.trunk.preprocessing = preprocessing
+    target.backbone.preprocessing = preprocessing
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
         notes.append("the file doesn't state geometry and preprocessing: the model's own are kept")
@@ -131,7 +132,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
         geometry=source.geometry,
         preprocessing=preprocessing,
     )
-    target.trunk.weights_source = {"family": source.family.name, "file": Path(source.path).name}
+    target.backbone.weights_source = {"family": source.family.name, "file": Path(source.path).name}
     logger.info("%s", report)
     return report
 

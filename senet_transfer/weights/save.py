@@ -35,12 +35,12 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 
 def _metadata(target: Target) -> dict[str, Any]:
     pixels = target.pixels()
-    preprocessing = target.trunk_preprocessing()
+    preprocessing = target.backbone_preprocessing()
     if pixels:
         preprocessing = replace(
             preprocessing, format=pixels.format, mean=pixels.mean, std=pixels.std
         )
-    source = getattr(target.trunk, "weights_source", {})
+    source = getattr(target.backbone, "weights_source", {})
     return own_metadata(target.architecture, target.geometry, preprocessing, source)
 
 
@@ -71,7 +71,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     The file is whole or not there at all: it is written beside its place and moved there.
 
     Args:
-        model: a trunk, a classifier or a detector.
+        model: a backbone, a classifier or a detector.
         path: the file; its suffix decides the format.
 
     Raises:

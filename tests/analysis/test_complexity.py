@@ -161,15 +161,15 @@ def test_the_parts_of_a_detector_are_all_of_it(config):
     cfg = model_config(config_file=f"configs/{config}.yaml")
     model = build_to_count(cfg)
     found = report(model, cfg, (60, 100))
-    trunk = getattr(model.backbone, "bottom_up", model.backbone)
-    assert found.size == ((64, 128) if trunk is not model.backbone else (60, 100))
+    backbone = getattr(model.backbone, "bottom_up", model.backbone)
+    assert found.size == ((64, 128) if backbone is not model.backbone else (60, 100))
     assert found.total.parameters == sum(p.numel() for p in model.parameters())
     assert found.total.se_parameters == 2_530_992
-    alone = measure(trunk, torch.zeros(1, 3, *found.size)).total
+    alone = measure(backbone, torch.zeros(1, 3, *found.size)).total
     assert sum(found.parts[n].macs for n in ("stem", "res2", "res3", "res4")) == alone.macs - (
         0 if "res5" not in found.parts else found.parts["res5"].macs
     )
-    by_hooks = counted_by_hooks(trunk, torch.zeros(1, 3, *found.size))
+    by_hooks = counted_by_hooks(backbone, torch.zeros(1, 3, *found.size))
     assert alone.macs == by_hooks["macs"]
 
 

@@ -11,16 +11,16 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from senet_transfer import UserError, create_classifier, save_weights
-from senet_transfer.analysis.excitations.collect import collect_excitations, trunk_of
+from senet_transfer.analysis.excitations.analyze import open_labelled
+from senet_transfer.analysis.excitations.collect import backbone_of, collect_excitations
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
-from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
-from senet_transfer.cli.gates import analysis_parser, load_trained_model, open_images, run_analysis
+from senet_transfer.cli import evaluate, gates
 from senet_transfer.data.cifar.in_memory import save_images, split_file
 from senet_transfer.data.cifar.open import decode_all
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.engine.model_from import model_config
+from senet_transfer.engine.model_from import find_model, model_config
 
 VIEW = EvalTransform(resize=32, crop=32)
 SIZE = [
@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
 
 def arguments(trained, tree, output, *more: str):
     words = ["--weights", str(trained / "model.pth"), "--data", str(tree), "--output", str(output)]
-    return analysis_parser(None).parse_args([*words, "--workers", "0", "--quiet", *more])
+    return gates.parser().parse_args([*words, "--workers", "0", "--quiet", *more])
 
 
 def test_statistics_are_those_of_the_images_one_by_one(tree):
@@ -85,7 +85,7 @@ def test_statistics_are_those_of_the_images_one_by_one(tree):
 
 def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, capsys):
     words = ("--num-classes", "2", "--channels", "9", "--images-per-class", "4")
-    run_analysis(arguments(trained, tree, tmp_path, *words))
+    gates.main(arguments(trained, tree, tmp_path, *words))
     said = capsys.readouterr().out
     blocks = ["SE_2_1", "SE_3_1", "SE_4_1"]
     assert "12 images of 3 classes" in said
@@ -108,7 +108,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
 def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
     for folder, seed in (("first", "0"), ("second", "0"), ("other", "1")):
         words = ("--images-per-class", "2", "--seed", seed)
-        run_analysis(arguments(trained, tree, tmp_path / folder, *words))
+        gates.main(arguments(trained, tree, tmp_path / folder, *words))
     names = ["blocks.csv", "figure6.png", "blocks/SE_3_1.png"]
     first, second, other = (
         [(tmp_path / folder / name).read_bytes() for name in names]
@@ -128,7 +128,7 @@ def test_a_prepared_split_gives_what_its_images_do(
     found = []
     for number, data in enumerate((tree, "cifar10_test" if named else place)):
         words = ("--images-per-class", "3", "--prune-stage", "4")
-        run_analysis(arguments(trained, data, tmp_path / str(number), *words))
+        gates.main(arguments(trained, data, tmp_path / str(number), *words))
         pruning = capsys.readouterr().out.partition("Without the gates")[2].partition("Written")[0]
         assert "gates at 1" in pruning
         found.append([pruning, (tmp_path / str(number) / "gates.csv").read_bytes()])
@@ -136,7 +136,7 @@ def test_a_prepared_split_gives_what_its_images_do(
 
 
 def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
-    run_analysis(arguments(trained, tree, tmp_path, "--classes", "sand", "moss/dry"))
+    gates.main(arguments(trained, tree, tmp_path, "--classes", "sand", "moss/dry"))
     with open(tmp_path / "gates.csv") as file:
         found = dict.fromkeys(row["class"] for row in csv.DictReader(file))
     assert list(found) == ["sand", "moss/dry", "all classes"]
@@ -204,23 +204,21 @@ def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
 
 
 def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_path, capsys):
-    run_analysis(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
+    gates.main(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
     said = capsys.readouterr().out
     table = [line for line in said.splitlines() if line.startswith(("with its", "gates at"))]
     assert len(table) == 3
     hidden = 64 // 16
     assert f"{_parameters(trained) - (2 * 64 * hidden + 64 + hidden):,}" in table[1]
     path = tmp_path / "pruned" / "model.pth"
-    args = analysis_parser(None).parse_args(
-        ["--weights", str(path), "--data", str(tree), "--output", str(tmp_path)]
-    )
-    cfg, again = load_trained_model(args)
+    loaded = find_model(weights=str(path)).build()
+    cfg, again = loaded.cfg, loaded.model
     assert cfg.MODEL.SE.STAGES == (2, 3)
     assert cfg.DATASETS.CLASSES == ["bark", "moss/dry", "sand"]
     assert {name[:4] for name in gates_of(again.backbone)} == {"SE_2", "SE_3"}
     # Its config is beside it, as tools/eval_classifier.py wants it.
     words = ["--weights", str(path), "--data", str(tree), "--workers", "0", "--quiet"]
-    result = run_evaluation(evaluation_parser(None).parse_args(words))
+    result = evaluate.main(evaluate.parser().parse_args(words))
     errors = [float(line.split()[-6]) for line in table[1:]]
     assert min(errors) == pytest.approx(result["top1_error"], abs=0.01)
 
@@ -270,12 +268,12 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
 )
 def test_what_makes_no_sense_is_refused_in_words(trained, tree, tmp_path, words, said):
     with pytest.raises(UserError, match=said):
-        run_analysis(arguments(trained, tree, tmp_path, *words))
+        gates.main(arguments(trained, tree, tmp_path, *words))
 
 
 def test_a_json_needs_its_images():
     with pytest.raises(UserError, match="--images"):
-        open_images("annotations.json", None)
+        open_labelled("annotations.json")
 
 
 def test_a_detectors_gates_are_watched_on_crops(tmp_path):
@@ -300,11 +298,10 @@ def test_a_detectors_gates_are_watched_on_crops(tmp_path):
     (tmp_path / "objects.json").write_text(json.dumps(content))
     words = ["--weights", str(tmp_path / "model.pth"), "--data", str(tmp_path / "objects.json")]
     words += ["--images", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "0"]
-    args = analysis_parser(None).parse_args([*words, "--quiet"])
-    run_analysis(args)
+    gates.main(gates.parser().parse_args([*words, "--quiet"]))
     with open(tmp_path / "out" / "blocks.csv") as file:
         assert len(list(csv.DictReader(file))) == 8
-    _, model = load_trained_model(args)
+    model = find_model(weights=str(tmp_path / "model.pth")).build().model
     with pytest.raises(UserError, match="Gates are dropped from classifiers"):
         pruned_config(cfg, model, [5])
-    assert trunk_of(model) is model.backbone.bottom_up
+    assert backbone_of(model) is model.backbone.bottom_up

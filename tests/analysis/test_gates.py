@@ -18,13 +18,13 @@ from senet_transfer.data.images.decode import decode_exact
 from senet_transfer.models.empty import built_empty
 
 
-def empty_trunk(name: str, **options):
+def empty_backbone(name: str, **options):
     with built_empty():
         return create_backbone(name, **options)
 
 
 def test_gates_have_the_papers_names():
-    names = list(gates_of(empty_trunk("se_resnet50")))
+    names = list(gates_of(empty_backbone("se_resnet50")))
     blocks = {2: 3, 3: 4, 4: 6, 5: 3}
     assert names == [f"SE_{s}_{b + 1}" for s, count in blocks.items() for b in range(count)]
     assert papers_blocks(names) == ["SE_2_3", "SE_3_4", "SE_4_6", "SE_5_1", "SE_5_2", "SE_5_3"]
@@ -33,9 +33,9 @@ def test_gates_have_the_papers_names():
 
 @pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
 def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
-    trunk = empty_trunk(name)
-    gates = gates_of(trunk)
-    assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in trunk.named_parameters())
+    backbone = empty_backbone(name)
+    gates = gates_of(backbone)
+    assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in backbone.named_parameters())
     # In VGG the first four convolutions are the stem, which no stage is.
     assert {stage_of(gate) for gate in gates if "stem" not in gate} <= {2, 3, 4, 5}
     assert 4 <= len(papers_blocks(list(gates))) <= 8
@@ -43,7 +43,7 @@ def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
 
 def test_a_network_without_gates_is_refused():
     with pytest.raises(UserError, match="no SE"):
-        gates_of(empty_trunk("resnet18"))
+        gates_of(empty_backbone("resnet18"))
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def test_a_network_without_gates_is_refused():
 )
 def test_watched_values_are_the_gates_that_act(options):
     torch.manual_seed(0)
-    trunk = create_backbone("se_cifar_resnet8", **options).eval()
-    for module in trunk.modules():
+    backbone = create_backbone("se_cifar_resnet8", **options).eval()
+    for module in backbone.modules():
         if hasattr(module, "fc2"):
             torch.nn.init.normal_(module.fc2.weight)
             torch.nn.init.constant_(module.fc1.bias, 1.0)
     seen = {}
-    gates = gates_of(trunk)
+    gates = gates_of(backbone)
     for module in gates.values():
         module.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0].clone()}))
     with torch.no_grad(), watched(gates) as values:
-        trunk(torch.randn(3, 3, 8, 8))
+        backbone(torch.randn(3, 3, 8, 8))
     assert set(values) == set(gates)
     for name, module in gates.items():
         torch.testing.assert_close(values[name], stated_gate(module, seen[module]))
@@ -84,11 +84,11 @@ def stated_gate(module, x):
 
 
 def test_nothing_is_watched_any_more_afterwards():
-    trunk = create_backbone("se_cifar_resnet8").eval()
-    gates = gates_of(trunk)
+    backbone = create_backbone("se_cifar_resnet8").eval()
+    gates = gates_of(backbone)
     with watched(gates) as values:
         pass
-    trunk(torch.randn(1, 3, 8, 8))
+    backbone(torch.randn(1, 3, 8, 8))
     assert not values
 
 

@@ -9,7 +9,7 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from senet_transfer.analysis.ablation import PAPER
-from senet_transfer.cli import choices
+from senet_transfer.cli import arguments as choices
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.main import COMMANDS
 from senet_transfer.data.cifar.archives import DOWNLOADS

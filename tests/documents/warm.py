@@ -58,7 +58,7 @@ def _become(words: list[str], printed: list[str]) -> None:
 def main() -> None:
     """Answers each line with the status of the script that it asks for."""
     import senet_transfer.analysis.report
-    import senet_transfer.cli.evaluate
+    import senet_transfer.engine.inference.evaluate
     import senet_transfer.engine.train  # noqa: F401
 
     for line in sys.stdin:

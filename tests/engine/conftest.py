@@ -3,6 +3,7 @@
 import pytest
 
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.data.shapes.generate import make_shapes
 
 SMALL = {
@@ -39,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """A function from flags and overrides to the arguments of a small run on the shapes."""
+    """A function from flags and overrides to the options of a small run on the shapes."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}
@@ -48,6 +49,6 @@ def command(shapes, tmp_path):
         own = ["--dataset", "own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny"]
         words = ["--config-file", config, *flags, *own]
         words += [word for item in keys.items() for word in item]
-        return argument_parser().parse_args(words)
+        return run_options(argument_parser().parse_args(words))
 
     return make

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -33,7 +34,9 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_coco_images(shared_da
         words += ["--dataset", "coco128", str(json_file), str(coco / "train2017")]
         words += [*REDUCED, "OUTPUT_DIR", str(tmp_path)]
         words += ["DATASETS.TRAIN", "('coco128',)", "DATASETS.TEST", "('coco128',)"]
-        args = argument_parser().parse_args(words + [w for pair in overrides.items() for w in pair])
+        args = run_options(
+            argument_parser().parse_args(words + [w for pair in overrides.items() for w in pair])
+        )
         return args, setup(args)
 
     _, cfg = start(**{"SOLVER.MAX_ITER": "2"})
@@ -46,7 +49,7 @@ def test_the_papers_config_trains_resumes_and_evaluates_on_coco_images(shared_da
     second.resume_or_load(resume=True)
     assert second.start_iter == 2
     second.train()
-    trained = second._last_eval_results["bbox"]
+    trained = second.results["bbox"]
 
     final = str(tmp_path / "model_final.pth")
     _, cfg = start("--eval-only", **{"MODEL.WEIGHTS": final})

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def words(command):
     def make(*flags, **overrides) -> list[str]:
-        args = command(**overrides)
-        own = [word for entry in args.dataset for word in ("--dataset", *entry)]
-        return ["tools/train_net.py", "--config-file", args.config_file, *flags, *own, *args.opts]
+        run = command(**overrides)
+        own = [word for entry in run.datasets for word in ("--dataset", *entry)]
+        return ["tools/train_net.py", "--config-file", run.config_file, *flags, *own, *run.options]
 
     return make
 

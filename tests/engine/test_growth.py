@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from PIL import Image
 
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.loader import CifarTrainLoader
 from senet_transfer.data.cifar.transforms import CifarAugment
@@ -150,7 +151,7 @@ def test_a_run_uses_no_more_after_two_thousand_steps_than_after_a_few(tree, tmp_
     }
     words = ["--config-file", "configs/base/classification.yaml"]
     words += [word for item in options.items() for word in item]
-    trainer = Trainer(setup(argument_parser().parse_args(words)))
+    trainer = Trainer(setup(run_options(argument_parser().parse_args(words))))
     trainer.resume_or_load(resume=False)
     watch = _Watch()
     trainer.register_hooks([watch])

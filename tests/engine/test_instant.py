@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -22,8 +23,8 @@ def test_an_instant_twin_runs_to_its_end(path, shapes, tmp_path):
         name = "tiny"
     data = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
     words = ["--config-file", str(path), *own, *data, "OUTPUT_DIR", str(tmp_path)]
-    trainer = Trainer(setup(argument_parser().parse_args(words)))
+    trainer = Trainer(setup(run_options(argument_parser().parse_args(words))))
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert (tmp_path / "model_final.pth").is_file()
-    assert {"bbox", "classification"} & set(trainer._last_eval_results)
+    assert {"bbox", "classification"} & set(trainer.results)

@@ -56,11 +56,11 @@ def test_the_networks_for_small_images_are_the_ones_without_such_maps():
 
 def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
     cfg = setup(command(**keys_of("inception_resnet_v2")))
-    trunk = Trainer.build_model(cfg).backbone.bottom_up
+    backbone = Trainer.build_model(cfg).backbone.bottom_up
     aligned = create_backbone("inception_resnet_v2", padding="same", out_features=["res2"])
     first = "0.conv"
-    assert trunk.stem.get_submodule(first).padding == (1, 1)
-    assert trunk.stem.get_submodule(first).padding == aligned.stem.get_submodule(first).padding
+    assert backbone.stem.get_submodule(first).padding == (1, 1)
+    assert backbone.stem.get_submodule(first).padding == aligned.stem.get_submodule(first).padding
     cfg.defrost()
     cfg.MODEL.BACKBONE.PADDING = "valid"
     with pytest.raises(UserError, match=r"MODEL.BACKBONE.PADDING is 'valid'.*Leave it empty"):

@@ -2,12 +2,15 @@
 
 import json
 import logging
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from senet_transfer import UserError
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup
+from senet_transfer.engine.trainer import Trainer
+from tests.engine.conftest import SMALL
 
 FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
 
@@ -159,7 +162,7 @@ def test_a_model_meets_the_classes_it_was_trained_on(command, shapes, tmp_path):
     args = command(
         "--eval-only", **{"DATASETS.CLASSES": str(names), "MODEL.WEIGHTS": str(tmp_path / "w.pth")}
     )
-    args.dataset = [["own", str(other), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(other), str(shapes / "tiny")]])
     with pytest.raises(UserError, match="trained on the classes"):
         setup(args)
 
@@ -171,6 +174,96 @@ def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps(data))
     args = command(**{"MODEL.MASK_ON": "True"})
-    args.dataset = [["own", str(boxes), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(boxes), str(shapes / "tiny")]])
     with pytest.raises(UserError, match="no `segmentation`"):
         setup(args)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("MODEL: {SE: {RATIOS: 8}}", "no config key MODEL.SE.RATIOS. Did you mean MODEL.SE.RATIO"),
+        ("NOTHING_LIKE_IT: 1", "no config key NOTHING_LIKE_IT. It is no key of Detectron2 or ours"),
+        ("MODEL: {WEIGHTS: {FILE: x}}", "Expected a value of the type of the key's default"),
+        ("_BASE_: base.yaml\nSEED: 1", "no config key SOLVR. Did you mean SOLVER"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
+    (tmp_path / "base.yaml").write_text("SOLVR: {MAX_ITER: 3}")
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
+    """A run that a launcher has started again is resumed; its options don't say so."""
+    run = command()
+    before = replace(run)
+    cfg = setup(run)
+    assert not resumes(cfg, run)
+    (tmp_path / "run" / "model_0000001.pth").touch()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    assert not resumes(cfg, run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resumes(cfg, run)
+    assert not resumes(cfg, replace(run, eval_only=True))
+    assert run == before
+    with pytest.raises(FrozenInstanceError):
+        run.resume = True
+
+
+def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
+    options = [word for item in SMALL.items() for word in item]
+    own = ("own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny")
+    data = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()"]
+    cfg = setup(
+        RunOptions(
+            "faster_rcnn_se_r50",
+            [*options, *data, "OUTPUT_DIR", str(tmp_path)],
+            datasets=[own],
+        )
+    )
+    assert [list(own)] == cfg.DATASETS.REGISTER
+    assert int(SMALL["SOLVER.MAX_ITER"]) == cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "expected a number, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "expected a number, found True"),
+        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"expected a number, found \(\)"),
+        ("MODEL.RPN.IN_FEATURES", "[1]", "expected text, found 1"),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "expected True or False, found 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "expected a number, found 'x'"),
+    ],
+)
+def test_elements_of_another_type_than_the_default_s_are_an_error(key, value, expected):
+    with pytest.raises(UserError, match=f"{key} is .*{expected}"):
+        load_config("", [key, value])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64.5]"),
+        ("SOLVER.STEPS", "()"),
+        ("MODEL.PIXEL_STD", "[58, 57.1, 57]"),
+        ("DATASETS.REGISTER", "[['own', 'a.json', 'images']]"),
+    ],
+)
+def test_lists_that_detectron2_takes_are_accepted(key, value):
+    load_config("", [key, value])
+
+
+@pytest.mark.parametrize("mistake", [AttributeError, TypeError, IndexError])
+def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, mistake):
+    def build(trainer, cfg, model):
+        raise mistake("a mistake of ours")
+
+    monkeypatch.setattr(Trainer, "build_optimizer", build)
+    cfg = setup(command())
+    with pytest.raises(mistake, match="a mistake of ours"):
+        Trainer(cfg)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -14,8 +15,9 @@ from pycocotools.cocoeval import COCOeval
 
 from senet_transfer import UserError
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.predictor import find_images, load_trained, predict_images
-from senet_transfer.engine.setup import setup
+from senet_transfer.engine.inference.detect import predict_images
+from senet_transfer.engine.inference.inputs import find_images, load_trained
+from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
 
@@ -69,7 +71,7 @@ def test_another_precision_is_refused(command):
 
 def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
     trainer = train(command())
-    printed = trainer._last_eval_results["bbox"]
+    printed = trainer.results["bbox"]
     written = tmp_path / "run" / "inference" / "own" / "coco_instances_results.json"
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(shapes / "annotations" / "instances_tiny.json"))
@@ -104,10 +106,11 @@ def trained(command, tmp_path):
 
 
 def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, shapes, tmp_path):
-    cfg = load_trained(trained)
+    loaded = load_trained(trained)
+    cfg = loaded.cfg
     images = find_images([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
     out = tmp_path / "predictions"
-    json_file = predict_images(cfg, images, str(out), threshold=0.0, quiet=True)
+    json_file = predict_images(loaded, images, str(out), threshold=0.0, quiet=True)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images
@@ -128,7 +131,7 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
 
 def test_augmentation_at_test_time_predicts_and_evaluates(trained, shapes, command):
     sizes = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.AUG.MAX_SIZE"]
-    cfg = load_trained(trained, "", [*sizes, "128"])
+    cfg = load_trained(trained, "", [*sizes, "128"]).cfg
     model = Trainer.build_model(cfg)
     Checkpointer(model).load(trained)
     results = Trainer.evaluate(setup_tta(command, trained), model)
@@ -176,11 +179,11 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
     json_file = tmp_path / "tens.json"
     json_file.write_text(json.dumps(data))
     args = command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"})
-    args.dataset = [["own", str(json_file), str(shapes / "tiny")]]
+    args = replace(args, datasets=[["own", str(json_file), str(shapes / "tiny")]])
     train(args)
-    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
     images = find_images([str(shapes / "tiny")])[:2]
-    predict_images(cfg, images, str(tmp_path / "out"), threshold=0.0)
+    predict_images(loaded, images, str(tmp_path / "out"), threshold=0.0)
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [category["id"] for category in written["categories"]] == [10, 20, 30, 40, 50]
     assert {a["category_id"] for a in written["annotations"]} <= {10, 20, 30, 40, 50}
@@ -208,17 +211,20 @@ def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     first = command(**short)
     # Before its first checkpoint there is nothing to resume.
-    trainer = Trainer(setup(first))
-    assert not first.resume
-    trainer.resume_or_load(resume=first.resume)
+    cfg = setup(first)
+    assert not resumes(cfg, first)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
     trainer.train()
     again = command()
-    assert Trainer(setup(again)).cfg.SOLVER.MAX_ITER == 4
-    assert again.resume
+    cfg = setup(again)
+    assert cfg.SOLVER.MAX_ITER == 4
+    assert resumes(cfg, again)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     anew = command(**short)
-    trainer = Trainer(setup(anew))
-    assert not anew.resume
+    cfg = setup(anew)
+    assert not resumes(cfg, anew)
+    trainer = Trainer(cfg)
     # From here on, what the folder held is not this run's.
     trainer.resume_or_load(resume=False)
     assert not (tmp_path / "run" / "last_checkpoint").exists()

@@ -104,7 +104,7 @@ def test_every_name_that_a_format_gives_is_read_as_what_it_was(name):
         assert list(family.renamed(theirs).values()) == ours
 
 
-def _detectron2_trunk(stride_in_1x1):
+def _detectron2_backbone(stride_in_1x1):
     """Detectron2's own ResNet-50 with a classifier."""
     stages = ResNet.make_default_stages(50, BottleneckBlock, stride_in_1x1=stride_in_1x1)
     return ResNet(BasicStem(norm="BN"), stages, num_classes=1000)
@@ -120,7 +120,7 @@ def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
     pkl = tmp_path / "R-50.pkl"
     assert convert_file(path, pkl, check=True).relative == 0
 
-    theirs = _detectron2_trunk(stride_in_1x1=False)
+    theirs = _detectron2_backbone(stride_in_1x1=False)
     found = []
     checkpointer = DetectionCheckpointer(theirs)
     checkpointer._log_incompatible_keys = found.append
@@ -132,14 +132,14 @@ def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
     assert pickle.loads(pkl.read_bytes())["matching_heuristics"] is True
 
 
-def test_a_pkl_goes_into_a_detectors_trunk_by_detectron2s_own_loader(tmp_path):
+def test_a_pkl_goes_into_a_detectors_backbone_by_detectron2s_own_loader(tmp_path):
     path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
     convert_file(path, tmp_path / "x.pkl", family="timm_legacy")
     model = detector("se_resnet18", STEM_POOL="ceil")
     DetectionCheckpointer(model).load(str(tmp_path / "x.pkl"))
-    trunk = create_backbone("se_resnet18", weights=path, family="timm_legacy").state_dict()
+    backbone = create_backbone("se_resnet18", weights=path, family="timm_legacy").state_dict()
     state = model.backbone.bottom_up.state_dict()
-    for name, tensor in trunk.items():
+    for name, tensor in backbone.items():
         if "num_batches" not in name:
             assert torch.equal(state[name], tensor), name
 
@@ -246,8 +246,8 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     assert convert_file(path, tmp_path / "r50.safetensors", check=True).relative < 1e-6
     assert "for FrozenBN alone" in caplog.text
-    trunk = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
-    outputs = outputs_of_ours(trunk.eval(), images())
+    backbone = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
+    outputs = outputs_of_ours(backbone.eval(), images())
     assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
 
 

@@ -14,11 +14,13 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
-from senet_transfer import UserError, create_backbone, create_classifier
+from senet_transfer import UserError, create_backbone, create_classifier, list_models
 from senet_transfer.config.load import load_config
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.engine.model_from import find_model
 from senet_transfer.export import deploy, export_detector, export_network, formats
-from senet_transfer.models.image_classifier import wrap_classifier
+from senet_transfer.export.write import export_model
+from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[2]
@@ -49,17 +51,17 @@ def randomised(model: nn.Module) -> nn.Module:
         ),
     ],
 )
-def test_deployed_trunks_compute_the_same_without_norms(name, norm):
+def test_deployed_backbones_compute_the_same_without_norms(name, norm):
     features = ["res2", "res4"] if "cifar" in name else STAGES
-    trunk = randomised(create_backbone(name, norm=norm, out_features=features)).double()
-    before = {key: tensor.clone() for key, tensor in trunk.state_dict().items()}
-    deployed = deploy(trunk)
+    backbone = randomised(create_backbone(name, norm=norm, out_features=features)).double()
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    deployed = deploy(backbone)
     x = torch.randn(2, 3, 64, 96, dtype=torch.double)
     with torch.no_grad():
-        expected, found = trunk(x), deployed(x)
+        expected, found = backbone(x), deployed(x)
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9)
-    for key, tensor in trunk.state_dict().items():
+    for key, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[key])
     if "cifar" not in name:  # Whose norms come before the convolutions.
         norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -82,13 +84,13 @@ VARIANTS = [
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
     """Whatever reads the folded network: eager, with a gradient to the images, or compiled."""
     options = {"out_features": ["res4"], "in_channels": 5, **variant}
-    trunk = randomised(create_backbone("se_resnet50", **options)).double()
-    deployed = deploy(trunk)
+    backbone = randomised(create_backbone("se_resnet50", **options)).double()
+    deployed = deploy(backbone)
     fc1 = deployed.res3[0].se.fc1
     starts_early = variant.get("se_squeeze", "avg") == "avg" and "se_placement" not in variant
     assert (fc1.in_features == 128) == (starts_early or variant.get("se_placement") == "3x3")
     x = torch.randn(2, 5, 64, 96, dtype=torch.double, requires_grad=True)
-    expected, found = trunk(x)["res4"], deployed(x)["res4"]
+    expected, found = backbone(x)["res4"], deployed(x)["res4"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(out.sum(), x)[0] for out in (expected, found)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
@@ -97,7 +99,7 @@ def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(var
         for run in (deployed, compiled):
             torch.testing.assert_close(run(x)["res4"], expected, rtol=1e-9, atol=1e-9)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = [net.float()(x.float())["res4"] - expected for net in (trunk, deployed)]
+            rounded = [net.float()(x.float())["res4"] - expected for net in (backbone, deployed)]
     assert rounded[1].norm() < 1.5 * rounded[0].norm()
 
 
@@ -115,6 +117,83 @@ def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     # The comparison, on another number of images than it was traced with, is the function's own.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
+
+
+def with_statistics(model: nn.Module, side: int) -> nn.Module:
+    """Return the model with the statistics of noise; random ones amplify rounding with depth."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, side, side))
+    return model.eval()
+
+
+# One of each type of block; the others are as deep as their papers.
+SMALL = [
+    "se_resnet18",
+    "se_resnet50",
+    "se_cifar_resnet8",
+    "se_bn_inception",
+    "se_mobilenet",
+    "se_shufflenet_g3",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SMALL,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in list_models()
+            if name not in SMALL
+        ),
+    ],
+)
+def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
+    """The neck between backbone and linear layer is part of it, such as VGG's hidden layers."""
+    options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
+    torch.manual_seed(0)
+    loaded = find_model(name, options=options).build("cpu")
+    # Inception-ResNet's convolutions lose their borders.
+    side = 96 if "inception_resnet" in name else min(loaded.preprocessing.crop, 64)
+    model = with_statistics(randomised(loaded.model), side)
+    path = tmp_path / "model.ts"
+    # It compares what it wrote with the eager model.
+    export_model(model, loaded.cfg, str(path), size=[side])
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    with torch.no_grad():
+        (found,) = torch.jit.load(str(path))(images.float())
+        expected = model({"image": images})
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+class Hidden(nn.Module):
+    """A hidden layer between the backbone and the linear layer, as VGG has two."""
+
+    out_channels = 5
+
+    def __init__(self, channels: int, *, dropout: float):
+        super().__init__()
+        self.fc = nn.Linear(channels, self.out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean((2, 3))).relu()
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
+    backbone = create_backbone("se_cifar_resnet8")
+    preprocessing = Preprocessing(resize=32, crop=32)
+    model = randomised(
+        ImageClassifier(
+            backbone=backbone, num_classes=3, preprocessing=preprocessing, neck=Hidden, mixup=0.2
+        )
+    )
+    path = tmp_path / f"model{formats.FORMATS[form]}"
+    options = {"form": form, "preprocessing": preprocessing, "size": (32, 32)}
+    assert 0 <= export_network(model, path, **options) < 1e-5
 
 
 def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, monkeypatch):

@@ -76,19 +76,19 @@ def poison(iterations: tuple[int, ...], rank: int) -> None:
 
 
 def no_batch(iteration: int, rank: int) -> None:
-    """Makes data that one process can't read in an iteration."""
-    batches = StepTrainer._data_loader_iter.fget
+    """Make the data loader of one process raise UserError in an iteration."""
+    next_batch = StepTrainer._next_batch
 
-    class Batches:
-        def __init__(self, trainer):
-            self.trainer = trainer
+    def broken():
+        raise UserError("the image x.jpg is broken")
+        yield
 
-        def __next__(self):
-            if (self.trainer.iter, comm.get_rank()) == (iteration, rank):
-                raise UserError("the image x.jpg is broken")
-            return next(batches(self.trainer))
+    def unreadable(self):
+        if (self.iter, comm.get_rank()) == (iteration, rank):
+            self._batches = broken()
+        return next_batch(self)
 
-    StepTrainer._data_loader_iter = property(Batches)
+    StepTrainer._next_batch = unreadable
 
 
 def raise_in_the_model(iterations: tuple[int, ...], rank: int) -> None:

@@ -100,7 +100,7 @@ class Work:
     def last_iteration(self) -> int:
         """Of the newest whole checkpoint; -1 where there is none."""
         for name in history.checkpoints(self.folder):
-            if not history.damage(self.folder / name):
+            if not history.verify_checkpoint(self.folder / name):
                 return load(self.folder / name)["iteration"]
         return -1
 
@@ -126,7 +126,7 @@ class Work:
         for name in names:
             path = self.folder / name
             assert history.sum_file(path).is_file()
-            assert not history.damage(path)
+            assert not history.verify_checkpoint(path)
         assert (self.folder / history.TAG).read_text() in names
         assert "MODEL:" in (self.folder / "config.yaml").read_text()
         for line in (self.folder / "metrics.json").read_text().splitlines():

@@ -18,6 +18,7 @@ from PIL import Image
 
 from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.config import config_items, get_senet_config
 from senet_transfer.config.load import load_config
 from senet_transfer.data.base import RawSample
@@ -104,7 +105,7 @@ def test_any_options_are_taken_or_refused(options):
 def test_a_key_of_any_value_is_trained_with_or_refused(words, kind, key, value):
     options = [*words[kind], "OUTPUT_DIR", str(SCRATCH / "run"), key, repr(value)]
     try:
-        Trainer(setup(argument_parser().parse_args(options)))
+        Trainer(setup(run_options(argument_parser().parse_args(options))))
     except UserError:
         pass
     except Exception as error:  # hypothesis would print the whole command
@@ -376,7 +377,7 @@ def test_a_damaged_checkpoint_is_what_it_was_or_refused(straight, data, with_sum
     path.write_bytes(content)
     if with_sum:
         shutil.copy(history.sum_file(whole), SCRATCH)
-    problem = history.damage(path)
+    problem = history.verify_checkpoint(path)
     history.sum_file(path).unlink(missing_ok=True)
     if with_sum:
         assert bool(problem) == (content != whole.read_bytes())

@@ -253,9 +253,9 @@ def test_training_keeps_at_most_2_percent_more_than_without_gates(name, plain, n
     """What autograd saves for the backward pass; the ordinary product keeps 20 to 50% more."""
     kept = {}
     for model in (name, plain):
-        trunk = create_backbone(model, norm=norm).train()
+        backbone = create_backbone(model, norm=norm).train()
         outputs = []
         images = torch.randn(2, 3, 128, 128)
-        kept[model] = saved_bytes(lambda: outputs.append(trunk(images)), trunk)  # noqa: B023
+        kept[model] = saved_bytes(lambda: outputs.append(backbone(images)), backbone)  # noqa: B023
     assert kept[plain] > 10e6
     assert kept[name] < 1.02 * kept[plain]

@@ -102,21 +102,21 @@ def test_gradients_reach_the_branches_with_beta(kind):
 def test_a_frozen_stage_does_not_shake():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
-    trunk = create_backbone("shake_shake26_2x96d", width=8, freeze_at=2, out_features=["res2"])
+    backbone = create_backbone("shake_shake26_2x96d", width=8, freeze_at=2, out_features=["res2"])
     with torch.no_grad():
-        assert torch.equal(trunk.train()(x)["res2"], trunk(x)["res2"])
-        trunk = create_backbone("shake_shake26_2x96d", width=8, out_features=["res2"])
-        assert not torch.equal(trunk.train()(x)["res2"], trunk(x)["res2"])
+        assert torch.equal(backbone.train()(x)["res2"], backbone(x)["res2"])
+        backbone = create_backbone("shake_shake26_2x96d", width=8, out_features=["res2"])
+        assert not torch.equal(backbone.train()(x)["res2"], backbone(x)["res2"])
 
 
 @pytest.mark.parametrize("name", ["se_shake_shake26_2x96d", "shake_even29_2x4x64d"])
 def test_a_network_trains_under_autocast(name):
     torch.manual_seed(0)
-    trunk = create_backbone(name, **({"width": 16} if "26" in name else {}))
+    backbone = create_backbone(name, **({"width": 16} if "26" in name else {}))
     with torch.autocast("cpu", torch.bfloat16):
-        out = trunk(torch.randn(2, 3, 8, 8))["res4"]
+        out = backbone(torch.randn(2, 3, 8, 8))["res4"]
         out.float().square().mean().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in trunk.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in backbone.parameters())
 
 
 def test_the_operator_compiles_in_training():

@@ -1,4 +1,4 @@
-"""From configs to trunks and detectors."""
+"""From configs to backbones and detectors."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_adding_our_keys_again_is_harmless():
     assert cfg.dump() == before
 
 
-def test_the_switch_turns_a_described_trunk_into_its_se_twin():
+def test_the_switch_turns_a_described_backbone_into_its_se_twin():
     plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
     twin = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
     added = set(twin.state_dict()) - set(plain.state_dict())
@@ -82,16 +82,16 @@ def test_the_switch_turns_a_described_trunk_into_its_se_twin():
         ),
     ],
 )
-def test_a_config_names_or_describes_the_same_trunks(keys, name):
-    trunk = build(config(**{"MODEL.RESNETS.OUT_FEATURES": ["res5"], **keys}))
+def test_a_config_names_or_describes_the_same_backbones(keys, name):
+    backbone = build(config(**{"MODEL.RESNETS.OUT_FEATURES": ["res5"], **keys}))
     expected = create_backbone(name, norm="FrozenBN")
-    assert {key: value.shape for key, value in trunk.state_dict().items()} == {
+    assert {key: value.shape for key, value in backbone.state_dict().items()} == {
         key: value.shape for key, value in expected.state_dict().items()
     }
 
 
 def test_every_se_key_reaches_the_blocks():
-    trunk = build(
+    backbone = build(
         config(
             **{
                 "MODEL.SE.ENABLED": True,
@@ -104,8 +104,8 @@ def test_every_se_key_reaches_the_blocks():
             }
         )
     )
-    assert not hasattr(trunk.res2[0], "se")
-    block = trunk.res3[0]
+    assert not hasattr(backbone.res2[0], "se")
+    block = backbone.res3[0]
     assert block.placement == "3x3"
     assert (block.se.squeeze, block.se.excitation) == ("max", "tanh")
     assert block.se.fc1.weight.shape == (128 // 8, 128)
@@ -130,7 +130,7 @@ def test_a_config_that_contradicts_itself_is_refused(keys, words):
 
 
 def test_freezing_is_detectron2s():
-    """The same parameters train, and the same norms are frozen, as in Detectron2's own trunk."""
+    """The same parameters train, and the same norms are frozen, as in Detectron2's own backbone."""
     keys = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3}
     keys["MODEL.RESNETS.OUT_FEATURES"] = ["res5"]
     ours = build(config(**keys))
@@ -143,7 +143,7 @@ def test_freezing_is_detectron2s():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_c4_heads_res5_has_the_trunks_own_gates(enabled):
+def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
     keys = {"MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads", "MODEL.SE.ENABLED": enabled}
     model = build_model(config(**keys))
     gates = [p for key, p in model.roi_heads.res5.named_parameters() if ".se." in key]
@@ -212,7 +212,7 @@ def test_detectors_train_a_step_and_predict_with_and_without_objects(keys):
     assert output["instances"].image_size == (64, 64)
 
 
-def test_the_fpn_stands_on_the_trunk_as_detectron2s_does():
+def test_the_fpn_stands_on_the_backbone_as_detectron2s_does():
     fpn = build(config(**RCNN_KEYS))
     assert isinstance(fpn, FPN)
     assert fpn.size_divisibility == 32

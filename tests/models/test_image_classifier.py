@@ -59,7 +59,7 @@ def test_a_classifier_has_the_published_inception_resnet():
         torch.testing.assert_close(model({"image": images}), expected)
 
 
-def test_a_trunk_that_resnets_describe_gives_its_last_stage():
+def test_a_backbone_that_resnets_describe_gives_its_last_stage():
     model = build(
         **{
             "MODEL.BACKBONE.ARCH": "",
@@ -87,7 +87,7 @@ def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
         assert torch.equal(wrap_classifier(plain).eval()(inputs), expected)
 
 
-def test_a_bgr_trunk_gets_its_channels_turned_round():
+def test_a_bgr_backbone_gets_its_channels_turned_round():
     model = build(**{"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": "[104., 117., 123.]"})
     images = batch()["image"]
     bgr = images[:, [2, 1, 0]].float()

@@ -84,7 +84,7 @@ def test_every_model_computes_the_same_in_every_way(name, way):
     model, x = model_and_images(name)
     if way != "bf16":
         # The eager network may add and multiply in another order: that is no mistake, and with deep
-        # untrained trunks, whose maps grow into the thousands, hides none in float64.
+        # untrained backbones, whose maps grow into the thousands, hides none in float64.
         model, x = model.double(), x.double()
     with torch.no_grad():
         WAYS[way](model, x, model(x))

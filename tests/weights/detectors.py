@@ -1,4 +1,4 @@
-"""Small detectors on this project's trunks, and one training step of theirs."""
+"""Small detectors on this project's backbones, and one training step of theirs."""
 
 import torch
 from detectron2.config import CfgNode

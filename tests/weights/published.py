@@ -102,7 +102,7 @@ class Block(nn.Module):
         return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """A ResNet up to its last feature map, with torchvision's module names."""
 
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, se=None):
@@ -125,8 +125,8 @@ class Trunk(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
-class PlainClassifier(Trunk):
-    """A trunk with ``fc`` beside its stages, as torchvision's and moskomule's."""
+class PlainClassifier(Backbone):
+    """A backbone with ``fc`` beside its stages, as torchvision's and moskomule's."""
 
     def __init__(self, depth: int, classes: int = 1000, **options):
         super().__init__(depth, **options)
@@ -148,7 +148,7 @@ class MMClassifier(nn.Module):
     def __init__(self, depth: int, se: bool, wrapped: bool = True):
         super().__init__()
         layer = ("se_layer", lambda channels: MMSELayer(channels, wrapped))
-        self.backbone = Trunk(depth, se=layer if se else None)
+        self.backbone = Backbone(depth, se=layer if se else None)
         self.head = _Head(self.backbone.channels, 1000)
 
     def forward(self, x: Tensor) -> Tensor:

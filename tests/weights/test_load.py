@@ -25,7 +25,7 @@ def r18(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def se_r18(tmp_path_factory):
-    """An SE-ResNet-18 of timm, whose trunk is built with `se_divisor=8`."""
+    """An SE-ResNet-18 of timm, whose backbone is built with `se_divisor=8`."""
     return save(peer("timm", "seresnet18"), tmp_path_factory.mktemp("se_r18") / "se_r18.pth")
 
 
@@ -38,10 +38,10 @@ def _changed(path, folder, change):
 
 
 def _is_filled_from(model, prefix, path):
-    """Whether the trunk's tensors are those that a trunk built from the file has."""
-    trunk = create_backbone("se_resnet18", weights=path).state_dict()
+    """Whether the backbone's tensors are those that a backbone built from the file has."""
+    backbone = create_backbone("se_resnet18", weights=path).state_dict()
     state = model.state_dict()
-    return all(torch.equal(state[prefix + name], tensor) for name, tensor in trunk.items()
+    return all(torch.equal(state[prefix + name], tensor) for name, tensor in backbone.items()
                if "num_batches" not in name)  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_integers_in_place_of_weights_are_refused(r18, tmp_path):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
-def test_a_plain_file_starts_a_trunk_with_se_which_is_said(r18):
+def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
     model = create_backbone("se_resnet18", weights=r18)
     report = load_weights(model, r18)
     names = {name for name in model.state_dict() if ".se." in name}
@@ -92,7 +92,7 @@ def test_a_plain_file_starts_a_trunk_with_se_which_is_said(r18):
     assert "SE layers" in str(report)
 
 
-def test_a_file_with_se_does_not_go_into_a_plain_trunk(se_r18):
+def test_a_file_with_se_does_not_go_into_a_plain_backbone(se_r18):
     with pytest.raises(UserError, match="has SE layers and the model has none"):
         load_and_expect_no_change(create_backbone("resnet18"), se_r18)
 
@@ -112,25 +112,25 @@ def test_a_classifier_of_another_size_is_new_which_is_said(r18):
     assert torch.equal(model.linear.weight, before)
 
 
-def test_a_trunk_cut_short_leaves_the_rest_of_the_file(r18):
-    trunk = create_backbone("resnet18", out_features=["res3"])
-    report = load_weights(trunk, r18)
-    assert {"the trunk ends before res4", "the trunk ends before res5"} < set(
+def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
+    backbone = create_backbone("resnet18", out_features=["res3"])
+    report = load_weights(backbone, r18)
+    assert {"the backbone ends before res4", "the backbone ends before res5"} < set(
         report.ignored.values()
     )
     assert report.ignored["fc.weight"] == "the classifier: the model has none"
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
-def test_a_detector_takes_a_trunk_and_says_what_is_new(kind, se_r18, tmp_path):
-    """The C4 head's res5 is the trunk's."""
+def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path):
+    """The C4 head's res5 is the backbone's."""
     model = detector("resnet18", kind=kind, NORM="BN")
     plain = save(peer("torchvision", "resnet18"), tmp_path / "plain.pth")
     report = _load_rgb(model, plain)
-    assert set(report.initialised.values()) == {"parts around the trunk: not in the file"}
-    trunk = create_backbone("resnet18", weights=plain).state_dict()
+    assert set(report.initialised.values()) == {"parts around the backbone: not in the file"}
+    backbone = create_backbone("resnet18", weights=plain).state_dict()
     state = model.state_dict()
-    for name, tensor in trunk.items():
+    for name, tensor in backbone.items():
         prefix = "backbone.bottom_up." if kind == "fpn" else "backbone."
         prefix = "roi_heads." if kind == "c4" and name.startswith("res5") else prefix
         if "num_batches" not in name:
@@ -198,15 +198,15 @@ def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
-def test_a_detector_s_trunk_can_be_taken_out(kind, tmp_path):
+def test_a_detector_s_backbone_can_be_taken_out(kind, tmp_path):
     model = randomise(detector("se_resnet18", kind=kind))
     torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
-    trunk = create_backbone("se_resnet18", norm="FrozenBN")
-    report = load_weights(trunk, tmp_path / "detector.pth")
+    backbone = create_backbone("se_resnet18", norm="FrozenBN")
+    report = load_weights(backbone, tmp_path / "detector.pth")
     assert set(report.ignored.values()) == {"parts of a detector: the model is none"}
     prefix = "roi_heads." if kind == "c4" else "backbone.bottom_up."
     state = model.state_dict()
-    assert torch.equal(trunk.res5[0].se.fc1.weight, state[f"{prefix}res5.0.se.fc1.weight"])
+    assert torch.equal(backbone.res5[0].se.fc1.weight, state[f"{prefix}res5.0.se.fc1.weight"])
 
 
 def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
@@ -224,7 +224,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("whole", [True, False], ids=["classifier", "trunk"])
+@pytest.mark.parametrize("whole", [True, False], ids=["classifier", "backbone"])
 def test_own_files_say_what_they_are(suffix, whole, tmp_path):
     """Geometry and preprocessing travel inside, and come back with the weights."""
     path = tmp_path / f"own{suffix}"
@@ -273,11 +273,11 @@ FULL = """
 import resource, signal, sys
 from senet_transfer import UserError, create_backbone, save_weights
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-trunk = create_backbone("resnet18")
+backbone = create_backbone("resnet18")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 for path in sys.argv[1:]:
     try:
-        save_weights(trunk, path)
+        save_weights(backbone, path)
     except UserError as error:
         print(error)
 """
@@ -293,8 +293,8 @@ def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class OtherTrunk(Backbone):
-    """A trunk without residual stages."""
+class OtherBackbone(Backbone):
+    """A backbone without residual stages."""
 
     def __init__(self):
         super().__init__()
@@ -310,27 +310,27 @@ class OtherTrunk(Backbone):
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_path):
-    first, path = randomise(Classifier(OtherTrunk(), num_classes=4)), tmp_path / "own.pth"
+    first, path = randomise(Classifier(OtherBackbone(), num_classes=4)), tmp_path / "own.pth"
     if marked:
         save_weights(first, path)
     else:
         save(first, path)
-    report = load_weights(second := Classifier(OtherTrunk(), num_classes=4), path)
+    report = load_weights(second := Classifier(OtherBackbone(), num_classes=4), path)
     assert report.family == "senet_transfer"
     assert second.preprocessing == Preprocessing(resize=40)
     for name, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
     torch.save({"block.weight": first.backbone.block.weight.data}, path)
     with pytest.raises(UserError, match="3 missing|4 missing"):
-        load_and_expect_no_change(OtherTrunk(), _forced(path))
+        load_and_expect_no_change(OtherBackbone(), _forced(path))
 
 
 def _forced(path):
     """A file whose names say nothing: the family has to be given."""
     with pytest.raises(UserError, match="names of no family"):
-        load_weights(OtherTrunk(), path)
+        load_weights(OtherBackbone(), path)
     with pytest.raises(UserError, match="taken for senet_transfer"):
-        load_weights(OtherTrunk(), path, family="senet_transfer")
+        load_weights(OtherBackbone(), path, family="senet_transfer")
     torch.save({"block.weight": torch.zeros(8, 3, 3, 3), "x.norm.running_var": torch.ones(8),
                 "linear.weight": torch.zeros(4, 8)}, path)  # fmt: skip
     return path

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from benchmark.compare import Comparison, compare
@@ -15,6 +14,7 @@ from benchmark.report import Row
 from senet_transfer.export import deploy, export_network
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.private_api import inductor_freezing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -84,7 +84,7 @@ def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
     last = torch.channels_last
     model = torch.compile(deploy(model).to(memory_format=last), dynamic=False)
     step = inference(model, images.to(memory_format=last))
-    with torch._inductor.config.patch(freezing=True):
+    with inductor_freezing():
         step()
     return step
 

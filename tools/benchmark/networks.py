@@ -1,4 +1,4 @@
-"""The parts ``block`` and ``trunk``: what the gate costs in training, over the plain network."""
+"""The parts ``block`` and ``backbone``: what the gate costs in training, over the plain network."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,28 +94,28 @@ def measure_block(options: Options) -> Iterator[Row]:
             yield Amounts(f"res{stage}'s bottleneck, {norm}: kept", "MB", "plain", kept)
 
 
-def detection_trunk(name: str, device: str = "cpu") -> FPN:
-    """The R50-FPN recipe's trunk: frozen norms, stem and res2 frozen."""
-    trunk = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
-    fpn = FPN(trunk, STAGES, 256, top_block=LastLevelMaxPool())
+def detection_backbone(name: str, device: str = "cpu") -> FPN:
+    """The R50-FPN recipe's backbone: frozen norms, stem and res2 frozen."""
+    backbone = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
+    fpn = FPN(backbone, STAGES, 256, top_block=LastLevelMaxPool())
     return trained(fpn, device)
 
 
-def measure_trunk(options: Options) -> Iterator[Row]:
+def measure_backbone(options: Options) -> Iterator[Row]:
     """SE-ResNet-50 over ResNet-50: time in detection, and what training keeps."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
-    trunks = {key: detection_trunk(name, options.device) for key, name in names.items()}
+    backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}
     yield compare(
-        "FPN trunk of detection, frozen norms, 2 x 320x480: forward and backward",
-        {name: training_step(trunk, images) for name, trunk in trunks.items()},
+        "FPN backbone of detection, frozen norms, 2 x 320x480: forward and backward",
+        {name: training_step(backbone, images) for name, backbone in backbones.items()},
         baseline="plain",
         control="plain again",
         seconds=options.seconds,
         profile=options.profile,
     )
-    kept = {name: saved(trunks[name], images) for name in ("plain", "SE")}
-    yield Amounts("FPN trunk of detection, frozen norms: kept", "MB", "plain", kept)
+    kept = {name: saved(backbones[name], images) for name in ("plain", "SE")}
+    yield Amounts("FPN backbone of detection, frozen norms: kept", "MB", "plain", kept)
     images = torch.randn(4, 3, 224, 224, device=options.device)
     kept = {
         name: saved(trained(create_classifier(names[name]), options.device), images)

@@ -15,7 +15,7 @@ from benchmark.inputs import draw_images
 from benchmark.memory import peak_bytes
 from benchmark.networks import (
     Options,
-    detection_trunk,
+    detection_backbone,
     trained,
     training_step,
 )
@@ -90,10 +90,10 @@ def _told(word: bool | None) -> bool:
 
 
 def _memory(options: Options) -> Iterator[Row]:
-    """The peak of a step of the detection trunk, over its weights."""
+    """The peak of a step of the detection backbone, over its weights."""
     models = {
-        "ResNet-50": detection_trunk("resnet50", options.device),
-        "SE-ResNet-50": detection_trunk("se_resnet50", options.device),
+        "ResNet-50": detection_backbone("resnet50", options.device),
+        "SE-ResNet-50": detection_backbone("se_resnet50", options.device),
     }
     sizes = [(1, 320, 480), (2, 320, 480), (4, 320, 480), (1, 640, 960)]
     for name, model in models.items():
@@ -102,7 +102,7 @@ def _memory(options: Options) -> Iterator[Row]:
             step = training_step(model, torch.randn(batch, 3, height, width, device=options.device))
             step()
             peaks[f"{batch} x {height}x{width}"] = peak_bytes(step, options.device) / 1e6
-        what = f"FPN trunk of detection, frozen norms, {name}: peak of a step, over weights"
+        what = f"FPN backbone of detection, frozen norms, {name}: peak of a step, over weights"
         yield Amounts(what, "MB", "1 x 320x480", peaks)
 
 

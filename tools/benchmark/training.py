@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.transforms.v2.functional import normalize
@@ -31,6 +30,7 @@ from senet_transfer.engine.trainer import Trainer
 from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models import create_classifier
 from senet_transfer.preprocessing import CIFAR10
+from senet_transfer.utils.private_api import set_write_period
 
 STEPS = 2
 
@@ -83,9 +83,8 @@ def engine_loop(
     use_classification_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.iter, trainer.max_iter = 0, cfg.SOLVER.MAX_ITER
-    writers = [hook for hook in trainer._hooks if isinstance(hook, PeriodicWriter)]
-    for writer in writers:
-        writer._period = STEPS
+    for writer in trainer.periodic_writers:
+        set_write_period(writer, STEPS)
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -97,7 +96,7 @@ def engine_loop(
     with EventStorage(0) as trainer.storage:
         trainer.before_train()
         yield steps, trainer.model
-        for writer in writers:
+        for writer in trainer.periodic_writers:
             writer.after_train()
 
 

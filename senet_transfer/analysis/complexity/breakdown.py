@@ -38,7 +38,7 @@ class Report:
 def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) -> Report:
     """Counts a classifier, or of a detector what every image costs.
 
-    Of a two-stage detector these are the trunk, the pyramid, the proposal network, and the box
+    Of a two-stage detector these are the backbone, the pyramid, the proposal network, and the box
     head on the largest number of proposals that it gets (``MODEL.RPN.POST_NMS_TOPK_TEST``).
 
     Args:
@@ -115,7 +115,7 @@ def _classifier(model: Classifier, size: tuple[int, int]) -> Report:
     found = _measure_whole(model, size)
     parts = _stages(model, "backbone", found)
     for name, _ in model.named_children():
-        # Around the trunk, what has weights: the linear layer, and in VGG those before it.
+        # Around the backbone, what has weights: the linear layer, and in VGG those before it.
         if name != "backbone" and found.modules[f"model.{name}"].parameters:
             parts[name] = found.modules[f"model.{name}"]
     return Report(size, parts, _notes(found), _named(found))
@@ -126,8 +126,8 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     notes = _notes(found)
     if isinstance(model.backbone, FPN):
         parts = _stages(model, "backbone.bottom_up", found)
-        trunk = found.modules["model.backbone.bottom_up"]
-        parts["FPN"] = found.modules["model.backbone"] - trunk
+        backbone = found.modules["model.backbone.bottom_up"]
+        parts["FPN"] = found.modules["model.backbone"] - backbone
     else:
         parts = _stages(model, "backbone", found)
     if isinstance(model, DenseDetector):
@@ -146,9 +146,9 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     return Report(size, parts, [*notes, *_notes(region)], _named(found))
 
 
-def _stages(model: nn.Module, trunk: str, found: Measured) -> dict[str, Cost]:
-    children = model.get_submodule(trunk).named_children()
-    return {name: found.modules[f"model.{trunk}.{name}"] for name, _ in children}
+def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]:
+    children = model.get_submodule(backbone).named_children()
+    return {name: found.modules[f"model.{backbone}.{name}"] for name, _ in children}
 
 
 def _named(found: Measured) -> dict[str, Cost]:

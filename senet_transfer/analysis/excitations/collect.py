@@ -39,8 +39,8 @@ class Excitations:
     classes: int
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
-    """The trunk of a classifier or a detector, which is what sees an image first."""
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The backbone of a classifier or a detector, which is what sees an image first."""
     return model.backbone.bottom_up if isinstance(model.backbone, FPN) else model.backbone
 
 
@@ -94,7 +94,7 @@ def collect_excitations(
     Args:
         model: an ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
         dataset: labelled images.
-        transform: the view of an image that the trunk sees.
+        transform: the view of an image that the backbone sees.
         images_per_class: the most that are taken of each class; 50 in the paper.
         classes: names of the classes to keep for drawing; None draws ``num_classes`` of them.
         num_classes: likewise; 4 in the paper.
@@ -111,7 +111,7 @@ def collect_excitations(
             f"images_per_class is {images_per_class} and num_classes {num_classes}, expected 1 or "
             "more of both."
         )
-    gates = gates_of(trunk_of(model))
+    gates = gates_of(backbone_of(model))
     sample = ClassSample(dataset, images_per_class, seed=seed)
     drawn = choose_classes(sample, classes, num_classes, seed=seed)
     blocks = {name: GateStatistics(sample.counts, list(drawn)) for name in gates}
@@ -136,5 +136,5 @@ def _batches(
     """Labels and gates of each batch."""
     with watched(gates) as values:
         for batch in loader:
-            trunk_of(model)(backbone_input(model, batch["image"]))
+            backbone_of(model)(backbone_input(model, batch["image"]))
             yield batch["label"].numpy(), values

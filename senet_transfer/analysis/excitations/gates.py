@@ -13,8 +13,8 @@ from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
-def gates_of(trunk: nn.Module) -> dict[str, SqueezeExcitation]:
-    """The gates of a trunk by name, in the order of its modules.
+def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
+    """The gates of a backbone by name, in the order of its modules.
 
     The paper's ``SE_stageID_blockID``, blocks counted from 1: ``res4.5.se`` is SE_4_6. A gate in a
     branch has the branch's name behind it; one outside of all stages has its module's.
@@ -24,7 +24,7 @@ def gates_of(trunk: nn.Module) -> dict[str, SqueezeExcitation]:
     """
     found = {
         _name(path): module
-        for path, module in trunk.named_modules()
+        for path, module in backbone.named_modules()
         if isinstance(module, SqueezeExcitation)
     }
     if not found:

@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
-from senet_transfer.analysis.excitations.collect import Excitations, trunk_of
+from senet_transfer.analysis.excitations.collect import Excitations, backbone_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.images.transforms import EvalTransform
@@ -111,24 +111,24 @@ def without_gates(
     state = pruned.state_dict()
     state.update({name: value for name, value in model.state_dict().items() if name in state})
     pruned.load_state_dict(state)
-    trunk = trunk_of(pruned)
-    trunk.preprocessing = model.preprocessing
-    paths = {module: path for path, module in trunk_of(model).named_modules()}
-    there = {path for path, _ in trunk.named_modules()}
-    for name, gate in gates_of(trunk_of(model)).items() if scales else ():
+    backbone = backbone_of(pruned)
+    backbone.preprocessing = model.preprocessing
+    paths = {module: path for path, module in backbone_of(model).named_modules()}
+    there = {path for path, _ in backbone.named_modules()}
+    for name, gate in gates_of(backbone_of(model)).items() if scales else ():
         if paths[gate] in there:
             continue
-        conv = _convolution_before(trunk, trunk_of(model), paths[gate])
+        conv = _convolution_before(backbone, backbone_of(model), paths[gate])
         if conv is None:
             return None
         _scale_output(conv, torch.from_numpy(scales[name]))
     return pruned.to(model.device).eval()
 
 
-def _convolution_before(pruned: nn.Module, trunk: nn.Module, path: str) -> nn.Module | None:
+def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn.Module | None:
     """The last convolution of the residual branch that a gate stood right behind."""
     block_path, _, _ = path.rpartition(".")
-    block, plain = trunk.get_submodule(block_path), pruned.get_submodule(block_path)
+    block, plain = backbone.get_submodule(block_path), pruned.get_submodule(block_path)
     if not isinstance(block, tuple(_LAST)) or block.placement != "standard":
         return None
     names = next(names for kind, names in _LAST.items() if isinstance(block, kind))

@@ -38,7 +38,7 @@ COCO = {
 
 
 def has_gates(cfg: CfgNode) -> bool:
-    """Whether a config's trunk has SE."""
+    """Whether a config's backbone has SE."""
     return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
 
 
@@ -51,15 +51,15 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
         task: as Detectron2 names it: "bbox", "classification".
         images: that were evaluated, where that is known.
     """
-    trunk = backbone_name(cfg)
+    backbone = backbone_name(cfg)
     if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
         fpn = cfg.MODEL.BACKBONE.NAME == "build_senet_fpn_backbone" and not cfg.MODEL.MASK_ON
-        return COCO.get(trunk) if fpn else None
-    if task == "classification" and (found := published_on_cifar(data, trunk)):
+        return COCO.get(backbone) if fpn else None
+    if task == "classification" and (found := published_on_cifar(data, backbone)):
         return PaperRow(found.name, {"top1_error": found.top1_error}, found.source)
     if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
         for row in PLACES365:
-            if row.name.lower().replace("-", "") == trunk.replace("_", ""):
+            if row.name.lower().replace("-", "") == backbone.replace("_", ""):
                 values = {"top1_error": row.top1_error, "top5_error": row.top5_error}
                 short = images is not None and images != _PLACES365_IMAGES
                 note = f"theirs on {_PLACES365_IMAGES:,} images, ours on {images:,.0f}"

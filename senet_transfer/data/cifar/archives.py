@@ -25,8 +25,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.errors import UserError
-from senet_transfer.utils.plain_values import ArrayRef
-from senet_transfer.utils.safe_pickle import PlainUnpickler
+from senet_transfer.utils.safe_pickle import load_plain
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +252,7 @@ def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, n
         return rows[:, before:], rows[:, before - 1].astype(np.int64)
     batch = _load_pickle(data, where)
     images, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
-    array = images.array if isinstance(images, ArrayRef) else np.empty(0)
+    array = images if isinstance(images, np.ndarray) else np.empty(0)
     if not (
         isinstance(labels, list)
         and labels
@@ -272,7 +271,7 @@ def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, n
 def _load_pickle(data: bytes, where: str) -> dict[str, Any]:
     """Return the dictionary in a pickle of Python 2 or 3, with its keys and lists as text."""
     try:
-        value = PlainUnpickler(io.BytesIO(data), Path(where)).load()
+        value = load_plain(io.BytesIO(data), where)
     except UserError as error:
         raise UserError(
             f"{where} was rejected: it holds more than arrays, lists and text, and loading it "

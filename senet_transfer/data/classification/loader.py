@@ -29,20 +29,13 @@ from senet_transfer.data.classification.sampling import (
 from senet_transfer.data.classification.skip_counter import SkipCounter
 from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform, put, sample_rng
-from senet_transfer.data.workers import init_worker
+from senet_transfer.data.workers import RaisingLoader, init_worker
 from senet_transfer.errors import UserError
 
 Batch = dict[str, Any]
 Transform = TrainTransform | EvalTransform | Callable[..., torch.Tensor]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A UserError on its way from a worker: PyTorch would wrap its message in a traceback."""
-
-    message: str
 
 
 class ClassificationLoader:
@@ -54,7 +47,7 @@ class ClassificationLoader:
     """
 
     def __init__(self, loader: DataLoader, skips: SkipCounter, expected: int | None, batches: int):
-        self._loader = loader
+        self._loader = RaisingLoader(loader)
         self._batches = batches
         self.skips = skips
         self.expected = expected
@@ -67,8 +60,6 @@ class ClassificationLoader:
     def __iter__(self) -> Iterator[Batch]:
         delivered = 0
         for batch in self._loader:
-            if isinstance(batch, _Failed):
-                raise UserError(batch.message)
             delivered += len(batch["key"])
             yield batch
         if self.expected is not None and delivered != self.expected:
@@ -249,14 +240,14 @@ class _TrainBatches(IterableDataset):
     place: _Place
     order: _Order
 
-    def __iter__(self) -> Iterator[Batch | _Failed]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         process = _worker()
         try:
             samples = self._samples(self.order.start_iter + process)
             while True:
                 yield self._batch(list(islice(samples, self.batch_size)), process)
         except UserError as error:
-            yield _Failed(str(error))
+            yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
         """The samples from a batch on, of the worker whose batch it is."""
@@ -316,7 +307,7 @@ class _EvalBatches(IterableDataset):
         """The samples `[first, end)` of a worker."""
         return share(len(self.dataset), self.place.consumer(worker), self.place.consumers)
 
-    def __iter__(self) -> Iterator[Batch | _Failed]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         process = _worker()
         first, end = self.share(process)
         try:
@@ -326,7 +317,7 @@ class _EvalBatches(IterableDataset):
                 yield {**self._batch(samples, process), "index": places}
                 first += len(samples)
         except UserError as error:
-            yield _Failed(str(error))
+            yield error
 
     def _batch(self, samples: list[RawSample], process: int) -> Batch:
         images = torch.empty(len(samples), *self.transform.output_shape, dtype=torch.uint8)

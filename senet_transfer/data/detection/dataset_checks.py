@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import builtin
 
 from senet_transfer.data.detection.coco import ENTRY_FORM, CocoDataset, registered_entry
 from senet_transfer.data.detection.json_file import sniff_json
@@ -223,8 +222,9 @@ link a copy that you have: ln -s /path/to/coco {os.path.join(_root_path(), "coco
 
 
 def _root_path() -> str:
-    # Detectron2 reads the variable once, when it is imported: this is what counts.
-    return os.path.abspath(builtin._root)
+    # Detectron2 reads the variable once, when it is imported, and registers COCO under it.
+    images = MetadataCatalog.get("coco_2017_train").image_root
+    return os.path.abspath(os.path.join(images, "..", ".."))
 
 
 def _root() -> str:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import MapDataset, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from senet_transfer.data.workers import init_worker
+from senet_transfer.data.workers import ErrorsAsValues, RaisingLoader, init_worker
 from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,12 @@ def _seed_libraries(entropy: Iterable[int]) -> int:
 
 
 @contextlib.contextmanager
-def random_numbers_of(*entropy: int) -> Iterator[None]:
-    """Within, what is drawn on the CPU follows from whole numbers; after it, all is as before."""
+def seeded_rng(*entropy: int) -> Iterator[None]:
+    """Seed the CPU's generators inside the context, and restore their states after it.
+
+    Args:
+        entropy: whole numbers, which the seed is derived from.
+    """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # torch.manual_seed would seed GPUs, too, for good.
     torch.default_generator.manual_seed(_seed_libraries(entropy))
@@ -71,8 +75,8 @@ def random_numbers_of(*entropy: int) -> Iterator[None]:
 
 def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], *, seed: int, start_iter: int = 0
-) -> DataLoader:
-    """The loader of this process: an endless row of lists of what the mapper returns.
+) -> RaisingLoader:
+    """Return the loader of this process: an endless row of lists of what the mapper returns.
 
     Args:
         cfg: Detectron2's keys of data, sampler and grouping are obeyed.
@@ -81,19 +85,21 @@ def build_train_loader(
         start_iter: the first iteration to deliver.
     """
     # Detectron2's samplers that are given no seed draw one.
-    with random_numbers_of(seed):
-        theirs = build_detection_train_loader(cfg, mapper=mapper)
+    with seeded_rng(seed):
+        theirs = build_detection_train_loader(cfg, mapper=_unmapped)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
-    _tell_passes(cfg, len(parts.dataset))
+    records = parts.dataset
+    _tell_passes(cfg, len(records))
     batches = PlannedBatches(
         parts.sampler,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        is_wide=_shapes(parts.dataset) if grouped else None,
+        is_wide=_shapes(records) if grouped else None,
         start_iter=start_iter,
     )
-    return DataLoader(
-        _SeededImages(parts.dataset, seed, comm.get_rank()),
+    images = MapDataset(records, ErrorsAsValues(mapper))
+    loader = DataLoader(
+        _SeededImages(images, seed, comm.get_rank()),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -101,6 +107,26 @@ def build_train_loader(
         # Starting to iterate draws a number, here from a generator of its own.
         generator=torch.Generator(),
     )
+    return RaisingLoader(loader)
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]
+) -> RaisingLoader:
+    """Return Detectron2's loader of a data set to evaluate on.
+
+    Args:
+        cfg: Detectron2's keys of data loading are obeyed.
+        dataset_name: a registered data set.
+        mapper: of one image's dictionary.
+    """
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
+    loader.worker_init_fn = init_worker
+    return RaisingLoader(loader)
+
+
+def _unmapped(record: dict) -> dict:
+    return record
 
 
 def _tell_passes(cfg: CfgNode, images: int) -> None:
@@ -117,9 +143,11 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
     )  # fmt: skip
 
 
-def _shapes(mapped: Dataset) -> Callable[[int], bool]:
-    """Says of an image whether it is wider than high, which is how Detectron2 groups them."""
-    records = mapped._dataset
+def _shapes(records: Dataset) -> Callable[[int], bool]:
+    """Return a function that says of an image whether it is wider than high.
+
+    Detectron2 groups images by that.
+    """
 
     @functools.cache
     def is_wide(index: int) -> bool:
@@ -181,5 +209,5 @@ class _SeededImages(Dataset):
 
     def __getitem__(self, place: Place) -> Any:
         position, index = place
-        with random_numbers_of(self.seed, self.rank, position, _IMAGES):
+        with seeded_rng(self.seed, self.rank, position, _IMAGES):
             return self.images[index]

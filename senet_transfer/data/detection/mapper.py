@@ -23,11 +23,20 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from senet_transfer.errors import UserError
 
-_EXIF_ORIENTATION = 274
+# What turns an image of each EXIF orientation upright.
+_EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _EXIF_ROTATES = (5, 6, 7, 8)  # the orientations that swap width and height
 
 
@@ -141,8 +150,17 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     with _no_truncated_images(), PathManager.open(path, "rb") as file:
         image = Image.open(file)
         image.load()
-        image = detection_utils._apply_exif_orientation(image)
+        turn = _EXIF_TURNS.get(_exif_orientation(image))
+        image = image if turn is None else image.transpose(turn)
         return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
+
+
+def _exif_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1-8; None without one, or with EXIF data that are broken."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises errors of many types for broken EXIF data
+        return None
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -199,9 +217,8 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
             "was annotated."
         )
     orientation = None
-    # Broken EXIF data count as none, as they do when Detectron2 turns the image.
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
-        orientation = Image.open(file).getexif().get(_EXIF_ORIENTATION)
+        orientation = _exif_orientation(Image.open(file))
     if orientation in _EXIF_ROTATES:
         return (
             f"Its EXIF orientation is {orientation}, and Detectron2 turns it upright, while it was "

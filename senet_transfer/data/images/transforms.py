@@ -51,12 +51,17 @@ class TrainTransform:
     draft: bool = False
 
     def __post_init__(self) -> None:
-        low, high = self.scale
-        if self.size < 1 or not 0 < low <= high <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+        pairs = len(self.scale) == len(self.ratio) == 2
+        if (
+            self.size < 1
+            or not pairs
+            or not 0 < self.scale[0] <= self.scale[1] <= 1
+            or not 0 < self.ratio[0] <= self.ratio[1]
+        ):
             raise UserError(
                 f"cannot crop to size={self.size}, scale={self.scale}, ratio={self.ratio}: "
-                "expected a size of at least 1, 0 < scale <= 1 and 0 < ratio, each from small "
-                "to large."
+                "expected a size of at least 1, 0 < scale <= 1 and 0 < ratio, each two numbers "
+                "from small to large."
             )
         _interpolation(self.interpolation)
 

@@ -99,8 +99,8 @@ def drop_torn_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+def verify_checkpoint(path: Path) -> str:
+    """Return what is wrong with a checkpoint file; empty if nothing is."""
     if not path.is_file():
         return f"{path} is not there"
     try:
@@ -125,7 +125,7 @@ def newest_whole(folder: str | Path) -> Path:
     found = []
     for name in names:
         path = Path(folder, name)
-        problems = [problem for problem in comm.all_gather(damage(path)) if problem]
+        problems = [problem for problem in comm.all_gather(verify_checkpoint(path)) if problem]
         if not problems:
             return path
         found.append(problems[0])

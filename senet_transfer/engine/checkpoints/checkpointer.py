@@ -10,6 +10,7 @@ from torch import nn
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.utils.private_api import end_failed_load
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.formats.reader import OWN_METADATA
 from senet_transfer.weights.load import LoadReport, load_source
@@ -115,7 +116,7 @@ class Checkpointer(DetectionCheckpointer):
                 path, self._family = local_weights(path, self._family)
             return super().load(path, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # Detectron2's, for a load that failed
+            end_failed_load(self)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         resumed = self._whole and bool(self.checkpointables)
@@ -128,9 +129,12 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """What a checkpoint holds beside the model, read without running anything in it."""
+    """Return what a checkpoint holds besides the model, without running code from it.
+
+    The file is mapped into memory, so that the model's tensors are not read a second time.
+    """
     try:
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
             f"{filename} is no checkpoint of a run: its training state can't be read "

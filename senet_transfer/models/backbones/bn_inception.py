@@ -15,11 +15,12 @@ res5. Stage 2 has two plain convolutions and nothing to gate.
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.blocks import ResNetStem
-from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone, check_se, stage_se
 from senet_transfer.models.backbones.common import MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 
@@ -126,9 +127,18 @@ class InceptionBlock(CNNBlockBase):
         return pool(x, 3, stride=1, padding=1)
 
 
-@trunk_builder()
-def build_bn_inception(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
-    """BN-Inception: "stem" and "res2" are of stride 4, "res3" ends with 3b, "res4" with 4d."""
+def build_bn_inception(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build BN-Inception.
+
+    "stem" and "res2" have stride 4; "res3" ends with module 3b, "res4" with 4d.
+    """
     check_se(se, "BN-Inception", stages=(3, 4, 5))
     stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]
     inputs = 192
@@ -139,7 +149,7 @@ def build_bn_inception(*, se: SEOptions | None, norm: str, in_channels: int) -> 
             inputs = blocks[-1].out_channels
         stages.append(blocks)
     stem = ResNetStem(in_channels, norm=norm, pool="ceil")
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 register_with_se("bn_inception", build_bn_inception)

@@ -1,13 +1,21 @@
-"""What the builders of all trunks share: the container of the stages, and checks of the options."""
+"""Parts that the builders of all backbones share: the container of stages, checks of options.
 
-import functools
-import inspect
+A builder is a function with keyword arguments only, all of which but its own have a default:
+
+- ``se: SEOptions | None``: the SE variant; None is the plain network.
+- ``norm``: Detectron2's name of a norm.
+- ``in_channels``: channels of the image.
+- ``out_features``: names of the stages to return; None is the last one.
+- ``freeze_at``: number of stages to freeze, counted from the stem.
+"""
+
+import warnings
 from collections.abc import Callable, Sequence
 
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 
-from senet_transfer.errors import UserError, check_choice
+from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
@@ -15,33 +23,54 @@ FEATURES = ("stem", "res2", "res3", "res4", "res5")
 # Of the networks for 32x32 images.
 CIFAR_FEATURES = FEATURES[:4]
 
-NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
-
 StemAndStages = tuple[CNNBlockBase, list[list[CNNBlockBase]]]
+
+
+def build_backbone(
+    stem: CNNBlockBase,
+    stages: list[list[CNNBlockBase]],
+    *,
+    out_features: list[str] | None,
+    freeze_at: int,
+    features: tuple[str, ...] = FEATURES,
+) -> ResNet:
+    """Return Detectron2's container of a stem and stages.
+
+    Args:
+        stem: the first block.
+        stages: the blocks of each stage.
+        out_features: the stages to return, of ``features``; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem; 0 for none.
+        features: the names of the stem and the stages.
+
+    Raises:
+        UserError: ``out_features`` or ``freeze_at`` is invalid.
+    """
+    _check_out_features(out_features, features)
+    _check_freeze_at(freeze_at, features)
+    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Makes a function that returns a stem and stages one that returns the trunk of them.
+    """Decorate a builder that returns a stem and stages, as version 0.1 had them.
 
-    The function has keyword arguments alone: ``se``, ``norm``, ``in_channels`` and its own. What
-    it becomes takes these, ``out_features`` and ``freeze_at``; all but its own have a default:
-
-    - ``se: SEOptions | None``: the SE variant; None, the default, is the plain network.
-    - ``norm``: Detectron2's name of a norm, "BN".
-    - ``in_channels``: channels of the image, 3.
-    - ``out_features``: the stages to return, of ``features``; None, the default, is the last one.
-    - ``freeze_at``: how many stages to freeze, counted from the stem, 0.
-
-    It returns Detectron2's own container, and raises UserError for a value that makes no sense.
+    Deprecated, removed in version 0.3: state all keyword arguments and return
+    :func:`build_backbone`. Options of the decorated function's own can be fixed when the model is
+    registered, and not overridden later.
 
     Args:
         features: the names of the stem and the stages.
     """
+    warnings.warn(
+        "trunk_builder is deprecated and will be removed in version 0.3: return build_backbone("
+        "stem, stages, out_features=out_features, freeze_at=freeze_at) from the builder.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
 
     def decorate(build: Callable[..., StemAndStages]) -> Callable[..., ResNet]:
-        @functools.wraps(build)
         def build_whole(
             *,
             se: SEOptions | None = None,
@@ -51,24 +80,18 @@ def trunk_builder(
             freeze_at: int = 0,
             **own: object,
         ) -> ResNet:
-            check_choice("The norm", norm, NORMS)
-            _check_out_features(out_features, features)
-            _check_freeze_at(freeze_at, features)
             stem, stages = build(se=se, norm=norm, in_channels=in_channels, **own)
-            return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+            return build_backbone(
+                stem, stages, out_features=out_features, freeze_at=freeze_at, features=features
+            )
 
-        # What the registry reads the network's options from.
-        shared = inspect.signature(build_whole, follow_wrapped=False).parameters
-        named = {name: shared[name] for name in shared if name != "own"}
-        parameters = inspect.signature(build).parameters | named
-        build_whole.__signature__ = inspect.Signature(list(parameters.values()))
         return build_whole
 
     return decorate
 
 
 def _check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
-    """Raises UserError unless these are names of features, or None."""
+    """Raise UserError unless these are names of features, or None."""
     if out_features is None:
         return
     # Not lists alone: a LazyConfig has a sequence of its own.
@@ -82,7 +105,7 @@ def _check_out_features(out_features: list[str] | None, features: tuple[str, ...
 
 
 def _check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
-    """Raises UserError unless this many of a trunk's stages can be frozen."""
+    """Raise UserError unless this many stages of a backbone can be frozen."""
     if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(
             f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "

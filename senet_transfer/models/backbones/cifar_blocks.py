@@ -183,7 +183,7 @@ def preact_parts(
     projection: bool = True,
     shares: bool = False,
 ) -> StemAndStages:
-    """The parts of a pre-activation trunk of three stages.
+    """The parts of a pre-activation backbone of three stages.
 
     Args:
         widths: channels of the stages' outputs.

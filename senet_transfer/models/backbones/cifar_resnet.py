@@ -12,9 +12,11 @@ adds ``2 C (C // r) + C + C // r`` parameters a block of width C. With r = 16 an
 14,238 to ResNet-110's 1,727,962 and 202,104 to ResNet-164's 1,703,258.
 """
 
+from detectron2.modeling.backbone.resnet import ResNet
+
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import CIFAR_FEATURES, StemAndStages, trunk_builder
+from senet_transfer.models.backbones.builder import CIFAR_FEATURES, build_backbone
 from senet_transfer.models.backbones.cifar_blocks import preact_parts
 from senet_transfer.models.registry import register_family, register_with_se
 from senet_transfer.preprocessing import CIFAR10
@@ -25,25 +27,28 @@ BLOCKS = ("basic", "bottleneck")
 BOTTLENECK_DEPTHS = (164, 1001)
 
 
-@trunk_builder(CIFAR_FEATURES)
 def build_cifar_resnet(
     *,
     depth: int,
     block: str | None = None,
-    se: SEOptions | None,
-    norm: str,
-    in_channels: int,
-) -> StemAndStages:
-    """A pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build a pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
 
     Only res4 ends with a norm and ReLU, as in the network.
 
     Args:
         depth: layers with weights: 6n + 2 of basic blocks, 9n + 2 of bottlenecks.
         block: "basic" or "bottleneck"; None is bottlenecks for depth 164 and 1001, else basic.
-        se: as :func:`trunk_builder` says, like the rest.
-        norm: likewise.
-        in_channels: likewise.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        in_channels: channels of the image.
+        out_features: names of the stages to return; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
         UserError: no network of these blocks has this depth.
@@ -59,7 +64,7 @@ def build_cifar_resnet(
             f"A CIFAR ResNet of {kind} has {layers}n + 2 layers, so {depth} is none. The nearest "
             f"is {near}; block= takes the other kind of block."
         )
-    return preact_parts(
+    stem, stages = preact_parts(
         widths=(64, 128, 256) if bottleneck else (16, 32, 64),
         blocks=blocks,
         in_channels=in_channels,
@@ -68,6 +73,9 @@ def build_cifar_resnet(
         bottleneck=bottleneck,
         projection=bottleneck,
         shares=True,
+    )
+    return build_backbone(
+        stem, stages, out_features=out_features, freeze_at=freeze_at, features=CIFAR_FEATURES
     )
 
 

@@ -1,4 +1,4 @@
-"""What trunks of several families are made of."""
+"""What backbones of several families are made of."""
 
 import math
 

@@ -17,11 +17,12 @@ detectors and FPNs need; TensorFlow's detectors on this network do the same with
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.errors import check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone, check_se, stage_se
 from senet_transfer.models.backbones.common import Chain, GatedBlock, MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 from senet_transfer.preprocessing import Preprocessing
@@ -170,17 +171,24 @@ class InceptionResidualBlock(GatedBlock):
         return self._leave(F.relu_(out) if self.relu else out)
 
 
-@trunk_builder()
 def build_inception_resnet_v2(
-    *, padding: str = "valid", se: SEOptions | None, norm: str, in_channels: int
-) -> StemAndStages:
-    """Inception-ResNet-v2, whose "stem" and "res2" are both of stride 4.
+    *,
+    padding: str = "valid",
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build Inception-ResNet-v2, whose "stem" and "res2" are both of stride 4.
 
     Args:
         padding: "valid", the published network; "same" for maps that are aligned with the image.
-        se: as :func:`trunk_builder` says, like the rest.
-        norm: likewise.
-        in_channels: likewise.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        in_channels: channels of the image.
+        out_features: names of the stages to return; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
         UserError: another padding.
@@ -201,7 +209,7 @@ def build_inception_resnet_v2(
         inputs = stages[-1][-1].out_channels
         stages.append(_stage(stage, inputs, norm=norm, pad=pad, se=stage_se(se, stage)))
     stages[-1].append(ConvBlock(stages[-1][-1].out_channels, 1536, 1, norm=norm))
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 def _stage(

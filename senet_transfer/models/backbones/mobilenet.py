@@ -11,10 +11,11 @@ first pair stands.
 """
 
 from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone, check_se, stage_se
 from senet_transfer.models.backbones.common import make_conv
 from senet_transfer.models.registry import register_with_se
 
@@ -72,9 +73,15 @@ class SeparableBlock(CNNBlockBase):
         return x if self.se is None else self.se(x)
 
 
-@trunk_builder()
-def build_mobilenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
-    """MobileNet 1.0: "stem" is of stride 2, "res2" to "res5" of strides 4 to 32."""
+def build_mobilenet(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build MobileNet 1.0: "stem" is of stride 2, "res2" to "res5" of strides 4 to 32."""
     check_se(se, "MobileNet", stages=(2, 3, 4, 5))
     stem = MobileNetStem(in_channels, norm=norm)
     stages, inputs = [], stem.out_channels
@@ -85,7 +92,7 @@ def build_mobilenet(*, se: SEOptions | None, norm: str, in_channels: int) -> Ste
             blocks.append(SeparableBlock(inputs, width, stride=stride, norm=norm, se=gate))
             inputs = width
         stages.append(blocks)
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 register_with_se("mobilenet", build_mobilenet)

@@ -1,7 +1,7 @@
 """ResNet, ResNeXt and SENet-154, with and without SE, inside Detectron2's own ``ResNet``.
 
 Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). A trunk without SE is made of Detectron2's own blocks.
+authors' network definition). A backbone without SE is made of Detectron2's own blocks.
 """
 
 from detectron2.layers import CNNBlockBase
@@ -16,7 +16,7 @@ from senet_transfer.models.backbones.blocks import (
     SENet154Block,
     SENet154Stem,
 )
-from senet_transfer.models.backbones.builder import StemAndStages, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone
 from senet_transfer.models.registry import register_model, register_with_se
 
 BLOCKS_PER_STAGE = {
@@ -28,7 +28,6 @@ BLOCKS_PER_STAGE = {
 }
 
 
-@trunk_builder()
 def build_resnet(
     *,
     depth: int,
@@ -39,11 +38,13 @@ def build_resnet(
     res5_dilation: int = 1,
     stem_out_channels: int = 64,
     res2_out_channels: int | None = None,
-    se: SEOptions | None,
-    norm: str,
-    in_channels: int,
-) -> StemAndStages:
-    """A residual trunk.
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build a residual backbone.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -54,9 +55,11 @@ def build_resnet(
         res5_dilation: 2 keeps res5 at stride 16 and dilates it.
         stem_out_channels: channels of the stem.
         res2_out_channels: channels of res2, doubled with every stage; None is the usual number.
-        se: as :func:`trunk_builder` says, like the rest.
-        norm: likewise.
-        in_channels: likewise.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        in_channels: channels of the image.
+        out_features: names of the stages to return; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
         UserError: a value that makes no sense for the network.
@@ -67,7 +70,7 @@ def build_resnet(
         depth, num_groups, width_per_group, channels, se, norm, stride_in_1x1, res5_dilation
     )
     stem = ResNetStem(in_channels, stem_out_channels, norm=norm, pool=stem_pool)
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 def _check_blocks(
@@ -128,11 +131,16 @@ def _stages(
     return stages
 
 
-@trunk_builder()
 def build_senet154(
-    *, stem_pool: str = "pad", se: SEOptions | None, norm: str, in_channels: int
-) -> StemAndStages:
-    """SENet-154, which has SE built in; ``stem_pool`` as in :func:`build_resnet`.
+    *,
+    stem_pool: str = "pad",
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build SENet-154, which has SE built in; ``stem_pool`` as in :func:`build_resnet`.
 
     Raises:
         UserError: stages without SE.
@@ -152,7 +160,8 @@ def build_senet154(
         )
         for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[152], strict=True)
     ]
-    return SENet154Stem(in_channels, norm=norm, pool=stem_pool), stages
+    stem = SENet154Stem(in_channels, norm=norm, pool=stem_pool)
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 for _depth in BLOCKS_PER_STAGE:

@@ -35,9 +35,8 @@ from senet_transfer.layers.shake_shake import ShakeMix
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.builder import (
     CIFAR_FEATURES,
-    StemAndStages,
+    build_backbone,
     stage_se,
-    trunk_builder,
 )
 from senet_transfer.models.backbones.cifar_blocks import CifarStem, check_cifar_se
 from senet_transfer.models.backbones.common import GatedBlock, make_conv, make_norm
@@ -200,19 +199,26 @@ class FinalReLU(CNNBlockBase):
         return F.relu(x)
 
 
-@trunk_builder(CIFAR_FEATURES)
 def build_shake_shake26(
-    *, width: int = 96, se: SEOptions | None, norm: str, in_channels: int
-) -> StemAndStages:
-    """Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
+    *,
+    width: int = 96,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
 
     Only res4 ends with a ReLU, as in the network.
 
     Args:
         width: channels of res2, doubled with every stage; even.
-        se: as :func:`trunk_builder` says, like the rest.
-        norm: likewise.
-        in_channels: likewise.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        in_channels: channels of the image.
+        out_features: names of the stages to return; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
         UserError: an odd width, or a placement of SE that the network hasn't.
@@ -227,15 +233,25 @@ def build_shake_shake26(
     stem = CifarStem(in_channels, 16, norm=norm)
     stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
     stages[-1].append(FinalReLU(4 * width))
-    return stem, stages
+    return build_backbone(
+        stem, stages, out_features=out_features, freeze_at=freeze_at, features=CIFAR_FEATURES
+    )
 
 
-@trunk_builder(CIFAR_FEATURES)
-def build_shake_even29(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
-    """Shake-Even-Image 29 2x4x64d; stages as those of :func:`build_shake_shake26`."""
+def build_shake_even29(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build Shake-Even-Image 29 2x4x64d; stages as those of :func:`build_shake_shake26`."""
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
-    return stem, stages
+    return build_backbone(
+        stem, stages, out_features=out_features, freeze_at=freeze_at, features=CIFAR_FEATURES
+    )
 
 
 def _stages(

@@ -12,10 +12,11 @@ after a digit; gates on what a unit of stride 2 concatenates would make it 2.5M.
 
 import torch
 import torch.nn.functional as F
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone, check_se, stage_se
 from senet_transfer.models.backbones.common import GatedBlock, MaxPool, make_conv
 from senet_transfer.models.backbones.mobilenet import MobileNetStem
 from senet_transfer.models.registry import register_with_se
@@ -86,9 +87,15 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
-@trunk_builder()
-def build_shufflenet(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
-    """ShuffleNet 1x with 3 groups.
+def build_shufflenet(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build ShuffleNet 1x with 3 groups.
 
     "stem" is of stride 2, "res2" the max pool, of stride 4; "res3" to "res5" are stages 2 to 4 of
     ShuffleNet's paper.
@@ -112,7 +119,7 @@ def build_shufflenet(*, se: SEOptions | None, norm: str, in_channels: int) -> St
             )
             inputs = width
         stages.append(blocks)
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 register_with_se("shufflenet_g3", build_shufflenet)

@@ -12,10 +12,11 @@ and 1000 classes included (torchvision's 138,365,992 has 4,224 biases of convolu
 
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import StemAndStages, check_se, stage_se, trunk_builder
+from senet_transfer.models.backbones.builder import build_backbone, check_se, stage_se
 from senet_transfer.models.backbones.common import Chain, MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 
@@ -86,9 +87,18 @@ class VGGNeck(nn.Module):
         return F.relu(self.fc2(x))
 
 
-@trunk_builder()
-def build_vgg(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndStages:
-    """VGG-16: "stem" ends with conv2, of stride 2, "res4" with conv5; "res5" is the last pool."""
+def build_vgg(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build VGG-16.
+
+    "stem" ends with conv2, of stride 2; "res4" ends with conv5; "res5" is the last pool.
+    """
     check_se(se, "VGG-16", stages=(2, 3, 4))
     groups, inputs = [], in_channels
     for index, widths in enumerate(WIDTHS):
@@ -101,7 +111,7 @@ def build_vgg(*, se: SEOptions | None, norm: str, in_channels: int) -> StemAndSt
         groups.append(blocks)
     stem = Chain(*groups[0], *groups[1])
     stages = [*groups[2:], [MaxPool(inputs, kernel=2)]]
-    return stem, stages
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
 register_with_se("vgg16_bn", build_vgg, dropout=0.5, neck=VGGNeck)

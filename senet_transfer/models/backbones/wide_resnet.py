@@ -9,28 +9,38 @@ in :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds ``2 C (C // r) +
 parameters a block of width C: 87,920 to WRN-16-8's 10,961,370, with r = 16 and 10 classes.
 """
 
+from detectron2.modeling.backbone.resnet import ResNet
+
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.models.backbones.builder import CIFAR_FEATURES, StemAndStages, trunk_builder
+from senet_transfer.models.backbones.builder import CIFAR_FEATURES, build_backbone
 from senet_transfer.models.backbones.cifar_blocks import preact_parts
 from senet_transfer.models.registry import register_family, register_with_se
 from senet_transfer.preprocessing import CIFAR10
 
 
-@trunk_builder(CIFAR_FEATURES)
 def build_wide_resnet(
-    *, depth: int, width: int, se: SEOptions | None, norm: str, in_channels: int
-) -> StemAndStages:
-    """A wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    *,
+    depth: int,
+    width: int,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build a wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
 
     Only res4 ends with a norm and ReLU, as in the network.
 
     Args:
         depth: 6n + 4, which counts the shortcuts' convolutions as the paper does.
         width: the factor k over 16, 32 and 64 channels.
-        se: as :func:`trunk_builder` says, like the rest.
-        norm: likewise.
-        in_channels: likewise.
+        se: the SE variant; None is the plain network.
+        norm: Detectron2's name of a norm.
+        in_channels: channels of the image.
+        out_features: names of the stages to return; None is the last one.
+        freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
         UserError: no network has this depth or width.
@@ -42,12 +52,15 @@ def build_wide_resnet(
             f"A wide ResNet has 6n + 4 layers and a width of at least 1, so WRN-{depth}-{width} "
             f"is none. The nearest depth is {near}."
         )
-    return preact_parts(
+    stem, stages = preact_parts(
         widths=(16 * width, 32 * width, 64 * width),
         blocks=blocks,
         in_channels=in_channels,
         se=se,
         norm=norm,
+    )
+    return build_backbone(
+        stem, stages, out_features=out_features, freeze_at=freeze_at, features=CIFAR_FEATURES
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tensors of a trunk tell of its network."""
+"""What the tensors of a backbone tell of its network."""
 
 import re
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A trunk, as far as names and shapes show it.
+    """A backbone, as far as names and shapes show it.
 
     Attributes:
-        blocks: how many blocks each stage has, from res2 on; shorter where the trunk is cut.
+        blocks: how many blocks each stage has, from res2 on; shorter where the backbone is cut.
         bottleneck: whether its blocks are bottlenecks.
         groups: groups of the 3x3 convolutions.
         width_per_group: channels a group in res2.

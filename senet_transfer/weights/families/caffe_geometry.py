@@ -23,7 +23,7 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
     """The geometry that the layers state; ``expected`` in what they leave out.
 
     Raises:
-        UserError: a stem pool that no trunk here has.
+        UserError: a stem pool that no backbone here has.
     """
     geometry = expected
     strides: dict[str, set[int]] = {"1x1": set(), "3x3": set()}
@@ -39,7 +39,7 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
     if strides["1x1"] | strides["3x3"] != {1, 2} or len(strides["1x1"]) != 1:
         raise UserError(
             f"{path}: the stages of its network have their strides in different places "
-            f"(1x1: {sorted(strides['1x1'])}, 3x3: {sorted(strides['3x3'])}), which no trunk of "
+            f"(1x1: {sorted(strides['1x1'])}, 3x3: {sorted(strides['3x3'])}), which no backbone of "
             "this project has."
         )
     return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
@@ -57,7 +57,7 @@ def _stem_pool(path: str | Path, layer: CaffeLayer, expected: Geometry) -> str |
     raise UserError(
         f"{path}: the pool of its stem ({layer.name}: {window.method}, kernel {window.kernel}, "
         f"stride {window.stride}, pad {window.pad}, {'ceil' if window.ceil else 'floor'}) is none "
-        "that a trunk of this project has: MAX, 3, 2 with pad 0 and ceil, or pad 1 and floor."
+        "that a backbone of this project has: MAX, 3, 2 with pad 0 and ceil, or pad 1 and floor."
     )
 
 

@@ -90,7 +90,7 @@ _own_names = having(
     r"(.*\.)?stem\.(\d\.)?conv\d?\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.\w+(\.\d)*\.weight"
 )
 
-# Other networks saved bare: the trunk's norms are named as Detectron2's are.
+# Other networks saved bare: the backbone's norms are named as Detectron2's are.
 _own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 

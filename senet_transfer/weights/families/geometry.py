@@ -61,17 +61,17 @@ def _say(name: str, value: object) -> str:
     return repr(value)
 
 
-def built_geometry(trunk: nn.Module, stages: dict[str, nn.Module]) -> Geometry:
+def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometry:
     """The geometry of a model that stands.
 
     Args:
-        trunk: the trunk, whose ``stem`` is looked at.
-        stages: its stages by name; with the C4 head's res5, which is no part of the trunk.
+        backbone: the backbone, whose ``stem`` is looked at.
+        stages: its stages by name; with the C4 head's res5, which is no part of the backbone.
     """
     # Imported only now, because the models, which use this module, are registered by that import.
     from detectron2.modeling.backbone.resnet import BasicStem
 
-    stem = getattr(trunk, "stem", None)
+    stem = getattr(backbone, "stem", None)
     # A stem without the choice is Detectron2's own.
     pool = getattr(stem, "pool", "pad" if isinstance(stem, BasicStem) else None)
     stride, relu = None, None

@@ -262,7 +262,7 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _RECORDS}
 
-# Networks of these projects with the names of a family, and something in them that no trunk here
+# Networks of these projects with the names of a family, and something in them that no backbone here
 # has: a pattern of names, how many dimensions the tensor has (None: any), what differs.
 _OTHER_NETWORKS = (
     (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts average before they project"),
@@ -274,7 +274,7 @@ _OTHER_NETWORKS = (
 
 
 def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
-    """What in a file, by its own names, no trunk of this project has; None where nothing is known.
+    """Return what a file has, by its tensors' names, that no backbone here has; None if unknown.
 
     Some of these (timm's resnet50d, say) have parts that match in name and shape.
     """

@@ -1,7 +1,7 @@
 """From the names that other projects give to tensors to this project's, which are Detectron2's.
 
 Each function takes a name as it stands in a file of its family, and returns this project's, or
-None for a name that the family does not have. The trunk is ``stem.conv1.weight``,
+None for a name that the family does not have. The backbone is ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
 ``res2.0.se.fc1.weight``, ...; the classifier on it is ``linear.weight`` and ``linear.bias``, and
 before it ``neck.fc1.weight`` and so on where it has hidden layers. Networks that are no ResNets are
@@ -15,7 +15,7 @@ Rename = Callable[[str], str | None]
 
 _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
-# What the names of a classifier's tensors behind its trunk begin with.
+# What the names of a classifier's tensors behind its backbone begin with.
 CLASSIFIER = ("linear.", "neck.")
 
 
@@ -220,10 +220,10 @@ def unchanged(name: str) -> str:
     return name
 
 
-def trunk_prefix(names: Iterable[str]) -> str:
-    """What stands before the trunk's names in a file under this project's or Detectron2's names.
+def backbone_prefix(names: Iterable[str]) -> str:
+    """Return the prefix of the backbone's names in a file of this project or Detectron2.
 
-    A trunk's own file has nothing there; a classifier's and a C4 detector's have "backbone.", and
+    A backbone's own file has none; a classifier's and a C4 detector's have "backbone.", and
     a detector's with an FPN "backbone.bottom_up.".
     """
     names = list(names)
@@ -234,12 +234,12 @@ def trunk_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """A name without what stands before the trunk, and the C4 head's res5 as the trunk's."""
+    """A name without what stands before the backbone, and the C4 head's res5 as the backbone's."""
     if name.startswith(_RES5):
         return name.removeprefix("roi_heads.")
     return name.removeprefix(prefix)
 
 
-def is_beside_trunk(name: str, prefix: str) -> bool:
+def is_beside_backbone(name: str, prefix: str) -> bool:
     """Whether a name is of a detector's other parts: its FPN, proposals and heads."""
     return not name.startswith((prefix, _RES5, *CLASSIFIER))

@@ -1,7 +1,7 @@
 """From this project's names to those of other projects, for files that these projects read.
 
-The opposites of :mod:`~.renaming`, for the trunk and its classifier. Each returns None for a name
-that the family does not have.
+The opposites of :mod:`~.renaming`, for the backbone and its classifier. Each returns None for a
+name that the family does not have.
 """
 
 from senet_transfer.weights.families.renaming import Rename, renamer

@@ -1,7 +1,7 @@
-"""Reading a file of weights, whatever its format, or saying what is wrong with it.
+"""Reader of weight files of any format.
 
-What a file is, its content says, not its name. Nothing in it is executed, and the memory and time
-that reading it takes are bounded by its size.
+The format is detected from the content, not the name. Nothing in a file is executed, and the memory
+and time to read it are bounded by its size.
 """
 
 import io
@@ -17,19 +17,18 @@ from safetensors import safe_open
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import tensors_sha256, verify_sha256
-from senet_transfer.utils.safe_pickle import PlainUnpickler
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.safe_pickle import load_plain
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
-from senet_transfer.weights.formats.refusal import shown
 from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
 
-# Where this project's own files keep what they say about themselves: a dictionary of that name
-# beside the tensors (in a .safetensors, whose metadata are strings, as JSON).
+# Key of this project's own metadata: a dictionary stored next to the tensors (as JSON in a
+# .safetensors, whose metadata are strings).
 OWN_METADATA = "senet_transfer"
-# In it: the tensors' hash, by tensors_sha256. A .safetensors or .pkl has no checksum else.
+# Key in it of the tensors' hash, by tensors_sha256: the only checksum of a .safetensors or .pkl.
 OWN_HASH = "tensors_sha256"
 
 _LISTED = 5
@@ -37,18 +36,18 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds.
+    """Content of a weight file.
 
     Attributes:
         path: the file.
         format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: by name. The usual wrappers are peeled, ``module.`` too where every name has it;
+        tensors: by name. The usual wrappers are removed, and ``module.`` where every name has it;
             the rest of the name is the file's. They own their memory.
-        metadata: small plain values found beside the tensors: ``arch``, ``epoch``, ``meta``,
+        metadata: small plain values stored with the tensors: ``arch``, ``epoch``, ``meta``,
             ``__author__``, ``matching_heuristics``, this project's own under :data:`OWN_METADATA`.
-        layers: of a Caffe file, with their parameters; else empty.
-        verified: what the content was checked against: "sha256", "zip CRC", or "values" where
-            there was no checksum and the numbers were looked at (see :func:`check_values`).
+        layers: of a Caffe file, with their parameters; otherwise empty.
+        verified: the checks that the content passed: "sha256", "zip CRC", or "values" if there is
+            no checksum and the numbers were checked (see :func:`check_values`).
     """
 
     path: Path
@@ -60,9 +59,9 @@ class WeightFile:
 
 
 def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
-    """Reads a file of weights: ``torch.save``'s formats, safetensors, pickles, Caffe's.
+    """Read a weight file: ``torch.save``'s formats, safetensors, pickles, Caffe's.
 
-    A SHA-256 beside the file (``NAME.sha256``, as ``sha256sum`` writes it) is verified too.
+    A SHA-256 next to the file (``NAME.sha256``, as ``sha256sum`` writes it) is verified too.
 
     Args:
         path: the file.
@@ -70,8 +69,8 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
             publishers put into file names).
 
     Raises:
-        UserError: the file is missing, damaged, of another hash, of no known format, without
-            tensors, or asks for something else than tensors. The message says what to do.
+        UserError: the file is missing, damaged, of an unknown format, without tensors, has another
+            hash, or holds more than tensors and plain values. The message says how to fix it.
     """
     path = Path(path)
     kind = sniff(path)
@@ -97,12 +96,10 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
 
 
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
-    """Checks that no number is infinite or not a number, and that no variance is negative.
-
-    This is what can be seen of damage where no checksum exists.
+    """Check for non-finite values and negative variances, the visible damage without a checksum.
 
     Raises:
-        UserError: names the tensors.
+        UserError: there are such values; the message names the tensors.
     """
     bad = []
     for name, tensor in tensors.items():
@@ -130,18 +127,10 @@ def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) ->
     verified.append("sha256")
 
 
-def _read_zip(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
-    return "pth", read_zip(path), []
-
-
-def _read_tar(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
-    return "pth", read_tar(path), []
-
-
 def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     stream = io.BytesIO(path.read_bytes())
-    first = PlainUnpickler(stream, path).load()
-    if first == LEGACY_MAGIC:
+    first = load_plain(stream, path)
+    if isinstance(first, int) and first == LEGACY_MAGIC:
         return "pth", read_legacy(stream, path), []
     return "pkl", collect(first, path, path.stat().st_size), []
 
@@ -167,8 +156,8 @@ def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 
 
 _READERS: dict[str, Callable[[Path], tuple[str, Checkpoint, list[CaffeLayer]]]] = {
-    ZIP: _read_zip,
-    TAR: _read_tar,
+    ZIP: lambda path: ("pth", read_zip(path), []),
+    TAR: lambda path: ("pth", read_tar(path), []),
     PICKLE: _read_pickle,
     SAFETENSORS: _read_safetensors,
     CAFFE: _read_caffe,

@@ -1,18 +1,18 @@
-"""What a file is, by its content; and what to do when it is none of the formats of weights."""
+"""Detection of a weight file's format, and error messages for files of other kinds."""
 
 import html
 import re
 from pathlib import Path
 
 from senet_transfer.errors import UserError
-from senet_transfer.weights.formats.refusal import shown
+from senet_transfer.utils.text import shown
 
 ZIP, TAR, PICKLE, SAFETENSORS, CAFFE = "zip", "tar", "pickle", "safetensors", "caffe"
 
 _HEAD = 4096
 _MAX_SAFETENSORS_HEADER = 100 * 2**20
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".pkl", ".caffemodel")
-# How pickles of protocol 0 and 1, which have no mark of their own, begin: a container or a class.
+# First bytes of pickles of protocol 0 and 1, which have no magic number: a container or a class.
 _OLD_PICKLE = re.compile(rb"[(}\]][dlqp(.]|c[A-Za-z_][\w.]*\n[\w.]+\n")
 _OTHER_FORMATS = (
     (b"\x1f\x8b", "compressed (gzip)", "Unpack it first, with gunzip or tar -xzf"),
@@ -29,12 +29,12 @@ _OTHER_FORMATS = (
 
 
 def sniff(path: Path) -> str:
-    """Says which reader a file needs: ZIP, TAR, PICKLE, SAFETENSORS or CAFFE.
+    """Return the format of a file: ZIP, TAR, PICKLE, SAFETENSORS or CAFFE.
 
-    CAFFE has no mark of its own; it is what remains when the file is not text.
+    CAFFE has no magic number and is returned for a binary file of no other known format.
 
     Raises:
-        UserError: the file is missing, empty, or something else than weights.
+        UserError: the file is missing, empty, or of another kind than weights.
     """
     head = _head(path)
     if head.startswith(b"PK\x03\x04"):
@@ -50,7 +50,7 @@ def sniff(path: Path) -> str:
             raise UserError(f"{path}: {what}, not a file of weights. {advice}.")
     if _OLD_PICKLE.match(head):
         return PICKLE
-    _refuse_text(path, head)
+    _reject_text(path, head)
     return CAFFE
 
 
@@ -73,7 +73,7 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _refuse_text(path: Path, head: bytes) -> None:
+def _reject_text(path: Path, head: bytes) -> None:
     text = head.decode("utf-8", errors="replace").strip("\ufeff \t\r\n\0")
     lower = text.lower()
     if lower.startswith(("<!doctype", "<html", "<head", "<?xml")) or "<html" in lower:
@@ -87,7 +87,7 @@ def _refuse_text(path: Path, head: bytes) -> None:
         raise UserError(
             f"{path}: a git-lfs pointer, not the file itself. Run `git lfs pull` in its repository."
         )
-    # A cut character at the end of the head is no reason to call it binary.
+    # A character cut at the end of the head does not make the file binary.
     printable = sum(c.isprintable() or c in "\t\r\n" for c in text) - text[:-3].count("\ufffd")
     if not text or printable < 0.98 * len(text):
         return

@@ -23,7 +23,7 @@ import portalocker
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.progress import progress
-from senet_transfer.weights.formats.refusal import shown
+from senet_transfer.utils.text import shown
 
 logger = logging.getLogger(__name__)
 

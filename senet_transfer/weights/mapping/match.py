@@ -102,7 +102,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
     elif classifier and not any(other.startswith("linear.") for other in source.tensors):
         result.initialised[name] = "the classifier: the file has none"
     elif name in target.beside and not source.detector:
-        result.initialised[name] = "parts around the trunk: not in the file"
+        result.initialised[name] = "parts around the backbone: not in the file"
     else:
         result.missing.append(target.own_names[name])
 
@@ -136,10 +136,10 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
         return "a counter that frozen norms don't keep"
     if exact:
         return None
-    # A trunk's names start so; everything else in a detector's file is around it.
+    # A backbone's names start so; everything else in a detector's file is around it.
     known_stage = _STAGE.match(name)
     if known_stage and not any(ours.startswith(known_stage[0]) for ours in target.tensors):
-        return f"the trunk ends before {known_stage[1]}"
+        return f"the backbone ends before {known_stage[1]}"
     if name.startswith(CLASSIFIER) and not any(n.startswith(CLASSIFIER) for n in target.tensors):
         return "the classifier: the model has none"
     if source.detector and not target.beside and not name.startswith(("stem.", "res")):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.read_once import once_per_file
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
@@ -32,14 +33,14 @@ class Source:
         path: the file.
         family: what it was taken for.
         alternatives: other families that have the same names and shapes, and what would differ.
-        tensors: by this project's name; the trunk's have no prefix, whatever stands around it.
+        tensors: by this project's name; the backbone's have no prefix, whatever stands around it.
         original: the file's own name of each.
         unknown: the file's names that the family does not have.
         notes: what was done to tensors on the way, in words.
-        architecture: of the trunk; None where it is no network of this project.
-        geometry: of the trunk, as far as it is known.
+        architecture: of the backbone; None where it is no network of this project.
+        geometry: of the backbone, as far as it is known.
         preprocessing: what the network expects of an image; None where it is not known.
-        detector: whether there are parts around the trunk besides a classifier.
+        detector: whether there are parts around the backbone besides a classifier.
     """
 
     path: str
@@ -59,9 +60,20 @@ class Source:
         """The family in words."""
         return f"{self.family.name} ({self.family.title})"
 
+    def options(self) -> dict[str, Any]:
+        """Return what is known of the network, by the names of ``create_backbone``'s overrides."""
+        options = self.geometry.options()
+        arch = self.architecture
+        if arch and arch.se_stages:
+            options |= {"se_bias": arch.se_bias, "se_stages": arch.se_stages}
+            if arch.se_ratio:
+                options |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
+        return options
 
+
+@once_per_file
 def examine(path: str | Path, family: str | None = None) -> Source:
-    """Reads a weight file and finds out what it is.
+    """Read a weight file and find out what it is.
 
     Args:
         path: the file.
@@ -119,7 +131,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         )
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
-    prefix = names.trunk_prefix(known.values())
+    prefix = names.backbone_prefix(known.values())
     tensors, original = {}, {}
     for name, ours in known.items():
         ours = names.canonical(ours, prefix)
@@ -148,7 +160,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         architecture=architecture,
         geometry=geometry,
         preprocessing=preprocessing,
-        detector=any(names.is_beside_trunk(ours, prefix) for ours in known.values()),
+        detector=any(names.is_beside_backbone(ours, prefix) for ours in known.values()),
     )
 
 

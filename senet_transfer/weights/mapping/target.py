@@ -1,4 +1,4 @@
-"""A model that weights go into: its trunk, its tensors under the trunk's names, its geometry."""
+"""The model that weights are loaded into: its backbone, tensors and geometry."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +23,16 @@ class Target:
 
     Attributes:
         model: the model, without a wrapper for distributed training.
-        trunk: its trunk; the model itself where it is one.
+        backbone: its backbone; the model itself where it is one.
         tensors: parameters and buffers by name, as in :class:`~.source.Source`.
         own_names: the model's own name of each.
-        beside: the names of what is around the trunk besides a classifier.
-        architecture: of the trunk; None where it is no network of this project.
-        geometry: of the trunk.
+        beside: the names of what is around the backbone besides a classifier.
+        architecture: of the backbone; None where it is no network of this project.
+        geometry: of the backbone.
     """
 
     model: nn.Module
-    trunk: nn.Module
+    backbone: nn.Module
     tensors: dict[str, Tensor]
     own_names: dict[str, str]
     beside: frozenset[str]
@@ -41,8 +41,8 @@ class Target:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Whether all batch norms of the trunk are frozen."""
-        norms = [m for m in self.trunk.modules() if _is_norm(m)]
+        """Whether all batch norms of the backbone are frozen."""
+        norms = [m for m in self.backbone.modules() if _is_norm(m)]
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
     def pixels(self) -> Preprocessing | None:
@@ -50,28 +50,29 @@ class Target:
         mean, std = (getattr(self.model, name, None) for name in _CONFIG_BUFFERS)
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
-        order = getattr(self.model, "input_format", None) or self.trunk_preprocessing().format
+        order = getattr(self.model, "input_format", None) or self.backbone_preprocessing().format
         # As a user wrote them: 123.675 is 123.67500305 in float32.
         mean, std = (
             tuple(round(value, 4) for value in tensor.flatten().tolist()) for tensor in (mean, std)
         )
         return Preprocessing(format=order, mean=mean, std=std)
 
-    def trunk_preprocessing(self) -> Preprocessing:
-        """What the trunk was built to expect; the usual where it doesn't say."""
-        found = getattr(self.trunk, "preprocessing", None)
+    def backbone_preprocessing(self) -> Preprocessing:
+        """What the backbone was built to expect; the usual where it doesn't say."""
+        found = getattr(self.backbone, "preprocessing", None)
         return found if isinstance(found, Preprocessing) else Preprocessing()
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
+    batch_norms = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    return isinstance(module, FrozenBatchNorm2d | batch_norms)
 
 
 def target_of(model: nn.Module) -> Target:
     """Looks at a model.
 
     Args:
-        model: a trunk, a classifier, or a detector; also wrapped for distributed training.
+        model: a backbone, a classifier, or a detector; also wrapped for distributed training.
 
     Raises:
         UserError: it is none of these.
@@ -81,32 +82,32 @@ def target_of(model: nn.Module) -> Target:
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
     for name in _CONFIG_BUFFERS:
         state.pop(name, None)
-    prefix = names.trunk_prefix(state)
-    trunk = model
+    prefix = names.backbone_prefix(state)
+    backbone = model
     for part in filter(None, prefix.split(".")):
-        trunk = getattr(trunk, part)
-    if not isinstance(trunk, nn.Module) or not state:
+        backbone = getattr(backbone, part)
+    if not isinstance(backbone, nn.Module) or not state:
         raise UserError(
-            f"Weights can't be loaded into a {type(model).__name__}: expected a trunk, a "
+            f"Weights can't be loaded into a {type(model).__name__}: expected a backbone, a "
             "classifier or a Detectron2 detector of this project."
         )
     own_names = {names.canonical(name, prefix): name for name in state}
     tensors = {ours: state[name] for ours, name in own_names.items()}
     return Target(
         model=model,
-        trunk=trunk,
+        backbone=backbone,
         tensors=tensors,
         own_names=own_names,
         beside=frozenset(
-            ours for ours, name in own_names.items() if names.is_beside_trunk(name, prefix)
+            ours for ours, name in own_names.items() if names.is_beside_backbone(name, prefix)
         ),
         architecture=Architecture.of(tensors),
-        geometry=built_geometry(trunk, _stages(model, trunk)),
+        geometry=built_geometry(backbone, _stages(model, backbone)),
     )
 
 
-def _stages(model: nn.Module, trunk: nn.Module) -> dict[str, nn.Module]:
-    stages = {name: child for name, child in trunk.named_children() if name.startswith("res")}
+def _stages(model: nn.Module, backbone: nn.Module) -> dict[str, nn.Module]:
+    stages = {name: child for name, child in backbone.named_children() if name.startswith("res")}
     head: Any = getattr(model, "roi_heads", None)
     if isinstance(getattr(head, "res5", None), nn.Module):
         stages["res5"] = head.res5

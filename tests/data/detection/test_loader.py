@@ -9,11 +9,13 @@ from detectron2.config import get_cfg
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 
+from senet_transfer import UserError
 from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.loader import (
     PlannedBatches,
+    build_test_loader,
     build_train_loader,
-    random_numbers_of,
+    seeded_rng,
 )
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.shapes.generate import make_shapes
@@ -77,9 +79,9 @@ def test_what_is_drawn_elsewhere_is_not_disturbed():
     expected = np.random.rand(), torch.rand(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    with random_numbers_of(7, 8):
+    with seeded_rng(7, 8):
         drawn = np.random.rand(), torch.rand(1)
-    with random_numbers_of(7, 8):
+    with seeded_rng(7, 8):
         assert (np.random.rand(), torch.rand(1)) == drawn
     assert (np.random.rand(), torch.rand(1)) == expected
 
@@ -98,3 +100,36 @@ def test_a_schedule_for_far_more_images_than_there_are_is_told(
     assert passes in said.message
     assert (said.levelname == "WARNING") == warned
     assert ("SOLVER.MAX_ITER" in said.message) == warned
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("build", ["train", "test"])
+def test_a_user_error_of_a_worker_arrives_as_it_was_raised(folder, build, workers):
+    register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.SOLVER.IMS_PER_BATCH = ("own",), 2
+    cfg.DATALOADER.NUM_WORKERS = workers
+
+    def broken(record):
+        raise UserError("x.jpg is broken")
+
+    if build == "train":
+        loader = build_train_loader(cfg, broken, seed=1)
+    else:
+        loader = build_test_loader(cfg, "own", broken)
+        assert len(loader) == 12
+    with pytest.raises(UserError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == "x.jpg is broken"
+
+
+def test_other_errors_of_a_worker_keep_its_traceback(folder):
+    register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
+    cfg = get_cfg()
+    cfg.DATALOADER.NUM_WORKERS = 1
+
+    def mistaken(record):
+        return record.no_such_attribute
+
+    with pytest.raises(AttributeError, match="in mistaken"):
+        next(iter(build_test_loader(cfg, "own", mistaken)))

@@ -110,11 +110,11 @@ def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp
     saver(1)
     path = tmp_path / "model_0000001.pth"
     (tmp_path / "model_0000001.pth.sha256").unlink()
-    assert history.damage(path) == ""
+    assert history.verify_checkpoint(path) == ""
     data = bytearray(path.read_bytes())
     data[data.index(b"iteration") + 12] ^= 1
     path.write_bytes(data)
-    assert "is damaged" in history.damage(path)
+    assert "is damaged" in history.verify_checkpoint(path)
 
 
 def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypa
     )
     UntaggedCheckpointer(nn.Linear(1, 1), str(tmp_path)).save("model_best")
     assert history.checkpoints(tmp_path) == []
-    assert history.damage(tmp_path / "model_best.pth") == ""
+    assert history.verify_checkpoint(tmp_path / "model_best.pth") == ""
     assert (tmp_path / "model_best.pth.sha256").is_file()
 
 

@@ -61,7 +61,7 @@ def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tm
 
 
 def test_predicting_needs_a_file_of_the_whole_model(tmp_path):
-    path = save(peer("timm", "seresnet18"), tmp_path / "trunk.pth")
+    path = save(peer("timm", "seresnet18"), tmp_path / "backbone.pth")
     with pytest.raises(UserError, match="missing in the file"):
         Checkpointer(detector("se_resnet18")).load(str(path))
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards.write import convert
 from senet_transfer.engine.setup import setup
@@ -85,7 +86,9 @@ def words(tree, tmp_path):
 @pytest.fixture
 def command(words):
     """As `words`, parsed."""
-    return lambda *flags, **overrides: argument_parser().parse_args(words(*flags, **overrides))
+    return lambda *flags, **overrides: run_options(
+        argument_parser().parse_args(words(*flags, **overrides))
+    )
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision import transforms
 
 from senet_transfer import UserError
-from senet_transfer.engine.classify import classify_images
-from senet_transfer.engine.predictor import find_images, load_trained
+from senet_transfer.engine.inference.classify import classify_images
+from senet_transfer.engine.inference.inputs import find_images, load_trained
 from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tree, tmp_path):
     model = train().model.eval()
-    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
     images = find_images([str(tree / "red"), str(tree / "nested" / "blue" / "0.jpg")])
-    json_file, found = classify_images(cfg, images, str(tmp_path / "out"), quiet=True)
+    json_file, found = classify_images(loaded, images, str(tmp_path / "out"), quiet=True)
     assert json.loads(Path(json_file).read_text()) == found
     assert [entry["file_name"] for entry in found] == images
     view = transforms.Compose(
@@ -34,7 +34,7 @@ def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tre
         assert [row["label"] for row in entry["top"]] == best.indices.tolist()
         assert [row["probability"] for row in entry["top"]] == pytest.approx(best.values.tolist())
         for row in entry["top"]:
-            assert row["class"] == cfg.DATASETS.CLASSES[row["label"]]
+            assert row["class"] == loaded.classes[row["label"]]
 
 
 def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
@@ -52,12 +52,12 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
 def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
     train()
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    cfg = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
     images = [str(tmp_path / "broken.jpg"), str(tree / "red" / "0.jpg")]
     with pytest.raises(UserError, match="(?s)1 of 2 images can't be read.*broken.jpg"):
-        classify_images(cfg, images, str(tmp_path / "out"), quiet=True)
+        classify_images(loaded, images, str(tmp_path / "out"), quiet=True)
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert entry["file_name"] == images[1]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output folder .*file can't be made"):
-        classify_images(cfg, images, str(tmp_path / "file"))
+        classify_images(loaded, images, str(tmp_path / "file"))

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from senet_transfer import UserError, create_classifier, save_weights
-from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.places365 import open_places365
 from senet_transfer.data.images.transforms import EvalTransform
@@ -111,9 +111,7 @@ def places(shared_data, tmp_path_factory):
 
 
 def evaluate(*words: str, published=()) -> dict:
-    return run_evaluation(
-        evaluation_parser("").parse_args([str(word) for word in words]), published
-    )
+    return main(parser().parse_args([str(word) for word in words]), published)
 
 
 def read_logits(path) -> tuple[list[dict], torch.Tensor]:
@@ -282,7 +280,7 @@ def test_a_model_of_other_classes_is_refused(weights, tree):
 def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_path):
     trainer = train()
     run = tmp_path / "run"
-    expected = trainer._last_eval_results["classification"]
+    expected = trainer.results["classification"]
     # Where nothing is said, the config beside the checkpoint says all.
     found = evaluate("--weights", run / "model_final.pth", "--workers", "0")
     assert {key: found[key] for key in expected} == expected
@@ -296,18 +294,22 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     ("words", "message"),
     [
         (["--model", "resnet18"], "needs --weights"),
-        (["--weights", "{weights}"], "What is the model"),
+        (["--data", "."], "What is the model"),
+        (["--weights", "{weights}"], "no data to evaluate on"),
         (["--model", "a", "--config-file", "b"], "Give one of them"),
         (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "Neither --weights"),
         (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
-        (["--model", "resnet18", "--weights", "x", "--data", "/no/such"], "no data set /no/such"),
-        (["--model", "resnet18", "--weights", "x", "--logits"], "--predictions"),
-        (["--model", "resnet18", "--weights", "x", "--output", "."], "can't be written"),
+        (
+            ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
+            "no data set /no/such",
+        ),
+        (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
+        (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),
     ],
 )
 def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path):
-    torch.save({}, tmp_path / "w.pth")
+    save_weights(create_classifier("resnet18", 4), tmp_path / "w.pth")
     words = [word.format(weights=tmp_path / "w.pth") for word in words]
     with pytest.raises(UserError, match=message):
         evaluate(*words)

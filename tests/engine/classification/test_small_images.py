@@ -10,12 +10,12 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from senet_transfer import UserError
-from senet_transfer.cli.evaluate import evaluation_parser, run_evaluation
+from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import train_loader, use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
-from senet_transfer.engine.classify import classify_images
-from senet_transfer.engine.predictor import load_trained
+from senet_transfer.engine.inference.classify import classify_images
+from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.setup import setup
 
 CONFIG = "configs/instant/cifar10_se_shake_shake26_2x96d.yaml"
@@ -94,14 +94,14 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     trainer = train(**small)
     weights = root / "straight" / "model_final.pth"
     words = ["--weights", str(weights), "--output", str(root / "results.json"), "--quiet"]
-    found = run_evaluation(evaluation_parser(None).parse_args(words))
-    logged = trainer._last_eval_results["classification"]
+    found = main(parser().parse_args(words))
+    logged = trainer.results["classification"]
     assert found["model"] == "se_cifar_resnet8"
     assert (found["images"], found["top1_error"]) == (10, pytest.approx(logged["top1_error"]))
     named = ["--model", "se_cifar_resnet8", "--data", "cifar10_test"]
-    assert run_evaluation(evaluation_parser(None).parse_args([*words, *named]))[
-        "top1_error"
-    ] == pytest.approx(logged["top1_error"])
+    assert main(parser().parse_args([*words, *named]))["top1_error"] == pytest.approx(
+        logged["top1_error"]
+    )
     pixels = np.random.RandomState(0).randint(0, 256, (48, 40, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(root / "photo.png")
     photo, output = str(root / "photo.png"), str(root / "predictions")
@@ -114,7 +114,7 @@ def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
              "SOLVER.STEPS": "()", f"{SIDE}.CUTOUT": "0"})  # fmt: skip
     weights = root / "straight" / "model_final.pth"
     words = ["--weights", str(weights), "--data", str(root / "data/cifar10/test.safetensors")]
-    run_evaluation(evaluation_parser(None).parse_args([*words, "--quiet"]))
+    main(parser().parse_args([*words, "--quiet"]))
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "SE-ResNet-110" in line)
     assert row.split()[1:3] == ["5.21", "-"]
     assert "Table IV" in row

@@ -61,7 +61,7 @@ def shake_count(stem: int, widths: list[int], blocks: int, branch) -> int:
 
 
 def formula(name: str) -> int:
-    """The trunk's parameters."""
+    """The backbone's parameters."""
     if name == "cifar_resnet110":
         return 27 * 16 + preact_count([16, 32, 64], 18, bottleneck=False, projection=False)
     if name == "cifar_resnet164":
@@ -272,12 +272,12 @@ def case_id(value: str | dict[str, str]) -> str:
 def test_a_network_computes_its_equations(name, options):
     extra = {"width": 16} if "shake_shake26" in name and options else {}
     extra |= {"block": "bottleneck"} if "resnet29" in name else {}
-    trunk = randomise(create_backbone(name, out_features=STAGES, **options, **extra).double())
+    backbone = randomise(create_backbone(name, out_features=STAGES, **options, **extra).double())
     placement = options.get("se_placement", "standard") if name.startswith("se_") else ""
     x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     with torch.no_grad():
-        found = trunk(x)
-        expected = Statement(trunk.state_dict(), placement).network(name.removeprefix("se_"), x)
+        found = backbone(x)
+        expected = Statement(backbone.state_dict(), placement).network(name.removeprefix("se_"), x)
     for key in STAGES:
         assert found[key].abs().max() > 1e-2
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-5)
@@ -339,11 +339,11 @@ def config(**keys: object) -> CfgNode:
 def test_a_config_builds_the_same_network(arch, placement):
     keys = {"MODEL.BACKBONE.ARCH": arch, "MODEL.SE.ENABLED": True}
     keys |= {"MODEL.SE.PLACEMENT": placement, "MODEL.SE.RATIO": 8}
-    trunk = build_backbone(config(**keys), ShapeSpec(channels=3))
+    backbone = build_backbone(config(**keys), ShapeSpec(channels=3))
     expected = create_backbone(f"se_{arch}", se_placement=placement, se_ratio=8)
-    assert list(trunk.output_shape()) == ["res4"]
-    assert trunk.preprocessing.crop == 32
-    assert {key: value.shape for key, value in trunk.state_dict().items()} == {
+    assert list(backbone.output_shape()) == ["res4"]
+    assert backbone.preprocessing.crop == 32
+    assert {key: value.shape for key, value in backbone.state_dict().items()} == {
         key: value.shape for key, value in expected.state_dict().items()
     }
 

@@ -170,16 +170,16 @@ def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_plain_weights_in_an_se_trunk_give_nearly_the_plain_features(name):
+def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
     """What "training from a plain ResNet's weights starts sane" means."""
     plain = randomise(create_backbone(name, out_features=STAGES))
-    gated_trunk = create_backbone(f"se_{name}", out_features=STAGES).eval()
-    missing = gated_trunk.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    gated_backbone = create_backbone(f"se_{name}", out_features=STAGES).eval()
+    missing = gated_backbone.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert missing
     assert all(".se." in key for key in missing)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        expected, found = plain(x), gated_trunk(x)
+        expected, found = plain(x), gated_backbone(x)
     for key in STAGES:
         similarity = torch.cosine_similarity(found[key].flatten(), expected[key].flatten(), dim=0)
         assert similarity > 0.999
@@ -190,6 +190,6 @@ def test_plain_weights_in_an_se_trunk_give_nearly_the_plain_features(name):
 
 @pytest.mark.parametrize("stages", [(2,), (3,), (4, 5)])
 def test_se_sits_in_the_stages_asked_for_alone(stages):
-    trunk = create_backbone("se_resnet50", se_stages=stages, out_features=STAGES)
-    found = {int(key[3]) for key, _ in trunk.named_parameters() if ".se." in key}
+    backbone = create_backbone("se_resnet50", se_stages=stages, out_features=STAGES)
+    found = {int(key[3]) for key, _ in backbone.named_parameters() if ".se." in key}
     assert found == set(stages)

@@ -44,18 +44,18 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def classifier_on(trunk: nn.Module, name: str) -> int:
+def classifier_on(backbone: nn.Module, name: str) -> int:
     """The parameters that a classifier of 1000 classes adds."""
     if "vgg" in name:
         return 25_088 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
-    ((_, shape),) = trunk.output_shape().items()
+    ((_, shape),) = backbone.output_shape().items()
     return shape.channels * 1000 + 1000
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_networks(name):
-    trunk = create_backbone(name)
-    assert count(trunk) + classifier_on(trunk, name) == PARAMETERS[name]
+    backbone = create_backbone(name)
+    assert count(backbone) + classifier_on(backbone, name) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -175,19 +175,19 @@ def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tens
 )
 def test_the_small_networks_compute_their_papers_tables(name, stated, placement):
     options = {"se_placement": placement} if placement else {}
-    trunk = create_backbone(name, out_features=STAGES, **options)
-    state = randomise(trunk)
+    backbone = create_backbone(name, out_features=STAGES, **options)
+    state = randomise(backbone)
     x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found, expected = trunk(x), stated(state, x, placement)
+        found, expected = backbone(x), stated(state, x, placement)
     for key in STAGES:
         worst = (found[key] - expected[key]).abs().max() / expected[key].abs().max()
         assert worst < 1e-5, key
 
 
-def gated_peer(peer: nn.Module, trunk: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Puts a plain-PyTorch gate on the output of modules of a peer, with a trunk's weights."""
-    state = trunk.state_dict()
+def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+    """Puts a plain-PyTorch gate on the output of modules of a peer, with a backbone's weights."""
+    state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:
         return lambda module, args, out: gate(state, key, out)
@@ -196,30 +196,30 @@ def gated_peer(peer: nn.Module, trunk: nn.Module, places: list[tuple[nn.Module, 
         module.register_forward_hook(hook(key))
 
 
-def randomise_gates(trunk: nn.Module) -> None:
+def randomise_gates(backbone: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
-    for key, parameter in trunk.named_parameters():
+    for key, parameter in backbone.named_parameters():
         if ".se." in key:
             parameter.data.uniform_(-0.3, 0.3, generator=generator)
 
 
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Also: a file of the plain network fills all of an SE trunk but the gates."""
+    """Also: a file of the plain network fills all of an SE backbone but the gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}
     torch.save(file, tmp_path / "vgg.pth")
-    trunk = create_backbone("se_vgg16_bn", weights=tmp_path / "vgg.pth").eval()
-    randomise_gates(trunk)
+    backbone = create_backbone("se_vgg16_bn", weights=tmp_path / "vgg.pth").eval()
+    randomise_gates(backbone)
     relus = [module for module in features if isinstance(module, nn.ReLU)]
     for relu in relus:
         relu.inplace = False
     places = [f"stem.{i}" for i in range(4)]
     places += [f"res{stage}.{i}" for stage in (2, 3, 4) for i in range(3)]
-    gated_peer(features, trunk, [(r, f"{p}.se") for r, p in zip(relus, places, strict=True)])
+    gated_peer(features, backbone, [(r, f"{p}.se") for r, p in zip(relus, places, strict=True)])
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        expected, found = features(x), trunk(x)["res5"]
+        expected, found = features(x), backbone(x)["res5"]
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
@@ -227,15 +227,15 @@ def test_se_inception_resnet_gates_timms_network_on_its_residual_branches(tmp_pa
     peer = pytest.importorskip("timm").create_model("inception_resnet_v2", num_classes=0)
     randomise(peer)
     torch.save(peer.state_dict(), tmp_path / "inception.pth")
-    trunk = create_backbone(
+    backbone = create_backbone(
         "se_inception_resnet_v2", weights=tmp_path / "inception.pth", family="timm"
     ).eval()
-    randomise_gates(trunk)
+    randomise_gates(backbone)
     blocks = [(3, 2, [*peer.repeat]), (4, 1, [*peer.repeat_1])]
     blocks.append((5, 1, [*peer.repeat_2, peer.block8]))
     gated_peer(
         peer,
-        trunk,
+        backbone,
         [
             (block.conv2d, f"res{stage}.{first + index}.se")
             for stage, first, row in blocks
@@ -244,7 +244,7 @@ def test_se_inception_resnet_gates_timms_network_on_its_residual_branches(tmp_pa
     )
     x = torch.randn(2, 3, 80, 99)
     with torch.no_grad():
-        expected, found = peer.forward_features(x), trunk(x)["res5"]
+        expected, found = peer.forward_features(x), backbone(x)["res5"]
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
@@ -292,9 +292,9 @@ def test_padding_changes_what_lies_at_the_border_alone():
 @pytest.mark.parametrize("side", [75, 97])
 @pytest.mark.parametrize("name", ["vgg16_bn", "bn_inception", "mobilenet", "shufflenet_g3"])
 def test_images_of_odd_sides_are_taken(name, side):
-    trunk = create_backbone(name).eval()
+    backbone = create_backbone(name).eval()
     with torch.no_grad():
-        features = trunk(torch.randn(1, 3, side, side))["res5"]
+        features = backbone(torch.randn(1, 3, side, side))["res5"]
     assert features.shape[-1] in (side // 32, side // 32 + 1)
 
 

@@ -134,7 +134,7 @@ def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
     assert worst(expected, outputs_of_ours(model, images())) < 1e-4
 
 
-def test_a_stem_pool_that_no_trunk_has_is_refused(tmp_path):
+def test_a_stem_pool_that_no_backbone_has_is_refused(tmp_path):
     net = senet("SE-ResNet-50", classes=10)
     pool = next(layer for layer in net.layers if layer["name"].startswith("pool1"))
     pool["params"]["pooling_param"]["pad"] = 1

@@ -22,16 +22,16 @@ def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     check_peer(model, stages, path, "se_resnet50", "mmpretrain")
 
 
-def test_mmpretrain_plain_and_its_trunk_saved_alone(tmp_path):
+def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
     model = randomise(published.MMClassifier(18, se=False))
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
     check_peer(model, stages, save(model, tmp_path / "mm.pth"), "resnet18", "mmpretrain")
 
     with_se = randomise(published.MMClassifier(50, se=True)).backbone
-    path = save(with_se, tmp_path / "trunk.pth")
+    path = save(with_se, tmp_path / "backbone.pth")
     assert examine(path).family.name == "mmpretrain"
-    trunk = create_backbone("se_resnet50", weights=path).eval()
-    torch.testing.assert_close(trunk(images())["res5"], with_se(images()), rtol=1e-4, atol=1e-4)
+    backbone = create_backbone("se_resnet50", weights=path).eval()
+    torch.testing.assert_close(backbone(images())["res5"], with_se(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_moskomule_whose_gates_have_no_biases(tmp_path):
@@ -113,11 +113,11 @@ def test_torchvision_weights_converted_by_detectron2(tmp_path):
     path.write_bytes(pickle.dumps({"model": renamed, **author}))
     source = examine(path)
     assert source.family.name == "detectron2_torchvision"
-    trunk = create_backbone("resnet50", weights=path).eval()
+    backbone = create_backbone("resnet50", weights=path).eval()
     x = images()
     expected = outputs_of_peer(model, x)["res5"]
-    assert worst({"res5": expected}, {"res5": trunk(x)["res5"].detach()}) < 1e-5
-    assert trunk.preprocessing.format == "RGB"
+    assert worst({"res5": expected}, {"res5": backbone(x)["res5"].detach()}) < 1e-5
+    assert backbone.preprocessing.format == "RGB"
 
 
 def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplog):

@@ -34,8 +34,8 @@ def _places365(folder):
 
 def _own(folder):
     """Trained here, from weights of the authors' geometry."""
-    trunk = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
-    save_weights(trunk, folder / "own.safetensors")
+    backbone = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
+    save_weights(backbone, folder / "own.safetensors")
     return folder / "own.safetensors"
 
 
@@ -148,8 +148,8 @@ def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path
 
 def test_the_family_decides_where_names_are_those_of_several(tmp_path):
     """The same names and shapes, saved by a run here or by Detectron2's zoo."""
-    trunk = randomise(create_backbone("resnet50"))
-    torch.save({"model": trunk.state_dict()}, tmp_path / "unmarked.pth")
+    backbone = randomise(create_backbone("resnet50"))
+    torch.save({"model": backbone.state_dict()}, tmp_path / "unmarked.pth")
     cfg = config("resnet50")
     cfg.MODEL.WEIGHTS = str(tmp_path / "unmarked.pth")
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False

@@ -101,13 +101,13 @@ def test_vgg_with_its_hidden_layers(tmp_path):
 )
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "saved"])
 def test_this_projects_own_files_come_back(name, bare, tmp_path):
-    trunk = randomise(create_backbone(name, out_features=["res4"]))
+    backbone = randomise(create_backbone(name, out_features=["res4"]))
     path = tmp_path / "own.pth"
-    save(trunk, path) if bare else save_weights(trunk, path)
+    save(backbone, path) if bare else save_weights(backbone, path)
     source = examine(path)
     assert (source.family.name, source.architecture.name) == ("senet_transfer", name)
     loaded = create_backbone(name, weights=path, out_features=["res4"])
-    for key, tensor in trunk.state_dict().items():
+    for key, tensor in backbone.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
     other = "se_resnet18" if name.startswith("se_") else "resnet18"

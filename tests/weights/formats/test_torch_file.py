@@ -134,6 +134,42 @@ def test_loaded_tensors_outlive_the_file(tmp_path):
     assert tensors["a"].sum() == 1000
 
 
+def test_only_the_model_s_tensors_are_read_into_memory(tmp_path, monkeypatch):
+    content = {"state_dict": {"w": torch.ones(7)}, "optimizer": {"momentum": torch.ones(9)}}
+    lengths = []
+    read = torch.frombuffer
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch, "frombuffer", lambda raw, **kw: lengths.append(len(raw)) or read(raw, **kw)
+            )
+            read_tensors(tmp_path / "a.pth")
+    assert lengths == [28, 28]
+
+
+@pytest.mark.parametrize("view", [("1", 2, 3), ("1", 4, 3), ("1", -1, 3), ("1", 0, 2**62)])
+def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
+    # torch before 0.4 wrote parts of a storage so; torch.load still reads them.
+    path = tmp_path / "a.pth"
+    storage = _Storage("FloatStorage", "0", 6)
+    storage.identity = (*storage.identity, view)
+    body = _pickled({"w": _Rebuilt(storage, 0, (3,), (1,)), "x": _Rebuilt(storage, 1, (2,), (1,))})
+    head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    with path.open("wb") as file:
+        for part in (*(pickle.dumps(value, 2) for value in head), body, pickle.dumps(["0"], 2)):
+            file.write(part)
+        file.write(struct.pack("<q6f", 6, *range(6)))
+    if view[1] != 2:
+        with pytest.raises(UserError, match="damaged"):
+            read_tensors(path)
+        return
+    tensors = read_tensors(path).tensors
+    _assert_same(tensors, torch.load(path, weights_only=False))
+    assert tensors["w"].tolist() == [2, 3, 4]
+    assert tensors["x"].untyped_storage().nbytes() == 8
+
+
 # Damage.
 
 
@@ -230,15 +266,19 @@ class _Rebuilt:
         return torch._utils._rebuild_tensor_v2, self.arguments
 
 
-def _zip(path, content, records: dict[str, bytes]) -> None:
+def _pickled(content) -> bytes:
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj):
             return obj.identity if isinstance(obj, _Storage) else None
 
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump(content)
+    return buffer.getvalue()
+
+
+def _zip(path, content, records: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", buffer.getvalue())
+        archive.writestr("a/data.pkl", _pickled(content))
         archive.writestr("a/version", "3\n")
         for name, raw in records.items():
             archive.writestr(f"a/{name}", raw)
@@ -268,6 +308,120 @@ def test_a_tensor_that_does_not_fit_its_data_is_refused(
     path = tmp_path / "a.pth"
     tensor = _Rebuilt(_Storage("FloatStorage", "0", stated), offset, shape, strides)
     _zip(path, {"state_dict": {"w": tensor}}, {"data/0": bytes(4 * stored)})
+    with pytest.raises(UserError, match="damaged"):
+        read_tensors(path)
+
+
+class _Called:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class _Built(_Rebuilt):
+    def __init__(self, state, *arguments):
+        super().__init__(*arguments)
+        self.state = state
+
+    def __reduce__(self):
+        return (*super().__reduce__(), self.state)
+
+
+def _doubled(levels: int) -> tuple:
+    nested = ("x",)
+    for _ in range(levels):
+        nested = (nested, nested)
+    return nested
+
+
+_ONE = _Storage("FloatStorage", "0", 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": _Rebuilt(_Storage("FloatStorage", _doubled(60), 1), 0, (1,), (1,))},
+        {"w": _Rebuilt(_Storage("FloatStorage", b"0", 1), 0, (1,), (1,))},
+        {"w": _Rebuilt("0", 0, (1,), (1,))},
+        {"w": _Rebuilt(_ONE, 0, {"a": 1}, (1,))},
+        {"w": _Rebuilt(_ONE, 0, (2**70,), (0,))},
+        {"w": _Rebuilt(_ONE, 0, (True,), (1,))},
+        {"w": _Built((_ONE, 0, (9,), (1,)), _ONE, 0, (1,), (1,))},
+        {"w": _Built({"size": 9}, _ONE, 0, (1,), (1,))},
+        {"w": _Built((None, {"build": None}), _ONE, 0, (1,), (1,))},
+        {"w": _Rebuilt(_ONE, 0, (1,), (1,)), "d": _Called(torch.device, [_doubled(60)])},
+        {"w": _Rebuilt(_ONE, 0, (1,), (1,)), "d": _Called(torch.Size, [_doubled(60)])},
+        {"a": _ONE, "w": _Rebuilt(_Storage("FloatStorage", "0", 2), 0, (1,), (1,))},
+        {"a": _ONE, "w": _Rebuilt(_Storage("IntStorage", "0", 1), 0, (1,), (1,))},
+    ],
+)
+def test_odd_references_and_arguments_are_refused(content, tmp_path):
+    path = tmp_path / "a.pth"
+    _zip(path, {"state_dict": content}, {"data/0": bytes(4)})
+    with pytest.raises(UserError, match="damaged"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse"])
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_tensors_that_are_not_dense_are_refused_by_name(kind, tmp_path):
+    tensor = torch.ones(2, 2)
+    if kind == "sparse":
+        tensor = tensor.to_sparse()
+    else:
+        tensor = torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8)
+    torch.save({"w": tensor}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"torch\._utils\._rebuild_(qtensor|sparse_tensor)"):
+        read_tensors(tmp_path / "a.pth")
+
+
+def _rezipped(path, change) -> None:
+    """Writes a sound zip file again, after ``change`` was made to its directory."""
+    tensor = _Rebuilt(_Storage("FloatStorage", "0", 250), 0, (250,), (1,))
+    _zip(path, {"w": tensor}, {"data/0": bytes(1000)})
+    assert list(read_tensors(path).tensors) == ["w"]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/other", b"")
+        change(archive, archive.getinfo("a/data/0"))
+
+
+def _overlap(archive, info):
+    for i in range(50):
+        copy = zipfile.ZipInfo(f"a/data/x{i}")
+        for name in ("header_offset", "CRC", "compress_size", "file_size"):
+            setattr(copy, name, getattr(info, name))
+        archive.filelist.append(copy)
+
+
+def _duplicate(archive, info):
+    with pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/data/0", bytes(1000))
+
+
+def _encrypt(archive, info):
+    info.flag_bits |= 1
+
+
+def _two_sizes(archive, info):
+    info.file_size = 2**40
+
+
+def _huge(archive, info):
+    info.file_size = info.compress_size = 2**40
+
+
+def _another_folder(archive, info):
+    info.filename = "b/data/0"
+
+
+@pytest.mark.parametrize(
+    "change", [_overlap, _duplicate, _encrypt, _two_sizes, _huge, _another_folder]
+)
+def test_a_zip_that_lies_about_its_records_is_refused(change, tmp_path):
+    path = tmp_path / "a.pth"
+    _rezipped(path, change)
     with pytest.raises(UserError, match="damaged"):
         read_tensors(path)
 

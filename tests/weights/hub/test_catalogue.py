@@ -110,9 +110,9 @@ def published(tmp_path, monkeypatch):
 
 def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_path):
     name = "timm_legacy/test"
-    trunk = create_backbone("se_resnet18", weights=name)
-    assert trunk.res2[0].relu_before
-    assert trunk.weights_source["family"] == "timm_legacy"
+    backbone = create_backbone("se_resnet18", weights=name)
+    assert backbone.res2[0].relu_before
+    assert backbone.weights_source["family"] == "timm_legacy"
     options = {"stem_pool": "ceil", "se_relu_before": True}
     assert load_weights(create_classifier("se_resnet18", **options), name).family == "timm_legacy"
     checkpointer = Checkpointer(create_classifier("se_resnet18", **options))
@@ -133,8 +133,8 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
 def test_what_the_user_says_of_the_family_counts(published):
     with pytest.raises(UserError, match="no file of the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
-    trunk = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
-    assert trunk.weights_source["family"] == "timm_legacy"
+    backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
+    assert backbone.weights_source["family"] == "timm_legacy"
 
 
 def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(published):
@@ -152,8 +152,8 @@ def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm_legacy").mkdir()
     save(peer("timm", "seresnet18"), tmp_path / "timm_legacy" / "test")
-    trunk = create_backbone("se_resnet18", weights=os.path.join("timm_legacy", "test"))
-    assert trunk.weights_source["family"] == "timm"
+    backbone = create_backbone("se_resnet18", weights=os.path.join("timm_legacy", "test"))
+    assert backbone.weights_source["family"] == "timm"
     assert not published.asked
 
 

@@ -9,9 +9,9 @@ import torch
 from google.protobuf.message import DecodeError
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.caffe.layers import PARAMETERS, CaffeLayer
 from senet_transfer.weights.formats.caffe.schema import V1_TYPES, NetParameter
-from senet_transfer.weights.formats.refusal import shown
 
 # A protobuf message is smaller.
 _MAX_BYTES = 2**31 - 1

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from senet_transfer import UserError
-from senet_transfer.data.cifar.in_memory import ImageArrays, save_images
-from senet_transfer.engine.repeated_runs import (
+from senet_transfer.analysis.repeated_runs import (
     finished,
     mean_and_deviation,
     metrics,
@@ -17,6 +16,7 @@ from senet_transfer.engine.repeated_runs import (
     run_seeds,
     seeds_report,
 )
+from senet_transfer.data.cifar.in_memory import ImageArrays, save_images
 
 CONFIG = "configs/instant/cifar10_se_resnet20.yaml"
 
@@ -63,7 +63,7 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
 def test_a_run_that_fails_says_where_its_log_is(options, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(
-        "senet_transfer.engine.repeated_runs.subprocess.run", lambda *_, **__: failed
+        "senet_transfer.analysis.repeated_runs.subprocess.run", lambda *_, **__: failed
     )
     with pytest.raises(UserError, match=r"ended with status 2 .*log.txt"):
         run_once(CONFIG, options, tmp_path / "run")
@@ -80,7 +80,7 @@ def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
         calls.append((options[-2:], folder.name, arguments))
         return result(6.0 + len(calls))
 
-    monkeypatch.setattr("senet_transfer.engine.repeated_runs.run_once", run)
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs.run_once", run)
     config = "configs/cifar10_se_resnet110.yaml"
     found = run_seeds(config, [3, 5], [], tmp_path, quiet=True)
     assert calls == [

@@ -1,13 +1,17 @@
-"""The schedule of a run: epochs as iterations, and a rate that follows evaluations."""
+"""Optimizers and learning rates: epochs as iterations, and a rate that follows evaluations."""
 
 import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.solver import LRMultiplier
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -81,18 +85,58 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     return counted
 
 
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds ``SOLVER.OPTIMIZER``: Detectron2's SGD, or AdamW on the same parameter groups.
+
+    The rate of what is in ``backbone`` is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``.
+
+    Raises:
+        UserError: an unknown optimizer, or learning rates of their own for the backbone and for
+            biases at once.
+    """
+    solver = cfg.SOLVER
+    factor = solver.BACKBONE_MULTIPLIER
+    if factor != 1 and solver.BIAS_LR_FACTOR != 1:
+        # Detectron2 would give all biases the one rate, those of the backbone among them.
+        raise UserError(
+            f"SOLVER.BACKBONE_MULTIPLIER is {factor:g} and SOLVER.BIAS_LR_FACTOR is "
+            f"{solver.BIAS_LR_FACTOR:g}. Set one of them to 1."
+        )
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lambda name: factor if name.startswith("backbone.") else 1.0,
+    )
+    options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True, **options
+        )
+    elif solver.OPTIMIZER == "AdamW":
+        optimizer = torch.optim.AdamW(groups, **options)
+    else:
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, expected SGD or AdamW.")
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
     """Detectron2's schedules, and "WarmupPlateauLR"."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return build_detectron2_scheduler(cfg, optimizer)
-    warmup = cfg.clone()
-    warmup.defrost()
-    # Detectron2's warm-up, with no step after it.
-    warmup.SOLVER.LR_SCHEDULER_NAME, warmup.SOLVER.STEPS = "WarmupMultiStepLR", ()
+    warmup = WarmupParamScheduler(
+        MultiStepParamScheduler([1.0], milestones=[], num_updates=solver.MAX_ITER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+    )
     return PlateauLR(
         optimizer,
-        multiplier=build_detectron2_scheduler(warmup, optimizer)._multiplier,
+        multiplier=warmup,
         max_iter=solver.MAX_ITER,
         metric=solver.PLATEAU.METRIC,
         factor=solver.GAMMA,

@@ -8,8 +8,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from senet_transfer import UserError, create_classifier
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.lr_schedule import build_lr_scheduler, check_epochs, epochs_to_iterations
-from senet_transfer.engine.optimizer import build_optimizer
+from senet_transfer.engine.solver import (
+    build_lr_scheduler,
+    build_optimizer,
+    check_epochs,
+    epochs_to_iterations,
+)
 
 BASE = "configs/base/classification.yaml"
 
@@ -175,12 +179,12 @@ def groups_of(**overrides):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_the_trunk_can_have_a_rate_of_its_own(kind):
+def test_the_backbone_can_have_a_rate_of_its_own(kind):
     groups, _ = groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.OPTIMIZER": kind})
     base = groups["linear.weight"]["lr"]
     assert groups["linear.bias"]["lr"] == base
-    trunk = [group["lr"] for name, group in groups.items() if name.startswith("backbone.")]
-    assert trunk == pytest.approx([0.1 * base] * len(trunk))
+    backbone = [group["lr"] for name, group in groups.items() if name.startswith("backbone.")]
+    assert backbone == pytest.approx([0.1 * base] * len(backbone))
 
 
 def test_norms_and_biases_can_be_left_out_of_the_decay():
@@ -192,6 +196,6 @@ def test_norms_and_biases_can_be_left_out_of_the_decay():
         assert group["nesterov"]
 
 
-def test_two_rates_for_the_trunks_biases_are_refused():
+def test_two_rates_for_the_backbones_biases_are_refused():
     with pytest.raises(UserError, match="BIAS_LR_FACTOR is 2"):
         groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.BIAS_LR_FACTOR": "2.0"})

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from senet_transfer.data.build import eval_transform
 from senet_transfer.data.images.decode import BrokenImageError
-from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.predictor import check_all_read, make_output_folder
+from senet_transfer.engine.inference.inputs import check_all_read, make_output_folder
+from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.results import write_results
 from senet_transfer.evaluation.evaluator import TOP
 from senet_transfer.utils.progress import progress
@@ -19,29 +17,25 @@ from senet_transfer.utils.progress import progress
 
 @torch.inference_mode()
 def classify_images(
-    cfg: CfgNode, images: list[str], output_dir: str, *, quiet: bool = False
+    loaded: LoadedModel, images: list[str], output_dir: str, *, quiet: bool = False
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Classifies images and writes the best five classes of each.
+    """Classify images and write the best five classes of each.
 
     Args:
-        cfg: of a trained classifier, as of :func:`~.predictor.load_trained`.
+        loaded: a classifier, as returned by :func:`~.inputs.load_trained`.
         images: paths.
         output_dir: takes ``predictions.json``.
         quiet: no progress bar.
 
     Returns:
-        The path of the JSON, and its content: a dict an image, with ``file_name`` and ``top``, the
-        best classes first, each with ``class``, ``label`` and ``probability``.
+        The path of the JSON, and its content: a dict per image, with ``file_name`` and ``top``,
+        the best classes first, each with ``class``, ``label`` and ``probability``.
 
     Raises:
-        UserError: the checkpoint does not fit the config; or images can't be read, which are named
-            once all others are predicted.
+        UserError: images can't be read, which are named once all others are predicted.
     """
     make_output_folder(output_dir)
-    model = build_model(cfg)
-    Checkpointer(model, family=cfg.MODEL.WEIGHTS_FAMILY).load(cfg.MODEL.WEIGHTS)
-    model.eval()
-    transform, classes = eval_transform(cfg), list(cfg.DATASETS.CLASSES)
+    model, transform, classes = loaded.model, eval_transform(loaded.cfg), loaded.classes
     found, broken = [], []
     for path in progress(images, unit="image", quiet=quiet):
         try:

@@ -1,4 +1,6 @@
-"""Promises that every registered trunk keeps."""
+"""Promises that every registered backbone keeps."""
+
+import inspect
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from detectron2.modeling import Backbone
 
 from senet_transfer import UserError, create_backbone, create_classifier, list_models
 from senet_transfer.layers import SqueezeExcitation
+from senet_transfer.models.backbones import builder
+from senet_transfer.models.backbones.vgg import VGGBlock
+from senet_transfer.models.registry import ModelEntry, build_backbone, model_entry
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -57,8 +62,8 @@ def stages_of(name: str) -> list[str]:
     return CIFAR_STAGES if is_cifar(name) else STAGES
 
 
-def trunk_of(name: str, **options: object) -> Backbone:
-    """A trunk with all its stages, whose maps have its strides."""
+def backbone_of(name: str, **options: object) -> Backbone:
+    """A backbone with all its stages, whose maps have its strides."""
     return create_backbone(name, out_features=stages_of(name), **aligned(name), **options)
 
 
@@ -93,21 +98,23 @@ def has_gates(block: torch.nn.Module) -> bool:
 )
 def test_se_adds_what_the_formula_says(name):
     """2/r times the sum of squared widths (paper, equation 5), and the two layers' biases."""
-    trunk, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
-    widths = [block.out_channels for stage in trunk.stages for block in stage if has_gates(block)]
+    backbone, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
+    widths = [
+        block.out_channels for stage in backbone.stages for block in stage if has_gates(block)
+    ]
     if "shake" in name:
         widths *= 2  # each of the two branches has a gate
     assert widths
     expected = sum(2 * width * (width // 16) + width + width // 16 for width in widths)
-    assert count(trunk) - count(plain) == expected
+    assert count(backbone) - count(plain) == expected
 
 
 @every_se_model
 def test_every_gate_is_of_the_variant_asked_for(name):
     options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
     with torch.device("meta"):
-        trunk = create_backbone(name, **{f"se_{key}": value for key, value in options.items()})
-    gates = [module for module in trunk.modules() if isinstance(module, SqueezeExcitation)]
+        backbone = create_backbone(name, **{f"se_{key}": value for key, value in options.items()})
+    gates = [module for module in backbone.modules() if isinstance(module, SqueezeExcitation)]
     assert gates
     for gate in gates:
         assert (gate.squeeze, gate.excitation) == ("none", "tanh")
@@ -118,14 +125,14 @@ def test_every_gate_is_of_the_variant_asked_for(name):
 @every_model
 def test_features_have_the_shapes_that_are_declared(name):
     stages = stages_of(name)
-    trunk = trunk_of(name).eval()
-    assert isinstance(trunk, Backbone)
+    backbone = backbone_of(name).eval()
+    assert isinstance(backbone, Backbone)
     first = 1 if is_cifar(name) else 4
     height, width = 16 * first, 24 * first
     with torch.no_grad():
-        features = trunk(torch.randn(1, 3, height, width))
+        features = backbone(torch.randn(1, 3, height, width))
     assert list(features) == stages
-    for index, (key, shape) in enumerate(trunk.output_shape().items()):
+    for index, (key, shape) in enumerate(backbone.output_shape().items()):
         stride = shape.stride
         assert stride == first * 2**index
         assert features[key].shape == (1, shape.channels, height // stride, width // stride)
@@ -157,22 +164,24 @@ def test_every_parameter_gets_a_gradient(name):
 
 @every_model
 def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
-    trunk = trunk_of(name, freeze_at=3)
+    backbone = backbone_of(name, freeze_at=3)
     for stage in ("stem", "res2", "res3"):
-        module = getattr(trunk, stage)
+        module = getattr(backbone, stage)
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules())
     for stage in stages_of(name)[2:]:
-        module = getattr(trunk, stage)
+        module = getattr(backbone, stage)
         assert all(parameter.requires_grad for parameter in module.parameters())
         assert not any(isinstance(m, FrozenBatchNorm2d) for m in module.modules())
 
 
 @every_se_model
 def test_freezing_covers_the_gates(name):
-    trunk = trunk_of(name, freeze_at=3)
-    frozen = {key for key, p in trunk.named_parameters() if ".se." in key and not p.requires_grad}
-    gates = {key for key, _ in trunk.named_parameters() if ".se." in key}
+    backbone = backbone_of(name, freeze_at=3)
+    frozen = {
+        key for key, p in backbone.named_parameters() if ".se." in key and not p.requires_grad
+    }
+    gates = {key for key, _ in backbone.named_parameters() if ".se." in key}
     assert frozen == {key for key in gates if key.startswith(("stem.", "res2.", "res3."))} != set()
 
 
@@ -269,9 +278,9 @@ def test_the_norm_is_the_one_asked_for(name, norm):
             create_backbone(name, norm=norm)
         return
     kind = {"GN": torch.nn.GroupNorm, "FrozenBN": FrozenBatchNorm2d}[norm]
-    trunk = create_backbone(name, norm=norm)
-    assert any(isinstance(module, kind) for module in trunk.modules())
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in trunk.modules())
+    backbone = create_backbone(name, norm=norm)
+    assert any(isinstance(module, kind) for module in backbone.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
 
 
 def test_preprocessing_is_torchvisions_without_weights():
@@ -281,3 +290,34 @@ def test_preprocessing_is_torchvisions_without_weights():
     std = [value / 255 for value in preprocessing.std]
     assert mean == pytest.approx([0.485, 0.456, 0.406])
     assert std == pytest.approx([0.229, 0.224, 0.225])
+
+
+def test_a_builder_of_version_0_1_is_registered_and_warned_of():
+    with pytest.warns(DeprecationWarning, match="return build_backbone"):
+        decorate = builder.trunk_builder(("stem", "res2", "res3"))
+
+    @decorate
+    def build_old(*, se, norm, in_channels, width):
+        gates = [builder.stage_se(se, stage) for stage in (2, 3)]
+        blocks = [VGGBlock(width, width, pool=True, norm=norm, se=gate) for gate in gates]
+        return VGGBlock(in_channels, width, norm=norm), [[block] for block in blocks]
+
+    entry = ModelEntry("old", build_old, {"width": 4}, has_se=True)
+    backbone = build_backbone(entry, out_features=["res2", "res3"], freeze_at=1, se_ratio=2)
+    assert list(backbone.output_shape()) == ["res2", "res3"]
+    assert [any(p.requires_grad for p in part.parameters()) for part in backbone.children()] == [
+        False,
+        True,
+        True,
+    ]
+    assert entry.options() == ["norm", "in_channels", "out_features", "freeze_at"]
+    with pytest.raises(UserError, match="no option 'depth'"):
+        build_backbone(entry, depth=3)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_options_of_a_model_are_those_that_its_builder_states(name):
+    entry = model_entry(name)
+    stated = inspect.signature(entry.build).parameters.values()
+    assert all(option.kind is option.KEYWORD_ONLY for option in stated)
+    assert {"norm", "in_channels", "out_features", "freeze_at"} <= set(entry.options())

@@ -1,0 +1,98 @@
+"""The trained model and the image files of a prediction."""
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from senet_transfer.data.detection.coco import register_shapes
+from senet_transfer.data.detection.dataset_checks import category_ids
+from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
+from senet_transfer.engine.run_checks import check_augmentation
+from senet_transfer.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def load_trained(weights: str, config_file: str = "", options: Sequence[str] = ()) -> LoadedModel:
+    """Load a trained model whose classes are known.
+
+    Args:
+        weights: its checkpoint.
+        config_file: empty for the ``config.yaml`` that training wrote next to the checkpoint.
+        options: alternating keys and values that override the config.
+
+    Raises:
+        UserError: a file is missing or does not fit the config, or the config names no classes.
+    """
+    if not os.path.isfile(weights):
+        raise UserError(f"There is no checkpoint {weights}. Give the path of a .pth file.")
+    config_file = config_file or config_next_to(weights)
+    if not config_file:
+        raise UserError(
+            f"There is no config.yaml next to {weights}, as training writes it. Name the config "
+            "of the checkpoint with --config-file."
+        )
+    found = find_model(config_file=config_file, weights=weights, options=options)
+    if not found.cfg.DATASETS.CLASSES:
+        _take_classes(found.cfg)
+    if not found.cfg.DATASETS.CLASSES:
+        raise UserError(
+            f"{config_file} does not name the classes (DATASETS.CLASSES), as the config.yaml in a "
+            "run's output folder does. Use that one."
+        )
+    check_augmentation(found.cfg)
+    return found.build()
+
+
+def _take_classes(cfg: CfgNode) -> None:
+    """Take the classes of the data sets in a config, if they are known without files."""
+    register_shapes()
+    for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
+        if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
+            cfg.DATASETS.CLASSES = list(MetadataCatalog.get(name).thing_classes)
+            cfg.DATASETS.CATEGORY_IDS = category_ids(name)
+            return
+
+
+def find_images(inputs: Iterable[str]) -> list[str]:
+    """Return the image files that paths, folders and shell patterns name, sorted, each once.
+
+    Raises:
+        UserError: one of them names no image.
+    """
+    found: set[str] = set()
+    for name in inputs:
+        if os.path.isdir(name):
+            paths = [os.path.join(name, entry) for entry in os.listdir(name)]
+            paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+        else:
+            # A file's own name comes first: it may hold characters that a pattern has, too.
+            paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+        paths = [path for path in paths if os.path.isfile(path)]
+        if not paths:
+            raise UserError(
+                f"{name} names no image. Expected an image file, a folder that holds images "
+                f"({', '.join(IMAGE_SUFFIXES)}), or a pattern such as 'images/*.jpg'."
+            )
+        found.update(paths)
+    return sorted(found)
+
+
+def make_output_folder(path: str) -> None:
+    """Create the folder that predictions are written to; raise UserError if that fails."""
+    try:
+        os.makedirs(path or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The output folder {path} can't be made: {error}.") from error
+
+
+def check_all_read(broken: list[str], images: int, json_file: str) -> None:
+    """Raise UserError if images were left out, with what was wrong with each."""
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {images} images can't be read; {json_file} holds the predictions "
+            "of the others:\n" + "\n".join(broken[:10])
+        )

@@ -1,0 +1,96 @@
+"""Tensors whose values are still in their file, so that only the model's are read into memory."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from senet_transfer.utils.safe_pickle import check_sizes
+
+
+@dataclass  # which makes it unhashable: no key of a dictionary
+class Storage:
+    """Consecutive numbers in a file, read when a tensor of the model needs them."""
+
+    dtype: torch.dtype
+    numel: int
+    read: Callable[[], bytearray | torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """Values in the file; the storage's only copy of them."""
+        raw = self.read()
+        if isinstance(raw, torch.Tensor):
+            return raw
+        if len(raw) != self.nbytes:
+            raise ValueError("the file ends in the middle of a tensor")
+        return torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
+
+    def view(self, offset: Any, numel: Any) -> "Storage":
+        """Return a part of this storage, which shares its values."""
+        offset, numel = check_sizes((offset, numel))
+        if offset + numel > self.numel:
+            raise ValueError("a view that is larger than its data")
+        return Storage(self.dtype, numel, lambda: self.values[offset : offset + numel])
+
+
+class TensorRef:
+    """Tensor in a file: a view of a :class:`Storage`, checked to lie inside it."""
+
+    __hash__ = None  # type: ignore[assignment]  # no key of a dictionary
+
+    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
+        self.build((storage, offset, shape, strides))
+
+    def build(self, state: tuple) -> None:
+        """Set what the tensor is a view of; raise ValueError if it does not fit."""
+        storage, offset, shape, strides = state
+        if not isinstance(storage, Storage):
+            raise ValueError("a tensor without a storage")
+        (offset,), shape, strides = check_sizes((offset,)), check_sizes(shape), check_sizes(strides)
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if 0 not in shape and last >= storage.numel:
+            raise ValueError(f"a tensor of shape {shape} in {storage.numel} numbers of data")
+        self._storage, self._offset, self._shape, self._strides = storage, offset, shape, strides
+
+    @property
+    def size(self) -> int:
+        """Number of elements, called as numpy calls it."""
+        return math.prod(self._shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self._storage.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor:
+        if self.size == 0:
+            return torch.empty(self._shape, dtype=self._storage.dtype)
+        view = self._storage.values.as_strided(
+            self._shape, self._strides, self._storage.values.storage_offset() + self._offset
+        )
+        # Tied tensors share their memory, as they did in the model that was saved.
+        if view.nbytes == view.untyped_storage().nbytes() and view.is_contiguous():
+            return view
+        return view.clone(memory_format=torch.contiguous_format)
+
+
+def is_numeric(value: Any) -> bool:
+    """Return True for a tensor or an array of numbers that is still in its file."""
+    return isinstance(value, TensorRef) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    )
+
+
+def to_tensor(source: TensorRef | np.ndarray) -> torch.Tensor:
+    """Return the values of a tensor or array, in memory that is not the file's."""
+    if isinstance(source, TensorRef):
+        return source.tensor()
+    return torch.from_numpy(np.array(source, dtype=source.dtype.newbyteorder("="), order="C"))

@@ -1,0 +1,181 @@
+"""One path to a model: which file says what, and how often a weight file is read."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from senet_transfer import UserError, create_classifier, save_weights
+from senet_transfer.cli import evaluate, gates, predict
+from senet_transfer.engine.inference.inputs import load_trained
+from senet_transfer.engine.model_from import ModelSource, find_model, model_config
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.train import main as run
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils import hashing
+from senet_transfer.utils.read_once import once_per_file, read_once
+from senet_transfer.weights.mapping import source
+from tests.weights.peers import peer, save
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Counter:
+    """Counts how often a weight file's tensors, training state and SHA-256 are read."""
+    counts: Counter = Counter()
+
+    def counted(kind, function):
+        def call(path, *args, **kwargs):
+            counts[kind, Path(path).name] += 1
+            return function(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(source, "read_tensors", counted("tensors", source.read_tensors))
+    monkeypatch.setattr(torch, "load", counted("state", torch.load))
+    digest = hashing.hashlib.file_digest
+    monkeypatch.setattr(
+        hashing.hashlib,
+        "file_digest",
+        lambda file, kind: counted("sha256", lambda _: digest(file, kind))(file.name),
+    )
+    return counts
+
+
+@pytest.fixture
+def trained(train, tmp_path) -> Path:
+    train()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def own_weights(tmp_path) -> str:
+    """A file of a network and nothing else, in a folder without a config."""
+    (tmp_path / "weights").mkdir()
+    save_weights(create_classifier("se_resnet18", 4), tmp_path / "weights" / "own.pth")
+    return str(tmp_path / "weights" / "own.pth")
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(trained, command, reads):
+    args = command("--resume", **{"SOLVER.MAX_ITER": "3"})
+    final = trained / "model_final.pth"
+    shutil.copy(final, trained / "start.pth")
+    shutil.copy(f"{final}.sha256", trained / "start.pth.sha256")
+    name = trained / "start.pth.sha256"
+    name.write_text(name.read_text().replace("model_final", "start"))
+    (trained / "last_checkpoint").write_text("start.pth")
+    (trained / "recent_checkpoints").write_text("start.pth\n")
+    run(args)
+    found = {kind: count for (kind, file), count in reads.items() if file == "start.pth"}
+    assert found == {"tensors": 1, "state": 1, "sha256": 1}
+
+
+def test_an_evaluation_of_a_run_reads_its_checkpoint_once(trained, command, reads):
+    run(command("--eval-only", "--resume"))
+    assert reads["tensors", "model_final.pth"] == 1
+    assert reads["sha256", "model_final.pth"] == 1
+
+
+def test_initial_weights_are_read_once(command, own_weights, reads):
+    keys = {"MODEL.BACKBONE.ARCH": "se_resnet18", "MODEL.RESNETS.NORM": "FrozenBN"}
+    run(command(**keys, **{"MODEL.WEIGHTS": own_weights}))
+    assert reads["tensors", "own.pth"] == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--model", "se_resnet18"]])
+def test_an_evaluation_of_a_file_reads_it_once(own_weights, tree, reads, words):
+    size = ["--resize", "36", "--crop", "32", "--workers", "0", "--quiet"]
+    words = ["--weights", own_weights, "--data", str(tree), *words, *size]
+    assert evaluate.main(evaluate.parser().parse_args(words))["model"] == "se_resnet18"
+    assert reads["tensors", "own.pth"] == 1
+
+
+def test_prediction_and_analysis_read_a_checkpoint_once(trained, tree, tmp_path, reads):
+    weights = ["--weights", str(trained / "model_final.pth"), "--quiet"]
+    out = ["--output", str(tmp_path / "out")]
+    predict.main(predict.parser().parse_args([*weights, "--input", str(tree / "red"), *out]))
+    assert reads["tensors", "model_final.pth"] == 1
+    words = [*weights, "--data", str(tree), *out, "--images-per-class", "1", "--workers", "0"]
+    gates.main(gates.parser().parse_args(words))
+    assert reads["tensors", "model_final.pth"] == 2
+
+
+def test_creating_a_model_reads_its_file_once(own_weights, reads):
+    create_classifier("se_resnet18", 4, weights=own_weights)
+    assert reads["tensors", "own.pth"] == 1
+
+
+def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
+    path = str(save(peer("torchvision", "resnet50", seed=1), tmp_path / "r50.pth"))
+    options = {"weights": path, "family": "torchvision_v2"}
+    expected = create_classifier("resnet50", **options).eval()
+    loaded = find_model("resnet50", **options).build("cpu")
+    assert loaded.preprocessing == expected.preprocessing
+    assert loaded.preprocessing.resize == 232
+    assert loaded.family == "torchvision_v2"
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), expected(x))
+    # What a user states of the view counts; the file counts for what the network computes.
+    options = ["INPUT.CLASSIFICATION.TEST_RESIZE", "64", "INPUT.FORMAT", "BGR"]
+    changed = find_model("resnet50", weights=path, options=options).build("cpu")
+    assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "RGB")
+
+
+def test_a_file_alone_says_what_its_network_is(tmp_path):
+    model = create_classifier("se_resnet18", 5, se_ratio=8, se_stages=(3, 4), stem_pool="ceil")
+    model.backbone.preprocessing = Preprocessing(format="BGR", resize=36, crop=32)
+    save_weights(model, tmp_path / "own.safetensors")
+    loaded = find_model(weights=str(tmp_path / "own.safetensors")).build("cpu")
+    assert loaded.preprocessing == model.preprocessing
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), model.eval()(x))
+
+
+def test_the_family_of_initial_weights_is_not_that_of_the_checkpoint(train, tmp_path):
+    path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
+    keys = {
+        "MODEL.BACKBONE.ARCH": "resnet18",
+        "MODEL.RESNETS.NORM": "FrozenBN",
+        "MODEL.SE.ENABLED": "False",
+        "MODEL.WEIGHTS": str(path),
+        "MODEL.WEIGHTS_FAMILY": "torchvision_v1",
+    }
+    train(**keys)
+    checkpoint = str(tmp_path / "run" / "model_final.pth")
+    loaded = load_trained(checkpoint)
+    assert loaded.family == "senet_transfer"
+    assert loaded.classes == ["blue", "green", "nested/blue", "red"]
+    # For the file that the config means, its family counts.
+    config = str(tmp_path / "run" / "config.yaml")
+    assert model_config(config_file=config, weights=str(path)).MODEL.WEIGHTS_FAMILY
+
+
+def test_what_a_config_names_is_read_when_the_model_is_built(command):
+    cfg = setup(command()).clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = "absent.pth"
+    with pytest.raises(UserError, match=r"There is no weight file absent\.pth"):
+        ModelSource(cfg).build("cpu")
+
+
+def test_a_changed_file_is_read_again_and_nothing_is_kept_afterwards(tmp_path):
+    path, calls = tmp_path / "file", []
+    path.write_text("a")
+
+    @once_per_file
+    def read(path, mark=""):
+        calls.append(mark)
+        return path.read_text()
+
+    assert [read(path), read(path)] == ["a", "a"]
+    with read_once():
+        assert [read(path), read(path), read(path, "x"), read(path, mark="x")] == ["a"] * 4
+        path.write_text("bc")
+        assert [read(path), read(path)] == ["bc", "bc"]
+    assert read(path) == "bc"
+    assert calls == ["", "", "", "x", "x", "", ""]
+    with read_once(), pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent")

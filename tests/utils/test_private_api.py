@@ -1,0 +1,246 @@
+"""Each private part of another library that the package uses, against public behaviour."""
+
+import subprocess
+import sys
+from collections import OrderedDict
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from senet_transfer.utils import private_api
+
+
+def test_importing_the_module_imports_no_library():
+    code = (
+        "import sys; sys.path.insert(0, 'senet_transfer/utils'); import private_api;"
+        "assert not {'torch', 'detectron2', 'fvcore', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_transforms_and_dispatch_modes_are_seen():
+    seen = []
+
+    def note(x):
+        seen.append(private_api.intercepts_operators())
+        return x.sum()
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    note(torch.ones(2))
+    torch.func.grad(note)(torch.ones(2))
+    torch.vmap(note)(torch.ones(2, 3))
+    with Mode():
+        note(torch.ones(2))
+    note(torch.ones(2))
+    assert seen == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module: module.register_forward_hook(print),
+        lambda module: module.register_forward_pre_hook(print),
+        lambda module: module.register_full_backward_hook(print),
+        lambda module: module.register_full_backward_pre_hook(print),
+    ],
+)
+def test_hooks_of_a_module_are_seen(register):
+    module = nn.Linear(1, 1)
+    assert not private_api.has_hooks(module)
+    handle = register(module)
+    assert private_api.has_hooks(module)
+    handle.remove()
+    assert not private_api.has_hooks(module)
+
+
+def test_metadata_of_a_state_dict_are_saved_and_ignored_when_it_is_loaded(tmp_path):
+    module = nn.BatchNorm2d(2)
+    state = OrderedDict(module.state_dict())
+    private_api.set_state_dict_metadata(state, {"made_by": {"version": 1}})
+    torch.save(state, tmp_path / "state.pth")
+    read = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert read._metadata == {"made_by": {"version": 1}}
+    module.load_state_dict(read)
+    # The same attribute as torch's own.
+    assert module.state_dict()._metadata[""]["version"] == 2
+
+
+def test_the_compiler_s_freezing_is_switched_on_and_off():
+    import torch._inductor.config as config
+
+    assert not config.freezing
+    with private_api.inductor_freezing():
+        assert config.freezing
+    assert not config.freezing
+
+
+def test_a_storage_keeps_a_limited_history():
+    with EventStorage(0) as storage:
+        private_api.limit_history(storage, 3)
+        for value in range(5):
+            storage.put_scalar("loss", value)
+            storage.step()
+    assert [value for value, _ in storage.history("loss").values()] == [2, 3, 4]
+
+
+def test_the_period_of_a_writer_is_set():
+    class Writer(EventWriter):
+        written = 0
+
+        def write(self):
+            self.written += 1
+
+    writer = Writer()
+    hook = PeriodicWriter([writer], period=100)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1000)
+    private_api.set_write_period(hook, 2)
+    with EventStorage(0):
+        for hook.trainer.iter in range(6):
+            hook.after_step()
+    assert writer.written == 3
+
+
+def test_a_load_is_allowed_after_one_that_failed(tmp_path):
+    checkpointer = DetectionCheckpointer(nn.Linear(1, 1))
+    torch.save({"model": nn.Linear(1, 1).state_dict()}, tmp_path / "good.pth")
+    (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(Exception, match=r"load|invalid|magic|corrupt"):
+        checkpointer.load(str(tmp_path / "bad.pth"))
+    with pytest.raises(AssertionError):
+        checkpointer.load(str(tmp_path / "good.pth"))
+    private_api.end_failed_load(checkpointer)
+    checkpointer.load(str(tmp_path / "good.pth"))
+
+
+def test_a_module_that_is_being_imported_is_told_from_a_finished_one(tmp_path, monkeypatch):
+    (tmp_path / "half_imported.py").write_text(
+        "import sys\nfrom senet_transfer.utils.private_api import is_initializing\n"
+        "during = is_initializing(sys.modules[__name__])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import half_imported
+
+    assert half_imported.during
+    assert not private_api.is_initializing(half_imported)
+    assert not private_api.is_initializing(ModuleType("made_by_hand"))
+
+
+# Methods and attributes with an underscore that subclasses in this package define or call. The
+# base classes must still call, or have, them.
+
+
+def test_the_checkpointer_calls_the_methods_that_ours_defines(tmp_path):
+    called = []
+
+    class Mine(DetectionCheckpointer):
+        def _load_file(self, filename):
+            called.append("file")
+            return {"model": {}}
+
+        def _load_model(self, checkpoint):
+            called.append("model")
+
+    (tmp_path / "any.pth").touch()
+    Mine(nn.Linear(1, 1)).load(str(tmp_path / "any.pth"))
+    assert called == ["file", "model"]
+
+
+def test_the_mapper_has_the_method_that_ours_calls():
+    mapper = DatasetMapper(True, augmentations=[], image_format="BGR")
+    record = {"annotations": [{"bbox": [1, 2, 3, 4], "bbox_mode": 1, "category_id": 0}]}
+    image = np.zeros((8, 8, 3), np.uint8)
+    from detectron2.data import transforms as T
+
+    mapper._transform_annotations(record, T.AugmentationList([])(T.AugInput(image)), (8, 8))
+    assert record["instances"].gt_boxes.tensor.tolist() == [[1, 2, 4, 6]]
+
+
+def test_the_coco_evaluator_calls_the_method_that_ours_defines(monkeypatch):
+    called = []
+
+    class Mine(COCOEvaluator):
+        def _eval_predictions(self, predictions, img_ids=None):
+            called.append((predictions, img_ids, self._coco_api.getImgIds()))
+
+    truth = {"images": [{"id": 7}], "categories": [], "annotations": []}
+
+    def read(api, path):
+        api.dataset = truth
+        api.createIndex()
+
+    monkeypatch.setattr(coco_evaluation.COCO, "__init__", read)
+    MetadataCatalog.get("private_api_test").set(json_file="none.json", thing_classes=[])
+    try:
+        evaluator = Mine("private_api_test", distributed=False)
+        evaluator.reset()
+        evaluator.process([{"image_id": 7}], [{"instances": _no_instances()}])
+        evaluator.evaluate()
+    finally:
+        MetadataCatalog.pop("private_api_test")
+    assert [(len(predictions), images) for predictions, _, images in called] == [(1, [7])]
+    # What ours replaces while it runs.
+    assert isinstance(coco_evaluation.COCOeval, type)
+
+
+def _no_instances():
+    from detectron2.structures import Boxes, Instances
+
+    instances = Instances((4, 4))
+    instances.pred_boxes, instances.scores = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+    instances.pred_classes = torch.zeros(0, dtype=torch.int64)
+    return instances
+
+
+def test_the_c4_head_calls_the_method_that_ours_defines():
+    class BuiltError(Exception):
+        pass
+
+    class Mine(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg):
+            raise BuiltError
+
+    cfg = get_cfg()
+    shape = {"res4": SimpleNamespace(channels=8, stride=16)}
+    with pytest.raises(BuiltError):
+        Mine(cfg, shape)
+
+
+def test_the_default_trainer_runs_the_steps_of_the_trainer_that_ours_sets():
+    class Noted(HookBase):
+        steps = 0
+
+        def after_step(self):
+            self.steps += 1
+
+    model = nn.Linear(1, 1)
+    trainer = DefaultTrainer.__new__(DefaultTrainer)
+    super(DefaultTrainer, trainer).__init__()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Model(nn.Module):
+        def forward(self, batch):
+            return {"loss": model(batch).sum()}
+
+    trainer._trainer = SimpleTrainer(Model(), [torch.ones(1, 1)] * 3, optimizer)
+    noted = Noted()
+    trainer.register_hooks([noted])
+    before = model.weight.item()
+    super(DefaultTrainer, trainer).train(0, 2)
+    assert noted.steps == 2
+    assert model.weight.item() == pytest.approx(before - 0.2)
