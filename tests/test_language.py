@@ -16,7 +16,8 @@ CHECKED = (
     "docs/**/*.py",
     "mkdocs.yml",
     "tests/test_readme.py",
-    "tests/documents/test_site.py",
+    "tests/test_documents.py",
+    "tests/documents/*.py",
 )
 # Words and whole phrases that are hard to understand or mean something else in this field, as
 # regular expressions, with what to write instead.
