@@ -12,6 +12,8 @@ from senet_transfer import _moved
 from senet_transfer.errors import UserError
 from senet_transfer.utils.import_hook import after_import, without_script_warnings
 
+__version__ = "0.1.0"  # pyproject.toml reads it from here.
+
 if TYPE_CHECKING:
     from senet_transfer.config import add_senet_config, get_senet_config
     from senet_transfer.export.deploy import deploy

@@ -66,10 +66,11 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
         module.__doc__ = f"The old name of :mod:`{new}`."
         current = importlib.import_module(new)
-        module.__getattr__ = lambda name: getattr(current, name)
-        module.__dir__ = lambda: dir(current)
+        namespace = vars(module)
+        namespace["__getattr__"] = lambda name: getattr(current, name)
+        namespace["__dir__"] = lambda: dir(current)
         if hasattr(current, "__all__"):
-            module.__all__ = current.__all__
+            namespace["__all__"] = current.__all__
 
 
 def install() -> None:

@@ -4,34 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from senet_transfer.utils.import_hook import without_script_warnings
 
-_EPILOG = """
-Examples:
-
-Train the paper's detector on COCO with 8 GPUs:
-    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
-
-The same under torchrun, which sets rank and world size:
-    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
-
-Go on after an interruption; evaluate:
-    python tools/train_net.py --config-file output/config.yaml --resume
-    python tools/train_net.py --config-file output/config.yaml --eval-only \\
-        MODEL.WEIGHTS output/model_final.pth
-
-Own data in COCO's format (classes and their number come from the JSON):
-    python tools/train_net.py --config-file configs/finetune_detector.yaml \\
-        --dataset my_train train.json images/ --dataset my_val val.json images/
-
-Exit status: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 told to stop by SIGTERM or
-Ctrl-C, and saved (a second one ends at once, with 128 and its number).
-"""
-
-
-# Values that arguments can take, stated here so that a parser imports nothing else. They are those
-# of the package; a test compares them.
+# Values of arguments, as the package has them: importing them from there would take seconds.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
@@ -63,6 +40,28 @@ WEIGHT_TARGETS = (
     "mmpretrain",
 )
 
+_EPILOG = """
+Examples:
+
+Train the paper's detector on COCO with 8 GPUs:
+    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
+
+The same under torchrun, which sets rank and world size:
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
+
+Go on after an interruption; evaluate:
+    python tools/train_net.py --config-file output/config.yaml --resume
+    python tools/train_net.py --config-file output/config.yaml --eval-only \\
+        MODEL.WEIGHTS output/model_final.pth
+
+Own data in COCO's format (classes and their number come from the JSON):
+    python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+        --dataset my_train train.json images/ --dataset my_val val.json images/
+
+Exit status: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 told to stop by SIGTERM or
+Ctrl-C, and saved (a second one ends at once, with 128 and its number).
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """A command line that ends in the config's options (``opts``), KEY VALUE pairs.
@@ -71,10 +70,10 @@ class Parser(argparse.ArgumentParser):
     end of the command before.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def parse_args(
+    def parse_args(  # type: ignore[override]  # typeshed has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config's options."""

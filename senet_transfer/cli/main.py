@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+from senet_transfer import __version__
+
 # Name of the command -> module of senet_transfer.cli, and what it does.
 COMMANDS = {
     "train": ("train", "train or evaluate a detector or classifier from a config"),
@@ -35,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser

@@ -203,11 +203,12 @@ def train_loader(
         "world_size": comm.get_world_size(),
         "start_iter": start_iter,
     }
-    if in_memory(cfg):
-        data, augment = open_train_dataset(cfg), small_augment(cfg)
-        return CifarTrainLoader(data, augment=augment, device=cfg.MODEL.DEVICE, **share)
+    dataset = open_train_dataset(cfg)
+    if isinstance(dataset, ImageArrays):
+        augment = small_augment(cfg)
+        return CifarTrainLoader(dataset, augment=augment, device=cfg.MODEL.DEVICE, **share)
     return build_classification_train_loader(
-        open_train_dataset(cfg),
+        dataset,
         **share,
         transform=train_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -225,10 +226,11 @@ def test_loader(cfg: CfgNode, name: str) -> ClassificationLoader | CifarEvalLoad
         "rank": comm.get_rank(),
         "world_size": comm.get_world_size(),
     }
-    if in_memory(cfg):
-        return CifarEvalLoader(open_test_dataset(cfg, name), device=cfg.MODEL.DEVICE, **share)
+    dataset = open_test_dataset(cfg, name)
+    if isinstance(dataset, ImageArrays):
+        return CifarEvalLoader(dataset, device=cfg.MODEL.DEVICE, **share)
     return build_classification_eval_loader(
-        open_test_dataset(cfg, name),
+        dataset,
         **share,
         transform=eval_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -7,7 +7,7 @@ for users, so it is returned by the worker as a value, and raised in the main pr
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class RaisingLoader:
         self.loader = loader
 
     def __len__(self) -> int:
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"{type(self.loader).__name__} has no length")
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:

@@ -342,9 +342,9 @@ class CheckpointSaver(PeriodicCheckpointer):
             problem = str(error)
         # All wait here for the file: who is told to stop may be gone soon after.
         if problem := "".join(comm.all_gather(problem)):
-            error = UserError(problem)
-            error.on_all_ranks = True
-            raise error
+            failure = UserError(problem)
+            failure.on_all_ranks = True
+            raise failure
 
 
 class GracefulStop(HookBase):

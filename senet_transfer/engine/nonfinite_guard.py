@@ -64,8 +64,10 @@ class StepGuard:
         mistakes, faults, requests = zip(*told, strict=True)
         self.stops = any(requests)
         if any(mistakes):
-            stop = UserError(f"Another process stopped: {next(filter(None, mistakes))}")
-            stop = error if mistake else stop
+            if isinstance(error, UserError):
+                stop = error
+            else:
+                stop = UserError(f"Another process stopped: {next(filter(None, mistakes))}")
             stop.on_all_ranks = True
             raise stop
         return next(filter(None, faults), "")

@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
-from senet_transfer.data.detection.coco import register_datasets, registered_entry
+from senet_transfer.data.detection.coco import CocoDataset, register_datasets, registered_entry
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
@@ -218,7 +218,9 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     """
     registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
     # Absolute, so that the saved config works from any folder.
-    cfg.DATASETS.REGISTER = [[d.name, d.json_file, d.image_dir] for d in registered]
+    cfg.DATASETS.REGISTER = [
+        [d.name, d.json_file, d.image_dir] for d in registered if isinstance(d, CocoDataset)
+    ]
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise UserError(

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import active_children
+from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: try again later.
 STATUS = 75
@@ -75,10 +76,11 @@ def _watch(reader: socket.socket, process: int) -> None:
 def passed_to_children() -> Iterator[None]:
     """Within, the processes that this one has started get the signals that it gets."""
 
-    def pass_on(number: int, _) -> None:
+    def pass_on(number: int, _: FrameType | None) -> None:
         for child in active_children():
-            with contextlib.suppress(OSError):
-                os.kill(child.pid, number)
+            if child.pid is not None:
+                with contextlib.suppress(OSError):
+                    os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:

@@ -27,7 +27,7 @@ class StepTrainer(SimpleTrainer):
     def __init__(
         self,
         model: Module,
-        data_loader,
+        data_loader: Iterable[Any],
         optimizer: Optimizer,
         *,
         dtype: str | None = None,
@@ -59,7 +59,7 @@ class StepTrainer(SimpleTrainer):
             raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}, expected float16 or bfloat16.")
         if micro_batches < 1:
             raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}, expected 1 or more.")
-        self.dtype = _DTYPES.get(dtype)
+        self.dtype = None if dtype is None else _DTYPES[dtype]
         self.micro_batches = micro_batches
         self.guard = StepGuard(model, max_skips=max_skips, output_dir=output_dir)
         self.grad_scaler = torch.amp.GradScaler(
@@ -83,15 +83,16 @@ class StepTrainer(SimpleTrainer):
         totals: dict[str, torch.Tensor] = defaultdict(float)
         batch, data_time = self._next_batch()
         *parts, last = split_batch(batch, self.micro_batches)
-        problem = None
+        raised: Exception | None = None
         try:
             for part in parts:
                 with self._gradients_stay_here():
                     self.grad_scaler.scale(self._loss(part, totals)).backward()
             loss = self._loss(last, totals)
         except (UserError, FloatingPointError) as error:  # Detectron2's RPN raises the second
-            problem = error
-        if not (problem := self.guard.agree(problem)):
+            raised = error
+        problem = self.guard.agree(raised)
+        if not problem:
             self.grad_scaler.scale(loss).backward()
             self.after_backward()
             problem = self.guard.check(totals, self.grad_scaler.get_scale())

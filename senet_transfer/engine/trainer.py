@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from senet_transfer.config import is_classification
 from senet_transfer.config.validation import config_errors
 from senet_transfer.data import build as classification
+from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
 from senet_transfer.data.classification.loader import ClassificationLoader
 from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
@@ -185,7 +186,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(
         cls, cfg: CfgNode, seed: int | None = None, start_iter: int = 0
-    ) -> RaisingLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader | CifarTrainLoader:
         """The training data from an iteration on, its order and augmentation as a seed says."""
         if seed is None:
             seed = comm.shared_random_seed()
@@ -197,7 +198,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
-    ) -> RaisingLoader | ClassificationLoader:
+    ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
         """Detectron2's loader, with images checked; a classifier's."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)

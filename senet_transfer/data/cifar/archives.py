@@ -225,7 +225,12 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: in
             f"{archive.name!s}: {member.name} has {member.size:,} bytes; expected at most "
             f"{max_bytes:,}. Check the archive."
         )
-    return archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
+    file = archive.extractfile(member)
+    if file is None:
+        raise UserError(
+            f"{archive.name!s}: {member.name} is not a regular file. Get the archive again."
+        )
+    return file.read()
 
 
 def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:

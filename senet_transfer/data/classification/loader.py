@@ -10,7 +10,7 @@ Rank and world size are arguments: they are resolved in the main process, where 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,7 +33,6 @@ from senet_transfer.data.workers import RaisingLoader, init_worker
 from senet_transfer.errors import UserError
 
 Batch = dict[str, Any]
-Transform = TrainTransform | EvalTransform | Callable[..., torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ class _TrainBatches(IterableDataset):
     """Makes the batches of one worker of one rank."""
 
     dataset: ClassificationDataset
-    transform: Transform
+    transform: TrainTransform
     skips: SkipCounter
     batch_size: int
     place: _Place
@@ -298,7 +297,7 @@ class _EvalBatches(IterableDataset):
     """Makes the evaluation batches of one worker of one rank."""
 
     dataset: ClassificationDataset
-    transform: Transform
+    transform: EvalTransform
     skips: SkipCounter
     batch_size: int
     place: _Place

@@ -159,6 +159,7 @@ def open_dataset(
     """
     storage = storage or RemoteOptions()
     text = str(path)
+    dataset: ClassificationDataset
     if is_remote(text):
         cache = ShardCache(cache_dir) if cache_dir is not None else None
         base = text.rstrip("/").removesuffix("/" + MANIFEST)

@@ -162,7 +162,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
     names: dict[str, int] = {}
     for index, category in enumerate(categories):
         number, name = category.get("id"), category.get("name")
-        found = expected = None
+        found = expected = ""
         if type(number) is not int:
             found = f"has id {number!r}" if "id" in category else "has no `id`"
             expected = "a whole number"
@@ -246,7 +246,7 @@ def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
 
 def _is_finite(value: object) -> bool:
     """Whether it is a number, of any size, but not NaN or infinity."""
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return (type(value) is int or type(value) is float) and -math.inf < value < math.inf
 
 
 def _is_segmentation(value: object) -> bool:

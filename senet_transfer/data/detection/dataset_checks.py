@@ -154,13 +154,14 @@ def _unknown(name: str) -> UserError:
 
 
 def _check_evaluable(dataset: CocoDataset) -> None:
-    lacking = dataset.summary.num_not_evaluable
-    if lacking:
+    summary = dataset.summary
+    if summary is not None and summary.num_not_evaluable:
         raise UserError(
-            f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations have "
-            "no `area` or no `iscrowd`, which COCO's metric reads of every one. Training would "
-            f"end in a KeyError at its first evaluation on '{dataset.name}'. Write both into the "
-            "file (area in square pixels, iscrowd 0 or 1), or take it out of DATASETS.TEST."
+            f"{dataset.json_file}: {summary.num_not_evaluable} of {summary.num_annotations} "
+            "annotations have no `area` or no `iscrowd`, which COCO's metric reads of every one. "
+            f"Training would end in a KeyError at its first evaluation on '{dataset.name}'. Write "
+            "both into the file (area in square pixels, iscrowd 0 or 1), or take it out of "
+            "DATASETS.TEST."
         )
 
 

@@ -16,6 +16,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,11 @@ class CheckedDatasetMapper(DatasetMapper):
 
     @configurable
     def __init__(
-        self, is_train: bool, *, annotation_files: Mapping[str, list[str]] | None = None, **kwargs
+        self,
+        is_train: bool,
+        *,
+        annotation_files: Mapping[str, list[str]] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
@@ -148,10 +153,11 @@ def read_image(path: str, image_format: str) -> np.ndarray:
         Exception: whatever Pillow raises for a file that is missing, broken or cut off.
     """
     with _no_truncated_images(), PathManager.open(path, "rb") as file:
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         image.load()
-        turn = _EXIF_TURNS.get(_exif_orientation(image))
-        image = image if turn is None else image.transpose(turn)
+        orientation = _exif_orientation(image)
+        if orientation in _EXIF_TURNS:
+            image = image.transpose(_EXIF_TURNS[orientation])
         return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
 
 

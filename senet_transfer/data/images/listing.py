@@ -148,7 +148,7 @@ def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 # The archive keeps every member it has seen, gigabytes for eight million.
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]  # not in typeshed
                 name = member.name.removeprefix("./")
                 if not member.isreg() or not is_image_name(name):
                     continue

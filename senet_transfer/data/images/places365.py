@@ -151,8 +151,9 @@ def _read_list(folder: Path, name: str) -> str:
             if (folder / archive).is_file():
                 with tarfile.open(folder / archive) as tar:
                     for member in tar:
-                        if member.isreg() and member.name.rpartition("/")[2] == name:
-                            return tar.extractfile(member).read().decode("utf-8")
+                        found = member.isreg() and member.name.rpartition("/")[2] == name
+                        if found and (file := tar.extractfile(member)):
+                            return file.read().decode("utf-8")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {name} in {folder}: {error}.") from error
     raise UserError(

@@ -94,7 +94,8 @@ class TrainTransform:
         size = jpeg_size(data) if self.draft else None
         if size is None:
             pixels = decode_fast(data)
-            return pixels, self.region(*pixels.shape[:2], rng)
+            full_height, full_width = pixels.shape[:2]
+            return pixels, self.region(full_height, full_width, rng)
         top, left, height, width = self.region(*size, rng)
         pixels = decode_fast(data, math.ceil(min(size) * self.size / min(height, width)))
         down, right = (found / full for found, full in zip(pixels.shape, size, strict=False))

@@ -45,7 +45,13 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                 (built / name).mkdir(parents=True)
                 found = [a for a in content["annotations"] if a["category_id"] == category]
                 for annotation in sorted(found, key=lambda a: -a["area"])[:PER_CLASS]:
-                    image = cv2.imread(str(shapes / split / files[annotation["image_id"]]))
+                    path = shapes / split / files[annotation["image_id"]]
+                    image = cv2.imread(str(path))
+                    if image is None:
+                        raise UserError(
+                            f"cannot read {path}: it is missing or not an image. Delete {shapes} "
+                            "and run `python datasets/prepare_shapes.py` to draw it again."
+                        )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]
                     cv2.imwrite(str(built / name / f"{annotation['id']:06d}.jpg"), cut)

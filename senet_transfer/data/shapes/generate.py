@@ -104,7 +104,7 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
     if not target.exists():
         return False
     if not target.is_dir():
-        found = "a file"
+        found: str | None = "a file"
     elif not any(target.iterdir()):
         return False
     else:
@@ -160,7 +160,8 @@ def _write(root: Path, settings: dict[str, int], quiet: bool) -> None:
     with progress(total=total, desc="shapes", unit="image", quiet=quiet) as bar:
         for split in SHAPE_SPLITS:
             (root / split).mkdir()
-            images, annotations = [], []
+            images: list[dict] = []
+            annotations: list[dict] = []
             for index in range(1, settings[split] + 1):
                 image, objects = render_image(settings["seed"], split, index)
                 name = f"{index:06d}.jpg"

@@ -226,7 +226,7 @@ def _paint(
 ) -> None:
     """Paints one shape upon the float32 RGB image, in place, with its shadow."""
     height, width = coverage.shape
-    shift = np.float32([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 3)]])
+    shift = np.array([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 3)]], np.float32)
     shadow = cv2.GaussianBlur(cv2.warpAffine(coverage, shift, (width, height)), (0, 0), 2)
     image *= 1 - 0.35 * shadow[..., None]
 

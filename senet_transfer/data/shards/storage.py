@@ -137,7 +137,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     Raises:
         UserError: the package that serves its scheme is not installed.
     """
-    scheme = check_scheme(url)
+    scheme = check_scheme(url) or "file"
     try:
         options = dict(storage.options)
         if scheme.startswith("http"):

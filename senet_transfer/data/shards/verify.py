@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from senet_transfer.data.images.decode import BrokenImageError, decode_fast
@@ -34,6 +35,7 @@ def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
     problems = []
     argument = (folder, manifest.num_classes)
     with progress(total=manifest.samples, unit="image", desc="verify", quiet=quiet) as bar:
+        results: Iterator[tuple[Shard, str | None]]
         if workers == 1:
             results = ((shard, shard_problem(shard, argument)) for shard in manifest.shards)
         else:

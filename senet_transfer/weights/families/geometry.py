@@ -1,5 +1,6 @@
 """What no shape of a weight file shows, and accuracy depends on: its geometry."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -48,11 +49,14 @@ class Geometry:
         return found
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Geometry":
-        """The opposite of ``dataclasses.asdict``; values of another kind are taken as unknown."""
-        kinds = {"stride_in_1x1": bool, "stem_pool": str, "se_relu_before": bool}
-        known = {f.name: values.get(f.name) for f in fields(cls)}
-        return cls(**{k: v for k, v in known.items() if isinstance(v, kinds[k])})
+    def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
+        """Return the opposite of ``dataclasses.asdict``; a value of another type is unknown."""
+        stride, pool, relu = (values.get(field.name) for field in fields(cls))
+        return cls(
+            stride_in_1x1=stride if isinstance(stride, bool) else None,
+            stem_pool=pool if isinstance(pool, str) else None,
+            se_relu_before=relu if isinstance(relu, bool) else None,
+        )
 
 
 def _say(name: str, value: object) -> str:

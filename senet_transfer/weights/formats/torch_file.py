@@ -1,12 +1,13 @@
 """Reader of ``torch.save``'s three formats: zip (since 1.6), legacy, and tar (before 0.1.12).
 
-``torch.load(weights_only=True)`` admits the same: dense tensors and plain containers. On a damaged
-or hostile file it does too little, which is why it is not used here. It
+A model is dense tensors in plain containers. Objects of any class can be next to it, as in
+``torch.load(weights_only=False)``, but nothing is called and they are left out. On a damaged or
+hostile file ``torch.load(weights_only=True)`` does too little, which is why it is not used here. It
 
 - does not verify the zip's checksums: a flipped byte loads as a wrong weight;
 - lets a tensor be larger than its storage, and fills the rest with uninitialised memory;
 - does not bound the memory and time that a pickle takes;
-- can't read the tar format and some of Python 2's pickles.
+- can't read the tar format, some of Python 2's pickles, and files with objects of other classes.
 """
 
 import io
@@ -46,6 +47,11 @@ _DTYPES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+    # Of quantized tensors, which are not read; only the number of bytes is needed.
+    "QInt32": torch.int32,
+    **dict.fromkeys(("QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), torch.uint8),
 }
 
 
@@ -59,6 +65,7 @@ ALLOWED: Mapping[str, Any] = {
     **PLAIN,
     **{f"{m}.{n}Storage": d for n, d in _DTYPES.items() for m in ("torch", "torch.cuda")},
     **{f"{m}.{n}Tensor": _empty_tensor for n in _DTYPES for m in ("torch", "torch.cuda")},
+    "torch.storage.UntypedStorage": torch.uint8,
     **{str(dtype): dtype for dtype in _DTYPES.values()},
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": TensorRef,
@@ -156,7 +163,9 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
     storages = _Storages()
     starts: dict[Any, int] = {}
 
-    def persistent_load(identity: Any) -> Storage:
+    def persistent_load(identity: Any) -> Any:
+        if identity[0] == "module":  # a class of torch.nn.Module, with its source code
+            return identity[1]
         *identity, view = (*identity, None)[:6]
         storage = storages.named(identity, lambda key, n: _raw(stream, starts[key], n))
         return storage if view is None else storage.view(*view[1:])
@@ -189,7 +198,12 @@ def read_tar(path: Path) -> Checkpoint:
             parts[name] = io.BytesIO(member.read())
     storages = _tar_storages(parts["storages"], path)
     tensors = _tar_tensors(parts["tensors"], path, storages)
-    tree = load_plain(parts["pickle"], path, ALLOWED, lambda identity: tensors[int(identity)])
+
+    def persistent_load(identity: Any) -> Any:
+        # A tuple is a class of torch.nn.Module, with its source code.
+        return identity[0] if isinstance(identity, tuple) else tensors[int(identity)]
+
+    tree = load_plain(parts["pickle"], path, ALLOWED, persistent_load)
     return collect(tree, path, path.stat().st_size)
 
 
