@@ -19,6 +19,7 @@ OUTSIDE = {
     "tools/README.md": "tools.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 
 
