@@ -260,7 +260,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
     before = {path: path.stat().st_mtime_ns for path in data_set.rglob("*")}
     with caplog.at_level("INFO"):
         assert make_shapes(data_set, seed=0, train=40, val=4) == data_set
-    assert "already holds" in caplog.text
+    assert "already contains" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in data_set.rglob("*")} == before
 
 
@@ -268,7 +268,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
     ("name", "content", "found"),
     [
         ("holiday.jpg", "a photograph", "holiday.jpg"),
-        ("shapes.json", "{not json", "cannot be read"),
+        ("shapes.json", "{not json", "unreadable shapes.json"),
         ("shapes.json", '{"seed": 7}', "seed 7"),
         ("shapes.json", "[]", "other settings"),
     ],

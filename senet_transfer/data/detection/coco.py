@@ -99,7 +99,7 @@ class ShapesDataset(CocoDataset):
         if not os.path.exists(self.json_file):
             raise UserError(
                 f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
-                "does not exist. Run `python datasets/prepare_shapes.py`, which takes a few seconds "
+                "does not exist. Run `python datasets/prepare_shapes.py`, which takes some seconds "
                 "(`make demo` runs it too)."
             )
         super().refresh()

@@ -148,8 +148,8 @@ def _unknown(name: str) -> UserError:
     guess = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
     return UserError(
         f"Unknown data set '{name}'.{guess} Expected a data set of Detectron2 or this project, or "
-        "your own data in COCO format. Register it with `--dataset NAME JSON FOLDER` on the command "
-        f"line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
+        "your own data in COCO format. Register it with `--dataset NAME JSON FOLDER` on the "
+        f"command line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
     )
 
 

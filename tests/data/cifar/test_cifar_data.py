@@ -187,7 +187,7 @@ def test_a_folder_a_class_is_read_in_the_order_of_names(form, tmp_path):
         ({"cat/a.png": encode((33, 32))}, "cat/a.png has 33x32 pixels; expected 32x32"),
         ({"cat/a.png": encode()[:60]}, "cat/a.png can't be decoded"),
         ({"cat/a.png": b""}, "cat/a.png can't be decoded"),
-        ({"cat/a.txt": b"x"}, "holds no images"),
+        ({"cat/a.txt": b"x"}, "contains no images"),
         ({"dog/a.png": encode()}, "classes of the splits differ: .*\\['cat', 'dog'\\]"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_name_whose_metadata_were_only_asked_for_is_free(data, files):
 
 @pytest.mark.parametrize("name", ["", "  ", None])
 def test_a_name_must_be_text(name, data, files):
-    with pytest.raises(UserError, match="name must be some text"):
+    with pytest.raises(UserError, match="expected a non-empty string"):
         register_coco_dataset(name, *files(data))
 
 
@@ -153,7 +153,7 @@ def test_entries_register_with_home_and_variables_expanded(data, files, monkeypa
     [
         ("mine", r"DATASETS.REGISTER is 'mine'; expected a list"),
         (None, r"DATASETS.REGISTER is None"),
-        (["mine", "train.json", "images"], r"REGISTER\[0\] is 'mine'.*is in a list, too"),
+        (["mine", "train.json", "images"], r"REGISTER\[0\] is 'mine'.*must also be in a list"),
         ([["mine", "train.json"]], r"REGISTER\[0\] is \['mine', 'train.json'\]"),
         ([["mine", "train.json", "images", "x"]], r"REGISTER\[0\]"),
         ([["mine", "train.json", 3]], r"REGISTER\[0\]"),

@@ -193,8 +193,8 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
     ("flags", "overrides", "message"),
     [
         ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
-        ((), {"DATASETS.TRAIN": "()"}, "trains on one"),
-        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "named by its path"),
+        ((), {"DATASETS.TRAIN": "()"}, "expected one, a folder of shards"),
+        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (
             (),
             {"DATASETS.CLASSES": "['a', 'b']"},
