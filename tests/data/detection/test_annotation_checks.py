@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def spoil(data, path, value):
-    """Sets the entry at a path such as "images.0.width"; removes it if the value is REMOVED."""
+    """Set the entry at a path such as "images.0.width", or remove it if the value is REMOVED."""
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         data = data[part]
@@ -212,7 +212,7 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         register_coco_dataset("mine", json_file, images)
-    assert not caplog.records  # said once
+    assert not caplog.records  # logged only once
     assert len(DatasetCatalog.get("mine")) == 3
 
 

@@ -27,13 +27,13 @@ ORIENTATION = 274
 
 @pytest.fixture
 def mapper():
-    """Reads images as they are: no augmentation, as in a test."""
+    """Return a mapper for evaluation without augmentation."""
     return CheckedDatasetMapper(is_train=False, augmentations=[], image_format="BGR")
 
 
 @pytest.fixture
 def photo():
-    """A smooth image of 48x32 pixels with detail, as RGB."""
+    """Return an RGB image of 48x32 pixels with smooth gradients and detail."""
     x, y = np.meshgrid(np.linspace(0, 1, 48), np.linspace(0, 1, 32))
     channels = [255 * x, 255 * y, 127 * (1 + np.sin(12 * x * y))]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
@@ -157,7 +157,7 @@ def test_images_of_every_8_bit_mode_load_as_detectron2_loads_them(mode, tmp_path
     assert image.shape == (3, 32, 48)
     assert np.array_equal(image.permute(1, 2, 0), detectron2_read_image(str(path), "BGR"))
     if mode not in ("1", "L", "LA"):
-        # Colours survive, up to a palette's or JPEG's losses, and in the right order.
+        # Colours are kept, in the right order, up to the losses of a palette or JPEG.
         error = np.abs(image.permute(1, 2, 0).numpy()[:, :, ::-1].astype(int) - np.asarray(photo))
         assert error.mean() < 16
 

@@ -93,7 +93,7 @@ def test_a_size_is_told_of_each_jpeg_that_can_be_decoded_at_a_fraction(kind):
 
 
 def decodings(monkeypatch):
-    """Fills a list with the shapes that a transform decodes from now on."""
+    """Record in a list the shapes of all images that a transform decodes."""
     shapes = []
 
     def noting(*arguments):

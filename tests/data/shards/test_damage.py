@@ -1,4 +1,4 @@
-"""What a damaged or hostile shard does: each kind is caught, and the message says which file."""
+"""Tests of damaged and malicious shards, which must be detected and named in the error."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def train(folder, workers=0):
 
 
 def members(path):
-    """Offset of the header, offset of the data, and size of each member."""
+    """Return the header offset, the data offset and the size of each member."""
     with tarfile.open(path) as tar:
         return [(member.offset, member.offset_data, member.size) for member in tar]
 
@@ -52,7 +52,7 @@ def first_shard(folder):
 
 
 def agree(folder):
-    """Makes the manifest agree with damaged shards in size and hash, as a forger would."""
+    """Update sizes and hashes in the manifest to match damaged shards, like an attacker."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -62,7 +62,7 @@ def agree(folder):
 
 
 def insert(folder, member, data):
-    """Puts a further member at the front of a shard."""
+    """Insert a member at the start of a shard."""
     path = first_shard(folder)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -76,7 +76,7 @@ def insert(folder, member, data):
 @pytest.mark.parametrize("use", [evaluate, train])
 def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shards, use):
     path = first_shard(shards)
-    cut = members(path)[10][0]  # a label's header: whole samples before it
+    cut = members(path)[10][0]  # the header of a label, after complete samples
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match=r"val-000000\.tar is damaged: found 5 samples .* has 12"):
         use(shards)
@@ -139,7 +139,7 @@ def test_a_member_that_leads_elsewhere_is_refused_and_nothing_is_written(
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

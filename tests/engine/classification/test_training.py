@@ -198,7 +198,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
         (
             (),
             {"DATASETS.CLASSES": "['a', 'b']"},
-            "none of the 2 classes expected.*DATASETS.CLASSES",
+            "not among the 2 expected classes.*DATASETS.CLASSES",
         ),
         ((), {"SOLVER.MICRO_BATCHES": "3"}, "MICRO_BATCHES is 3"),
         ((), {"SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR"}, "EVAL_PERIOD"),
