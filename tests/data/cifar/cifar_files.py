@@ -46,7 +46,7 @@ def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int 
 
 
 def official_files(form: str) -> dict[str, bytes]:
-    """Return the members of an archive by name, with 4 images per training batch and 5 for the test."""
+    """Return an archive's members by name: 4 images per training batch and 5 in the test batch."""
     if form == "cifar-10-binary":
         files = {f"data_batch_{n}.bin": binary_batch(4, n) for n in range(1, 6)}
         files |= {"test_batch.bin": binary_batch(5, 9)}

@@ -28,14 +28,14 @@ def spoil(data, path, value):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds an empty file"),
-        (" \n", "holds an empty file"),
+        ("", "contains an empty file"),
+        (" \n", "contains an empty file"),
         ("<!DOCTYPE html><html>404</html>", "HTML"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         ("PK\x03\x04rest", "zip archive"),
         ("\ufeff{}", "byte order mark"),
         ("a,b\n1,2", "begins with b'a,b"),
-        ("[]", "holds a list"),
+        ("[]", "contains a list"),
         ("{", "cut off"),
         ('{"images": [{"id": 1}', "cut off"),
         ('{"images": [1, 2', "cut off"),
@@ -259,7 +259,7 @@ def test_missing_images_are_counted(data, files):
 def test_a_folder_that_the_file_names_repeat_is_pointed_out(prefix, data, files):
     for image in data["images"][:1]:
         image["file_name"] = prefix + image["file_name"]
-    with pytest.raises(UserError, match=r"a\.png is there, so .* do not match"):
+    with pytest.raises(UserError, match=r"a\.png exists, so .* does not match"):
         register_coco_dataset("mine", *files(data))
 
 
