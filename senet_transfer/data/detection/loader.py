@@ -60,10 +60,10 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
     """Seed the CPU's generators inside the context, and restore their states after it.
 
     Args:
-        entropy: whole numbers, which the seed is derived from.
+        entropy: integers from which the seed is derived.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # torch.manual_seed would seed GPUs, too, for good.
+    # torch.manual_seed would also seed GPUs, whose state is not restored.
     torch.default_generator.manual_seed(_seed_libraries(entropy))
     try:
         yield

@@ -105,7 +105,7 @@ def read_shard(
         raise _damaged(url, f"{type(error).__name__} after {count} samples: {error}") from error
     if count != samples:
         # tarfile reports no error for an archive truncated between members, or a damaged header.
-        raise _damaged(url, f"{count} samples, its manifest has {samples}")
+        raise _damaged(url, f"{count} samples, but its manifest has {samples}")
 
 
 def _damaged(url: str, found: str) -> UserError:

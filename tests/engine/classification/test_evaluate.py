@@ -237,7 +237,7 @@ def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_p
         evaluate(*words)
     lines = (data / "places365_val.txt").read_text().splitlines()
     (data / "places365_val.txt").write_text("\n".join(lines[10:]))
-    with pytest.raises(UserError, match="images that the list does not name"):
+    with pytest.raises(UserError, match="images that are not in the list"):
         evaluate(*words)
 
 

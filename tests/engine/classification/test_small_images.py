@@ -124,9 +124,9 @@ def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
     ("options", "message"),
     [
         ({f"{SIDE}.AUGMENT": "random"}, r"AUGMENT is 'random'"),
-        ({f"{SIDE}.AUGMENT": "region"}, r"CUTOUT is 16 and AUGMENT region"),
-        ({f"{SIDE}.AUGMENT": "region", f"{SIDE}.CUTOUT": "0"}, r"is read with .*pad_crop"),
-        ({f"{SIDE}.CUTOUT": "15"}, r"Cutout is 15, expected an even number"),
+        ({f"{SIDE}.AUGMENT": "region"}, r"CUTOUT is 16 and AUGMENT is region"),
+        ({f"{SIDE}.AUGMENT": "region", f"{SIDE}.CUTOUT": "0"}, r"requires .*pad_crop"),
+        ({f"{SIDE}.CUTOUT": "15"}, r"Cutout is 15; expected an even number"),
         ({f"{SIDE}.PADDING": "edge"}, r"'edge'"),
         ({f"{SIDE}.TEST_RESIZE": "36"}, r"are \(32, 36, 32\)"),
         ({f"{SIDE}.TEST_MODE": "ten_crop"}, r"ten_crop"),

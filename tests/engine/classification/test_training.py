@@ -193,12 +193,12 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
     ("flags", "overrides", "message"),
     [
         ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
-        ((), {"DATASETS.TRAIN": "()"}, "trains on one"),
-        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "named by its path"),
+        ((), {"DATASETS.TRAIN": "()"}, "expected one, a folder of shards"),
+        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (
             (),
             {"DATASETS.CLASSES": "['a', 'b']"},
-            "none of the 2 classes expected.*DATASETS.CLASSES",
+            "not among the 2 expected classes.*DATASETS.CLASSES",
         ),
         ((), {"SOLVER.MICRO_BATCHES": "3"}, "MICRO_BATCHES is 3"),
         ((), {"SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR"}, "EVAL_PERIOD"),
