@@ -31,7 +31,7 @@ class Entry:
         url: Its address, or the page that links to it if it must be fetched by hand.
         file: Its name in the cache.
         sha256: The beginning of its SHA-256, as its publisher states it; None if the publisher
-            states none, so that the file cannot be verified.
+            states no hash; the file then cannot be verified.
         family: The family of weights, one of ``FAMILIES``.
         model: This project's name of the network.
         licence: As its publisher states it; empty if not stated.
@@ -51,12 +51,12 @@ class Entry:
 
     @property
     def verified(self) -> bool:
-        """Whether there is a hash to verify the file by."""
+        """Return whether the catalogue has a hash to verify the file with."""
         return self.sha256 is not None
 
     @property
     def path(self) -> Path:
-        """The file's path in torch.hub's cache, which many projects share."""
+        """Return the file's path in torch.hub's cache, which many projects share."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
 
