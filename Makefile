@@ -19,7 +19,8 @@ PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-instant test test-narrow test-faults test-slow lint bench
+.PHONY: help setup demo demo-instant test test-narrow test-faults test-slow test-gpu coverage lint \
+	docs bench container
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -59,10 +60,27 @@ test-slow: $(READY) ## all tests but those of faults
 test-faults: $(READY) ## kill, stop, fill and damage runs at random points; fuzz what they read
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
-lint: $(READY) ## style and format, with ruff; types of the public API, with mypy
+test-gpu: $(READY) ## the tests that need a CUDA GPU; without one they are skipped
+	$(PY) -m pytest -m gpu -rs
+
+coverage: $(READY) ## `make test` with the coverage of lines and branches; into coverage.xml
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults" \
+		--cov --cov-report=term --cov-report=xml
+
+lint: $(READY) ## style and format, with ruff; types, with mypy; spelling, with codespell
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m codespell_lib
+
+container: ## build the container image with Docker, as senet_transfer
+	docker build --tag senet_transfer .
+
+docs: $(READY) ## build the documentation into site/, and check its links
+	@$(PY) -c "import material, mkdocs, mkdocstrings" 2>/dev/null || \
+		$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "Built: site/index.html; with search: $(PY) -m http.server --directory site"
 
 bench: $(READY) ## compare with the usual alternatives; into output/benchmark.json
 	$(PY) tools/benchmark.py --output output/benchmark.json

@@ -9,6 +9,15 @@ import torch
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` without a GPU, or fail them where `$REQUIRE_GPU` is set."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        reason = "this test needs a CUDA GPU, and torch.cuda.is_available() is False"
+        if os.environ.get("REQUIRE_GPU"):
+            pytest.fail(f"{reason}, although REQUIRE_GPU is set")
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images that lies beside the checkout, such as `coco128/`.

@@ -259,7 +259,10 @@ def test_what_dependencies_depend_on_is_pinned_too():
         ("test-narrow", "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1"),
         ("test-faults", "pytest -n 2 --dist worksteal -m faults"),
         ("test-slow", "pytest -n 2"),
+        ("test-gpu", "pytest -m gpu -rs"),
+        ("coverage", "--cov --cov-report=term --cov-report=xml"),
         ("lint", "ruff format --check"),
+        ("lint", "codespell_lib"),
     ],
 )
 def test_make_has_the_documented_targets(target, command):

@@ -12,6 +12,7 @@ from senet_transfer.models.classifier import build_classifier
 from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.convert import family_of, target_for, write_converted
+from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.match import check_match, match
@@ -107,40 +108,44 @@ def _network(source: Source) -> str:
     return f": {source.architecture.name}{options}"
 
 
-def _is_registered(source: Source) -> bool:
+def _registered(source: Source) -> Architecture | None:
+    """Return the file's architecture if it is a registered model; None for a detector."""
     arch = source.architecture
-    return arch is not None and not source.detector and arch.name in list_models()
+    if arch is None or source.detector or arch.name not in list_models():
+        return None
+    return arch
 
 
-def _model(source: Source) -> nn.Module:
+def _model(source: Source, architecture: Architecture) -> nn.Module:
     """Build the network that a file is for, with a classifier if the file has one."""
-    entry = model_entry(source.architecture.name)
+    entry = model_entry(architecture.name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
-    classes = source.architecture.classes
-    if classes:
-        return build_classifier(entry, classes, source, norm=norm)
+    if architecture.classes:
+        return build_classifier(entry, architecture.classes, source, norm=norm)
     return build_backbone(entry, source, norm=norm)
 
 
 def _check_complete(source: Source) -> None:
     """Raise UserError if the file is for a registered model and lacks some of its tensors."""
-    if _is_registered(source):
+    architecture = _registered(source)
+    if architecture is not None:
         with torch.device("meta"):
-            target = target_of(_model(source))
+            target = target_of(_model(source, architecture))
         check_match(match(source, target), source, target)
 
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
     """Compare the outputs of two files' networks, or their tensors if no model is registered."""
-    if not (_is_registered(first) and _is_registered(second)):
+    known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
+    if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))
     # Random images: on them, networks of different geometry give different outputs, even if all
     # tensor shapes are equal.
     images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     outputs = []
-    for source in (first, second):
-        model = _model(source)
+    for source, architecture in known:
+        model = _model(source, architecture)
         load_source(model, source)
         output = model.eval()(images)
         outputs.append(output if isinstance(output, dict) else {"logits": output})

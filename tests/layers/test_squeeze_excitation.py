@@ -1,4 +1,4 @@
-"""The SE operator against plain statements of the paper's equations."""
+"""Tests of the SE operator against plain implementations of the paper's equations."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def nothing_compiled_before():
 
 
 def stated_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
-    """Equations 2 and 3 and the variants of section 6, by loops over images."""
+    """Compute equations 2 and 3 and the variants of section 6 with loops over images."""
     gates = []
     for image in x.double():
         if se.squeeze == "avg":

@@ -115,7 +115,7 @@ def test_every_se_key_reaches_the_blocks():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"MODEL.BACKBONE.ARCH": "se_resnet50", "MODEL.SE.ENABLED": False}, "has SE, and"),
+        ({"MODEL.BACKBONE.ARCH": "se_resnet50", "MODEL.SE.ENABLED": False}, "has SE, but"),
         ({"MODEL.RESNETS.DEPTH": 18}, "RES2_OUT_CHANNELS is 256"),
         ({"MODEL.RESNETS.DEPTH": 51}, "depth 51 is not known"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True]}, "deformable"),

@@ -1,4 +1,4 @@
-"""Files are whole or not there at all."""
+"""Tests of atomic file writing."""
 
 import os
 import stat

@@ -1,14 +1,82 @@
 """Writers of old file formats: pickles of Python 2 and torch's first formats."""
 
+import argparse
+import collections
+import datetime
+import decimal
+import enum
+import functools
 import io
+import pathlib
 import pickle
 import struct
 import tarfile
 import types
+import typing
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import omegaconf
 import torch
+import yacs.config
+
+
+class Mode(enum.Enum):
+    """Enum of a training script."""
+
+    TRAIN = "train"
+    TEST = "test"
+
+
+class EasyDict(dict):
+    """Dictionary with attributes, as in many training scripts."""
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+# Makers of objects that training scripts save next to a model.
+NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
+    "Namespace": lambda: argparse.Namespace(lr=0.1, out=pathlib.PosixPath("runs/1")),
+    "PosixPath": lambda: pathlib.PosixPath("runs/1"),
+    "PurePath": lambda: pathlib.PureWindowsPath("runs/1"),
+    "datetime": datetime.datetime.now,
+    "timezone": lambda: datetime.datetime.now(datetime.UTC),
+    "timedelta": lambda: datetime.timedelta(seconds=3),
+    "complex": lambda: 1 + 2j,
+    "slice": lambda: slice(1, 2),
+    "range": lambda: range(3),
+    "float": lambda: float,
+    "SimpleNamespace": lambda: types.SimpleNamespace(a=1),
+    "partial": lambda: functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Decimal": lambda: decimal.Decimal("1.5"),
+    "UUID": lambda: uuid.UUID(int=3),
+    "deque": lambda: collections.deque([1.0, 2.0], maxlen=20),
+    "defaultdict": lambda: [collections.defaultdict(EasyDict, a=1), EasyDict()],
+    "enum": lambda: [Mode.TRAIN, {Mode.TRAIN: 1, Mode.TEST: 2}],
+    "dict subclass": lambda: EasyDict(a=1, b=EasyDict(c=[1])),
+    "generic": lambda: typing.Dict[str, int],  # noqa: UP006 - list[int] is another class
+    "CfgNode": lambda: yacs.config.CfgNode({"MODEL": {"NAME": "x"}, "LR": 0.1}),
+    "DictConfig": lambda: omegaconf.OmegaConf.create({"model": {"name": "x", "sizes": [1, 2]}}),
+    "RandomState": lambda: np.random.RandomState(0),
+    "Generator": lambda: np.random.default_rng(0),
+    "module": lambda: torch.nn.CrossEntropyLoss(),
+}
+# The same, for torch.save: they hold tensors.
+NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
+    **NEXT_TO_A_MODEL,
+    "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2)),
+    "Optimizer": _optimizer,
+    "scheduler": lambda: torch.optim.lr_scheduler.StepLR(_optimizer(), 3),
+}
 
 
 class Python2Pickler(pickle._Pickler):

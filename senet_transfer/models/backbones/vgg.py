@@ -100,7 +100,8 @@ def build_vgg(
     "stem" ends with conv2, of stride 2; "res4" ends with conv5; "res5" is the last pool.
     """
     check_se(se, "VGG-16", stages=(2, 3, 4))
-    groups, inputs = [], in_channels
+    groups: list[list[CNNBlockBase]] = []
+    inputs = in_channels
     for index, widths in enumerate(WIDTHS):
         blocks = []
         for position, width in enumerate(widths):

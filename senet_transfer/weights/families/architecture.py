@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import Tensor
 
 _BLOCK = re.compile(r"res([2-5])\.(\d+)\.")
 
-_DEPTHS = {
+_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,
@@ -62,10 +63,10 @@ class Architecture:
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
         """Infer the architecture from tensors under this project's names; None if unknown."""
         linear = _shape(tensors, "linear.weight")
-        common = {**_se(tensors), "classes": linear[0] if linear else 0}
+        classes = linear[0] if linear else 0
         for network, pattern in _OTHERS.items():
             if any(pattern.fullmatch(name) for name in tensors):
-                return cls((), False, 1, 0, False, **common, network=network)
+                return cls((), False, 1, 0, False, classes=classes, network=network, **_se(tensors))
         counts: dict[int, int] = {}
         for name in tensors:
             if match := _BLOCK.match(name):
@@ -83,7 +84,8 @@ class Architecture:
             groups=groups,
             width_per_group=conv[0] // groups,
             deep_stem="stem.conv3.weight" in tensors,
-            **common,
+            classes=classes,
+            **_se(tensors),
         )
 
     @property
@@ -149,7 +151,16 @@ def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
     return max(1, inputs // conv[1])
 
 
-def _se(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+class _SEFields(TypedDict):
+    """The fields of :class:`Architecture` that describe SE."""
+
+    se_stages: tuple[int, ...]
+    se_ratio: int
+    se_divisor: int
+    se_bias: bool
+
+
+def _se(tensors: Mapping[str, Tensor]) -> _SEFields:
     widths = {}
     for name in tensors:
         match = _BLOCK.match(name)

@@ -1,5 +1,6 @@
 """Geometry of networks: options that affect the outputs but not the tensors' shapes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -52,11 +53,14 @@ class Geometry:
         return found
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Geometry":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
         """Create a geometry from the result of ``asdict``; values of a wrong type become None."""
-        kinds = {"stride_in_1x1": bool, "stem_pool": str, "se_relu_before": bool}
-        known = {f.name: values.get(f.name) for f in fields(cls)}
-        return cls(**{k: v for k, v in known.items() if isinstance(v, kinds[k])})
+        stride, pool, relu = (values.get(field.name) for field in fields(cls))
+        return cls(
+            stride_in_1x1=stride if isinstance(stride, bool) else None,
+            stem_pool=pool if isinstance(pool, str) else None,
+            se_relu_before=relu if isinstance(relu, bool) else None,
+        )
 
 
 def _say(name: str, value: object) -> str:

@@ -55,8 +55,9 @@ class Family:
 
     def renamed(self, found: Collection[str]) -> dict[str, str | None]:
         """Return this project's name for each name in a file; None for unknown names."""
-        deep = self.rename_deep is not None and "conv1.0.weight" in found
-        rename = self.rename_deep if deep else self.rename
+        rename = self.rename
+        if self.rename_deep is not None and "conv1.0.weight" in found:
+            rename = self.rename_deep
         return {name: rename(name) for name in found}
 
 

@@ -45,8 +45,6 @@ class Storage:
 class TensorRef:
     """Tensor in a file: a view of a :class:`Storage`, checked to lie inside it."""
 
-    __hash__ = None  # type: ignore[assignment]  # can't be a key of a dictionary
-
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))
 

@@ -132,7 +132,8 @@ def _understand(file: WeightFile, family: Family) -> Source:
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
     prefix = names.backbone_prefix(known.values())
-    tensors, original = {}, {}
+    tensors: dict[str, Tensor] = {}
+    original: dict[str, str] = {}
     for name, ours in known.items():
         ours = names.canonical(ours, prefix)
         if ours in tensors:

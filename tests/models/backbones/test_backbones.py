@@ -242,9 +242,9 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
     [
         (["resnet18"], {}, "There is no model"),
         (5, {}, "There is no model 5"),
-        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected a whole number"),
-        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected a whole number from 1"),
-        ("resnet18", {"in_channels": True}, "in_channels is True, expected a whole number"),
+        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected an integer"),
+        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected an integer >= 1"),
+        ("resnet18", {"in_channels": True}, "in_channels is True, expected an integer"),
         ("resnet18", {"out_features": 5}, "out_features is 5, expected a list"),
         ("resnet18", {"out_features": [["res2"]]}, "expected a list with names"),
         ("resnet18", {"weights": 5}, "weights are 5, expected a path"),
