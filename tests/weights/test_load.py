@@ -107,7 +107,7 @@ def test_a_classifier_of_another_size_is_new_which_is_said(r18):
     model = create_classifier("resnet18", 10)
     before = model.linear.weight.clone()
     report = load_weights(model, r18)
-    why = "the classifier: 1000 classes in the file, 10 in the model"
+    why = "classifier: 1000 classes in the file, 10 in the model"
     assert report.initialised == {"linear.weight": why, "linear.bias": why}
     assert torch.equal(model.linear.weight, before)
 

@@ -90,12 +90,12 @@ class Architecture:
 
     @property
     def is_senet154(self) -> bool:
-        """Whether blocks and stem are SENet-154's, which differ from ResNeXt's."""
+        """Return whether blocks and stem are SENet-154's, which differ from ResNeXt's."""
         return self.deep_stem and self.groups == 64 and self.bottleneck
 
     @property
     def name(self) -> str:
-        """Name of the model, or a description if no model has this architecture."""
+        """Return the name of the model, or a description if no model has this architecture."""
         if self.network:
             return f"se_{self.network}" if self.se_stages else self.network
         if self.is_senet154 and self.blocks == (3, 8, 36, 3):

@@ -1,4 +1,4 @@
-"""A model's tensors taken out of a checkpoint, and the plain values stored with them.
+"""Extraction of a model's tensors, and the plain values stored with them, from a checkpoint.
 
 People wrap a model's tensors in many ways and store the optimizer, the scheduler and the arguments
 of the run with them. Only the model's tensors are read into memory.
@@ -18,7 +18,7 @@ from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
 
 # In this order: a file with "state_dict" and "state_dict_ema", or "model" and "ema", means the
-# first; the second is taken where the first is absent.
+# first; the second is used if the first is absent.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -52,17 +52,17 @@ class Checkpoint:
 def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     """Take a model's tensors out of a checkpoint.
 
-    The usual wrappers are removed, and ``module.`` and ``_orig_mod.`` where every name has them.
+    The usual wrappers are removed, and ``module.`` and ``_orig_mod.`` if every name has them.
     Trainer state (optimizer, scheduler) is left out, and so are objects next to the model whose
     class is unknown.
 
     Args:
-        tree: the object in the file; its tensors are still in the file.
-        path: for error messages.
-        size: of the file in bytes, which bounds the memory that its tensors may take.
+        tree: The object in the file, with tensors that are not yet read.
+        path: The path of the file, for error messages.
+        size: The size of the file in bytes, which bounds the memory of its tensors.
 
     Raises:
-        UserError: there are no named tensors in it, or the model is or holds an object of an
+        UserError: The object contains no named tensors, or the model is or contains an object of an
             unknown class.
     """
     metadata: dict[str, Any] = {}
@@ -77,8 +77,8 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     if not isinstance(tree, dict):
         kind = "single tensor" if isinstance(tree, _Source) else type(tree).__name__
         raise UserError(
-            f"{path}: holds a {kind} and no tensors by name, so it is not a weights file. "
-            "Expected is a dictionary of tensors, such as model.state_dict()."
+            f"{path}: contains a {kind}, so it is not a weights file. Expected a dictionary of "
+            "named tensors, such as model.state_dict()."
         )
     sources: dict[str, _Source] = {}
     for name, source in _leaves(tree):

@@ -1,7 +1,7 @@
-"""Download of one file over HTTPS: atomic, verified, resumed after a break, once per cache.
+"""Download of one file over HTTPS: atomic, verified, and resumed after an interruption.
 
 torch.hub's and huggingface_hub's downloads are not used: the first has no retry and accepts a
-truncated file that has no hash; the second resumes without If-Range, so that it can join parts of
+truncated file that has no hash; the second resumes without If-Range, so that it can mix parts of
 two files. Both follow redirections to plain HTTP and accept a web page in place of the file.
 """
 
@@ -218,7 +218,7 @@ def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield what the server sends; its errors are kept apart from the disk's."""
+    """Yield the parts of a response; convert the server's errors, unlike those of the disk."""
     try:
         while chunk := answer.read(_CHUNK):
             yield chunk

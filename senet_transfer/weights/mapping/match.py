@@ -50,7 +50,7 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """Whether the file fits the model."""
+        """Return whether the file fits the model."""
         return not (self.missing or self.left_over or self.misfits)
 
 

@@ -58,7 +58,7 @@ class Source:
 
     @property
     def taken_for(self) -> str:
-        """Name and title of the family, for messages."""
+        """Return the name and title of the family, for messages."""
         return f"{self.family.name} ({self.family.title})"
 
     def options(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Target:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Whether all batch norms of the backbone are frozen."""
+        """Return whether all batch norms of the backbone are frozen."""
         norms = [m for m in self.backbone.modules() if _is_norm(m)]
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 

@@ -134,7 +134,7 @@ BROKEN = {
     "empty zip": (b"PK\x05\x06" + bytes(18), "known format"),
     "header only": (b"\x10\0\0\0\0\0\0\0{", "damaged"),
     "lying header": (b"\xff\xff\xff\x05\0\0\0\0{}", "damaged"),
-    "list": (pickle.dumps([1, 2]), "a list.*Expected is a dictionary"),
+    "list": (pickle.dumps([1, 2]), "a list.*Expected a dictionary"),
     "one array": (pickle.dumps(np.ones(3)), "a single tensor"),
     "no tensors": (pickle.dumps({"epoch": 3}), r"no model tensors inside \(found: 'epoch'\)"),
     "no layers": (b"\x0a\x03net", "no layer in it has blobs"),
