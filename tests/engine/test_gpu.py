@@ -1,4 +1,4 @@
-"""Networks and runs on a CUDA GPU: `make test-gpu`."""
+"""Tests of networks and runs on a CUDA GPU, run by `make test-gpu`."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""End-to-end test on Places365: prepare, train, evaluate and compare with torchvision."""
+"""End-to-end test on Places365: prepare, train, evaluate, and compare with torchvision."""
 
 import csv
 import json
