@@ -59,11 +59,11 @@ def test_adding_our_keys_again_is_harmless():
 
 def test_the_switch_turns_a_described_backbone_into_its_se_counterpart():
     plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
-    twin = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
-    added = set(twin.state_dict()) - set(plain.state_dict())
+    gated = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
+    added = set(gated.state_dict()) - set(plain.state_dict())
     assert added
     assert all(".se." in key for key in added)
-    assert set(plain.state_dict()) < set(twin.state_dict())
+    assert set(plain.state_dict()) < set(gated.state_dict())
 
 
 @pytest.mark.parametrize(

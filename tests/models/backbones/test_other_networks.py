@@ -204,7 +204,7 @@ def randomise_gates(backbone: nn.Module) -> None:
 
 
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Also check that a file of the plain network fills an SE backbone except its gates."""
+    """Compare outputs; a file of the plain network must fill all of a backbone but the gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}
