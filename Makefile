@@ -20,7 +20,7 @@ CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-instant test test-narrow test-faults test-slow test-gpu coverage lint \
-	bench container
+	docs bench container
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -75,6 +75,12 @@ lint: $(READY) ## style and format, with ruff; types, with mypy; spelling, with 
 
 container: ## build the container image with Docker, as senet_transfer
 	docker build --tag senet_transfer .
+
+docs: $(READY) ## build the documentation into site/, and check its links
+	@$(PY) -c "import material, mkdocs, mkdocstrings" 2>/dev/null || \
+		$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "Built: site/index.html; with search: $(PY) -m http.server --directory site"
 
 bench: $(READY) ## compare with the usual alternatives; into output/benchmark.json
 	$(PY) tools/benchmark.py --output output/benchmark.json

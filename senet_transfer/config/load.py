@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,7 +15,7 @@ from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
 
-def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
+def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load this project's defaults, merge a config file into them, then apply the options.
 
     Args:
@@ -37,7 +37,7 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     return cfg
 
 
-def merge_options(cfg: CfgNode, options: list[str]) -> None:
+def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
     """Set config keys in place from alternating keys and values, as on a command line.
 
     Raises:

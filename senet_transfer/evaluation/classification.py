@@ -54,7 +54,7 @@ class Evaluation:
     def worst_classes(self, count: int = _SHOWN) -> list[dict[str, Any]]:
         """The classes with images whose top-1 error, in percent, is highest."""
         totals = self.confusion.sum(1)
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "class": name,
                 "images": int(totals[label]),
@@ -144,8 +144,12 @@ def evaluate_classifier(
     """
     _check_classes(model, dataset)
     loader = _loader(model, dataset, transform, batch_size, workers)
-    kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
-    evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
+    evaluator = ClassificationEvaluator(
+        dataset.num_classes,
+        len(dataset),
+        keep_predictions=keep_predictions,
+        keep_logits=keep_logits,
+    )
     shown = _Shown(loader, len(dataset), quiet)
     start = time.perf_counter()
     with torch.inference_mode():

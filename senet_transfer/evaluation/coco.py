@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's COCOEvaluator, about eight times as fast."""
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: Any, **options: Any):
         """Takes what Detectron2's takes, except ``use_fast_impl``."""
         super().__init__(*arguments, use_fast_impl=False, **options)
 

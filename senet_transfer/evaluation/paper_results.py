@@ -80,4 +80,5 @@ CIFAR = _tables_iv_and_v()
 
 def published_on_cifar(dataset: str, model: str) -> Published | None:
     """The paper's row for a model on a data set, named as in a config or by its path, if any."""
-    return CIFAR.get((cifar_name(dataset), model))
+    name = cifar_name(dataset)
+    return None if name is None else CIFAR.get((name, model))

@@ -20,6 +20,7 @@ the fused forms do not support.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,16 @@ class _NormSum(torch.autograd.Function):
     """Gated sum computed from the input of a batch norm."""
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, norm, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.Module,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         ctx.training = norm.training
         out, mean, invstd = torch.native_batch_norm(
             x,
@@ -201,7 +211,7 @@ class _NormSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, centre, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         positions = x.shape[2] * x.shape[3]
@@ -258,7 +268,16 @@ class _SmallConvSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         out = _convolve(x, _folded(weight, scale, x.dtype), shift)
         ctx.gate = _Gate(se, out.mean((2, 3)), learns=True)
         gate = ctx.gate.value.detach().to(x.dtype)
@@ -267,7 +286,7 @@ class _SmallConvSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
@@ -290,7 +309,16 @@ class _LargeConvSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         folded, mean = _folded(weight, scale, x.dtype), x.mean((2, 3))
         squeezed = F.linear(mean, folded.flatten(1), shift.to(x.dtype))
         ctx.gate = _Gate(se, squeezed, learns=True)
@@ -301,7 +329,7 @@ class _LargeConvSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, mean, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
@@ -332,7 +360,7 @@ def _by_image(
         product = product.flatten(1)
         dgate[image] = torch.einsum("ck,ck->c", folded.flatten(1), product)
         dfolded.addcmul_(product, own)
-        if learns:
+        if dx is not None:
             dx[part] = found
     return dx, dfolded, dgate
 

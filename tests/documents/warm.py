@@ -1,7 +1,7 @@
-"""Runs Python scripts in forks of a process that has imported what all of them do.
+"""Python scripts in forks of a process that has imported what all of them need.
 
-Most commands of the documents take a second, after four in which they import torch and Detectron2.
-Here these are paid once. What starts cold is tested by test_startup.py and test_commands.py.
+Most commands of the documents take a second, after four seconds in which they import torch and
+Detectron2. Here that happens once. test_startup.py and test_commands.py test new processes.
 """
 
 import json
@@ -16,11 +16,11 @@ LIMIT = 300  # seconds that a command may take
 
 
 class WarmPython:
-    """A process that runs one script after the other; a context manager.
+    """Process that runs one script after the other; a context manager.
 
     Args:
-        folder: of the scripts and of what they write.
-        environment: of the process.
+        folder: The working folder of the scripts.
+        environment: The environment of the process.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]):
@@ -37,7 +37,7 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Runs ``python WORDS``."""
+        """Run ``python WORDS``."""
         printed = [self.folder.with_name(f"{self.folder.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -47,7 +47,7 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Goes on as ``python WORDS`` would, and is ended where it hangs."""
+    """Continue as ``python WORDS`` would, for at most the time limit."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -56,7 +56,7 @@ def _become(words: list[str], printed: list[str]) -> None:
 
 
 def main() -> None:
-    """Answers each line with the status of the script that it asks for."""
+    """Answer each line with the exit status of the script that it names."""
     import senet_transfer.analysis.report
     import senet_transfer.engine.inference.evaluate
     import senet_transfer.engine.train  # noqa: F401

@@ -1,4 +1,4 @@
-"""The command lines as users call them, in processes of their own."""
+"""Tests of the command-line tools in subprocesses."""
 
 import json
 import shutil

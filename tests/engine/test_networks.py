@@ -1,4 +1,4 @@
-"""Faster R-CNN with FPN on every network that has maps of strides 4 to 32."""
+"""Tests of Faster R-CNN with FPN on every backbone with feature maps of strides 4 to 32."""
 
 import pytest
 from detectron2.utils.events import EventStorage
@@ -42,7 +42,7 @@ def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command
     changed = [
         not parameter.equal(old) for parameter, old in zip(model.parameters(), before, strict=True)
     ]
-    # Of a fresh gate the second layer's weight is zero, and so is the gradient of the first.
+    # A new gate's second layer has zero weights, so the gradient of its first layer is zero.
     assert sum(changed) > 0.6 * len(changed)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert 0 <= Trainer.test(cfg, model)["bbox"]["AP"] <= 100

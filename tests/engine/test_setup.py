@@ -1,4 +1,4 @@
-"""What a run refuses or says before it starts."""
+"""Tests of the checks, errors and warnings before a run starts."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), {"SOLVER.CHECKPOINT_PERIOD": "0"}, "CHECKPOINT_PERIOD is 0, expected 1 or more"),
         ((), {"SOLVER.CHECKPOINTS_KEPT": "1"}, "CHECKPOINTS_KEPT is 1.*at least 2"),
         ((), {"DATASETS.TRAIN": "()"}, "DATASETS.TRAIN is empty"),
-        ((), {"DATASETS.TRAIN": "(1,)"}, "hold names"),
+        ((), {"DATASETS.TRAIN": "(1,)"}, "expected names of data sets"),
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
@@ -91,7 +91,7 @@ def test_the_output_folder_tells_what_ran(command, tmp_path):
     saved = load_config(str(run / "config.yaml"))
     cfg.defrost()
     for config in (saved, cfg):
-        # Tuples within a tuple, which YAML gives back as lists.
+        # YAML returns the nested tuples of this key as lists.
         config.MODEL.pop("ROI_BOX_CASCADE_HEAD")
     assert saved == cfg
     environment = (run / "environment.txt").read_text()
@@ -205,7 +205,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
 
 
 def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
-    """A run that a launcher has started again is resumed; its options don't say so."""
+    """A run restarted by a launcher is resumed without changing its options."""
     run = command()
     before = replace(run)
     cfg = setup(run)

@@ -1,4 +1,4 @@
-"""Signals as requests, and as orders."""
+"""Tests of graceful shutdown and of forwarding signals to child processes."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     with stop_at_step_end():
         assert not requested()
         os.kill(os.getpid(), number)
-        # Ctrl-C comes from the terminal and from torchrun: one request.
+        # Ctrl-C arrives from the terminal and from torchrun, which counts as one request.
         os.kill(os.getpid(), number)
         until = time.monotonic() + 5
         while not requested() and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Training, checkpoints, evaluation and prediction, small but real."""
+"""Tests of training, checkpoints, evaluation and prediction with a small detector."""
 
 import contextlib
 import io
@@ -94,13 +94,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp
     with pytest.raises(UserError) as error:
         Checkpointer(trainer.model).load(str(path))
     assert f"missing in the file: {removed}" in str(error.value)
-    assert "left over: extra.weight" in str(error.value)
+    assert "unexpected: extra.weight" in str(error.value)
     assert str(path) in str(error.value)
 
 
 @pytest.fixture
 def trained(command, tmp_path):
-    """The checkpoint of a run that detects something, if not well."""
+    """Return the checkpoint of a short run, which detects some objects."""
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     return str(tmp_path / "run" / "model_final.pth")
 
@@ -115,7 +115,7 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images
     assert [category["name"] for category in coco.dataset["categories"]] == cfg.DATASETS.CLASSES
-    # The same boxes, scores and classes as Detectron2's own predictor.
+    # Boxes, scores and classes must equal those of Detectron2's own predictor.
     theirs = DefaultPredictor(cfg)
     for image_id, path in enumerate(images, start=1):
         instances = theirs(cv2.imread(path))["instances"].to("cpu")
@@ -149,7 +149,7 @@ def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
     files = sorted(str(path) for path in folder.glob("*.jpg"))
     assert find_images([str(folder)]) == files
     assert find_images([str(folder / "*.jpg"), files[0]]) == files
-    with pytest.raises(UserError, match="names no image"):
+    with pytest.raises(UserError, match="matches no image"):
         find_images([str(folder / "*.png")])
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
     torch.save({"model": {}}, path)
     with pytest.raises(UserError, match="--config-file"):
         load_trained(str(path))
-    with pytest.raises(UserError, match="There is no checkpoint"):
+    with pytest.raises(UserError, match="The checkpoint .* does not exist"):
         load_trained(str(tmp_path / "other.pth"))
 
 
@@ -225,7 +225,7 @@ def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     cfg = setup(anew)
     assert not resumes(cfg, anew)
     trainer = Trainer(cfg)
-    # From here on, what the folder held is not this run's.
+    # After this, the folder's old checkpoints no longer belong to the run.
     trainer.resume_or_load(resume=False)
     assert not (tmp_path / "run" / "last_checkpoint").exists()
     assert (tmp_path / "run" / "model_final.pth").is_file()

@@ -1,4 +1,4 @@
-"""Folded networks and exported files against the eager networks they come from."""
+"""Comparison of folded networks and exported files with the eager networks."""
 
 import json
 import runpy
@@ -28,7 +28,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """With statistics and gates as training leaves them."""
+    """Set random norms and gates, as after training, and return the model in evaluation mode."""
     torch.manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -82,7 +82,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
-    """Whatever reads the folded network: eager, with a gradient to the images, or compiled."""
+    # Eager, with a gradient to the images, compiled, and with autocast.
     options = {"out_features": ["res4"], "in_channels": 5, **variant}
     backbone = randomised(create_backbone("se_resnet50", **options)).double()
     deployed = deploy(backbone)
@@ -114,13 +114,13 @@ def classifier() -> nn.Module:
 def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": classifier.preprocessing, "size": (64, 48)}
-    # The comparison, on another number of images than it was traced with, is the function's own.
+    # export_network itself compares the outputs, with another batch size than it traced with.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
 
 
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
-    """Return the model with the statistics of noise; random ones amplify rounding with depth."""
+    """Set the norms' statistics from random images; arbitrary ones amplify rounding errors."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -129,7 +129,7 @@ def with_statistics(model: nn.Module, side: int) -> nn.Module:
     return model.eval()
 
 
-# One of each type of block; the others are as deep as their papers.
+# One model per block type. The others have the depth of their papers and are slow.
 SMALL = [
     "se_resnet18",
     "se_resnet50",
@@ -152,15 +152,15 @@ SMALL = [
     ],
 )
 def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
-    """The neck between backbone and linear layer is part of it, such as VGG's hidden layers."""
+    # A classifier may have a neck before its linear layer, such as VGG's hidden layers.
     options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
     torch.manual_seed(0)
     loaded = find_model(name, options=options).build("cpu")
-    # Inception-ResNet's convolutions lose their borders.
+    # Inception-ResNet has unpadded convolutions and needs larger images.
     side = 96 if "inception_resnet" in name else min(loaded.preprocessing.crop, 64)
     model = with_statistics(randomised(loaded.model), side)
     path = tmp_path / "model.ts"
-    # It compares what it wrote with the eager model.
+    # export_model compares the exported file with the eager model.
     export_model(model, loaded.cfg, str(path), size=[side])
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
 
 
 class Hidden(nn.Module):
-    """A hidden layer between the backbone and the linear layer, as VGG has two."""
+    """Neck with one hidden layer between backbone and linear layer; VGG has two."""
 
     out_channels = 5
 
@@ -204,12 +204,12 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
     monkeypatch.setattr(formats, "deploy", wrong)
     options = {"form": "torchscript", "preprocessing": Preprocessing(), "size": (64, 64)}
-    with pytest.raises(UserError, match="computes something else"):
+    with pytest.raises(UserError, match="does not give the same outputs"):
         export_network(classifier, tmp_path / "model.ts", **options)
 
 
 def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
-    """From the file of an image: the example's best classes are those of eval_classifier.py."""
+    # Reads an image file. Its top classes must be those of eval_classifier.py.
     preprocessing = Preprocessing(
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
     )
@@ -255,12 +255,12 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
     [
         (["--model", "se_resnet18", "--output", "model.h5"], "expected one of .onnx, .pt2, .ts"),
         (["--model", "se_resnet18", "--output", "missing/model.ts"], "There is no folder"),
-        (["--output", "model.ts"], "What is the model"),
-        (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected a side"),
+        (["--output", "model.ts"], "No model is specified"),
+        (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (
             ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.onnx"]
             + ["MODEL.WEIGHTS", ""],
-            "can be exported as TorchScript",
+            "can only be exported to TorchScript",
         ),
     ],
 )

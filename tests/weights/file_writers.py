@@ -1,4 +1,4 @@
-"""Files as other people's programs write them: Python 2's pickles and torch's first formats."""
+"""Writers of old file formats: pickles of Python 2 and torch's first formats."""
 
 import argparse
 import collections
@@ -80,7 +80,7 @@ NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2 did: both are its one string type."""
+    """Pickler that writes text and bytes as Python 2's single string type."""
 
     def __init__(self, file: Any, protocol: int = 2, **_: Any):
         super().__init__(file, protocol)
@@ -108,14 +108,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """A pickle as Python 2 and numpy of its time wrote it."""
+    """Return a pickle as written by Python 2 and numpy of that time."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def python2_torch_file(value: Any, path: Path) -> None:
-    """A file of ``torch.save`` under Python 2: the legacy format, with Python 2's strings."""
+    """Write a file of ``torch.save`` under Python 2: the legacy format with Python 2's strings."""
     module = types.SimpleNamespace(
         Pickler=Python2Pickler,
         dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),
@@ -126,9 +126,9 @@ def python2_torch_file(value: Any, path: Path) -> None:
 
 
 def tar_torch_file(tensors: dict[str, torch.Tensor], path: Path, **besides: Any) -> None:
-    """A file of torch's first format, before 0.1.12, with one storage a tensor.
+    """Write a file of torch's first format, before 0.1.12, with one storage per tensor.
 
-    Written from what ``torch.load`` still reads, and read by it in the tests.
+    The format follows the code of ``torch.load``, which reads these files in the tests too.
     """
     storages, views = io.BytesIO(), io.BytesIO()
     storages.write(python2_pickle(len(tensors)))

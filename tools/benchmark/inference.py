@@ -1,7 +1,8 @@
 """The part ``inference``: classifiers in every mode, beside the plain network and timm's gates."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,6 @@ from senet_transfer.utils.private_api import inductor_freezing
 
 if TYPE_CHECKING:
     import onnxruntime
-
-try:
-    import timm
-except ImportError:  # A package for development.
-    timm = None
 
 
 def measure_inference(options: Options) -> Iterator[Row]:
@@ -62,8 +58,12 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
         "SE": gated,
         "SE deployed": deploy(gated),
     }
-    pairs = []
-    if timm is not None:
+    pairs: list[tuple[str, str]] = []
+    try:
+        import timm
+    except ImportError:  # A package for development.
+        pass
+    else:
         # Whose stride and pool are those of the Caffe files.
         caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
         models["SE, Caffe's geometry"] = caffe
@@ -92,15 +92,12 @@ def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
 def _in_onnx(models: dict[str, nn.Module], batch: int) -> dict[str, Callable[[], object]]:
     images = {"images": torch.rand(batch, 3, 224, 224).numpy()}
     sessions = {name: _session(models[name]) for name in ("plain", "plain again", "SE")}
-    return {
-        name: lambda session=session: session.run(None, images)
-        for name, session in sessions.items()
-    }
+    return {name: partial(session.run, None, images) for name, session in sessions.items()}
 
 
 def _compare(
     what: str,
-    ways: dict[str, Callable[[], object]],
+    ways: Mapping[str, Callable[[], object]],
     options: Options,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Comparison:

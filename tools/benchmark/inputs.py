@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +135,6 @@ def _bare(files: list[bytes]) -> None:
         RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 
 
-def _exhaust(batches) -> None:
+def _exhaust(batches: Iterable[object]) -> None:
     for _ in batches:
         pass

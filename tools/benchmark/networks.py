@@ -17,6 +17,8 @@ from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
+_BLOCKS = {"plain": BottleneckBlock, "plain again": BottleneckBlock, "SE": SEBottleneckBlock}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,7 +48,7 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def _outputs(found: object) -> list[torch.Tensor]:
+def _outputs(found: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor]:
     values = found.values() if isinstance(found, dict) else [found]
     return [value for value in values if value.requires_grad]
 
@@ -70,12 +72,10 @@ def measure_block(options: Options) -> Iterator[Row]:
     """One bottleneck of every stage, at the sizes of 224 px: step and what it keeps."""
     for norm in ("BN", "FrozenBN"):
         for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
-            arguments = {"bottleneck_channels": width, "norm": norm}
             x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
             blocks = {
-                "plain": BottleneckBlock(4 * width, 4 * width, **arguments),
-                "plain again": BottleneckBlock(4 * width, 4 * width, **arguments),
-                "SE": SEBottleneckBlock(4 * width, 4 * width, **arguments),
+                name: block(4 * width, 4 * width, bottleneck_channels=width, norm=norm)
+                for name, block in _BLOCKS.items()
             }
             steps = {
                 name: training_step(trained(block, options.device), x)

@@ -12,7 +12,7 @@ from benchmark.report import Row
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _python(*arguments: str) -> Callable[[], None]:
+def _python(*arguments: str) -> Callable[[], object]:
     command = [sys.executable, "-W", "ignore", *arguments]
     return lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 

@@ -136,12 +136,17 @@ def measure_engine(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         data_file = Path(folder) / "noise.safetensors"
         save_images(random_images(2048), data_file, "noise")
-        share = {"batch_size": batch_size, "device": options.device}
+        device = options.device
         plain = {
-            key: plain_loop(create_classifier(name, 10), load_images(data_file), **share)
+            key: plain_loop(
+                create_classifier(name, 10),
+                load_images(data_file),
+                batch_size=batch_size,
+                device=device,
+            )
             for key in ("plain loop", "plain loop again")
         }
-        with engine_loop(name, data_file, **share) as (steps, _):
+        with engine_loop(name, data_file, batch_size=batch_size, device=device) as (steps, _):
             found = compare(
                 f"Training ResNet-110, {batch_size} images a step: {STEPS} steps",
                 {**plain, "this engine": steps},

@@ -130,9 +130,10 @@ class Compared:
         found = []
         if abs(self.gflops_off or 0) > GFLOPS_TOLERANCE:
             found.append(self.explanation or f"{self.row.name}'s GFLOPs: no reason is known.")
-        if abs(self.parameters_off or 0) > PARAMETERS_TOLERANCE:
+        stated = self.row.parameters
+        if stated is not None and abs(self.parameters - 1e6 * stated) > PARAMETERS_TOLERANCE:
             weights = self.report.total.parameters
-            close = abs(weights - 1e6 * self.row.parameters) <= PARAMETERS_TOLERANCE
+            close = abs(weights - 1e6 * stated) <= PARAMETERS_TOLERANCE
             found.append(
                 f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's figure "
                 "leaves the norms' running statistics out."

@@ -1,6 +1,7 @@
 """The paper's Figures 6 and 7, a figure a block, and all blocks at a glance."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,6 @@ from senet_transfer.data.classification.class_sample import draw
 # Told apart by people of every colour vision (Okabe and Ito), and dark enough on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _ALL = "#000000"
-_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
 
 
 def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.ndarray:
@@ -50,6 +50,13 @@ def draw_spread(
     _finish(axes, block, channels)
 
 
+def _style() -> AbstractContextManager[None]:
+    """Return the context in which all figures are drawn."""
+    return matplotlib.rc_context(
+        {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    )
+
+
 def _cycled(count: int) -> list[str]:
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
@@ -80,7 +87,7 @@ def write_blocks(
     """
     os.makedirs(folder, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         for name, block in found.blocks.items():
             figure = Figure(figsize=(11, 3.8), layout="constrained")
             left, right = figure.subplots(1, 2, sharey=True)
@@ -104,7 +111,7 @@ def write_overview(
     Arguments and result as of :func:`write_blocks`.
     """
     os.makedirs(folder, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         return [
             _save(_figure6(found, channels, seed), folder, "figure6.png"),
             _save(_all_blocks({n: b.summary() for n, b in found.blocks.items()}), folder,

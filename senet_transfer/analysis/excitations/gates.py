@@ -1,7 +1,7 @@
 """The gates of a network, by the paper's names, and their values as images pass."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ def watched(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Tensor]]:
     """
     values: dict[str, Tensor] = {}
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[SqueezeExcitation, tuple[Tensor, ...], Any], None]:
         def keep(module: SqueezeExcitation, inputs: tuple[Tensor, ...], output: Any) -> None:
             values[name] = module.gate(inputs[0]).detach().float().mean((2, 3))
 

@@ -76,7 +76,8 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
             "This network has a ReLU before each gate (MODEL.SE.RELU_BEFORE), which would go with "
             "the gate: what is left would be another network. Such gates can't be dropped."
         )
-    has = sorted({stage_of(name) for name in gates_of(model.backbone)} - {None})
+    found = {stage_of(name) for name in gates_of(model.backbone)}
+    has = sorted(stage for stage in found if stage is not None)
     wrong = [stage for stage in stages if stage not in has]
     if wrong:
         raise UserError(
@@ -115,8 +116,8 @@ def without_gates(
     backbone.preprocessing = model.preprocessing
     paths = {module: path for path, module in backbone_of(model).named_modules()}
     there = {path for path, _ in backbone.named_modules()}
-    for name, gate in gates_of(backbone_of(model)).items() if scales else ():
-        if paths[gate] in there:
+    for name, gate in gates_of(backbone_of(model)).items():
+        if not scales or paths[gate] in there:
             continue
         conv = _convolution_before(backbone, backbone_of(model), paths[gate])
         if conv is None:
@@ -129,9 +130,9 @@ def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn
     """The last convolution of the residual branch that a gate stood right behind."""
     block_path, _, _ = path.rpartition(".")
     block, plain = backbone.get_submodule(block_path), pruned.get_submodule(block_path)
-    if not isinstance(block, tuple(_LAST)) or block.placement != "standard":
+    names = next((names for kind, names in _LAST.items() if isinstance(block, kind)), None)
+    if names is None or block.placement != "standard":
         return None
-    names = next(names for kind, names in _LAST.items() if isinstance(block, kind))
     return next(conv for name in names if (conv := getattr(plain, name, None)) is not None)
 
 

@@ -1,5 +1,6 @@
 """Statistics of a gate's values over classes, in memory that does not grow with the data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,7 @@ class GateStatistics:
         kept: by label, those of them that are complete.
     """
 
-    def __init__(self, counts: np.ndarray, keep: list[int] = ()):
+    def __init__(self, counts: np.ndarray, keep: Iterable[int] = ()):
         """
         Args:
             counts: images that will come of each class, `(K,)`.

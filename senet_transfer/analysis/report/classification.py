@@ -89,8 +89,12 @@ def read_predictions(run: Run, name: str) -> Predictions | None:
     try:
         columns = json.loads(path.read_text())
         best = [top[0] for top in columns["top"]]
-        integers = [np.array(rows, np.int64) for rows in (columns["index"], columns["label"], best)]
-        return Predictions(*integers, np.array(columns["probability"], np.float64))
+        return Predictions(
+            index=np.array(columns["index"], np.int64),
+            labels=np.array(columns["label"], np.int64),
+            best=np.array(best, np.int64),
+            probability=np.array(columns["probability"], np.float64),
+        )
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} can't be read: {error!r}. Evaluate again.") from error
 
@@ -112,12 +116,13 @@ def confusion_galleries(
     for position, run in enumerate(runs):
         for name in run.cfg.DATASETS.TEST:
             try:
-                found = read_predictions(run, name)
+                predictions = read_predictions(run, name)
             except UserError as error:
                 say(f"{run.name}: {error}")
                 continue
-            if found is not None:
-                groups.setdefault((name, tuple(run.cfg.DATASETS.CLASSES)), {})[position] = found
+            if predictions is not None:
+                group = groups.setdefault((name, tuple(run.cfg.DATASETS.CLASSES)), {})
+                group[position] = predictions
     galleries = []
     for (name, classes), found in groups.items():
         gallery = _gallery(name, list(classes), found, budget // len(groups))

@@ -237,7 +237,8 @@ def _picture(image: dict[str, Any]) -> dict[str, Any] | str:
 
 def _shown(found: Found, scale: float, most: int) -> list[list[float]]:
     return [
-        [*_rounded(found.boxes[k] * scale), int(found.classes[k]), round(100 * found.scores[k]),
+        [*_rounded(found.boxes[k] * scale), int(found.classes[k]),
+         round(float(100 * found.scores[k])),
          int(found.matches[k])]
         for k in range(min(len(found.scores), most))
     ]  # fmt: skip

@@ -63,7 +63,7 @@ def write_report(
         notes.append(text)
         say(text)
 
-    data = {
+    data: dict[str, Any] = {
         "runs": [run.name for run in runs],
         "curves": _curves(runs),
         "detection": detection_galleries(runs, images, note, quiet=quiet),

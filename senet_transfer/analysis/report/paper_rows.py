@@ -60,7 +60,9 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
     if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
         for row in PLACES365:
             if row.name.lower().replace("-", "") == backbone.replace("_", ""):
-                values = {"top1_error": row.top1_error, "top5_error": row.top5_error}
+                values = {"top1_error": row.top1_error}
+                if row.top5_error is not None:
+                    values["top5_error"] = row.top5_error
                 short = images is not None and images != _PLACES365_IMAGES
                 note = f"theirs on {_PLACES365_IMAGES:,} images, ours on {images:,.0f}"
                 return PaperRow(row.name, values, row.source, note if short else "")

@@ -31,10 +31,13 @@ class SEBlock(CNNBlockBase):
                 "but ResNet-18 and -34 have basic blocks. Use another placement, or depth 50 or "
                 "more."
             )
-        gated = {"pre": self.in_channels, "3x3": self.conv2.out_channels}
         self.placement = se.placement
         self.relu_before = se.relu_before
-        self.se = se.operator(gated.get(se.placement, self.out_channels))
+        if se.placement == "pre":
+            gated = self.in_channels
+        else:
+            gated = self.conv2.out_channels if se.placement == "3x3" else self.out_channels
+        self.se = se.operator(gated)
 
     def fold_squeeze(self) -> None:
         """Fold the last convolution into the gate, for inference with folded norms.
@@ -94,7 +97,9 @@ class _WideBottleneck(CNNBlockBase):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride)
 
-        def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+        def conv(
+            inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+        ) -> Conv2d:
             return _conv(inputs, outputs, kernel, stride=stride, groups=groups, norm=norm)
 
         width = out_channels // 2

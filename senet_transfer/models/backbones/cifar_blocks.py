@@ -115,9 +115,11 @@ class PreActBlock(GatedBlock):
         changes = in_channels != out_channels or stride != 1
         self.shared = changes if shared is None else shared
         self.shortcut = self._make_shortcut(stride, projection) if changes else None
-        inner, kernels = bottleneck_channels, (1, 3, 1)
-        if inner is None:
+        kernels: tuple[int, ...]
+        if bottleneck_channels is None:
             inner, kernels = out_channels, (3, 3)
+        else:
+            inner, kernels = bottleneck_channels, (1, 3, 1)
         widths = [in_channels, *[inner] * (len(kernels) - 1), out_channels]
         self.depth = len(kernels)
         for index, kernel in enumerate(kernels):
@@ -145,7 +147,9 @@ class PreActBlock(GatedBlock):
         out = self.conv2(F.relu_(self.norm2(out)))
         if self.depth == 3:
             out = F.relu_(self.norm3(out))
-            out = self.conv3(self.se(out) if self.placement == "3x3" else out)
+            if self.se is not None and self.placement == "3x3":
+                out = self.se(out)
+            out = self.conv3(out)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return self._leave(self._sum(out, shortcut))
 

@@ -9,6 +9,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
 # Number of groups of Detectron2's "GN".
 _NORM_GROUPS = 32
@@ -107,11 +108,11 @@ class MaxPool(CNNBlockBase):
             ceil: whether to add a last window that is clipped at the edge (``ceil_mode``).
         """
         super().__init__(channels, channels, 2)
-        self.options = {"kernel_size": kernel, "padding": padding, "ceil_mode": ceil}
+        self.kernel, self.padding, self.ceil = kernel, padding, ceil
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, channels, H, W)`` to ``(N, channels, H / 2, W / 2)``."""
-        return F.max_pool2d(x, stride=2, **self.options)
+        return F.max_pool2d(x, self.kernel, stride=2, padding=self.padding, ceil_mode=self.ceil)
 
 
 class GatedBlock(CNNBlockBase):
@@ -125,20 +126,20 @@ class GatedBlock(CNNBlockBase):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, stride)
         self.placement: str | None = None
-        self.se: nn.Module | None = None
+        self.se: SqueezeExcitation | None = None
 
     def _enter(self, x: Tensor) -> Tensor:
         """Return the input of the branch, which the placement "pre" gates."""
-        return self.se(x) if self.placement == "pre" else x
+        return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
         """Return ``scale * residual + shortcut`` with SE; the gate's input is not scaled."""
         if self.se is not None and self.placement in ("standard", "mixture"):
             return self.se.join(residual, shortcut, scale)
-        if self.placement == "identity":
+        if self.se is not None and self.placement == "identity":
             return self.se.join(shortcut, scale * residual if scale != 1 else residual)
         return torch.add(shortcut, residual, alpha=scale)
 
     def _leave(self, x: Tensor) -> Tensor:
         """Return the block's output, which the placement "post" gates."""
-        return self.se(x) if self.placement == "post" else x
+        return self.se(x) if self.se is not None and self.placement == "post" else x

@@ -82,9 +82,18 @@ def _conv(
 class ConvBlock(CNNBlockBase):
     """Convolution with norm and ReLU as a block of a stage."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, **options: object):
-        super().__init__(in_channels, out_channels, options.get("stride", 1))
-        self.conv = _conv(in_channels, out_channels, kernel, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        norm: str,
+        stride: int = 1,
+        pad: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, stride)
+        self.conv = _conv(in_channels, out_channels, kernel, norm=norm, stride=stride, pad=pad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""

@@ -118,7 +118,10 @@ def _stages(
     for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[depth], strict=True):
         dilation = res5_dilation if stage == 5 else 1
         stride = 1 if stage == 2 or dilation == 2 else 2
-        arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
+        arguments: dict[str, object] = {
+            "norm": norm,
+            "stride_per_block": [stride] + [1] * (blocks - 1),
+        }
         if bottleneck:
             arguments["bottleneck_channels"] = num_groups * width_per_group * 2 ** (stage - 2)
             arguments["num_groups"] = num_groups

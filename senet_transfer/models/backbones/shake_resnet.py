@@ -105,10 +105,10 @@ class BottleneckBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = F.relu_(self.conv2(F.relu_(self.conv1(x))))
-        if self.placement == "3x3":
+        if self.se is not None and self.placement == "3x3":
             x = self.se(x)
         x = self.conv3(x)
-        return self.se(x) if self.placement == "standard" else x
+        return self.se(x) if self.se is not None and self.placement == "standard" else x
 
 
 class _ShakeBlock(GatedBlock, ABC):

@@ -77,9 +77,9 @@ class ShuffleUnit(GatedBlock):
         if self.stride == 1:
             return self._leave(F.relu_(self._sum(out, x)))
         shortcut = F.avg_pool2d(x, 3, stride=2, padding=1)
-        if self.placement == "standard":
+        if self.se is not None and self.placement == "standard":
             out = self.se(out)
-        elif self.placement == "identity":
+        elif self.se is not None and self.placement == "identity":
             shortcut = self.se(shortcut)
         return self._leave(F.relu_(torch.cat([shortcut, out], dim=1)))
 

@@ -103,7 +103,8 @@ def build_vgg(
     and "res5" that of the last pool.
     """
     check_se(se, "VGG-16", stages=(2, 3, 4))
-    groups, inputs = [], in_channels
+    groups: list[list[CNNBlockBase]] = []
+    inputs = in_channels
     for index, widths in enumerate(WIDTHS):
         blocks = []
         for position, width in enumerate(widths):

@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import portalocker
 
@@ -138,7 +138,15 @@ def _check_scheme(url: str) -> None:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirections, except to addresses that are not encrypted."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
         _check_scheme(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -1,4 +1,4 @@
-"""Predictions of classes on images."""
+"""Tests of prediction with a classifier on image files."""
 
 import json
 import sys
@@ -59,5 +59,5 @@ def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(trai
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert entry["file_name"] == images[1]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output folder .*file can't be made"):
+    with pytest.raises(UserError, match="output folder .*file can't be created"):
         classify_images(loaded, images, str(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""The evaluation tools, against a plain loop over Pillow and torchvision alone."""
+"""Tests of the evaluation tools against a plain loop with only Pillow and torchvision."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 @torch.inference_mode()
 def plain_loop(model, places: Path, mode="short_side", resize=73, crop=64) -> torch.Tensor:
-    """Logits `(N, 365)` in the order of the list."""
+    """Return logits of shape (N, 365) in the order of the list."""
     transform, logits = views_of(mode, resize, crop), []
     for name, _ in listed(places):
         views = transform(Image.open(places / "val_256" / name).convert("RGB"))
@@ -63,7 +63,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """torchvision's ResNet-18 with a classifier that fits half of the scenes."""
+    """Return torchvision's ResNet-18 with a classifier that fits half of the scenes."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)
@@ -94,7 +94,7 @@ def weights(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(shared_data, tmp_path_factory):
-    """The validation set as it comes, as shards, and as the archive."""
+    """Return the validation set in its original layout, as shards, and as an archive."""
     source = shared_data / "mini_places365"
     root = tmp_path_factory.mktemp("places")
     convert(open_places365(source, "val"), root / "shards", split="val", shard_mb=1)
@@ -252,7 +252,7 @@ def test_an_image_that_cannot_be_decoded_is_named(weights, places, tmp_path):
 
 
 class Slow(EvalTransform):
-    """Takes a hundredth of a second more an image."""
+    """Transform that takes an additional 10 ms per image."""
 
     def __call__(self, data: bytes) -> torch.Tensor:
         time.sleep(0.01)
@@ -281,7 +281,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     trainer = train()
     run = tmp_path / "run"
     expected = trainer.results["classification"]
-    # Where nothing is said, the config beside the checkpoint says all.
+    # Without further arguments, everything comes from the config next to the checkpoint.
     found = evaluate("--weights", run / "model_final.pth", "--workers", "0")
     assert {key: found[key] for key in expected} == expected
     config = ["--config-file", run / "config.yaml"]
@@ -293,12 +293,12 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "resnet18"], "needs --weights"),
-        (["--data", "."], "What is the model"),
+        (["--model", "resnet18"], "no weights to evaluate"),
+        (["--data", "."], "No model is specified"),
         (["--weights", "{weights}"], "no data to evaluate on"),
         (["--model", "a", "--config-file", "b"], "Give one of them"),
         (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
-        (["--config-file", "configs/places365_se_r152.yaml"], "Neither --weights"),
+        (["--config-file", "configs/places365_se_r152.yaml"], "neither --weights"),
         (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],

@@ -1,4 +1,4 @@
-"""Training and evaluation on small images in memory, from the config to the predictions."""
+"""Tests of training and evaluation on small images in memory."""
 
 import shutil
 from itertools import islice
@@ -24,7 +24,7 @@ SIDE = "INPUT.CLASSIFICATION"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """``$DETECTRON2_DATASETS`` with a small data set in CIFAR-10's place."""
+    """Return a ``$DETECTRON2_DATASETS`` with a small data set in the layout of CIFAR-10."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 10)):
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
@@ -36,7 +36,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(root):
-    """Overrides for a run of a small network with all that augments."""
+    """Return the config overrides for a small network with all augmentations enabled."""
     return {
         "config": CONFIG,
         "DATASETS.TRAIN": "('cifar10_train',)",

@@ -1,4 +1,4 @@
-"""Runs: what they leave, that they resume exactly, and that processes do not change them."""
+"""Tests of training runs: output files, exact resuming, and independence of process counts."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# All that draws random numbers, or has a state of its own.
+# Everything that draws random numbers or has state.
 EVERYTHING = {
     "MODEL.CLASSIFIER.DROPOUT": "0.3",
     "MODEL.CLASSIFIER.MIXUP": "0.2",
     "MODEL.CLASSIFIER.CUTMIX": "1.0",
     **BATCH_NORM,
-    # Training is stable at ten times this rate, too.
+    # Training is also stable at ten times this learning rate.
     "SOLVER.BASE_LR": "0.0001",
     "SOLVER.EMA.ENABLED": "True",
     "SOLVER.MICRO_BATCHES": "2",
@@ -58,10 +58,10 @@ def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
     (broken / "last_checkpoint").write_text("model_0000003.pth")
     resumed = train("--resume", **keys, OUTPUT_DIR=str(broken))
     assert resumed.start_iter == 4
-    # 24 images, 4 a step: both halves end within an epoch.
+    # 24 images, 4 per step: both halves end in the middle of an epoch.
     for name in ("model_final.pth", "model_ema.pth"):
         found, expected = saved(broken, name), saved(straight, name)
-        # Which file the model began with, the one thing that differs.
+        # Only the name of the initial weight file differs.
         assert found.pop("senet_transfer") != expected.pop("senet_transfer")
         assert {"model", "iteration"} <= found.keys()
         assert_same(found, expected)
@@ -116,14 +116,14 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     best = saved(run, "model_best.pth")
     assert best["metric"] == "classification/top1_error"
     assert "trainer" not in best
-    # As if the first half had been better than all that comes.
+    # Pretend that the first half was better than everything that follows.
     best["value"] = -1.0
     torch.save(best, run / "model_best.pth")
     (run / "model_best.pth.sha256").unlink()
     resumed = train("--resume", **{**keys, "SOLVER.MAX_ITER": "6"})
     assert resumed.start_iter == 4
     assert saved(run, "model_best.pth")["value"] == -1.0
-    # A new run in the same folder starts with nothing.
+    # A new run in the same folder ignores the previous best model.
     train(**keys)
     assert saved(run, "model_best.pth")["value"] >= 0
 
@@ -213,7 +213,7 @@ def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides
 
 def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train, command, tmp_path):
     train()
-    log, words = tmp_path / "run" / "log.txt", "began with other values"
+    log, words = tmp_path / "run" / "log.txt", "The config has changed"
     same = setup(command("--resume"))
     assert words not in log.read_text()
     other = {"SOLVER.BASE_LR": "0.3", "SOLVER.MAX_ITER": "6"}
@@ -226,8 +226,8 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     ]
     trainer.resume_or_load(resume=True)
     assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {same.SOLVER.BASE_LR}
-    setup(command("--resume"))  # the saved config is that of the run again
-    with pytest.raises(UserError, match="OPTIMIZER is AdamW, and the run to resume has.* SGD"):
+    setup(command("--resume"))  # the saved config is again that of the run
+    with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
     with pytest.raises(UserError, match="optimizer does not fit this run's"):
@@ -279,7 +279,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_p
     keys = BATCH_NORM if norm == "FrozenBN" else {}
     trainer = train(OUTPUT_DIR=str(start), **keys)
     assert trainer.iter == 2
-    # The whole data set a step, so that both see the same images in each.
+    # Each step uses the whole data set, so that both runs see the same images in every step.
     keys = {
         **keys,
         "MODEL.RESNETS.NORM": norm,

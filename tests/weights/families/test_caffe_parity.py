@@ -1,4 +1,4 @@
-"""Caffe networks, executed by OpenCV's importer, compute here what they compute there."""
+"""Comparison of loaded Caffe networks with OpenCV's execution of the same files."""
 
 from dataclasses import replace
 
@@ -18,10 +18,10 @@ slow = pytest.mark.slow
 
 
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
-    """res2 to res5 and logits, image by image, because its Axpy takes one gate only."""
+    """Return res2 to res5 and logits, one image at a time, as OpenCV's Axpy requires."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
     runner = cv2.dnn.readNetFromCaffe(str(folder / "net.prototxt"), str(folder / "net.caffemodel"))
-    # Fused, it would not give the maps within.
+    # Fusion would remove the intermediate feature maps.
     runner.enableFusion(False)
     names = [layer["name"] for layer in net.layers]
     joins = [layer["name"] for layer in net.layers if layer["type"] in ("Axpy", "Eltwise")]
@@ -104,7 +104,7 @@ def test_places365_in_caffe(blocks, ours, tmp_path):
 
 
 def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch):
-    """A file that states a stride of 2 in its 3x3 has it there, whatever the authors' had."""
+    # The stride that a file states takes precedence over that of the authors' definition.
     changed = replace(DESIGNS["SE-ResNet-50"], stride_in_1x1=False)
     monkeypatch.setitem(caffe_networks.DESIGNS, "SE-ResNet-50", changed)
     expected = _opencv(senet("SE-ResNet-50", classes=10), tmp_path)
@@ -124,7 +124,7 @@ def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
 
 
 def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
-    """He et al.'s ResNet-50 has one in its first convolution."""
+    # The first convolution of He et al.'s ResNet-50 has a bias.
     net = senet("SE-ResNet-50", classes=10)
     first = net.layers[0]
     first["blobs"].append(np.random.default_rng(2).normal(0, 1, 64).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Families whose projects can't be installed: networks from their published definitions."""
+"""Tests of families whose projects can't be installed, using their published definitions."""
 
 import pickle
 
@@ -42,7 +42,7 @@ def test_moskomule_whose_gates_have_no_biases(tmp_path):
 
 
 def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
-    """Trap: half of a layer would be dropped, or left at random."""
+    # Otherwise the biases would be dropped or stay random.
     bias_free = save(randomise(published.moskomule(18)), tmp_path / "free.pth")
     biased = save(peer("timm", "legacy_seresnet18"), tmp_path / "biased.pth")
     with pytest.raises(UserError, match="have no biases and the model has them.*se_bias=False"):
@@ -56,7 +56,7 @@ def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_places365_of_csail(depth, tmp_path):
-    """Wrapped for several GPUs, and with 365 classes."""
+    # Saved from DataParallel, with 365 classes.
     model = randomise(published.PlainClassifier(depth, classes=365))
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / "places365.pth.tar"
@@ -65,7 +65,7 @@ def test_places365_of_csail(depth, tmp_path):
 
 
 def test_a_file_of_python_2_without_counters(tmp_path):
-    """Trap: the Places files are of Python 2 and of a torch without num_batches_tracked."""
+    # The Places files were saved by Python 2 and a torch without num_batches_tracked.
     model = randomise(published.PlainClassifier(18, classes=365))
     state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     path = tmp_path / "old.pth.tar"
@@ -97,7 +97,7 @@ def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
 
 
 def test_torchvision_weights_converted_by_detectron2(tmp_path):
-    """Detectron2's names, torchvision's geometry: the file's author alone tells."""
+    # Only the file's __author__ shows that Detectron2's names come with torchvision's geometry.
     model = peer("torchvision", "resnet50")
     renamed = {}
     for name, tensor in model.state_dict().items():
@@ -138,7 +138,7 @@ def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplo
 
 def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
-    with pytest.raises(UserError, match="no file of the family cadene.*torchvision_v1"):
+    with pytest.raises(UserError, match="not of the family cadene.*torchvision_v1"):
         load_weights(create_backbone("resnet18"), path, family="cadene")
     with pytest.raises(UserError, match="no weight family 'tochvision'"):
         load_weights(create_backbone("resnet18"), path, family="tochvision")
@@ -148,12 +148,12 @@ def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
 
 def test_a_network_of_no_known_family_is_refused(tmp_path):
     path = save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="names of no family that is known here"):
+    with pytest.raises(UserError, match="match no known family"):
         load_weights(create_backbone("resnet18"), path)
 
 
 def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
-    """Trap: SE-ResNet-18 has 8 hidden units at first there, 4 by C/16."""
+    # timm's SE-ResNet-18 has 8 hidden units in res2, where C / 16 is 4.
     path = save(peer("timm", "seresnet18"), tmp_path / "timm.pth")
     model = create_backbone("se_resnet18", weights=path)
     assert [stage[0].se.fc1.out_features for stage in model.stages] == [8, 8, 16, 32]

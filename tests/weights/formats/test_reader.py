@@ -1,4 +1,4 @@
-"""Every file of weights is read by its content, and every broken one says what to do."""
+"""Tests that weight files are read by content, and that errors state the remedy."""
 
 import dataclasses
 import gzip
@@ -113,7 +113,7 @@ def test_plain_values_beside_the_tensors_are_kept(tmp_path):
     assert read_tensors(tmp_path / "a").metadata == {"senet_transfer": own, "format": "pt"}
 
 
-# Broken files. Each says which file it is, and what to do.
+# Broken files. The error names the file and states the remedy.
 
 PAGE = "<!DOCTYPE html><html><head><title>Google Drive &amp; quota\n exceeded</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\n"
@@ -266,7 +266,7 @@ def test_what_was_verified_is_stated(tmp_path):
         assert read_tensors(tmp_path / kind).verified == expected
 
 
-# Values, where there is no checksum.
+# Checks of values, for files without a checksum.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of torch.save: read as torch.load(weights_only=True) reads them, and checked better."""
+"""Tests of files of torch.save, compared with torch.load(weights_only=True)."""
 
 import collections
 import io
@@ -228,7 +228,7 @@ def test_loaded_tensors_outlive_the_file(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"a": torch.ones(1000)}, path)
     tensors = read_tensors(path).tensors
-    path.write_bytes(b"")  # pages mapped from a file that is cut kill the process on access
+    path.write_bytes(b"")  # access to mapped pages of a truncated file kills the process
     assert tensors["a"].sum() == 1000
 
 
@@ -248,7 +248,7 @@ def test_only_the_model_s_tensors_are_read_into_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("view", [("1", 2, 3), ("1", 4, 3), ("1", -1, 3), ("1", 0, 2**62)])
 def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
-    # torch before 0.4 wrote parts of a storage so; torch.load still reads them.
+    # torch before 0.4 wrote views of a storage this way; torch.load still reads them.
     path = tmp_path / "a.pth"
     storage = _Storage("FloatStorage", "0", 6)
     storage.identity = (*storage.identity, view)
@@ -272,7 +272,7 @@ def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
 
 
 def _places(path, name: str) -> range:
-    """Where a record's bytes lie in a zip."""
+    """Return the position of a record's bytes in a zip file."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         info = next(i for i in archive.infolist() if i.filename.endswith(name))
         file.seek(info.header_offset + 26)
@@ -348,7 +348,7 @@ def test_a_torchscript_program_is_refused(tmp_path):
         read_tensors(tmp_path / "a.pt")
 
 
-# Files that lie about themselves. A tensor larger than its data makes torch.load make up the rest.
+# Inconsistent files. If a tensor is larger than its data, torch.load returns arbitrary values.
 
 
 class _Storage:
@@ -388,14 +388,14 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
         (0, (1000,), (1,), 4, 4),  # larger than its data
         (1, (4,), (1,), 4, 4),
         (0, (2, 2), (3, 1), 4, 4),
-        (0, (4,), (1,), 1000, 4),  # data that is not there
+        (0, (4,), (1,), 1000, 4),  # missing data
         (0, (4,), (1,), 2**40, 4),
         (0, (4,), (1,), 4, 8),
         (0, (-4,), (1,), 4, 4),
         (0, (4,), (-1,), 4, 4),
         (-1, (2,), (1,), 4, 4),
         (0, (4,), (), 4, 4),
-        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes of one number
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes, from one number by strides of 0
         (0, (1,) * 40, (1,) * 40, 4, 4),
         (0, (4.0,), (1,), 4, 4),
     ],
@@ -476,7 +476,7 @@ def test_tensors_that_are_not_dense_are_refused_by_name(kind, tmp_path):
 
 
 def _rezipped(path, change) -> None:
-    """Writes a sound zip file again, after ``change`` was made to its directory."""
+    """Rewrite a valid zip file after ``change`` modified its directory."""
     tensor = _Rebuilt(_Storage("FloatStorage", "0", 250), 0, (250,), (1,))
     _zip(path, {"w": tensor}, {"data/0": bytes(1000)})
     assert list(read_tensors(path).tensors) == ["w"]
