@@ -38,7 +38,7 @@ CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), res
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") -> Tensor:
-    """Normalize RGB images and reorder their channels for a model.
+    """Normalise RGB images and reorder their channels for a model.
 
     Args:
         images: RGB images ``(N, 3, H, W)`` in 0-255 units, uint8 or of the dtype of ``mean``.

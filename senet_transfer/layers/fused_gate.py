@@ -100,7 +100,7 @@ def _choose(
         or se.squeeze != "avg"
         or x.dtype != shortcut.dtype
         or x.numel() == 0
-        or _is_watched(conv, se, se.fc1, se.fc2, *([norm] if norm else []))
+        or _needs_plain_calls(conv, se, se.fc1, se.fc2, *([norm] if norm else []))
     ):
         return None
     learns = torch.is_grad_enabled() and any(
@@ -114,7 +114,7 @@ def _choose(
     return _conv_sum if frozen and _is_pointwise(conv) else None
 
 
-def _is_watched(*modules: nn.Module) -> bool:
+def _needs_plain_calls(*modules: nn.Module) -> bool:
     """Return whether hooks, compilers or dispatch modes rely on plain calls of these modules."""
     return (
         torch.compiler.is_compiling()

@@ -66,7 +66,7 @@ class Classifier(nn.Module):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Preprocessing that the model requires."""
+        """Return the preprocessing that the model requires."""
         return self.backbone.preprocessing
 
     def forward(self, x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class ImageClassifier(Classifier):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model."""
+        """Return the device of the model."""
         return self.pixel_mean.device
 
     def normalise(self, images: Tensor) -> Tensor:

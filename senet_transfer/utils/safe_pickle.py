@@ -315,9 +315,9 @@ def load_plain(
 
 def length_of(stream: io.BytesIO) -> int:
     """Return the number of bytes in a stream, without the copy that ``getbuffer`` makes."""
-    place = stream.tell()
+    position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
-    stream.seek(place)
+    stream.seek(position)
     return length
 
 

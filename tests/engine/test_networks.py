@@ -63,5 +63,5 @@ def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
     assert backbone.stem.get_submodule(first).padding == aligned.stem.get_submodule(first).padding
     cfg.defrost()
     cfg.MODEL.BACKBONE.PADDING = "valid"
-    with pytest.raises(UserError, match=r"MODEL.BACKBONE.PADDING is 'valid'.*Leave it empty"):
+    with pytest.raises(UserError, match=r"MODEL.BACKBONE.PADDING is 'valid'.*Set it to 'same'"):
         Trainer.build_model(cfg)

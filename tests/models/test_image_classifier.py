@@ -1,4 +1,4 @@
-"""The meta-architecture: what goes in, what comes out, and that it is the plain classifier."""
+"""Tests of the meta-architecture: inputs, outputs, and equality with the plain classifier."""
 
 import pytest
 import torch

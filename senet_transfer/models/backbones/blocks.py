@@ -69,7 +69,7 @@ class SEBasicBlock(SEBlock, BasicBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
         out = F.relu_(self.conv1(out))
         return self._join(x, out, self.conv2)
@@ -82,7 +82,7 @@ class SEBottleneckBlock(SEBlock, BottleneckBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
         out = F.relu_(self.conv1(out))
         out = F.relu_(self.conv2(out))
@@ -178,7 +178,7 @@ class ResNetStem(BasicStem):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
         return _stem_pool(F.relu_(self.conv1(x)), self.pool)
 
 
@@ -200,7 +200,7 @@ class SENet154Stem(CNNBlockBase):
         self.conv3 = _conv(width, out_channels, 3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.relu_(conv(x))
         return _stem_pool(x, self.pool)

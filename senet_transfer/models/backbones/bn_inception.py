@@ -56,7 +56,7 @@ class ConvPair(CNNBlockBase):
         self.conv2 = make_conv(inner, out_channels, 3, norm=norm, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
         return self.conv2(self.conv1(x))
 
 
@@ -107,7 +107,7 @@ class InceptionBlock(CNNBlockBase):
         self.se = None if se is None else se.operator(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         pooled = self._pooled(x)
         branches = [
             None if self.branch_1x1 is None else self.branch_1x1(x),

@@ -48,7 +48,7 @@ class CifarStem(CNNBlockBase):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
         x = self.conv1(x)
         return F.relu_(x) if self.relu else x
 
@@ -74,7 +74,7 @@ class PaddedShortcut(nn.Module):
         self.added = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.added))
 
@@ -138,7 +138,7 @@ class PreActBlock(GatedBlock):
         return PaddedShortcut(self.in_channels, self.out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         if self.shared:
             x = F.relu_(self.norm1(x))
             out = self.conv1(self._enter(x))

@@ -1,4 +1,4 @@
-"""Promises that every registered backbone keeps."""
+"""Tests that apply to every registered backbone."""
 
 import inspect
 
@@ -15,7 +15,7 @@ from senet_transfer.models.registry import ModelEntry, build_backbone, model_ent
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
-# The paper's tables: weights, biases and the affine part of the norms, with 1000 classes.
+# Parameters in the paper's tables: weights, biases and affine norms, with 1000 classes.
 PARAMETERS = {
     "resnet50": 25_557_032,
     "se_resnet50": 28_088_024,
@@ -39,12 +39,12 @@ def is_cifar(name: str) -> bool:
 
 
 def is_residual(name: str) -> bool:
-    """Whether this is a ResNet, a ResNeXt or SENet-154."""
+    """Return whether a model is a ResNet, a ResNeXt or SENet-154."""
     return "resn" in name and "inception" not in name and not is_cifar(name) or name == "senet154"
 
 
 def aligned(name: str) -> dict[str, str]:
-    """The option with which a network's maps have its strides at any size."""
+    """Return the options that align feature maps with the image for any image size."""
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 
@@ -63,7 +63,7 @@ def stages_of(name: str) -> list[str]:
 
 
 def backbone_of(name: str, **options: object) -> Backbone:
-    """A backbone with all its stages, whose maps have its strides."""
+    """Build a backbone that returns all stages, with feature maps aligned with the image."""
     return create_backbone(name, out_features=stages_of(name), **aligned(name), **options)
 
 
@@ -97,7 +97,7 @@ def has_gates(block: torch.nn.Module) -> bool:
     "name", [name for name in list_models("se_*") if is_residual(name) or is_cifar(name)]
 )
 def test_se_adds_what_the_formula_says(name):
-    """2/r times the sum of squared widths (paper, equation 5), and the two layers' biases."""
+    """Compare with 2/r times the sum of squared widths (equation 5) plus the biases."""
     backbone, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)
@@ -138,7 +138,7 @@ def test_features_have_the_shapes_that_are_declared(name):
         assert features[key].shape == (1, shape.channels, height // stride, width // stride)
 
 
-# Its hidden layers alone are 120M parameters.
+# Its hidden layers have 120M parameters.
 HEAVY = [name for name in list_models() if "vgg" in name]
 
 
@@ -147,16 +147,16 @@ def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = create_classifier(name, num_classes=3, **aligned(name))
     for module in model.modules():
-        # Gates start closed to gradients of fc1: its way leads through fc2's weight, which is 0.
+        # The initial weight of fc2 is 0, which would block all gradients of fc1.
         if hasattr(module, "fc2"):
             torch.nn.init.normal_(module.fc2.weight, std=0.1)
-            # The only hidden unit of 16 channels must be on.
+            # A gate of 16 channels has only one hidden unit, which must be active.
             torch.nn.init.constant_(module.fc1.bias, 10.0)
     side = 8 if is_cifar(name) else 32
     model(torch.randn(2, 3, side, side)).square().sum().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A hidden unit that is off for both images has none; a whole layer never. What ShuffleNet's
-    # depthwise norm adds, the norm after the next convolution subtracts.
+    # A hidden unit that is inactive for both images has no gradient, but every layer has one. The
+    # bias of ShuffleNet's depthwise norm has none, because the next norm cancels it.
     known = ("se.fc1", "depthwise.norm.bias" if "shufflenet" in name else "se.fc1")
     assert not [key for key in without if not any(part in key for part in known)]
     assert len(without) < 0.2 * len(list(model.parameters()))
@@ -214,20 +214,20 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("se_resnet50", {"se_ratio": 4096}, "expected 1 to 256"),
         ("se_resnet50", {"res5_dilation": 3}, "expected 1 or 2"),
         ("senet154", {"se_stages": (2, 3)}, "SE in every stage"),
-        ("se_resnet50", {"se_placement": "mixture"}, "one branch a block"),
-        ("se_cifar_resnet164", {"se_placement": "mixture"}, "one branch a block"),
+        ("se_resnet50", {"se_placement": "mixture"}, "one branch per block"),
+        ("se_cifar_resnet164", {"se_placement": "mixture"}, "one branch per block"),
         ("se_cifar_resnet110", {"se_placement": "3x3"}, "basic blocks"),
         ("se_wrn16_8", {"se_placement": "3x3"}, "basic blocks"),
-        ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "has none"),
+        ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "26 has basic blocks"),
         ("se_cifar_resnet110", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_shake_even29_2x4x64d", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_cifar_resnet110", {"se_ratio": 32}, "expected 1 to 16"),
-        ("se_wrn16_8", {"se_relu_before": True}, "don't have it"),
+        ("se_wrn16_8", {"se_relu_before": True}, "don't support it"),
         ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
-        ("cifar_resnet32", {"block": "bottleneck"}, "9n . 2 layers, so 32 is none.*is 29"),
+        ("cifar_resnet32", {"block": "bottleneck"}, "depth is 32.* 9n . 2 layers.*is 29"),
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
         ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
-        ("cifar_resnet21", {}, "6n . 2 layers, so 21 is none. The nearest is 20"),
+        ("cifar_resnet21", {}, "depth is 21.* 6n . 2 layers.*is 20"),
         ("wrn17_8", {}, "6n . 4 layers.*The nearest depth is 16"),
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
@@ -262,7 +262,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
         create_backbone(name, **overrides)
 
 
-# SENet-154, whose 115M parameters take long, is built once.
+# SENet-154 is only built once, because its 115M parameters take long.
 @pytest.mark.parametrize(
     ("name", "norm"),
     [
@@ -273,7 +273,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
-        words = "32 groups, and the network has layers of (16|24|80) channels"
+        words = "32 groups, but the network has layers of (16|24|80) channels"
         with pytest.raises(UserError, match=words):
             create_backbone(name, norm=norm)
         return

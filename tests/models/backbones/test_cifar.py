@@ -1,4 +1,4 @@
-"""Networks for CIFAR against plain-PyTorch statements of the same equations."""
+"""Tests of the networks for CIFAR against plain-PyTorch implementations of the equations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 STAGES = ["stem", "res2", "res3", "res4"]
 
-# With biases, weights and the affine part of the norms; the classes of the paper's data sets.
+# Weights, biases and affine norms, with as many classes as the paper's data sets have.
 PARAMETERS = {
     "cifar_resnet110": (10, 1.73, 1_727_962),
     "cifar_resnet164": (10, 1.70, 1_703_258),
@@ -33,7 +33,7 @@ def norm(channels: int) -> int:
 
 
 def preact_count(widths: list[int], blocks: int, *, bottleneck: bool, projection: bool) -> int:
-    """Of all stages and the final norm, from the published structure alone."""
+    """Return the parameters of all stages and the final norm, from the published structure."""
     total, inputs = 0, 16
     for width in widths:
         for _ in range(blocks):
@@ -61,7 +61,7 @@ def shake_count(stem: int, widths: list[int], blocks: int, branch) -> int:
 
 
 def formula(name: str) -> int:
-    """The backbone's parameters."""
+    """Return the number of parameters of a backbone."""
     if name == "cifar_resnet110":
         return 27 * 16 + preact_count([16, 32, 64], 18, bottleneck=False, projection=False)
     if name == "cifar_resnet164":
@@ -115,7 +115,7 @@ def test_se_adds_the_gates_of_its_placement_exactly(name, options, gates):
     assert added == sum(gate_parameters(channels, ratio, bias) for channels in gates)
 
 
-# Statements of the networks, on their tensors by name.
+# Plain-PyTorch implementations of the networks, which take their tensors by name.
 
 
 class Statement:
@@ -141,7 +141,7 @@ class Statement:
         return self.norm(x, key).clamp(min=0)
 
     def gate(self, x: Tensor, key: str) -> Tensor:
-        """``s`` of the paper's equation 3, times ``x``."""
+        """Return ``x`` times ``s`` of the paper's equation 3."""
         state = self.state
         z = x.flatten(2).mean(2) @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]
         z = z.clamp(min=0) @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"]
@@ -233,13 +233,13 @@ class Statement:
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Random weights, affine parts and batch statistics: nothing that hides a mistake."""
+    """Randomise weights, affine parts and batch statistics, so that no default hides a mistake."""
     torch.manual_seed(0)
     for key, tensor in module.state_dict().items():
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
         elif tensor.dim() == 1:
-            # Small biases and norms around 0.3 keep the sums of 54 blocks from growing.
+            # Small biases, and norms around 0.3, keep the sum over 54 blocks small.
             scale = "norm" in key.split(".")[-2] and key.endswith("weight")
             tensor.normal_(0.3 if scale else 0.0, 0.1)
     for key, tensor in module.state_dict().items():
@@ -294,7 +294,7 @@ def test_the_classifier_pools_what_the_final_norm_and_relu_give():
     assert features.min() == 0
 
 
-# Names, configs, and what else goes for every network.
+# Tests of names and configs, and tests that apply to every network.
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_config_builds_the_same_network(arch, placement):
 
 @pytest.mark.parametrize("name", ["se_cifar_resnet20", "se_wrn10_1"])
 def test_gates_start_open(name):
-    """An SE network starts as its plain counterpart does."""
+    """Check that an SE network initially computes nearly the same as its plain counterpart."""
     torch.manual_seed(0)
     plain = create_backbone(name.removeprefix("se_"))
     gated = create_backbone(name)

@@ -142,7 +142,7 @@ def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
         load_weights(create_backbone("resnet18"), path, family="cadene")
     with pytest.raises(UserError, match="no weight family 'tochvision'"):
         load_weights(create_backbone("resnet18"), path, family="tochvision")
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match="no weights are given"):
         create_backbone("resnet18", family="cadene")
 
 
