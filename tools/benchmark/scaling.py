@@ -65,12 +65,12 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
     images = torch.randn(BATCH, 3, 224, 224)
     together = training_step(DistributedDataParallel(model), images)
     if rank:  # Run a step together with rank 0 until it signals the end.
-        while _told(None):
+        while _broadcast_flag():
             together()
     else:
 
         def follow() -> None:
-            _told(True)
+            _broadcast_flag(True)
             together()
 
         alone = training_step(model, images)
@@ -81,15 +81,16 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
             control="1 process again",
             seconds=seconds,
         )
-        _told(False)
+        _broadcast_flag(False)
         torch.save(found.seconds, result)
     dist.destroy_process_group()
 
 
-def _told(word: bool | None) -> bool:
-    told = torch.tensor(bool(word))
-    dist.broadcast(told, src=0)
-    return bool(told)
+def _broadcast_flag(flag: bool = False) -> bool:
+    """Return the flag of rank 0 on every rank; the argument matters only on rank 0."""
+    value = torch.tensor(flag)
+    dist.broadcast(value, src=0)
+    return bool(value)
 
 
 def _memory(options: Options) -> Iterator[Row]:

@@ -356,4 +356,4 @@ def test_the_command_prints_the_path_of_the_page_alone(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == f"2 runs: {tmp_path / 'report.html'}\n"
     with pytest.raises(SystemExit, match="2"):
         call(tmp_path / "none")
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is no folder")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is not a folder")
