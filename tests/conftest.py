@@ -1,4 +1,4 @@
-"""Fixtures that every test can use."""
+"""Fixtures for all tests."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` without a GPU, or fail them where `$REQUIRE_GPU` is set."""
+    """Skip tests marked `gpu` without a GPU, or fail them if `$REQUIRE_GPU` is set."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         reason = "this test needs a CUDA GPU, and torch.cuda.is_available() is False"
         if os.environ.get("REQUIRE_GPU"):
@@ -20,21 +20,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images that lies beside the checkout, such as `coco128/`.
+    """Return the folder of real data next to the checkout, which contains `coco128/` and others.
 
-    Tests that ask for it skip where it is absent, but never in CI, which has it.
+    Tests that use it are skipped if the folder is missing. In CI they fail instead.
     """
     if not SHARED_DATA.is_dir():
-        reason = f"the real images at ../shared/data are absent ({SHARED_DATA})"
+        reason = f"the real images in ../shared/data are missing ({SHARED_DATA})"
         if os.environ.get("CI"):
-            pytest.fail(f"{reason}, and the environment says that this is CI")
+            pytest.fail(f"{reason}, although CI is set")
         pytest.skip(reason)
     return SHARED_DATA
 
 
 @pytest.fixture
 def one_thread():
-    """Limits torch to a thread, with which it gives the same sums everywhere."""
+    """Limit torch to one thread, which makes its sums independent of the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

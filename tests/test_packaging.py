@@ -1,4 +1,4 @@
-"""An installation without a clone has the commands and the configs."""
+"""Tests that an installed package contains the commands and the configs."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ COMMANDS = ("senet", "senet-train", "senet-predict", "senet-eval-places365")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what packages are built from."""
+    """Copy the files that packages are built from."""
     root = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root / name)
@@ -44,7 +44,7 @@ def build_wheel(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    """A wheel of this source."""
+    """Build a wheel."""
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
@@ -97,7 +97,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
 
 
 def test_the_commands_that_are_promised_can_be_called():
-    # As declared, not as installed: an environment can be older than the source it points to.
+    # Check the declared entry points, because installed ones can be older than the source.
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == set(COMMANDS)
     for name, target in scripts.items():
@@ -112,7 +112,7 @@ def test_the_commands_that_are_promised_can_be_called():
 def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(name).MODEL.SE.ENABLED is True
-    # A file of one's own comes first.
+    # A file of the user takes precedence.
     own = tmp_path / name
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text("SEED: 123\n")

@@ -1,4 +1,4 @@
-"""The grid of variants: what is in it, what is run, and how it is told."""
+"""Tests of the ablation grid: its variants, their training and the printed table."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_the_configs_own_variant_is_the_standard():
 @pytest.mark.parametrize(
     ("config", "axes", "said"),
     [
-        (CONFIG, ["depth"], "no axis 'depth'"),
+        (CONFIG, ["depth"], "axis 'depth' is unknown"),
         ("configs/faster_rcnn_se_r50.yaml", [], "expected a classifier"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The part ``coco-eval``: COCO's metrics beside pycocotools."""
+"""Benchmark ``coco-eval``: COCO metrics by faster-coco-eval compared with pycocotools."""
 
 import contextlib
 import copy
@@ -20,7 +20,10 @@ CLASSES, DETECTIONS = 80, 100
 
 
 def draw_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
-    """About seven objects an image, as COCO has, and 100 detections, half of them near objects."""
+    """Return random ground truth and detections for a number of images.
+
+    Each image has about seven objects, as in COCO, and 100 detections, half of them near objects.
+    """
     draw = np.random.default_rng(0)
     annotations: list[dict] = []
     detections: list[dict] = []
@@ -83,7 +86,7 @@ def _keep(results: dict[str, np.ndarray], name: str, way: Callable[[], np.ndarra
 
 
 def measure_coco(options: Options) -> Iterator[Row]:
-    """From the list of detections to the twelve numbers, which have to agree."""
+    """Time the evaluation of detections and record the largest difference of the metrics."""
     for images, rounds, warm_up in ((500, 6, 0), (5000, 1, 0)):
         truth, detections = draw_truth_and_detections(images)
         ways = {
@@ -95,7 +98,7 @@ def measure_coco(options: Options) -> Iterator[Row]:
             f"COCO's metrics, {images} images x {DETECTIONS} detections",
             {name: partial(_keep, results, name, way) for name, way in ways.items()},
             baseline="pycocotools",
-            # By default once over COCO's own size, which takes pycocotools a minute.
+            # At the size of COCO val2017, one round of pycocotools takes a minute.
             seconds=options.seconds,
             min_rounds=rounds,
             warm_up=warm_up,

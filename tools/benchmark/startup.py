@@ -1,4 +1,4 @@
-"""The part ``startup``: how long it takes until something can begin."""
+"""Benchmark ``startup``: import and start-up times."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def _python(*arguments: str) -> Callable[[], object]:
 
 
 def measure_startup(options: Options) -> Iterator[Row]:
-    """Fresh processes: what torch and Detectron2's models take alone, and what comes on top."""
+    """Time imports in new processes: torch, Detectron2, this package and a command."""
     yield compare(
         "Start of a process",
         {

@@ -1,4 +1,4 @@
-"""Counts as rows of a table for people."""
+"""Formatting of costs as table rows."""
 
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.complexity.paper_tables import Compared
@@ -11,7 +11,7 @@ PAPER_HEADERS = (
 
 
 def cost_row(name: str, cost: Cost) -> tuple[str, ...]:
-    """A cost under :data:`COST_HEADERS`; SE's share in percent beside its own."""
+    """Format a cost as a row for :data:`COST_HEADERS`, with SE's share in percent."""
     return (
         name,
         f"{cost.parameters:,}",
@@ -27,7 +27,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows under :data:`PAPER_HEADERS`, and the sentences that their last cells refer to."""
+    """Format rows for :data:`PAPER_HEADERS`, and the footnotes that their last cells refer to."""
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []
     for one in found:
