@@ -1,6 +1,5 @@
 """Small generated data sets in the layout of Places365."""
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from senet_transfer.engine.launch import run_single
+from senet_transfer.cli.data import prepare
 
 SCRIPTS = Path(__file__).parents[2] / "datasets"
 
@@ -50,14 +49,11 @@ def keys_of_tar(path: Path) -> list[str]:
 
 
 def command(name):
-    """Return a script of `datasets/` as a function from its arguments to its exit status."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Return a command of `senet data` as a function from its arguments to its exit status."""
 
     def call(words):
         try:
-            run_single(module.main, module.parser().parse_args(words))
+            prepare(name.removeprefix("prepare_"), [str(word) for word in words])
         except SystemExit as end:
             return end.code
         return 0

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from senet_transfer.cli.data import prepare
 from senet_transfer.data.shapes import generate as shapes
 from senet_transfer.data.shapes.generate import (
     SHAPE_CLASSES,
@@ -16,7 +16,6 @@ from senet_transfer.data.shapes.generate import (
     make_shapes,
     render_image,
 )
-from senet_transfer.engine.launch import run_single
 from senet_transfer.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_shapes.py"
@@ -37,10 +36,7 @@ def rendered():
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("prepare_shapes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda words: run_single(module.main, module.parser().parse_args(words))
+    return lambda words: prepare("shapes", words)
 
 
 def annotation_file(root, split):
