@@ -222,7 +222,9 @@ def published_bgr(model, tmp_path) -> Path:
 
 def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="stem_pool is not stated.*\n.*does not state what pixels"):
+    with pytest.raises(
+        UserError, match="stem_pool is not stated.*\n.*does not state the preprocessing"
+    ):
         convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
 
 
