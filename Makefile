@@ -19,7 +19,7 @@ PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-instant test test-narrow test-faults test-slow lint bench
+.PHONY: help setup demo demo-instant test test-fast test-narrow test-faults test-slow lint bench
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ demo demo-instant: $(READY)
 
 test: $(READY) ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
+
+test-fast: $(READY) ## within a minute: the tests that neither train, start processes nor take a second
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not long"
 
 test-narrow: $(READY) ## the tests of training, with the vector instructions that every x86-64 server has
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest \

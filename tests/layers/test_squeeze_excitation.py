@@ -104,6 +104,7 @@ def test_no_images_are_fine():
     assert se.join(empty, empty).shape == empty.shape
 
 
+@pytest.mark.long
 def test_compiled_whole_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)

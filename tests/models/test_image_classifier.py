@@ -31,6 +31,7 @@ def batch(images: int = 4, size: int = 32) -> dict:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "se_resnet18", "se_resnext50_32x4d", "senet154"])
+@pytest.mark.long
 def test_weights_are_interchangeable_with_those_of_create_classifier(name):
     with torch.device("meta"):
         model = build(**{"MODEL.BACKBONE.ARCH": name})
@@ -50,6 +51,7 @@ def test_vggs_hidden_layers_are_those_of_create_classifier():
     assert {key.partition(".")[0] for key in model.state_dict()} == {"backbone", "neck", "linear"}
 
 
+@pytest.mark.long
 def test_a_classifier_has_the_published_inception_resnet():
     model = build(**{"MODEL.BACKBONE.ARCH": "inception_resnet_v2"}).eval()
     plain = create_classifier("inception_resnet_v2", 7).eval()
@@ -164,6 +166,7 @@ def test_channels_last_is_a_layout_and_no_other_result():
         torch.testing.assert_close(other(batch()), model(batch()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_exported_classifier_computes_the_same_for_any_batch_size():
     model = build().eval()
     size = torch.export.Dim("N", min=1, max=16)
@@ -180,6 +183,7 @@ QUICK_TO_COMPILE = {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8", "MODEL.RESNETS.NO
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.long
 def test_a_compiled_classifier_computes_the_same(training):
     model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"})
     model.train(training)
@@ -191,6 +195,7 @@ def test_a_compiled_classifier_computes_the_same(training):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 def test_a_compiled_classifier_trains_on_mixed_images():
     model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.MIXUP": "0.2"})
     compiled = torch.compile(model, backend="aot_eager")

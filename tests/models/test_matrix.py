@@ -83,6 +83,7 @@ def _cases() -> list:
 
 
 @pytest.mark.parametrize(("name", "way"), _cases())
+@pytest.mark.long
 def test_every_model_computes_the_same_in_every_way(name, way):
     model, x = model_and_images(name)
     if way != "bf16":

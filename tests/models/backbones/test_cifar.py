@@ -271,6 +271,7 @@ def case_id(value: str | dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
+@pytest.mark.long
 def test_a_network_computes_its_equations(name, options):
     extra = {"width": 16} if "shake_shake26" in name and options else {}
     extra |= {"block": "bottleneck"} if "resnet29" in name else {}

@@ -206,6 +206,7 @@ def randomise_gates(trunk: nn.Module) -> None:
             parameter.data.uniform_(-0.3, 0.3, generator=generator)
 
 
+@pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
     """Also: a file of the plain network fills all of an SE trunk but the gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
@@ -226,6 +227,7 @@ def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+@pytest.mark.long
 def test_se_inception_resnet_gates_timms_network_on_its_residual_branches(tmp_path):
     peer = pytest.importorskip("timm").create_model("inception_resnet_v2", num_classes=0)
     randomise(peer)
@@ -273,6 +275,7 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_padding_changes_what_lies_at_the_border_alone():
     """Why the same weights serve classification and, with aligned maps, detection.
 

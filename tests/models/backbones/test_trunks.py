@@ -156,6 +156,7 @@ VGG = [name for name in list_models() if "vgg" in name]
 
 
 @pytest.mark.parametrize("name", mostly_fast(list_models(), VGG))
+@pytest.mark.long
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = create_classifier(name, num_classes=3, **aligned(name))
