@@ -15,7 +15,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 # Fixtures that train a network or start processes.
-LONG_FIXTURES = {"bucket", "resumed", "run_python", "train", "trained"}
+LONG_FIXTURES = {"bucket", "interface", "resumed", "run_python", "train", "trained"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.long
+
 # Readers of data, writers of logs, exporters: only some commands need them.
 HEAVY = {
     "aiohttp",

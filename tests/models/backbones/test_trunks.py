@@ -198,6 +198,7 @@ def test_freezing_covers_the_gates(name):
 
 
 @every_model
+@pytest.mark.long
 def test_bad_arguments_are_refused_by_name(name):
     with torch.device("meta"):
         check_bad_arguments(name)
