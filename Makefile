@@ -19,8 +19,8 @@ PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-instant test test-narrow test-faults test-slow test-gpu coverage lint \
-	docs bench container
+.PHONY: help setup demo demo-instant test test-fast test-narrow test-faults test-slow test-gpu coverage \
+	lint docs bench container
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -49,6 +49,9 @@ demo demo-instant: $(READY)
 
 test: $(READY) ## run the tests except slow ones and fault injection
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
+
+test-fast: $(READY) ## run within a minute the tests that neither train, start processes nor take a second
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not long"
 
 test-narrow: $(READY) ## run the training tests with AVX2 only, available on every x86-64 server
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest \

@@ -1,12 +1,28 @@
 """Fixtures for all tests."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.documents.warm import WarmPython
+from tests.processes import ROOT
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# Fixtures that train a network or start processes.
+LONG_FIXTURES = {"bucket", "interface", "resumed", "run_python", "train", "trained"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make test-fast` leaves out because of what they need."""
+    for item in items:
+        if LONG_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -30,6 +46,20 @@ def shared_data() -> Path:
             pytest.fail(f"{reason}, although CI is set")
         pytest.skip(reason)
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def run_python(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Return a function that runs ``python WORDS`` in the root of the source.
+
+    It forks a process that has imported torch and Detectron2, which takes seconds in a new one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = tmp_path_factory.mktemp("processes") / "printed"
+    with WarmPython(ROOT, environment, printed) as python:
+        yield lambda *words: python.call([str(word) for word in words])
 
 
 @pytest.fixture

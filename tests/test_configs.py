@@ -70,6 +70,7 @@ def test_every_config_has_a_smoke_test_config_that_inherits_from_it(path):
 
 
 @every_config
+@pytest.mark.long
 def test_every_config_builds_its_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
@@ -151,6 +152,7 @@ def test_the_rate_of_a_pre_activation_resnet_is_a_tenth_for_400_iterations():
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_every_recipe_starts_from_published_weights_of_its_own_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.OUT_FEATURES", "['res5']"])
     entry = catalogue_entry(cfg.MODEL.WEIGHTS)

@@ -256,6 +256,7 @@ def test_what_dependencies_depend_on_is_pinned_too():
         ("demo", "tools/report.py output/demo"),
         ("demo-instant", "--config-file configs/instant/demo_faster_rcnn_se_r18.yaml"),
         ("test", 'pytest -n 2 --dist worksteal -m "not slow and not faults"'),
+        ("test-fast", '-m "not slow and not faults and not long"'),
         ("test-narrow", "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1"),
         ("test-faults", "pytest -n 2 --dist worksteal -m faults"),
         ("test-slow", "pytest -n 2"),

@@ -96,6 +96,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
     assert not [name for name in names if "benchmark" in name]
 
 
+@pytest.mark.long
 def test_the_commands_that_are_promised_can_be_called():
     # Check the declared entry points, because installed ones can be older than the source.
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]

@@ -8,6 +8,8 @@ import pytest
 
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.long
+
 # Packages for reading data, logging and exporting, which only some commands need.
 HEAVY = {
     "aiohttp",

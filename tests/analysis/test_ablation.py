@@ -57,6 +57,7 @@ def test_variants_cost_what_they_should(variants):
     assert cost["squeeze_none"].macs > cost["standard"].macs
 
 
+@pytest.mark.long
 def test_the_configs_own_variant_is_the_standard():
     found = grid(CONFIG, ["MODEL.SE.RATIO", "8"], ["ratio"])
     assert [v.value for v in found] == ["standard", "no SE", "2", "4", "16", "32"]

@@ -114,6 +114,7 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
     [tuple(SOME), pytest.param(ROWS, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
+@pytest.mark.long
 def test_the_papers_cells_are_ours_or_have_a_reason(rows):
     for one in compare_with_paper(rows, quiet=True):
         assert not any("unexplained" in reason for reason in one.reasons), one.row
@@ -145,6 +146,7 @@ def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
         assert abs(_shufflenet_macs(*network) / 1e6 - millions) < 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
     model = create_classifier("se_resnet18", num_classes=7, se_ratio=8, se_stages=(3, 4))
     save_weights(model, tmp_path / "weights.pth")
@@ -157,6 +159,7 @@ def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
 @pytest.mark.parametrize(
     "config", ["faster_rcnn_se_r50", "retinanet_se_r50", "faster_rcnn_c4_se_r50"]
 )
+@pytest.mark.long
 def test_the_parts_of_a_detector_are_all_of_it(config):
     cfg = model_config(config_file=f"configs/{config}.yaml")
     model = build_to_count(cfg)

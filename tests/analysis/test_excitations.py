@@ -83,6 +83,7 @@ def test_statistics_are_those_of_the_images_one_by_one(tree):
             np.testing.assert_allclose(kept.std, of_class.std(0, ddof=1), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, capsys):
     words = ("--num-classes", "2", "--channels", "9", "--images-per-class", "4")
     gates.main(arguments(trained, tree, tmp_path, *words))
@@ -105,6 +106,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert np.mean(everything[:16]) == pytest.approx(float(table["SE_2_1"]["mean"]), abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
     for folder, seed in (("first", "0"), ("second", "0"), ("other", "1")):
         words = ("--images-per-class", "2", "--seed", seed)
@@ -119,6 +121,7 @@ def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.long
 def test_a_prepared_split_gives_what_its_images_do(
     trained, tree, tmp_path, monkeypatch, capsys, named
 ):
@@ -135,6 +138,7 @@ def test_a_prepared_split_gives_what_its_images_do(
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
     gates.main(arguments(trained, tree, tmp_path, "--classes", "sand", "moss/dry"))
     with open(tmp_path / "gates.csv") as file:
@@ -203,6 +207,7 @@ def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
     assert without_gates(pruned, model) is not None
 
 
+@pytest.mark.long
 def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_path, capsys):
     gates.main(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
     said = capsys.readouterr().out
@@ -276,6 +281,7 @@ def test_a_json_needs_its_images():
         open_labelled("annotations.json")
 
 
+@pytest.mark.long
 def test_a_detectors_gates_are_watched_on_crops(tmp_path):
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)

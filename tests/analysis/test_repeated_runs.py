@@ -30,6 +30,7 @@ def options(tmp_path):
     return [*data, "MODEL.BACKBONE.ARCH", "cifar_resnet8", "SOLVER.CHECKPOINT_PERIOD", "1"]
 
 
+@pytest.mark.long
 def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)

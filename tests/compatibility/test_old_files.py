@@ -48,7 +48,7 @@ def expected() -> dict:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> Path:
+def resumed(tmp_path_factory, run_python) -> Path:
     """Resume a copy of the old run to its end, and return its output folder."""
     work = tmp_path_factory.mktemp("resumed")
     shutil.copytree(FIXTURES / "run", work / "run")
@@ -60,7 +60,7 @@ def resumed(tmp_path_factory) -> Path:
     words = ["--config-file", "run/config.yaml", "--resume"]
     code = "import os, runpy, sys; os.chdir(sys.argv.pop(1)); sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = call(sys.executable, "-c", code, work, ROOT / "tools/train_net.py", *words)
+    done = run_python("-c", code, work, ROOT / "tools/train_net.py", *words)
     assert done.returncode == 0, done.stderr
     return work / "run"
 

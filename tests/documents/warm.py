@@ -21,10 +21,13 @@ class WarmPython:
     Args:
         folder: The working folder of the scripts.
         environment: The environment of the process.
+        printed: Path prefix of the files that hold a script's output until it is returned; None is
+            next to ``folder``.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
+    def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):
         self.folder = folder
+        self.printed = printed or folder
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.documents.warm"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
@@ -37,8 +40,8 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Run ``python WORDS``."""
-        printed = [self.folder.with_name(f"{self.folder.name}.{name}") for name in ("out", "err")]
+        """Run ``python WORDS``: a script or ``-c CODE``, with its arguments."""
+        printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -51,6 +54,10 @@ def _become(words: list[str], printed: list[str]) -> None:
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+    if words[0] == "-c":
+        sys.argv[:], sys.path[0] = ["-c", *words[2:]], ""
+        exec(words[1], {"__name__": "__main__"})
+        return
     sys.argv[:], sys.path[0] = words, os.path.dirname(words[0])
     runpy.run_path(words[0], run_name="__main__")
 

@@ -30,6 +30,7 @@ def keys_of(name: str) -> dict[str, str]:
         *(pytest.param(n, marks=pytest.mark.slow) for n in PYRAMIDS if n not in ONE_A_FAMILY),
     ],
 )
+@pytest.mark.long
 def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command):
     cfg = setup(command(**keys_of(name)))
     model = Trainer.build_model(cfg)
@@ -54,6 +55,7 @@ def test_the_networks_for_small_images_are_the_ones_without_such_maps():
     assert all(name.removeprefix("se_").startswith(("cifar", "wrn", "shake")) for name in others)
 
 
+@pytest.mark.long
 def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
     cfg = setup(command(**keys_of("inception_resnet_v2")))
     backbone = Trainer.build_model(cfg).backbone.bottom_up

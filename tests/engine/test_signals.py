@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -27,7 +25,8 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     assert not requested()
 
 
-def test_a_process_that_waits_for_others_passes_signals_on():
+@pytest.mark.long
+def test_a_process_that_waits_for_others_passes_signals_on(run_python):
     code = """
 import multiprocessing, os, signal, sys, threading, time
 from senet_transfer.engine.signals import passed_to_children
@@ -42,5 +41,5 @@ with passed_to_children():
     process.join(10)
 sys.exit(process.exitcode)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60)
-    assert done.returncode == 75
+    done = run_python("-c", code)
+    assert done.returncode == 75, done.stderr

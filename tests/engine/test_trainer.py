@@ -32,6 +32,7 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_saves_resumes_and_goes_on_where_it_was(command, tmp_path):
     run = tmp_path / "run"
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
@@ -51,9 +52,19 @@ def test_a_run_saves_resumes_and_goes_on_where_it_was(command, tmp_path):
     assert "total_loss" in metrics(run)[0]
 
 
+# Convolutions in float16 are slow on a CPU.
+TINY = {
+    "INPUT.MIN_SIZE_TRAIN": "(32,)",
+    "INPUT.MAX_SIZE_TRAIN": "48",
+    "INPUT.MIN_SIZE_TEST": "32",
+    "INPUT.MAX_SIZE_TEST": "48",
+}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.long
 def test_mixed_precision_trains_and_resumes_on_any_device(command, dtype, tmp_path):
-    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
+    amp = {**TINY, "SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
     trainer = train(command(**{**amp, "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
@@ -69,6 +80,7 @@ def test_another_precision_is_refused(command):
         Trainer(setup(command(**amp)))
 
 
+@pytest.mark.long
 def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
     trainer = train(command())
     printed = trainer.results["bbox"]
@@ -105,6 +117,7 @@ def trained(command, tmp_path):
     return str(tmp_path / "run" / "model_final.pth")
 
 
+@pytest.mark.long
 def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, shapes, tmp_path):
     loaded = load_trained(trained)
     cfg = loaded.cfg
@@ -129,6 +142,7 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
         assert cv2.imread(str(out / path.rpartition("/")[2])) is not None
 
 
+@pytest.mark.long
 def test_augmentation_at_test_time_predicts_and_evaluates(trained, shapes, command):
     sizes = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.AUG.MAX_SIZE"]
     cfg = load_trained(trained, "", [*sizes, "128"]).cfg
@@ -171,6 +185,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(
     assert [image["file_name"] for image in written["images"]] == images[1:]
 
 
+@pytest.mark.long
 def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_path):
     data = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
     for section, key in (("categories", "id"), ("annotations", "category_id")):
@@ -189,9 +204,10 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
     assert {a["category_id"] for a in written["annotations"]} <= {10, 20, 30, 40, 50}
 
 
+@pytest.mark.long
 def test_mixed_precision_can_be_turned_on_at_a_resume(command):
-    train(command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
-    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
+    train(command(**{**TINY, "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
+    amp = {**TINY, "SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
     train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
 
 
@@ -204,6 +220,7 @@ def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
         load_trained(str(tmp_path / "other.pth"))
 
 
+@pytest.mark.long
 def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     command, tmp_path, monkeypatch
 ):

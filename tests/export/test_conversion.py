@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from senet_transfer.weights.convert import FORMATS, MADE_FROM, family_of
 from senet_transfer.weights.families.registry import FAMILIES
 from senet_transfer.weights.formats.reader import read_tensors
 from senet_transfer.weights.mapping.source import examine
-from tests.processes import call
 from tests.weights import published
 from tests.weights.detectors import detector
 from tests.weights.peers import (
@@ -307,17 +305,17 @@ def test_every_format_is_read_as_a_family_that_is_known():
     assert all(family_of(name) in FAMILIES for name in FORMATS)
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, run_python):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
-    command = (sys.executable, "tools/convert_weights.py", path, tmp_path / "out.safetensors")
-    done = call(*command, "--check")
+    command = ("tools/convert_weights.py", path, tmp_path / "out.safetensors")
+    done = run_python(*command, "--check")
     assert done.returncode == 0, done.stderr
     checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
     assert checked in done.stdout
     assert "Detected as" in done.stdout
-    quiet = call(*command, "--check", "--force", "--quiet")
+    quiet = run_python(*command, "--check", "--force", "--quiet")
     assert (quiet.returncode, quiet.stdout) == (0, f"{checked}\n")
-    again = call(*command, "--quiet")
+    again = run_python(*command, "--quiet")
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in again.stderr

@@ -193,6 +193,7 @@ def test_autocast_is_as_exact_as_the_statement_under_autocast(norm, layout):
 
 @every_norm
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_compiled_whole_it_computes_the_same(norm, backend):
     ours, theirs = both(norm)
     x, y = maps()
@@ -249,6 +250,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
+@pytest.mark.long
 def test_training_keeps_at_most_2_percent_more_than_without_gates(name, plain, norm):
     """Compare the tensors that autograd saves; with the plain product it saves 20 to 50% more."""
     kept = {}

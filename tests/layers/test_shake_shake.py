@@ -64,6 +64,7 @@ def test_reduced_precision_stays_reduced(dtype):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
+@pytest.mark.long
 def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
     """Compare the mean over many draws; the ReLU after the sum must not clip anything for this."""
     torch.manual_seed(0)
@@ -110,6 +111,7 @@ def test_a_frozen_stage_does_not_shake():
 
 
 @pytest.mark.parametrize("name", ["se_shake_shake26_2x96d", "shake_even29_2x4x64d"])
+@pytest.mark.long
 def test_a_network_trains_under_autocast(name):
     torch.manual_seed(0)
     backbone = create_backbone(name, **({"width": 16} if "26" in name else {}))

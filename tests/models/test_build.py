@@ -143,6 +143,7 @@ def test_freezing_is_detectron2s():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.long
 def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
     keys = {"MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads", "MODEL.SE.ENABLED": enabled}
     model = build_model(config(**keys))

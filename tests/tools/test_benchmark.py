@@ -87,6 +87,7 @@ def test_the_peak_is_what_was_occupied_at_once():
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
 
 
+@pytest.mark.long
 def test_the_command_starts_without_the_packages_for_export():
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
     line += "sys.path[0] = 'tools'; "

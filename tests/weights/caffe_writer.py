@@ -276,7 +276,7 @@ class CaffeNet:
             doubles: Store double precision.
             packed: Store each array as a packed field, as Caffe does.
         """
-        out = _bytes(1, self.name.encode())
+        out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = _bytes(1, layer["name"].encode()) + _bytes(2, layer["type"].encode())
             body += b"".join(_bytes(3, bottom.encode()) for bottom in layer["bottoms"])
@@ -288,11 +288,11 @@ class CaffeNet:
                 number, _, fields = _MESSAGES[name]
                 body += _bytes(number, _message(fields, params))
             out += _bytes(100, body)
-        return out
+        return bytes(out)
 
     def v1_caffemodel(self) -> bytes:
         """Return the weights in the format of 2014: V1LayerParameter without BatchNorm."""
-        out = _bytes(1, self.name.encode())
+        out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = b"".join(_bytes(2, bottom.encode()) for bottom in layer["bottoms"])
             body += _bytes(3, layer["top"].encode()) + _bytes(4, layer["name"].encode())
@@ -303,7 +303,7 @@ class CaffeNet:
                 _, number, fields = _MESSAGES[name]
                 body += _bytes(number, _message(fields, params))
             out += _bytes(2, body)
-        return out
+        return bytes(out)
 
 
 def _text(name: str, value: Any, indent: str) -> list[str]:

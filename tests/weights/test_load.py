@@ -1,7 +1,5 @@
 """Tests of load_weights and save_weights: every tensor is accounted for, or loading fails."""
 
-import sys
-
 import pytest
 import torch
 from detectron2.layers import Conv2d, get_norm
@@ -10,7 +8,6 @@ from detectron2.modeling import Backbone
 from senet_transfer import UserError, create_backbone, create_classifier, load_weights, save_weights
 from senet_transfer.models import Classifier
 from senet_transfer.preprocessing import Preprocessing
-from tests.processes import call
 from tests.weights.detectors import detector
 from tests.weights.peers import load_and_expect_no_change, peer, randomise, save
 
@@ -285,9 +282,9 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path):
+def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path, run_python):
     paths = [tmp_path / f"own{suffix}" for suffix in (".pth", ".safetensors")]
-    done = call(sys.executable, "-c", FULL, *paths)
+    done = run_python("-c", FULL, *paths)
     assert done.returncode == 0, done.stderr
     for line, path in zip(done.stdout.splitlines(), paths, strict=True):
         assert line.startswith(f"{path} can't be written: ")

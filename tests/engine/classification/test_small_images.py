@@ -53,6 +53,7 @@ def tensors(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
+@pytest.mark.long
 def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train, root):
     keys = {**small, "SOLVER.MAX_ITER": "8", "SOLVER.CHECKPOINT_PERIOD": "4"}
     train(**keys)
@@ -109,6 +110,7 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     assert {row["class"] for row in entry["top"]} == {"cat", "dog", "ship"}
 
 
+@pytest.mark.long
 def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
     train(**{**small, "MODEL.BACKBONE.ARCH": "cifar_resnet110", "SOLVER.MAX_ITER": "1",
              "SOLVER.STEPS": "()", f"{SIDE}.CUTOUT": "0"})  # fmt: skip

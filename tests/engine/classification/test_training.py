@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,6 @@ from senet_transfer.engine.trainer import Trainer
 from senet_transfer.models import ImageClassifier
 from tests.comparing import assert_same
 from tests.engine.classification.conftest import BATCH_NORM
-from tests.processes import call
-
-ROOT = Path(__file__).resolve().parents[3]
 
 # Everything that draws random numbers or has state.
 EVERYTHING = {
@@ -42,6 +38,7 @@ def saved(run: Path, name: str = "model_final.pth") -> dict:
 
 
 @pytest.mark.parametrize(("source", "workers"), [("tree", 0), ("shards", 0), ("shards", 1)])
+@pytest.mark.long
 def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
     train, request, tmp_path, source, workers
 ):
@@ -67,6 +64,7 @@ def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
         assert_same(found, expected)
 
 
+@pytest.mark.long
 def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, monkeypatch):
     keys = {"SOLVER.EMA.ENABLED": "True", "SOLVER.EMA.DECAY": "0.5", "SOLVER.MAX_ITER": "3"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
@@ -92,6 +90,7 @@ def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, mo
     assert not torch.equal(states[-1]["linear.weight"], evaluated[-1]["linear.weight"])
 
 
+@pytest.mark.long
 def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypatch):
     keys = {**BATCH_NORM, "SOLVER.FROZEN_BN_ITERS": "2", "SOLVER.MAX_ITER": "4"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
@@ -107,6 +106,7 @@ def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypa
     assert not torch.equal(weights[2], weights[3])
 
 
+@pytest.mark.long
 def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command, tmp_path):
     run = tmp_path / "run"
     keys = {"SOLVER.MAX_ITER": "4", "TEST.EVAL_PERIOD": "2"}
@@ -142,7 +142,9 @@ def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeyp
     assert not report.initialised
 
 
-def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, tmp_path, words):
+def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
+    train, tree, tmp_path, run_python
+):
     train()
     config = str(tmp_path / "run" / "config.yaml")
     text = Path(config).read_text()
@@ -160,7 +162,7 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     wrong = [["classification", "top1_error", 200.0, 1.0]]
     flags += ["TEST.EXPECTED_RESULTS", str(wrong)]
-    done = call(sys.executable, "tools/train_net.py", "--config-file", config, *flags)
+    done = run_python("tools/train_net.py", "--config-file", config, *flags)
     assert done.returncode == 1
     assert "Result verification failed" in done.stdout + done.stderr
     again = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -211,6 +213,7 @@ def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides
         Trainer(setup(command(*flags, **overrides)))
 
 
+@pytest.mark.long
 def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train, command, tmp_path):
     train()
     log, words = tmp_path / "run" / "log.txt", "The config has changed"
@@ -234,6 +237,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
         other.resume_or_load(resume=True)
 
 
+@pytest.mark.long
 def test_a_run_from_a_file_of_another_view_keeps_its_own(train, tmp_path):
     first = train()
     assert first.model.preprocessing.crop == 32
@@ -274,7 +278,10 @@ def test_each_step_is_seeded_by_itself():
 
 
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
-def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_path, norm):
+@pytest.mark.long
+def test_two_processes_and_one_have_the_same_loss_and_errors(
+    words, train, tmp_path, run_python, norm
+):
     start = tmp_path / "start"
     keys = BATCH_NORM if norm == "FrozenBN" else {}
     trainer = train(OUTPUT_DIR=str(start), **keys)
@@ -292,7 +299,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_p
     for processes in ("1", "2"):
         run = tmp_path / processes
         line = words("--num-gpus", processes, "--dist-url", "auto", OUTPUT_DIR=str(run), **keys)
-        done = call(sys.executable, "tools/train_net.py", *line)
+        done = run_python("tools/train_net.py", *line)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(row) for row in (run / "metrics.json").read_text().splitlines()]
         found.append({key: value for row in rows for key, value in row.items()})

@@ -1,5 +1,6 @@
 """Tests that apply to every registered backbone."""
 
+import functools
 import inspect
 
 import pytest
@@ -50,21 +51,34 @@ def aligned(name: str) -> dict[str, str]:
 
 CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
 
-every_model = pytest.mark.parametrize("name", list_models())
-every_se_model = pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+# They have more of the blocks that the networks with 50 layers have.
+DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_32x4d"))]
 
 
-def slow(*names: str) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
+    """Return parameters of a test, of which the deeper networks and others are slow."""
+    marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+
+
+every_model = pytest.mark.parametrize("name", mostly_fast(list_models()))
+every_se_model = pytest.mark.parametrize("name", mostly_fast([*list_models("se_*"), "senet154"]))
 
 
 def stages_of(name: str) -> list[str]:
     return CIFAR_STAGES if is_cifar(name) else STAGES
 
 
-def backbone_of(name: str, **options: object) -> Backbone:
-    """Build a backbone that returns all stages, with feature maps aligned with the image."""
-    return create_backbone(name, out_features=stages_of(name), **aligned(name), **options)
+@functools.cache
+def structure(name: str, **options: object) -> Backbone:
+    """Return a backbone without values: its modules, and the shapes of its parameters."""
+    with torch.device("meta"):
+        return create_backbone(name, **options)
+
+
+def with_all_stages(name: str, **options: object) -> Backbone:
+    """Return the structure of a backbone whose feature maps have exactly its strides."""
+    return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -82,11 +96,13 @@ def test_all_networks_of_the_paper_are_registered():
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 def test_parameters_are_those_of_the_released_networks(name, parameters):
-    assert count(create_classifier(name)) == parameters
+    with torch.device("meta"):
+        assert count(create_classifier(name)) == parameters
 
 
 def test_bias_free_se_has_the_papers_parameters():
-    assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
+    with torch.device("meta"):
+        assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
 
 
 def has_gates(block: torch.nn.Module) -> bool:
@@ -98,7 +114,7 @@ def has_gates(block: torch.nn.Module) -> bool:
 )
 def test_se_adds_what_the_formula_says(name):
     """Compare with 2/r times the sum of squared widths (equation 5) plus the biases."""
-    backbone, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
+    backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)
     ]
@@ -112,8 +128,7 @@ def test_se_adds_what_the_formula_says(name):
 @every_se_model
 def test_every_gate_is_of_the_variant_asked_for(name):
     options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
-    with torch.device("meta"):
-        backbone = create_backbone(name, **{f"se_{key}": value for key, value in options.items()})
+    backbone = structure(name, **{f"se_{key}": value for key, value in options.items()})
     gates = [module for module in backbone.modules() if isinstance(module, SqueezeExcitation)]
     assert gates
     for gate in gates:
@@ -125,7 +140,7 @@ def test_every_gate_is_of_the_variant_asked_for(name):
 @every_model
 def test_features_have_the_shapes_that_are_declared(name):
     stages = stages_of(name)
-    backbone = backbone_of(name).eval()
+    backbone = create_backbone(name, out_features=stages, **aligned(name)).eval()
     assert isinstance(backbone, Backbone)
     first = 1 if is_cifar(name) else 4
     height, width = 16 * first, 24 * first
@@ -139,10 +154,11 @@ def test_features_have_the_shapes_that_are_declared(name):
 
 
 # Its hidden layers have 120M parameters.
-HEAVY = [name for name in list_models() if "vgg" in name]
+VGG = [name for name in list_models() if "vgg" in name]
 
 
-@pytest.mark.parametrize("name", [*(n for n in list_models() if n not in HEAVY), *slow(*HEAVY)])
+@pytest.mark.parametrize("name", mostly_fast(list_models(), VGG))
+@pytest.mark.long
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = create_classifier(name, num_classes=3, **aligned(name))
@@ -164,7 +180,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 @every_model
 def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
-    backbone = backbone_of(name, freeze_at=3)
+    backbone = with_all_stages(name, freeze_at=3)
     for stage in ("stem", "res2", "res3"):
         module = getattr(backbone, stage)
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -177,7 +193,7 @@ def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
 
 @every_se_model
 def test_freezing_covers_the_gates(name):
-    backbone = backbone_of(name, freeze_at=3)
+    backbone = with_all_stages(name, freeze_at=3)
     frozen = {
         key for key, p in backbone.named_parameters() if ".se." in key and not p.requires_grad
     }
@@ -186,7 +202,13 @@ def test_freezing_covers_the_gates(name):
 
 
 @every_model
+@pytest.mark.long
 def test_bad_arguments_are_refused_by_name(name):
+    with torch.device("meta"):
+        check_bad_arguments(name)
+
+
+def check_bad_arguments(name: str) -> None:
     with pytest.raises(UserError, match="has no option 'freeze_to'.*freeze_at"):
         create_backbone(name, freeze_to=2)
     with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
@@ -262,14 +284,8 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
         create_backbone(name, **overrides)
 
 
-# SENet-154 is only built once, because its 115M parameters take long.
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [
-        *((name, "GN") for name in list_models() if name != "senet154"),
-        *((name, "FrozenBN") for name in list_models()),
-    ],
-)
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+@every_model
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
@@ -278,7 +294,7 @@ def test_the_norm_is_the_one_asked_for(name, norm):
             create_backbone(name, norm=norm)
         return
     kind = {"GN": torch.nn.GroupNorm, "FrozenBN": FrozenBatchNorm2d}[norm]
-    backbone = create_backbone(name, norm=norm)
+    backbone = structure(name, norm=norm)
     assert any(isinstance(module, kind) for module in backbone.modules())
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
 

@@ -149,6 +149,7 @@ def test_the_two_stem_pools_have_one_shape_and_other_values():
 
 # Basic blocks have no 1x1 convolution.
 @pytest.mark.parametrize(("depth", "in_1x1"), [(18, False), (50, False), (50, True)])
+@pytest.mark.long
 def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1):
     cfg = get_cfg()
     cfg.MODEL.RESNETS.DEPTH = depth

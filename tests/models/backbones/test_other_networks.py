@@ -54,20 +54,23 @@ def classifier_on(backbone: nn.Module, name: str) -> int:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_networks(name):
-    backbone = create_backbone(name)
+    with torch.device("meta"):
+        backbone = create_backbone(name)
     assert count(backbone) + classifier_on(backbone, name) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_parameters_are_those_of_the_papers_table(name):
-    found = count(create_classifier(name)) / 1e6
+    with torch.device("meta"):
+        found = count(create_classifier(name)) / 1e6
     assert found == pytest.approx(MILLIONS[name], abs=0.1)
 
 
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("options", [{}, {"se_ratio": 8, "se_bias": False}], ids=["r16", "r8"])
 def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
-    plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
+    with torch.device("meta"):
+        plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
     found = [m.fc1.in_features for m in gated.modules() if isinstance(m, SqueezeExcitation)]
     assert found == GATED[name]
     ratio, bias = options.get("se_ratio", 16), options.get("se_bias", True)
@@ -203,6 +206,7 @@ def randomise_gates(backbone: nn.Module) -> None:
             parameter.data.uniform_(-0.3, 0.3, generator=generator)
 
 
+@pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
     """Compare outputs; a file of the plain network must fill all of a backbone but the gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
@@ -223,6 +227,7 @@ def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+@pytest.mark.long
 def test_se_inception_resnet_gates_timms_network_on_its_residual_branches(tmp_path):
     peer = pytest.importorskip("timm").create_model("inception_resnet_v2", num_classes=0)
     randomise(peer)
@@ -270,6 +275,7 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_padding_changes_what_lies_at_the_border_alone():
     """Check that the same weights work for classification and, with padding, for detection.
 

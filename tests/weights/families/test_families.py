@@ -14,6 +14,7 @@ from tests.weights.peers import check_peer, images, outputs_of_peer, peer, rando
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["today", "older"])
+@pytest.mark.long
 def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     model = randomise(published.MMClassifier(50, se=True, wrapped=wrapped))
     path = tmp_path / "mm.pth"
@@ -22,6 +23,7 @@ def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     check_peer(model, stages, path, "se_resnet50", "mmpretrain")
 
 
+@pytest.mark.long
 def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
     model = randomise(published.MMClassifier(18, se=False))
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
@@ -34,6 +36,7 @@ def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
     torch.testing.assert_close(backbone(images())["res5"], with_se(images()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_moskomule_whose_gates_have_no_biases(tmp_path):
     model = randomise(published.moskomule(18))
     path = save(model, tmp_path / "seresnet.pkl")
@@ -41,6 +44,7 @@ def test_moskomule_whose_gates_have_no_biases(tmp_path):
     assert created.backbone.res2[0].se.fc1.bias is None
 
 
+@pytest.mark.long
 def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
     # Otherwise the biases would be dropped or stay random.
     bias_free = save(randomise(published.moskomule(18)), tmp_path / "free.pth")
@@ -55,6 +59,7 @@ def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.long
 def test_places365_of_csail(depth, tmp_path):
     # Saved from DataParallel, with 365 classes.
     model = randomise(published.PlainClassifier(depth, classes=365))
@@ -78,6 +83,7 @@ def test_a_file_of_python_2_without_counters(tmp_path):
     check_peer(model, None, path, "resnet18", "places365", num_classes=365)
 
 
+@pytest.mark.long
 def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron2(model, tmp_path / "R-50.pkl")
@@ -87,6 +93,7 @@ def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
     assert created.preprocessing.std == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.long
 def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
@@ -96,6 +103,7 @@ def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
         create_classifier("resnet50", weights=path)
 
 
+@pytest.mark.long
 def test_torchvision_weights_converted_by_detectron2(tmp_path):
     # Only the file's __author__ shows that Detectron2's names come with torchvision's geometry.
     model = peer("torchvision", "resnet50")

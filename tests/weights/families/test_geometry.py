@@ -95,6 +95,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("family", FILES)
+@pytest.mark.long
 def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_path):
     write, (arch, in_1x1, pool, (order, mean, std)) = FILES[family]
     path = write(tmp_path)
@@ -146,6 +147,7 @@ def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path
     assert apply_file_geometry(cfg) == []
 
 
+@pytest.mark.long
 def test_the_family_decides_where_names_are_those_of_several(tmp_path):
     # Files of this project and of Detectron2's model zoo can have the same names and shapes.
     backbone = randomise(create_backbone("resnet50"))
@@ -163,6 +165,7 @@ def test_the_family_decides_where_names_are_those_of_several(tmp_path):
     assert cfg.INPUT.FORMAT == "RGB"
 
 
+@pytest.mark.long
 def test_gates_are_built_as_the_file_has_them(tmp_path):
     cfg = config("se_resnet18")
     cfg.MODEL.WEIGHTS = str(save(randomise(published.moskomule(18)), tmp_path / "peer.pth"))

@@ -63,6 +63,7 @@ SLOW_PEERS = [
     ("package", "theirs", "ours", "family"),
     [*PEERS, *(pytest.param(*case, marks=slow) for case in SLOW_PEERS)],
 )
+@pytest.mark.long
 def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
     # Loading into an existing model, and networks of a wrong geometry, are checked too.
     model = peer(package, theirs)
