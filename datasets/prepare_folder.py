@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Turns a tree of images, one folder a class, into the shards that training and evaluation read.
+"""Write a data set with one folder of images per class to shards for training and evaluation.
 
     python datasets/prepare_folder.py --source flowers/train --output datasets/flowers/train
     python datasets/prepare_folder.py --source flowers/val --output datasets/flowers/val \\
         --classes-from datasets/flowers/train
 
-A few thousand images need no shards: training and evaluation read such a tree as it is. A run that
-was stopped goes on where it was.
+A few thousand images need no shards: training and evaluation also read image folders directly. An
+interrupted run is resumed.
 """
 
 from senet_transfer.cli.data import prepare

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Turns Places365, as its site serves it, into the shards that training and evaluation read.
+"""Write Places365, as downloaded from its site, to shards for training and evaluation.
 
     python datasets/prepare_places365.py --source DIR --split val --output datasets/places365/val
 
-DIR holds the lists (`places365_val.txt`, `categories_places365.txt` and so on, or the archive that
-they come in) and the images: the archive (`val_256.tar`, `train_256_places365standard.tar`), which
-need not be unpacked, or the folder it unpacks to. A run that was stopped goes on where it was.
+DIR contains the lists (`places365_val.txt`, `categories_places365.txt` and so on, or their archive)
+and the images: either the archive (`val_256.tar`, `train_256_places365standard.tar`), which doesn't
+need to be unpacked, or the unpacked folder. An interrupted run is resumed.
 """
 
 from senet_transfer.cli.data import prepare

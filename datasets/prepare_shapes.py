@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Renders the shapes data set, the small detection problem that `make demo` trains on.
+"""Render the shapes data set, the small detection data set that `make demo` trains on.
 
-Some of its shapes are also cut out, a folder a class, for the instant twins of classifiers.
+Crops of some shapes are also written, one folder per class, for smoke-test configs.
 
     python datasets/prepare_shapes.py
 
-Takes some seconds on one core. A second run finds the data set and does nothing.
+It takes a few seconds on one core. An existing data set is kept.
 """
 
 from senet_transfer.cli.data import prepare

@@ -1,7 +1,8 @@
 """Squeeze-and-Excitation networks beyond ImageNet, on Detectron2.
 
-Importing this package is cheap: what it offers is imported at first use. Its backbones and heads
-are in Detectron2's registries as soon as both packages are imported, in either order.
+Importing this package is cheap because its public functions are imported on first access. Its
+backbones and heads are registered with Detectron2 as soon as both packages are imported, in either
+order.
 """
 
 import importlib
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from senet_transfer import _moved
 from senet_transfer.errors import UserError
 from senet_transfer.utils.import_hook import after_import, without_script_warnings
+
+__version__ = "0.1.0"  # pyproject.toml reads it from here.
 
 if TYPE_CHECKING:
     from senet_transfer.config import add_senet_config, get_senet_config
@@ -25,9 +28,9 @@ if TYPE_CHECKING:
 
 if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
-        "senet_transfer needs Detectron2, which is not on the package index under its own name. "
-        "In a clone of this project run `python tools/install_detectron2.py`, or build "
-        "Detectron2 from its official source."
+        "senet_transfer needs Detectron2, which is not installed and can't be installed by its "
+        "name from the package index. In a clone of this project run `python "
+        "tools/install_detectron2.py`, or build Detectron2 from its official source."
     )
 
 _PLACES = {
@@ -59,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for (PEP 562)."""
+    """Import a public name on first access (PEP 562)."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with without_script_warnings():

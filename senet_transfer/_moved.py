@@ -1,7 +1,6 @@
-"""Import paths of version 0.1, which keep working until version 0.3 with a DeprecationWarning.
+"""Deprecated import paths of version 0.1, which emit a DeprecationWarning until version 0.3.
 
-Whatever a config file, a notebook or an extension imports by its old path is the same object as
-under the new one.
+An object imported by its old path is the same object as the one imported by its new path.
 """
 
 import importlib
@@ -15,7 +14,7 @@ from types import ModuleType
 _MODELS = "senet_transfer.models"
 _FAMILIES = "senet_transfer.weights.families"
 
-# A module moves with all modules below it.
+# Packages are listed in addition to their modules.
 MOVED = {
     "senet_transfer.backbones": _MODELS,
     "senet_transfer.backbones.build": f"{_MODELS}.build",
@@ -47,7 +46,7 @@ MOVED = {
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules under their old names; what they hold is looked up under the new ones."""
+    """Import hook that forwards modules with old names to the modules that replaced them."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname not in MOVED:
@@ -60,20 +59,22 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, MOVED[module.__name__]
         warnings.warn(
-            f"{old} has moved to {new}; the old name goes in version 0.3.",
+            f"{old} has moved to {new}; the old name will be removed in version 0.3.",
             DeprecationWarning,
             stacklevel=2,
         )
-        module.__doc__ = f"The old name of :mod:`{new}`."
+        module.__doc__ = f"Deprecated alias of :mod:`{new}`."
         current = importlib.import_module(new)
-        module.__getattr__ = lambda name: getattr(current, name)
-        module.__dir__ = lambda: dir(current)
+        namespace = vars(module)
+        namespace["__getattr__"] = lambda name: getattr(current, name)
+        namespace["__dir__"] = lambda: dir(current)
         if hasattr(current, "__all__"):
-            module.__all__ = current.__all__
+            namespace["__all__"] = current.__all__
 
 
 def install() -> None:
-    """Make the old names importable."""
+    """Make the old module names importable."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        # First, or a folder of old byte code that an updated clone still has would be found.
+        # This finder must come first: an updated clone may still have a folder of old byte code
+        # under the old name, which the default finders would import as an empty package.
         sys.meta_path.insert(0, MovedFinder())

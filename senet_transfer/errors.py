@@ -1,17 +1,17 @@
-"""What ends a command with a message in place of a traceback."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, or a file that is not what it should be.
+    """Base class of errors caused by invalid arguments, configs or input files.
 
-    The message says what was found, what was expected, and what to do. Every error of this kind
-    that the project raises derives from this class; the command lines print its message without
-    a traceback and exit with status 2. Takes one string, so that it survives the trip from a data
-    loader's worker process.
+    The message states the invalid value, what was expected and how to fix it. Commands print the
+    message without a traceback and exit with status 2. The constructor takes a single string, so
+    that the exception can be pickled and sent from a data loader's worker process.
 
     Attributes:
-        on_all_ranks: whether every process of a job raises the same, so that one need say it.
-        exit_status: of a command that it ends.
+        on_all_ranks: True if every process of a job raises the same error, so that only the main
+            process needs to print it.
+        exit_status: exit status of a command that fails with this error.
     """
 
     on_all_ranks = False
@@ -19,10 +19,10 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that can't go on, through no mistake in how it was started.
+    """Failure of a run that was started correctly, such as a full disk or non-finite losses.
 
-    The message says what happened and what to do. The command lines print it without a traceback
-    and exit with status 1. Every process of a job raises the same.
+    The message states what happened and how to fix it. Commands print it without a traceback and
+    exit with status 1. Every process of a job raises the same error.
     """
 
     on_all_ranks = True

@@ -1,10 +1,10 @@
-"""Comparisons to the last bit."""
+"""Bit-exact comparison of checkpoints."""
 
 import torch
 
 
 def assert_same(found, expected, where=""):
-    """Compares what checkpoints hold, numbers and tensors bit for bit."""
+    """Assert that the contents of two checkpoints are equal bit for bit."""
     assert type(found) is type(expected), where
     if isinstance(found, dict):
         assert found.keys() == expected.keys(), where

@@ -1,31 +1,70 @@
-"""Fixtures that every test can use."""
+"""Fixtures for all tests."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.documents.warm import WarmPython
+from tests.processes import ROOT
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# Fixtures that train a network or start processes.
+LONG_FIXTURES = {"bucket", "interface", "resumed", "run_python", "train", "trained"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make test-fast` leaves out because of what they need."""
+    for item in items:
+        if LONG_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` without a GPU, or fail them if `$REQUIRE_GPU` is set."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        reason = "this test needs a CUDA GPU, and torch.cuda.is_available() is False"
+        if os.environ.get("REQUIRE_GPU"):
+            pytest.fail(f"{reason}, although REQUIRE_GPU is set")
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images that lies beside the checkout, such as `coco128/`.
+    """Return the folder of real data next to the checkout, which contains `coco128/` and others.
 
-    Tests that ask for it skip where it is absent, but never in CI, which has it.
+    Tests that use it are skipped if the folder is missing. In CI they fail instead.
     """
     if not SHARED_DATA.is_dir():
-        reason = f"the real images at ../shared/data are absent ({SHARED_DATA})"
+        reason = f"the real images in ../shared/data are missing ({SHARED_DATA})"
         if os.environ.get("CI"):
-            pytest.fail(f"{reason}, and the environment says that this is CI")
+            pytest.fail(f"{reason}, although CI is set")
         pytest.skip(reason)
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def run_python(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Return a function that runs ``python WORDS`` in the root of the source.
+
+    It forks a process that has imported torch and Detectron2, which takes seconds in a new one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = tmp_path_factory.mktemp("processes") / "printed"
+    with WarmPython(ROOT, environment, printed) as python:
+        yield lambda *words: python.call([str(word) for word in words])
+
+
 @pytest.fixture
 def one_thread():
-    """Limits torch to a thread, with which it gives the same sums everywhere."""
+    """Limit torch to one thread, which makes its sums independent of the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

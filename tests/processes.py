@@ -1,4 +1,4 @@
-"""Commands in processes of their own, as users call them."""
+"""Commands in subprocesses."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*words: object, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a command in the root of the source; its output is text."""
+    """Run a command in the root folder of the repository, and capture its output as text."""
     return subprocess.run(
         [str(word) for word in words],
         cwd=ROOT,

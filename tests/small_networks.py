@@ -1,6 +1,6 @@
-"""Networks for tests of what is around them."""
+"""Configs of small networks for tests of other parts of the package."""
 
-# Of less than a million parameters, so that checkpoints are small: keys of a config.
+# Less than a million parameters, so that checkpoints are small.
 SE_RESNEXT50 = {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.RESNETS.DEPTH": "50",

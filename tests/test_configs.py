@@ -1,4 +1,4 @@
-"""Every config, without training: what it builds, and that twins differ in SE alone."""
+"""Tests of every config without training: its model, and that baselines differ only in SE."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def difference(first, second):
 
 
 @pytest.mark.parametrize("depth", [50, 101])
-def test_a_baseline_and_its_se_twin_differ_in_the_switch_and_weights_alone(depth):
+def test_a_baseline_and_its_se_config_differ_only_in_the_switch_and_weights(depth):
     names = f"faster_rcnn_r{depth}", f"faster_rcnn_se_r{depth}"
     assert difference(*names) == {"MODEL.SE.ENABLED", "MODEL.WEIGHTS"}
 
@@ -58,11 +58,11 @@ def test_a_header_names_the_command_the_expectation_and_the_hardware(path):
 
 
 @every_config
-def test_every_config_has_an_instant_twin_that_inherits_from_it(path):
-    twin = path.parent / "instant" / path.name
-    bases = yaml.safe_load(twin.read_text())["_BASE_"]
-    assert (twin.parent / bases[0]).resolve() == path
-    cfg = load_config(str(twin))
+def test_every_config_has_a_smoke_test_config_that_inherits_from_it(path):
+    smoke = path.parent / "instant" / path.name
+    bases = yaml.safe_load(smoke.read_text())["_BASE_"]
+    assert (smoke.parent / bases[0]).resolve() == path
+    cfg = load_config(str(smoke))
     assert cfg.SOLVER.MAX_ITER <= 4
     assert cfg.SOLVER.EPOCHS is None
     data = "shapes_classes" if is_classification(cfg) else "shapes_tiny"
@@ -70,6 +70,7 @@ def test_every_config_has_an_instant_twin_that_inherits_from_it(path):
 
 
 @every_config
+@pytest.mark.long
 def test_every_config_builds_its_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
@@ -84,7 +85,7 @@ def test_the_places_recipe_is_the_data_sets_own():
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (256, 0.1, 1e-4)
     assert (solver.EPOCHS, list(solver.STEP_EPOCHS), solver.GAMMA) == (90, [30, 60], 0.1)
-    # All parameters decay, as torch's own optimizers have it.
+    # Weight decay applies to all parameters, as by default in torch's optimizers.
     assert solver.WEIGHT_DECAY_NORM == 1e-4
     assert solver.WEIGHT_DECAY_BIAS is None
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)
@@ -95,8 +96,8 @@ def test_the_places_recipe_is_the_data_sets_own():
         assert "the paper's figures" in header
 
 
-# Images a step, rate, Nesterov's momentum, weight decay, iterations or epochs, where the rate falls
-# and to what, Cutout: from the papers and their released code.
+# Batch size, learning rate, Nesterov momentum, weight decay, iterations or epochs, steps of the
+# learning rate, its decay factor, and Cutout, from the papers and their released code.
 CIFAR = {
     "resnet110": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),
     "resnet164": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),
@@ -151,6 +152,7 @@ def test_the_rate_of_a_pre_activation_resnet_is_a_tenth_for_400_iterations():
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_every_recipe_starts_from_published_weights_of_its_own_backbone(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.OUT_FEATURES", "['res5']"])
     entry = catalogue_entry(cfg.MODEL.WEIGHTS)

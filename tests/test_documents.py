@@ -1,8 +1,8 @@
-"""What the documents beside the README say is so.
+"""The claims of all documents: paths, links, the tables of configs, worked examples.
 
     python tests/test_documents.py
 
-writes the table of configs anew, from the headers of the configs.
+writes the tables of configs from the headers of the configs.
 """
 
 import re
@@ -19,7 +19,7 @@ from senet_transfer.models.registry import _MODELS
 from senet_transfer.weights.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -34,7 +34,7 @@ COLUMNS = "| config | what | command | expected | hardware |\n|---|---|---|---|-
 
 
 def header(path):
-    """The parts of a config's header: what it is, its command, what to expect, the hardware."""
+    """Return the parts of a config's header: description, command, expectation, hardware."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -54,7 +54,7 @@ def row(path):
 
 
 def tables():
-    """The tables of configs, one a task, a baseline above its SE twin."""
+    """Yield the tables of configs, one per task, a baseline above its SE counterpart."""
     for title, beginnings in TASKS.items():
         found = [path for path in CONFIGS if path.name.startswith(beginnings)]
         found.sort(key=lambda path: (path.stem.replace("_se_", "_"), len(path.stem)))
@@ -78,7 +78,7 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 @pytest.fixture
 def own_things():
-    """Takes back what the page registers."""
+    """Remove what the page registers."""
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)
@@ -120,7 +120,7 @@ every_document = pytest.mark.parametrize(
 
 @every_document
 def test_every_path_that_a_document_names_exists(page):
-    parts = "senet_transfer|tools|tests|configs|datasets"
+    parts = "senet_transfer|tools|tests|configs|datasets|docs"
     for path in re.findall(rf"`((?:{parts})/[\w/.]*)`", page.read_text()):
         assert (ROOT / path).exists(), path
 
@@ -132,7 +132,7 @@ def test_every_tool_has_a_section():
 
 
 def anchors(text):
-    """What a document's headings are linked by, after the rule of the site that shows them."""
+    """Return the anchors of a document's headings, by GitHub's rule."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -1,4 +1,4 @@
-"""What `make setup` promises: pinned versions, a whole Detectron2 or none, messages that help."""
+"""Tests of `make setup`: pinned versions, an atomic installation of Detectron2, and messages."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 @pytest.fixture
 def installer(monkeypatch):
-    """The script as a module that takes this environment's own Detectron2 for absent."""
+    """Load the script as a module that doesn't find the installed Detectron2."""
     spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def installer(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel with everything in it that makes the real one special, a few bytes each."""
+    """Write a small wheel with all the problematic parts of the real one."""
     info = "sal_detectron2-0.7.2.dist-info"
     path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -73,7 +73,7 @@ def files_below(folder):
 
 
 def make(*arguments, cwd=ROOT):
-    # Under `make test`, this make is not part of the outer one.
+    # Make this `make` independent of an outer `make test`.
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -233,7 +233,7 @@ def test_what_dependencies_depend_on_is_pinned_too():
     seen = set()
     while todo:
         name, extra = todo.pop()
-        # Another build of torch may bring its own CUDA packages.
+        # Another build of torch may have different CUDA packages.
         if (name, extra) in seen or name.startswith(("cuda", "nvidia", "triton")):
             continue
         seen.add((name, extra))
@@ -256,14 +256,18 @@ def test_what_dependencies_depend_on_is_pinned_too():
         ("demo", "tools/report.py output/demo"),
         ("demo-instant", "--config-file configs/instant/demo_faster_rcnn_se_r18.yaml"),
         ("test", 'pytest -n 2 --dist worksteal -m "not slow and not faults"'),
+        ("test-fast", '-m "not slow and not faults and not long"'),
         ("test-narrow", "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1"),
         ("test-faults", "pytest -n 2 --dist worksteal -m faults"),
         ("test-slow", "pytest -n 2"),
+        ("test-gpu", "pytest -m gpu -rs"),
+        ("coverage", "--cov --cov-report=term --cov-report=xml"),
         ("lint", "ruff format --check"),
+        ("lint", "codespell_lib"),
     ],
 )
 def test_make_has_the_documented_targets(target, command):
-    # --always-make: as on a fresh machine, where nothing is set up yet.
+    # --always-make behaves as on a new machine where nothing is installed.
     run = make("--dry-run", "--always-make", target)
     assert run.returncode == 0, run.stderr
     assert "pip install" in run.stdout
@@ -273,7 +277,7 @@ def test_make_has_the_documented_targets(target, command):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A fresh clone, as far as the set-up looks at it before it installs anything."""
+    """Write the files of a fresh clone that `make setup` reads before installing anything."""
     folder = tmp_path / "clone"
     (folder / "tools").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/install_detectron2.py"):
@@ -289,7 +293,7 @@ def fake_python(folder, script):
 
 
 def test_without_a_suitable_python_make_says_what_to_install(clone):
-    old = fake_python(clone, "exit 1")  # says no to "are you 3.11 to 3.13?"
+    old = fake_python(clone, "exit 1")  # fails the check for versions 3.11 to 3.13
     run = make("setup", f"PYTHON={old}", cwd=clone)
     assert run.returncode != 0
     assert "3.11 to 3.13" in run.stderr

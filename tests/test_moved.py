@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, which keep working for a release."""
+"""Tests of the deprecated import paths of version 0.1, which work for one more release."""
 
 import importlib
 import subprocess

@@ -1,38 +1,83 @@
-"""An installation without a clone has the commands and the configs."""
+"""Tests that an installed package contains the commands and the configs."""
 
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+import senet_transfer
 from senet_transfer import UserError
 from senet_transfer.config.load import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("senet-train", "senet-predict", "senet-eval-places365")
+COMMANDS = ("senet", "senet-train", "senet-predict", "senet-eval-places365")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel of this source, built from a copy."""
+def source(tmp_path_factory) -> Path:
+    """Copy the files that packages are built from."""
     root = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root / name)
     for name in ("senet_transfer", "configs"):
         hidden = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=hidden)
+    return root
+
+
+def build_wheel(source: Path, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(root)]
-    done = subprocess.run([*command, "."], cwd=root, capture_output=True, text=True)
+    command += ["--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(target)]
+    done = subprocess.run([*command, "."], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (path,) = root.glob("*.whl")
+    (path,) = target.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """Build a wheel."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_a_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    rebuilt = build_wheel(tmp_path / path.name.removesuffix(".tar.gz"), tmp_path)
+    with zipfile.ZipFile(wheel) as expected, zipfile.ZipFile(rebuilt) as found:
+        assert set(found.namelist()) == set(expected.namelist())
+
+
+def test_the_version_is_stated_once_and_used_by_every_package(wheel):
+    version = senet_transfer.__version__
+    assert wheel.name.startswith(f"senet_transfer-{version}-")
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
+
+
+def test_senet_prints_its_version_without_torch():
+    code = """
+import sys
+from senet_transfer.cli.main import command
+sys.argv = ["senet", "--version"]
+try:
+    command()
+finally:
+    assert not {"torch", "detectron2", "numpy"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"senet {senet_transfer.__version__}\n"
 
 
 def test_a_wheel_holds_every_module_config_and_data_file(wheel):
@@ -51,8 +96,9 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
     assert not [name for name in names if "benchmark" in name]
 
 
+@pytest.mark.long
 def test_the_commands_that_are_promised_can_be_called():
-    # As declared, not as installed: an environment can be older than the source it points to.
+    # Check the declared entry points, because installed ones can be older than the source.
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == set(COMMANDS)
     for name, target in scripts.items():
@@ -67,7 +113,7 @@ def test_the_commands_that_are_promised_can_be_called():
 def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(name).MODEL.SE.ENABLED is True
-    # A file of one's own comes first.
+    # A file of the user takes precedence.
     own = tmp_path / name
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text("SEED: 123\n")

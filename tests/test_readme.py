@@ -1,4 +1,4 @@
-"""What the README shows in Python works."""
+"""The promises of the README and of the pages in docs/."""
 
 import re
 from pathlib import Path
@@ -6,64 +6,105 @@ from pathlib import Path
 import torch
 from detectron2.config import instantiate
 
+import senet_transfer
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.hub.catalogue import load_catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def read(document: str) -> str:
+    """Return the text of a document."""
+    return (ROOT / document).read_text()
+
+
+def python_blocks(document: str) -> list[str]:
+    """Return the Python examples of a document."""
+    return re.findall(r"```python\n(.*?)```", read(document), re.S)
+
+
+def rows(document: str) -> list[list[str]]:
+    """Return the cells of the table rows of a document, without the tables' heads."""
+    lines = [line for line in read(document).splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_readme_fits_on_a_screen_and_a_half():
+    assert len(read("README.md").splitlines()) <= 112
+
+
+def test_the_python_example_of_the_readme_runs_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks("README.md")
+    names: dict = {}
+    exec(block, names)
+    assert list(names["features"]) == ["res2", "res5"]
+    assert names["features"]["res2"].shape == (1, 256, 56, 56)
+    assert "382 tensors loaded" in capsys.readouterr().out
+
+
+def test_the_names_in_the_readmes_text_are_real():
+    named = re.findall(r"`weights=\"(.*?)\"`", read("README.md"))
+    assert named
+    assert set(named) <= set(load_catalogue())
 
 
 def test_the_python_example_runs():
     names: dict = {}
-    exec(BLOCKS[0], names)
-    assert set(names["trunk"](torch.randn(1, 3, 64, 64))) == {"res2", "res5"}
+    exec(python_blocks("docs/python.md")[0], names)
+    assert set(names["backbone"](torch.randn(1, 3, 64, 64))) == {"res2", "res5"}
 
 
-def test_the_lazy_config_builds_an_fpn_over_our_trunk():
+def test_the_lazy_config_builds_an_fpn_on_an_se_backbone():
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(python_blocks("docs/python.md")[1], names)
     fpn = instantiate(names["backbone"])
     assert list(fpn(torch.randn(1, 3, 64, 64))) == ["p2", "p3", "p4", "p5", "p6"]
     assert any(".se." in key for key, _ in fpn.bottom_up.named_parameters())
 
 
-def section(title):
-    """What stands under a title, up to the next."""
-    text = (ROOT / "README.md").read_text()
-    return re.search(rf"\n## {title}\n(.*?)\n## ", text, re.DOTALL)[1]
-
-
 def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
-    rows = [
-        line.split("|")[1:4] for line in section("I have this file").splitlines() if "|" in line
-    ]
-    assert {row[0].strip(" `") for row in rows[2:]} == set(FAMILIES)
-    for family, _, name in rows[2:]:
-        if found := re.match(r" `([^`]+)`", name):
-            assert load_catalogue()[found[1]].family == family.strip(" `")
+    _, *families = rows("docs/weights.md")
+    assert {row[0].strip("`") for row in families} == set(FAMILIES)
+    for family, _, name in families:
+        if found := re.match(r"`([^`]+)`", name):
+            assert load_catalogue()[found[1]].family == family.strip("`")
 
 
 def test_every_config_that_is_named_for_a_kind_of_data_exists():
-    named = re.findall(r"`(\w+)`", section("Classification").partition("|---")[2])
+    table = read("docs/classification.md").partition("|---")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", table)
     assert len(named) == 4
     assert set(named) <= {path.stem for path in (ROOT / "configs").glob("*.yaml")}
 
 
 def test_the_papers_results_are_those_of_the_configs_headers():
-    lines = [line for line in section("Results").splitlines() if line.endswith("the paper's |")]
     headers = "".join(path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml")))
-    assert len(lines) == 11
-    for line in lines:
-        for figure in re.findall(r"\d+\.\d+", " ".join(line.split(" | ")[2:4])):
-            assert re.search(rf"\b{re.escape(figure)}\b", headers), figure
+    for document, expected in (("docs/results.md", 11), ("README.md", 4)):
+        found = [row for row in rows(document) if row[-1] == "paper"]
+        assert len(found) == expected
+        for row in found:
+            for figure in re.findall(r"\d+\.\d+", " ".join(row[2:4])):
+                assert re.search(rf"\b{re.escape(figure)}\b", headers), figure
+
+
+def test_the_readmes_results_are_those_of_the_page_of_results():
+    measured = " ".join(row[3] for row in rows("docs/results.md"))
+    figures = set(re.findall(r"\d+\.\d+", measured))
+    for row in rows("README.md")[1:]:
+        assert set(re.findall(r"\d+\.\d+", row[3])) <= figures, row
 
 
 def test_every_fault_has_a_test_that_exists():
-    text = (ROOT / "README.md").read_text()
-    rows = text.partition("| fault | what happens |")[2].partition("\n\n")[0].splitlines()[2:]
+    found = [row for row in rows("docs/reliability.md") if len(row) == 3][1:]
     written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert len(rows) > 10
-    for row in rows:
-        named = re.findall(r"`(test_\w+)`", row.split("|")[3])
+    assert len(found) > 10
+    for row in found:
+        named = re.findall(r"`(test_\w+)`", row[2])
         assert named, row
         assert all(f"def {name}(" in written for name in named), row
+
+
+def test_the_api_reference_has_every_public_name_of_the_package():
+    listed = set(re.findall(r"^::: senet_transfer\.(\w+)$", read("docs/api.md"), re.M))
+    assert listed == set(senet_transfer.__all__) - {"__version__"}

@@ -1,4 +1,4 @@
-"""What importing the package costs, and that its models are registered all the same."""
+"""Tests of the modules that importing the package loads, and of the registration of models."""
 
 import json
 import subprocess
@@ -8,7 +8,9 @@ import pytest
 
 from tests.processes import ROOT
 
-# Readers of data, writers of logs, exporters: only some commands need them.
+pytestmark = pytest.mark.long
+
+# Packages for reading data, logging and exporting, which only some commands need.
 HEAVY = {
     "aiohttp",
     "faster_coco_eval",
@@ -26,7 +28,7 @@ HEAVY = {
 
 
 def modules_after(code: str) -> set[str]:
-    """Return the modules that a fresh process has imported after running code."""
+    """Return the names of the modules that are loaded after running code in a new process."""
     code = f"import sys, json\n{code}\nprint(json.dumps(list(sys.modules)))"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

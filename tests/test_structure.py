@@ -1,4 +1,4 @@
-"""The architecture: which part may import which, and what stands in one place only."""
+"""Tests of the architecture: allowed imports, and code that must be in a single module."""
 
 import ast
 from collections import Counter
@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "senet_transfer"
 
-# Each row may import the rows above it and itself; parts that share a row may not import each
-# other. `utils` knows nothing of the project but its errors.
+# Each part may import itself and the parts in the rows above it, but not other parts in its row.
+# `utils` imports nothing from the project except its errors.
 LAYERS = (
     ("errors", "preprocessing"),
     ("utils",),
@@ -24,13 +24,13 @@ LAYERS = (
     ("cli",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
-# Beyond the rows: what `data` and `utils` may not know, although it stands above them.
+# Parts that `data` and `utils` may not import although they are in rows above them.
 FORBIDDEN = {"data": {"weights", "models", "layers"}, "utils": {"preprocessing"}}
 MOST_FILES = 14
 
 
 def modules() -> dict[str, Path]:
-    """Return the path of each module of the package by its dotted name."""
+    """Return the paths of the package's modules by dotted name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -46,7 +46,7 @@ def imports(name: str, *, when_loaded: bool) -> set[str]:
 
     Args:
         name: the module's dotted name.
-        when_loaded: leave out imports inside functions and those for type checkers.
+        when_loaded: whether to ignore imports inside functions and those for type checkers.
     """
     tree = ast.parse(MODULES[name].read_text())
     nodes = list(_outside_functions(tree)) if when_loaded else list(ast.walk(tree))
@@ -72,12 +72,12 @@ def _outside_functions(node: ast.AST):
 
 
 def part(module: str) -> str:
-    """Return the part of the package that a module is in, such as "models"; "" for the package."""
+    """Return the part of the package that contains a module, such as "models", or ""."""
     return (module.split(".") + [""])[1]
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return groups of two or more nodes that reach each other (Tarjan's algorithm)."""
+    """Return the groups of two or more nodes that can reach each other (Tarjan's algorithm)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
@@ -127,8 +127,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_no_folders_import_each_other_in_a_circle():
-    # A folder and those inside it are one place: `models/registry.py` is used by `backbones/`,
-    # whose networks `models/build.py` builds.
+    # Imports between a folder and its subfolders are allowed: `backbones/` uses
+    # `models/registry.py`, and `models/build.py` builds networks of `backbones/`.
     edges = {path.parent: set() for path in MODULES.values()}
     for name, path in MODULES.items():
         for target in imports(name, when_loaded=True):
@@ -139,7 +139,7 @@ def test_no_folders_import_each_other_in_a_circle():
 
 
 def test_nothing_below_the_models_imports_detectron2s_models_when_it_is_loaded():
-    # That import registers ours, which in turn import all that is below them.
+    # Importing detectron2.modeling registers our models, which import all parts below them.
     for name, path in MODULES.items():
         if part(name) in RANK and RANK[part(name)] < RANK["models"]:
             for node in _outside_functions(ast.parse(path.read_text())):
@@ -153,11 +153,11 @@ def test_only_the_command_lines_parse_arguments():
 
 
 def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
-    """Return private attributes and modules that a module takes from another library.
+    """Return the private attributes and modules of other libraries that a module uses.
 
     Args:
-        tree: of the module.
-        own: private names that the package defines.
+        tree: syntax tree of the module.
+        own: private names that the package itself defines.
     """
     found = []
     for node in ast.walk(tree):
@@ -174,7 +174,7 @@ def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
 
 
 def private_names(tree: ast.AST) -> set[str]:
-    """Return the private names that a module defines, and attributes that it sets on ``self``."""
+    """Return the private names that a module defines, including attributes set on ``self``."""
     found = {"_moved"}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

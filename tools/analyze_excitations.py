@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what the gates of an SE network do; see --help for examples."""
+"""Analyze the gates of an SE network; see --help for examples."""
 
 from senet_transfer.cli.gates import command
 

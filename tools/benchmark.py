@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Benchmarks of this project against the usual alternatives, in parts; all parts by default.
+"""Benchmark this project against common alternatives.
 
-Candidates take turns, round after round. A ratio is the median over the rounds, with its 95%
-confidence interval; a second build of the baseline is the control.
+In each round every candidate runs once. A ratio is the median over the rounds, with its 95%
+confidence interval. A second instance of the baseline serves as control.
 
-    python tools/benchmark.py backbone --output output/backbone.json
+    python tools/benchmark.py detector --output output/detector.json
 """
 
 import argparse
@@ -45,11 +45,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    add("--seconds", type=float, default=20.0, help="a comparison may take, about (20)")
-    add("--device", default="cpu", help="cpu or cuda, for the networks (cpu)")
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    add("--seconds", type=float, default=20.0, help="approximate duration of a comparison (20)")
+    add("--device", default="cpu", help="cpu or cuda: device of the networks (cpu)")
     add("--profile", action="store_true", help="show where time and memory go")
-    add("--output", help="a JSON to write")
+    add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Classifies images with a file of tools/export.py; needs onnxruntime, Pillow and numpy alone.
+"""Classify images with an ONNX file from tools/export.py, using only onnxruntime, Pillow and numpy.
 
 python tools/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
 """
@@ -13,7 +13,11 @@ from PIL import Image
 
 
 def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
-    """An image, its short side resized and its centre cropped, as ``(3, size, size)`` of 0-255."""
+    """Load an image, resize its short side and crop its centre.
+
+    Returns:
+        Float32 pixels in [0, 255], ``(3, size, size)``.
+    """
     image = Image.open(image_file).convert("RGB")
     scale = preprocessing["resize"] / min(image.size)
     width, height = (max(size, int(side * scale)) for side in image.size)
@@ -25,9 +29,9 @@ def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
 
 
 def main(model_file: str, *image_files: str) -> None:
-    """Prints the best five classes of each image."""
+    """Print the top five classes of each image."""
     session = onnxruntime.InferenceSession(model_file, providers=["CPUExecutionProvider"])
-    # Mean, std and the order of channels are inside of the network.
+    # The network itself applies mean, std and the order of channels.
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing, classes = (json.loads(metadata[key]) for key in ("preprocessing", "classes"))
     size = session.get_inputs()[0].shape[-1]

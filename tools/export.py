@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a model for production; see --help for examples."""
+"""Export a model for deployment; see --help for examples."""
 
 from senet_transfer.cli.export import command
 

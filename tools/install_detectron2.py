@@ -1,19 +1,19 @@
-"""Install Detectron2 into the environment of the Python that runs this: `make setup` does.
+"""Install Detectron2 into the environment of the running Python, as `make setup` does.
 
     python tools/install_detectron2.py                # from the package index
-    python tools/install_detectron2.py --wheel FILE   # from a file brought along
+    python tools/install_detectron2.py --wheel FILE   # from a local file
 
-Any Detectron2 that can be imported already, such as a build of the official source, is kept.
+A Detectron2 that can already be imported, such as a build of the official source, is kept.
 
-Detectron2 is not on the package index under its own name. The wheel `sal-detectron2` is the
+The package index has no package of Detectron2's own name. The wheel `sal-detectron2` contains the
 official source of April 2024 (commit a59f05630), built for Python 3.10. Its Python code runs on
-later versions; its compiled operators do not, and nothing in this project needs them. Four
-things in the wheel would do harm, and are left out or put right:
+later versions. Its compiled operators don't, but this project doesn't need them. Four parts of the
+wheel would cause problems and are removed or corrected:
 
-- a top-level package `tools`, which would shadow other people's;
+- the top-level package `tools`, which would shadow other packages of that name;
 - the operators compiled for Python 3.10;
-- the requirement numpy<2, which its code does not have, and black, which only one method of its
-  lazy configs imports: pip would complain about both at every later installation;
+- the requirements numpy<2, which the code doesn't need, and black, which only one method of its
+  lazy configs imports: pip would report both as conflicts at every later installation;
 - the tag of Python 3.10, for the same reason.
 """
 
@@ -38,9 +38,9 @@ PIP_OPTIONS = ["--no-deps", "--only-binary=:all:", "--python-version", "3.10"]
 STAGING_PREFIX = ".detectron2-incoming-"
 
 HELP = f"""
-What to do, one of:
-  - With the package index in reach (a proxy or mirror is pip's own configuration), run this again.
-  - Fetch the wheel on another machine, bring the file here, and name it:
+To install it, do one of these:
+  - Run this again with access to the package index (configure a proxy or mirror in pip).
+  - Download the wheel on another machine, copy it to this one, and run:
         pip download {" ".join(PIP_OPTIONS)} sal-detectron2=={VERSION}
         {sys.executable} tools/install_detectron2.py --wheel FILE
   - Build the official source (needs a C++ compiler, and torch installed first):
@@ -50,61 +50,61 @@ What to do, one of:
 
 
 class InstallError(Exception):
-    """Detectron2 cannot be installed; the message says what was tried and found."""
+    """Failed installation of Detectron2, with a message that describes the attempt."""
 
 
 def find_installed() -> str | None:
-    """Version and folder of the Detectron2 that `import detectron2` finds, if it finds one."""
+    """Return the version and folder of the installed Detectron2, or None."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec("detectron2")
-    if spec is None or spec.origin is None:  # no origin: a mere folder of that name
+    if spec is None or spec.origin is None:  # no origin: an ordinary folder with this name
         return None
-    # Read, not imported: importing it takes torch, and seconds.
+    # Read the file because importing it requires torch and takes seconds.
     source = Path(spec.origin).read_text(encoding="utf-8")
     version = re.search(r"^__version__ = [\"'](.+?)[\"']", source, re.MULTILINE)
     return f"{version[1] if version else '(unknown version)'} in {Path(spec.origin).parent}"
 
 
 def check_environment() -> None:
-    """Refuse the operating system's own Python, as pip does."""
+    """Raise an error for the operating system's own Python, as pip does."""
     marker = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     if sys.prefix == sys.base_prefix and marker.exists():
         raise InstallError(
-            f"{sys.executable} belongs to the operating system.\nUse a virtual environment's "
-            "python instead: `make setup` makes one, in .venv."
+            f"{sys.executable} belongs to the operating system.\nUse the Python of a virtual "
+            "environment instead: `make setup` creates one in .venv."
         )
 
 
 def download(folder: Path) -> Path:
-    """Have pip fetch the wheel, pinned by hash, into `folder`."""
+    """Download the wheel with pip into `folder`, pinned by its hash."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"sal-detectron2=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--require-hashes"]
     command += ["--retries", "2", "--disable-pip-version-check", "--no-input"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    print(f"Fetching Detectron2 (sal-detectron2 {VERSION}, 7 MB) ...", flush=True)
+    print(f"Downloading Detectron2 (sal-detectron2 {VERSION}, 7 MB) ...", flush=True)
     pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         said = "\n".join(f"    {line}" for line in pip.stdout.strip().splitlines()[-6:])
-        raise InstallError(f"Tried: {' '.join(command)}\nIt failed; its last words:\n{said}")
+        raise InstallError(f"Tried: {' '.join(command)}\nThe command failed with:\n{said}")
     return wheels[0]
 
 
 def check_hash(wheel: Path, expected: str) -> None:
-    """Refuse a missing file, and one other than the wheel that the tests passed with."""
+    """Raise an error if the file is missing or isn't the tested wheel."""
     if not wheel.is_file():
-        raise InstallError(f"Tried: the wheel {wheel}\nThere is no such file.")
+        raise InstallError(f"Tried: the wheel {wheel}\nThis file does not exist.")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
             f"Tried: the wheel {wheel}\nExpected sal-detectron2 {VERSION}, sha256 {expected},\n"
-            f"found sha256 {found}: another release, or a damaged file."
+            f"found sha256 {found}. The file is another release or damaged."
         )
 
 
 def unpack(wheel: Path, staging: Path) -> Path:
-    """Lay out in `staging` what shall be installed; returns its `.dist-info` folder."""
+    """Extract the files to install into `staging` and return the `.dist-info` folder."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             top = name.partition("/")[0]
@@ -128,7 +128,7 @@ def unpack(wheel: Path, staging: Path) -> Path:
 
 
 def write_record(root: Path, record: Path) -> None:
-    """List every file below `root` with hash and size, as `pip uninstall` needs it."""
+    """Write the RECORD file, which lists every file below `root` for `pip uninstall`."""
     record.unlink(missing_ok=True)
     rows = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
@@ -141,17 +141,17 @@ def write_record(root: Path, record: Path) -> None:
 
 
 def install(wheel: Path, target: Path) -> None:
-    """Install the package of `wheel` into `target`: all of it or, if interrupted, nothing.
+    """Install the package of `wheel` into `target` atomically.
 
-    Everything is prepared in a folder beside the goal, then renamed into place. The package goes
-    last, so that wherever it can be imported, it is complete.
+    All files are prepared in a temporary folder in `target` and then renamed. The package is
+    renamed last, so that a package that can be imported is complete.
     """
-    for leftover in target.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
+    for leftover in target.glob(f"{STAGING_PREFIX}*"):  # left by a killed process
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=target) as staging:
         info = unpack(wheel, Path(staging))
         goal = target / info.name
-        if goal.exists():  # of a run killed before the package followed
+        if goal.exists():  # left by a process killed before it renamed the package
             shutil.rmtree(goal)
         try:
             os.rename(info, goal)
@@ -162,11 +162,13 @@ def install(wheel: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None, target: Path | None = None, sha256: str = SHA256) -> int:
-    parser = argparse.ArgumentParser(description="Install Detectron2 unless it is there already.")
+    parser = argparse.ArgumentParser(
+        description="Install Detectron2 unless it is already installed."
+    )
     parser.add_argument("--wheel", type=Path, help=f"a local file of sal-detectron2 {VERSION}")
     args = parser.parse_args(argv)
     if there := find_installed():
-        print(f"Detectron2 is there already and is kept: {there}")
+        print(f"Detectron2 is already installed: {there}")
         return 0
     target = target or Path(sysconfig.get_path("purelib"))
     try:
@@ -181,8 +183,8 @@ def main(argv: list[str] | None = None, target: Path | None = None, sha256: str 
     except OSError as error:
         print(
             f"Detectron2 is not installed: {error}\nThis Python's packages are in {target}. Make "
-            "sure that you may write there, or use a virtual environment (`make setup` makes "
-            "one).\nA folder named detectron2 there that cannot be imported has to be removed.",
+            "sure that this folder is writable, or use a virtual environment (`make setup` creates "
+            "one).\nIf it contains a detectron2 that cannot be imported, remove it.",
             file=sys.stderr,
         )
         return 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make one HTML page of runs; see --help for examples."""
+"""Write an HTML report of training runs; see --help for examples."""
 
 from senet_transfer.cli.report import command
 

@@ -1,1 +1,1 @@
-"""What is measured of models and runs."""
+"""Analysis of models and training runs: cost, excitations, ablations and reports."""

@@ -34,7 +34,7 @@ _KEYS = {
 }
 
 # Top-1 error of SE-ResNet-50 on ImageNet in percent, by axis and value (paper, Tables X to XVI);
-# None where the paper has none.
+# None if the paper reports no value.
 PAPER: dict[str, dict[str, float | None]] = {
     "ratio": {"2": 22.29, "4": 22.25, "8": 22.26, "16": 22.28, "32": 22.72},
     "squeeze": {"max": 22.57, "avg": 22.28, "none": 22.93},
@@ -50,15 +50,16 @@ _PAPER_STANDARD, _PAPER_PLAIN = 22.28, 23.30
 
 @dataclass(frozen=True)
 class Variant:
-    """A network of the grid.
+    """A network of the ablation grid.
 
     Attributes:
-        axis: what is varied; empty for the network as configured and the one without SE.
-        value: of the axis, or the name of one of these two.
-        options: config keys and values over the config.
-        paper: the paper's top-1 error in percent, of SE-ResNet-50 on ImageNet.
-        cost: of the network; None where it can't be built.
-        refused: why it can't.
+        axis: The axis that is varied. Empty for the network as configured and for the network
+            without SE.
+        value: The value on the axis, or ``"standard"`` or ``"no SE"`` if ``axis`` is empty.
+        options: Alternating keys and values that override the config.
+        paper: The paper's top-1 error of SE-ResNet-50 on ImageNet, in percent.
+        cost: The cost of the network. None if it can't be built.
+        refused: The reason why the network can't be built.
     """
 
     axis: str
@@ -70,37 +71,37 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Of its runs, below the grid's."""
+        """Name of the variant's folder inside the grid's output folder."""
         return f"{self.axis}_{self.value}" if self.axis else self.value.replace(" ", "_")
 
 
 def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()) -> list[Variant]:
-    """The variants of a config's network: each differs from it in one key of ``MODEL.SE``.
+    """Build the variants of a config's network, each differing in one key of ``MODEL.SE``.
 
     Args:
-        config_file: of a classifier.
-        options: alternating keys and values over it, for all variants.
-        axes: some of :data:`PAPER`'s; empty for all.
+        config_file: The config file of a classifier.
+        options: Alternating keys and values that override the config for all variants.
+        axes: Keys of :data:`PAPER`. Empty selects all axes.
 
     Returns:
-        The network as configured, the one without SE, and the variants axis by axis; what the
-        config has already is not repeated. Those that make no sense for the network, such as
-        "3x3" in basic blocks, say why.
+        The network as configured, the network without SE, and the variants of each axis. A variant
+        equal to the configured network is not repeated. A variant that can't be built, such as
+        "3x3" in basic blocks, has the reason in ``refused``.
 
     Raises:
-        UserError: an axis is not known, or the config is of no classifier with SE.
+        UserError: If an axis is unknown, or the config isn't that of a classifier with SE.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
-        raise UserError(f"There is no axis {unknown[0]!r}, expected some of {', '.join(PAPER)}.")
+        raise UserError(f"The axis {unknown[0]!r} is unknown, expected some of {', '.join(PAPER)}.")
     options = (*options, "MODEL.SE.ENABLED", "True")
     cfg = model_config(config_file=config_file, options=list(options))
     if not is_classification(cfg):
         raise UserError(
-            f"{config_file} is of a {cfg.MODEL.META_ARCHITECTURE}, expected a classifier "
+            f"{config_file} configures a {cfg.MODEL.META_ARCHITECTURE}, expected a classifier "
             "(MODEL.META_ARCHITECTURE ImageClassifier)."
         )
-    # A run takes it from its data, which may not be there yet.
+    # A training run reads the number of classes from its data, which may not exist yet.
     with suppress(UserError):
         use_classification_datasets(cfg)
     options = ("MODEL.CLASSIFIER.NUM_CLASSES", str(cfg.MODEL.CLASSIFIER.NUM_CLASSES), *options)
@@ -145,20 +146,22 @@ def run_grid(
     output_dir: str | Path,
     **arguments: Any,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Trains all variants that can be built, each with each seed, unless that has been done.
+    """Train every variant that can be built with every seed, skipping finished runs.
 
     Args:
-        config_file: as of :func:`grid`.
-        variants: what it returned.
-        seeds: values of ``SEED``.
-        output_dir: of all runs; what is finished in it is kept, what broke off is taken up.
-        arguments: of :func:`senet_transfer.analysis.repeated_runs.run_once`.
+        config_file: The config file that was passed to :func:`grid`.
+        variants: The variants returned by :func:`grid`.
+        seeds: Values of ``SEED``.
+        output_dir: The folder that contains all runs. Finished runs in it are kept, interrupted
+            runs are resumed.
+        arguments: Keyword arguments of :func:`senet_transfer.analysis.repeated_runs.run_once`.
 
     Returns:
-        The results of each variant's runs, by :attr:`Variant.folder`.
+        A mapping from :attr:`Variant.folder` to the results of the variant's runs.
     """
     results = {}
-    # A seed of all variants before the next one: an interrupted grid can be compared.
+    # Train all variants with one seed before the next seed, so that an interrupted grid can
+    # already be compared.
     for done in range(1, len(seeds) + 1):
         for variant in variants:
             if variant.cost is not None:
@@ -171,10 +174,10 @@ def run_grid(
 def grid_table(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]] | None = None
 ) -> str:
-    """The variants with their cost, their errors here, and the paper's beside.
+    """Format a table of the variants with their cost, their measured errors and the paper's errors.
 
-    In brackets is the place in the order of an axis, the network as configured included, by our
-    errors and by the paper's.
+    The number in brackets is the variant's rank by error among the variants of its axis and the
+    network as configured.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]
@@ -208,7 +211,7 @@ def _error(found: tuple[float, float] | None) -> str:
     if found is None:
         return ""
     mean, deviation = found
-    # nan, of a single run, is not equal to itself.
+    # The deviation of a single run is nan, which is not equal to itself.
     return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
 
 
@@ -221,10 +224,10 @@ def _place(variant: Variant, values: dict[str, float], ranked: bool) -> str:
 def write_grid(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]], output_dir: str | Path
 ) -> str:
-    """Writes ``ablation.json``, everything that the table is made of.
+    """Write the data of the table to ``ablation.json``.
 
     Returns:
-        Its path.
+        The path of the file.
     """
     path = Path(output_dir) / "ablation.json"
     rows = [

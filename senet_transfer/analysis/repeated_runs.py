@@ -1,7 +1,7 @@
-"""Runs that are made once: what is finished is kept, what broke off is taken up.
+"""Training runs that are skipped if finished and resumed if interrupted.
 
-A run is a config, options over it, and a folder of its own. Its folder has the config it was begun
-with in ``run.json`` and, once it is through, what came of it in ``results.json``.
+A run has a config, options that override it, and its own folder. The folder contains the config
+that the run was started with in ``run.json`` and, after training, the results in ``results.json``.
 """
 
 import json
@@ -39,23 +39,23 @@ def run_once(
     flags: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Trains as ``tools/train_net.py`` does, unless that has been done.
+    """Train as ``tools/train_net.py`` does, unless the run is already finished.
 
     Args:
-        config_file: as of ``--config-file``.
-        options: alternating keys and values over it.
-        output_dir: of this run alone; takes the place of ``OUTPUT_DIR``.
-        flags: other words of the command line, such as ``("--num-gpus", "8")``. They don't belong
-            to what the run is: a run that broke off may be taken up with others.
-        quiet: whether to leave the log to ``log.txt``.
+        config_file: The config file, as for ``--config-file``.
+        options: Alternating keys and values that override the config.
+        output_dir: The folder of this run only. It replaces ``OUTPUT_DIR``.
+        flags: Other command-line arguments, such as ``("--num-gpus", "8")``. They aren't part of
+            the run's identity: an interrupted run can be resumed with other flags.
+        quiet: Write the log to ``log.txt`` only.
 
     Returns:
-        What ``results.json`` holds: metrics by task, such as ``{"classification": {"top1_error":
-        6.4, ...}}``, and ``{"training": {"iterations", "seconds_per_iteration"}}``, the seconds
-        without those of evaluation and saving, and since a resumption where there was one.
+        The content of ``results.json``: metrics by task, such as ``{"classification":
+        {"top1_error": 6.4, ...}}``, and ``{"training": {"iterations", "seconds_per_iteration"}}``.
+        The seconds exclude evaluation and checkpointing, and start at the last resumption.
 
     Raises:
-        UserError: the config is wrong, the folder holds another run, or the run failed.
+        UserError: If the config is invalid, the folder contains another run, or training failed.
     """
     output_dir = Path(output_dir)
     options = [*options, "OUTPUT_DIR", str(output_dir)]
@@ -67,31 +67,31 @@ def run_once(
         return found
     resume = ["--resume"] if checkpoints(output_dir) else []
     command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", config_file]
-    # A process of its own: Detectron2's loggers and registries are the process's.
+    # Run in a separate process because Detectron2's loggers and registries are global.
     status = subprocess.run(
         [*command, *flags, *resume, *options], stdout=subprocess.DEVNULL if quiet else None
     ).returncode
     found = finished(output_dir)
     if status or found is None:
         raise UserError(
-            f"The run in {output_dir} ended with status {status} before it was through; its log is "
-            f"{output_dir / 'log.txt'}. The same command goes on where it was."
+            f"The run in {output_dir} ended with status {status} before it finished. See its log, "
+            f"{output_dir / 'log.txt'}. Repeat the command to resume the run."
         )
     return found
 
 
 def finished(output_dir: str | Path) -> dict[str, Any] | None:
-    """The results of a training run that is through; None where there is none."""
+    """Return the results of a finished training run, or None if it isn't finished."""
     path = Path(output_dir) / RESULTS
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    # An evaluation writes a file of this name, too.
+    # An evaluation also writes a file with this name.
     return found if "training" in found else None
 
 
 def _check_same(output_dir: Path, config: dict[str, str]) -> None:
-    """Writes down what a new run is; refuses a folder that holds another one."""
+    """Record the config of a new run, or raise an error if the folder contains another run."""
     record = output_dir / _RECORD
     if record.is_file():
         begun = json.loads(record.read_text())
@@ -99,15 +99,15 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
         if other:
             first = sorted(other)[0]
             raise UserError(
-                f"{output_dir} holds a run that differs in {first_of(sorted(other), 5)}: "
-                f"{first} was {begun.get(first)} and is {config.get(first)}. Take another output "
+                f"{output_dir} contains a run that differs in {first_of(sorted(other), 5)}: "
+                f"{first} was {begun.get(first)} and is {config.get(first)}. Choose another output "
                 "folder, or delete this one."
             )
         return
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(
-            f"{output_dir} holds files, and no {_RECORD} that says of which run. Take another "
-            "output folder, or empty this one."
+            f"{output_dir} contains files but no {_RECORD}, so its run can't be identified. Choose "
+            "another output folder, or empty this one."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, config)
@@ -120,14 +120,14 @@ def run_seeds(
     output_dir: str | Path,
     **arguments: Any,
 ) -> dict[int, dict[str, Any]]:
-    """Runs a config with each of several seeds, one after the other, in ``output_dir/seed<N>``.
+    """Train a config with several seeds, one after the other, in ``output_dir/seed<N>``.
 
     Args:
-        config_file: as for :func:`run_once`, as all else.
-        seeds: values of ``SEED``.
-        options: likewise.
-        output_dir: of all runs.
-        arguments: likewise.
+        config_file: The config file.
+        seeds: Values of ``SEED``.
+        options: Alternating keys and values that override the config.
+        output_dir: The folder that contains all runs.
+        arguments: Keyword arguments of :func:`run_once`.
 
     Returns:
         The results by seed.
@@ -140,9 +140,9 @@ def run_seeds(
 
 
 def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of the metrics that all of some runs have.
+    """Return the mean and standard deviation of each metric that all runs have.
 
-    The deviation is that of a sample (over n - 1); of a single run it is nan.
+    The deviation is the sample standard deviation (divided by n - 1). It is nan for a single run.
     """
     rows = [metrics(result) for result in results]
     summary = {}
@@ -157,7 +157,10 @@ def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[flo
 def seeds_report(
     config_file: str, options: Sequence[str], results: dict[int, dict[str, Any]]
 ) -> str:
-    """A table of what :func:`run_seeds` returned, a row a metric, and the paper's figure below."""
+    """Format the results of :func:`run_seeds` as a table with one row per metric.
+
+    The paper's result is added below the table if it reports one for the model and data set.
+    """
     cfg = load_config(config_file, list(options))
     rows = {seed: metrics(result) for seed, result in results.items()}
     table = [

@@ -1,1 +1,1 @@
-"""The commands that an installation has; those of the same kind in tools/ call them, too."""
+"""Command-line parsers and commands, which the program ``senet`` and the scripts in tools/ run."""

@@ -1,4 +1,4 @@
-"""Train the paper's variants of SE on one's own data, and rank them next to the paper's.
+"""Train the paper's variants of SE on your data, and compare the results with the paper's.
 
     python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --list
     python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --seeds 0 1 2 \\
@@ -7,9 +7,9 @@
         --output output/flowers_ablation DATASETS.TRAIN "('flowers/train',)" \\
         DATASETS.TEST "('flowers/val',)"
 
-Each variant differs from the config's network in one key of MODEL.SE, and each run has a folder of
-its own: a finished run is not trained again, and an interrupted one is resumed. After an
-interruption, give the same command. The paper's networks have MODEL.SE.BIAS False.
+Each variant differs from the config's network in one key of MODEL.SE. Each run has its own folder.
+After an interruption, repeat the command: finished runs are not trained again, and an unfinished
+run is resumed. The paper's networks have MODEL.SE.BIAS False.
 """
 
 import argparse
@@ -19,22 +19,28 @@ from senet_transfer.cli.arguments import ABLATION_AXES, Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--config-file", required=True, help="the recipe of a classifier")
-    add("--axes", nargs="+", choices=ABLATION_AXES, default=[], help="what to vary; default: all")
-    add("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    add("--config-file", required=True, help="config of a classifier")
+    add(
+        "--axes",
+        nargs="+",
+        choices=ABLATION_AXES,
+        default=[],
+        help="properties to vary; default: all",
+    )
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of each variant (0)")
     add("--output", default="output/ablation", help="folder of all runs (output/ablation)")
-    add("--list", action="store_true", help="only show the variants and what they cost")
-    add("--num-gpus", type=int, default=1, help="processes of each run")
-    add("--quiet", action="store_true", help="leave the runs' logs to their log.txt")
+    add("--list", action="store_true", help="only show the variants and their complexity")
+    add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
+    add("--quiet", action="store_true", help="write the logs of the runs only to their log.txt")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is missing and print the table."""
+    """Train the missing runs and print the table of results."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.ablation import grid, grid_table, run_grid, write_grid
@@ -57,5 +63,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

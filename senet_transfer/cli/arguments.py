@@ -1,13 +1,14 @@
-"""The command line of training: Detectron2's arguments, and own data sets."""
+"""Argument parsers that several commands share, including that of training."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from senet_transfer.utils.import_hook import without_script_warnings
 
-# Values of arguments, as the package has them: importing them from there would take seconds.
+# Copies of constants in the package, whose import would take seconds. A test compares them.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
@@ -48,31 +49,31 @@ Train the paper's detector on COCO with 8 GPUs:
 The same under torchrun, which sets rank and world size:
     torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
 
-Go on after an interruption; evaluate:
+Resume after an interruption, or evaluate:
     python tools/train_net.py --config-file output/config.yaml --resume
     python tools/train_net.py --config-file output/config.yaml --eval-only \\
         MODEL.WEIGHTS output/model_final.pth
 
-Own data in COCO's format (classes and their number come from the JSON):
+Your own data in COCO's format (the classes are read from the JSON):
     python tools/train_net.py --config-file configs/finetune_detector.yaml \\
         --dataset my_train train.json images/ --dataset my_val val.json images/
 
-Exit status: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 told to stop by SIGTERM or
-Ctrl-C, and saved (a second one ends at once, with 128 and its number).
+Exit status: 0 success; 1 failure; 2 invalid arguments, config or files; 75 stopped by SIGTERM or
+Ctrl-C after saving a checkpoint (a second signal stops immediately, with 128 plus its number).
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that ends in the config's options (``opts``), KEY VALUE pairs.
+    """Argument parser with config options (``opts``), KEY VALUE pairs, as the last argument.
 
-    argparse would take a flag after them for one of them, and ``--resume`` is what one adds to the
-    end of the command before.
+    Unlike argparse's own parser, it accepts flags after the config options, because users often
+    append ``--resume`` to their previous command.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def parse_args(
+    def parse_args(  # type: ignore[override]  # typeshed has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config's options."""
@@ -84,19 +85,19 @@ class Parser(argparse.ArgumentParser):
             if True not in is_flag:
                 found.opts = pairs + found.opts
                 return found
-            # The options before the flag are set aside; it and what follows are parsed again.
+            # Keep the options before the flag, and parse the flag and everything after it again.
             first = is_flag.index(True)
             pairs += found.opts[:first]
             words = [*words[: len(words) - len(found.opts)], *found.opts[first:]]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, ``--dataset`` and ``--quiet``."""
+    """Return the argument parser of training: Detectron2's arguments, --dataset and --quiet."""
     parser = Parser(epilog=_EPILOG)
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
-        "--quiet", action="store_true", help="leave the log to log.txt, but for warnings"
+        "--quiet", action="store_true", help="print only warnings; the log is written to log.txt"
     )
     return parser
 
@@ -104,14 +105,14 @@ def argument_parser() -> argparse.ArgumentParser:
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of Detectron2's own parser, whose import would take seconds."""
     add = parser.add_argument
-    add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a recipe")
+    add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
     add("--num-gpus", type=int, default=1, help="processes on each machine, one per GPU (1)")
-    add("--num-machines", type=int, default=1, help="machines of the job (1)")
-    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    # As Detectron2 has it: a port that follows from the user, so that a leftover process of an
-    # earlier job shows as an address in use.
+    add("--num-machines", type=int, default=1, help="number of machines (1)")
+    add("--machine-rank", type=int, default=0, help="index of this machine, from 0")
+    # As in Detectron2, the port depends on the user id, so that a leftover process of the same
+    # user's earlier job causes the error "address already in use".
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
     address = f"tcp://127.0.0.1:{port}"
     add("--dist-url", default=address, help="address of the first machine, tcp://HOST:PORT")
@@ -119,7 +120,7 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Run a command in this process; an error of the user's ends it with a message, status 2."""
+    """Run a command in this process; a UserError ends it with a message and exit status 2."""
     # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run_single
@@ -128,23 +129,23 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--dataset NAME JSON FOLDER``, which may be repeated."""
+    """Add the argument ``--dataset NAME JSON FOLDER``, which may be repeated."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
-        help="makes a data set in COCO's format known by name, for DATASETS.TRAIN and "
+        help="register a data set in COCO's format under a name, for use in DATASETS.TRAIN and "
         "DATASETS.TEST; may be repeated",
     )
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how a command goes over images with a model, and the config's options."""
+    """Add the arguments of commands that run a model on images, and the config options."""
     add = parser.add_argument
-    add("--batch-size", type=int, default=32, help="images a batch (32)")
-    add("--workers", type=int, default=2, help="processes that read and decode (2)")
-    add("--device", default="", help="such as cpu or cuda:1; default: a GPU where there is one")
+    add("--batch-size", type=int, default=32, help="images per batch (32)")
+    add("--workers", type=int, default=2, help="processes that read and decode images (2)")
+    add("--device", default="", help="such as cpu or cuda:1; default: a GPU if available")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

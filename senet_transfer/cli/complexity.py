@@ -1,4 +1,4 @@
-"""Count a model: parameters, multiply-accumulates, activations, and the share of SE in them.
+"""Count a model's parameters, multiply-accumulates and activations, and the share of SE in them.
 
     python tools/complexity.py --model se_resnet50
     python tools/complexity.py --model resnet50 --model "se_resne*" --size 320
@@ -6,7 +6,7 @@
     python tools/complexity.py --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
     python tools/complexity.py --weights output/model_final.pth
 
-Every Params and GFLOPs cell of the paper next to ours:
+Compare all Params and GFLOPs values of the paper with this project's:
     python tools/complexity.py --paper
 """
 
@@ -17,21 +17,21 @@ from senet_transfer.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", action="append", default=[], help="a name or pattern; may be repeated")
-    add("--config-file", default="", help="of a classifier or a detector, instead of a name")
-    add("--weights", default="", help="a checkpoint, whose model is counted")
-    add("--size", type=int, nargs="+", help="height and width of the image in pixels, or its side")
-    add("--paper", action="store_true", help="the paper's cells next to ours")
+    add("--model", action="append", default=[], help="model name or pattern; may be repeated")
+    add("--config-file", default="", help="config of a classifier or detector, instead of --model")
+    add("--weights", default="", help="checkpoint whose model is counted")
+    add("--size", type=int, nargs="+", help="image size in pixels: height and width, or one side")
+    add("--paper", action="store_true", help="compare with all values in the paper")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count and print."""
+    """Count the models and print the results."""
     from tabulate import tabulate
 
     from senet_transfer.analysis.complexity.breakdown import report
@@ -43,7 +43,9 @@ def main(args: argparse.Namespace) -> None:
         _print_paper(args)
         return
     if args.size and len(args.size) > 2:
-        raise UserError(f"--size has {len(args.size)} numbers, expected a height and a width.")
+        raise UserError(
+            f"--size has {len(args.size)} numbers, expected a height and a width, or one side."
+        )
     size = (args.size[0], args.size[-1]) if args.size else None
     names = [found for name in args.model for found in list_models(name) or [name]]
     reports, notes = [], []
@@ -53,8 +55,8 @@ def main(args: argparse.Namespace) -> None:
         notes += reports[-1].notes
     if cfg.MODEL.WEIGHTS and not args.weights:
         notes.append(
-            f"Counted as the config describes it; a run takes its geometry from "
-            f"{cfg.MODEL.WEIGHTS}, and so does this command with --weights."
+            f"Counted with the config's geometry. A run uses the geometry of {cfg.MODEL.WEIGHTS}; "
+            "give that file as --weights to count with it."
         )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]
@@ -77,7 +79,10 @@ def _print_paper(args: argparse.Namespace) -> None:
     from senet_transfer.analysis.complexity.tables import PAPER_HEADERS, paper_rows
 
     if args.model or args.config_file or args.weights or args.size or args.opts:
-        raise UserError("--paper has its own models and sizes: leave the other options out.")
+        raise UserError(
+            "--paper has fixed models and sizes, and can't be combined with --model, "
+            "--config-file, --weights, --size or config options. Remove them."
+        )
     rows, reasons = paper_rows(compare_with_paper(quiet=args.quiet))
     right = ("left", "left", *["right"] * 6, "left")
     print(tabulate(rows, PAPER_HEADERS, disable_numparse=True, colalign=right))
@@ -86,5 +91,5 @@ def _print_paper(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

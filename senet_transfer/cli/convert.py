@@ -16,32 +16,38 @@ Examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", metavar="IN", help="a weight file, or a name in the catalogue")
     parser.add_argument(
-        "output", metavar="OUT", help="the new file: .pth, .safetensors, or .pkl for Detectron2"
+        "output",
+        metavar="OUT",
+        help="the file to write: .pth, .safetensors, or .pkl for Detectron2",
     )
     parser.add_argument(
-        "--to", choices=WEIGHT_TARGETS, help="default: senet_transfer, or detectron2 for a .pkl"
+        "--to",
+        choices=WEIGHT_TARGETS,
+        help="format of OUT; default: senet_transfer, or detectron2 for a .pkl",
     )
     parser.add_argument(
         "--family",
         choices=WEIGHT_FAMILIES,
-        help="family of IN, where several families have the same tensor names",
+        help="family of IN, if its tensor names fit several families",
     )
     parser.add_argument(
-        "--check", action="store_true", help="compare the outputs of both files' networks"
+        "--check",
+        action="store_true",
+        help="check that the networks of both files give the same outputs",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert, and print what was found and done."""
+    """Convert the file and print a summary."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.export.conversion import convert_file
@@ -56,5 +62,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

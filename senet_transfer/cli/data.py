@@ -25,7 +25,7 @@ def _places365_parser() -> argparse.ArgumentParser:
         "Convert Places365 to WebDataset shards.", source="folder with lists and images"
     )
     parser.add_argument("--split", choices=PLACES365_SPLITS, required=True)
-    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="of the images")
+    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="size of the images")
     return parser
 
 
@@ -40,8 +40,8 @@ def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
         "Convert a tree of images to WebDataset shards.", source="folder with one folder per class"
     )
-    parser.add_argument("--name", default="images", help="begins the shards' names")
-    parser.add_argument("--classes-from", type=Path, help="shards whose classes and labels to take")
+    parser.add_argument("--name", default="images", help="prefix of the shards' names")
+    parser.add_argument("--classes-from", type=Path, help="shards whose classes and labels to use")
     return parser
 
 
@@ -60,7 +60,7 @@ def _cifar_parser() -> argparse.ArgumentParser:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--source", type=Path, help="archive or folder to read")
     data.add_argument(
-        "--download", choices=CIFAR_DOWNLOADS, help="get the official archive, with torchvision"
+        "--download", choices=CIFAR_DOWNLOADS, help="download the official archive with torchvision"
     )
     add(
         "--output",
@@ -71,7 +71,7 @@ def _cifar_parser() -> argparse.ArgumentParser:
     add(
         "--any-checksum",
         action="store_true",
-        help="accept data in the official form with another checksum or number of images",
+        help="accept data in the official layout with another checksum or number of images",
     )
     add("--quiet", action="store_true", help="no progress bars while reading")
     return parser
@@ -84,7 +84,9 @@ def _prepare_cifar(args: argparse.Namespace) -> None:
     source, output = args.source, args.output
     if output is None:
         if source is not None:
-            raise UserError("--source needs --output, a folder to write such as datasets/cifar10.")
+            raise UserError(
+                "--source needs --output, the folder to write, such as datasets/cifar10."
+            )
         output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
     if source is None:
         source = download_cifar(args.download, output.expanduser())
@@ -98,8 +100,8 @@ def _shapes_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", type=Path, default=root / "shapes", help="folder to make")
-    add("--seed", type=int, default=0, help="another seed gives other images")
+    add("--output", type=Path, default=root / "shapes", help="folder to create")
+    add("--seed", type=int, default=0, help="seed of the random images")
     add("--train", type=int, default=400, help="number of training images")
     add("--val", type=int, default=100, help="number of validation images")
     add("--quiet", action="store_true", help="no progress bar")
@@ -123,23 +125,23 @@ def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--source", type=Path, required=True, help=source)
-    add("--output", type=Path, required=True, help="folder for the shards, one for each split")
-    add("--seed", type=int, default=0, help="of the global shuffle")
-    add("--workers", type=int, default=2, help="processes")
-    add("--shard-mb", type=float, default=200, help="approximate size of a shard")
-    add("--skip-broken", type=int, default=0, help="leave out and record this many bad images")
-    add("--verify", action="store_true", help="read all shards back and compare")
+    add("--output", type=Path, required=True, help="folder for the shards of this split")
+    add("--seed", type=int, default=0, help="seed of the global shuffle")
+    add("--workers", type=int, default=2, help="number of processes")
+    add("--shard-mb", type=float, default=200, help="approximate size of a shard in MB")
+    add("--skip-broken", type=int, default=0, help="skip and record up to this many bad images")
+    add("--verify", action="store_true", help="read all shards back and verify them")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> None:
-    """Write images to shards as the arguments of :func:`_shards_parser` say.
+    """Write images to shards.
 
     Args:
-        images: the images to write.
-        split: prefix of the shards' names.
-        args: as parsed.
+        images: The images to write.
+        split: The prefix of the shards' names.
+        args: The parsed arguments of :func:`_shards_parser`.
     """
     from senet_transfer.data.shards.verify import verify
     from senet_transfer.data.shards.write import convert
@@ -156,14 +158,14 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
     )
     print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
     if manifest.skipped:
-        print(f"left out {len(manifest.skipped)} bad images; manifest.json names them")
+        print(f"skipped {len(manifest.skipped)} bad images, which are listed in manifest.json")
     if args.verify:
         verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A data set that can be prepared: its command line and what runs it."""
+    """Preparation of a data set: its argument parser and its main function."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
@@ -178,19 +180,21 @@ PREPARATIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line, of which each data set has a further one."""
-    parser = argparse.ArgumentParser(description="Prepare a data set; NAME --help has the options.")
+    """Return the argument parser, which leaves the options to the parser of each data set."""
+    parser = argparse.ArgumentParser(
+        description="Prepare a data set. NAME --help shows its options."
+    )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="its options")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the data set")
     return parser
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Prepare a data set as the command line says.
+    """Parse the arguments of a data set's preparation and run it.
 
     Args:
-        name: one of :data:`PREPARATIONS`.
-        words: its arguments; None for those of this process.
+        name: One of :data:`PREPARATIONS`.
+        words: The arguments, or None for those of this process.
     """
     preparation = PREPARATIONS[name]
     args = preparation.parser().parse_args(words)
@@ -199,6 +203,6 @@ def prepare(name: str, words: list[str] | None = None) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     args = parser().parse_args(words)
     prepare(args.name, args.options)

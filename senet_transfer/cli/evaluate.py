@@ -1,10 +1,10 @@
 """Evaluate a classifier: top-1 and top-5 error, the worst and the most confused classes.
 
-On ImageNet's validation set, one folder per class, with the published error of the weights:
+Evaluate on ImageNet's validation set (one folder per class), next to the published errors:
     python tools/eval_classifier.py --model se_resnet50 --weights se_resnet50.pth \\
         --data imagenet/val --output results.json
 
-A checkpoint of tools/train_net.py, whose config.yaml is next to it:
+Evaluate a checkpoint of tools/train_net.py, with the config.yaml next to it:
     python tools/eval_classifier.py --weights output/model_best.pth --data flowers/val
 """
 
@@ -15,51 +15,51 @@ from typing import Any
 from senet_transfer.cli.arguments import EVAL_MODES, Parser, add_running_arguments, run_command
 
 _PLACES365 = """\
-Evaluate a classifier on Places365's validation set, next to the rows of the paper's Table VI.
+Evaluate a classifier on Places365's validation set, and compare it with the paper's Table VI.
 
     %(prog)s --model se_resnet152 --weights FILE --data datasets/places365/val --output results.json
 
---data takes the shards that datasets/prepare_places365.py makes, the folder with the lists and
-val_256 or val_large, such a folder of images itself, or the archive val_256.tar next to the lists.
+--data is a folder of shards written by datasets/prepare_places365.py, the folder with the lists and
+val_256 or val_large, one of these two image folders, or the archive val_256.tar next to the lists.
 """
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=description)
     add = parser.add_argument
-    add("--model", default="", help="a name of senet_transfer.list_models()")
-    add("--weights", default="", help="a weight file; default: MODEL.WEIGHTS of the config")
-    add("--family", default="", help="of the weight file, if its names are those of several")
+    add("--model", default="", help="a name in senet_transfer.list_models()")
+    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
+    add("--family", default="", help="family of the weights, if their tensor names fit several")
     add(
         "--config-file",
         default="",
-        help="instead of --model; default: the config.yaml next to the weights",
+        help="config, instead of --model; default: the config.yaml next to the weights",
     )
     add(
         "--data", default="", help="shards, a folder or an archive; default: the config's "
         "DATASETS.TEST",
     )  # fmt: skip
-    add("--output", default="", help="a JSON to write")
-    add("--crop-mode", choices=EVAL_MODES, help="default: short_side, or as the config says")
+    add("--output", default="", help="JSON file to write")
+    add("--crop-mode", choices=EVAL_MODES, help="default: the config's, or short_side")
     add("--resize", type=int, help="pixels to resize to; default: the model's")
     add("--crop", type=int, help="pixels to crop to; default: the model's")
     add(
         "--predictions",
         default="",
-        help="a CSV to write: key, label and the best five classes of each image",
+        help="CSV file to write: key, label and the five most probable classes of each image",
     )
-    add("--logits", action="store_true", help="add the logits to the CSV")
+    add("--logits", action="store_true", help="add the logits to the CSV file")
     add_running_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, Any]:
-    """Evaluate, print and return the results.
+    """Evaluate the classifier, print the results and return them.
 
     Args:
-        args: of :func:`parser`.
-        published: results of others on the same data, to be printed next to them.
+        args: The parsed arguments of :func:`parser`.
+        published: Published results on the same data to print next to them.
     """
     from senet_transfer.engine.inference.evaluate import run_evaluation
     from senet_transfer.engine.model_from import find_model
@@ -105,14 +105,14 @@ def _print(results: dict[str, Any]) -> None:
         print(f"  {row['top1_error']:6.2f}  {row['images']:6d}  {row['class']}")
     print("Most confused (images):")
     for row in results["most_confused"]:
-        print(f"  {row['images']:6d}  {row['class']} taken for {row['taken_for']}")
+        print(f"  {row['images']:6d}  {row['class']} predicted as {row['taken_for']}")
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))
 
 
 def command_places365(words: list[str] | None = None) -> None:
-    """Run as the command line says, on Places365."""
+    """Parse the arguments and evaluate on Places365."""
     run_command(_main_places365, parser(_PLACES365).parse_args(words))

@@ -1,11 +1,11 @@
-"""Write a model for production, batch norms folded, and compare it with the eager one.
+"""Export a model with folded batch norms, and compare its outputs with the original model's.
 
     python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
     python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
     python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
 
-A classifier, or the backbone of a classifier or detector, becomes ONNX (.onnx), a program of
-torch.export (.pt2) or TorchScript (.ts), by the suffix of the output; a detector TorchScript.
+The suffix of the output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
+Classifiers and backbones can be exported to all formats, detectors only to TorchScript.
 tools/classify_onnx.py runs a classifier without torch.
 """
 
@@ -16,23 +16,23 @@ from senet_transfer.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--weights", default="", help="a checkpoint or a weight file; without it, random weights")
-    add("--model", default="", help="a name of senet_transfer.list_models()")
-    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add("--weights", default="", help="a checkpoint or weight file; default: random weights")
+    add("--model", default="", help="a name in senet_transfer.list_models()")
+    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
     add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
-    add("--backbone", "--trunk", action="store_true", help="only the backbone's feature maps")
-    add("--size", type=int, nargs="+", help="pixels: a side, or height and width; default: 224")
-    add("--image", default="", help="an image to trace a detector with")
+    add("--backbone", "--trunk", action="store_true", help="export only the backbone")
+    add("--size", type=int, nargs="+", help="size in pixels: one side, or height and width (224)")
+    add("--image", default="", help="image with which a detector is traced")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export, and print what was compared and written."""
+    """Export the model, and print the comparison and the file."""
     from senet_transfer.engine.model_from import find_model
     from senet_transfer.export.write import export_model, format_of
     from senet_transfer.utils.progress import no_bars
@@ -54,5 +54,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

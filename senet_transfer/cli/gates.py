@@ -1,4 +1,4 @@
-"""Show what the gates of an SE network do: the paper's Figures 6 and 7 on any labelled images.
+"""Analyse the gates of an SE network: the paper's Figures 6 and 7 on any labelled images.
 
     python tools/analyze_excitations.py --weights output/model_best.pth --data flowers/val \\
         --output output/gates
@@ -7,21 +7,21 @@
     python tools/analyze_excitations.py --weights output/model_final.pth \\
         --data annotations.json --images images/ --output output/gates
 
---data takes one folder per class, shards, Places365, or with --images a JSON in COCO's format,
-whose objects are cut out. Of every class 50 images are taken. Written are one figure per block
-(blocks/), the paper's choice of blocks in one (figure6.png), all blocks at a glance (blocks.png),
-and the numbers (gates.csv, blocks.csv). Printed is one line per block:
+--data is a tree with one folder per class, shards, Places365 or, with --images, a JSON in COCO's
+format, whose objects are cropped. 50 images of each class are used. The output folder contains one
+figure per block (blocks/), the blocks shown in the paper (figure6.png), an overview of all blocks
+(blocks.png), and the values (gates.csv, blocks.csv). One line per block is printed:
 
-    mean      of all gates
-    > 0.95    share of the gates that are open, as good as 1
-    < 0.05    share of those that are closed
-    between   standard deviation of the classes' means, without what chance adds to it
+    mean      mean of all gates
+    > 0.95    fraction of open gates
+    < 0.05    fraction of closed gates
+    between   standard deviation of the class means, corrected for sampling noise
     within    standard deviation between the images of a class
-    ratio     of these two: how specific to classes the gates are
-    and "open" or "constant" where a block does next to nothing and might be removed
+    ratio     between / within: how class-specific the gates are
+    "open" or "constant" marks a block whose gates have little effect and might be removed
 
---prune-stage 5 also drops the gates of that stage, evaluates the classifier on all of --data with
-and without, and writes the network without them to OUTPUT/pruned.
+--prune-stage 5 also removes the gates of stage 5, evaluates the classifier on all of --data with
+and without them, and writes the network without them to OUTPUT/pruned.
 """
 
 import argparse
@@ -30,27 +30,27 @@ from senet_transfer.cli.arguments import Parser, add_running_arguments, run_comm
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="of an SE network, a classifier or a detector")
-    add("--model", default="", help="its name, if nothing else tells")
-    add("--config-file", default="", help="its config; default: the config.yaml next to it")
+    add("--weights", required=True, help="weights of an SE classifier or detector")
+    add("--model", default="", help="model name, if neither a config nor the weights specify it")
+    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
     add("--data", required=True, help="labelled images")
     add("--images", default="", help="folder of images, if --data is a JSON in COCO's format")
     add("--output", required=True, help="folder for figures and tables")
-    add("--classes", nargs="+", help="names of the classes to draw; default: some at random")
-    add("--num-classes", type=int, default=4, help="how many, if they are drawn at random (4)")
-    add("--images-per-class", type=int, default=50, help="of every class (50)")
-    add("--channels", type=int, default=50, help="channels per figure (50)")
-    add("--seed", type=int, default=0, help="of images, classes and channels (0)")
-    add("--prune-stage", type=int, nargs="+", default=[], help="drop the gates of these stages")
+    add("--classes", nargs="+", help="classes to plot; default: a random selection")
+    add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
+    add("--images-per-class", type=int, default=50, help="number of images per class (50)")
+    add("--channels", type=int, default=50, help="number of channels per figure (50)")
+    add("--seed", type=int, default=0, help="seed that selects images, classes and channels (0)")
+    add("--prune-stage", type=int, nargs="+", default=[], help="stages whose gates are removed")
     add_running_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Analyse the gates, and print what was found and written."""
+    """Analyse the gates, and print the results and the files written."""
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
@@ -83,5 +83,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

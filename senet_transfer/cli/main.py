@@ -9,24 +9,26 @@ import argparse
 import importlib
 import sys
 
-# Name of the command -> module of senet_transfer.cli, and what it does.
+from senet_transfer import __version__
+
+# Name of the command -> module of senet_transfer.cli and description.
 COMMANDS = {
     "train": ("train", "train or evaluate a detector or classifier from a config"),
     "eval": ("evaluate", "evaluate a classifier: errors, worst and most confused classes"),
     "predict": ("predict", "detect objects in images, or classify them"),
-    "export": ("export", "write a model for production: ONNX, torch.export, TorchScript"),
-    "convert": ("convert", "convert a weight file between projects"),
-    "report": ("report", "make an HTML page of runs"),
+    "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
+    "convert": ("convert", "convert a weight file between the formats of projects"),
+    "report": ("report", "create an HTML report of runs"),
     "data": ("data", "prepare a data set"),
     "complexity": ("complexity", "count parameters and multiply-accumulates"),
-    "gates": ("gates", "draw what the gates of an SE network do"),
+    "gates": ("gates", "analyse the gates of an SE network"),
     "sweep": ("sweep", "train a config with several seeds"),
     "ablation": ("ablation", "train the paper's variants of SE"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line, of which each command has a further one."""
+    """Return the argument parser, which leaves the arguments to the parser of each command."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"    {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -35,13 +37,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     return parser
 
 
 def command() -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     args = parser().parse_args()
     name, _ = COMMANDS[args.command]
     sys.argv[0] = f"senet {args.command}"

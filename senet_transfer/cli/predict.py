@@ -1,7 +1,7 @@
-"""Predict on images with the checkpoint of a run.
+"""Predict on images with a trained checkpoint.
 
-The objects of a detector are drawn on the images and written as a JSON in COCO's format. The best
-five classes of a classifier are printed for each image and written as a JSON.
+With a detector, the detections are drawn on the images and written as a JSON in COCO's format. With
+a classifier, the five most probable classes of each image are printed and written as a JSON.
 """
 
 import argparse
@@ -11,23 +11,23 @@ from senet_transfer.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", required=True, help="a checkpoint of a trained model")
-    add("--config-file", default="", help="its config; default: the config.yaml next to it")
-    add("--input", nargs="+", required=True, help="images, folders of images, or patterns")
+    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
+    add("--input", nargs="+", required=True, help="image files, folders of images, or patterns")
     add("--output", required=True, help="folder for the drawings and the JSON")
-    add("--threshold", type=float, default=0.5, help="least score, 0-1")
-    add("--limit", type=int, help="predict on the first N images only")
-    add("--tta", action="store_true", help="test-time augmentation")
+    add("--threshold", type=float, default=0.5, help="minimum score, 0-1 (0.5)")
+    add("--limit", type=int, help="predict only on the first LIMIT images")
+    add("--tta", action="store_true", help="use test-time augmentation")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict, and print what was found and written."""
+    """Predict on the images, and print the results and the paths written."""
     from senet_transfer.config import is_classification
     from senet_transfer.engine.inference.classify import classify_images
     from senet_transfer.engine.inference.detect import predict_images
@@ -52,5 +52,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

@@ -1,10 +1,10 @@
-"""Make one HTML page of runs: results next to the paper's, curves, classes, pictures, configs.
+"""Create an HTML report of runs: results and the paper's, curves, classes, images and configs.
 
     python tools/report.py output/demo
     python tools/report.py output/demo output/other --output compared.html
 
-A RUN is the output folder of tools/train_net.py, finished or not, or a folder that holds such
-folders. The page needs no network and no other file; open it in any browser.
+A RUN is the output folder of a finished or unfinished run of tools/train_net.py, or a folder that
+contains such folders. The report is a single file, which any browser shows without a network.
 """
 
 import argparse
@@ -15,25 +15,27 @@ from senet_transfer.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="an output folder, or one of such")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output folder of a run, or of several"
+    )
     parser.add_argument(
         "--output",
         type=Path,
-        help="default: report.html in the run, or next to the first of several runs",
+        help="HTML file; default: report.html in the run, or next to the first of several runs",
     )
     parser.add_argument(
-        "--images", type=int, default=240, help="pictures of detections in the page (240)"
+        "--images", type=int, default=240, help="maximum number of images with detections (240)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make the page and print its path."""
+    """Write the report and print its path."""
     from senet_transfer.analysis.report import find_runs, load_runs, write_report
 
     if args.images < 0:
@@ -46,5 +48,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

@@ -1,10 +1,10 @@
-"""Train a config with several seeds, and print mean, standard deviation and the paper's figure.
+"""Train a config with several seeds; print the mean, standard deviation and the paper's result.
 
     python tools/run_seeds.py --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
 
-Each seed has a folder of its own. A finished run is not trained again, and an interrupted one is
-resumed: after an interruption, give the same command.
+Each seed has its own folder. After an interruption, repeat the command: finished runs are not
+trained again, and an unfinished run is resumed.
 """
 
 import argparse
@@ -14,20 +14,20 @@ from senet_transfer.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--config-file", required=True, help="a recipe")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--config-file", required=True, help="config to train")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (0 1 2)")
     add("--output", required=True, help="folder of all runs")
-    add("--num-gpus", type=int, default=1, help="processes of each run")
-    add("--quiet", action="store_true", help="leave the runs' logs to their log.txt")
+    add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
+    add("--quiet", action="store_true", help="write the logs of the runs only to their log.txt")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is missing and print the table."""
+    """Train the missing runs and print the table of results."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.repeated_runs import run_seeds, seeds_report
@@ -45,5 +45,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     run_command(main, parser().parse_args(words))

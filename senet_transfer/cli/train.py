@@ -13,7 +13,7 @@ __all__ = ["command", "parser", "run_options"]
 
 
 def command(words: list[str] | None = None) -> None:
-    """Run as the command line says."""
+    """Parse the arguments and run the command."""
     args: argparse.Namespace = parser().parse_args(words)
     # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
     with without_script_warnings():
@@ -31,7 +31,7 @@ def command(words: list[str] | None = None) -> None:
 
 
 def run_options(args: argparse.Namespace) -> "RunOptions":
-    """Return what the engine takes, of a command line that is parsed."""
+    """Convert parsed arguments to the options of a run."""
     from senet_transfer.engine.setup import RunOptions
 
     return RunOptions(

@@ -1,4 +1,4 @@
-"""Every config key of this project, and reading configs."""
+"""The project's config keys, and loading and validation of configs."""
 
 from senet_transfer.config.defaults import (
     META_ARCHITECTURE,

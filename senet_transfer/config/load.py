@@ -1,9 +1,9 @@
-"""Reading configs: files, the names of this project's own, and options over them."""
+"""Loading of configs from files, from names of this project's configs, and from options."""
 
 import contextlib
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,16 +15,17 @@ from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
 
-def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
-    """Reads a config file and options over it, on this project's defaults.
+def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
+    """Load this project's defaults, merge a config file into them, then apply the options.
 
     Args:
-        config_file: a YAML file, or the name of one of this project's; empty for the defaults
-            alone.
+        config_file: a YAML file, or the name of one of this project's configs. If it is empty, only
+            the defaults are used.
         options: alternating keys and values, as on a command line.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key, a value of the wrong type.
+        UserError: if the file is missing or malformed, a key is unknown, or a value has the wrong
+            type.
     """
     cfg = get_senet_config()
     if config_file:
@@ -36,16 +37,16 @@ def load_config(config_file: str, options: list[str] = ()) -> CfgNode:
     return cfg
 
 
-def merge_options(cfg: CfgNode, options: list[str]) -> None:
-    """Sets config keys, in place, as on a command line: alternating keys and values.
+def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
+    """Set config keys in place from alternating keys and values, as on a command line.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type.
+        UserError: if a key is unknown or a value has the wrong type.
     """
     if len(options) % 2:
         raise UserError(
-            f"Config options come in pairs of KEY VALUE, found {len(options)} words: "
-            f"{' '.join(options)}. Put a value that has spaces in quotes."
+            f"Config options must be pairs of KEY VALUE, found {len(options)} words: "
+            f"{' '.join(options)}. Quote values that contain spaces."
         )
     if options:
         for key in options[::2]:
@@ -58,25 +59,25 @@ def merge_options(cfg: CfgNode, options: list[str]) -> None:
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:
-    """Refuses None where there is a default, which yacs takes for a value of any type."""
+    """Raise UserError if a key with a default is None, which yacs accepts for every type."""
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
         if default is not None and not isinstance(default, str) and values.get(key) is None:
             raise UserError(
-                f"{key} is None, expected a value as its default, {default!r}. Set one, or leave "
-                "the key out."
+                f"{key} is None, expected a value of the type of its default, {default!r}. Set a "
+                "value, or remove the key from the config."
             )
 
 
 def find_config(name: str) -> str:
-    """The path of a config file, which may be one of this project's by name.
+    """Return the path of a config file, given its path or the name of one of this project's.
 
     Args:
-        name: a path; or such as "faster_rcnn_se_r50", also with "configs/" before it and ".yaml"
-            after it, where there is no such file.
+        name: a path, or a name such as "faster_rcnn_se_r50". If no file has this path, a prefix
+            "configs/" and a suffix ".yaml" are ignored.
 
     Raises:
-        UserError: there is none of either kind.
+        UserError: if neither a file nor a config of this project has this name.
     """
     if os.path.exists(name) or name.endswith(".py"):
         return name
@@ -89,7 +90,7 @@ def find_config(name: str) -> str:
     known = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
     raise UserError(
-        f"There is no config file {name}. Give the path of one, or a name such as "
+        f"There is no config file {name}. Give the path of a config file, or a name such as "
         f"{', '.join(near)}."
     )
 
@@ -97,8 +98,8 @@ def find_config(name: str) -> str:
 def _check_config_file(path: str) -> None:
     if path.endswith(".py"):
         raise UserError(
-            f"{path} is a LazyConfig, which this command doesn't read. Give a YAML config; in "
-            "Python, a LazyConfig can hold senet_transfer.create_backbone."
+            f"{path} is a LazyConfig, which this command doesn't support. Give a YAML config. In "
+            "Python, a LazyConfig can call senet_transfer.create_backbone."
         )
     try:
         with open(path) as file:
@@ -115,7 +116,10 @@ def _check_config_file(path: str) -> None:
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
-    """Makes 90 of a key whose value is 30.0 to 90.0, which yacs refuses as of another type."""
+    """Return the options with integers for keys of type float written as floats.
+
+    yacs rejects an integer for such a key because its type differs from the default's.
+    """
     floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
     return [
         f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
@@ -125,7 +129,7 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _merge_errors(source: str) -> Iterator[None]:
-    """Raise UserError for the errors of Detectron2 and yacs on merging values into a config."""
+    """Convert errors that Detectron2 and yacs raise while merging a config to UserError."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
@@ -133,7 +137,9 @@ def _merge_errors(source: str) -> Iterator[None]:
     except yaml.YAMLError as error:
         raise UserError(f"The config file {source} is not YAML: {error}") from error
     except RecursionError as error:
-        raise UserError(f"The config file {source} is its own _BASE_. Name another.") from error
+        raise UserError(
+            f"The config file {source} includes itself as its _BASE_. Set _BASE_ to another file."
+        ) from error
     except (
         ValueError,
         AssertionError,
@@ -143,19 +149,19 @@ def _merge_errors(source: str) -> Iterator[None]:
         SyntaxError,
     ) as error:
         raise UserError(
-            f"In {source}: {error}. Expected a value of the type of the key's default; see "
+            f"In {source}: {error}. Expected a value of the same type as the key's default; see "
             "Detectron2's config reference and senet_transfer/config/defaults.py."
         ) from error
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML file, and the files that it names as ``_BASE_``, into a config.
+    """Merge a YAML file and its ``_BASE_`` files into a config.
 
     Raises:
-        UserError: a key that does not exist.
+        UserError: if a key does not exist.
     """
     try:
-        # Detectron2's default would run code that a file names in a YAML tag.
+        # By default Detectron2 falls back to an unsafe YAML loader, which runs code from YAML tags.
         cfg.merge_from_file(path, allow_unsafe=False)
     except KeyError as error:
         unknown = next(_unknown_keys(cfg, cfg.load_yaml_with_base(path)), None)
@@ -165,7 +171,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def _unknown_keys(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a file's content that a config does not have."""
+    """Yield the dotted keys in a file's content that do not exist in a config."""
     for key, value in content.items():
         if key not in cfg:
             if not cfg.is_new_allowed():
@@ -191,5 +197,9 @@ def _explain_unknown(cfg: CfgNode, key: str) -> str:
         for n in range(1, len(parts) + 1)
     ]
     near = difflib.get_close_matches(key, dict.fromkeys(known), n=3, cutoff=0.6)
-    hint = f"Did you mean {' or '.join(near)}?" if near else "It is no key of Detectron2 or ours."
+    hint = (
+        f"Did you mean {' or '.join(near)}?"
+        if near
+        else "Neither Detectron2 nor this project defines it."
+    )
     return f"There is no config key {key}. {hint}"

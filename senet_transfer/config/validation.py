@@ -1,4 +1,7 @@
-"""Types and ranges of config values, where an invalid one is noticed late or never."""
+"""Checks of the types and ranges of config values.
+
+Without these checks, an invalid value would be noticed late or not at all.
+"""
 
 import contextlib
 import logging
@@ -13,7 +16,7 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The least and the largest value, both allowed. Detectron2 divides by some of these.
+# Minimum and maximum, both inclusive. Detectron2 divides by some of these values.
 RANGES = {
     "DATALOADER.MAX_SKIP_RATIO": (0, 1),
     "DATALOADER.NUM_WORKERS": (0, 256),
@@ -61,7 +64,7 @@ RANGES = {
 }
 
 
-# What is in lists whose default is empty, which shows nothing about it.
+# Example elements for lists whose default is empty and so does not show the element type.
 _ELEMENTS: dict[str, Any] = {
     "DATASETS.CATEGORY_IDS": 1,
     "DATASETS.CLASSES": "name",
@@ -78,10 +81,10 @@ _KINDS = {bool: "True or False", int: "a number", float: "a number", str: "text"
 
 
 def check_elements(cfg: CfgNode) -> None:
-    """Raise UserError for a list of a config whose elements have another type than the default's.
+    """Raise UserError if the elements of a list in a config differ in type from the default's.
 
-    yacs compares the types of lists, not those of their elements. Where the default is a list of
-    lists, as Detectron2's anchors are, a list of any depth is accepted.
+    yacs compares the types of lists, but not of their elements. If the default is a list of lists,
+    such as Detectron2's anchors, a list of any depth is accepted.
     """
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
@@ -113,7 +116,7 @@ def _is_like(value: Any, example: Any) -> bool:
     return isinstance(value, type(example))
 
 
-# Lists that Detectron2 takes the first element of.
+# Lists whose first element Detectron2 reads.
 _NOT_EMPTY = (
     "MODEL.RETINANET.IOU_THRESHOLDS",
     "MODEL.ROI_HEADS.IOU_THRESHOLDS",
@@ -122,15 +125,15 @@ _NOT_EMPTY = (
 
 
 def check_ranges(cfg: CfgNode) -> None:
-    """Raise UserError for numbers out of range or not finite, and for lists that may not be empty.
+    """Check that numbers are finite and within their range, and that required lists are not empty.
 
     Raises:
-        UserError: names the key, its value and its range.
+        UserError: if a value is invalid. The message names the key, its value and its range.
     """
     values = dict(config_items(cfg))
     for key, (least, most) in RANGES.items():
         value = values[key]
-        # None is a choice of its own where it is allowed.
+        # Keys whose default is None accept None as a value with its own meaning.
         if value is None:
             continue
         if not isinstance(value, int | float) or not (least <= value <= most and value < math.inf):
@@ -141,27 +144,27 @@ def check_ranges(cfg: CfgNode) -> None:
             raise UserError(f"{key} is {values[key]!r}, expected at least one number.")
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
-            "SOLVER.CHECKPOINTS_KEPT is 1, and there would be none before one that is damaged. "
-            "Set it to 2 or more, or to 0 to keep all."
+            "SOLVER.CHECKPOINTS_KEPT is 1, expected 0 (keep all) or at least 2: if the only "
+            "checkpoint is damaged, there is no earlier one to resume from."
         )
 
 
 @contextlib.contextmanager
 def config_errors(what: str) -> Iterator[None]:
-    """Raise UserError for what the builders of Detectron2 and torch raise for invalid values.
+    """Convert errors that Detectron2 and torch raise while building from a config to UserError.
 
-    Programming errors, such as an AttributeError or a TypeError, are not caught. The log has the
-    traceback of what is.
+    Programming errors, such as AttributeError and TypeError, are not caught. The traceback of a
+    converted error is written to the log.
 
     Args:
-        what: the name of what is built, for the message.
+        what: the name of the object that is built, for the message.
     """
     try:
         yield
     except (AssertionError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         logger.info("Building %s failed:", what, exc_info=True)
         raise UserError(
-            f"The config describes no {what} that can be built: {type(error).__name__}: {error}. "
-            "Compare the keys that differ from the recipe with Detectron2's config reference and "
-            "senet_transfer/config/defaults.py; log.txt has where it failed."
+            f"The {what} can't be built from this config: {type(error).__name__}: {error}. "
+            "Compare the keys that you changed with Detectron2's config reference and "
+            "senet_transfer/config/defaults.py; log.txt contains the traceback."
         ) from error

@@ -1,4 +1,4 @@
-"""Labelled images: one as it is stored, and a data set of them."""
+"""Interface of classification data sets, and the encoded samples they return."""
 
 import re
 from abc import ABC, abstractmethod
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Room for an extension in the 100 bytes that a tar member's name may have.
+# Leaves room for an extension: names of tar members are limited to 100 bytes.
 MAX_KEY = 80
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image as it is stored.
+    """An encoded image with its label.
 
     Attributes:
-        key: names the sample in its data set; never used as a path.
-        label: the class, as a position in the list of classes.
+        key: name of the sample, unique in its data set. It is never used as a path.
+        label: index of the class.
         data: the encoded image.
-        origin: the file or shard it came from, for messages.
+        origin: the file or shard that the image was read from, for messages.
     """
 
     key: str
@@ -29,10 +29,11 @@ class RawSample:
 
 
 def make_key(name: str, index: int) -> str:
-    """The key of an image from its path in a list and its position there.
+    """Return the key of an image, made from its path and its index in the list of images.
 
-    Webdataset takes all after a name's first dot for the extension, and a slash for a folder, so
-    neither may be in a key. Different paths can come out alike; the position keeps them apart.
+    Webdataset treats everything after the first dot of a name as the extension, and a slash as a
+    folder separator, so a key contains neither. Different paths can be mapped to the same text; the
+    index makes the key unique.
     """
     stem = re.sub(r"\.[A-Za-z0-9]+$", "", name.strip("/"))
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
@@ -40,12 +41,12 @@ def make_key(name: str, index: int) -> str:
 
 
 class ClassificationDataset(ABC):
-    """Labelled images in an order that never changes.
+    """Labelled images in a fixed order, grouped into units that are read in one go.
 
     Attributes:
-        classes: names, the label being the position.
-        unit_sizes: `(U,)` int64, samples in each unit.
-        origin: where it is, for messages.
+        classes: names of the classes, indexed by label.
+        unit_sizes: number of samples in each unit, int64 `(U,)`.
+        origin: path or address of the data set, for messages.
     """
 
     def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
@@ -58,24 +59,24 @@ class ClassificationDataset(ABC):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, with those that have no images."""
+        """Number of classes, including those without images."""
         return len(self.classes)
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yields the samples of a unit in order, undecoded, without the first `skip`."""
+        """Yield the encoded samples of a unit in order, starting after the first `skip`."""
 
     @abstractmethod
     def labels(self) -> np.ndarray:
-        """All labels in order, `(len(self),)`."""
+        """Return the labels of all samples in order, `(len(self),)`."""
 
     @abstractmethod
     def read_sample(self, index: int) -> RawSample:
-        """Reads one sample by its position in the data set."""
+        """Read one sample by its index in the data set."""
 
 
 class SingleImages(ClassificationDataset):
-    """Labelled images of which each is a unit."""
+    """A data set in which every image is a unit."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

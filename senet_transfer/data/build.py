@@ -1,4 +1,7 @@
-"""From a config to classification's data: the only place that reads its keys for data."""
+"""Classification data sets, transforms and loaders built from a config.
+
+No other module reads the config keys for classification data.
+"""
 
 import functools
 import os
@@ -27,25 +30,30 @@ AUGMENTS = ("region", "pad_crop")
 
 
 def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Opens the config's data sets, takes the classes from them and writes them into the config.
+    """Open the config's data sets and write their absolute paths and classes into the config.
+
+    Args:
+        cfg: the config, which is changed in place.
+        eval_only: open only the data sets of ``DATASETS.TEST``.
 
     Raises:
-        UserError: a data set is missing, damaged, or has other classes than the rest.
+        UserError: a data set is missing or damaged, or the data sets have different classes.
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset are for data in COCO's format; a classifier's data "
-            "is named by its path: DATASETS.TRAIN \"('my/train',)\"."
+            "DATASETS.REGISTER and --dataset are for data in COCO format. For a classifier, set "
+            "the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
-            f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries, and a classifier trains on "
-            "one: a folder of shards, or a tree with a folder a class."
+            f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected one, a folder of "
+            "shards or a folder with one folder per class. Name a single data set."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
-        raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on. Name data there.")
-    # Absolute, so that the saved config works from any folder. What is not used is left alone.
+        raise UserError("DATASETS.TEST is empty; expected the path of a data set to evaluate on.")
+    # Absolute paths make the saved config valid in any working directory. With eval_only, the
+    # training data may be absent.
     if not eval_only:
         cfg.DATASETS.TRAIN = tuple(find_dataset(name) for name in cfg.DATASETS.TRAIN)
     cfg.DATASETS.TEST = tuple(find_dataset(name) for name in cfg.DATASETS.TEST)
@@ -60,31 +68,41 @@ def _check_augment(cfg: CfgNode) -> None:
     options = cfg.INPUT.CLASSIFICATION
     check_choice("INPUT.CLASSIFICATION.AUGMENT", options.AUGMENT, AUGMENTS)
     if in_memory(cfg):
-        # The other options of this way are checked by what they go to.
+        # Called for its checks: CifarAugment validates the other options of pad_crop.
         small_augment(cfg)
         sizes = (options.CROP, options.TEST_RESIZE, options.TEST_CROP)
         if set(sizes) != {SIDE} or options.TEST_MODE == "ten_crop":
             raise UserError(
                 f"INPUT.CLASSIFICATION: CROP, TEST_RESIZE and TEST_CROP are {sizes} and TEST_MODE "
-                f"{options.TEST_MODE}; with AUGMENT pad_crop images have {SIDE} pixels and one "
+                f"is {options.TEST_MODE}; AUGMENT pad_crop requires sizes of {SIDE} pixels and one "
                 f"view. Set all three to {SIDE} and TEST_MODE to short_side, or AUGMENT to region."
             )
     elif options.CUTOUT:
         raise UserError(
-            f"INPUT.CLASSIFICATION.CUTOUT is {options.CUTOUT} and AUGMENT region, which has no "
-            "Cutout. Set CUTOUT to 0, or AUGMENT to pad_crop."
+            f"INPUT.CLASSIFICATION.CUTOUT is {options.CUTOUT} and AUGMENT is region, which does "
+            "not support Cutout. Set CUTOUT to 0, or AUGMENT to pad_crop."
         )
 
 
 def in_memory(cfg: CfgNode) -> bool:
-    """Whether the config's images are small ones, of which whole data sets are kept in memory."""
+    """Return True if the config's data sets consist of small images and are kept in memory."""
     return cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"
 
 
 def find_dataset(name: str) -> str:
-    """The absolute path of a data set, which is there or below ``$DETECTRON2_DATASETS``."""
+    """Return the absolute path of a data set.
+
+    Args:
+        name: path relative to the working directory or to ``$DETECTRON2_DATASETS``, name of a
+            prepared data set such as ``cifar10_train``, or remote address, returned unchanged.
+
+    Raises:
+        UserError: the data set does not exist.
+    """
     if not isinstance(name, str):
-        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST hold paths and names, found {name!r}.")
+        raise UserError(
+            f"DATASETS.TRAIN and DATASETS.TEST contain {name!r}; expected paths or names."
+        )
     if is_remote(name):
         return name
     cifar = cifar_name(name)
@@ -92,7 +110,7 @@ def find_dataset(name: str) -> str:
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
     for place in places:
-        # The last part of a path can be a pattern of shards.
+        # The last component of a path can be a glob pattern that selects shards.
         if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
             return place
     if cifar is not None:
@@ -103,25 +121,28 @@ def find_dataset(name: str) -> str:
             "with one folder per class"
         )
     raise UserError(
-        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. {remedy}; "
-        "datasets/README.md has the layouts, and $DETECTRON2_DATASETS is the root of all data."
+        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. {remedy}. "
+        "datasets/README.md describes the layouts; $DETECTRON2_DATASETS is the root of all data."
     )
 
 
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
-    """The data set to train on."""
-    # Of Places365's own folder, training takes the smaller train split; the folder of images says
-    # which where the other one is meant.
+    """Open the data set to train on."""
+    # A folder with all of Places365 does not determine the split; the smaller train split is the
+    # default. Naming the folder of images selects the other one.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 
 def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageArrays:
-    """A data set to evaluate on."""
+    """Open a data set to evaluate on, by its name in ``DATASETS.TEST``."""
     return _open(cfg, name, "test" if in_memory(cfg) else "val")
 
 
 def inference_dir(cfg: CfgNode, name: str) -> str:
-    """Where the predictions on a data set of ``DATASETS.TEST`` go, below the output folder."""
+    """Return the folder for predictions on a data set of ``DATASETS.TEST``.
+
+    The path is relative to the output folder.
+    """
     last = re.sub(r"[^\w-]+", "_", name.rstrip("/").rpartition("/")[2])
     place = list(cfg.DATASETS.TEST).index(name)
     return os.path.join("inference", last if len(cfg.DATASETS.TEST) == 1 else f"{place}_{last}")
@@ -133,13 +154,13 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
         return _open_once(name, split, classes, cfg.DATALOADER.CACHE_DIR, in_memory(cfg))
     except UserError as error:
         known = "" if not cfg.DATASETS.CLASSES else (
-            " (The expected classes are DATASETS.CLASSES of the config, or those of "
+            " (The expected classes are those of DATASETS.CLASSES in the config, or of "
             "DATASETS.TRAIN.)"
         )  # fmt: skip
         raise UserError(f"The data set {name}: {error}{known}") from error
 
 
-# Listing a million files takes a while, and a run opens its data for checks, epochs and loaders.
+# Listing a million files is slow, and a run opens its data sets several times.
 @functools.lru_cache(maxsize=8)
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: bool
@@ -147,14 +168,15 @@ def _open_once(
     open_any = open_cifar if whole else open_dataset
     if is_prepared(name) and not whole:
         raise UserError(
-            "a prepared file of small images is read with INPUT.CLASSIFICATION.AUGMENT pad_crop. "
-            "Set it, and CROP, TEST_RESIZE and TEST_CROP to 32, or start from configs/base/cifar10."
+            "reading a prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT "
+            "pad_crop. Set it, and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
+            "configs/base/cifar10."
         )
     return open_any(name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None)
 
 
 def train_transform(cfg: CfgNode) -> TrainTransform:
-    """The augmentation of ``INPUT.CLASSIFICATION``."""
+    """Build the training transform that ``INPUT.CLASSIFICATION`` describes."""
     options = cfg.INPUT.CLASSIFICATION
     return TrainTransform(
         size=options.CROP,
@@ -167,7 +189,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
 
 
 def eval_transform(cfg: CfgNode) -> EvalTransform:
-    """The view of an image that ``INPUT.CLASSIFICATION`` evaluates."""
+    """Build the evaluation transform that ``INPUT.CLASSIFICATION`` describes."""
     options = cfg.INPUT.CLASSIFICATION
     return EvalTransform(
         mode=options.TEST_MODE,
@@ -178,7 +200,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
 
 
 def small_augment(cfg: CfgNode) -> CifarAugment:
-    """The augmentation of ``INPUT.CLASSIFICATION`` with ``AUGMENT`` "pad_crop"."""
+    """Build the augmentation of small images (``AUGMENT`` "pad_crop")."""
     options = cfg.INPUT.CLASSIFICATION
     return CifarAugment(
         flip=options.FLIP, pad=options.PAD, padding=options.PADDING, cutout=options.CUTOUT
@@ -188,11 +210,20 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
 def train_loader(
     cfg: CfgNode, seed: int, start_iter: int = 0
 ) -> ClassificationLoader | CifarTrainLoader:
-    """The loader of this process, from an iteration on; the seed is that of the run."""
+    """Build the training loader of this process.
+
+    Args:
+        cfg: the config.
+        seed: seed of the run; the same in all processes.
+        start_iter: the first iteration to deliver.
+
+    Raises:
+        UserError: the sampler is not supported, or the data cannot be opened.
+    """
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
         raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, expected one of "
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; expected one of "
             f"{', '.join(samplers)} for a classifier"
             f"{' with INPUT.CLASSIFICATION.AUGMENT pad_crop' if in_memory(cfg) else ''}."
         )
@@ -203,11 +234,12 @@ def train_loader(
         "world_size": comm.get_world_size(),
         "start_iter": start_iter,
     }
-    if in_memory(cfg):
-        data, augment = open_train_dataset(cfg), small_augment(cfg)
-        return CifarTrainLoader(data, augment=augment, device=cfg.MODEL.DEVICE, **share)
+    dataset = open_train_dataset(cfg)
+    if isinstance(dataset, ImageArrays):
+        augment = small_augment(cfg)
+        return CifarTrainLoader(dataset, augment=augment, device=cfg.MODEL.DEVICE, **share)
     return build_classification_train_loader(
-        open_train_dataset(cfg),
+        dataset,
         **share,
         transform=train_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -219,16 +251,17 @@ def train_loader(
 
 
 def test_loader(cfg: CfgNode, name: str) -> ClassificationLoader | CifarEvalLoader:
-    """The loader of this process over its share of a data set."""
+    """Build the evaluation loader of this process over its share of a data set."""
     share = {
         "batch_size": max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         "rank": comm.get_rank(),
         "world_size": comm.get_world_size(),
     }
-    if in_memory(cfg):
-        return CifarEvalLoader(open_test_dataset(cfg, name), device=cfg.MODEL.DEVICE, **share)
+    dataset = open_test_dataset(cfg, name)
+    if isinstance(dataset, ImageArrays):
+        return CifarEvalLoader(dataset, device=cfg.MODEL.DEVICE, **share)
     return build_classification_eval_loader(
-        open_test_dataset(cfg, name),
+        dataset,
         **share,
         transform=eval_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

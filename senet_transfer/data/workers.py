@@ -1,13 +1,14 @@
-"""Worker processes of data loaders: how they start, and how their errors reach the main process.
+"""Start-up and error handling of the worker processes of data loaders.
 
-torch raises what a worker raised with the worker's traceback in the message. A UserError is meant
-for users, so it is returned by the worker as a value, and raised in the main process.
+PyTorch re-raises a worker's exception with the worker's traceback in its message. The message of a
+UserError is meant for users, so a worker returns the error as a value and the main process raises
+it unchanged.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from senet_transfer.errors import UserError
 
 
 class ErrorsAsValues:
-    """A function that returns the UserError that another one raises.
+    """Wrapper of a function that returns a UserError instead of raising it.
 
     Args:
-        function: takes one argument.
+        function: the function to wrap; it takes one argument.
     """
 
     def __init__(self, function: Callable[[Any], Any]):
@@ -33,16 +34,19 @@ class ErrorsAsValues:
 
 
 class RaisingLoader:
-    """A data loader that raises a UserError that is in a batch, or in a batch's place.
+    """Wrapper of a data loader that raises the errors which workers return as values.
 
     Args:
-        loader: yields batches; those that are lists are searched.
+        loader: yields batches. A UserError may be a whole batch, or an item of a batch that is a
+            list.
     """
 
     def __init__(self, loader: Iterable[Any]):
         self.loader = loader
 
     def __len__(self) -> int:
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"{type(self.loader).__name__} has no length")
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
@@ -54,13 +58,14 @@ class RaisingLoader:
 
 
 def init_worker(_worker: int) -> None:
-    """Gives the worker one thread, and makes it go on until the process that it works for ends it.
+    """Limit the worker to one thread and let only the main process terminate it.
 
-    A signal to stop goes to all processes of a job; the main one saves, and needs its workers for
-    the step that it is in. Ignoring SIGTERM would be too much: with the same one, it ends them.
+    Schedulers send SIGINT or SIGTERM to all processes of a job. The main process needs its workers
+    to finish the current step before it saves a checkpoint. SIGTERM can't be ignored, because the
+    main process sends it to terminate the workers; so the worker checks which process sent it.
     """
     torch.set_num_threads(1)
-    # Inherited: what arrives here is none of the main process's business.
+    # The file descriptor is inherited; signals of a worker must not wake up the main process.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):

@@ -1,1 +1,1 @@
-"""Training, evaluation and what the command lines need."""
+"""Training, evaluation, prediction and process launching."""

@@ -1,4 +1,4 @@
-"""Hooks of the train loop, one for each thing that happens around a step."""
+"""Hooks of the training loop."""
 
 import contextlib
 import logging
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer(HookBase):
-    """Timer of the steps since the run began or was resumed; the first of the hooks.
+    """Timer of the training steps since the start of the process. It must be the first hook.
 
-    Evaluation and saving are not counted.
+    The time of evaluation and saving is not included.
 
     Attributes:
-        seconds: total time of the steps.
-        steps: number of steps.
+        seconds: The total time of the steps in seconds.
+        steps: The number of steps.
     """
 
     def __init__(self) -> None:
@@ -57,47 +57,50 @@ class StepTimer(HookBase):
 
 
 class StepSeed(HookBase):
-    """Seeds all generators before each step: a resumed run draws what the unbroken one draws.
+    """Hook that seeds all random generators before each step.
+
+    It makes a resumed run draw the same random numbers as an uninterrupted one.
 
     Attributes:
-        seed: of the run; order and augmentation of its data follow from it, too.
+        seed: The seed of the run, which also determines the order and augmentation of the data.
     """
 
     def __init__(self, seed: int):
         """
         Args:
-            seed: as in the config, the same in all processes; each draws numbers of its own from
-                it. Below 0: drawn here, and kept by checkpoints.
+            seed: The config's ``SEED``, the same in all processes. Each process combines it with
+                its rank. If it is negative, a random seed is drawn, which checkpoints store.
         """
         self._from_config = seed >= 0
         self.seed = seed if self._from_config else comm.shared_random_seed()
 
     def before_step(self) -> None:
-        """Seeds by seed, iteration and rank."""
+        """Seed all generators from the seed, the iteration and the rank."""
         seed_generators(self.seed, self.trainer.iter, comm.get_rank())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the state for a checkpoint."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave, unless the config says otherwise."""
+        """Restore the seed of a checkpoint, unless the config sets one."""
         if not self._from_config:
             self.seed = state["seed"]
 
 
 class Resources(HookBase):
-    """Logs ``elapsed_seconds`` since training began and the ``peak_memory_mb`` of this process.
+    """Hook that logs the elapsed time and the peak memory.
 
-    The memory is the GPU's where one is used; else the process's own, without those that load data.
+    ``elapsed_seconds`` is the time since training started. ``peak_memory_mb`` is the peak GPU
+    memory in MiB or, on a CPU, that of this process without the data loader's workers.
     """
 
     def before_train(self) -> None:
-        """Starts the clock."""
+        """Record the start time."""
         self.start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Logs both."""
+        """Log both values."""
         self.trainer.storage.put_scalars(
             elapsed_seconds=time.perf_counter() - self.start,
             peak_memory_mb=_peak_memory() / 2**20,
@@ -108,29 +111,32 @@ class Resources(HookBase):
 def _peak_memory() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
 class FrozenStatistics(HookBase):
-    """Batch norms normalise by their running statistics, and keep them, in the last iterations."""
+    """Hook that freezes the statistics of batch norms in the last iterations.
+
+    The norms then normalise by their running statistics and don't update them.
+    """
 
     def __init__(self, model: nn.Module, iterations: int):
         """
         Args:
-            model: with batch norms.
-            iterations: how many, at the end of the run.
+            model: The model whose batch norms are frozen.
+            iterations: The number of iterations at the end of the run.
         """
         self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
 
     def before_step(self) -> None:
-        """Sets the norms; an evaluation since the last step has set them back."""
+        """Put the norms into evaluation mode, which an evaluation may have reset."""
         if self.trainer.iter >= self.trainer.max_iter - self.iterations:
             for norm in self.norms:
                 norm.eval()
 
     def after_train(self) -> None:
-        """Leaves the norms as they were."""
+        """Put the norms back into training mode."""
         for norm in self.norms:
             norm.train()
 
@@ -145,8 +151,8 @@ class ModelEMA(HookBase):
     def __init__(self, model: nn.Module, decay: float):
         """
         Args:
-            model: the trained model, without a wrapper for distributed training.
-            decay: largest share of the average that a step keeps, 0-1.
+            model: The trained model, without a wrapper for distributed training.
+            decay: The upper limit of the decay, 0-1.
         """
         self.model = model
         self.decay = decay
@@ -154,7 +160,7 @@ class ModelEMA(HookBase):
         self.average: dict[str, Tensor] = {}
 
     def before_train(self) -> None:
-        """Start from the model's weights, unless the run is resumed."""
+        """Initialise the average with the model's weights, unless the run is resumed."""
         if not self.average:
             self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
 
@@ -174,7 +180,7 @@ class ModelEMA(HookBase):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the model the average inside the context, and its own weights back after it."""
+        """Replace the model's weights by the average inside the context."""
         own = {k: v.detach().clone() for k, v in self._tensors().items()}
         self._write(self.average)
         try:
@@ -188,11 +194,11 @@ class ModelEMA(HookBase):
             tensor.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the state for a checkpoint."""
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restore the state of a checkpoint."""
         self.steps = state["steps"]
         self.average = {
             name: state["average"][name].to(tensor.device, copy=True)
@@ -201,7 +207,7 @@ class ModelEMA(HookBase):
 
 
 class _AfterEvaluation(HookBase, ABC):
-    """Does something with a metric whenever Detectron2's EvalHook has evaluated."""
+    """Base class of hooks that use a metric after each evaluation by Detectron2's EvalHook."""
 
     def __init__(self, period: int, metric: str):
         self.period = period
@@ -218,29 +224,29 @@ class _AfterEvaluation(HookBase, ABC):
 
     def _look(self) -> None:
         value, _ = self.trainer.storage.latest().get(self.metric, (math.nan, 0))
-        # Metrics are known to the main process alone.
+        # Only the main process has metrics.
         value = float(comm.all_gather(value)[0])
         if math.isfinite(value):
             self._observe(value)
             return
         logger.warning(
-            "There is no metric %r after an evaluation. Known: %s.",
+            "The evaluation has no finite metric %r. Available metrics: %s.",
             self.metric, ", ".join(sorted(self.trainer.storage.latest())),
         )  # fmt: skip
 
     @abstractmethod
     def _observe(self, value: float) -> None:
-        """Takes the metric's value of an evaluation, which is finite."""
+        """Handle the metric's value, which is finite, after an evaluation."""
 
 
 class Plateau(_AfterEvaluation):
-    """Tells a :class:`PlateauLR` of evaluations."""
+    """Hook that passes the results of evaluations to a :class:`PlateauLR` schedule."""
 
     def __init__(self, period: int, schedule: PlateauLR):
         """
         Args:
-            period: of evaluation, in iterations.
-            schedule: to tell.
+            period: The number of iterations between evaluations.
+            schedule: The schedule that receives the metric.
         """
         super().__init__(period, schedule.metric)
         self.schedule = schedule
@@ -250,10 +256,10 @@ class Plateau(_AfterEvaluation):
 
 
 class BestModel(_AfterEvaluation):
-    """Keeps the model of the best evaluation in ``model_best.pth``.
+    """Hook that saves the model with the best metric to ``model_best.pth``.
 
-    Detectron2's BestCheckpointer forgets what it had when a run is resumed, and makes its file the
-    one to resume from. This one asks the file itself, which says what it is.
+    Detectron2's BestCheckpointer forgets the best value when a run is resumed, and makes its file
+    the checkpoint to resume from. This hook stores the best value in the file instead.
     """
 
     def __init__(
@@ -265,10 +271,10 @@ class BestModel(_AfterEvaluation):
     ):
         """
         Args:
-            period: of evaluation, in iterations.
-            metric: the name by which it is logged.
-            checkpointer: saves the model.
-            average: what was evaluated in the model's place.
+            period: The number of iterations between evaluations.
+            metric: The name under which the metric is logged.
+            checkpointer: The checkpointer that saves the model.
+            average: The averaged weights, if they are evaluated instead of the model's own.
         """
         super().__init__(period, metric)
         self.checkpointer = checkpointer
@@ -276,12 +282,12 @@ class BestModel(_AfterEvaluation):
         self.best: float | None = None
 
     def before_train(self) -> None:
-        """Looks for the best model so far, where the run is resumed."""
+        """Read the best value so far from the saved model if the run is resumed."""
         path = Path(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
         if self.trainer.start_iter == 0 or not path.is_file():
             return
         if problem := verify_checkpoint(path):
-            logger.error("The best model so far is lost, the next one takes its place: %s", problem)
+            logger.error("The best model so far is damaged and will be replaced: %s", problem)
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved.get("metric") == self.metric:
@@ -298,36 +304,41 @@ class BestModel(_AfterEvaluation):
         about = {"metric": self.metric, "value": value, "iteration": self.trainer.iter}
         with self.average.in_place() if self.average else contextlib.nullcontext():
             self.checkpointer.save(BEST_NAME, **about)
-        logger.info("Best %s so far: %.4f, kept in %s.pth.", self.metric, value, BEST_NAME)
+        logger.info("Best %s so far: %.4f, saved to %s.pth.", self.metric, value, BEST_NAME)
 
 
 class AverageSaver(HookBase):
-    """Writes the averaged model to ``model_ema.pth`` when training has ended."""
+    """Hook that saves the averaged model to ``model_ema.pth`` at the end of training."""
 
     def __init__(self, average: ModelEMA, checkpointer: UntaggedCheckpointer):
         """
         Args:
-            average: to save.
-            checkpointer: of the same model.
+            average: The averaged weights to save.
+            checkpointer: The checkpointer of the same model.
         """
         self.average = average
         self.checkpointer = checkpointer
 
     def after_train(self) -> None:
-        """Saves, unless training was broken off."""
+        """Save the averaged model, unless training was interrupted."""
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             with self.average.in_place():
                 self.checkpointer.save(AVERAGE_NAME, iteration=self.trainer.iter - 1)
 
 
 class CheckpointSaver(PeriodicCheckpointer):
-    """Detectron2's PeriodicCheckpointer, which also saves before a graceful shutdown.
+    """PeriodicCheckpointer that also saves before a graceful shutdown.
 
-    It runs in all processes, so that a failure of the main one to save ends the run in all.
+    It runs in all processes, so that a failed save in the main process ends the run in all of
+    them.
     """
 
     def after_step(self) -> None:
-        """Saves periodically, at the end, and when the run stops after this step."""
+        """Save periodically, after the last iteration, and before a graceful shutdown.
+
+        Raises:
+            UserError: In all processes, if the checkpoint can't be written.
+        """
         iteration = self.trainer.iter
         stops = self.trainer.stops
         periodic = (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter
@@ -340,23 +351,24 @@ class CheckpointSaver(PeriodicCheckpointer):
                 self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
         except UserError as error:
             problem = str(error)
-        # All wait here for the file: who is told to stop may be gone soon after.
+        # All processes wait here for the file: after SIGTERM, the machine may be gone soon.
         if problem := "".join(comm.all_gather(problem)):
-            error = UserError(problem)
-            error.on_all_ranks = True
-            raise error
+            failure = UserError(problem)
+            failure.on_all_ranks = True
+            raise failure
 
 
 class GracefulStop(HookBase):
-    """Graceful shutdown on SIGTERM or Ctrl-C, at the end of a step; the last of the hooks."""
+    """Graceful shutdown on SIGTERM or Ctrl-C after a step. It must be the last hook."""
 
     def after_step(self) -> None:
-        """Exit with status 75 if any process was asked to stop in this step.
+        """Exit with status 75 if any process received a signal during this step.
 
-        Checkpoints and evaluations that are due after the step have run by then.
+        The checkpoint of this step has been saved by then.
         """
         if self.trainer.stops and self.trainer.iter + 1 < self.trainer.max_iter:
             logger.warning(
-                "Stopped after iteration %d, saved. Go on with --resume.", self.trainer.iter
+                "Stopped after iteration %d, checkpoint saved. Continue with --resume.",
+                self.trainer.iter,
             )
             raise SystemExit(interruption.STATUS)

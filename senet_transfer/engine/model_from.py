@@ -35,9 +35,9 @@ class LoadedModel:
     """A model in evaluation mode.
 
     Attributes:
-        model: the model, on the device of the config.
-        cfg: its config.
-        family: the family of its weight file; empty with random weights.
+        model: The model, on the device of the config.
+        cfg: The config of the model.
+        family: The family of its weight file; empty with random weights.
     """
 
     model: nn.Module
@@ -46,23 +46,24 @@ class LoadedModel:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The format, size and normalisation of images that the model expects."""
+        """Format, size and normalisation of the images that the model expects."""
         return preprocessing_of(self.cfg)
 
     @property
     def classes(self) -> list[str]:
-        """The names of its classes; empty if they are not known."""
+        """Names of the classes; empty if they are unknown."""
         return list(self.cfg.DATASETS.CLASSES)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is not built yet.
+    """Description of a model that has not been built yet.
 
     Attributes:
-        cfg: its config; ``MODEL.WEIGHTS`` is its weight file.
-        source: that file, or the checkpoint to take instead, if it has been read already.
-        config_file: the file that the config was read from; empty for a model known by its name.
+        cfg: The config, whose ``MODEL.WEIGHTS`` is the weight file.
+        source: The contents of the weight file, or of the checkpoint to load instead, if it has
+            been read already.
+        config_file: The file that the config was read from; empty for a model given by its name.
     """
 
     cfg: CfgNode
@@ -70,15 +71,15 @@ class ModelSource:
     config_file: str = ""
 
     def build(self, device: str = "") -> LoadedModel:
-        """Build the model as its weight file needs it, and fill all of it from the file.
+        """Build the model with the geometry of its weight file, and load all of its weights.
 
         Args:
-            device: such as "cpu" or "cuda:1"; empty for ``MODEL.DEVICE``. Without any GPU it is
-                the CPU.
+            device: The device, such as "cpu" or "cuda:1", or empty for ``MODEL.DEVICE``. The CPU
+                is used if there are no GPUs.
 
         Raises:
-            UserError: the file can't be read, or does not fit the model down to the number of
-                classes; there is no such device.
+            UserError: If the file can't be read or does not fit the model, including its number of
+                classes, or if the device does not exist.
         """
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -104,20 +105,21 @@ def find_model(
     """Find the config and the weights of a model.
 
     Args:
-        model: a name of :func:`senet_transfer.list_models`, for the classifier that
+        model: A name in :func:`senet_transfer.list_models`, for the classifier that
             ``create_classifier`` builds.
-        config_file: a config, instead of a name.
-        weights: a weight file, whose geometry overrides the config's; empty for
-            ``MODEL.WEIGHTS``. Given alone, the model is that of the ``config.yaml`` next to it, or
-            else the network that the file holds.
-        family: the family of ``weights``, if its tensor names fit several.
-        options: alternating keys and values that override the config.
+        config_file: A config file, instead of a name.
+        weights: A weight file, whose geometry overrides the config's, or empty for
+            ``MODEL.WEIGHTS``. If only this argument is given, the model is that of the
+            ``config.yaml`` next to the file or, without one, that described by the file.
+        family: The family of ``weights``, if its tensor names fit several.
+        options: Alternating keys and values that override the config.
 
     Raises:
-        UserError: the arguments name no model, or two; a file is missing or invalid.
+        UserError: If the arguments specify no model or two models, or if a file is missing or
+            invalid.
     """
     if model and config_file:
-        raise UserError("--model and --config-file both say what the model is. Give one of them.")
+        raise UserError("--model and --config-file both specify the model. Give one of them.")
     if not model:
         config_file = config_file or config_next_to(weights)
     family = family or dict(zip(options[::2], options[1::2], strict=False)).get(
@@ -130,7 +132,7 @@ def find_model(
         merge_options(cfg, list(options))
     if weights:
         if family or weights != cfg.MODEL.WEIGHTS:
-            # A config's own family is that of the weights that its training started from.
+            # The config's family applies to the weights that its training started from.
             cfg.MODEL.WEIGHTS_FAMILY = family
         cfg.MODEL.WEIGHTS = weights
     return ModelSource(cfg, source, config_file)
@@ -145,9 +147,10 @@ def config_next_to(weights: str) -> str:
 def model_config(
     model: str = "", config_file: str = "", weights: str = "", options: Sequence[str] = ()
 ) -> CfgNode:
-    """Return the config of a model to be counted, arguments as for :func:`find_model`.
+    """Return the config of a model whose complexity is counted.
 
-    The file that the config itself names as ``MODEL.WEIGHTS`` is not read.
+    The arguments are those of :func:`find_model`. The file in the config's ``MODEL.WEIGHTS`` is
+    not read.
     """
     found = find_model(model, config_file, weights, options=options)
     if weights:
@@ -156,7 +159,7 @@ def model_config(
 
 
 def build_to_count(cfg: CfgNode) -> nn.Module:
-    """Build the config's model on the CPU with all weights zero, which takes no time."""
+    """Build the config's model on the CPU with all weights zero, without initialising it."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -174,8 +177,8 @@ def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None
     name = name or (architecture.name if architecture else "")
     if not name:
         raise UserError(
-            "What is the model? Give --model NAME (see senet_transfer.list_models()), "
-            "--config-file, or a checkpoint that says what it is as --weights."
+            "No model is specified. Give --model NAME (see senet_transfer.list_models()), "
+            "--config-file, or --weights with a checkpoint that describes its network."
         )
     preprocessing = (source.preprocessing if source else None) or model_entry(name).preprocessing
     cfg = get_senet_config()
@@ -192,7 +195,7 @@ def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None
     cfg.INPUT.CLASSIFICATION.TEST_CROP = preprocessing.crop
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
     if preprocessing.resize == SIDE:
-        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The augmentation of such small images.
+        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation of CIFAR.
     if architecture and architecture.classes:
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = architecture.classes
     for option, value in (source.options() if source else {}).items():

@@ -1,4 +1,4 @@
-"""What keeps a step with a number that is none from being taken, on any process of a job."""
+"""Skipping of training steps with a non-finite loss or gradient, on all ranks together."""
 
 import logging
 import math
@@ -19,44 +19,48 @@ _LISTED = 20
 
 
 class StepGuard:
-    """Agrees with all processes on whether a step is taken.
+    """Agreement of all processes on whether to apply or to skip an optimizer step.
 
-    Detectron2 looks at the loss in the main process alone, after the step.
+    Detectron2 checks the loss only in the main process and only after the step.
 
     Attributes:
-        stops: whether any process was told to stop.
-        skipped: steps so far that were not taken for numbers that are not finite.
+        stops: True if any process has received a request to stop.
+        skipped: The number of steps skipped so far because of non-finite values.
     """
 
     def __init__(self, model: nn.Module, *, max_skips: int = 0, output_dir: str = ""):
         """
         Args:
-            model: that is trained.
-            max_skips: as many steps are left out; at one more, the run ends.
-            output_dir: takes what reproduces such a step; empty for none.
+            model: The model that is trained.
+            max_skips: The number of steps that may be skipped before the run is ended.
+            output_dir: The folder for reports with which a skipped step can be reproduced. If
+                empty, no reports are written.
         """
         self.model = model
         self.max_skips, self.output_dir = max_skips, output_dir
         self.stops, self.skipped = False, 0
-        # A step that is left out has gone through the batch norms already.
+        # The forward pass of a skipped step has already updated the batch norms' buffers.
         self._buffers = [buffer for buffer in model.buffers() if max_skips]
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
-        """Notes the model's buffers, for a step that will not be taken."""
+        """Copy the model's buffers, so that they can be restored if the step is skipped."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def agree(self, error: Exception | None) -> str:
-        """Tells all processes what went wrong in this one.
+        """Share the error of each process with all processes.
 
-        Called where no process has begun an exchange that another one would wait for: before a
-        batch goes into the model, and before its gradients are exchanged.
+        It must be called where no process is inside another collective operation: before the
+        forward pass of a batch, and before its gradients are reduced.
+
+        Args:
+            error: The error raised in this process, or None.
 
         Returns:
-            What was not finite in the first process where something was not; empty if nothing.
+            A description of the non-finite value in the lowest rank that has one, or "".
 
         Raises:
-            UserError: in all processes, if in one.
+            UserError: In all processes, if any process has passed a UserError.
         """
         mistake = str(error) if isinstance(error, UserError) else ""
         fault = str(error) if isinstance(error, FloatingPointError) else ""
@@ -64,28 +68,32 @@ class StepGuard:
         mistakes, faults, requests = zip(*told, strict=True)
         self.stops = any(requests)
         if any(mistakes):
-            stop = UserError(f"Another process stopped: {next(filter(None, mistakes))}")
-            stop = error if mistake else stop
+            if isinstance(error, UserError):
+                stop = error
+            else:
+                stop = UserError(f"Another process stopped: {next(filter(None, mistakes))}")
             stop.on_all_ranks = True
             raise stop
         return next(filter(None, faults), "")
 
     def check(self, losses: dict[str, Tensor], scale: float) -> str:
-        """Looks at the losses and at the gradients that the step would take.
+        """Check that the losses and the gradients of all processes are finite.
 
         Args:
-            losses: of this process.
-            scale: of the gradients, where they are scaled. Above 1 they may overflow: the scaler
-                lowers it, and leaves the step out.
+            losses: The losses of this process by name.
+            scale: The scale of the gradients, or 1 without a gradient scaler. Gradients are not
+                checked if it is above 1: a scaled gradient may overflow, for which the scaler
+                itself skips the step and reduces the scale.
 
         Returns:
-            What is not finite in any process; empty if nothing.
+            A description of the non-finite value in the lowest rank that has one, or "".
         """
         bad = [f"{name} is {loss:g}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not bad and scale <= 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            # The sum of squares is finite where all are, and cheap: on a CPU the largest value of
-            # many small gradients takes ten times as long. Squares that overflow are no fault.
+            # The total norm is a cheap test: on a CPU, the maximum over many small gradients takes
+            # ten times as long. Its squares may overflow although all gradients are finite, hence
+            # the second check.
             finite = torch.nn.utils.get_total_norm(gradients).isfinite()
             if not finite and (names := self._bad_gradients()):
                 bad.append(f"{len(names)} gradients are not finite, such as that of {names[0]}")
@@ -94,28 +102,33 @@ class StepGuard:
         return next(filter(None, comm.all_gather(", ".join(bad))), "")
 
     def refuse(self, problem: str, iteration: int, batch: Any) -> None:
-        """Leaves a step out, and writes what reproduces it.
+        """Skip a step: restore the model's buffers and write a report to reproduce it.
+
+        Args:
+            problem: A description of the non-finite value.
+            iteration: The iteration of the step.
+            batch: The batch of this process.
 
         Raises:
-            RunError: there were too many.
+            RunError: If more than ``max_skips`` steps have been skipped.
         """
         self.skipped += 1
-        said = f"Iteration {iteration}: {problem}. The step was not taken."
+        said = f"Iteration {iteration}: {problem}. The step was skipped."
         if self.output_dir:
             path = Path(self.output_dir, f"nonfinite_{iteration:07d}_rank{comm.get_rank()}.json")
             write_json(path, self._report(problem, iteration, batch))
-            said += f" {path} has its batch."
+            said += f" {path} lists its batch."
         if self.skipped > self.max_skips:
             raise RunError(
-                f"{said} The last checkpoint is from before; --resume repeats the step bit for "
-                "bit. A learning rate too high for the batch is the usual cause: lower "
-                "SOLVER.BASE_LR, warm up longer, or set SOLVER.CLIP_GRADIENTS. To leave out up to "
-                "K such steps, set SOLVER.MAX_NONFINITE_STEPS K."
+                f"{said} The last checkpoint was saved earlier; --resume repeats the step bit for "
+                "bit. The usual cause is a learning rate that is too high for the batch size: "
+                "reduce SOLVER.BASE_LR, warm up longer, or set SOLVER.CLIP_GRADIENTS. To skip up "
+                "to K such steps, set SOLVER.MAX_NONFINITE_STEPS K."
             )
         with torch.no_grad():
             for buffer, value in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(value)
-        logger.warning("%s (%d of at most %d.)", said, self.skipped, self.max_skips)
+        logger.warning("%s (%d of at most %d skipped.)", said, self.skipped, self.max_skips)
 
     def _bad_gradients(self) -> list[str]:
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
@@ -127,7 +140,7 @@ class StepGuard:
             "iteration": iteration,
             "rank": comm.get_rank(),
             "processes": comm.get_world_size(),
-            # What torch was seeded by before the step; the rest follows from it and the weights.
+            # The seed of the step, from which all of its random numbers follow.
             "torch_seed": torch.initial_seed(),
             "nonfinite_gradients": self._bad_gradients()[:_LISTED],
             "batch": _names(batch),
@@ -135,7 +148,7 @@ class StepGuard:
 
 
 def _names(batch: Any) -> Any:
-    """What tells which images a batch is of."""
+    """Return the keys, labels or file names that identify the images of a batch."""
     if isinstance(batch, dict):
         batch = {key: value for key, value in batch.items() if key in ("key", "index", "label")}
         return {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in batch.items()}

@@ -13,16 +13,16 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
     The write is atomic because the file's presence marks a run as finished.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: If the file can't be written.
     """
     try:
         write_json(path, results, indent=indent)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Take another place.") from error
+        raise UserError(f"{path} can't be written: {error}. Choose another path.") from error
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a run's results by name, such as ``classification/top1_error``."""
+    """Return the metrics of a run's results by name, such as ``classification/top1_error``."""
     return {
         f"{task}/{name}": float(value)
         for task, values in results.items()

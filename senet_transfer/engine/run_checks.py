@@ -1,4 +1,4 @@
-"""What is refused, or warned of, before a run starts."""
+"""Checks of a config before a run starts."""
 
 import difflib
 import logging
@@ -25,16 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Refuses a run that could only waste its user's time.
+    """Check that a run can start, and warn about settings that are probably wrong.
+
+    Args:
+        cfg: The config of the run.
+        eval_only: True if the run only evaluates.
+        resume: True if the run is resumed.
 
     Raises:
-        UserError: the message says what was found and the remedy.
+        UserError: If the run can't succeed. The message states the invalid value and how to fix
+            it.
     """
     if resume and not history.checkpoints(cfg.OUTPUT_DIR):
         tag = os.path.join(cfg.OUTPUT_DIR, history.TAG)
         raise UserError(
-            f"--resume found nothing to resume: there is no {tag} that names a checkpoint. Set "
-            "OUTPUT_DIR to the folder of the run to go on with, or start a new run without "
+            f"There is nothing to resume: {tag} does not exist or names no checkpoint. Set "
+            "OUTPUT_DIR to the output folder of the run to resume, or start a new run without "
             "--resume."
         )
     if not resume:
@@ -50,11 +56,12 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Raises UserError where ``TEST.AUG`` is on and the model can't be augmented."""
+    """Raise UserError if ``TEST.AUG`` is enabled for a model that doesn't support it."""
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(
-            "TEST.AUG.ENABLED: test-time augmentation is Detectron2's for GeneralizedRCNN, and "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set it to False."
+            "TEST.AUG.ENABLED is True, but Detectron2's test-time augmentation only supports "
+            f"GeneralizedRCNN, and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set "
+            "TEST.AUG.ENABLED to False."
         )
 
 
@@ -68,12 +75,12 @@ def _check_names(cfg: CfgNode) -> None:
     values = dict(config_items(cfg))
     for key, registry in registries.items():
         known = [name for name, _ in registry]
-        # Detectron2 knows this one without a registration.
+        # Detectron2 handles this name without a registry.
         if values[key] not in (*known, "PrecomputedProposals"):
             near = difflib.get_close_matches(str(values[key]), known, n=3) or sorted(known)
             raise UserError(
-                f"{key} is {values[key]!r}, which nothing is registered as. Known: "
-                f"{', '.join(near)}. What another project registers has to be imported."
+                f"{key} is {values[key]!r}, which is not registered. Similar or available names: "
+                f"{', '.join(near)}. If another project registers it, import that project first."
             )
     c4 = cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
     of_ours = cfg.MODEL.BACKBONE.NAME == "build_senet_backbone"
@@ -81,8 +88,8 @@ def _check_names(cfg: CfgNode) -> None:
         entry, _ = backbone_from_config(cfg)
         if entry.has_se and 5 in cfg.MODEL.SE.STAGES:
             raise UserError(
-                "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 without SE whatever "
-                "the backbone. Set it to SENetRes5ROIHeads."
+                "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which always builds a res5 stage without "
+                "SE blocks, but the backbone has SE blocks. Set it to SENetRes5ROIHeads."
             )
 
 
@@ -92,31 +99,32 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         catalogue_entry(weights)
     elif weights and "://" not in weights and not os.path.isfile(weights):
         near = nearest_names(weights)
-        hint = f" Published weights of a name like this: {near[0]}." if near else ""
+        hint = f" Published weights with a similar name: {near[0]}." if near else ""
         raise UserError(
-            f"MODEL.WEIGHTS is {weights}, and there is no such file "
-            f"({os.path.abspath(weights)}). Put the pretrained file there or set MODEL.WEIGHTS "
-            "to where it is. To train from scratch: MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
+            f"MODEL.WEIGHTS is {weights}, but there is no such file "
+            f"({os.path.abspath(weights)}). Set MODEL.WEIGHTS to the path of a pretrained file. To "
+            "train from scratch, use MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
             f"MODEL.BACKBONE.FREEZE_AT 0.{hint}"
         )
     if weights:
         return
     if eval_only:
         raise UserError(
-            "--eval-only with an empty MODEL.WEIGHTS would evaluate random weights. Set "
-            "MODEL.WEIGHTS to a checkpoint, or add --resume to take the last one of OUTPUT_DIR."
+            "MODEL.WEIGHTS is empty, so --eval-only would evaluate random weights. Set "
+            "MODEL.WEIGHTS to a checkpoint, or add --resume to evaluate the last checkpoint in "
+            "OUTPUT_DIR."
         )
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         raise UserError(
-            "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty: a frozen norm has the "
-            "statistics of its pretrained file, and without one it normalises nothing. Set "
-            "MODEL.WEIGHTS to a file, or train from scratch with MODEL.RESNETS.NORM GN (or BN "
-            "where each process has 8 images or more) and MODEL.BACKBONE.FREEZE_AT 0."
+            "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but a frozen norm needs "
+            "the statistics of pretrained weights. Set MODEL.WEIGHTS to a file, or train from "
+            "scratch with MODEL.RESNETS.NORM GN (or BN with at least 8 images per process) and "
+            "MODEL.BACKBONE.FREEZE_AT 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(
             "MODEL.BACKBONE.FREEZE_AT is %d and MODEL.WEIGHTS is empty: the frozen stages keep "
-            "their random weights. From scratch, set it to 0.",
+            "their random weights. To train from scratch, set it to 0.",
             cfg.MODEL.BACKBONE.FREEZE_AT,
         )
 
@@ -126,14 +134,15 @@ def _check_numbers(cfg: CfgNode) -> None:
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of all "
-            f"{processes} processes together, and can't be shared evenly. Set it to a multiple."
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which can't be divided evenly "
+            f"among {processes} processes. Set it to a multiple of {processes}."
         )
     share = cfg.SOLVER.IMS_PER_BATCH // processes
     if cfg.SOLVER.MICRO_BATCHES < 1 or share % cfg.SOLVER.MICRO_BATCHES:
         raise UserError(
-            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, and each process has {share} "
-            "images a step, which can't be cut into that many equal parts. Set it to a divisor."
+            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but the {share} images per "
+            "process and step can't be divided into that many equal parts. Set it to a divisor of "
+            f"{share}."
         )
 
 
@@ -144,7 +153,7 @@ def _check_norms(cfg: CfgNode) -> None:
     processes = comm.get_world_size()
     if synced and processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise UserError(
-            f"SyncBN needs GPUs, and this run has {processes} processes on the CPU. Set "
+            f"SyncBN needs GPUs, but this run has {processes} processes on the CPU. Set "
             f"{', '.join(synced)} to GN or BN."
         )
 
@@ -153,15 +162,15 @@ def _check_solver(cfg: CfgNode) -> None:
     check_epochs(cfg)
     if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
         raise UserError(
-            "SOLVER.EPOCHS counts passes over a classifier's data; a detector's schedule is in "
-            "iterations. Set SOLVER.EPOCHS None and SOLVER.MAX_ITER."
+            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but only classifiers can be trained by epochs. "
+            "For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the iterations."
         )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
     evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
         raise UserError(
-            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, whose rate follows evaluations, and "
-            "there are none: set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
+            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which needs evaluations during "
+            "training. Set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
         )
 
 
@@ -172,9 +181,10 @@ def _warn_of_learning_rate(cfg: CfgNode) -> None:
     scaled = reference * cfg.SOLVER.IMS_PER_BATCH
     if not 0.5 <= cfg.SOLVER.BASE_LR / scaled <= 2:
         logger.warning(
-            "SOLVER.BASE_LR is %g at %d images a step; this recipe's rate scaled to that batch "
-            "(linear rule) is %g. A rate too high is the usual cause of NaN: consider "
-            "SOLVER.BASE_LR %g, and as many more iterations as the batch is smaller.",
+            "SOLVER.BASE_LR is %g at %d images per step, but this recipe's learning rate scaled to "
+            "that batch size (linear rule) is %g. A rate that is too high often causes NaN. "
+            "Consider SOLVER.BASE_LR %g, and scale the number of iterations inversely to the batch "
+            "size.",
             cfg.SOLVER.BASE_LR,
             cfg.SOLVER.IMS_PER_BATCH,
             scaled,

@@ -1,4 +1,4 @@
-"""From what a run is asked for to a config that it can start with."""
+"""Preparation of a run: config, logging, data sets, device and checks."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
-from senet_transfer.data.detection.coco import register_datasets, registered_entry
+from senet_transfer.data.detection.coco import CocoDataset, register_datasets, registered_entry
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
@@ -36,22 +36,22 @@ _RECORDED = (
     "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
 )  # fmt: skip
 
-# How often a launcher has started the same command again.
+# Environment variables with the number of times that a launcher has restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """A run of training or evaluation, as a command line or a Python caller asks for it.
+    """Options of a training or evaluation run.
 
     Attributes:
-        config_file: a YAML file, or the name of one of this project's configs; empty for the
-            defaults.
-        options: alternating config keys and values, which override the file's.
-        datasets: data sets in COCO's format to register: name, JSON and image folder of each.
-        resume: continue from the newest checkpoint in ``OUTPUT_DIR``.
-        eval_only: evaluate ``MODEL.WEIGHTS`` instead of training.
-        quiet: write the log to ``log.txt`` only, except for warnings.
+        config_file: A YAML file, or the name of one of this project's configs. If empty, the
+            default config is used.
+        options: Alternating config keys and values that override those of the file.
+        datasets: Data sets in COCO's format to register, each as name, JSON file and image folder.
+        resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
+        eval_only: If True, evaluate ``MODEL.WEIGHTS`` instead of training.
+        quiet: If True, print only warnings; the full log is written to ``log.txt``.
     """
 
     config_file: str = ""
@@ -63,19 +63,20 @@ class RunOptions:
 
 
 def setup(options: RunOptions) -> CfgNode:
-    """Make everything ready for a run: config, logging, data sets, device, checks.
+    """Prepare a run: load the config, start logging, register data sets and check everything.
 
-    Writes the full config, the command line and the versions of everything to the output folder.
+    The full config, the command line and the versions of all packages are written to the output
+    folder.
 
     Args:
-        options: of the run. A run that a launcher has started again after a failure is resumed
-            without ``resume``, see :func:`resumes`.
+        options: The options of the run. A run that a launcher has restarted after a failure is
+            resumed even if ``resume`` is False, see :func:`resumes`.
 
     Returns:
-        The config, frozen.
+        The frozen config.
 
     Raises:
-        UserError: the run can't start as asked; the message says why and what to do.
+        UserError: If the run can't start with these options.
     """
     try:
         cfg = _prepare(options)
@@ -88,7 +89,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Do what Detectron2's default_setup does, with files that are written atomically."""
+    """Do the same as Detectron2's ``default_setup``, but write files atomically."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -108,14 +109,15 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
 def resumes(cfg: CfgNode, options: RunOptions) -> bool:
     """Return whether a run continues from a checkpoint.
 
-    It does if it is asked to. A training run also does if torchrun or SLURM has started it again
-    after a failure, and there is a checkpoint. All processes of a job have to call this at once.
+    A run is resumed if ``options.resume`` is set. A training run is also resumed if torchrun or
+    SLURM has restarted it after a failure and there is a checkpoint. All processes of a job must
+    call this function together.
     """
     if options.resume or options.eval_only:
         return options.resume
     counts = (os.environ.get(name, "") for name in _RESTARTS)
     again = any(count.isdigit() and int(count) > 0 for count in counts)
-    # As the main process sees it: another may see its first checkpoint a moment later.
+    # The main process decides: on a shared file system, others may see a new checkpoint later.
     return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
 
 
@@ -125,7 +127,7 @@ def _prepare(options: RunOptions) -> CfgNode:
     logger = _start_logging(cfg, quiet=options.quiet)
     resume = resumes(cfg, options)
     if resume and not options.resume:
-        logger.warning("The command was started again after a failure: the run is resumed.")
+        logger.warning("The launcher has restarted this command: resuming the run.")
     use_available_device(cfg, logger)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *map(list, options.datasets)]
     if is_classification(cfg):
@@ -145,7 +147,7 @@ def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
     try:
         before = load_config(path)
     except UserError as error:
-        logger.warning("Whether the run goes on as it began can't be told: %s", error)
+        logger.warning("Changes of the config since the start of the run are unknown: %s", error)
         return
     check_changes(cfg, before)
 
@@ -158,12 +160,12 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
     except OSError as error:
         raise UserError(
             f"The output folder {cfg.OUTPUT_DIR} can't be written: {error}. "
-            "Set OUTPUT_DIR to a folder that can."
+            "Set OUTPUT_DIR to a writable folder."
         ) from error
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return Detectron2's logger, which writes to the terminal, unless quiet, and ``log.txt``."""
+    """Return Detectron2's logger, which writes to ``log.txt`` and, unless quiet, the terminal."""
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     if quiet:
         for handler in logger.handlers:
@@ -173,19 +175,19 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
-    """Turns ``MODEL.DEVICE`` to the CPU where the config wants a GPU and there is none.
+    """Set ``MODEL.DEVICE`` to "cpu" if the config asks for a GPU on a machine without GPUs.
 
     Raises:
-        UserError: it names no device, or one that is not there.
+        UserError: If ``MODEL.DEVICE`` is invalid, or this GPU does not exist.
     """
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE, logger)
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """The device of this name; the CPU, with a warning, for a GPU where there is none at all.
+    """Return the device name, or "cpu" with a warning if it is a GPU and there are no GPUs.
 
     Raises:
-        UserError: it names no device, or one that is not there.
+        UserError: If the name is invalid, or this GPU does not exist.
     """
     try:
         device = torch.device(name)
@@ -199,35 +201,43 @@ def available_device(name: str, logger: logging.Logger) -> str:
         )
         return "cpu"
     if (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"The device is {name}, and there are {torch.cuda.device_count()} GPUs.")
+        raise UserError(
+            f"The device is {name}, but there are only {torch.cuda.device_count()} GPUs, which are "
+            "numbered from 0. Set MODEL.DEVICE to one of them."
+        )
     return name
 
 
 def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:
-    """Registers and checks the config's data sets and takes the classes from them.
+    """Register and check the config's data sets, and set the config's classes to theirs.
 
     Args:
-        cfg: changed in place.
-        eval_only: leave out ``DATASETS.TRAIN``.
-        keep_classes: whether the classes that the config names already are those of a trained
-            model, which the data sets must have.
+        cfg: The config, which is changed in place.
+        eval_only: If True, ignore ``DATASETS.TRAIN``.
+        keep_classes: If True, the classes in the config are those of a trained model, and the
+            data sets must have the same.
 
     Raises:
-        UserError: a data set is unknown, not on disk, malformed, or has other classes than the
-            rest or the model.
+        UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
+            from those of the other data sets or of the model.
     """
     registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
-    # Absolute, so that the saved config works from any folder.
-    cfg.DATASETS.REGISTER = [[d.name, d.json_file, d.image_dir] for d in registered]
+    # Store absolute paths, so that the saved config works from any folder.
+    cfg.DATASETS.REGISTER = [
+        [d.name, d.json_file, d.image_dir] for d in registered if isinstance(d, CocoDataset)
+    ]
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise UserError(
-            f"DATASETS.{needed} is empty: there is nothing to run on. Name data sets there, such "
-            "as \"('coco_2017_val',)\"."
+            f"DATASETS.{needed} is empty. Set it to a tuple of data set names, such as "
+            "\"('coco_2017_val',)\"."
         )
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"DATASETS.TRAIN and DATASETS.TEST hold names, found {names!r}.")
+        raise UserError(
+            f"DATASETS.TRAIN and DATASETS.TEST have {names!r}, expected names of data sets, such "
+            "as 'coco_2017_val'."
+        )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
     classes = dataset_classes(names)
     if cfg.MODEL.MASK_ON:
@@ -235,8 +245,8 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     trained = list(cfg.DATASETS.CLASSES)
     if keep_classes and trained and trained != classes:
         raise UserError(
-            f"The model was trained on the classes {trained}, and {names[0]} has {classes}. "
-            "Evaluate and resume on data with the same classes in the same order of their ids."
+            f"The model was trained on the classes {trained}, but {names[0]} has {classes}. "
+            "Evaluation and resuming need data with the same classes, with ids in the same order."
         )
     cfg.DATASETS.CLASSES = classes
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])

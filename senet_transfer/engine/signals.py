@@ -1,8 +1,8 @@
-"""What a run does when it is told to stop: it finishes the step, saves, and says so by its status.
+"""Graceful shutdown on SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit with status 75.
 
-Schedulers warn a job by SIGTERM before they take its machine, users press Ctrl-C. What a handler
-may do in the middle of a step is little, and saving is not among it; so the signal is taken note
-of by a thread of its own, which is not held up by a step, and the train loop asks.
+Schedulers send SIGTERM to a job before they take its machine, and users press Ctrl-C. A signal
+handler can't save a checkpoint in the middle of a step. Therefore a separate thread, which a long
+step doesn't block, receives the signal, and the training loop checks for it after each step.
 """
 
 import contextlib
@@ -14,34 +14,37 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import active_children
+from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: try again later.
 STATUS = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# Ctrl-C reaches a process from the terminal and from torchrun, which passes it on: one request.
+# On Ctrl-C, a process receives SIGINT from the terminal and again from torchrun. Both within this
+# time are one request.
 _SAME_REQUEST = 1.0  # seconds
 
 _requested = threading.Event()
 
 
 def requested() -> bool:
-    """Whether this process was told to stop."""
+    """Return whether this process has received a request to stop."""
     return _requested.is_set()
 
 
 @contextlib.contextmanager
 def stop_at_step_end() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT are requests that the train loop obeys; a second one ends at once.
+    """Turn SIGTERM and SIGINT into requests to stop after the current step.
 
-    Has to be called in the main thread.
+    A second signal ends the process immediately. This context manager must be entered in the main
+    thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     _requested.clear()
     threading.Thread(target=_watch, args=(reader, os.getpid()), daemon=True).start()
-    # Python's own handler comes when the main thread is back from its library calls; the number of
-    # the signal is in the socket at once.
+    # A Python handler only runs when the main thread returns from its library calls, but the
+    # signal's number is written to the socket immediately.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -57,7 +60,7 @@ def stop_at_step_end() -> Iterator[None]:
 def _watch(reader: socket.socket, process: int) -> None:
     first = None
     with reader:
-        # Every signal that has a handler comes by here, such as that of a child's end.
+        # Every signal that has a Python handler arrives here, such as SIGCHLD.
         while number := reader.recv(1):
             if number[0] not in SIGNALS:
                 continue
@@ -65,7 +68,7 @@ def _watch(reader: socket.socket, process: int) -> None:
             if first is None:
                 first = now
                 _requested.set()
-                message = "finishing this step, saving and stopping; once more stops at once"
+                message = "finishing this step, then saving and stopping; repeat to stop now"
                 print(f"{name} in process {process}: {message}.", file=sys.stderr, flush=True)
             elif now - first > _SAME_REQUEST:
                 os._exit(128 + number[0])
@@ -73,12 +76,13 @@ def _watch(reader: socket.socket, process: int) -> None:
 
 @contextlib.contextmanager
 def passed_to_children() -> Iterator[None]:
-    """Within, the processes that this one has started get the signals that it gets."""
+    """Forward SIGTERM and SIGINT to this process's children inside the context."""
 
-    def pass_on(number: int, _) -> None:
+    def pass_on(number: int, _: FrameType | None) -> None:
         for child in active_children():
-            with contextlib.suppress(OSError):
-                os.kill(child.pid, number)
+            if child.pid is not None:
+                with contextlib.suppress(OSError):
+                    os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:

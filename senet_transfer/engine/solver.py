@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: epochs as iterations, and a rate that follows evaluations."""
+"""Optimizers, learning rate schedules, and schedules in epochs."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The keys in iterations, and those in epochs that take their places.
+# Config keys in iterations, and the keys in epochs that override them.
 _IN_EPOCHS = {
     "SOLVER.WARMUP_ITERS": "SOLVER.WARMUP_EPOCHS",
     "SOLVER.FROZEN_BN_ITERS": "SOLVER.FROZEN_BN_EPOCHS",
@@ -30,42 +30,47 @@ _IN_EPOCHS = {
 
 
 def check_epochs(cfg: CfgNode) -> None:
-    """Refuses a config that counts in epochs and iterations at once.
+    """Check that a config doesn't specify both epochs and iterations.
 
-    Where ``SOLVER.EPOCHS`` is not set, other keys in epochs are of no effect: a recipe in epochs
-    is turned to one in iterations by that key alone.
+    If ``SOLVER.EPOCHS`` is None, the other keys in epochs have no effect, so that a recipe in
+    epochs can be changed to iterations with this key only.
 
     Raises:
-        UserError: it counts in both, or in something that is no number above 0.
+        UserError: If both are specified, or if a number of epochs is not above 0.
     """
     if cfg.SOLVER.EPOCHS is None:
         return
     for key in ("SOLVER.EPOCHS", *_IN_EPOCHS.values()):
         value = config_value(cfg, key)
         if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"{key} is {value!r}, expected a number of epochs, such as 90 or 0.5.")
+            raise UserError(
+                f"{key} is {value!r}, expected a number of epochs above 0, such as 90 or 0.5."
+            )
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
         if config_value(cfg, key) != config_value(defaults, key):
             raise UserError(
-                f"{key} is {config_value(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: "
-                "which is meant? To count in iterations, set SOLVER.EPOCHS None; to count in "
-                f"epochs, leave {key} out."
+                f"{key} is {config_value(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}, "
+                "but only one of them can be set. For a schedule in iterations, set SOLVER.EPOCHS "
+                f"to None; for a schedule in epochs, remove {key}."
             )
 
 
 def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
-    """A copy of a config in which epochs are iterations, ``ceil(epochs * images / batch)``.
+    """Return a copy of a config with epochs converted to iterations.
+
+    The number of iterations is ``ceil(epochs * images / SOLVER.IMS_PER_BATCH)``.
 
     Args:
-        cfg: given back as it is where ``SOLVER.EPOCHS`` is not set.
-        images: in the training set.
+        cfg: The config, which is returned unchanged if ``SOLVER.EPOCHS`` is None.
+        images: The number of images in the training set.
     """
     if cfg.SOLVER.EPOCHS is None:
         return cfg
 
     def iterations(epochs: float) -> int:
-        # Epochs such as 0.1 have no exact float; a rounding error is no further iteration.
+        # Numbers such as 0.1 are not exact in floating point. Without rounding, the error could
+        # add an iteration.
         return math.ceil(round(epochs * images / cfg.SOLVER.IMS_PER_BATCH, 6))
 
     counted = cfg.clone()
@@ -77,7 +82,7 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
             node, _, leaf = key.rpartition(".")
             config_value(counted, node)[leaf] = iterations(epochs)
     logger.info(
-        "%g epochs of %d images, %d a step: %d iterations.",
+        "%g epochs of %d images, %d images per step: %d iterations.",
         cfg.SOLVER.EPOCHS, images, cfg.SOLVER.IMS_PER_BATCH, counted.SOLVER.MAX_ITER,
     )  # fmt: skip
     if cfg.is_frozen():
@@ -86,21 +91,22 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds ``SOLVER.OPTIMIZER``: Detectron2's SGD, or AdamW on the same parameter groups.
+    """Build ``SOLVER.OPTIMIZER``: SGD or AdamW, with Detectron2's parameter groups.
 
-    The rate of what is in ``backbone`` is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``.
+    The learning rate of the parameters of ``backbone`` is multiplied by
+    ``SOLVER.BACKBONE_MULTIPLIER``.
 
     Raises:
-        UserError: an unknown optimizer, or learning rates of their own for the backbone and for
-            biases at once.
+        UserError: If the optimizer is unknown, or if both the backbone and the biases have
+            learning rates that differ from ``SOLVER.BASE_LR``.
     """
     solver = cfg.SOLVER
     factor = solver.BACKBONE_MULTIPLIER
     if factor != 1 and solver.BIAS_LR_FACTOR != 1:
-        # Detectron2 would give all biases the one rate, those of the backbone among them.
+        # Detectron2 would give all biases, also those of the backbone, the same learning rate.
         raise UserError(
             f"SOLVER.BACKBONE_MULTIPLIER is {factor:g} and SOLVER.BIAS_LR_FACTOR is "
-            f"{solver.BIAS_LR_FACTOR:g}. Set one of them to 1."
+            f"{solver.BIAS_LR_FACTOR:g}, which can't be combined. Set one of them to 1."
         )
     groups = get_default_optimizer_params(
         model,
@@ -124,7 +130,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """Detectron2's schedules, and "WarmupPlateauLR"."""
+    """Build ``SOLVER.LR_SCHEDULER_NAME``: a schedule of Detectron2 or "WarmupPlateauLR"."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return build_detectron2_scheduler(cfg, optimizer)
@@ -147,15 +153,15 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric, by its name, is an error or a loss."""
+    """Return whether a metric is an error or a loss, judged by its name."""
     return metric.rpartition("/")[2].endswith(("error", "loss"))
 
 
 class PlateauLR(LRMultiplier):
-    """A rate that drops where a metric no longer improves, as torch's ReduceLROnPlateau.
+    """Schedule that reduces the learning rate when a metric stops improving.
 
-    It is a schedule of Detectron2's kind, so that warm-up, hooks and checkpoints treat it as any
-    other; :meth:`observe` tells it of evaluations.
+    It follows torch's ReduceLROnPlateau, but is a schedule of Detectron2, so that it works with
+    warm-up, hooks and checkpoints. :meth:`observe` must be called after each evaluation.
     """
 
     def __init__(
@@ -172,23 +178,24 @@ class PlateauLR(LRMultiplier):
     ):
         """
         Args:
-            optimizer: has the base rates.
-            multiplier: of the rate, by the share of the run that is done: the warm-up.
-            max_iter: iterations of the run.
-            metric: the name by which the metric is logged.
-            factor: that a drop multiplies the rate by, 0-1.
-            patience: evaluations without improvement that are borne with.
-            threshold: an improvement is larger than this, in the metric's units.
-            max_drops: at most as many drops.
+            optimizer: The optimizer, with the base learning rates.
+            multiplier: The warm-up: a function from the finished fraction of the run, 0-1, to a
+                factor of the learning rate.
+            max_iter: The number of iterations of the run.
+            metric: The name under which the metric is logged.
+            factor: The factor, 0-1, by which the learning rate is reduced.
+            patience: The number of evaluations without improvement that are tolerated.
+            threshold: The minimum change, in the metric's units, that counts as an improvement.
+            max_drops: The maximum number of reductions.
 
         Raises:
-            UserError: a value makes no sense.
+            UserError: If a value is out of range.
         """
         if not 0 < factor < 1 or patience < 0 or threshold < 0 or max_drops < 1:
             raise UserError(
-                f"WarmupPlateauLR: factor {factor} (SOLVER.GAMMA), patience {patience}, threshold "
-                f"{threshold}, max_drops {max_drops} (SOLVER.PLATEAU): expected a factor between 0 "
-                "and 1, at least one drop, and nothing negative."
+                f"WarmupPlateauLR: SOLVER.GAMMA is {factor}, expected a number between 0 and 1; or "
+                f"SOLVER.PLATEAU has PATIENCE {patience}, THRESHOLD {threshold} and MAX_DROPS "
+                f"{max_drops}, expected 0 or more, 0 or more, and 1 or more."
             )
         self.metric = metric
         self.sign = 1 if lower_is_better(metric) else -1
@@ -199,7 +206,7 @@ class PlateauLR(LRMultiplier):
         super().__init__(optimizer, multiplier, max_iter)
 
     def observe(self, value: float) -> None:
-        """Takes note of an evaluation; a drop counts from the next step on."""
+        """Record the metric of an evaluation; a reduction takes effect at the next step."""
         value *= self.sign
         if value < self.best - self.threshold:
             self.best, self.bad = value, 0
@@ -209,13 +216,17 @@ class PlateauLR(LRMultiplier):
             self.drops, self.bad = self.drops + 1, 0
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 group["lr"] = rate
-            logger.info("No better %s: the learning rate drops, %d.", self.metric, self.drops)
+            logger.info(
+                "%s has stopped improving: reducing the learning rate (reduction %d).",
+                self.metric,
+                self.drops,
+            )
 
     def get_lr(self) -> list[float]:
-        """The rate of each group of parameters."""
+        """Return the learning rate of each parameter group."""
         return [rate * self.factor**self.drops for rate in super().get_lr()]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the state for a checkpoint."""
         own = {"best": self.best, "bad": self.bad, "drops": self.drops}
         return {**super().state_dict(), **own}

@@ -1,4 +1,4 @@
-"""One run of training or evaluation, which ends by writing ``results.json``."""
+"""Entry point of training and evaluation runs."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ RESULTS = "results.json"
 def main(options: RunOptions) -> None:
     """Train or evaluate, and write ``OUTPUT_DIR/results.json`` at the end.
 
-    To be called in every process of the job, see :func:`~senet_transfer.engine.launch.run`.
+    This function must be called in every process of the job, see
+    :func:`~senet_transfer.engine.launch.run`.
 
     Args:
-        options: of the run.
+        options: The options of the run.
 
     Raises:
-        UserError: the run can't start as asked; the message says why and what to do.
-        RunError: it can't continue.
+        UserError: If the run can't start with these options.
+        RunError: If the run fails for another reason than a bug, such as a non-finite loss.
     """
     with no_bars(options.quiet):
         with read_once():
@@ -41,9 +42,9 @@ def main(options: RunOptions) -> None:
         results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
-        if options.quiet:  # otherwise the log has them
+        if options.quiet:  # otherwise they are in the log
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if options.eval_only:  # Trainer.train has compared those of a training run
+        if options.eval_only:  # Trainer.train verifies those of a training run
             verify_results(cfg, results)
 
 
@@ -54,7 +55,7 @@ def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
 
 
 def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
-    """Return the model to evaluate, all of it loaded: nothing untrained is evaluated."""
+    """Return the model to evaluate, after checking that all of its weights are loaded."""
     checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
     return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
 

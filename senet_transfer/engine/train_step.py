@@ -1,4 +1,4 @@
-"""One step of training: any precision, on any device, with gradients of one or more parts."""
+"""Training step with mixed precision and gradient accumulation, on CPU and GPU."""
 
 import contextlib
 import time
@@ -19,15 +19,15 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class StepTrainer(SimpleTrainer):
-    """Detectron2's step, under autocast and in micro-batches where that is asked for.
+    """SimpleTrainer with optional mixed precision and gradient accumulation.
 
-    Detectron2's own AMPTrainer runs on CUDA alone.
+    Unlike Detectron2's AMPTrainer, it also runs on a CPU.
     """
 
     def __init__(
         self,
         model: Module,
-        data_loader,
+        data_loader: Iterable[Any],
         optimizer: Optimizer,
         *,
         dtype: str | None = None,
@@ -37,18 +37,21 @@ class StepTrainer(SimpleTrainer):
     ):
         """
         Args:
-            model: takes what the loader yields and returns a dict of losses.
-            data_loader: an iterable without end, of lists or of dicts of equally long values.
-            optimizer: steps the model's parameters.
-            dtype: None for no autocast; "float16", "bfloat16", or empty: float16 on a GPU and
-                bfloat16 on a CPU, which has no fast float16. Float16 scales the gradients.
-            micro_batches: equal parts that a batch is cut into; the step is that of the mean of
-                their losses.
-            max_skips: as many steps with numbers that are not finite are left out.
-            output_dir: takes what reproduces such a step; empty for none.
+            model: The model, which takes a batch and returns a dict of losses.
+            data_loader: An infinite iterable of batches. A batch is a list, or a dict of values of
+                equal length.
+            optimizer: The optimizer of the model's parameters.
+            dtype: The type of autocast, "float16" or "bfloat16", or None to disable it. If empty,
+                it is float16 on a GPU and bfloat16 on a CPU, which has no fast float16. Gradients
+                are scaled with float16.
+            micro_batches: The number of equal parts that a batch is split into. Their gradients
+                are accumulated to those of the mean loss.
+            max_skips: The number of steps with non-finite values that may be skipped before the
+                run is ended.
+            output_dir: The folder for reports about skipped steps, or empty to write none.
 
         Raises:
-            UserError: another type, or no parts.
+            UserError: If ``dtype`` or ``micro_batches`` is invalid.
         """
         super().__init__(model, data_loader, optimizer)
         self._batches: Iterator[Any] | None = None
@@ -59,7 +62,7 @@ class StepTrainer(SimpleTrainer):
             raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}, expected float16 or bfloat16.")
         if micro_batches < 1:
             raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}, expected 1 or more.")
-        self.dtype = _DTYPES.get(dtype)
+        self.dtype = None if dtype is None else _DTYPES[dtype]
         self.micro_batches = micro_batches
         self.guard = StepGuard(model, max_skips=max_skips, output_dir=output_dir)
         self.grad_scaler = torch.amp.GradScaler(
@@ -67,31 +70,32 @@ class StepTrainer(SimpleTrainer):
         )
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
-        """Replace the data loader by what a function returns."""
+        """Replace the data loader by the one that ``data_loader_builder`` returns."""
         super().reset_data_loader(data_loader_builder)
         self._batches = None
 
     def run_step(self) -> None:
-        """One step of training, or none where a number in it is not finite on any process.
+        """Run a training step, but skip the update if a value is non-finite in any process.
 
         Raises:
-            UserError: data that can't be read, in any process.
-            RunError: numbers are not finite, more often than is borne with.
+            UserError: If data can't be read in any process.
+            RunError: If more steps than allowed had non-finite values.
         """
         self.optimizer.zero_grad()
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
         batch, data_time = self._next_batch()
         *parts, last = split_batch(batch, self.micro_batches)
-        problem = None
+        raised: Exception | None = None
         try:
             for part in parts:
                 with self._gradients_stay_here():
                     self.grad_scaler.scale(self._loss(part, totals)).backward()
             loss = self._loss(last, totals)
-        except (UserError, FloatingPointError) as error:  # Detectron2's RPN raises the second
-            problem = error
-        if not (problem := self.guard.agree(problem)):
+        except (UserError, FloatingPointError) as error:  # the latter from Detectron2's RPN
+            raised = error
+        problem = self.guard.agree(raised)
+        if not problem:
             self.grad_scaler.scale(loss).backward()
             self.after_backward()
             problem = self.guard.check(totals, self.grad_scaler.get_scale())
@@ -103,7 +107,10 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler.update()
 
     def _next_batch(self) -> tuple[Any, float]:
-        """The next batch, and the seconds that it took; an error in all processes, if in one."""
+        """Return the next batch and the seconds spent waiting for it.
+
+        If one process fails to read its batch, all processes raise an error.
+        """
         start = time.perf_counter()
         batch = problem = None
         try:
@@ -113,12 +120,13 @@ class StepTrainer(SimpleTrainer):
         except UserError as error:
             problem = error
         seconds = time.perf_counter() - start
-        # The forward pass may exchange buffers, which a process without a batch would not join.
+        # The forward pass may contain collective operations, which would hang if one process had no
+        # batch.
         self.guard.agree(problem)
         return batch, seconds
 
     def _loss(self, part: Any, totals: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The share of a part in the loss of the batch; adds its terms to the totals."""
+        """Return a micro-batch's contribution to the total loss, and add its losses to totals."""
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
             losses = self.model(part)
         losses = {name: loss / self.micro_batches for name, loss in losses.items()}
@@ -127,49 +135,49 @@ class StepTrainer(SimpleTrainer):
         return sum(losses.values())
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
-        # Processes exchange gradients once a step, with those of the last part.
+        # Gradients are reduced across processes once per step, with the last micro-batch.
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict:
-        """State of the optimizer and of the scaler, if any; how many steps were left out."""
+        """Return the state of the optimizer and the gradient scaler, and the skipped steps."""
         own = {"grad_scaler": self.grad_scaler.state_dict(), "skipped": self.guard.skipped}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes back what :meth:`state_dict` gave.
+        """Restore the state of a checkpoint.
 
         Raises:
-            UserError: the parameters were grouped otherwise.
+            UserError: If the optimizer's parameter groups differ from those of the checkpoint.
         """
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise UserError(
-                f"The checkpoint's optimizer does not fit this run's ({error}). Set the rates and "
-                "decays of SOLVER to what the run began with, or start a new one with "
-                "MODEL.WEIGHTS."
+                f"The checkpoint's optimizer does not fit this run's ({error}). Set the learning "
+                "rates and weight decays of SOLVER to their values at the start of the run, or "
+                "start a new run with MODEL.WEIGHTS."
             ) from error
         self.guard.skipped = state_dict.get("skipped", 0)
-        # Empty or absent where the run was begun without a scaler.
+        # The state is empty or absent if the run was started without a scaler.
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Cuts a batch, a list or a dict of equally long values, into equal parts.
+    """Split a batch, which is a list or a dict of values of equal length, into equal parts.
 
     Raises:
-        UserError: it can't be cut evenly.
+        UserError: If the batch can't be divided evenly.
     """
     if parts == 1:
         return [batch]
     size = len(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
     if size % parts:
         raise UserError(
-            f"SOLVER.MICRO_BATCHES is {parts}, and a process has {size} images a step, which can't "
-            "be cut into that many equal parts. Set it to a divisor."
+            f"SOLVER.MICRO_BATCHES is {parts}, but the {size} images per process and step can't be "
+            f"divided into that many equal parts. Set it to a divisor of {size}."
         )
     step = size // parts
     cuts = [slice(first, first + step) for first in range(0, size, step)]

@@ -1,4 +1,4 @@
-"""The one train loop of this project, which is Detectron2's."""
+"""Trainer for detection and classification, based on Detectron2's DefaultTrainer."""
 
 import contextlib
 import logging
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from senet_transfer.config import is_classification
 from senet_transfer.config.validation import config_errors
 from senet_transfer.data import build as classification
+from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
 from senet_transfer.data.classification.loader import ClassificationLoader
 from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
@@ -37,34 +38,35 @@ from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.evaluation.evaluator import ClassificationEvaluator
 from senet_transfer.utils.private_api import limit_history
 
-# Values of a metric that are kept for smoothing.
+# Number of values of each metric that are kept for smoothing.
 _HISTORY = 400
 
-# The hooks of version 0.1 by whose names their states are in checkpoints, and today's names.
+# Hook names in checkpoints of version 0.1, and their current names.
 _HOOK_NAMES = {"WeightAverage": "ModelEMA"}
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer for detection and, where the config is of one, for a classifier.
+    """Trainer of detectors and classifiers.
 
-    What differs: images are checked against their JSON entries, checkpoints are loaded strictly,
-    mixed precision and several processes work on a CPU, evaluation can add test-time
-    augmentation, and the solver has the options of ``senet_transfer/config/defaults.py``.
+    It differs from Detectron2's DefaultTrainer as follows: it also trains classifiers; images are
+    checked against their JSON entries; checkpoints are loaded strictly; mixed precision and
+    several processes also work on a CPU; evaluation can add test-time augmentation; and the solver
+    has the additional options in ``senet_transfer/config/defaults.py``.
 
     Attributes:
-        results: the metrics of the last evaluation, by task; empty before the first one.
-        periodic_writers: the hooks that write metrics.
+        results: The metrics of the last evaluation by task; empty before the first.
+        periodic_writers: The hooks that write metrics.
     """
 
     def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: as of :func:`senet_transfer.engine.setup.setup`.
+            cfg: The config, as returned by :func:`senet_transfer.engine.setup.setup`.
         """
-        # DefaultTrainer's own constructor is not called: it fixes the checkpointer, CUDA for
-        # mixed precision, and a GPU for every process.
+        # The constructor of DefaultTrainer is not called, because it always uses Detectron2's
+        # checkpointer, CUDA for mixed precision, and one GPU per process.
         TrainerBase.__init__(self)
         with config_errors("division of the work"):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -107,13 +109,14 @@ class Trainer(DefaultTrainer):
 
     @property
     def stops(self) -> bool:
-        """Whether the run was told to stop after this step."""
+        """True if the run has to stop after this step."""
         return self._trainer.guard.stops
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; the data goes on at the batch that comes next.
+        """Resume from the newest checkpoint and the next batch, or load initial weights.
 
-        A run that starts anew is resumed from its own checkpoints alone, whatever its folder held.
+        A new run removes the list of checkpoints of an earlier run in the same folder, so that it
+        can only be resumed from its own.
         """
         super().resume_or_load(resume=resume)
         if comm.is_main_process():
@@ -126,17 +129,17 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> None:
-        """Train to the last iteration, and compare the metrics with ``TEST.EXPECTED_RESULTS``."""
+        """Train until the last iteration, and verify ``TEST.EXPECTED_RESULTS``."""
         TrainerBase.train(self, self.start_iter, self.max_iter)
         if comm.is_main_process():
             verify_results(self.cfg, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        """As Detectron2's; with what the course of a run depends on beside its config."""
+        """Return the state for a checkpoint, including how the work was divided."""
         return {**super().state_dict(), "divided": self._division()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; warn if the resumed run can't equal the unbroken one bit for bit."""
+        """Restore the state of a checkpoint, and warn if resuming is not exact to the bit."""
         hooks_state = state_dict.get("hooks", {})
         renamed = {_HOOK_NAMES.get(name, name): state for name, state in hooks_state.items()}
         super().load_state_dict({**state_dict, "hooks": renamed})
@@ -144,8 +147,8 @@ class Trainer(DefaultTrainer):
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
             logger.warning(
-                "Resumed approximately: %s. Weights and schedule go on where they were; the order "
-                "of the data and the random numbers are not those of the unbroken run.",
+                "Resumed approximately: %s. Weights and schedule continue exactly, but the order "
+                "of the data and the random numbers differ from those of an uninterrupted run.",
                 ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed),
             )
 
@@ -157,36 +160,42 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """Run the hooks; Detectron2 would keep a million values of each metric to log 20."""
+        """Run the hooks, and limit the history of metrics, of which Detectron2 keeps a million."""
         limit_history(self.storage, _HISTORY)
         super().before_train()
 
     def after_train(self) -> None:
-        """As Detectron2's; a run that is broken off evaluates nothing and saves nothing more."""
+        """Run the hooks; after an interruption, only flush the writers of metrics."""
         if self.iter >= self.max_iter:
             super().after_train()
             return
         self.storage.iter = self.iter
         for writer in self.periodic_writers:
-            # The error that ended the run is reported, not what follows from it on a full disk.
+            # On a full disk, this would replace the error that ended the run.
             with contextlib.suppress(OSError):
                 writer.after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """The config's optimizer."""
+        """Build the config's optimizer."""
         return solver.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """Detectron2's schedules, and "WarmupPlateauLR"."""
+        """Build the config's learning rate schedule."""
         return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(
         cls, cfg: CfgNode, seed: int | None = None, start_iter: int = 0
-    ) -> RaisingLoader | ClassificationLoader:
-        """The training data from an iteration on, its order and augmentation as a seed says."""
+    ) -> RaisingLoader | ClassificationLoader | CifarTrainLoader:
+        """Build the training data loader.
+
+        Args:
+            cfg: The config.
+            seed: The seed of the order and the augmentation; random if None.
+            start_iter: The iteration whose batch is the first.
+        """
         if seed is None:
             seed = comm.shared_random_seed()
         if is_classification(cfg):
@@ -197,8 +206,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
-    ) -> RaisingLoader | ClassificationLoader:
-        """Detectron2's loader, with images checked; a classifier's."""
+    ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
+        """Build the data loader of an evaluation data set, which checks all images."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
@@ -208,12 +217,13 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """COCO's metrics, the predictions written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        """Build the evaluator of a data set.
 
-        A classifier's are top-1 and top-5 error, and its predictions go to a folder there, too.
+        A detector is evaluated with COCO's metrics, and a classifier with top-1 and top-5 error.
+        A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
-            UserError: the data set is not evaluated by COCO's metrics.
+            UserError: If Detectron2 evaluates the detection data set with other metrics.
         """
         if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
@@ -224,23 +234,23 @@ class Trainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind != "coco":
             raise UserError(
-                f"The data set {dataset_name} is evaluated by {kind!r} in Detectron2, and this "
-                "project evaluates detection by COCO's metrics. Register it in COCO's format."
+                f"The evaluator_type of the data set {dataset_name} is {kind!r}, but only 'coco' "
+                "is supported. Register the data set in COCO's format."
             )
         return FastCOCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
-            # A data set without a JSON is converted to one; a file left by an earlier run may be
-            # of other data.
+            # Detectron2 converts a data set without a JSON file to one. A cached file of an earlier
+            # run may be of different data.
             allow_cached_coco=False,
         )
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
-        """Evaluates on ``DATASETS.TEST``, with test-time augmentation beside it where it is on.
+        """Evaluate on ``DATASETS.TEST``, and again with test-time augmentation if it is enabled.
 
         Returns:
-            Detectron2's nested results; those with augmentation have ``_TTA`` in the name.
+            Detectron2's nested results. Tasks with test-time augmentation end in ``_TTA``.
         """
         results = cls.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
@@ -259,7 +269,7 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, and those that the config asks for."""
+        """Build Detectron2's hooks and those that the config enables."""
         cfg = self.cfg
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
@@ -276,13 +286,13 @@ class Trainer(DefaultTrainer):
             evaluation.append(evaluate)
         if isinstance(self.scheduler, solver.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
-            # A checkpoint has to know of the evaluation that was made at the same step.
+            # A checkpoint must include the schedule's reaction to the evaluation at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]
-        # As in Detectron2, an evaluation that fails leaves a checkpoint.
+        # As in Detectron2, the checkpoint is saved before an evaluation, which might fail.
         return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *last]
 
     def build_writers(self) -> list[EventWriter]:
-        """As Detectron2's; a line that an earlier process was killed in is cut off."""
+        """Build Detectron2's writers, after removing an incomplete line from metrics.json."""
         history.drop_torn_line(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
         return super().build_writers()
 

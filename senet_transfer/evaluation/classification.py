@@ -1,4 +1,4 @@
-"""One pass of a classifier over labelled images, and what there is to say of it."""
+"""Evaluation of a classifier on labelled images: errors, confusions and predictions."""
 
 import csv
 import time
@@ -29,17 +29,17 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
-        images: how many were seen.
-        top1_error: in percent.
-        top5_error: in percent.
-        seconds: that the pass took.
-        waited: seconds of these, for images that had not been read and decoded yet.
-        classes: names, the label being the position.
-        confusion: ``(C, C)`` images by label and prediction.
-        predictions: a row an image, in the order of the data, where they were asked for.
+        images: The number of images.
+        top1_error: Top-1 error in percent.
+        top5_error: Top-5 error in percent.
+        seconds: Duration of the evaluation in seconds.
+        waited: The part of ``seconds`` spent waiting for images to be read and decoded.
+        classes: Names of the classes, indexed by label.
+        confusion: Confusion matrix: the number of images by label and prediction, ``(C, C)``.
+        predictions: One row per image, in the order of the data. Empty unless requested.
     """
 
     images: int
@@ -52,9 +52,9 @@ class Evaluation:
     predictions: list[dict[str, Any]]
 
     def worst_classes(self, count: int = _SHOWN) -> list[dict[str, Any]]:
-        """The classes with images whose top-1 error, in percent, is highest."""
+        """Return the ``count`` classes with the highest top-1 error, which is in percent."""
         totals = self.confusion.sum(1)
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "class": name,
                 "images": int(totals[label]),
@@ -66,7 +66,7 @@ class Evaluation:
         return sorted(found, key=lambda row: (-row["top1_error"], row["class"]))[:count]
 
     def most_confused(self, count: int = _SHOWN) -> list[dict[str, Any]]:
-        """The pairs of a class and another that its images are most often taken for."""
+        """Return the ``count`` pairs of classes that are confused most often."""
         wrong = self.confusion.clone().fill_diagonal_(0)
         number = int((wrong > 0).sum())
         order = wrong.flatten().argsort(descending=True, stable=True)[: min(count, number)]
@@ -80,7 +80,7 @@ class Evaluation:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """What goes into a JSON."""
+        """Return the results as a dict for JSON."""
         return {
             "images": self.images,
             "top1_error": self.top1_error,
@@ -93,10 +93,12 @@ class Evaluation:
         }
 
     def write_predictions(self, path: str) -> None:
-        """Writes a row an image: key, label, its name, the best classes, logits if kept.
+        """Write a CSV file with one row per image: key, label, class name, top classes and logits.
+
+        The logits are written only if they were kept.
 
         Raises:
-            UserError: the file can't be written.
+            UserError: If the file can't be written.
         """
         top = min(TOP, len(self.classes))
         header = ["key", "label", "class", *(f"top{place}" for place in range(1, top + 1))]
@@ -107,7 +109,7 @@ class Evaluation:
                 writer = csv.writer(file)
                 writer.writerow(header)
                 for row in self.predictions:
-                    # Nine digits give a float32 back to the last bit.
+                    # Nine digits represent a float32 exactly.
                     logits = [f"{value:.9g}" for value in row.get("logits", ())]
                     label = row["label"]
                     best = [row["key"], label, self.classes[label], *row["top"]]
@@ -127,25 +129,29 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluates on all images of a data set, in this process.
+    """Evaluate a classifier on all images of a data set, in this process.
 
     Args:
-        model: on the device to run on.
-        dataset: of as many classes as the model has.
-        transform: the view of an image that is scored.
-        batch_size: images a batch.
-        workers: processes that read and decode.
-        keep_predictions: return the best classes of each image, too.
-        keep_logits: as well as its logits.
-        quiet: no progress bar; there is none either where stderr is no terminal.
+        model: The classifier, on the device to run on.
+        dataset: A data set with the same number of classes as the model.
+        transform: The evaluation transform.
+        batch_size: Number of images per batch.
+        workers: Number of processes that read and decode images.
+        keep_predictions: Return the top classes of each image.
+        keep_logits: Return the logits and top classes of each image.
+        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: the model has another number of classes; an image is missing or broken.
+        UserError: If the number of classes differs, or an image is missing or damaged.
     """
     _check_classes(model, dataset)
     loader = _loader(model, dataset, transform, batch_size, workers)
-    kept = {"keep_predictions": keep_predictions, "keep_logits": keep_logits}
-    evaluator = ClassificationEvaluator(dataset.num_classes, len(dataset), **kept)
+    evaluator = ClassificationEvaluator(
+        dataset.num_classes,
+        len(dataset),
+        keep_predictions=keep_predictions,
+        keep_logits=keep_logits,
+    )
     shown = _Shown(loader, len(dataset), quiet)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -164,8 +170,8 @@ def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | Imag
     has = model.linear.out_features
     if has != dataset.num_classes:
         raise UserError(
-            f"The model tells {has} classes apart, and {dataset.origin} has "
-            f"{dataset.num_classes}. Evaluate it on data of the classes it was trained on."
+            f"The model has {has} classes, but {dataset.origin} has {dataset.num_classes}. "
+            "Evaluate the model on data with the classes that it was trained on."
         )
 
 
@@ -191,14 +197,15 @@ def _loader(
 def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
     if transform.output_shape != (3, SIDE, SIDE) or transform.resize != SIDE:
         raise UserError(
-            f"{data.origin} holds images of {SIDE}x{SIDE} pixels, and the view to evaluate is "
-            f"{transform.mode} to {transform.resize} and {transform.crop} pixels. Evaluate it with "
-            "a network for such images, without --resize, --crop and --crop-mode."
+            f"{data.origin} contains images of {SIDE}x{SIDE} pixels, but the evaluation transform "
+            f"resizes to {transform.resize} and crops to {transform.crop} pixels "
+            f"({transform.mode}). Use a network for images of this size, without --resize, --crop "
+            "and --crop-mode."
         )
 
 
 class _Shown:
-    """A loader with a progress bar that counts images, and a clock of what it takes."""
+    """A loader with a progress bar that counts images and measures the time spent waiting."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader

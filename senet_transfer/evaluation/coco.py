@@ -1,6 +1,7 @@
-"""COCO's metrics, counted in C++: Detectron2's evaluator on faster-coco-eval.
+"""COCO metrics computed in C++: Detectron2's evaluator with faster-coco-eval.
 
-The numbers are those of pycocotools, which takes over where faster-coco-eval is not installed.
+The results are identical to those of pycocotools, which is used if faster-coco-eval isn't
+installed.
 """
 
 import gc
@@ -20,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator, about eight times as fast."""
+    """Detectron2's COCOEvaluator with faster-coco-eval, about eight times as fast."""
 
-    def __init__(self, *arguments, **options):
-        """Takes what Detectron2's takes, except ``use_fast_impl``."""
+    def __init__(self, *arguments: Any, **options: Any):
+        """Accept the arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``."""
         super().__init__(*arguments, use_fast_impl=False, **options)
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         if faster_coco_eval is None:
-            logger.info("faster-coco-eval is not installed: pycocotools evaluates, more slowly.")
+            logger.info("faster-coco-eval is not installed: using pycocotools, which is slower.")
             super()._eval_predictions(predictions, img_ids)
             return
         truth = faster_coco_eval.COCO()
         truth.dataset = self._coco_api.dataset
         truth.createIndex()
-        # Detectron2 offers a choice between two classes of its own, of which the fast one is not
-        # part of every build and rounds otherwise.
+        # Replace the class in Detectron2's module: its own fast implementation isn't part of every
+        # build and rounds differently.
         with (
             no_garbage_collection(),
             _replaced(self, "_coco_api", truth),
@@ -46,9 +47,10 @@ class FastCOCOEvaluator(COCOEvaluator):
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Spares the search for garbage in half a million small dicts, again and again.
+    """Disable garbage collection within the context.
 
-    It takes a third of the time of an evaluation and finds none.
+    An evaluation creates half a million small dicts. Scanning them for cycles takes a third of its
+    time and finds none.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error, by the rules of Detectron2's evaluators."""
+"""Detectron2 evaluator of top-1 and top-5 error."""
 
 import json
 import os
@@ -15,12 +15,13 @@ TOP = 5
 
 
 class ClassificationEvaluator(DatasetEvaluator):
-    """Counts hits over all processes.
+    """Evaluator that counts correct predictions over all processes.
 
     Attributes:
-        confusion: ``(C, C)`` int64, images by label and prediction, of all processes once
-            :meth:`evaluate` has returned on the main process.
-        predictions: with ``keep_logits`` or ``keep_predictions``, rows in the order of the data.
+        confusion: Confusion matrix: the number of images by label and prediction, int64
+            ``(C, C)``. It covers all processes after :meth:`evaluate`, on the main process.
+        predictions: With ``keep_logits`` or ``keep_predictions``, one row per image in the order of
+            the data.
     """
 
     def __init__(
@@ -34,13 +35,13 @@ class ClassificationEvaluator(DatasetEvaluator):
     ):
         """
         Args:
-            num_classes: of the model and the data.
-            expected: images in the data set, which those seen are counted against.
-            keep_predictions: remember key, label and the best classes of each image.
-            keep_logits: remember its logits, too.
-            output_dir: a folder for ``predictions.json``: a list a column, ``index`` (the place in
-                the data set), ``label``, ``top`` (the best classes) and ``probability`` (of the
-                best, 0-1). Empty: none is written.
+            num_classes: The number of classes of the model and the data.
+            expected: The number of images in the data set, to check that each one was evaluated.
+            keep_predictions: Keep the key, label and top classes of each image.
+            keep_logits: Keep the logits of each image in addition.
+            output_dir: The folder for ``predictions.json``, which contains one list per column:
+                ``index`` (in the data set), ``label``, ``top`` (the top classes) and
+                ``probability`` (of the best class, in [0, 1]). If empty, the file isn't written.
         """
         self.num_classes = num_classes
         self.expected = expected
@@ -50,18 +51,18 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Reset all counts."""
         self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         self.hits = torch.zeros(TOP, dtype=torch.int64)
         self.predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
-        """Counts a batch of the evaluation loader and its logits ``(N, C)``."""
+        """Add a batch of the evaluation loader and its logits ``(N, C)``."""
         logits, labels = outputs.float().cpu(), inputs["label"].cpu()
         if logits.shape[1] != self.num_classes:
             raise UserError(
-                f"The model tells {logits.shape[1]} classes apart, the data has "
-                f"{self.num_classes}. Evaluate it on data of the classes it was trained on."
+                f"The model has {logits.shape[1]} classes, but the data has {self.num_classes}. "
+                "Evaluate the model on data with the classes that it was trained on."
             )
         finite = logits.isfinite().all(1)
         if not finite.all():
@@ -69,8 +70,9 @@ class ClassificationEvaluator(DatasetEvaluator):
                 key for key, good in zip(inputs["key"], finite.tolist(), strict=True) if not good
             ]
             raise UserError(
-                f"The logits of {len(keys)} images are not finite, the first of {keys[0]}: the "
-                "model has diverged, or was not loaded as it was trained."
+                f"The logits of {len(keys)} images are not finite, the first of {keys[0]}. "
+                "Training diverged, or the model was not loaded with the options that it was "
+                "trained with."
             )
         best = logits.topk(min(TOP, self.num_classes)).indices
         found = torch.zeros(len(labels), TOP, dtype=torch.int64)
@@ -95,14 +97,14 @@ class ClassificationEvaluator(DatasetEvaluator):
             self.predictions.append(entry)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Adds up all processes' counts.
+        """Combine the counts of all processes.
 
         Returns:
-            On the main process ``{"classification": {"top1_error", "top5_error", "images"}}``, the
-            errors in percent; None on the others.
+            ``{"classification": {"top1_error", "top5_error", "images"}}`` with errors in percent on
+            the main process, None on the others.
 
         Raises:
-            UserError: other than every image was seen once.
+            UserError: If the number of evaluated images isn't the size of the data set.
         """
         parts = comm.gather((self.hits, self.confusion, self.predictions))
         if not comm.is_main_process():
@@ -114,8 +116,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         images = int(self.confusion.sum())
         if images != self.expected:
             raise UserError(
-                f"Evaluation saw {images} images, expected {self.expected}. The data changed while "
-                "it was read, or two processes read it as if each were alone."
+                f"Evaluation saw {images} images, expected {self.expected}. The data changed "
+                "during evaluation, or several processes evaluated the same images."
             )
         if self.output_dir:
             self._write()

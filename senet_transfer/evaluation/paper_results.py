@@ -1,4 +1,4 @@
-"""Errors that others have published, to stand beside one's own; top-1 and top-5 in percent."""
+"""Published top-1 and top-5 errors in percent, for comparison."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from senet_transfer.data.cifar.open import cifar_name
 
 @dataclass(frozen=True)
 class Published:
-    """A published result of one central crop.
+    """A published single-crop result.
 
     Attributes:
-        name: of the network.
-        top1_error: in percent.
-        top5_error: in percent; None where only the other was published.
-        source: who published it.
+        name: The name of the network.
+        top1_error: Top-1 error in percent.
+        top5_error: Top-5 error in percent. None if it wasn't published.
+        source: The publication.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Published:
 
 _TABLE_VI = "Squeeze-and-Excitation Networks, Table VI"
 
-# Places365's validation set.
+# Results on the validation set of Places365.
 PLACES365 = (
     Published("ResNet-152", 41.15, 11.61, _TABLE_VI),
     Published("SE-ResNet-152", 40.37, 11.01, _TABLE_VI),
@@ -34,7 +34,7 @@ PLACES365 = (
 _AUTHORS = "the authors' released networks"
 _CADENE = "the table of pretrainedmodels"
 
-# ImageNet's validation set, by the weight family and the model's name.
+# Results on the validation set of ImageNet, by weight family and model name.
 IMAGENET = {
     ("caffe", "se_resnet50"): Published("SE-ResNet-50", 22.37, 6.36, _AUTHORS),
     ("caffe", "se_resnet101"): Published("SE-ResNet-101", 21.75, 5.72, _AUTHORS),
@@ -66,7 +66,7 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
         ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
     ):
         source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
-        # The baseline's authors published it before there was Cutout.
+        # The authors of the baseline published its result before Cutout existed.
         bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
         note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
         found[data, model] = Published(bare, plain, None, source + note)
@@ -74,10 +74,16 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
     return found
 
 
-# The test sets of CIFAR, by data set and the model's name.
+# Results on the test sets of CIFAR, by data set and model name.
 CIFAR = _tables_iv_and_v()
 
 
 def published_on_cifar(dataset: str, model: str) -> Published | None:
-    """The paper's row for a model on a data set, named as in a config or by its path, if any."""
-    return CIFAR.get((cifar_name(dataset), model))
+    """Return the published result of a model on a CIFAR data set, or None.
+
+    Args:
+        dataset: The name or path of the data set, as in a config.
+        model: The name of the model.
+    """
+    name = cifar_name(dataset)
+    return None if name is None else CIFAR.get((name, model))

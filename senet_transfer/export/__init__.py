@@ -1,4 +1,4 @@
-"""What goes to production: folded networks, and files for runtimes other than this project."""
+"""Deployment: folding of batch norms, and export to ONNX, torch.export and TorchScript."""
 
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.detectors import export_detector

@@ -1,4 +1,4 @@
-"""Converting a weight file, and looking whether the new one computes what the old one does."""
+"""Conversion of weight files, with a check that both files give the same outputs."""
 
 import logging
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from senet_transfer.models.classifier import build_classifier
 from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.convert import family_of, target_for, write_converted
+from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.match import check_match, match
@@ -20,7 +21,7 @@ from senet_transfer.weights.mapping.target import target_of
 
 logger = logging.getLogger(__name__)
 
-# Relative to the largest output; the same numbers in another file compute the very same.
+# Relative to the largest output. Equal weights should give equal outputs in any file format.
 TOLERANCE = 1e-6
 
 
@@ -29,9 +30,9 @@ class FileDifference:
     """Difference between two weight files.
 
     Attributes:
-        of: the compared values: "logits" or "res5" on random images; or "tensors" where this
-            project has no model for the file, as for a detector.
-        absolute: the largest absolute difference.
+        of: The compared values: "logits" or "res5" on random images, or "tensors" if this project
+            has no model for the file (a detector, for example).
+        absolute: The largest absolute difference.
         relative: ``absolute`` divided by the largest absolute value.
     """
 
@@ -55,33 +56,33 @@ def convert_file(
     force: bool = False,
     check: bool = False,
 ) -> FileDifference | None:
-    """Converts a weight file of any family to this project's format, or to another project's.
+    """Convert a weight file of any family to this project's format or to another project's.
 
     Args:
-        weights: the file, or a name in the catalogue.
-        out: the new file. Without ``to``, ``.pth`` and ``.safetensors`` are this project's own,
-            ``.pkl`` is Detectron2's.
-        to: one of ``senet_transfer.weights.convert.TARGETS``.
-        family: of the file, where its names are those of several.
-        force: whether a file that is there already is replaced.
-        check: whether the outputs of both files' networks are compared.
+        weights: The path of the file, or a name in the catalogue.
+        out: The path of the new file. If ``to`` is None, ``.pth`` and ``.safetensors`` select this
+            project's format and ``.pkl`` selects Detectron2's.
+        to: One of ``senet_transfer.weights.convert.TARGETS``.
+        family: The family of the file. Required only if several families use its tensor names.
+        force: If True, replace an existing file.
+        check: If True, compare the outputs of both files' networks.
 
     Returns:
-        The comparison; None without ``check``.
+        The result of the comparison; None if ``check`` is False.
 
     Raises:
-        UserError: either file can't be what is asked for; or, with ``check``, the new one computes
-            something else.
+        UserError: The file can't be read, or can't be converted to this format; or, with
+            ``check``, the outputs differ.
     """
     out = Path(out)
     to = target_for(out, to)
     if out.exists() and not force:
-        raise UserError(f"{out} exists. Give another name, or --force to replace it.")
+        raise UserError(f"{out} exists. Choose another name, or replace it with --force.")
     path, family = local_weights(weights, family)
     logger.info("Reading %s (%s)", path, _size(path))
     source = examine(path, family)
     _check_complete(source)
-    logger.info("Taken for %s%s", source.taken_for, _network(source))
+    logger.info("Detected as %s%s", source.taken_for, _network(source))
     for note in write_converted(source, out, to):
         logger.info(note)
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)
@@ -90,7 +91,9 @@ def convert_file(
     logger.info("Comparing")
     comparison = compare_files(source, examine(out, family_of(to)))
     if not comparison.relative <= TOLERANCE:
-        raise UserError(f"{out} does not compute what {path} does: {comparison}. Don't use it.")
+        raise UserError(
+            f"{out} does not give the same outputs as {path}: {comparison}. Don't use it."
+        )
     return comparison
 
 
@@ -105,39 +108,44 @@ def _network(source: Source) -> str:
     return f": {source.architecture.name}{options}"
 
 
-def _is_registered(source: Source) -> bool:
+def _registered(source: Source) -> Architecture | None:
+    """Return the file's architecture if it is a registered model; None for a detector."""
     arch = source.architecture
-    return arch is not None and not source.detector and arch.name in list_models()
+    if arch is None or source.detector or arch.name not in list_models():
+        return None
+    return arch
 
 
-def _model(source: Source) -> nn.Module:
-    """Build a model of the file's network, with its classifier if it has one."""
-    entry = model_entry(source.architecture.name)
+def _model(source: Source, architecture: Architecture) -> nn.Module:
+    """Build the network that a file is for, with a classifier if the file has one."""
+    entry = model_entry(architecture.name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
-    classes = source.architecture.classes
-    if classes:
-        return build_classifier(entry, classes, source, norm=norm)
+    if architecture.classes:
+        return build_classifier(entry, architecture.classes, source, norm=norm)
     return build_backbone(entry, source, norm=norm)
 
 
 def _check_complete(source: Source) -> None:
-    """Raises UserError where a network that is known here lacks tensors in the file."""
-    if _is_registered(source):
+    """Raise UserError if the file is for a registered model and lacks some of its tensors."""
+    architecture = _registered(source)
+    if architecture is not None:
         with torch.device("meta"):
-            target = target_of(_model(source))
+            target = target_of(_model(source, architecture))
         check_match(match(source, target), source, target)
 
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
-    """Compare the outputs of two files' networks, or their tensors where there is no model."""
-    if not (_is_registered(first) and _is_registered(second)):
+    """Compare the outputs of two files' networks, or their tensors if no model is registered."""
+    known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
+    if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))
-    # Noise: no two geometries compute the same of it, though the shapes are equal.
+    # Random images: on them, networks of different geometry give different outputs, even if all
+    # tensor shapes are equal.
     images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     outputs = []
-    for source in (first, second):
-        model = _model(source)
+    for source, architecture in known:
+        model = _model(source, architecture)
         load_source(model, source)
         output = model.eval()(images)
         outputs.append(output if isinstance(output, dict) else {"logits": output})
@@ -145,7 +153,7 @@ def compare_files(first: Source, second: Source) -> FileDifference:
 
 
 def _comparable(source: Source) -> dict[str, torch.Tensor]:
-    # Detectron2's files have no counters.
+    # Detectron2's files omit num_batches_tracked.
     return {k: v for k, v in source.tensors.items() if not k.endswith(".num_batches_tracked")}
 
 
@@ -154,12 +162,12 @@ def _difference(
 ) -> FileDifference:
     if first.keys() != second.keys():
         only = first_of(sorted(first.keys() ^ second.keys()), 4)
-        raise UserError(f"The files do not hold the same tensors ({only}). Don't use the new file.")
+        raise UserError(f"The files have different tensors ({only}). Don't use the new file.")
     absolute = largest = 0.0
     for name, value in first.items():
         if value.numel():
             difference = (value.double() - second[name].double()).abs().max().item()
-            # Where one is not a number, so is the result, and no comparison with it holds.
+            # NaN is kept, and every later comparison with NaN is False, so the check fails.
             absolute = difference if not difference <= absolute else absolute
             largest = max(largest, value.double().abs().max().item())
     return FileDifference(of, absolute, absolute / largest if largest else absolute)

@@ -1,4 +1,4 @@
-"""Networks for inference alone: norms folded into the convolutions before them."""
+"""Inference-only networks, with batch norms folded into the preceding convolutions."""
 
 import copy
 
@@ -12,18 +12,18 @@ FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 
 
 def deploy(model: nn.Module) -> nn.Module:
-    """A copy of a network that can infer and nothing else, and does so faster.
+    """Return a copy of a network that is faster and for inference only.
 
-    Batch norms, frozen or trained, become part of the convolutions that they belong to. A norm
-    that comes before its convolution, as in pre-activation networks, stays as it is. A gate after
-    a 1x1 convolution is computed from that convolution's input, which has fewer channels.
+    Batch norms, frozen or not, are folded into the convolutions before them. A norm that precedes
+    its convolution, as in pre-activation networks, is not folded. The squeeze of an SE block that
+    follows a 1x1 convolution is computed from that convolution's input, which has fewer channels.
 
     Args:
-        model: a backbone, a classifier or a detector. It is left as it is.
+        model: A backbone, a classifier or a detector. It is not modified.
 
     Returns:
-        A network in evaluation mode that computes the same to rounding. Its parameters don't
-        learn, and have other names than those of the model.
+        A network in evaluation mode with the same outputs up to rounding. Its parameters do not
+        require gradients, and their names differ from the model's.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():

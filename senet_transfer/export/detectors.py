@@ -1,4 +1,4 @@
-"""Detectors as TorchScript, by tracing, as Detectron2 supports it."""
+"""Export of detectors to TorchScript with Detectron2's tracing support."""
 
 import json
 from pathlib import Path
@@ -13,28 +13,28 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.formats import quiet
 
-# Pixels, for boxes; shares, for scores.
+# Largest differences allowed: boxes in pixels, scores in [0, 1].
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 
 
 def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
-    """Writes a detector, norms folded, and compares what was written with it.
+    """Export a detector with folded batch norms, and compare the exported file with it.
 
-    The file takes one image, uint8 or float32 ``(3, H, W)`` of 0-255 and of any size, resized and
-    with its channels in the order that the detector was trained with. It returns tensors, named in
-    the file's extra file ``outputs``: boxes in pixels of that image, scores, classes and, of a
-    Mask R-CNN, 28x28 masks, then the image's size.
+    The exported module takes one image of any size, uint8 or float32 ``(3, H, W)`` in 0-255. The
+    caller resizes it and orders its channels as in the detector's training. The outputs are
+    tensors, whose names are listed in the extra file ``outputs``: boxes in pixels of that image,
+    scores, classes, 28x28 masks (Mask R-CNN only), and the image size.
 
     Args:
-        model: a meta-architecture of Detectron2.
-        path: the file to write.
-        image: one to trace with; a part of it is compared on.
+        model: A Detectron2 meta-architecture.
+        path: The file to write.
+        image: The image to trace with. A crop of it is used for the comparison.
 
     Returns:
-        The number of objects found in that part.
+        The number of objects detected in that crop.
 
     Raises:
-        UserError: the file finds something else than the detector.
+        UserError: The exported file and the detector detect different objects.
     """
     model = model.eval().cpu()
     adapter = TracingAdapter(deploy(model), [{"image": image}], _infer)
@@ -64,7 +64,7 @@ def _compare(path: str | Path, expected: Instances, found: Instances) -> None:
         same = same and torch.equal(found.pred_classes, expected.pred_classes)
     if not same:
         raise UserError(
-            f"{path} finds other objects than the detector ({len(found)}, expected "
-            f"{len(expected)}, on the part of the image that was compared). Objects with nearly "
-            "equal scores may change places: try another image."
+            f"{path} detects {len(found)} objects in a crop of the image, and they differ from "
+            f"the {len(expected)} objects that the model detects. Objects with nearly equal scores "
+            "may be returned in another order: try another image."
         )

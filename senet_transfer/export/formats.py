@@ -1,4 +1,4 @@
-"""Files of networks: ONNX, torch.export and TorchScript, each compared with the eager network."""
+"""Export to ONNX, torch.export and TorchScript, each compared with the eager network."""
 
 import json
 import logging
@@ -17,18 +17,19 @@ from senet_transfer.preprocessing import Preprocessing, normalise
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
 
-# Of the largest output, between two orders of adding and multiplying in float32.
+# Relative to the largest output: float32 rounding depends on the order of operations.
 TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """A backbone or a classifier from RGB images of 0-255, so that no user has to normalise."""
+    """Backbone or classifier that takes RGB images in 0-255 and normalises them itself."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
         Args:
-            network: takes normalised images; returns a tensor, or a dict of tensors.
-            preprocessing: what it expects of an image.
+            network: A network that takes normalised images and returns a tensor or a dict of
+                tensors.
+            preprocessing: The channel order, mean and std that the network expects.
         """
         super().__init__()
         self.network = network
@@ -38,7 +39,7 @@ class ImageModel(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits, or feature maps from fine to coarse, of RGB images ``(N, 3, H, W)``."""
+        """Return logits, or feature maps from fine to coarse, for RGB images ``(N, 3, H, W)``."""
         found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)
 
@@ -52,25 +53,26 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
 ) -> float:
-    """Writes a backbone or a classifier, norms folded, and compares what was written with it.
+    """Export a backbone or classifier with folded batch norms, and compare the file with it.
 
-    The batch size stays open, height and width are fixed.
+    The batch size is dynamic; height and width are fixed.
 
     Args:
-        network: takes normalised images; a classifier returns logits, a backbone a dict of maps.
-        path: the file to write.
-        form: a key of :data:`FORMATS`.
-        preprocessing: what the network expects; becomes a part of what is written and, in ONNX,
-            stands in the metadata, too.
-        size: height and width of the images, in pixels.
-        classes: names, for the metadata.
+        network: A network that takes normalised images. A classifier returns logits, a backbone
+            returns a dict of feature maps.
+        path: The file to write.
+        form: A key of :data:`FORMATS`.
+        preprocessing: The preprocessing that the network expects. The normalisation becomes part
+            of the exported network, and all of it is written to the file's metadata.
+        size: The height and width of the images, in pixels.
+        classes: The class names, for the metadata.
 
     Returns:
-        The largest difference to the eager network, as a share of its largest output.
+        The largest difference from the eager network, relative to its largest output.
 
     Raises:
-        UserError: the format is unknown or its packages are missing, or the file computes
-            something else.
+        UserError: The format is unknown, its packages are missing, or the outputs of the exported
+            file differ from the network's.
     """
     if form not in FORMATS:
         raise UserError(f"The format is {form!r}, expected one of: {', '.join(FORMATS)}.")
@@ -98,7 +100,7 @@ def _device(network: nn.Module) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of the exporters about their own insides."""
+    """Suppress the exporters' warnings about their own internals."""
     exporter = logging.getLogger("torch.onnx")
     before = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -120,7 +122,7 @@ def _write_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"ONNX needs the package {error.name}, which is not installed: pip install "
+            f"ONNX export needs the package {error.name}, which is not installed. Run pip install "
             "'senet_transfer[export]'."
         ) from error
     program = torch.onnx.export(
@@ -168,7 +170,8 @@ def _check(path: str | Path, eager: nn.Module, run: Run, images: Tensor) -> floa
     )
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{path} computes something else than the network: outputs differ by {worst:.1e} of "
-            f"the largest, expected {TOLERANCE:.0e} at most. Use another format."
+            f"{path} does not give the same outputs as the network: the largest difference is "
+            f"{worst:.1e} of the largest output, expected at most {TOLERANCE:.0e}. Use another "
+            "format."
         )
     return worst

@@ -1,4 +1,4 @@
-"""The export of any model by the name of the file to write."""
+"""Export of any model, in the format that the file name selects."""
 
 import os
 from collections.abc import Sequence
@@ -29,18 +29,19 @@ def export_model(
     """Export a classifier, a detector, or the backbone of either.
 
     Args:
-        model: an ``ImageClassifier`` or a Detectron2 detector, on the CPU, in evaluation mode.
-        cfg: its config.
-        output: the file to write; its suffix is one of :data:`FORMATS`.
-        backbone_only: export the feature maps only.
-        size: the side of the images in pixels, or their height and width; None for the test crop.
-        image: an image to trace a detector with.
+        model: An ``ImageClassifier`` or a Detectron2 detector, on the CPU, in evaluation mode.
+        cfg: The config of the model.
+        output: The file to write; its suffix is one of :data:`FORMATS`.
+        backbone_only: If True, export only the backbone, which returns feature maps.
+        size: The side of square images, or height and width, in pixels. None uses the test crop.
+        image: The path of an image to trace a detector with.
 
     Returns:
-        A sentence on the comparison with the eager model.
+        A sentence that reports the comparison with the eager model.
 
     Raises:
-        UserError: the arguments do not go together, or the file computes something else.
+        UserError: The arguments are inconsistent, or the outputs of the exported file differ from
+            the model's.
     """
     form = format_of(output)
     if is_classification(cfg) or backbone_only:
@@ -48,7 +49,7 @@ def export_model(
         size = tuple(size or [preprocessing.crop])
         if len(size) > 2 or any(side < 1 for side in size):
             raise UserError(
-                f"--size is {list(size)}, expected a side, or height and width, in pixels."
+                f"--size is {list(size)}, expected one side, or height and width, in pixels."
             )
         worst = export_network(
             model.backbone if backbone_only else model,
@@ -58,33 +59,36 @@ def export_model(
             size=(size[0], size[-1]),
             classes=() if backbone_only else cfg.DATASETS.CLASSES,
         )
-        return f"Compared with the eager network: outputs differ by {worst:.1e} of the largest."
+        return f"Compared with the eager network: the largest relative difference is {worst:.1e}."
     if form != "torchscript":
         raise UserError(
-            f"{output} is to be {form}, and a detector can be exported as TorchScript (.ts). "
-            "Name it so, or export only its backbone, with --backbone."
+            f"{output} selects the format {form}, but a detector can only be exported to "
+            "TorchScript. Name a .ts file, or export only the backbone with --backbone."
         )
     if not image:
-        raise UserError("A detector is traced on an image. Name one, best with objects: --image.")
+        raise UserError(
+            "A detector is exported by tracing, which needs an image. Pass one that shows objects "
+            "with --image."
+        )
     found = export_detector(model, output, _read_image(image, cfg))
-    return f"Compared with the eager detector: the same {found} objects."
+    return f"Compared with the eager detector: both detect the same {found} objects."
 
 
 def format_of(output: str) -> str:
-    """Return the key of :data:`FORMATS` that the suffix of a file to write stands for.
+    """Return the key of :data:`FORMATS` that the suffix of an output file selects.
 
     Raises:
-        UserError: there is no such format, or no such folder.
+        UserError: The suffix is unknown, or the folder of the file does not exist.
     """
     suffix = os.path.splitext(output)[1]
     forms = {value: key for key, value in FORMATS.items()}
     if suffix not in forms:
         raise UserError(
-            f"{output} ends in {suffix!r}, expected one of {', '.join(forms)}, which says what to "
-            "write."
+            f"{output} ends in {suffix!r}, which selects no export format. Expected one of: "
+            f"{', '.join(forms)}."
         )
     if not os.path.isdir(os.path.dirname(output) or "."):
-        raise UserError(f"There is no folder {os.path.dirname(output)}. Make it first.")
+        raise UserError(f"There is no folder {os.path.dirname(output)}. Create it first.")
     return forms[suffix]
 
 
@@ -93,7 +97,9 @@ def _read_image(path: str, cfg: CfgNode) -> Tensor:
     try:
         image = detection_utils.read_image(path, cfg.INPUT.FORMAT)
     except OSError as error:
-        raise UserError(f"{path} can't be read as an image: {error}. Name another.") from error
+        raise UserError(
+            f"{path} can't be read as an image: {error}. Choose another image."
+        ) from error
     resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     image = resize.get_transform(image).apply_image(image)
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,7 +1,7 @@
 """Cutout (DeVries and Taylor 2017), as in the authors' released code.
 
-A square of zeros in the normalised image, whose centre is any pixel, so that the square can reach
-over the border.
+A square in the normalised image is set to zero. Its centre can be any pixel, so the square can
+extend beyond the border.
 """
 
 import torch
@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Return the images with a square of zeros in each.
+    """Return images in which a square has been set to zero.
 
     Args:
-        images: normalised, `(N, C, H, W)`.
-        centres: int64 `(N, 2)`, row and column. The square covers `size / 2` pixels before its
-            centre and as many from its centre on, clipped at the border of the image.
-        size: side of the square in pixels, even; 0 leaves the images unchanged.
+        images: normalised images ``(N, C, H, W)``.
+        centres: row and column of the centre of each square, int64 ``(N, 2)``. In each direction,
+            the square covers the pixels from ``centre - size / 2`` to ``centre + size / 2 - 1``,
+            clipped at the border of the image.
+        size: side length of the square in pixels, an even number; 0 leaves the images unchanged.
     """
     if not size:
         return images

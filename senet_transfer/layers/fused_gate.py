@@ -1,24 +1,26 @@
-"""The sum of a gated residual branch and its shortcut, at about the cost of the sum without gate.
+"""Fused sum of a gated residual branch and its shortcut, which costs little more than a plain sum.
 
-``gate(r) * r + y`` with ``r = norm(conv(x))`` needs ``r`` twice in the backward pass of the plain
-statement: autograd keeps it, which the block without gate does not. What is computed here is the
-same, to rounding, from what that block keeps anyway:
+In the plain expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for the
+backward pass; a block without a gate does not need it. The functions here compute the same result,
+up to rounding, from tensors that a block without a gate saves anyway:
 
-* Batch norm, trained or not, keeps the convolution's output. All that the gradients of gate and
-  norm need of the maps are two sums a channel of each image, after which one pass gives the
-  gradient of the convolution's output (:class:`_NormSum`).
-* A frozen norm keeps nothing, but it and the gate only scale and shift channels. A 1x1 convolution
-  takes the norm into its weights, and the products of gradient and input that give the gradient of
-  these, an image at a time, give that of the gates, too (:class:`_LargeConvSum`). Where maps are
-  small and weights many, a second convolution costs less (:class:`_SmallConvSum`).
-* The mean over positions commutes with a 1x1 convolution and with a norm that has its statistics:
-  the squeeze reads the convolution's input, a quarter of a bottleneck's output.
+* Batch norm, in training or evaluation mode, saves the output of the convolution. The gradients of
+  the gate and the norm need only two sums per channel and image of these feature maps; one further
+  pass gives the gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm saves nothing, but the norm and the gate only scale and shift channels. The norm is
+  folded into the weights of a 1x1 convolution. The gradient of these weights, computed per image,
+  also gives the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
+  weights, repeating the convolution is cheaper (:class:`_SmallConvSum`).
+* The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics.
+  The squeeze can therefore read the convolution's input, which in a bottleneck has a quarter of
+  the output's channels.
 
-What watches or transforms a network (hooks, compilers, tracers, dispatch modes) gets the plain
-statement, as does every variant that these don't cover.
+Hooks, compilers, tracers and dispatch modes get the plain expression, and so do all variants that
+the fused forms do not support.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +31,26 @@ from torch.autograd.function import once_differentiable
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation, mean_of_maps
 from senet_transfer.utils.private_api import has_hooks, intercepts_operators
 
-# Positions of a map up to which computing it once more costs less than going through gradients of
-# the weights of each image: reading one takes as long as a hundred multiplications or two.
+# Maximum number of positions (H * W) for which repeating the convolution is cheaper than computing
+# the gradient of the weights per image. Reading one weight gradient from memory takes as long as
+# one or two hundred multiplications.
 _FEW_POSITIONS = 256
 
 
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
-    """``se.join(conv(x), shortcut)``, to rounding.
+    """Return ``se.join(conv(x), shortcut)``, up to rounding.
 
-    Twice differentiable only where that is computed literally, see above.
+    The result is twice differentiable only if the plain expression is used; see the module's
+    docstring.
 
     Args:
         conv: the last convolution of the residual branch, with its norm.
-        se: the gate of its output.
-        x: ``(N, K, H, W)``, its input.
-        shortcut: ``(N, C, H / stride, W / stride)``.
+        se: the gate of the convolution's output.
+        x: input of the convolution, ``(N, K, H, W)``.
+        shortcut: output of the shortcut, ``(N, C, H / stride, W / stride)``.
 
     Returns:
-        Of the shape of ``shortcut``.
+        The sum, of the same shape as ``shortcut``.
     """
     form = _choose(conv, se, x, shortcut)
     if form is not None:
@@ -57,14 +61,16 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 def fold_squeeze(conv: Conv2d, se: SqueezeExcitation) -> None:
-    """Lets a gate start from the mean of a convolution's input, where that tells its output's.
+    """Fold a convolution into the ``fc1`` of its gate, so that the squeeze reads its input.
 
-    ``fc1`` takes over the convolution: a quarter of its weights, in a bottleneck, and the squeeze
-    reads a quarter of the map. For inference alone, see :func:`senet_transfer.export.deploy`.
+    In a bottleneck, this makes ``fc1`` and the squeezed feature map four times smaller. It is only
+    for inference; see :func:`senet_transfer.export.deploy`. Convolutions and gates for which it is
+    not possible stay unchanged.
 
     Args:
-        conv: before the gate; its norm is folded into it.
-        se: its ``fc1`` is replaced. :func:`gated_sum` is all that it can be used in then.
+        conv: the convolution before the gate, with its norm already folded into it.
+        se: the gate, whose ``fc1`` is replaced. Afterwards it can only be used in
+            :func:`gated_sum`.
     """
     if not _is_pointwise(conv) or conv.norm is not None or se.squeeze != "avg":
         return
@@ -94,7 +100,7 @@ def _choose(
         or se.squeeze != "avg"
         or x.dtype != shortcut.dtype
         or x.numel() == 0
-        or _is_watched(conv, se, se.fc1, se.fc2, *([norm] if norm else []))
+        or _needs_plain_calls(conv, se, se.fc1, se.fc2, *([norm] if norm else []))
     ):
         return None
     learns = torch.is_grad_enabled() and any(
@@ -108,8 +114,8 @@ def _choose(
     return _conv_sum if frozen and _is_pointwise(conv) else None
 
 
-def _is_watched(*modules: nn.Module) -> bool:
-    """Return whether something relies on the modules being called, or on plain operators."""
+def _needs_plain_calls(*modules: nn.Module) -> bool:
+    """Return whether hooks, compilers or dispatch modes rely on plain calls of these modules."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -125,16 +131,16 @@ def _is_pointwise(conv: Conv2d) -> bool:
 
 
 def _fold(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The scale and shift of a norm that has its statistics."""
+    """Return the scale and shift per channel of a norm with fixed statistics."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
 class _Gate:
-    """The gates as a function of the squeezed maps, with a graph of its own.
+    """Gate values computed from the squeezed feature maps, with a separate autograd graph.
 
-    The graph lies inside of another function's node: a few numbers a channel, from whose gradient
-    that node's backward pass goes on.
+    The graph is nested in the node of a custom autograd function, whose backward pass calls
+    :meth:`backward`.
     """
 
     def __init__(self, se: SqueezeExcitation, squeezed: Tensor, learns: bool):
@@ -144,9 +150,9 @@ class _Gate:
             self.value = se.excite(self.squeezed)
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of the squeezed maps and of the parameters that learn."""
+        """Return the gradients of the squeezed maps and of the trainable parameters."""
         inputs = [self.squeezed, *self.parameters]
-        # Kept, as the caller may come again.
+        # Retain the graph, because the outer backward pass may run more than once.
         found = torch.autograd.grad(
             self.value, inputs, gradient.to(self.value.dtype), retain_graph=True
         )
@@ -160,8 +166,8 @@ def _learning(se: SqueezeExcitation) -> list[nn.Parameter]:
 def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     norm = conv.norm
     x = _conv_forward(conv, x, conv.weight, None)
-    # Under autocast convolutions return another type; and one value a channel has no variance,
-    # which the norm itself says best.
+    # Under autocast, convolutions return another dtype. With a single value per channel there is no
+    # variance, and the norm's own error message explains this best.
     if x.dtype != shortcut.dtype or x.numel() == x.shape[1]:
         return se.join(norm(x), shortcut)
     if norm.training:
@@ -170,10 +176,19 @@ def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _NormSum(torch.autograd.Function):
-    """The gated sum from the input of a batch norm."""
+    """Gated sum computed from the input of a batch norm."""
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, norm, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.Module,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         ctx.training = norm.training
         out, mean, invstd = torch.native_batch_norm(
             x,
@@ -196,11 +211,11 @@ class _NormSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, centre, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         positions = x.shape[2] * x.shape[3]
-        # Of the gradient, and of its product with the normalised map: all that is needed of it.
+        # Sums of the gradient, and of its product with the normalised feature map.
         total, aligned = _sums(gradient, x, mean, invstd)
         squeezed, parameters = ctx.gate.backward(aligned * weight + total * bias)
         dbias = torch.addcmul(squeezed, gate, total).sum(0)
@@ -210,7 +225,7 @@ class _NormSum(torch.autograd.Function):
             scale = weight * invstd
             constant = scale * squeezed / positions
             slope = None
-            if ctx.training:  # The batch's own mean and variance have gradients, too.
+            if ctx.training:  # The mean and variance of the batch depend on x, too.
                 share = scale / (len(x) * positions)
                 slope = -share * dweight * invstd
                 constant = constant - share * dbias - slope * mean
@@ -223,13 +238,13 @@ class _NormSum(torch.autograd.Function):
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """For each image and channel: the sum of the gradient, and that of gradient times norm."""
+    """Return sums per image and channel of the gradient, and of gradient times normalised map."""
     if x.device.type != "cpu":
         total = gradient.sum((2, 3), dtype=mean.dtype)
         centred = (x - mean[:, None, None]) * gradient
         return total, centred.sum((2, 3)) * invstd
-    # Batch norm's own backward pass has these sums, for all images together, in one reading of
-    # the maps; asked image by image, and for nothing else, it is twice as fast as the above.
+    # Batch norm's backward pass computes these sums over its batch in a single pass. Calling it per
+    # image, for these sums only, is twice as fast as the code above.
     sums = [
         torch.ops.aten.native_batch_norm_backward(
             part, image, None, None, None, mean, invstd, True, 0.0, [False, True, True]
@@ -247,10 +262,22 @@ def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _SmallConvSum(torch.autograd.Function):
-    """The gated sum from the input of a 1x1 convolution with a frozen norm, which is done twice."""
+    """Gated sum from the input of a 1x1 convolution with a frozen norm, for small feature maps.
+
+    The backward pass repeats the convolution.
+    """
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         out = _convolve(x, _folded(weight, scale, x.dtype), shift)
         ctx.gate = _Gate(se, out.mean((2, 3)), learns=True)
         gate = ctx.gate.value.detach().to(x.dtype)
@@ -259,7 +286,7 @@ class _SmallConvSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
@@ -275,10 +302,23 @@ class _SmallConvSum(torch.autograd.Function):
 
 
 class _LargeConvSum(torch.autograd.Function):
-    """The same, where an image's gradient of the weights costs less than a second convolution."""
+    """Gated sum from the input of a 1x1 convolution with a frozen norm, for large feature maps.
+
+    The backward pass computes the weight gradient per image, which costs less than repeating the
+    convolution.
+    """
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, scale, shift, se, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        se: SqueezeExcitation,
+        *parameters: Tensor,
+    ) -> Tensor:
         folded, mean = _folded(weight, scale, x.dtype), x.mean((2, 3))
         squeezed = F.linear(mean, folded.flatten(1), shift.to(x.dtype))
         ctx.gate = _Gate(se, squeezed, learns=True)
@@ -289,7 +329,7 @@ class _LargeConvSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, mean, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         folded = _folded(weight, scale, x.dtype)
@@ -308,7 +348,7 @@ class _LargeConvSum(torch.autograd.Function):
 def _by_image(
     gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of input, weights and gates, without what goes through the squeeze."""
+    """Return gradients of input, weights and gates, without the path through the squeeze."""
     dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
     dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)
@@ -320,18 +360,18 @@ def _by_image(
         product = product.flatten(1)
         dgate[image] = torch.einsum("ck,ck->c", folded.flatten(1), product)
         dfolded.addcmul_(product, own)
-        if learns:
+        if dx is not None:
             dx[part] = found
     return dx, dfolded, dgate
 
 
 def _conv_forward(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what a layer makes of ``x`` with other weights, without its norm."""
+    """Apply a convolution with other weights to ``x``, without its norm."""
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _convolve(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-    # In the type of the maps, whatever autocast would take.
+    # Compute in the dtype of the feature maps, regardless of autocast.
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x, weight, shift.to(x.dtype))
 
@@ -347,7 +387,7 @@ def _conv_backward(
 
 def _inferred_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     gate = _spread(se.excite(mean_of_maps(x))) if se.takes_input else None
-    # Scaling the weights costs less than a norm's pass over the map, where that is large.
+    # For a large feature map, scaling the weights costs less than applying the norm.
     if conv.norm is not None and x.shape[2] * x.shape[3] > x.shape[1] // conv.groups:
         scale, shift = _fold(conv.norm)
         weight = _folded(conv.weight, scale, x.dtype)
@@ -362,7 +402,7 @@ def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _spread(values: Tensor, like: Tensor | None = None) -> Tensor:
-    """``(N, C)`` as ``(N, C, 1, 1)``."""
+    """Reshape values from ``(N, C)`` to ``(N, C, 1, 1)``."""
     values = values[:, :, None, None]
     return values if like is None else values.to(like.dtype)
 

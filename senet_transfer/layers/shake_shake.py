@@ -1,7 +1,8 @@
-"""Shake-shake: two branches mixed by random coefficients, others forward than backward.
+"""Shake-shake regularization: a random convex combination of two branches.
 
-Paper: Gastaldi, "Shake-Shake regularization" (2017); its best variants draw at the level of the
-image. Source of the details: the author's released network definition.
+Paper: Gastaldi, "Shake-Shake regularization" (2017). The forward and the backward pass use
+different coefficients. As in the paper's best variants, they are drawn per image. Details follow
+the author's released network definition.
 """
 
 from typing import Any
@@ -24,31 +25,31 @@ class _Mix(torch.autograd.Function):
 
 
 class ShakeMix(nn.Module):
-    """``alpha * a + (1 - alpha) * b``, with gradients as though it were ``beta``.
+    """Sum ``alpha * a + (1 - alpha) * b`` whose backward pass uses ``beta`` instead of ``alpha``.
 
-    In training alpha and beta are uniform in 0-1 and drawn for each image, from torch's generator
-    of the device, so that a seed reproduces them. In evaluation both are 0.5.
+    In training, alpha and beta are drawn uniformly from 0-1 for each image, from the device's
+    default generator, so that a seed reproduces them. In evaluation, both are 0.5.
     """
 
     def __init__(self, *, even: bool = False):
         """
         Args:
-            even: whether beta is always 0.5 ("Shake-Even").
+            even: whether beta is always 0.5 ("Shake-Even" in the paper).
         """
         super().__init__()
         self.even = even
-        # Whether training draws at all: not in a frozen part of a network.
+        # False in the frozen part of a network: no coefficients are drawn there.
         self.random = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two maps ``(N, C, H, W)`` to one."""
+        """Combine two feature maps ``(N, C, H, W)`` into one of the same shape."""
         if not (self.training and self.random):
             return 0.5 * (a + b)
-        # Both now rather than beta in the backward pass: what is drawn then does not depend on
-        # the order of that pass, and a checkpointed block draws again what it drew.
+        # Draw beta here, not in the backward pass: the values then do not depend on the order of
+        # the backward pass, and a recomputed block under activation checkpointing draws the same.
         drawn = torch.rand(2, a.shape[0], 1, 1, 1, device=a.device).to(a.dtype)
         return _Mix.apply(a, b, drawn[0], torch.full_like(drawn[1], 0.5) if self.even else drawn[1])
 
     def extra_repr(self) -> str:
-        """The variant."""
+        """Return the variant for the module's repr."""
         return f"even={self.even}"

@@ -1,6 +1,6 @@
-"""Backbones and classifiers, by name and from configs.
+"""Backbones and classifiers, built by name or from configs.
 
-Importing this package registers all of them, by name and with Detectron2.
+Importing this package registers all models by name and with Detectron2.
 """
 
 from senet_transfer.models import backbones  # noqa: F401

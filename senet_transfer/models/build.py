@@ -1,4 +1,7 @@
-"""From a Detectron2 config to a backbone: the only place that reads config keys for networks."""
+"""Construction of backbones from a Detectron2 config.
+
+No other module reads the config keys that describe networks.
+"""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -17,16 +20,17 @@ from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, mo
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
-    """The model that a config names or describes, and its options.
+    """Return the model that a config names or describes, and the options to build it with.
 
     Raises:
-        UserError: keys that contradict each other, or that mean nothing for the model.
+        UserError: if keys contradict each other or are not supported by the model.
     """
     entry = _named_entry(cfg) if cfg.MODEL.BACKBONE.ARCH else _described_entry(cfg)
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         raise UserError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which these "
-            "backbones don't have. Leave it at False, or take Detectron2's build_resnet_backbone."
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE enables deformable convolutions, which these "
+            "backbones don't support. Set it to False for all stages, or use Detectron2's "
+            "build_resnet_backbone."
         )
     values = {
         "stem_pool": cfg.MODEL.RESNETS.STEM_POOL,
@@ -36,7 +40,7 @@ def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
     }
     if entry.fixed.get("depth") in (18, 34):
-        # As in Detectron2, whose default is True, the key does not concern basic blocks.
+        # As in Detectron2, whose default is True, the key is ignored for basic blocks.
         values.pop("stride_in_1x1")
     options = {key: value for key, value in values.items() if key in entry.options()}
     options["norm"] = cfg.MODEL.RESNETS.NORM
@@ -50,7 +54,7 @@ def backbone_name(cfg: CfgNode) -> str:
     """Return the name of the backbone that a config names or describes.
 
     A config that describes a ResNet or ResNeXt gets the name of that network, such as
-    ``"se_resnext50_32x4d"``. Nothing is validated: the name may be of no registered model.
+    ``"se_resnext50_32x4d"``. The name is not validated: there may be no registered model for it.
     """
     has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
     if name:
@@ -67,8 +71,8 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
     entry = model_entry(cfg.MODEL.BACKBONE.ARCH)
     if entry.has_se and cfg.MODEL.SE.ENABLED is False:
         raise UserError(
-            f"MODEL.BACKBONE.ARCH is {entry.name}, which has SE, and MODEL.SE.ENABLED is False. "
-            "Name the network without SE, or leave the switch out."
+            f"MODEL.BACKBONE.ARCH is {entry.name}, which has SE, but MODEL.SE.ENABLED is False. "
+            "Set ARCH to the network without SE, or remove MODEL.SE.ENABLED."
         )
     if cfg.MODEL.SE.ENABLED and not entry.has_se:
         return model_entry(f"se_{entry.name}")
@@ -79,9 +83,9 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
         raise UserError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, and "
-            f"ResNet-{resnets.DEPTH} has 64: set it to 64, or name the network in "
-            "MODEL.BACKBONE.ARCH."
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, expected 64 for "
+            f"ResNet-{resnets.DEPTH}. Set it to 64, or set MODEL.BACKBONE.ARCH to the name of the "
+            "network."
         )
     return ModelEntry(
         name="MODEL.RESNETS",
@@ -99,7 +103,10 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
 
 @BACKBONE_REGISTRY.register()
 def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The backbone alone, with the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last."""
+    """Build a backbone without FPN from a config.
+
+    It returns the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last one if that is empty.
+    """
     entry, options = backbone_from_config(cfg)
     backbone = build_backbone(
         entry,
@@ -118,13 +125,13 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The backbone under Detectron2's FPN, levels p2 to p6 (Faster and Mask R-CNN)."""
+    """Build a backbone with Detectron2's FPN, levels p2 to p6 (Faster R-CNN and Mask R-CNN)."""
     return _fpn(cfg, build_senet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The backbone under Detectron2's FPN with p6 and p7 from res5 (RetinaNet)."""
+    """Build a backbone with Detectron2's FPN, with p6 and p7 computed from res5 (RetinaNet)."""
     backbone = build_senet_backbone(cfg, input_shape)
     _check_fpn_features(backbone, ["res5"])
     top = LastLevelP6P7(backbone.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
@@ -134,8 +141,9 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(
-            "MODEL.BACKBONE.PADDING is 'valid', whose maps have lost their borders, and an FPN "
-            "adds maps of two resolutions pixel by pixel. Leave it empty, or set it to 'same'."
+            "MODEL.BACKBONE.PADDING is 'valid', expected 'same' or empty for an FPN: it adds "
+            "feature maps of two resolutions pixel by pixel, and without padding they are not "
+            "aligned. Set it to 'same'."
         )
     _check_fpn_features(backbone, cfg.MODEL.FPN.IN_FEATURES)
     check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
@@ -157,13 +165,13 @@ def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
     doubling = all(b == 2 * a for a, b in zip(strides, strides[1:], strict=False))
     if not missing and names and not doubling:
         raise UserError(
-            f"The FPN stands on {list(names)}, of strides {strides}, expected each to be twice "
-            "the one before. Name neighbouring stages from fine to coarse, undilated "
-            "(MODEL.RESNETS.RES5_DILATION 1)."
+            f"The input features of the FPN, {list(names)}, have the strides {strides}, expected "
+            "each stride to be twice the previous one. Set MODEL.FPN.IN_FEATURES to consecutive "
+            "stages from fine to coarse, without dilation (MODEL.RESNETS.RES5_DILATION 1)."
         )
     if missing or not names:
         raise UserError(
-            f"The FPN stands on {list(names)}, the backbone returns "
+            f"The input features of the FPN are {list(names)}, but the backbone returns "
             f"{list(backbone.output_shape())}. Set MODEL.RESNETS.OUT_FEATURES and "
             "MODEL.FPN.IN_FEATURES to the same stages, usually ['res2', 'res3', 'res4', 'res5']."
         )
@@ -171,16 +179,16 @@ def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
 
 @ROI_HEADS_REGISTRY.register()
 class SENetRes5ROIHeads(Res5ROIHeads):
-    """Detectron2's C4 head with the res5 of the config's own backbone.
+    """Detectron2's C4 head, with res5 built from the config's backbone.
 
-    Detectron2's builds res5 from plain bottlenecks whatever the backbone, which would drop the
-    gates of an SE backbone's last stage without a word.
+    Detectron2's ``Res5ROIHeads`` always builds res5 from plain bottlenecks, which would silently
+    drop the gates in the last stage of an SE backbone.
     """
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        # The whole backbone is built for its last stage, so that no second description of the stage
-        # exists that could differ from the first; the rest is dropped.
+        # Build the whole backbone and keep only its last stage. A separate description of this
+        # stage could get out of step with the backbone's.
         entry, options = backbone_from_config(cfg)
         backbone = build_backbone(entry, out_features=["res5"], **{**options, "freeze_at": 0})
         return backbone.res5, backbone.output_shape()["res5"].channels

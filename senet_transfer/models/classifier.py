@@ -1,4 +1,4 @@
-"""A backbone with a linear classifier on its last stage."""
+"""Image classifiers: a backbone with a linear layer on its last feature map."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from senet_transfer.weights.mapping.source import Source
 
 
 class Classifier(nn.Module):
-    """Global average pooling, dropout and a linear layer on a backbone's only feature map."""
+    """Classifier with global average pooling, dropout and a linear layer on a backbone."""
 
     def __init__(
         self,
@@ -33,26 +33,26 @@ class Classifier(nn.Module):
         """
         Args:
             backbone: a backbone that returns one feature map.
-            num_classes: classes to tell apart.
-            dropout: before the linear layer, 0-1.
-            neck: what takes the place of the pooling, as in
+            num_classes: number of classes.
+            dropout: dropout probability before the linear layer, in [0, 1).
+            neck: function that builds a module to use instead of the pooling; see
                 :class:`~senet_transfer.models.registry.ModelEntry`.
 
         Raises:
-            UserError: the backbone returns several feature maps, or a value makes no sense.
+            UserError: if the backbone returns several feature maps or a value is invalid.
         """
         super().__init__()
         shapes = backbone.output_shape()
         if len(shapes) != 1:
             raise UserError(
-                f"A classifier takes one feature map, the backbone returns {', '.join(shapes)}. "
-                "Build the backbone with one name in out_features."
+                f"A classifier expects one feature map, but the backbone returns "
+                f"{', '.join(shapes)}. Build the backbone with a single name in out_features."
             )
         whole = type(num_classes) is int and num_classes >= 1
         if not whole or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise UserError(
-                f"num_classes is {num_classes!r}, expected a whole number from 1 on; "
-                f"dropout is {dropout!r}, expected 0 up to, not including, 1."
+                f"num_classes is {num_classes!r}, expected an integer >= 1; "
+                f"dropout is {dropout!r}, expected a number >= 0 and < 1."
             )
         ((self.feature, shape),) = shapes.items()
         self.backbone = backbone
@@ -60,17 +60,17 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         width = shape.channels if self.neck is None else self.neck.out_channels
         self.linear = nn.Linear(width, num_classes)
-        # Small, so that training starts from even class probabilities (Goyal et al. 2017).
+        # Small weights, so that all classes start with equal probability (Goyal et al. 2017).
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the model expects of an image."""
+        """Return the preprocessing that the model requires."""
         return self.backbone.preprocessing
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        """Compute logits ``(N, num_classes)`` for normalised images ``(N, 3, H, W)``."""
         features = self.backbone(x)[self.feature]
         pooled = features.mean((2, 3)) if self.neck is None else self.neck(features)
         return self.linear(self.dropout(pooled))
@@ -85,29 +85,33 @@ def create_classifier(
     dropout: float | None = None,
     **overrides: Any,
 ) -> Classifier:
-    """Builds a classifier by name.
+    """Build a classifier by name.
 
     Args:
-        name: one of :func:`senet_transfer.list_models`.
-        num_classes: classes to tell apart.
-        weights: a weight file of any family, or a name of ``list_catalogue()``. Its classifier is
-            taken where it has as many classes; where it has not, the new one starts untrained,
-            which the log says.
-        family: the file's family, where its names are those of several.
-        dropout: before the classifier, 0-1; None is the network's own.
-        overrides: as for :func:`senet_transfer.create_backbone`.
+        name: a model name; see :func:`senet_transfer.list_models`.
+        num_classes: number of classes.
+        weights: path of a weight file of any family, or a name from ``list_catalogue()``. If the
+            number of classes in the file differs from ``num_classes``, its linear layer is not
+            loaded, and the log reports that the new one is untrained.
+        family: family of the file, needed if its tensor names match several families.
+        dropout: dropout probability before the linear layer, in [0, 1); None uses the network's
+            default.
+        overrides: options of the network; see :func:`senet_transfer.create_backbone`.
 
     Returns:
-        A module from normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``; its
-        ``preprocessing`` says what it expects of an image.
+        A module that maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``. Its
+        attribute ``preprocessing`` describes the preprocessing that it requires.
 
     Raises:
-        UserError: an unknown name or option, a value that makes no sense; a file that does not fit
-            the network, or whose network an override contradicts.
+        UserError: if a name or option is unknown, a value is invalid, the file does not fit the
+            network, or an option contradicts the file.
     """
     entry = model_entry(name)
     if "out_features" in overrides:
-        raise UserError("A classifier stands on the last stage: out_features can't be set.")
+        raise UserError(
+            "out_features can't be set for a classifier, which always uses the last stage. Remove "
+            "it, or use create_backbone."
+        )
     source = examine_weights(weights, family)
     model = build_classifier(entry, num_classes, source, dropout=dropout, **overrides)
     if source is not None:
@@ -126,11 +130,12 @@ def build_classifier(
     """Build the classifier of a registered model; see :func:`create_classifier`.
 
     Args:
-        entry: the model.
-        num_classes: the number of classes.
-        source: the weight file that the classifier will be filled from, whose geometry it gets.
-        dropout: before the linear layer, 0-1; None is the network's own.
-        overrides: those of :func:`~senet_transfer.models.registry.build_backbone`.
+        entry: the registered model.
+        num_classes: number of classes.
+        source: weight file that determines the network's geometry. Its weights are not loaded here.
+        dropout: dropout probability before the linear layer, in [0, 1); None uses the network's
+            default.
+        overrides: options of :func:`~senet_transfer.models.registry.build_backbone`.
     """
     return Classifier(
         build_backbone(entry, source, **overrides),

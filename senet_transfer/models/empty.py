@@ -1,4 +1,4 @@
-"""Models built without memory for their weights, to be counted or examined."""
+"""Models without memory for their weights, for counting parameters or inspecting shapes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch import nn
 
 @contextmanager
 def built_empty() -> Iterator[None]:
-    """Builds what is built inside without memory, which takes no time; see `fill_empty`."""
+    """Build modules within the block on the meta device, without allocating their weights."""
     with torch.device("meta"):
         yield
 
 
 def fill_empty(model: nn.Module) -> nn.Module:
-    """Gives a model that was built empty its place on the CPU, with zeros everywhere."""
+    """Allocate the weights of a model from :func:`built_empty` on the CPU, filled with zeros."""
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

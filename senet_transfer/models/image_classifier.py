@@ -1,4 +1,4 @@
-"""The classifier as Detectron2's engine trains and evaluates it."""
+"""Detectron2 meta-architecture for image classification."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +17,15 @@ from senet_transfer.models.build import backbone_from_config
 from senet_transfer.models.classifier import Classifier
 from senet_transfer.preprocessing import Preprocessing, normalise
 
-_TRUNK_BUILDER = "build_senet_backbone"
+_BACKBONE_BUILDER = "build_senet_backbone"
 
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(Classifier):
-    """A classifier that takes batches of the loaders and returns losses, or logits.
+    """Classifier that takes batches from a data loader and returns losses or logits.
 
-    Its parameters have the names of :class:`Classifier`'s: the weights are interchangeable.
+    Its parameters have the same names as those of :class:`Classifier`, so weights are
+    interchangeable.
     """
 
     @configurable
@@ -45,31 +46,33 @@ class ImageClassifier(Classifier):
         """
         Args:
             backbone: a backbone that returns one feature map.
-            num_classes: classes to tell apart.
-            preprocessing: what the backbone expects of an image.
-            dropout: before the linear layer, 0-1.
+            num_classes: number of classes.
+            preprocessing: preprocessing that the backbone requires.
+            dropout: dropout probability before the linear layer, in [0, 1).
             neck: see :class:`Classifier`.
-            label_smoothing: of the loss, 0-1.
-            mixup: alpha of its Beta distribution, 0 for none (Zhang et al. 2018).
-            cutmix: likewise (Yun et al. 2019); with both, each batch draws one of them.
-            cutout: side in pixels of the square blanked around the batch's ``cutout``, if any.
-            channels_last: the memory layout of images and weights.
+            label_smoothing: label smoothing of the loss, in [0, 1).
+            mixup: alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
+            cutmix: alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
+                both are enabled, one of the two is drawn for each batch.
+            cutout: side length in pixels of the square that is set to zero around the centres in
+                the batch's entry ``cutout``; 0 disables Cutout.
+            channels_last: whether images and weights use the channels-last memory format.
 
         Raises:
-            UserError: the backbone returns several feature maps, or a value makes no sense.
+            UserError: if the backbone returns several feature maps or a value is invalid.
         """
         super().__init__(backbone, num_classes=num_classes, dropout=dropout, neck=neck)
         if not 0 <= label_smoothing < 1 or mixup < 0 or cutmix < 0:
             raise UserError(
-                f"label_smoothing is {label_smoothing}, expected 0 up to, not including, 1; mixup "
-                f"is {mixup} and cutmix {cutmix}, expected 0 or more (MODEL.CLASSIFIER)."
+                f"label_smoothing is {label_smoothing}, expected a number >= 0 and < 1; mixup "
+                f"is {mixup} and cutmix is {cutmix}, expected numbers >= 0 (MODEL.CLASSIFIER)."
             )
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
         self.cutout = cutout
         self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
-        # Not saved: the weights stay those of any classifier.
+        # Not persistent, so that checkpoints have the same tensors as those of any classifier.
         mean, std = preprocessing.channel_values()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -78,15 +81,15 @@ class ImageClassifier(Classifier):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments that a config stands for."""
+        """Return the arguments of the constructor for a config."""
         options = cfg.MODEL.CLASSIFIER
         dropout, neck = options.DROPOUT, None
-        if cfg.MODEL.BACKBONE.NAME == _TRUNK_BUILDER:
+        if cfg.MODEL.BACKBONE.NAME == _BACKBONE_BUILDER:
             cfg = cfg.clone()
             cfg.defrost()
-            # The last stage, whatever it is called; Detectron2's default is res4.
+            # An empty list selects the last stage. Detectron2's default is res4.
             cfg.MODEL.RESNETS.OUT_FEATURES = []
-            # Whose maps a detector needs aligned; the published network is meant here.
+            # Detectors need aligned feature maps, but the published classifiers are not padded.
             cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
             entry, _ = backbone_from_config(cfg)
             dropout = entry.dropout if dropout is None else dropout
@@ -106,11 +109,11 @@ class ImageClassifier(Classifier):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.pixel_mean.device
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Convert RGB images, uint8 ``(N, 3, H, W)`` on any device, to the backbone's input."""
+        """Convert uint8 RGB images ``(N, 3, H, W)`` on any device to the backbone's input."""
         images = images.to(self.device, non_blocking=True)
         images = normalise(images, self.pixel_mean, self.pixel_std, self.input_format)
         return images.contiguous(memory_format=self.memory_format)
@@ -119,15 +122,17 @@ class ImageClassifier(Classifier):
         """Classify a batch.
 
         Args:
-            batch: ``image``, uint8 RGB ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)`` for V
-                views of each; in training ``label``, int64 ``(N,)``, and with Cutout ``cutout``,
-                int64 ``(N, 2)``, its centres. Other entries are ignored. A tensor of normalised
-                images ``(N, 3, H, W)`` is classified as by :class:`Classifier`, which is what
-                exporters pass.
+            batch: a dict, whose entries other than these are ignored, or a tensor of normalised
+                images ``(N, 3, H, W)``, as exporters pass it:
+
+                - ``image``: uint8 RGB images ``(N, 3, H, W)``, or in evaluation
+                  ``(N, V, 3, H, W)`` with V views of each image.
+                - ``label``: int64 class indices ``(N,)``, in training only.
+                - ``cutout``: int64 centres ``(N, 2)`` of the squares, in training with Cutout.
 
         Returns:
-            In training, the loss by name; in evaluation, logits ``(N, num_classes)``, averaged
-            over an image's views. Logits for a tensor.
+            In training, a dict with the loss; in evaluation, logits ``(N, num_classes)``, averaged
+            over the views of an image. For a tensor, always logits.
         """
         if isinstance(batch, Tensor):
             return super().forward(batch)
@@ -153,7 +158,7 @@ class ImageClassifier(Classifier):
 
 
 def preprocessing_of(cfg: CfgNode) -> Preprocessing:
-    """What a config says of an image that a classifier is tested on."""
+    """Return the preprocessing of images for testing a classifier, from a config."""
     image = cfg.INPUT.CLASSIFICATION
     return Preprocessing(
         format=cfg.INPUT.FORMAT,
@@ -166,7 +171,7 @@ def preprocessing_of(cfg: CfgNode) -> Preprocessing:
 
 
 def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
-    """What a batch is mixed by, from their alphas; 0 for none."""
+    """Return the enabled ones of MixUp and CutMix, given their alphas."""
     mixes = [(MixUp, mixup), (CutMix, cutmix)]
     return nn.ModuleList(
         mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
@@ -174,7 +179,10 @@ def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
 
 
 def wrap_classifier(classifier: Classifier) -> ImageClassifier:
-    """The same network, taking batches: for evaluating what ``create_classifier`` returned."""
+    """Wrap a classifier from ``create_classifier`` so that it takes batches of a data loader.
+
+    The result shares its modules with the given classifier.
+    """
     wrapped = ImageClassifier(
         backbone=classifier.backbone,
         num_classes=classifier.linear.out_features,

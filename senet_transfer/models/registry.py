@@ -1,4 +1,4 @@
-"""The models by name, and their construction from Python."""
+"""Registry of models by name, and construction of registered models."""
 
 import difflib
 import fnmatch
@@ -20,8 +20,8 @@ from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
 
-# In messages: the types of a builder's arguments.
-_KINDS = {int: "a whole number from 1 on", str: "a word", bool: "True or False", NoneType: "None"}
+# Types of a builder's arguments, as they are called in error messages.
+_KINDS = {int: "an integer >= 1", str: "a string", bool: "True or False", NoneType: "None"}
 
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
@@ -30,19 +30,19 @@ _SE_OVERRIDES = tuple(f"se_{field.name}" for field in fields(SEOptions))
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that can be built by name.
+    """Registered model, which can be built by name.
 
     Attributes:
-        name: what users type.
-        build: the function that builds its backbone, from keyword arguments alone; among them
-            ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
-        fixed: the arguments that the name stands for.
+        name: the name of the model.
+        build: the function that builds its backbone. It takes only keyword arguments, which
+            include ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
+        fixed: the arguments of ``build`` that the name determines.
         has_se: whether the backbone has SE.
-        dropout: before the classifier, 0-1.
-        preprocessing: what the network expects of an image when it is trained from scratch.
-        neck: what a classifier has between the last feature map and its linear layer, a module
-            with ``out_channels`` from the map's channels and ``dropout``; None is the average
-            over the map.
+        dropout: default dropout probability before the linear layer of a classifier.
+        preprocessing: the preprocessing for training from scratch.
+        neck: a function that builds the module between the last feature map and the linear layer
+            of a classifier. It takes the number of channels of the feature map and ``dropout``;
+            the module has an attribute ``out_channels``. None is global average pooling.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelEntry:
     neck: Callable[..., nn.Module] | None = None
 
     def options(self) -> list[str]:
-        """The arguments of ``build`` that the name leaves open."""
+        """Return the names of the arguments of ``build`` that the model's name does not fix."""
         found = inspect.signature(self.build).parameters.items()
         named = [name for name, option in found if option.kind is not option.VAR_KEYWORD]
         return [name for name in named if name not in self.fixed and name != "se"]
@@ -62,7 +62,7 @@ class ModelEntry:
 
 _MODELS: dict[str, ModelEntry] = {}
 
-# By a pattern whose named groups are numbers that `build` takes.
+# Keys are patterns of names, whose named groups are integer arguments of `build`.
 _FAMILIES: dict[str, ModelEntry] = {}
 
 
@@ -76,12 +76,12 @@ def register_model(
     neck: Callable[..., nn.Module] | None = None,
     **fixed: object,
 ) -> None:
-    """Makes a model known by name; arguments as the fields of :class:`ModelEntry`."""
+    """Register a model by name. The arguments are the fields of :class:`ModelEntry`."""
     _MODELS[name] = ModelEntry(name, build, fixed, has_se, dropout, preprocessing, neck)
 
 
 def register_with_se(name: str, build: Callable[..., Backbone], **options: Any) -> None:
-    """Makes a model known as ``name``, and its twin with SE as ``se_<name>``."""
+    """Register a model as ``name``, and its counterpart with SE as ``se_<name>``."""
     register_model(name, build, **options)
     register_model(f"se_{name}", build, has_se=True, **options)
 
@@ -93,41 +93,41 @@ def register_family(
     preprocessing: Preprocessing = Preprocessing(),
     **fixed: object,
 ) -> None:
-    """Makes all models known whose name, or the part after ``se_``, matches a pattern.
+    """Register all models whose name, without the prefix ``se_``, matches a pattern.
 
-    They aren't listed, since there is no end of them.
+    :func:`list_models` does not list them, because their number is unlimited.
 
     Args:
-        pattern: a regular expression for the whole name; its named groups match numbers, which
-            ``build`` takes under these names, such as ``"wrn(?P<depth>[0-9]+)"``.
-        build: as in :class:`ModelEntry`, as all else.
-        preprocessing: likewise.
-        fixed: likewise.
+        pattern: a regular expression for the whole name, such as ``"wrn(?P<depth>[0-9]+)"``. Its
+            named groups match integers that are passed to ``build`` as keyword arguments.
+        build: see :class:`ModelEntry`.
+        preprocessing: see :class:`ModelEntry`.
+        fixed: see :class:`ModelEntry`.
     """
     _FAMILIES[pattern] = ModelEntry(pattern, build, fixed, False, preprocessing=preprocessing)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the models that match a shell-style pattern, such as "se_*".
+    """Return the names of the models that match a shell-style pattern, such as "se_*".
 
-    These are the paper's. CIFAR networks of other depths and widths exist by name too:
-    ``cifar_resnet20``, ``se_wrn28_10``.
+    The list contains the paper's models. CIFAR networks of other depths and widths can also be
+    built by name, for example ``cifar_resnet20`` and ``se_wrn28_10``.
     """
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
 def model_entry(name: str) -> ModelEntry:
-    """The model of this name.
+    """Return the registered model with a name.
 
     Raises:
-        UserError: no model has it.
+        UserError: if there is no model with this name.
     """
     entry = (_MODELS.get(name) or _family_entry(name)) if isinstance(name, str) else None
     if entry is None:
         near = difflib.get_close_matches(str(name), _MODELS, n=4, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
-            f"There is no model {name!r}. {hint}senet_transfer.list_models() names all of them."
+            f"There is no model {name!r}. {hint}senet_transfer.list_models() lists all models."
         )
     return entry
 
@@ -153,26 +153,30 @@ def build_backbone(
     """Build the backbone of a registered model, with the attribute ``preprocessing``.
 
     Args:
-        entry: the model.
-        source: the weight file that the model will be filled from, whose geometry it gets.
-        out_features: the stages to return, by name; None is the last one.
+        entry: the registered model.
+        source: weight file that determines the network's geometry. Its weights are not loaded here.
+        out_features: names of the stages to return; None returns the last one.
         norm: Detectron2's name of a norm.
-        overrides: further arguments of ``entry.build``, and those of :class:`SEOptions` with
-            ``se_`` before the name.
+        overrides: further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
+            prefix ``se_``.
 
     Raises:
-        UserError: an override that the model does not have or that the file contradicts; an
-            invalid value.
+        UserError: if the model does not have an option, an option contradicts the file, or a value
+            is invalid.
     """
     overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
     if se and not entry.has_se:
-        raise UserError(f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Take se_*.")
+        raise UserError(
+            f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Use a model whose name "
+            "starts with se_."
+        )
     unknown = [key for key in overrides if key not in entry.options()]
     if unknown:
         known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
         raise UserError(
-            f"{entry.name} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
+            f"{entry.name} has no option {unknown[0]!r}. Its options are "
+            f"{', '.join(sorted(known))}."
         )
     check_choice("The norm", norm, NORMS)
     _check_types(entry.build, {**entry.fixed, **overrides})
@@ -191,9 +195,9 @@ def build_backbone(
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
-    """Raises UserError for an argument of another type than annotated, or a number below 1."""
+    """Raise UserError if an argument has another type than annotated or is an integer below 1."""
     hints = get_type_hints(build)
-    hints.pop("freeze_at", None)  # can be 0, and is checked where the stages are known
+    hints.pop("freeze_at", None)  # 0 is valid; `build_backbone` in builder.py checks it
     for name in hints.keys() & arguments:
         value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)
         if type(value) not in kinds or (type(value) is int and value < 1):
@@ -210,31 +214,32 @@ def create_backbone(
     norm: str = "BN",
     **overrides: Any,
 ) -> Backbone:
-    """Builds a backbone by name, as a Detectron2 ``Backbone``.
+    """Build a Detectron2 ``Backbone`` by name.
 
-    Without weights, every residual backbone has stride 2 in the 3x3 convolution, the padded stem
-    pool, nothing frozen, and torchvision's preprocessing. The paper's 3.86 GMACs of SE-ResNet-50
-    are with ``stride_in_1x1=True``. With weights, it has what the file's network has.
-    Inception-ResNet-v2 is the published network, whose maps lose their borders: a detector wants
-    ``padding="same"``.
+    Without weights, every residual backbone has stride 2 in the 3x3 convolution, a padded stem
+    pool, no frozen stages, and torchvision's preprocessing. With weights, the geometry and the
+    preprocessing follow the file. The paper's 3.86 GMACs for SE-ResNet-50 require
+    ``stride_in_1x1=True``. Inception-ResNet-v2 has unpadded convolutions by default, as published;
+    use ``padding="same"`` for detectors.
 
     Args:
-        name: one of :func:`list_models`.
-        weights: a weight file of any family, or a name of ``list_catalogue()``; see
+        name: a model name; see :func:`list_models`.
+        weights: path of a weight file of any family, or a name from ``list_catalogue()``; see
             :func:`senet_transfer.load_weights`.
-        family: the file's family, where its names are those of several.
-        out_features: the stages to return, of "stem", "res2" ... "res5"; None is the last one.
+        family: family of the file, needed if its tensor names match several families.
+        out_features: names of the stages to return, from "stem" and "res2" to "res5"; None returns
+            the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
-        overrides: the network's options: ``stride_in_1x1=True``, ``stem_pool="ceil"``,
-            ``freeze_at=2``, ``se_ratio=8``, ``se_placement="pre"``, ...
+        overrides: options of the network, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
+            ``freeze_at=2``, ``se_ratio=8`` and ``se_placement="pre"``.
 
     Returns:
-        A backbone that maps ``(N, 3, H, W)`` to a dict of feature maps by name. Its
-        ``preprocessing`` says what it expects of an image.
+        A backbone that maps images ``(N, 3, H, W)`` to a dict of feature maps by name. Its
+        attribute ``preprocessing`` describes the preprocessing that it requires.
 
     Raises:
-        UserError: an unknown name or option, a value that makes no sense; a file that does not fit
-            the network, or whose network an override contradicts.
+        UserError: if a name or option is unknown, a value is invalid, the file does not fit the
+            network, or an option contradicts the file.
     """
     entry = model_entry(name)
     source = examine_weights(weights, family)
@@ -245,21 +250,23 @@ def create_backbone(
 
 
 def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
-    """Examine the file that a model is created with; None without one."""
+    """Examine the weight file for a model, or return None if no weights are given."""
     if weights is not None:
         return examine(*locate_weights(weights, family))
     if family is not None:
-        raise UserError(f"family={family!r} says what the file in weights= is, and there is none.")
+        raise UserError(
+            f"family is {family!r}, but no weights are given. Set weights, or remove family."
+        )
     return None
 
 
 def _with_file_options(
     entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return ``overrides`` with the options of a file's network added.
+    """Return ``overrides`` extended by the options of the network in a weight file.
 
     Raises:
-        UserError: an override contradicts the file.
+        UserError: if an override contradicts the file.
     """
     if source is None:
         return overrides
@@ -269,7 +276,7 @@ def _with_file_options(
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:
             raise UserError(
-                f"{key}={given!r} contradicts {source.path}: the network of this file, taken for "
-                f"{source.taken_for}, has {value!r}. Leave the option out, or take other weights."
+                f"{key}={given!r} contradicts {source.path}: the network of this file, detected as "
+                f"{source.taken_for}, has {value!r}. Remove the option, or use other weights."
             )
     return {**overrides, **stated}

@@ -1,1 +1,1 @@
-"""Helpers that every other part may use, and that use none of them."""
+"""Utilities for all other parts of the package; they import only its errors."""

@@ -1,4 +1,4 @@
-"""Files that appear under their name complete and on the disk, or not at all."""
+"""Atomic writing of files: a file appears under its name only when it is complete and on disk."""
 
 import json
 import math
@@ -12,26 +12,26 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """An empty file beside ``path`` to write to, which takes its name when all went well.
+    """Yield an empty temporary file that replaces ``path`` atomically when the block ends.
 
-    What had the name before is replaced, or where something fails is as it was. The file's folder
-    has to exist.
+    If the block raises an exception, the temporary file is deleted and an existing file at ``path``
+    stays unchanged. The parent folder must exist.
 
     Raises:
-        OSError: it can't be written.
+        OSError: if the file can't be written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        # On the disk before it has its name, or a crash could leave the name without the content.
+        # Sync the content before the rename: a crash could otherwise leave the name without it.
         with open(name, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp and safetensors make files for their owner only.
+        # mkstemp and safetensors create files that only their owner can read.
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
-        # What failed first is what is told.
+        # Report the first error, even if deleting the temporary file fails too.
         with suppress(OSError):
             os.unlink(name)
         raise
@@ -46,13 +46,13 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing, as :func:`whole_file` makes it."""
+    """Open a file for atomic writing in binary mode; see :func:`whole_file`."""
     with whole_file(path) as partial, open(partial, "wb") as stream:
         yield stream
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names of a folder's files as durable as their content."""
+    """Sync a folder, so that renames of its files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,16 +63,16 @@ def _sync_folder(folder: Path) -> None:
 def write_json(
     path: str | Path, value: Any, *, indent: int | None = 2, sort_keys: bool = False
 ) -> None:
-    """Write a value as JSON, atomically. NaN and infinity, which JSON lacks, become null.
+    """Write a value as JSON, atomically. NaN and infinity, which JSON does not have, become null.
 
     Args:
-        path: the file.
-        value: numbers, text, lists and dicts of these.
-        indent: spaces per level; None for a single line, for large values.
-        sort_keys: whether equal dicts give the same bytes whatever the order of their keys.
+        path: the path of the file.
+        value: a JSON value: numbers, strings, lists and dicts.
+        indent: the number of spaces per level; None writes a single line.
+        sort_keys: sort the keys of dicts, so that equal values give the same bytes.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: if the file can't be written.
     """
     text = json.dumps(nonfinite_to_null(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
     with atomic_file(Path(path)) as stream:
@@ -80,7 +80,7 @@ def write_json(
 
 
 def nonfinite_to_null(value: Any) -> Any:
-    """Return a value for JSON, with None in place of every NaN and infinity."""
+    """Return a copy of a JSON value with every NaN and infinity replaced by None."""
     if isinstance(value, dict):
         return {key: nonfinite_to_null(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of tensors, computed and verified."""
+"""SHA-256 hashes of files and tensors: computation and verification."""
 
 import hashlib
 import re
@@ -12,16 +12,19 @@ from senet_transfer.utils.read_once import once_per_file
 
 @once_per_file
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 hash of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """A SHA-256 of names, types, shapes and values, whatever the order and the file format."""
+    """Return a SHA-256 hash of the names, dtypes, shapes and values of tensors.
+
+    The hash depends neither on the order of the tensors nor on the format they were stored in.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        # A copy: `contiguous` leaves odd strides on tensors of one element or none.
+        # `contiguous` keeps unusual strides of tensors with at most one element; a clone does not.
         tensor = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -29,26 +32,30 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def verify_sha256(path: Path, expected: str | None) -> list[str]:
-    """Compares a file's SHA-256 with all that are stated, and says whether there was one.
+    """Verify a file against the expected SHA-256 hash and against its ``.sha256`` file.
 
     Args:
-        path: the file.
-        expected: as of :func:`read_tensors`; beside it, what a ``NAME.sha256`` says holds.
+        path: the path of the file. If a file with ``.sha256`` added to this name exists next to it,
+            the hash in it must match too.
+        expected: the hash in hexadecimal, or at least its first 8 digits; None to skip it.
+
+    Returns:
+        ``["sha256"]`` if a hash was verified, otherwise an empty list.
 
     Raises:
-        UserError: it has another one.
+        UserError: if a hash does not match or is malformed.
     """
     stated = []
     if expected is not None:
         if not re.fullmatch("[0-9a-fA-F]{8,64}", expected):
             raise UserError(
-                f"sha256={expected!r}: expected are 8 to 64 hexadecimal digits, the SHA-256 of "
-                f"{path} or its beginning."
+                f"sha256={expected!r}: expected 8 to 64 hexadecimal digits, the SHA-256 of "
+                f"{path} or its first digits."
             )
-        stated.append((expected.lower(), "as it was asked for"))
-    beside = path.with_name(path.name + ".sha256")
-    if beside.is_file():
-        stated.append((_hash_in(beside, path.name), f"in {beside.name} beside it"))
+        stated.append((expected.lower(), "was requested"))
+    listing = path.with_name(path.name + ".sha256")
+    if listing.is_file():
+        stated.append((_hash_in(listing, path.name), f"is in {listing.name} next to it"))
     if not stated:
         return []
     found = file_sha256(path)
@@ -56,19 +63,22 @@ def verify_sha256(path: Path, expected: str | None) -> list[str]:
         if not found.startswith(digest):
             raise UserError(
                 f"{path}: its SHA-256 is {found}, but {digest} {where}. The file is damaged or "
-                "another one. Get it again, or check the hash."
+                "not the expected one. Download it again, or check the hash."
             )
     return ["sha256"]
 
 
-def _hash_in(beside: Path, name: str) -> str:
-    """The hash of the file ``name`` in a list that ``sha256sum`` wrote, or the only one there."""
-    lines = [line.split() for line in beside.read_text(errors="replace").splitlines()[:1000]]
+def _hash_in(listing: Path, name: str) -> str:
+    """Return the hash of the file ``name`` from a file in the format of ``sha256sum``.
+
+    A line that holds only a hash applies to every name.
+    """
+    lines = [line.split() for line in listing.read_text(errors="replace").splitlines()[:1000]]
     lines = [words for words in lines if words and re.fullmatch("[0-9a-fA-F]{64}", words[0])]
     for words in lines:
         if len(words) == 1 or words[-1].lstrip("*").rpartition("/")[2] == name:
             return words[0].lower()
     raise UserError(
-        f"{beside}: no SHA-256 of {name} in it. Expected is a line as sha256sum writes it; correct "
-        "or remove it."
+        f"{listing} has no SHA-256 of {name}. Expected a line in the format of sha256sum; correct "
+        "or remove the file."
     )

@@ -1,4 +1,4 @@
-"""Importing Detectron2, and code that runs when another package is imported, now or later."""
+"""Import of Detectron2 without warnings, and actions that run after a module is imported."""
 
 import contextlib
 import importlib.abc
@@ -14,18 +14,20 @@ from senet_transfer.utils.private_api import is_initializing
 
 @contextlib.contextmanager
 def without_script_warnings() -> Iterator[None]:
-    """Hide the deprecation of ``torch.jit.script`` while Detectron2, which uses it, is imported."""
+    """Hide the deprecation warning of ``torch.jit.script``, which Detectron2's import triggers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
         yield
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
-    """Run an action once a module has been imported: at once if it has been, else right after.
+    """Run an action as soon as a module has been imported.
+
+    If the module is already imported, the action runs immediately.
 
     Args:
         name: the dotted name of the module.
-        action: takes no arguments.
+        action: a function without arguments.
     """
     module = sys.modules.get(name)
     if module is not None and not is_initializing(module):
@@ -35,7 +37,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """A finder of one module that leaves the search to all others and adds to its execution."""
+    """Finder that delegates the search for one module and adds an action after its execution."""
 
     def __init__(self, name: str, action: Callable[[], object]):
         self.name, self.action = name, action
@@ -51,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, followed by an action."""
+    """Wrapper of a module's loader that runs an action after the module is executed."""
 
     def __init__(self, loader: importlib.abc.Loader, action: Callable[[], object]):
         self.loader, self.action = loader, action

@@ -1,4 +1,4 @@
-"""Work on many files in several processes."""
+"""Parallel processing of many files in several processes."""
 
 import multiprocessing
 import os
@@ -15,22 +15,23 @@ from senet_transfer.errors import UserError
 def run_parallel(
     function: Callable[..., Any], tasks: Sequence[Any], argument: Any, workers: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Calls `function(task, argument)` for each task, and yields task and result as they are done.
+    """Yield ``(task, function(task, argument))`` for each task, in the order of completion.
 
     Args:
-        function: of a module, so that it can be sent to a process.
-        tasks: sent to the processes one at a time; all of them at once could fill the memory.
-        argument: passed with each.
-        workers: processes.
+        function: a module-level function, so that it can be pickled.
+        tasks: the tasks. At most twice as many as there are workers are submitted at a time,
+            because all of them at once could fill the memory.
+        argument: the second argument of every call.
+        workers: the number of processes.
 
     Raises:
-        UserError: a process was killed, or what the function raises.
+        UserError: if a process was killed. Exceptions of the function are raised unchanged.
     """
     remaining = iter(tasks)
     waiting: dict[Future, Any] = {}
     pool = ProcessPoolExecutor(
         min(workers, len(tasks)),
-        # The start of a fresh interpreter takes seconds; no thread is running yet to forbid it.
+        # Spawning an interpreter takes seconds, and forking is safe while no threads are running.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_end_with_parent,
         initargs=(os.getpid(),),
@@ -45,15 +46,15 @@ def run_parallel(
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, most likely for want of memory. Use fewer workers; "
-            "what is complete is kept."
+            "a worker process was killed, most likely because the memory ran out. Use fewer "
+            "workers; completed files are kept."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent is gone: killed with -9, it cannot tell its children."""
+    """Exit this process when its parent has ended, including when the parent was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:

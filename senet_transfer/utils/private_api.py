@@ -1,8 +1,8 @@
-"""Private parts of other libraries, each behind a function, with the versions it was checked on.
+"""Functions that wrap private APIs of other libraries, with the versions they were tested on.
 
 No other module of the package reads or writes a private attribute of torch, fvcore, Detectron2 or
 Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so that
-a test fails where an upgrade has moved something. Importing this module imports no library.
+a test fails if an upgrade changes a private API. Importing this module imports no library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def intercepts_operators() -> bool:
-    """Return whether a functorch transform or a dispatch mode sees each operator that is called.
+    """Return whether a functorch transform or a dispatch mode intercepts operators.
 
     torch 2.11 to 2.14: ``torch._C._are_functorch_transforms_active`` and
     ``torch.utils._python_dispatch._get_current_dispatch_mode``.
@@ -33,10 +33,10 @@ def intercepts_operators() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a forward, forward-pre, backward or backward-pre hook is on a module.
+    """Return whether a module has forward, forward-pre, backward or backward-pre hooks.
 
     torch 2.11 to 2.14: ``_forward_hooks``, ``_forward_pre_hooks``, ``_backward_hooks`` and
-    ``_backward_pre_hooks`` of ``torch.nn.Module``. Global hooks are not seen.
+    ``_backward_pre_hooks`` of ``torch.nn.Module``. Global hooks are ignored.
     """
     return bool(
         module._forward_hooks
@@ -47,14 +47,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
-    """Attach metadata to a state dict where ``torch.save`` keeps the versions of modules.
+    """Attach metadata to a state dict, next to the versions of modules that ``torch.save`` keeps.
 
-    ``load_state_dict`` ignores entries under names that are no module's.
+    ``load_state_dict`` ignores entries whose names are not names of modules.
 
-    torch 2.11 to 2.14: ``_metadata`` of what ``state_dict()`` returns.
+    torch 2.11 to 2.14: the attribute ``_metadata`` of the result of ``state_dict()``.
 
     Args:
-        state: an ``OrderedDict``; a plain dict takes no attributes.
+        state: an ``OrderedDict``, because a plain dict can't have attributes.
         metadata: entries by name.
     """
     from collections import OrderedDict
@@ -65,7 +65,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 def inductor_freezing() -> AbstractContextManager[None]:
     """Return a context in which ``torch.compile`` treats the weights as constants.
 
-    Same as ``TORCHINDUCTOR_FREEZING=1`` in the environment.
+    This has the same effect as the environment variable ``TORCHINDUCTOR_FREEZING=1``.
 
     torch 2.11 to 2.14: ``torch._inductor.config``.
     """
@@ -75,13 +75,15 @@ def inductor_freezing() -> AbstractContextManager[None]:
 
 
 def limit_history(storage: EventStorage, length: int) -> None:
-    """Make an event storage keep the last values only of each metric that is not logged yet.
+    """Limit the number of values that an event storage keeps for each metric.
+
+    Metrics that already have a value are not affected.
 
     Detectron2 0.6 to 0.7: ``_history``, a ``defaultdict``, of ``EventStorage``.
 
     Args:
-        storage: the storage of a run.
-        length: values to keep for each metric.
+        storage: the event storage of a run.
+        length: the number of most recent values to keep for each metric.
     """
     from fvcore.common.history_buffer import HistoryBuffer
 
@@ -89,7 +91,7 @@ def limit_history(storage: EventStorage, length: int) -> None:
 
 
 def set_write_period(writer: PeriodicWriter, period: int) -> None:
-    """Set how many iterations lie between two writes of Detectron2's hook.
+    """Set the number of iterations between two writes of a ``PeriodicWriter``.
 
     Detectron2 0.6 to 0.7: ``_period`` of ``PeriodicWriter``.
     """
@@ -97,10 +99,10 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 
 
 def end_failed_load(checkpointer: DetectionCheckpointer) -> None:
-    """Allow the next load after one that raised an exception.
+    """Reset a checkpointer after a failed load, so that it can load again.
 
-    Detectron2 0.6 to 0.7: ``_parsed_url_during_load`` of ``DetectionCheckpointer``, which
-    ``load`` resets after a success only, and requires to be None.
+    Detectron2 0.6 to 0.7: ``_parsed_url_during_load`` of ``DetectionCheckpointer``. ``load``
+    requires it to be None at its start, but resets it only if it succeeds.
     """
     checkpointer._parsed_url_during_load = None
 

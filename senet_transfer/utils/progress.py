@@ -1,4 +1,4 @@
-"""Progress of what takes longer than a few seconds: one kind of bar, everywhere."""
+"""Progress bars for operations that take longer than a few seconds."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,22 +11,25 @@ _QUIET = ContextVar("quiet", default=False)
 
 
 def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **options: Any) -> tqdm:
-    """A bar on stderr, and none where stderr is no terminal.
+    """Return a progress bar on stderr, which is shown only if stderr is a terminal.
 
     Args:
-        items: to go through; None for a bar that is told of progress by its ``update``.
-        quiet: no bar on a terminal, either.
-        options: tqdm's own, such as ``total``, ``unit`` and ``desc``.
+        items: the items to iterate over; None for a bar that is advanced by its ``update`` method.
+        quiet: whether to hide the bar on a terminal too.
+        options: further arguments of tqdm, such as ``total``, ``unit`` and ``desc``.
     """
-    # None is tqdm's word for "unless it is a terminal".
+    # With disable=None, tqdm shows the bar only on a terminal.
     return tqdm(items, disable=True if quiet or _QUIET.get() else None, **options)
 
 
 @contextmanager
 def no_bars(quiet: bool = True) -> Iterator[None]:
-    """Within it there is no bar, however deep what would show it lies; with False it does nothing.
+    """Hide all progress bars that are created within the block.
 
-    For commands. What takes long and is called directly has an argument ``quiet`` of its own.
+    Commands use this context. Long-running functions also have an argument ``quiet``.
+
+    Args:
+        quiet: False leaves the bars as they are.
     """
     token = _QUIET.set(quiet or _QUIET.get())
     try:

@@ -1,4 +1,4 @@
-"""Files that several steps of one task need, read by the first of them only."""
+"""Cache for the content of files that several steps of one task read."""
 
 import functools
 import os
@@ -16,11 +16,11 @@ _RESULTS: ContextVar[dict[Any, Any] | None] = ContextVar("results", default=None
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Keep the results of :func:`once_per_file` functions until the end of the block.
+    """Cache the results of :func:`once_per_file` functions until the end of the block.
 
-    The start of a run verifies a weight file, takes its geometry and fills the model from it;
-    inside the block the file is read for the first of these. Nothing is kept after it, so no tensor
-    outlives its use.
+    The start of a run verifies a weight file, reads its geometry and loads it into the model.
+    Within the block, only the first of these steps reads the file. The cache is cleared at the end,
+    so that no tensors are kept in memory.
     """
     token = _RESULTS.set({})
     try:
@@ -32,9 +32,10 @@ def read_once() -> Iterator[None]:
 def once_per_file(
     function: Callable[Concatenate[str | Path, _Rest], _Result],
 ) -> Callable[Concatenate[str | Path, _Rest], _Result]:
-    """Make a function of a file run once per file and arguments inside :func:`read_once`.
+    """Decorate a function of a file to run once per file and arguments within :func:`read_once`.
 
-    A file that is replaced or changed is another file. Outside the block nothing is kept.
+    A file that has been replaced or modified is read again. Outside of :func:`read_once`, results
+    are not cached.
     """
 
     @functools.wraps(function)

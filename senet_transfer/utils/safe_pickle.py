@@ -1,9 +1,12 @@
-"""Pickles read as data: arrays and plain containers, without executing anything.
+"""Safe reading of pickles: arrays and plain containers are loaded without executing code.
 
-The standard library's unpickler with an allow-list: a name in a pickle is looked up in a table of
-stand-ins, never in a module. It is the library's implementation in Python. The one in C can be made
-to exhaust the machine before a name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index,
-cost it 20 seconds and 4.7 GB), and its instructions can't be overridden.
+The reader is the standard library's unpickler with an allow-list: a name in a pickle is looked up
+in a table of stand-ins, never in a module. Any other name becomes a :class:`Placeholder`; a name of
+a function or class that acts on the machine is an error.
+
+The base class is the standard library's Python implementation. The C implementation can be made to
+exhaust the memory before a name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index, take
+20 seconds and 4.7 GB), and its instructions can't be overridden.
 """
 
 import io
@@ -23,16 +26,29 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.text import shown
 
 MAX_DIMENSIONS = 16
-# Reads of the stream. A detector's checkpoint with its optimizer takes about 100 thousand.
+# Limit on reads of the stream. A detector's checkpoint with optimizer takes about 100 thousand.
 _MAX_STEPS = 2_000_000
 
-# Modules whose functions act on the machine, and those where people define their models.
+# Modules whose functions act on the machine.
 _RUNS_CODE = re.compile(
-    r"(os|posix|nt|sys|subprocess|pty|socket|shutil|ctypes|signal|builtins|__builtin__|importlib"
-    r"|runpy|operator|functools|types|code|io|pathlib|tempfile|glob|pickle|marshal|urllib"
-    r"|webbrowser)[.]"
+    r"(os|posix|nt|sys|_posixsubprocess|subprocess|pty|_?socket|shutil|_?ctypes|_?signal|builtins"
+    r"|__builtin__|_?importlib|runpy|_?operator|_?functools|types|code|_?io|pathlib|tempfile|glob"
+    r"|_?pickle|cPickle|marshal|urllib|webbrowser|commands|bdb|pdb|pydoc|timeit"
+    r"|torch[.](hub|load|serialization[.]load))\b"
 )
+# Names in those modules that only hold values, as training scripts save next to a model.
+_HOLDS_VALUES = re.compile(
+    r"pathlib[.](_local[.])?(Pure)?(Posix|Windows)?Path|types[.]SimpleNamespace|functools[.]partial"
+    r"|_?io[.](Bytes|String)IO|_operator[.]getitem"  # the last makes typing.Dict[str, int]
+    r"|(builtins|__builtin__)[.](bool|bytearray|complex|float|long|object|slice|str|tuple|unicode"
+    r"|x?range)"
+)
+# Prefixes of the modules that usually define models.
 _MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
+
+
+def _runs_code(name: str) -> bool:
+    return bool(_RUNS_CODE.match(name)) and not _HOLDS_VALUES.fullmatch(name)
 
 
 def check_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
@@ -76,15 +92,16 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np
 
 
 def _encode(text: str, codec: str = "latin1") -> bytes:
-    # Protocols 0 to 2 write bytes as text encoded in latin1.
+    # Protocols 0 to 2 store bytes as text in latin1.
     if codec not in ("latin1", "latin-1"):
         raise ValueError("bytes that are text in another codec than latin1")
     return text.encode("latin-1")
 
 
-# By name, in the spelling of Python 3 and numpy 2: what is called in its place, or None for a name
-# that a pickle may pass on and may not call.
+# Stand-ins by name, in the spelling of Python 3 and numpy 2. None marks a name that a pickle may
+# pass as an argument but not call.
 PLAIN: Mapping[str, Any] = {
+    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), lambda kind, *_: kind),
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
     "collections.defaultdict": lambda _factory=None, items=(): dict(items),
@@ -100,14 +117,34 @@ PLAIN: Mapping[str, Any] = {
 }
 
 
-@dataclass  # which makes it unhashable: no key of a dictionary
+@dataclass(eq=False)  # a dictionary's key by its identity: hashing does not reach the value
 class Named:
-    """Class or function that a pickle names, and what is called in its place."""
+    """Class or function named in a pickle, with the stand-in that is called for it."""
 
     value: Any
 
     def __call__(self, *arguments: Any) -> Any:
         return self.value(*arguments)
+
+
+class Placeholder:
+    """Inert stand-in for a class or function that is not on the allow-list, and for its results.
+
+    It accepts arguments, items and attributes, and keeps only the name.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_: Any) -> "Placeholder":
+        return Placeholder(self.name)  # a new one: members of an enum are different keys
+
+    def __setitem__(self, *_: Any) -> None:
+        """Drop an item."""
+
+    append = extend = add = __setitem__
 
 
 class _Tuple(tuple):
@@ -125,21 +162,21 @@ class _Tuple(tuple):
 
 
 class _Instructions(dict):
-    """Pickle instructions that are followed, by code."""
+    """Supported pickle instructions by opcode."""
 
     def __missing__(self, code: int) -> NoReturn:
         raise ValueError(f"byte {bytes([code])!r} is not a pickle instruction for plain data")
 
 
-_Unpickler: Any = pickle._Unpickler  # typed as Any: it is in no type stub
+_Unpickler: Any = pickle._Unpickler  # typed as Any: type stubs lack it
 
 
 class _PlainUnpickler(_Unpickler):
     """Unpickler with an allow-list; :func:`load_plain` describes its arguments."""
 
     dispatch = _Instructions(_Unpickler.dispatch)
-    # Of no use to plain data: they call an object in another way than REDUCE, or take one from a
-    # registry of the process or from outside the pickle.
+    # Plain data does not need these instructions. They call an object by other means than REDUCE,
+    # or take one from a registry of the process or from outside of the pickle.
     for _code in (
         *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
         *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
@@ -158,9 +195,15 @@ class _PlainUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         modern = re.sub(r"^__builtin__$", "builtins", module)
         modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
-        if modern not in self._allowed:
-            _reject(self._path, f"{module}.{name}")
-        return Named(self._allowed[modern])
+        if modern in self._allowed:
+            return Named(self._allowed[modern])
+        self._charge((module, name))
+        name = f"{module}.{name}"
+        if not re.fullmatch(r"[\w.]{1,200}", name):
+            raise ValueError(f"{shown(name)!r}, expected the name of a class")
+        if _runs_code(name):
+            reject_class(self._path, name)
+        return Placeholder(name)
 
     def _counted_read(self, size: int) -> bytes:
         self._spend(1)
@@ -172,7 +215,7 @@ class _PlainUnpickler(_Unpickler):
             raise ValueError("the pickle takes far more time or memory than the file's size needs")
 
     def _charge(self, arguments: Any) -> None:
-        # A memoised value can be an argument any number of times, at two bytes each.
+        # A memoised value can be an argument many times, at a cost of only two bytes each.
         if not isinstance(arguments, tuple):
             raise ValueError("arguments that are not a tuple")
         for argument in arguments:
@@ -180,7 +223,7 @@ class _PlainUnpickler(_Unpickler):
                 self._bytes_left -= len(argument)
             elif hasattr(argument, "__len__"):
                 self._spend(len(argument))
-        self._spend(1)
+        self._spend(3)  # a call takes the time of a few reads
 
     def load_frame(self) -> None:
         # Frames divide the stream for faster reading; here they are only checked.
@@ -204,7 +247,8 @@ class _PlainUnpickler(_Unpickler):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is dict:  # an OrderedDict's attributes, such as a state_dict's _metadata
+        # Drop attributes of an OrderedDict, such as a state_dict's _metadata.
+        if type(target) in (dict, Placeholder):
             return
         self._charge(state)
         if type(target) is np.ndarray:
@@ -245,18 +289,20 @@ def load_plain(
 
     Python 2's strings are decoded as latin1. Classes of containers become the plain ones: a
     dictionary for an ``OrderedDict``, a number for a numpy scalar, bytes for a bytearray. Arrays
-    are read-only.
+    are read-only. An object of any other class is a :class:`Placeholder`.
 
     Args:
-        stream: the file's content, in memory: reading a length that lies returns what there is.
-        path: for error messages.
-        allowed: what is called in place of each name that a pickle may contain; any other value is
-            passed on as :class:`Named`. A result with a method ``build`` takes a state.
-        persistent_load: returns the object of a persistent id (torch's storages); None rejects it.
+        stream: the content of the file in memory, so that a false length can't allocate more.
+        path: the path for error messages.
+        allowed: the stand-in to call for each name that a pickle may contain. If the object that
+            it returns has a method ``build``, this method is called with the pickled state.
+        persistent_load: a function that returns the object for a persistent id (in torch's files,
+            a storage); None rejects such ids.
 
     Raises:
-        UserError: the pickle names a class or function that is not allowed.
-        ValueError, and other errors of reading: the bytes are not a pickle, or damaged.
+        UserError: if the pickle names a class or function that acts on the machine.
+        ValueError: if the bytes are damaged or not a pickle. Other exceptions of the unpickler
+            may be raised too.
     """
     unpickler = _PlainUnpickler(stream, path, allowed)
     if persistent_load is not None:
@@ -269,21 +315,20 @@ def load_plain(
 
 def length_of(stream: io.BytesIO) -> int:
     """Return the number of bytes in a stream, without the copy that ``getbuffer`` makes."""
-    place = stream.tell()
+    position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
-    stream.seek(place)
+    stream.seek(position)
     return length
 
 
-def _reject(path: str | Path, name: str) -> NoReturn:
-    if not re.fullmatch(r"[\w.]{1,200}", name):
-        raise ValueError(f"{shown(name)!r}, expected the name of a class")
+def reject_class(path: str | Path, name: str) -> NoReturn:
+    """Raise UserError for the class or function of this name in a file."""
     start = f"{path}: rejected, because loading it would call or create `{name}`"
-    if _RUNS_CODE.match(name):
+    if _runs_code(name):
         raise UserError(
-            f"{start}, code that runs on this machine. Expected are tensors, arrays and plain "
-            "containers. Nothing was run. Do not load the file by other means; get it again from "
-            "its publisher."
+            f"{start}, code that runs on this machine. Expected tensors, arrays and plain "
+            "containers. Nothing was run. Do not load the file by other means; download it again "
+            "from its publisher."
         )
     if name.startswith(_MODEL_CODE):
         raise UserError(

@@ -1,14 +1,14 @@
-"""Text for messages."""
+"""Formatting of text for messages."""
 
 from collections.abc import Iterable
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
-    """Return the first names, separated by commas, and the number of the others.
+    """Return the first names separated by commas, and the number of the remaining ones.
 
     Args:
-        names: in the order in which to list them.
-        limit: the largest number of names in the text.
+        names: the names, in the order in which to list them.
+        limit: the maximum number of names in the text.
 
     Returns:
         Text such as ``"a, b, and 3 more"``.
@@ -19,7 +19,7 @@ def first_of(names: Iterable[str], limit: int = 20) -> str:
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """Return untrusted text in a form fit for a message: short, on one line, printable."""
+    """Return untrusted text as a short, printable, single line for a message."""
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."

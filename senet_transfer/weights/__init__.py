@@ -1,6 +1,7 @@
-"""Weight files of every family that people have, loaded right or refused.
+"""Loading and saving of weight files of all supported families, with checks of their contents.
 
-Knows no network by class: it looks at tensors and at modules, so that the backbones can use it.
+The package works on tensors and modules and imports no network class, so that the backbones can
+import it.
 """
 
 from senet_transfer.weights.families.registry import FAMILIES

@@ -1,4 +1,4 @@
-"""Weights under the names of another project, where it has a network that computes the same."""
+"""Conversion of weights to the names and file formats of other projects."""
 
 import json
 import pickle
@@ -25,8 +25,8 @@ from senet_transfer.weights.load import pixel_contradictions
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.save import check_suffix, own_metadata, write_own, written_whole
 
-# In another project's file what it was made from can't stand under OWN_METADATA, which says that
-# the names are this project's.
+# Key of the origin in other projects' files. OWN_METADATA can't be used there, because it marks a
+# file with this project's tensor names.
 MADE_FROM = "made_by_senet_transfer_from"
 
 _OURS, _DETECTRON2 = "senet_transfer", "detectron2"
@@ -41,15 +41,15 @@ _SE_BASIC = frozenset({"se_resnet18", "se_resnet34"})
 
 @dataclass(frozen=True)
 class Format:
-    """Another project's files.
+    """File format of another project.
 
     Attributes:
-        title: the project, for messages.
-        family: of the files, as they are read.
-        rename: from this project's names to theirs.
-        networks: those that the project has, by their names here.
-        rename_deep: as ``rename``, for a stem of three convolutions.
-        basic_divisor: what the hidden SE widths of its networks of basic blocks are multiples of.
+        title: The project's name, for messages.
+        family: The family that its files are read as.
+        rename: Function from this project's tensor names to the other project's.
+        networks: The networks that the project has, by this project's model names.
+        rename_deep: Same as ``rename``, for networks with a stem of three convolutions.
+        basic_divisor: The divisor that hidden SE widths are rounded to in networks of basic blocks.
     """
 
     title: str
@@ -93,10 +93,10 @@ TARGETS = (_OURS, _DETECTRON2, *FORMATS)
 
 
 def target_for(path: Path, to: str | None) -> str:
-    """What is to be written: what was asked for, or what the suffix stands for.
+    """Return the target of a conversion: ``to``, or the default of the path's suffix.
 
     Raises:
-        UserError: an unknown target, or a suffix that it does not have.
+        UserError: The target is unknown, or its files do not have this suffix.
     """
     to = to or (_DETECTRON2 if path.suffix == ".pkl" else _OURS)
     if to not in TARGETS:
@@ -106,30 +106,29 @@ def target_for(path: Path, to: str | None) -> str:
 
 
 def family_of(to: str) -> str:
-    """The family that a file of :func:`write_converted` is read as."""
+    """Return the family that a file written by :func:`write_converted` is read as."""
     return FORMATS[to].family if to in FORMATS else _OURS
 
 
 def write_converted(source: Source, path: Path, to: str) -> list[str]:
-    """Writes the tensors of a file, and where they come from, for another project or this one.
+    """Write the tensors of a file and their origin in the format of a target project.
 
     Args:
-        source: the file.
-        path: the new one; see :func:`target_for`.
-        to: one of :data:`TARGETS`.
+        source: The examined file.
+        path: The new file; its suffix must be valid for the target, see :func:`target_for`.
+        to: One of :data:`TARGETS`.
 
     Returns:
-        What is worth knowing about the new file, in sentences.
+        Notes for the user about the new file, in sentences.
 
     Raises:
-        UserError: the target has no network that computes what the file's does; or the file can't
-            be written.
+        UserError: The target project has no equivalent network, or the file can't be written.
     """
     if source.unknown:
         raise UserError(
-            f"{source.path}, taken for {source.taken_for}, has {len(source.unknown)} tensors of "
-            f"names that the family does not have ({first_of(source.unknown, 4)}): what they do "
-            "would be lost."
+            f"{source.path}, detected as {source.taken_for}, has {len(source.unknown)} tensors "
+            f"that the family does not have ({first_of(source.unknown, 4)}) and that can't be "
+            "converted. Remove them from the file if they are not needed."
         )
     origin = {
         "family": source.family.name,
@@ -139,13 +138,15 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
     metadata = own_metadata(source.architecture, source.geometry, source.preprocessing, origin)
     notes = [f"{note[0].upper()}{note[1:]}." for note in source.notes]
     if source.family.affine_norms:
-        notes.append("Its norms have no statistics of their own: for FrozenBN alone.")
+        notes.append("Its norms have no running statistics: use it with FrozenBN only.")
     if to in FORMATS:
         _write_foreign(source, path, FORMATS[to], metadata)
         if "linear.weight" not in source.tensors:
-            notes.append("It has no classifier: there it loads with strict=False, or without one.")
+            notes.append(
+                "It has no classifier: load it with strict=False, or into a model without one."
+            )
         return notes
-    # A detector's names tell which part of it a tensor is of; a backbone's are the same everywhere.
+    # A detector keeps its full names, which contain the part that a tensor belongs to.
     tensors = {
         source.original[name] if source.detector else name: tensor
         for name, tensor in source.tensors.items()
@@ -160,7 +161,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
 def _write_detectron2(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, heuristics: bool
 ) -> None:
-    # As in its model zoo: no counters, and numpy's types, of which bfloat16 is none.
+    # As in Detectron2's model zoo: no num_batches_tracked, and numpy arrays (no bfloat16).
     tensors = {
         name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         for name, tensor in tensors.items()
@@ -169,7 +170,7 @@ def _write_detectron2(
     content = {
         "model": {name: tensor.contiguous().numpy() for name, tensor in tensors.items()},
         "__author__": "senet_transfer",
-        # A backbone's names are matched with the ends of a detector's.
+        # Makes Detectron2 match a backbone's names with the suffixes of a detector's names.
         "matching_heuristics": heuristics,
         OWN_METADATA: {**metadata, OWN_HASH: tensors_sha256(tensors)},
     }
@@ -178,7 +179,7 @@ def _write_detectron2(
 
 
 def _keys_for_detectron2(source: Source) -> list[str]:
-    """What a config of Detectron2's has to say, which its files can't."""
+    """Return notes on the config keys that Detectron2 needs, because its files do not have them."""
     notes, keys = [], []
     if source.geometry.stride_in_1x1 is not None:
         keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {source.geometry.stride_in_1x1}")
@@ -186,12 +187,13 @@ def _keys_for_detectron2(source: Source) -> list[str]:
         keys.append(f"INPUT.FORMAT {pixels.format}")
         keys += [f"MODEL.PIXEL_{n.upper()} {list(getattr(pixels, n))}" for n in ("mean", "std")]
     if keys:
-        notes.append(f"Detectron2 has to be told: {', '.join(keys)}.")
+        notes.append(f"Set these keys in Detectron2's config: {', '.join(keys)}.")
     arch = source.architecture
     if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool == "ceil"):
         notes.append(
-            "Detectron2's own backbones have neither SE nor the ceil pool, and drop tensors that "
-            "they don't know without an error: load this file into a backbone of senet_transfer."
+            "Detectron2's own backbones lack SE, the deep stem and the ceil pool, and Detectron2 "
+            "ignores unknown tensors without an error: load this file into a backbone of "
+            "senet_transfer."
         )
     return notes
 
@@ -218,29 +220,32 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
     for name, tensor in source.tensors.items():
         theirs = rename(name)
         if theirs is None:
-            raise UserError(f"{source.path}: {form.title} has no tensor like {name}.")
+            raise UserError(
+                f"{source.path}: {form.title} has no tensor that corresponds to {name}."
+            )
         if ".se.fc" in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]  # theirs are 1x1 convolutions
+            tensor = tensor[:, :, None, None]  # the other projects use 1x1 convolutions
         tensors[theirs] = tensor.contiguous().clone()
     return tensors
 
 
 def _check_expressible(source: Source, form: Format) -> None:
-    """Raises UserError where the project has no network that computes what the file's does."""
+    """Raise UserError if the target project has no network equivalent to the file's."""
     arch = source.architecture
     problems = []
     if source.detector:
-        problems.append("The file is of a detector, of which it has no parts but the backbone.")
+        problems.append(f"The file is of a detector, and {form.title} has only its backbone.")
     if arch is None or arch.name not in form.networks:
-        name = arch.name if arch else "no residual network"
-        problems.append(f"The file's network is {name}; it has {', '.join(sorted(form.networks))}.")
+        name = arch.name if arch else "unknown"
+        networks = ", ".join(sorted(form.networks))
+        problems.append(f"The file's network is {name}. {form.title} has {networks}.")
     else:
         problems += _problems(source, arch, form)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
-            f"{source.path}, taken for {source.taken_for}, can't be a file of {form.title}:\n"
-            f"{lines}\nConvert it to senet_transfer or detectron2, whose files say what differs."
+            f"{source.path}, detected as {source.taken_for}, can't be converted to {form.title}:\n"
+            f"{lines}\nConvert it to senet_transfer or detectron2 instead."
         )
 
 
@@ -253,7 +258,7 @@ def _problems(source: Source, arch: Architecture, form: Format) -> list[str]:
             problems.append(f"{name} is {said} in the file, {theirs!r} in {form.title}.")
     expected = family.preprocessing(arch)
     if source.preprocessing is None:
-        problems.append("The file does not state what pixels its network expects.")
+        problems.append("The file does not state the preprocessing that its network expects.")
     elif expected:
         problems += pixel_contradictions(source.preprocessing, expected)
     if arch.se_stages:

@@ -1,4 +1,4 @@
-"""A config that takes the geometry of the file it starts from."""
+"""Transfer of a weight file's geometry and preprocessing to a config."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from senet_transfer.weights.mapping.source import Source, examine
 
 logger = logging.getLogger(__name__)
 
-# The config keys of `Source.options`.
+# Config keys of the options that Source.options() returns.
 OPTION_KEYS = {
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
     "stem_pool": "MODEL.RESNETS.STEM_POOL",
@@ -31,7 +31,7 @@ OPTION_KEYS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A config key that took another value from a weight file."""
+    """Change of a config key to the value of a weight file."""
 
     key: str
     before: Any
@@ -39,27 +39,28 @@ class Change:
 
 
 def local_weights(name: str, family: str | None = None) -> tuple[str, str | None]:
-    """The file that is meant by ``MODEL.WEIGHTS``, and its family.
+    """Return the local path of the file that ``MODEL.WEIGHTS`` names, and its family.
 
     Args:
-        name: a path, a name in the catalogue or an address; the latter two are fetched into a
-            cache.
-        family: what the user says the family is, or None; a name in the catalogue has one.
+        name: A path, a name in the catalogue or a URL. The latter two are downloaded to a cache.
+        family: The family given by the user. None uses the catalogue's, or leaves it undetermined.
 
     Raises:
-        UserError: there is no such file, or it can't be fetched.
+        UserError: The file does not exist or can't be downloaded.
     """
     place, family = locate_weights(name, family)
     try:
         path = PathManager.get_local_path(str(place))
-    except Exception as error:  # every handler of a scheme raises what it likes
-        raise UserError(f"The weights {name} can't be fetched: {error}.") from error
+    except Exception as error:  # the handlers of URL schemes raise various types
+        raise UserError(
+            f"The weights {name} can't be downloaded: {error}. Check the address."
+        ) from error
     if not os.path.isfile(path):
         near = nearest_names(name)
-        hint = f" Or was {' or '.join(near)} meant, of the catalogue?" if near else ""
+        hint = f" Similar names in the catalogue: {', '.join(near)}." if near else ""
         raise UserError(
-            f"There is no weight file {name} ({os.path.abspath(path)}). Put it there, or set "
-            f"MODEL.WEIGHTS to where it is.{hint}"
+            f"There is no weight file {name} ({os.path.abspath(path)}). Set MODEL.WEIGHTS to the "
+            f"path of an existing file.{hint}"
         )
     return path, family
 
@@ -68,16 +69,17 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
     """Examine the weight file of a config.
 
     Args:
-        cfg: the config.
-        weights: the file, if it is not ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
+        cfg: The config.
+        weights: The file to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed
+            run.
 
     Returns:
         The examined file; None for an empty name.
 
     Raises:
-        UserError: the file can't be read or is of no known family.
+        UserError: The file can't be read, or its family is unknown.
     """
-    # The family is that of MODEL.WEIGHTS; a checkpoint states its own.
+    # MODEL.WEIGHTS_FAMILY describes MODEL.WEIGHTS only. A checkpoint states its own family.
     is_other = weights is not None and weights != cfg.MODEL.WEIGHTS
     family = None if is_other else cfg.MODEL.WEIGHTS_FAMILY or None
     name = cfg.MODEL.WEIGHTS if weights is None else weights
@@ -85,23 +87,24 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
 
 
 def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
-    """Give a config what its weight file needs, before the model is built.
+    """Set the config keys that the network of the weight file needs.
 
-    These are stride placement, stem pool, channel order, mean and std, and of SE layers whether
-    they have biases, their rounding and a ReLU before the gate. What changes is logged as a table.
-    With ``MODEL.WEIGHTS_PIN`` the config stays as it is.
+    Call this before building the model. The keys are the stride placement, stem pool, channel
+    order, mean and std, and those of the SE layers: biases, rounding of the hidden widths, and a
+    ReLU before the gate. Changes are logged as a table. With ``MODEL.WEIGHTS_PIN`` the config is
+    not changed.
 
     Args:
-        cfg: changed in place, frozen or not.
-        weights: the file, if it is not ``MODEL.WEIGHTS`` (a resumed run starts from its last
-            checkpoint) or is already examined. An empty name changes nothing.
+        cfg: The config, which is changed in place even if it is frozen.
+        weights: The file to use instead of ``MODEL.WEIGHTS`` (such as the last checkpoint of a
+            resumed run), by name or examined. An empty name changes nothing.
 
     Returns:
-        The keys that changed.
+        The changes.
 
     Raises:
-        UserError: the file can't be read or is of no known family; or it contradicts a pinned
-            config.
+        UserError: The file can't be read, its family is unknown, or it contradicts a config with
+            ``MODEL.WEIGHTS_PIN``.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []
@@ -113,7 +116,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     )
     if cfg.MODEL.WEIGHTS_PIN:
         raise UserError(
-            f"MODEL.WEIGHTS_PIN keeps the config's values, and {source.path}, taken for "
+            f"MODEL.WEIGHTS_PIN keeps the config's values, but {source.path}, detected as "
             f"{source.taken_for}, was trained with others:\n{table}\nSet the keys to the file's "
             "values, or MODEL.WEIGHTS_PIN to False."
         )
@@ -124,7 +127,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         config_value(cfg, node)[leaf] = change.after
     if frozen:
         cfg.freeze()
-    logger.info("Taken from %s (%s):\n%s", source.path, source.taken_for, table)
+    logger.info("Config keys set from %s (%s):\n%s", source.path, source.taken_for, table)
     return changes
 
 
@@ -134,7 +137,7 @@ def _changes(cfg: CfgNode, source: Source) -> list[Change]:
 
 
 def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
-    """The keys that matter for the file's network, with its values."""
+    """Return the config keys that the file determines, with the file's values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
         wanted["INPUT.FORMAT"] = source.preprocessing.format
@@ -143,7 +146,7 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     arch = source.architecture
     if arch and arch.se_stages and arch.se_ratio == cfg.MODEL.SE.RATIO:
         wanted["MODEL.SE.DIVISOR"] = arch.se_divisor
-        # The other way round, biases would be dropped from the file, which loading refuses.
+        # True is never set here: if only the config lacks biases, loading raises an error.
         if not arch.se_bias:
             wanted["MODEL.SE.BIAS"] = False
     return wanted

@@ -1,4 +1,4 @@
-"""Loading weights so that every tensor is accounted for, or not at all."""
+"""Loading of weight files into models, with every tensor accounted for."""
 
 import logging
 from collections import Counter
@@ -24,18 +24,20 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded. Printed, it says it in a few lines.
+    """Report of a load. ``str(report)`` is a summary of a few lines.
 
     Attributes:
-        path: the file.
-        family: the name of the family that it was taken for.
-        alternatives: other families with the same names and shapes, and what would differ.
-        loaded: the model's tensors that were filled from the file, by their names in the model.
-        initialised: those that keep their initial values, each with the reason.
-        ignored: the file's tensors that went nowhere, by their names in the file, likewise.
-        notes: what else was done, in words.
-        geometry: of the file's network; what is not known of it was taken to be the model's.
-        preprocessing: what the model now expects of an image.
+        path: The file.
+        family: The name of the file's family, given or detected.
+        alternatives: Other families with the same names and shapes, and how they would differ.
+        loaded: The tensors that were loaded from the file, by their names in the model.
+        initialised: The model's tensors that keep their initial values, each with the reason.
+        ignored: The file's tensors that were not used, by their names in the file, each with the
+            reason.
+        notes: Other changes to the tensors, as sentences.
+        geometry: The geometry of the file's network. None values are unknown and were assumed to
+            equal the model's.
+        preprocessing: The preprocessing that the model expects after loading.
     """
 
     path: str
@@ -72,37 +74,44 @@ def _by_reason(what: str, reasons: dict[str, str]) -> list[str]:
 
 
 def load_weights(model: nn.Module, path: str | Path, family: str | None = None) -> LoadReport:
-    """Fill a model from a weight file of any known family, completely or not at all.
+    """Load a weight file of any known family into a model.
 
-    Every tensor of the backbone is filled, including the norms' statistics, and every tensor of the
-    file is used, except for those that the report names: a classifier or a detector's predictors
-    with another number of classes, SE layers if the file is of a plain network, parts of a detector
-    that a backbone's file does not have. The file's geometry must be the model's;
-    ``create_backbone`` and ``create_classifier`` with ``weights``, and a config, take it from the
-    file instead.
+    Every tensor of the backbone is loaded, including the norms' statistics, and every tensor of the
+    file is used. The report lists the exceptions: a classifier or a detector's predictors for
+    another number of classes, SE layers if the file has none, and parts of a detector that a
+    backbone's file does not have. The file's geometry must equal the model's. To build a model with
+    the file's geometry, pass ``weights`` to ``create_backbone`` or ``create_classifier``, or use a
+    config.
 
     Args:
-        model: a backbone, a classifier or a Detectron2 detector on one of this project's backbones.
-        path: the file, or a name of ``list_catalogue()``.
-        family: its family, where the names in it are those of several; see ``FAMILIES``.
+        model: A backbone, a classifier or a Detectron2 detector with one of this project's
+            backbones.
+        path: The file, or a name of ``list_catalogue()``.
+        family: The file's family, one of ``FAMILIES``. Required only if several families use its
+            tensor names.
 
     Returns:
-        What was loaded; it is logged too. The backbone's ``preprocessing`` is that of the file.
+        A report of what was loaded, which is logged too. The backbone's ``preprocessing`` is set to
+        the file's.
 
     Raises:
-        UserError: the file is missing, damaged or of no known family, or does not fit; the model
-            is then as it was.
+        UserError: The file is missing, damaged, of no known family, or does not fit the model,
+            which is then unchanged.
     """
     return load_source(model, examine(*locate_weights(path, family)))
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:
-    """Fills a model from an examined file; see :func:`load_weights`.
+    """Load an examined file into a model; see :func:`load_weights`.
 
     Args:
-        model: as there.
-        source: the file.
-        exact: whether it must be of this very model, down to the number of classes.
+        model: A backbone, a classifier or a detector.
+        source: The examined file.
+        exact: If True, all tensors must match, including those that depend on the number of
+            classes.
+
+    Raises:
+        UserError: The file does not fit the model, which is then unchanged.
     """
     target = target_of(model)
     result = match(source, target, exact=exact)
@@ -113,14 +122,14 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
     if target.pixels():
-        # Built from a config, which says the view, too: the run's is not that of the file.
+        # The model was built from a config, whose resizing and cropping replace the file's.
         preprocessing = replace(
             preprocessing, resize=own.resize, crop=own.crop, interpolation=own.interpolation
         )
     target.backbone.preprocessing = preprocessing
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
-        notes.append("the file doesn't state geometry and preprocessing: the model's own are kept")
+        notes.append("the file does not state geometry and preprocessing, so the model's are kept")
     report = LoadReport(
         path=source.path,
         family=source.family.name,
@@ -140,14 +149,14 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 def _check_norms(source: Source, target: Target) -> None:
     if source.family.affine_norms and not target.has_frozen_norms:
         raise UserError(
-            f"{source.path}, taken for {source.taken_for}, has norms without statistics, which "
-            "can't be trained further. Build the model with norm='FrozenBN' (MODEL.RESNETS.NORM), "
-            "or take weights that have their statistics."
+            f"{source.path}, detected as {source.taken_for}, has norms without statistics, which "
+            "can't be trained. Build the model with norm='FrozenBN' (MODEL.RESNETS.NORM), or use "
+            "weights with statistics."
         )
 
 
 def _check_geometry(source: Source, target: Target) -> None:
-    """Raises UserError where the file's network is not the model's, which no shape shows."""
+    """Raise UserError if geometry or preprocessing differ; tensor shapes do not show this."""
     found = source.geometry.contradictions(target.geometry)
     pixels = target.pixels()
     if pixels and source.preprocessing:
@@ -155,16 +164,15 @@ def _check_geometry(source: Source, target: Target) -> None:
     if found:
         lines = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            f"{source.path}, taken for {source.taken_for}, fits the model in every shape and would "
-            f"still compute something else:\n{lines}\nBuild the model with the file's values "
-            "(create_backbone and create_classifier do with weights=, a config does with "
-            "MODEL.WEIGHTS), or, if it was taken for the wrong family, say which with family= or "
-            "MODEL.WEIGHTS_FAMILY."
+            f"{source.path}, detected as {source.taken_for}, has the same tensor shapes as the "
+            f"model, but its network gives other outputs:\n{lines}\nBuild the model with the "
+            "file's values (weights= in create_backbone and create_classifier, MODEL.WEIGHTS in a "
+            "config). If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
         )
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """How channel order, mean and std of a file and of a model differ, in sentences."""
+    """Return sentences on differences in channel order, mean and std between file and model."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),
@@ -174,14 +182,14 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         theirs, built = getattr(file, name), getattr(model, name)
         if not same_pixels(theirs, built):
             found.append(
-                f"Images are prepared differently: {name} {theirs} for the file's network, {built} "
+                f"The preprocessing differs: {name} {theirs} for the file's network, {built} "
                 f"for the model ({key})."
             )
     return found
 
 
 def same_pixels(first: str | Sequence[float], second: str | Sequence[float]) -> bool:
-    """Whether two channel orders, means or stds are the same, up to the last printed digit."""
+    """Return whether two channel orders, means or stds are equal up to rounding (0.005)."""
     if isinstance(first, str) or isinstance(second, str):
         return first == second
     return len(first) == len(second) and all(

@@ -1,4 +1,4 @@
-"""This project's own weight files, which say themselves what their network is."""
+"""Saving of this project's own weight files, which describe their network in metadata."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _VERSION = 1
 
 
 def model_metadata(model: nn.Module) -> dict[str, Any]:
-    """What a file should say of a model: its network, geometry, preprocessing and origin.
+    """Return the metadata of a model: its network, geometry, preprocessing and origin.
 
     Returns:
         Plain values, for the entry "senet_transfer" of a checkpoint.
@@ -50,7 +50,7 @@ def own_metadata(
     preprocessing: Preprocessing | None,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """The same, of a network that is described instead of built; None is not stated."""
+    """Return the metadata of a network that is described, not built; None values are omitted."""
     metadata = {
         "version": _VERSION,
         "model": architecture.name if architecture else "",
@@ -66,16 +66,16 @@ def own_metadata(
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes a model's tensors, and what they are, to a ``.pth`` or ``.safetensors`` file.
+    """Write a model's tensors and metadata to a ``.pth`` or ``.safetensors`` file.
 
-    The file is whole or not there at all: it is written beside its place and moved there.
+    The file is written atomically: first to a temporary file, which is then renamed.
 
     Args:
-        model: a backbone, a classifier or a detector.
-        path: the file; its suffix decides the format.
+        model: A backbone, a classifier or a detector.
+        path: The file; its suffix selects the format.
 
     Raises:
-        UserError: another suffix, or the file can't be written.
+        UserError: The suffix is unknown, or the file can't be written.
     """
     target = target_of(model)
     tensors = {target.own_names[name]: tensor for name, tensor in target.tensors.items()}
@@ -83,7 +83,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes a file of this project's own; see :func:`save_weights`."""
+    """Write tensors and metadata in this project's format; see :func:`save_weights`."""
     check_suffix(path)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     metadata = {**metadata, OWN_HASH: tensors_sha256(tensors)}
@@ -91,12 +91,12 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
         if path.suffix == ".safetensors":
             save_file(tensors, partial, {"format": "pt", OWN_METADATA: json.dumps(metadata)})
         else:
-            with open(partial, "wb") as stream:  # which tells why it can't be written
+            with open(partial, "wb") as stream:  # open() states why a file can't be written
                 torch.save({"model": tensors, OWN_METADATA: metadata}, stream)
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors")) -> None:
-    """Raises UserError where a file's suffix is of no format that can be written."""
+    """Raise UserError if a file's suffix is not one of ``suffixes``."""
     if path.suffix not in suffixes:
         raise UserError(
             f"{path}: weights are saved as {' or '.join(suffixes)}, not {path.suffix!r}."
@@ -105,16 +105,16 @@ def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to, which is moved there when all went well.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` on success.
 
     Raises:
-        UserError: it can't be written.
+        UserError: The file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             yield partial
-    # Where the disk is full, torch raises a RuntimeError, and safetensors an error of its own.
+    # If the disk is full, torch raises a RuntimeError and safetensors a SafetensorError.
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{path} can't be written: {reason}. Choose another place.") from error
+        raise UserError(f"{path} can't be written: {reason}. Choose another path.") from error

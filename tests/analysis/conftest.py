@@ -1,4 +1,4 @@
-"""Small trees of images."""
+"""Fixtures with small folders of images."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ PER_CLASS = 5
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """For every test here."""
+    """Run every test in this folder with one thread."""
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """A folder a class, of 5, 5 and 6 noisy images of 40 x 36 pixels."""
+    """Write one folder per class with 5, 5 and 6 noisy images of 40 x 36 pixels."""
     root = tmp_path_factory.mktemp("kinds")
     random = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):

@@ -1,4 +1,4 @@
-"""Counts against hooks on layers, closed formulas and the paper's tables."""
+"""Comparison of counts with hooks on layers, closed formulas and the paper's tables."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def side_of(name: str) -> int:
 
 
 def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """The same from the shapes that pass through the layers, without a trace."""
+    """Count the cost from the shapes of each layer's input and output, with forward hooks."""
     found = {"macs": 0, "activations": 0, "se_macs": 0}
     gates = {fc for m in model.modules() if isinstance(m, SqueezeExcitation) for fc in m.children()}
 
@@ -67,7 +67,7 @@ def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 )
 def test_every_model_costs_what_hooks_on_its_layers_see(name):
     model, side = empty(name), side_of(name)
-    # Not square, and more than one image.
+    # Use a batch of several images that aren't square.
     x = torch.zeros(2, 3, side, side + side // 2)
     found = measure(model, x)
     expected = counted_by_hooks(model, x)
@@ -89,7 +89,7 @@ def test_a_gate_costs_its_layers_the_pooling_and_the_product():
 
 
 def test_ses_share_is_the_papers_formula():
-    """Equation 5: 2/r times the sum of N_s C_s^2, and as many multiply-accumulates."""
+    """Check Equation 5: 2/r times the sum of N_s C_s^2 parameters, and equally many MACs."""
     cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
     stages = ((3, 256, 56), (4, 512, 28), (6, 1024, 14), (3, 2048, 7))
     layers = sum(2 * blocks * width**2 // 16 for blocks, width, _ in stages)
@@ -114,10 +114,11 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
     [tuple(SOME), pytest.param(ROWS, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
+@pytest.mark.long
 def test_the_papers_cells_are_ours_or_have_a_reason(rows):
     for one in compare_with_paper(rows, quiet=True):
-        assert not any("no reason is known" in reason for reason in one.reasons), one.row
-        # A cell that is off has a sentence, and one that is not has none.
+        assert not any("unexplained" in reason for reason in one.reasons), one.row
+        # Values outside the tolerance have an explanation, others have none.
         off = [abs(one.gflops_off or 0) > 0.005, abs(one.parameters_off or 0) > 0.1e6]
         assert len(one.reasons) == sum(off)
 
@@ -132,19 +133,20 @@ def test_a_cell_that_is_off_is_told():
         quiet=True,
     )
     assert not right.reasons
-    assert less.reasons == ["off's GFLOPs: no reason is known."]
-    assert more.reasons == ["off's Params: no reason is known."]
+    assert less.reasons == ["off's GFLOPs: unexplained difference."]
+    assert more.reasons == ["off's Params: unexplained difference."]
 
 
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
-    # Its own paper, Table 1, for 1, 2, 3, 4 and 8 groups.
+    # ShuffleNet paper, Table 1, for 1, 2, 3, 4 and 8 groups.
     stated = {(1, 144): 143, (2, 200): 140, (3, 240): 137, (4, 272): 133, (8, 384): 137}
     for network, millions in stated.items():
         assert abs(_shufflenet_macs(*network) / 1e6 - millions) < 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
     model = create_classifier("se_resnet18", num_classes=7, se_ratio=8, se_stages=(3, 4))
     save_weights(model, tmp_path / "weights.pth")
@@ -157,6 +159,7 @@ def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
 @pytest.mark.parametrize(
     "config", ["faster_rcnn_se_r50", "retinanet_se_r50", "faster_rcnn_c4_se_r50"]
 )
+@pytest.mark.long
 def test_the_parts_of_a_detector_are_all_of_it(config):
     cfg = model_config(config_file=f"configs/{config}.yaml")
     model = build_to_count(cfg)
@@ -184,7 +187,7 @@ def test_a_box_head_is_counted_for_every_box():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, "What is the model"),
+        ({}, "No model is specified"),
         ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give one of them"),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),

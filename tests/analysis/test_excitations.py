@@ -1,4 +1,4 @@
-"""The analysis of gates from images to figures, and the networks without some of them."""
+"""Tests of the gate analysis from images to figures, and of pruned networks."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ SIZE = [
 
 
 def shaken(name: str, *options: str, seed: int = 0):
-    """A classifier whose weights are all drawn anew, so that gates and norms matter."""
+    """Build a classifier with random weights, so that gates and norms have an effect."""
     torch.manual_seed(seed)
     cfg = model_config(name, options=[*SIZE, *options])
     model = build_model(cfg)
@@ -45,7 +45,7 @@ def shaken(name: str, *options: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder as of a run: weights, and the config beside them."""
+    """Write a folder like that of a training run, with weights and config."""
     folder = tmp_path_factory.mktemp("run")
     cfg, model = shaken("se_cifar_resnet8")
     save_weights(model, folder / "model.pth")
@@ -83,6 +83,7 @@ def test_statistics_are_those_of_the_images_one_by_one(tree):
             np.testing.assert_allclose(kept.std, of_class.std(0, ddof=1), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, capsys):
     words = ("--num-classes", "2", "--channels", "9", "--images-per-class", "4")
     gates.main(arguments(trained, tree, tmp_path, *words))
@@ -92,7 +93,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert [line.split()[0] for line in said.splitlines() if line.startswith("SE_")] == blocks
     for name in (*(f"blocks/{block}" for block in blocks), "figure6", "blocks"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            # Not empty: more than the white of the paper and the black of its frame.
+            # A plot that isn't empty has more colours than its background and frame.
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
     with open(tmp_path / "gates.csv") as file:
         rows = list(csv.DictReader(file))
@@ -105,6 +106,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert np.mean(everything[:16]) == pytest.approx(float(table["SE_2_1"]["mean"]), abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
     for folder, seed in (("first", "0"), ("second", "0"), ("other", "1")):
         words = ("--images-per-class", "2", "--seed", seed)
@@ -119,6 +121,7 @@ def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.long
 def test_a_prepared_split_gives_what_its_images_do(
     trained, tree, tmp_path, monkeypatch, capsys, named
 ):
@@ -135,6 +138,7 @@ def test_a_prepared_split_gives_what_its_images_do(
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
     gates.main(arguments(trained, tree, tmp_path, "--classes", "sand", "moss/dry"))
     with open(tmp_path / "gates.csv") as file:
@@ -142,11 +146,11 @@ def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
     assert list(found) == ["sand", "moss/dry", "all classes"]
 
 
-# Dropping a gate whose value is the same for all images.
+# ---- removing a gate whose value is the same for all images
 
 
 def constant_gates(model, stages):
-    """Makes gates depend on no image; returns what they then are."""
+    """Make all gates independent of the image and return their values."""
     values = {}
     for name, gate in gates_of(model.backbone).items():
         if int(name.split("_")[1]) in stages:
@@ -203,6 +207,7 @@ def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
     assert without_gates(pruned, model) is not None
 
 
+@pytest.mark.long
 def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_path, capsys):
     gates.main(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
     said = capsys.readouterr().out
@@ -216,7 +221,7 @@ def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_pat
     assert cfg.MODEL.SE.STAGES == (2, 3)
     assert cfg.DATASETS.CLASSES == ["bark", "moss/dry", "sand"]
     assert {name[:4] for name in gates_of(again.backbone)} == {"SE_2", "SE_3"}
-    # Its config is beside it, as tools/eval_classifier.py wants it.
+    # The config is in the same folder, where tools/eval_classifier.py looks for it.
     words = ["--weights", str(path), "--data", str(tree), "--workers", "0", "--quiet"]
     result = evaluate.main(evaluate.parser().parse_args(words))
     errors = [float(line.split()[-6]) for line in table[1:]]
@@ -240,7 +245,7 @@ def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
     ("options", "stages", "said"),
     [
         ((), [5], "have no gates"),
-        (("MODEL.SE.STAGES", "(2, 3)"), [4], "those of 2, 3 have"),
+        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected some of 2, 3"),
     ],
 )
 def test_stages_without_gates_are_refused(options, stages, said):
@@ -262,7 +267,7 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--channels", "0"), "--channels is 0"),
         (("--images-per-class", "0"), "images_per_class is 0"),
         (("--prune-stage", "5"), "have no gates"),
-        (("--images", "somewhere"), "--images goes with a JSON"),
+        (("--images", "somewhere"), "--images requires a JSON"),
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )
@@ -276,6 +281,7 @@ def test_a_json_needs_its_images():
         open_labelled("annotations.json")
 
 
+@pytest.mark.long
 def test_a_detectors_gates_are_watched_on_crops(tmp_path):
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
@@ -302,6 +308,6 @@ def test_a_detectors_gates_are_watched_on_crops(tmp_path):
     with open(tmp_path / "out" / "blocks.csv") as file:
         assert len(list(csv.DictReader(file))) == 8
     model = find_model(weights=str(tmp_path / "model.pth")).build().model
-    with pytest.raises(UserError, match="Gates are dropped from classifiers"):
+    with pytest.raises(UserError, match="Gates can only be removed from a classifier"):
         pruned_config(cfg, model, [5])
     assert backbone_of(model) is model.backbone.bottom_up

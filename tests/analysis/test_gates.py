@@ -1,4 +1,4 @@
-"""Gates by name and value, their statistics, and what is drawn of the data."""
+"""Tests of the names, values and statistics of gates, and of the sampling of images."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
     backbone = empty_backbone(name)
     gates = gates_of(backbone)
     assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in backbone.named_parameters())
-    # In VGG the first four convolutions are the stem, which no stage is.
+    # In VGG the first four convolutions belong to the stem, which isn't a stage.
     assert {stage_of(gate) for gate in gates if "stem" not in gate} <= {2, 3, 4, 5}
     assert 4 <= len(papers_blocks(list(gates))) <= 8
 
@@ -75,7 +75,7 @@ def test_watched_values_are_the_gates_that_act(options):
 
 
 def stated_gate(module, x):
-    """Equations 2 and 3 and their variants, at each position of what the squeeze leaves."""
+    """Compute Equations 2 and 3 and their variants at each position after the squeeze."""
     x = x.flatten(2)
     squeezed = {"avg": x.mean(2, keepdim=True), "max": x.amax(2, keepdim=True), "none": x}
     hidden = (module.fc1.weight @ squeezed[module.squeeze] + module.fc1.bias[:, None]).clamp(min=0)
@@ -93,7 +93,7 @@ def test_nothing_is_watched_any_more_afterwards():
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Gates of an uneven number of images a class, and their labels; one class has none."""
+    """Return random gates and labels of classes with different numbers of images, one empty."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]
@@ -128,7 +128,7 @@ def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
     assert summary.saturated == pytest.approx((gates > 0.95).mean())
     assert summary.closed == pytest.approx((gates < 0.05).mean())
     assert summary.mean == pytest.approx(gates.mean())
-    # Analysis of variance with random effects, as textbooks state it.
+    # The textbook formulas of the analysis of variance with random effects.
     number = np.array([(labels == label).sum() for label in there])
     deviations = gates - means[np.searchsorted(there, labels)]
     mean_square = (deviations**2).sum(0) / (len(labels) - len(there))
@@ -144,7 +144,7 @@ def test_deviations_are_those_that_were_put_in():
     assert summary.between == pytest.approx(0.02, rel=0.1)
     assert summary.within == pytest.approx(0.06, rel=0.05)
     assert summary.specificity == pytest.approx(1 / 3, rel=0.15)
-    # Without classes, chance alone must not look like some.
+    # If classes don't differ, random variation must not appear as a difference.
     gates, labels = observed(classes=200, channels=40, between=0.0, within=0.06)
     assert in_batches(gates, labels, 64, 200).summary().between < 0.006
 
@@ -183,7 +183,7 @@ def test_a_sample_has_so_many_of_each_class_and_is_always_the_same(tree):
     assert ClassSample(dataset, 3, seed=1).chosen == sample.chosen
     others = {tuple(ClassSample(dataset, 3, seed=seed).chosen) for seed in range(8)}
     assert len(others) > 4
-    # All there are, where there are fewer.
+    # A class with fewer images contributes all of them.
     assert ClassSample(dataset, 100).counts.tolist() == [5, 5, 6]
 
 
@@ -192,7 +192,7 @@ def test_every_image_is_as_likely_to_be_drawn(tree):
     drawn = [place for seed in range(200) for place in ClassSample(dataset, 2, seed=seed).chosen]
     share = np.bincount(drawn, minlength=len(dataset)) / 200
     expected = np.array([2 / 5] * 10 + [2 / 6] * 6)
-    # Five standard deviations.
+    # Allow five standard deviations.
     assert (np.abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / 200)).all()
 
 
@@ -205,7 +205,7 @@ def test_what_is_drawn_keeps_its_order():
 
 @pytest.fixture
 def coco(tmp_path):
-    """A JSON of three objects on a grey image: a red one, a crowd, one of 4 pixels."""
+    """Write a COCO file with a grey image and a red object, a crowd and an object of 4 pixels."""
     pixels = np.full((60, 100, 3), 128, np.uint8)
     pixels[10:30, 70:95] = (200, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -245,7 +245,7 @@ def test_a_crop_is_a_square_inside_of_the_image():
         left, top, right, bottom = square_around((x, y, w, h), 100, 60)
         assert 0 <= left < right <= 100
         assert 0 <= top < bottom <= 60
-        # The object is in it, up to rounding.
+        # The crop contains the object, up to rounding.
         assert left <= x + 0.51
         assert top <= y + 0.51
         assert right >= x + w - 0.51

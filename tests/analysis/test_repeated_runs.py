@@ -1,4 +1,4 @@
-"""Runs that are made once, and several seeds of a config."""
+"""Tests of skipping and resuming runs, and of training with several seeds."""
 
 import json
 import math
@@ -30,6 +30,7 @@ def options(tmp_path):
     return [*data, "MODEL.BACKBONE.ARCH", "cifar_resnet8", "SOLVER.CHECKPOINT_PERIOD", "1"]
 
 
+@pytest.mark.long
 def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)
@@ -39,7 +40,7 @@ def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(option
     before = (output / "log.txt").read_text()
     assert run_once(CONFIG, options, output, quiet=True) == found
     assert (output / "log.txt").read_text() == before
-    # As though the first run had been killed after one of its two iterations.
+    # Simulate a first run that was killed after one of its two iterations.
     (output / "results.json").unlink()
     (output / "last_checkpoint").write_text("model_0000000.pth")
     whole = torch.load(output / "model_final.pth", weights_only=True)["model"]

@@ -1,4 +1,4 @@
-"""The command lines: one program, parsers that are cheap, and values that match the package."""
+"""Tests of the command lines: the ``senet`` program, parsers, and values of arguments."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ from tests.processes import ROOT, call
 
 
 def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """Return what each argument of a parser accepts and where it goes."""
+    """Return the options, the destination and the accepted values of each argument of a parser."""
     return {
         action.dest: (action.option_strings, action.nargs, action.default, action.type)
         for action in parser._actions
@@ -77,7 +77,8 @@ SCRIPTS = sorted(
 
 
 def test_help_imports_neither_torch_nor_detectron2():
-    # All in one process, which is what makes this test cheap: each adds to what is imported.
+    # All parsers run in one process, because starting processes would be slow. A module that any of
+    # them imports is found.
     code = f"""
 import runpy, sys
 for script in {SCRIPTS!r}:

@@ -1,9 +1,9 @@
-"""The public names and ``--help`` texts of this checkout, as a fresh process finds them.
+"""Script that dumps the public names and ``--help`` texts of this checkout in a fresh process.
 
     python tests/compatibility/dump_interface.py NAMES.json OUTPUT.json
 
-NAMES.json maps modules to names. OUTPUT.json gets the names that can't be imported, with the
-error, and the help text of every command that the checkout has.
+NAMES.json maps modules to names. OUTPUT.json receives the names that can't be imported, with the
+error, and the help text of every command in the checkout.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The benchmark is for developers and has left the package; its names are found in tools/.
+# The benchmark, a developer tool, has moved from the package to tools/.
 OUTSIDE = {"senet_transfer.analysis.benchmark": "benchmark"}
 
 
@@ -40,7 +40,7 @@ def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
 
 
 def read_help(name: str, command: Callable[[], object]) -> str:
-    """Return what a command prints on ``--help``."""
+    """Return the output of a command with ``--help``."""
     printed = io.StringIO()
     sys.argv = [name, "--help"]
     with contextlib.redirect_stdout(printed):

@@ -1,4 +1,4 @@
-"""Inputs that the fixtures and their tests share, drawn the same everywhere."""
+"""Inputs shared by the fixtures and their tests, identical on every machine."""
 
 import json
 import re
@@ -10,10 +10,10 @@ from PIL import Image
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).resolve().parents[2]
 
-# The narrow SE-ResNet-50 of fixtures/weights, as options of create_classifier.
+# Options of create_classifier for the narrow SE-ResNet-50 of fixtures/weights.
 NARROW = {"stem_out_channels": 4, "res2_out_channels": 8, "width_per_group": 1, "se_ratio": 4}
 
-# The modules whose public names are kept without an `__all__`.
+# Modules without an `__all__` whose public names must remain importable.
 WITHOUT_ALL = ("config", "data.coco", "errors", "preprocessing")
 DOCUMENTS = ("README", "CONTRIBUTING", "tools/README", "datasets/README", "configs/README")
 
@@ -21,7 +21,8 @@ DOCUMENTS = ("README", "CONTRIBUTING", "tools/README", "datasets/README", "confi
 def draw_images(folder: Path, *, classes: int = 3, images: int = 8) -> None:
     """Write 32x32 images to ``folder/train`` and ``folder/val``, one folder per class.
 
-    A class has its own colour, under noise. ``RandomState`` never changes its numbers.
+    Each class has its own colour plus noise. ``RandomState``'s numbers never change between
+    versions of numpy.
     """
     for split, seed in (("train", 1), ("val", 2)):
         numbers = np.random.RandomState(seed)
@@ -35,7 +36,7 @@ def draw_images(folder: Path, *, classes: int = 3, images: int = 8) -> None:
 
 
 def draw_pixels() -> np.ndarray:
-    """Return a batch ``(2, 3, 64, 64)`` float32, RGB of 0-255."""
+    """Return a batch ``(2, 3, 64, 64)`` float32, RGB in 0-255."""
     return np.random.RandomState(3).randint(0, 256, size=(2, 3, 64, 64)).astype(np.float32)
 
 

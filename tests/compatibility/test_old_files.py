@@ -1,7 +1,7 @@
-"""Files, names and command lines of commit 394ad59 keep working.
+"""Compatibility tests: files, names and command lines of commit 394ad59 keep working.
 
-``fixtures/`` was written by that commit. These tests use public entry points only, so they hold
-however the package is arranged.
+``fixtures/`` was written by that commit. The tests use public entry points only, so that they do
+not depend on the layout of the package.
 """
 
 import json
@@ -34,7 +34,7 @@ from tests.processes import call
 WEIGHTS = FIXTURES / "weights"
 HELP = sorted((FIXTURES / "help").glob("*.txt"))
 
-# Of the largest value. Vector units of other widths add float32 in another order.
+# Relative to the largest value: SIMD units of another width add float32 in another order.
 TOLERANCE = 1e-4
 
 
@@ -48,19 +48,19 @@ def expected() -> dict:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> Path:
-    """The output folder of the old run, copied and resumed to its end."""
+def resumed(tmp_path_factory, run_python) -> Path:
+    """Resume a copy of the old run to its end, and return its output folder."""
     work = tmp_path_factory.mktemp("resumed")
     shutil.copytree(FIXTURES / "run", work / "run")
     draw_images(work / "images")
-    # The checkpoint keeps the run's seed, for configs that have none.
+    # The checkpoint stores the run's seed, which is used if the config sets none.
     config = work / "run/config.yaml"
     assert "\nSEED: 7\n" in config.read_text()
     config.write_text(config.read_text().replace("\nSEED: 7\n", "\nSEED: -1\n"))
     words = ["--config-file", "run/config.yaml", "--resume"]
     code = "import os, runpy, sys; os.chdir(sys.argv.pop(1)); sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = call(sys.executable, "-c", code, work, ROOT / "tools/train_net.py", *words)
+    done = run_python("-c", code, work, ROOT / "tools/train_net.py", *words)
     assert done.returncode == 0, done.stderr
     return work / "run"
 
@@ -110,7 +110,7 @@ def test_an_old_onnx_file_gives_the_logits_of_its_time(expected):
 
 
 def logits_of(model: torch.nn.Module) -> np.ndarray:
-    """Return a classifier's logits of the pixels, normalised as its ``preprocessing`` says."""
+    """Return a classifier's logits for the pixels, normalised by its ``preprocessing``."""
     values = model.preprocessing
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (values.mean, values.std))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def logits_of(model: torch.nn.Module) -> np.ndarray:
 
 def assert_logits(found: np.ndarray, expected: dict) -> None:
     logits = np.array(expected["logits"])
-    # They differ by class and image, so a constant does not pass.
+    # The logits differ between classes and images, so a constant output fails.
     assert np.ptp(logits, axis=0).min() > 100 * TOLERANCE * np.abs(logits).max()
     np.testing.assert_allclose(found, logits, rtol=0, atol=TOLERANCE * np.abs(logits).max())
 
@@ -163,7 +163,7 @@ def test_every_old_config_key_keeps_its_default():
 
 @pytest.fixture(scope="module")
 def interface(tmp_path_factory) -> dict:
-    """The names that a fresh process misses, and all help texts."""
+    """Return the names that a fresh process can't import, and all help texts."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
     done = call(sys.executable, script, FIXTURES / "public_names.json", output)
@@ -185,12 +185,12 @@ def test_every_old_option_is_still_there(path, interface):
     assert {option for option in old if option not in found} == set()
     for option, words in old.items():
         assert form(found[option]) == form(words), option
-        # A set of choices may grow.
+        # Choices may be added.
         assert choices(found[option]) >= choices(words), option
 
 
 def form(words: str) -> str:
-    """What follows an option, without the choices themselves."""
+    """Return the text after an option, with the choices removed."""
     return re.sub(r"\{.*?\}", "{}", words)
 
 

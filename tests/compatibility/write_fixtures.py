@@ -1,9 +1,9 @@
-"""The commands that wrote ``fixtures/``. They ran once, with the code of the commit named below.
+"""Script that wrote ``fixtures/``. It ran once, with the code of the commit named below.
 
     python tests/compatibility/write_fixtures.py
 
-Later code must read these files, so they are not written again; the script needs the commit's own
-checkout, since it records what that code does.
+Later code must read these files, so they are never written again. The script needs a checkout of
+that commit, because it records that code's behaviour.
 """
 
 import ast
@@ -50,14 +50,14 @@ WITH_ALL = (
     "senet_transfer.analysis.benchmark",
     "senet_transfer.analysis.report",
 )
-# Used as attributes of modules, or where users and LazyConfigs may have them from.
+# Names that users or LazyConfigs may refer to, in addition to those of ``__all__``.
 BESIDES = {
     "senet_transfer.backbones.registry": ("create_backbone",),
     "senet_transfer.weights.detect": ("having",),
     "senet_transfer.weights.names": ("torchvision",),
 }
 
-# The training run: momentum, an average of the weights, and mixup, which draws random numbers.
+# The training run, with momentum, an average of the weights, and mixup (random numbers).
 RUN = """\
 MODEL.META_ARCHITECTURE ImageClassifier
 MODEL.DEVICE cpu
@@ -87,7 +87,7 @@ SEED 7
 OUTPUT_DIR run
 """
 
-# Stops the run gracefully, as a scheduler does, after its third step.
+# Sends SIGTERM after the third step, as a job scheduler does, so that the run stops gracefully.
 STOPPED = """
 import os, runpy, signal, sys, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -143,7 +143,7 @@ def call(*words: object, folder: Path, status: int = 0, **environment: str) -> N
 
 
 def train_words() -> list[str]:
-    """Return the command line of the run without Python."""
+    """Return the command line of the run, without the Python executable."""
     words = [word for line in RUN.splitlines() for word in line.split(" ", 1)]
     config = FIXTURES / "empty.yaml"
     config.write_text("VERSION: 2\n")
@@ -151,14 +151,14 @@ def train_words() -> list[str]:
 
 
 def results(run: Path) -> dict:
-    """Return the sums of a run's final tensors, and of their average."""
+    """Return the sums of a run's final tensors and of their averages."""
     names = {"model": "model_final.pth", "ema": "model_ema.pth"}
     found = {key: torch.load(run / name, weights_only=True) for key, name in names.items()}
     return {key: tensor_sums(checkpoint["model"]) for key, checkpoint in found.items()}
 
 
 def write_run(work: Path) -> dict:
-    """Train, once unbroken and once stopped before the end; keep the second as it was then."""
+    """Train twice, once to the end and once stopped early; keep the output of the stopped run."""
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)
@@ -166,7 +166,7 @@ def write_run(work: Path) -> dict:
     shutil.rmtree(work / "run")
     call("-c", STOPPED, *words, folder=work, status=75)
     kept = FIXTURES / "run"
-    # Without what holds names of the machine.
+    # Files that contain names of the machine are left out.
     hidden = shutil.ignore_patterns("log.txt*", "events.*", "environment.txt")
     shutil.copytree(work / "run", kept, ignore=hidden)
     config = kept / "config.yaml"
@@ -199,13 +199,13 @@ def write_weights() -> list:
     call(ROOT / "tools/export.py", *words, folder=ROOT)
     network = onnx.load(folder / "classifier.onnx")
     for node in network.graph.node:
-        del node.metadata_props[:]  # stack traces, with paths
+        del node.metadata_props[:]  # stack traces, which contain paths
     onnx.save(network, folder / "classifier.onnx")
     return logits.tolist()
 
 
 def pixel_values(model: torch.nn.Module) -> tuple:
-    """Return mean and standard deviation of a model's pixels."""
+    """Return the pixel mean and standard deviation of a model."""
     return model.preprocessing.mean, model.preprocessing.std
 
 
@@ -226,7 +226,7 @@ def write_detector_config(work: Path) -> dict:
 
 
 def write_lazy_config() -> int:
-    """Save the README's LazyConfig; return the parameters of what it builds."""
+    """Save the README's LazyConfig; return the number of parameters of its backbone."""
     stages = ["res2", "res3", "res4", "res5"]
     create = LazyCall(senet_transfer.create_backbone)
     backbone = LazyCall(FPN)(
@@ -240,7 +240,7 @@ def write_lazy_config() -> int:
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the public names by module; "" is the module itself."""
+    """Return the public names by module; "" stands for the module itself."""
     names = {module: {"", *importlib.import_module(module).__all__} for module in WITH_ALL}
     for short in WITHOUT_ALL:
         module = importlib.import_module(f"senet_transfer.{short}")

@@ -12,7 +12,7 @@ from tests.data.drawn_places import write_val
 
 @pytest.fixture
 def make_shards(tmp_path_factory):
-    """Makes shards of a drawn validation split, cut into about as many as asked for."""
+    """Create about the given number of shards from a generated validation split."""
 
     def make(count: int, shards: int, seed: int = 0) -> Path:
         source = write_val(tmp_path_factory.mktemp("source"), count, seed)
@@ -28,10 +28,10 @@ def make_shards(tmp_path_factory):
 
 @pytest.fixture
 def val(tmp_path):
-    """A drawn validation split of 24 images."""
+    """Write a generated validation split of 24 images."""
     return write_val(tmp_path / "places", 24)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """For every test here."""
+    """Limit every test in this folder to one thread."""

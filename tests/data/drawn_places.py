@@ -1,6 +1,5 @@
-"""Small data sets in Places365's layout, for the tests here."""
+"""Small generated data sets in the layout of Places365."""
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from senet_transfer.engine.launch import run_single
+from senet_transfer.cli.data import prepare
 
 SCRIPTS = Path(__file__).parents[2] / "datasets"
 
@@ -16,7 +15,7 @@ CLASSES = ["a/airfield", "b/barn", "s/swimming_pool/indoor", "s/swimming_pool/ou
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
-    """A smooth image that no other seed gives."""
+    """Return a smooth JPEG image that is unique to the seed."""
     noise = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.BILINEAR).save(buffer, "JPEG", quality=80)
@@ -24,7 +23,7 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
 
 
 def write_val(root: Path, count: int, seed: int = 0) -> Path:
-    """Writes a Places365 validation split: lists and `val_256`."""
+    """Write a Places365 validation split: lists and `val_256`."""
     folder = root / "val_256"
     folder.mkdir(parents=True)
     lines = []
@@ -39,25 +38,22 @@ def write_val(root: Path, count: int, seed: int = 0) -> Path:
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:
-    """The content of all that a conversion leaves, by name."""
+    """Return the contents of all files that a conversion writes, by name."""
     return {path.name: path.read_bytes() for path in root.iterdir() if path.name != ".lock"}
 
 
 def keys_of_tar(path: Path) -> list[str]:
-    """The keys in a shard, read with nothing but tarfile."""
+    """Return the keys in a shard, read only with tarfile."""
     with tarfile.open(path) as tar:
         return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
 
 
 def command(name):
-    """A script of `datasets/` as a function from its words to its exit status."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Return a command of `senet data` as a function from its arguments to its exit status."""
 
     def call(words):
         try:
-            run_single(module.main, module.parser().parse_args(words))
+            prepare(name.removeprefix("prepare_"), [str(word) for word in words])
         except SystemExit as end:
             return end.code
         return 0

@@ -1,4 +1,4 @@
-"""The command that prepares CIFAR."""
+"""Tests of the command that prepares CIFAR."""
 
 import subprocess
 import sys

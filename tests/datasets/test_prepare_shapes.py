@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from senet_transfer.cli.data import prepare
 from senet_transfer.data.shapes import generate as shapes
 from senet_transfer.data.shapes.generate import (
     SHAPE_CLASSES,
@@ -16,7 +16,6 @@ from senet_transfer.data.shapes.generate import (
     make_shapes,
     render_image,
 )
-from senet_transfer.engine.launch import run_single
 from senet_transfer.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_shapes.py"
@@ -25,22 +24,19 @@ COUNTS = {"train": 40, "val": 4, "tiny": 8}
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """A small data set that the tests read and leave as it is."""
+    """Render a small data set, which the tests do not change."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes", seed=0, train=40, val=4)
 
 
 @pytest.fixture(scope="module")
 def rendered():
-    """The images and objects of the training split of `data_set`, by image id."""
+    """Render the images and objects of the training split of `data_set`, by image id."""
     return {index: render_image(0, "train", index) for index in range(1, COUNTS["train"] + 1)}
 
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("prepare_shapes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda words: run_single(module.main, module.parser().parse_args(words))
+    return lambda words: prepare("shapes", words)
 
 
 def annotation_file(root, split):
@@ -48,12 +44,12 @@ def annotation_file(root, split):
 
 
 def snapshot(folder):
-    """Every file's content, by its path below the folder."""
+    """Return the contents of all files in a folder by relative path."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def rasterised(annotation, image):
-    """The annotation's polygons as pycocotools understands them, in its run-length encoding."""
+    """Return the polygons of an annotation in pycocotools' run-length encoding."""
     parts = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
     return coco_mask.merge(parts)
 
@@ -67,7 +63,7 @@ def corners(box):
     return left, top, left + width, top + height
 
 
-# What is written.
+# Output.
 
 
 def test_layout_is_the_documented_one(data_set):
@@ -104,7 +100,7 @@ def test_another_seed_split_or_index_gives_another_image():
 
 def test_written_images_are_the_rendered_ones_but_for_jpeg(data_set, rendered):
     for index, (image, _) in rendered.items():
-        # A swap of red and blue, or of two images, is far beyond what JPEG changes.
+        # Swapped channels or images would differ much more than JPEG compression.
         written = cv2.imread(str(data_set / "train" / f"{index:06d}.jpg"))[..., ::-1]
         assert written.shape == image.shape
         assert np.abs(written.astype(int) - image).mean() < 4
@@ -129,13 +125,13 @@ def test_detectron2_loads_every_split_with_its_polygons(data_set, split):
     written = json.loads(annotation_file(data_set, split).read_text())["annotations"]
     loaded = [annotation for record in records for annotation in record["annotations"]]
     assert len(loaded) == len(written)
-    # Detectron2 drops the polygons that it holds invalid.
+    # Detectron2 removes invalid polygons.
     assert sum(len(a["segmentation"]) for a in loaded) == sum(
         len(a["segmentation"]) for a in written
     )
 
 
-# What is annotated.
+# Annotations.
 
 
 def test_boxes_and_areas_are_those_of_the_visible_masks(data_set, rendered):
@@ -164,7 +160,7 @@ def test_polygons_cover_the_visible_masks_and_their_boxes(data_set, rendered):
 
 
 def test_visible_masks_show_one_shape_each(rendered):
-    """The masks agree with the painted pixels: each is disjoint from the others, of one colour."""
+    """Check that masks are disjoint and that the pixels of each have one colour."""
     for image, objects in rendered.values():
         assert sum(x.mask.astype(int) for x in objects).max() == 1
         for shape in objects:
@@ -197,7 +193,7 @@ def test_a_hole_is_left_out_of_the_polygons():
 
 
 def test_any_mask_has_valid_polygons_that_cover_it():
-    """Even scattered pixels, lines and holes a pixel wide."""
+    """Check polygons of arbitrary masks, including scattered pixels and thin lines and holes."""
     rng = np.random.default_rng(0)
     for density in np.linspace(0.02, 0.98, 60):
         mask = rng.random((12, 14)) < density
@@ -207,7 +203,7 @@ def test_any_mask_has_valid_polygons_that_cover_it():
         assert (raster != mask).mean() < 0.1
 
 
-# What makes it a detection problem.
+# Difficulty.
 
 
 def test_shapes_occlude_one_another_but_none_is_annotated_that_is_nearly_hidden(rendered):
@@ -249,7 +245,7 @@ def test_every_class_is_in_the_training_and_tiny_splits_and_none_prevails(data_s
         assert max(counts.values()) < len(coco.anns) / 2
 
 
-# What happens to the folder.
+# The output folder.
 
 
 def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
@@ -260,7 +256,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
     before = {path: path.stat().st_mtime_ns for path in data_set.rglob("*")}
     with caplog.at_level("INFO"):
         assert make_shapes(data_set, seed=0, train=40, val=4) == data_set
-    assert "already holds" in caplog.text
+    assert "already contains" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in data_set.rglob("*")} == before
 
 
@@ -268,7 +264,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
     ("name", "content", "found"),
     [
         ("holiday.jpg", "a photograph", "holiday.jpg"),
-        ("shapes.json", "{not json", "cannot be read"),
+        ("shapes.json", "{not json", "unreadable shapes.json"),
         ("shapes.json", '{"seed": 7}', "seed 7"),
         ("shapes.json", "[]", "other settings"),
     ],
@@ -286,7 +282,7 @@ def test_refuses_a_folder_with_something_else_and_keeps_it(tmp_path, name, conte
 
 def test_refuses_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "shapes").write_text("notes")
-    with pytest.raises(UserError, match="found a file"):
+    with pytest.raises(UserError, match="is a file"):
         make_shapes(tmp_path / "shapes", train=1, val=1)
     assert (tmp_path / "shapes").read_text() == "notes"
 
@@ -305,7 +301,7 @@ def test_refuses_a_data_set_of_other_settings(tmp_path, other):
 def test_refuses_a_data_set_that_lost_a_file(tmp_path, lost):
     folder = make_shapes(tmp_path / "shapes", train=2, val=1)
     (folder / lost).unlink()
-    with pytest.raises(UserError, match="1 of the 2 images in train|without instances_val"):
+    with pytest.raises(UserError, match="1 of 2 images in train|without instances_val"):
         make_shapes(folder, train=2, val=1)
 
 

@@ -1,4 +1,4 @@
-"""The shell commands of the documents, and the small rules by which a CPU can run them."""
+"""The shell commands of the documents, and rules that make them short enough for a CPU."""
 
 import re
 import shlex
@@ -12,29 +12,30 @@ from senet_transfer.weights.hub.catalogue import load_catalogue
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))
 }
-PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet-train",
+PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
             "senet-predict", "senet-eval-places365")  # fmt: skip
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
-# What no test can run, and why. Each is parsed all the same: see test_documented_commands.py.
+# What no test can run, and the reason. Each is parsed nevertheless: test_documented_commands.py.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
-    r"make (test(-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
+    r"make (test(-fast|-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
+    r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
 }
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What stands in for something that a CPU can't do in seconds.
+    """Replacement for something that a CPU can't do in seconds.
 
     Attributes:
-        why: the reason.
-        apply: from a command's words to the words that are run.
+        why: The reason.
+        apply: Maps a command's words to the words that are run.
     """
 
     why: str
@@ -49,7 +50,7 @@ _TRAINS = ("tools/train_net.py", "tools/run_seeds.py", "tools/ablation.py", "sen
 
 
 def _instant(words: list[str]) -> list[str]:
-    """The instant twin of a recipe, on the data and in the folder of the recipe."""
+    """Replace a recipe by its smoke-test config, with the data and the folder of the recipe."""
     if not any(word in _TRAINS for word in words) or "--config-file" not in words:
         return words
     place = words.index("--config-file") + 1
@@ -78,29 +79,30 @@ def _published(words: list[str]) -> list[str]:
 
 
 RULES = (
-    Rule("a recipe's instant twin takes seconds", _instant),
-    Rule("one core bears one process",
+    Rule("a recipe's smoke-test config takes seconds", _instant),
+    Rule("one core can run one process",
          _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
-    Rule("one seed goes the way of all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
-    Rule("published weights can't be made up: their name holds their hash", _published),
+    Rule("one seed takes the same path as all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
+    Rule("published weights can't be imitated: their name has their hash", _published),
     Rule("nothing is downloaded in the sandbox",
          _replaced(r"--download (cifar10)", r"--source cifar-10-python.tar.gz --output \1")),
-    Rule("so does an archive, which is not the official one here",
+    Rule("the sandbox's archive is not the official one",
          _replaced(r"(datasets/prepare_cifar.py)", r"\1 --any-checksum")),
-    Rule("a part that takes seconds, where the others take minutes",
+    Rule("one part of the benchmark takes seconds, the others minutes",
          _replaced(r"(tools/benchmark.py).*", r"\1 augment --seconds 0.1")),
-    Rule("the demo's instant twin takes seconds", _replaced(r"^make demo$", "make demo-instant")),
+    Rule("the demo's smoke-test config takes seconds",
+         _replaced(r"^make demo$", "make demo-instant")),
     Rule("the sandbox has its environment", _replaced(r"^make", "make -o .venv/.ready")),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a document.
+    """Command of a document.
 
     Attributes:
-        document: its path.
-        text: the command as it stands there, on one line.
+        document: The path of the document.
+        text: The command, on one line.
     """
 
     document: str
@@ -108,12 +110,12 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As a shell splits it."""
+        """Return the words as a shell splits them."""
         return shlex.split(self.text, comments=True)
 
     @property
     def to_run(self) -> list[str]:
-        """By the rules."""
+        """Return the words after all rules."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)
@@ -121,13 +123,13 @@ class Command:
 
     @property
     def form(self) -> str:
-        """What it has in common with those of other recipes of its task."""
+        """Return the part that the commands of all recipes of a task have in common."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 
     @property
     def reason_not_run(self) -> str | None:
-        """Why no test runs it, or None."""
+        """Return why no test runs the command, or None."""
         for pattern, reason in NOT_RUN.items():
             if re.fullmatch(pattern, shlex.join(self.words)):
                 return reason
@@ -135,12 +137,12 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """All code of a document: the language of a block, or "inline", and the code."""
+    """Return all code of a document: the language of a block, or "inline", and the code."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 
 def commands_in(document: str, text: str) -> list[Command]:
-    """The commands of a document in their order: blocks of sh, and code in sentences and tables."""
+    """Return a document's commands in order: blocks of sh, and code in sentences and tables."""
     found = []
     for language, content in code(text):
         joined = re.sub(r"\s*\\\n\s*", " ", content)
@@ -158,10 +160,10 @@ COMMANDS = {document: commands_in(document, text) for document, text in DOCUMENT
 
 
 def run_here(document: str) -> list[Command]:
-    """What the test of a document runs.
+    """Return the commands that the test of a document runs.
 
-    The table of configs has a command for each recipe. What they run is what test_instant.py runs
-    for every recipe; here it is one of each form of command and task.
+    The table of configs has a command for each recipe. test_instant.py runs every recipe; here one
+    command of each form and task is enough.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

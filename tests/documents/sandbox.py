@@ -1,4 +1,4 @@
-"""A folder with small stand-ins at the places that the documents name."""
+"""Folder with small substitutes for the files that the documents name."""
 
 import json
 import os
@@ -28,13 +28,13 @@ from tests.documents.commands import ROOT
 from tests.documents.warm import LIMIT, WarmPython
 from tests.weights.caffe_networks import senet
 
-# From the checkout, as they are.
+# Linked from the checkout.
 LINKS = ("tools", "configs", "Makefile", "pyproject.toml", "constraints.txt")
 TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of the commands: this Python first, this checkout's package, no other data or cache."""
+    """Return the environment: this Python first, this checkout's package, no other data."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -42,7 +42,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def call(words: list[str], folder: Path, python: WarmPython) -> subprocess.CompletedProcess:
-    """Runs a command in the sandbox."""
+    """Run a command in the sandbox."""
     if words[0] == "python":
         return python.call(words[1:])
     return subprocess.run(
@@ -56,7 +56,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Shapes under the names of COCO's classes, the first of which they are."""
+    """Write shapes under the names of COCO's classes, as the first of them."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -92,7 +92,7 @@ def _shape_classes(root: Path) -> None:
 
 
 def _places365(root: Path) -> None:
-    """Three splits as the site serves them: lists, a folder, two archives; of 365 classes."""
+    """Write three splits as the site has them: lists, a folder, two archives; of 365 classes."""
     source, rng = root / "SOURCE", np.random.default_rng(0)
     source.mkdir()
     classes = [f"/{'abc'[n % 3]}/class_{n}" for n in range(365)]
@@ -143,7 +143,7 @@ def _cifar(name: str) -> Callable[[Path], None]:
 
 
 def _by_hand(root: Path) -> None:
-    """What a user fetches by hand, with random weights, where its name finds it."""
+    """Write a file that users download by hand, with random weights, to torch.hub's cache."""
     path = root / "hub/hub/checkpoints" / load_catalogue()["places365/resnet50"].file
     path.parent.mkdir(parents=True)
     network = torchvision.models.resnet50(num_classes=365)
@@ -182,7 +182,7 @@ def _detector_runs(root: Path) -> None:
 
 
 def _documents(root: Path) -> None:
-    """Copies of what writes a document and of what it writes."""
+    """Copy a script that writes a document, and the document."""
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")
     for name in ("tests/test_documents.py", "CONTRIBUTING.md"):
@@ -191,10 +191,10 @@ def _documents(root: Path) -> None:
     (root / "configs/README.md").write_text("# Configs\n")
 
 
-# What it takes for a command to be about something, and the place of that; in an order in which
-# each finds what it is made of.
+# A pattern of commands that need a file, its path, and the function that makes it; ordered such
+# that each function finds what it needs.
 STAND_INS = (
-    (r"datasets/|tools/|senet-train|make demo", "datasets/shapes", _shapes),
+    (r"datasets/|tools/|senet train|make demo", "datasets/shapes", _shapes),
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
@@ -219,7 +219,7 @@ STAND_INS = (
 
 
 def made(lines: Iterable[list[str]]) -> set[str]:
-    """The places that commands themselves write to."""
+    """Return the paths that commands themselves write to."""
     return {
         os.path.normpath(value)
         for words in lines
@@ -229,7 +229,7 @@ def made(lines: Iterable[list[str]]) -> set[str]:
 
 
 def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
-    """Makes what the commands are about, and leaves out what they make themselves."""
+    """Make the files that commands need, except those that the commands make."""
     folder.mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
     for name in LINKS:

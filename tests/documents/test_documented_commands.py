@@ -1,4 +1,4 @@
-"""Every command of the documents is one that its tool takes, and runs to what it promises."""
+"""Commands of the documents: their tools accept them, and they write what they promise."""
 
 import argparse
 import ast
@@ -29,11 +29,11 @@ from tests.documents.commands import (
 from tests.documents.sandbox import call, environment, make_sandbox
 from tests.documents.warm import WarmPython
 
-# ---- what stands in the documents
+# ---- the commands as written
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    """What tools say of themselves, and their errors to users: all text within the code."""
+    """Yield all strings of the code: help texts, docstrings and errors."""
     for part in ("tools", "datasets", "senet_transfer"):
         for path in sorted((ROOT / part).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -42,7 +42,7 @@ def _texts() -> Iterator[tuple[str, str]]:
 
 
 def _headers() -> list[Command]:
-    """The commands in the headers of all configs, and in the texts of the code."""
+    """Return the commands in the headers of all configs and in the strings of the code."""
     found = []
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
@@ -60,11 +60,11 @@ HEADERS = _headers()
 
 
 class _ParsedError(Exception):
-    """Ends a script when its command line has been understood."""
+    """Ends a script whose command line has been parsed."""
 
 
 def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
-    """What a script's own parser makes of a command line; None where it has no parser."""
+    """Return what a script's parser makes of a command line; None if it has no parser."""
     script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
     assert script.is_file(), f"there is no {words[0]}"
     if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
@@ -82,14 +82,22 @@ def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
 
 INSTALLED = {"senet-train": "tools/train_net.py", "senet-predict": "tools/predict.py",
              "senet-eval-places365": "tools/eval_places365.py"}  # fmt: skip
+# The commands of `senet`, and the scripts that do the same.
+SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
+         "predict": "tools/predict.py", "export": "tools/export.py",
+         "convert": "tools/convert_weights.py", "report": "tools/report.py",
+         "complexity": "tools/complexity.py", "gates": "tools/analyze_excitations.py",
+         "sweep": "tools/run_seeds.py", "ablation": "tools/ablation.py"}  # fmt: skip
 
 
 def _script(words: list[str]) -> list[str] | None:
-    """The script and its words in a command line; None where it starts none of this project."""
+    """Return the script of a command line and its arguments; None if it starts no script."""
     if words[0] == "python":
         return words[1:]
     if words[0] == "torchrun":
         return words[words.index("tools/train_net.py") :]
+    if words[0] == "senet" and words[1] in SENET:
+        return [SENET[words[1]], *words[2:]]
     return [INSTALLED[words[0]], *words[1:]] if words[0] in INSTALLED else None
 
 
@@ -106,7 +114,7 @@ def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
     config = getattr(args, "config_file", "")
     if config and not config.startswith("output/"):
         monkeypatch.chdir(ROOT)
-        assert config.startswith("configs/") or words[0] in INSTALLED
+        assert config.startswith("configs/") or words[0] in (*INSTALLED, "senet")
         load_config(config, getattr(args, "opts", []))
     else:
         load_config("", getattr(args, "opts", []))
@@ -153,14 +161,14 @@ def test_commands_are_found_in_blocks_in_sentences_and_in_tables():
     assert found == [["make", "demo"], ["python", "a.py", "--b", "c"], ["torchrun", "x.py"]]
 
 
-# ---- what they do
+# ---- the commands run
 
 
 MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places365.py")
 
 
 def _promised(words: list[str], printed: str) -> list[str]:
-    """The files and folders that a command line, or its last word, says it has written."""
+    """Return the files and folders that a command line or its last printed word names."""
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])
@@ -169,7 +177,7 @@ def _promised(words: list[str], printed: str) -> list[str]:
 
 
 def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
-    """Runs a command; what is wrong with what came of it, or None."""
+    """Run a command; return what is wrong with its result, or None."""
     line, start = shlex.join(command.to_run), time.time()
     done = call(command.to_run, folder, python)
     printed = done.stdout + done.stderr

@@ -1,7 +1,7 @@
-"""Runs Python scripts in forks of a process that has imported what all of them do.
+"""Python scripts in forks of a process that has imported what all of them need.
 
-Most commands of the documents take a second, after four in which they import torch and Detectron2.
-Here these are paid once. What starts cold is tested by test_startup.py and test_commands.py.
+Most commands of the documents take a second, after four seconds in which they import torch and
+Detectron2. Here that happens once. test_startup.py and test_commands.py test new processes.
 """
 
 import json
@@ -16,15 +16,18 @@ LIMIT = 300  # seconds that a command may take
 
 
 class WarmPython:
-    """A process that runs one script after the other; a context manager.
+    """Process that runs one script after the other; a context manager.
 
     Args:
-        folder: of the scripts and of what they write.
-        environment: of the process.
+        folder: The working folder of the scripts.
+        environment: The environment of the process.
+        printed: Path prefix of the files that hold a script's output until it is returned; None is
+            next to ``folder``.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
+    def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):
         self.folder = folder
+        self.printed = printed or folder
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.documents.warm"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
@@ -37,8 +40,8 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Runs ``python WORDS``."""
-        printed = [self.folder.with_name(f"{self.folder.name}.{name}") for name in ("out", "err")]
+        """Run ``python WORDS``: a script or ``-c CODE``, with its arguments."""
+        printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -47,16 +50,20 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Goes on as ``python WORDS`` would, and is ended where it hangs."""
+    """Continue as ``python WORDS`` would, for at most the time limit."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+    if words[0] == "-c":
+        sys.argv[:], sys.path[0] = ["-c", *words[2:]], ""
+        exec(words[1], {"__name__": "__main__"})
+        return
     sys.argv[:], sys.path[0] = words, os.path.dirname(words[0])
     runpy.run_path(words[0], run_name="__main__")
 
 
 def main() -> None:
-    """Answers each line with the status of the script that it asks for."""
+    """Answer each line with the exit status of the script that it names."""
     import senet_transfer.analysis.report
     import senet_transfer.engine.inference.evaluate
     import senet_transfer.engine.train  # noqa: F401

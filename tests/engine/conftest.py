@@ -1,4 +1,4 @@
-"""A small COCO-format data set of rendered shapes, and command lines on it."""
+"""Fixtures: a small data set of rendered shapes in COCO's format, and runs on it."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """A function from flags and overrides to the options of a small run on the shapes."""
+    """Return a function from flags and config overrides to the options of a small run."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}

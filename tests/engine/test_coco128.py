@@ -1,4 +1,4 @@
-"""The paper's config on real COCO images, at a size that a CPU can bear."""
+"""Test of the paper's detection config on real COCO images, reduced in size for a CPU."""
 
 import contextlib
 import io

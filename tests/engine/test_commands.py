@@ -1,4 +1,4 @@
-"""The command lines as users call them, in processes of their own."""
+"""Tests of the command-line tools in subprocesses."""
 
 import json
 import shutil
@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.utils import comm
 
+from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.engine.run_checks import check_run
+from senet_transfer.engine.setup import setup
 from tests.processes import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,7 @@ def words(command):
 SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
 
 
+@pytest.mark.long
 def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_path):
     done = call(sys.executable, *words("--quiet", **SHORT))
     assert done.returncode == 0, done.stderr
@@ -60,61 +65,73 @@ def test_a_flag_that_is_none_is_refused_among_the_options_too(capsys):
         assert "--resumee" in capsys.readouterr().err
 
 
-def test_a_users_mistake_is_one_line_and_status_2(words):
-    done = call(sys.executable, *words(**{"MODEL.WEIGHTS": "no/such.pth"}))
+def test_a_users_mistake_is_one_line_and_status_2(words, run_python):
+    done = run_python(*words(**{"MODEL.WEIGHTS": "no/such.pth"}))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.WEIGHTS is no/such.pth")
     assert "Traceback" not in done.stderr
 
 
 def test_an_image_broken_in_a_worker_is_named_without_the_workers_traceback(
-    words, shapes, tmp_path
+    words, shapes, tmp_path, run_python
 ):
     data = tmp_path / "copy"
     shutil.copytree(shapes, data)
     for path in (data / "tiny").iterdir():
         path.write_bytes(b"")
     line = words(**SHORT, **{"DATALOADER.NUM_WORKERS": "1"})
-    done = call(sys.executable, *[word.replace(str(shapes), str(data)) for word in line])
+    done = run_python(*[word.replace(str(shapes), str(data)) for word in line])
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: Image ")
     assert "it is empty (0 bytes)" in last
 
 
-def test_an_image_broken_for_one_process_of_two_is_named(words, shapes, tmp_path):
+def test_an_image_broken_for_one_process_of_two_is_named(words, shapes, tmp_path, run_python):
     data = tmp_path / "copy"
     shutil.copytree(shapes, data)
     sorted((data / "tiny").iterdir())[-1].write_bytes(b"")
     line = words(
         "--num-gpus", "2", "--dist-url", "auto", **{"SOLVER.MAX_ITER": "9", "SOLVER.STEPS": "()"}
     )
-    done = call(sys.executable, *[word.replace(str(shapes), str(data)) for word in line])
+    done = run_python(*[word.replace(str(shapes), str(data)) for word in line])
     assert done.returncode == 2
     assert "it is empty (0 bytes)" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
-def test_two_processes_on_the_cpu_train_evaluate_and_resume(words, launcher, tmp_path):
-    def start(*flags, **overrides):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("spawn", "torchrun"),
+        pytest.param("spawn", "spawn", marks=pytest.mark.slow),
+        pytest.param("torchrun", "torchrun", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.long
+def test_two_processes_on_the_cpu_train_evaluate_and_resume(
+    words, first, second, tmp_path, run_python
+):
+    def start(launcher, *flags, **overrides):
         if launcher == "spawn":
-            return call(
-                sys.executable,
-                *words("--num-gpus", "2", "--dist-url", "auto", *flags, **overrides),
-            )
+            spawned = ("--num-gpus", "2", "--dist-url", "auto")
+            return run_python(*words(*spawned, *flags, **overrides))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return call(*torchrun, "--nproc-per-node", "2", *words(*flags, **overrides))
 
-    done = start(**SHORT)
+    run = tmp_path / "run"
+    done = start(first, **SHORT)
     assert done.returncode == 0, done.stderr
-    assert "World size: 2" in (tmp_path / "run" / "log.txt").read_text()
-    again = start("--resume", **{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"})
+    assert "World size: 2" in (run / "log.txt").read_text()
+    assert "bbox" in json.loads((run / "results.json").read_text())
+    again = start(second, "--resume", **{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"})
     assert again.returncode == 0, again.stderr
-    assert "Starting training from iteration 1" in (tmp_path / "run" / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert log.count("World size: 2") == 2
+    assert "Starting training from iteration 1" in log
 
 
-def test_sync_bn_in_several_cpu_processes_is_refused(words):
-    line = words("--num-gpus", "2", "--dist-url", "auto", **{"MODEL.RESNETS.NORM": "SyncBN"})
-    done = call(sys.executable, *line)
-    assert done.returncode == 2
-    assert "SyncBN needs GPUs" in done.stderr
+def test_sync_bn_in_several_cpu_processes_is_refused(command, monkeypatch):
+    cfg = setup(command(**{"MODEL.RESNETS.NORM": "SyncBN"}))
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="SyncBN needs GPUs, and this run has 2 processes"):
+        check_run(cfg, eval_only=False, resume=False)

@@ -1,4 +1,4 @@
-"""Long runs: memory and open files stay what they are after a while."""
+"""Tests that memory and open files don't grow during long runs."""
 
 import gc
 import itertools
@@ -30,14 +30,14 @@ from senet_transfer.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-# By the first all is imported, cached and allocated.
+# At the first measurement, everything is imported, cached and allocated.
 LOOKED_AT = (500, 1000, 1500, 2000)
-# From the first to the last: a leak of one batch in ten would be 5 MB and more.
+# Bytes. Leaking one batch in ten would take at least 5 MB until the last measurement.
 GROWTH = 4e6
 
 
 def usage() -> tuple[int, int]:
-    """Bytes in memory, and open files, of this process and those that it started."""
+    """Return the memory in bytes and the open files of this process and its children."""
     gc.collect()
     memory = files = 0
     pids = [os.getpid()]
@@ -50,7 +50,7 @@ def usage() -> tuple[int, int]:
 
 
 def assert_flat(seen: Sequence[tuple[int, int]]) -> None:
-    """What leaks grows all the time; an allocator that takes a block more does so once."""
+    """Assert that usage doesn't grow steadily; a single step of the allocator is allowed."""
     memory, files = zip(*seen, strict=True)
     growth = [after - before for before, after in itertools.pairwise(memory)]
     assert min(growth) * len(growth) < GROWTH, f"{[f'{part / 1e6:.1f} MB' for part in growth]}"
@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """The training loader of a kind of data."""
+    """Return the training data loader of a kind of data."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
@@ -123,7 +123,7 @@ class _Watch(HookBase):
         self.seen = []
 
     def after_step(self):
-        # Two steps early, as the last ones end the loader's processes.
+        # Measured two steps before the end, as the loader's workers stop in the last steps.
         if self.trainer.iter + 2 in LOOKED_AT:
             self.seen.append(usage())
 
@@ -157,5 +157,5 @@ def test_a_run_uses_no_more_after_two_thousand_steps_than_after_a_few(tree, tmp_
     trainer.register_hooks([watch])
     trainer.train()
     assert_flat(watch.seen)
-    # The newest five, model_final.pth among them.
+    # The newest five, including model_final.pth.
     assert len(list((tmp_path / "run").glob("model_0*.pth"))) == 4

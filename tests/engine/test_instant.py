@@ -1,4 +1,4 @@
-"""Every recipe's instant twin trains, saves and evaluates."""
+"""Test that every smoke-test config trains, saves and evaluates."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "instant").g
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_an_instant_twin_runs_to_its_end(path, shapes, tmp_path):
+def test_a_smoke_test_config_runs_to_its_end(path, shapes, tmp_path):
     if "instant_classification" in path.read_text():
         own, name = [], str(make_shape_classes(shapes, tmp_path / "classes"))
     else:

@@ -1,4 +1,4 @@
-"""Faster R-CNN with FPN on every network that has maps of strides 4 to 32."""
+"""Tests of Faster R-CNN with FPN on every backbone with feature maps of strides 4 to 32."""
 
 import pytest
 from detectron2.utils.events import EventStorage
@@ -30,6 +30,7 @@ def keys_of(name: str) -> dict[str, str]:
         *(pytest.param(n, marks=pytest.mark.slow) for n in PYRAMIDS if n not in ONE_A_FAMILY),
     ],
 )
+@pytest.mark.long
 def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command):
     cfg = setup(command(**keys_of(name)))
     model = Trainer.build_model(cfg)
@@ -42,7 +43,7 @@ def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command
     changed = [
         not parameter.equal(old) for parameter, old in zip(model.parameters(), before, strict=True)
     ]
-    # Of a fresh gate the second layer's weight is zero, and so is the gradient of the first.
+    # A new gate's second layer has zero weights, so the gradient of its first layer is zero.
     assert sum(changed) > 0.6 * len(changed)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert 0 <= Trainer.test(cfg, model)["bbox"]["AP"] <= 100
@@ -54,6 +55,7 @@ def test_the_networks_for_small_images_are_the_ones_without_such_maps():
     assert all(name.removeprefix("se_").startswith(("cifar", "wrn", "shake")) for name in others)
 
 
+@pytest.mark.long
 def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
     cfg = setup(command(**keys_of("inception_resnet_v2")))
     backbone = Trainer.build_model(cfg).backbone.bottom_up
@@ -63,5 +65,5 @@ def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
     assert backbone.stem.get_submodule(first).padding == aligned.stem.get_submodule(first).padding
     cfg.defrost()
     cfg.MODEL.BACKBONE.PADDING = "valid"
-    with pytest.raises(UserError, match=r"MODEL.BACKBONE.PADDING is 'valid'.*Leave it empty"):
+    with pytest.raises(UserError, match=r"MODEL.BACKBONE.PADDING is 'valid'.*Set it to 'same'"):
         Trainer.build_model(cfg)

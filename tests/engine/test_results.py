@@ -1,4 +1,4 @@
-"""The files that commands leave."""
+"""Tests of JSON result files."""
 
 import json
 

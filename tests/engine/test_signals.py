@@ -1,9 +1,7 @@
-"""Signals as requests, and as orders."""
+"""Tests of graceful shutdown and of forwarding signals to child processes."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +15,7 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     with stop_at_step_end():
         assert not requested()
         os.kill(os.getpid(), number)
-        # Ctrl-C comes from the terminal and from torchrun: one request.
+        # Ctrl-C arrives from the terminal and from torchrun, which counts as one request.
         os.kill(os.getpid(), number)
         until = time.monotonic() + 5
         while not requested() and time.monotonic() < until:
@@ -27,7 +25,8 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     assert not requested()
 
 
-def test_a_process_that_waits_for_others_passes_signals_on():
+@pytest.mark.long
+def test_a_process_that_waits_for_others_passes_signals_on(run_python):
     code = """
 import multiprocessing, os, signal, sys, threading, time
 from senet_transfer.engine.signals import passed_to_children
@@ -42,5 +41,5 @@ with passed_to_children():
     process.join(10)
 sys.exit(process.exitcode)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60)
-    assert done.returncode == 75
+    done = run_python("-c", code)
+    assert done.returncode == 75, done.stderr

@@ -1,4 +1,4 @@
-"""Schedules, optimizer groups and epochs, against plain statements."""
+"""Tests of schedules, parameter groups and epochs against simple reference code."""
 
 import math
 
@@ -23,7 +23,7 @@ def config(**overrides):
 
 
 def rates(cfg, evaluations=()):
-    """The rate of each step, evaluations being told of after the steps they stand for."""
+    """Return the learning rate of each step, with evaluations after the given steps."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
     schedule = build_lr_scheduler(cfg, optimizer)
@@ -62,7 +62,7 @@ def test_epochs_are_iterations_rounded_up():
     assert ceil(2) == counted.SOLVER.FROZEN_BN_ITERS
     assert ceil(1) == counted.SOLVER.CHECKPOINT_PERIOD
     assert ceil(5) == counted.TEST.EVAL_PERIOD
-    # What a user wrote stays what is saved, and exact products are not rounded up.
+    # The user's config is saved unchanged, and exact products are not rounded up.
     assert cfg.SOLVER.MAX_ITER == 40000
     exact = config(**{"SOLVER.EPOCHS": "0.7", "SOLVER.IMS_PER_BATCH": "10"})
     assert epochs_to_iterations(exact, 100).SOLVER.MAX_ITER == 7
@@ -73,9 +73,9 @@ def test_epochs_are_iterations_rounded_up():
     [
         (
             {"SOLVER.EPOCHS": "3", "SOLVER.MAX_ITER": "100"},
-            "SOLVER.MAX_ITER is 100.*which is meant",
+            "SOLVER.MAX_ITER is 100.*only one of them",
         ),
-        ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*which is meant"),
+        ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*only one of them"),
         ({"SOLVER.EPOCHS": "-1"}, "SOLVER.EPOCHS is -1"),
         ({"SOLVER.EPOCHS": "many"}, "SOLVER.EPOCHS is 'many'"),
         ({"SOLVER.EPOCHS": "3", "TEST.EVAL_EPOCHS": "0"}, "EVAL_EPOCHS is 0.0"),
@@ -124,7 +124,7 @@ ERRORS = [50, 40, 40, 40, 40, 39, 39, 41, 45, 38, 38, 38, 38, 38, 38, 38, 38, 38
 
 def torchs_rates(values, **options):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    # A hundredth is two drops.
+    # A factor of 0.01 is two reductions.
     schedule = ReduceLROnPlateau(optimizer, factor=0.1, patience=2, min_lr=0.001, **options)
     found = []
     for value in values:

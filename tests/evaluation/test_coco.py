@@ -1,4 +1,4 @@
-"""faster-coco-eval against pycocotools, through Detectron2's evaluator, on what is awkward."""
+"""Comparison of faster-coco-eval with pycocotools in Detectron2's evaluator, on edge cases."""
 
 import json
 
@@ -24,7 +24,7 @@ def box_of(draw: np.random.Generator) -> list[float]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """A data set with crowds, images without objects, and a class without any."""
+    """Return a data set with crowds, images without objects, and a class without objects."""
     draw = np.random.default_rng(0)
     annotations = []
     for image in range(IMAGES - 4):
@@ -60,7 +60,7 @@ def truth(tmp_path_factory):
 
 
 def predictions(truth: list[dict], masks: bool) -> list[tuple[dict, dict]]:
-    """Some objects found, displaced; some invented; scores with ties; 120 an image at most."""
+    """Return displaced and false detections with tied scores, at most 120 per image."""
     draw = np.random.default_rng(1)
     found = []
     for image in range(1, IMAGES + 1):
@@ -108,7 +108,7 @@ def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
 
 
 def test_the_twelve_numbers_agree(truth, monkeypatch):
-    """Detectron2 reports six of COCO's twelve; recall is among the others."""
+    """Compare all twelve COCO metrics; Detectron2 reports only six, without recall."""
     stats = []
     derive = COCOEvaluator._derive_coco_results
 

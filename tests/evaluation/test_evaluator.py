@@ -1,4 +1,4 @@
-"""Counting hits."""
+"""Tests of the classification evaluator."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_predictions_are_kept_in_order_with_logits():
 def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
     logits, labels = torch.randn(6, 3), torch.tensor([2, 1, 0, 0, 1, 2])
     evaluator = ClassificationEvaluator(3, 6, output_dir=str(tmp_path / "val"))
-    for part in ([3, 4, 5], [0, 1, 2]):  # as two workers deliver them
+    for part in ([3, 4, 5], [0, 1, 2]):  # as delivered by two workers
         keys = [f"image{place}" for place in part]
         evaluator.process({"label": labels[part], "key": keys, "index": part}, logits[part])
     evaluator.evaluate()
@@ -84,5 +84,5 @@ def test_logits_that_are_not_finite_and_other_classes_are_refused():
     with pytest.raises(UserError, match="not finite, the first of 8"):
         evaluated(logits, torch.zeros(9, dtype=torch.int64))
     evaluator = ClassificationEvaluator(5, 9)
-    with pytest.raises(UserError, match="6 classes apart, the data has 5"):
+    with pytest.raises(UserError, match="has 6 classes, but the data has 5"):
         evaluator.process({"label": torch.zeros(1), "key": ["a"]}, torch.randn(1, 6))

@@ -1,8 +1,7 @@
-"""Conversions compute what the file computed, here and in the project that reads them."""
+"""Tests that converted files give the original outputs, here and in the project that reads them."""
 
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from senet_transfer.weights.convert import FORMATS, MADE_FROM, family_of
 from senet_transfer.weights.families.registry import FAMILIES
 from senet_transfer.weights.formats.reader import read_tensors
 from senet_transfer.weights.mapping.source import examine
-from tests.processes import call
 from tests.weights import published
 from tests.weights.detectors import detector
 from tests.weights.peers import (
@@ -36,7 +34,7 @@ from tests.weights.peers import (
 
 slow = pytest.mark.slow
 
-# Package, its network, ours, the format, the suffix of the files.
+# Package, its model name, this project's model name, the target format, the file suffix.
 ROUND_TRIPS = [
     ("torchvision", "resnet18", "resnet18", "torchvision", ".pth"),
     ("torchvision", "resnet18", "resnet18", "torchvision", ".safetensors"),
@@ -55,7 +53,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """The same network with other weights, to load into."""
+    """Build the same network with other weights, to load a file into."""
     return peer(package, name, seed=7)
 
 
@@ -64,7 +62,6 @@ def _again(package, name):
     [*ROUND_TRIPS, *(pytest.param(*case, marks=slow) for case in SLOW_ROUND_TRIPS)],
 )
 def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, suffix, tmp_path):
-    """From the peer to ours, and from ours back to the peer."""
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     own, back = tmp_path / f"own{suffix}", tmp_path / f"back{suffix}"
@@ -105,7 +102,7 @@ def test_every_name_that_a_format_gives_is_read_as_what_it_was(name):
 
 
 def _detectron2_backbone(stride_in_1x1):
-    """Detectron2's own ResNet-50 with a classifier."""
+    """Build Detectron2's own ResNet-50 with a classifier."""
     stages = ResNet.make_default_stages(50, BottleneckBlock, stride_in_1x1=stride_in_1x1)
     return ResNet(BasicStem(norm="BN"), stages, num_classes=1000)
 
@@ -187,7 +184,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "options", "to", "words"),
     [
-        ("se_resnet18", {}, "torchvision", "network is se_resnet18; it has resnet101"),
+        ("se_resnet18", {}, "torchvision", "network is se_resnet18. torchvision has resnet101"),
         ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, 'pad'"),
         ("resnet50", {"stride_in_1x1": True}, "torchvision", "stride_in_1x1 is True in the file"),
         ("se_resnet18", {}, "timm", r"\(\(2, 3, 4, 5\), 16, 1, True\) in the file, .*16, 8, True"),
@@ -198,7 +195,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
     ],
 )
 def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
-    """Traps: every one of these has tensors that would fit."""
+    # All tensors would fit in each of these cases: only the checks find the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
     with pytest.raises(UserError, match=words):
         convert_file(tmp_path / "own.pth", tmp_path / "out.pth", to=to)
@@ -213,7 +210,7 @@ def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
 
 
 def published_bgr(model, tmp_path) -> Path:
-    """A file that says it is of BGR images."""
+    """Write a weight file whose metadata state BGR images."""
     path = save(model, tmp_path / "tv.pth")
     ours = create_classifier("resnet18", weights=path)
     ours.backbone.preprocessing = Preprocessing(format="BGR")
@@ -223,7 +220,9 @@ def published_bgr(model, tmp_path) -> Path:
 
 def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="stem_pool is not stated.*\n.*does not state what pixels"):
+    with pytest.raises(
+        UserError, match="stem_pool is not stated.*\n.*does not state the preprocessing"
+    ):
         convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
 
 
@@ -235,7 +234,7 @@ def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_pat
         convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
     state = {**peer("torchvision", "resnet18").state_dict(), "aux.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="1 left over: aux.weight"):
+    with pytest.raises(UserError, match="1 unexpected: aux.weight"):
         convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
@@ -245,7 +244,7 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     assert convert_file(path, tmp_path / "r50.safetensors", check=True).relative < 1e-6
-    assert "for FrozenBN alone" in caplog.text
+    assert "FrozenBN only" in caplog.text
     backbone = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
     outputs = outputs_of_ours(backbone.eval(), images())
     assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
@@ -282,7 +281,9 @@ def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(
         engine_convert, "examine", lambda p, f: other if Path(p).name == "out.pth" else real(p, f)
     )
-    with pytest.raises(UserError, match="does not compute what .*largest difference of logits"):
+    with pytest.raises(
+        UserError, match="does not give the same outputs as .*largest difference of logits"
+    ):
         convert_file(path, tmp_path / "out.pth", check=True)
 
 
@@ -304,17 +305,17 @@ def test_every_format_is_read_as_a_family_that_is_known():
     assert all(family_of(name) in FAMILIES for name in FORMATS)
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, run_python):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
-    command = (sys.executable, "tools/convert_weights.py", path, tmp_path / "out.safetensors")
-    done = call(*command, "--check")
+    command = ("tools/convert_weights.py", path, tmp_path / "out.safetensors")
+    done = run_python(*command, "--check")
     assert done.returncode == 0, done.stderr
     checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
     assert checked in done.stdout
-    assert "Taken for" in done.stdout
-    quiet = call(*command, "--check", "--force", "--quiet")
+    assert "Detected as" in done.stdout
+    quiet = run_python(*command, "--check", "--force", "--quiet")
     assert (quiet.returncode, quiet.stdout) == (0, f"{checked}\n")
-    again = call(*command, "--quiet")
+    again = run_python(*command, "--quiet")
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in again.stderr

@@ -1,4 +1,4 @@
-"""Folded networks and exported files against the eager networks they come from."""
+"""Comparison of folded networks and exported files with the eager networks."""
 
 import json
 import runpy
@@ -28,7 +28,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """With statistics and gates as training leaves them."""
+    """Set random norms and gates, as after training, and return the model in evaluation mode."""
     torch.manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -51,6 +51,7 @@ def randomised(model: nn.Module) -> nn.Module:
         ),
     ],
 )
+@pytest.mark.long
 def test_deployed_backbones_compute_the_same_without_norms(name, norm):
     features = ["res2", "res4"] if "cifar" in name else STAGES
     backbone = randomised(create_backbone(name, norm=norm, out_features=features)).double()
@@ -81,25 +82,26 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.long
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
-    """Whatever reads the folded network: eager, with a gradient to the images, or compiled."""
-    options = {"out_features": ["res4"], "in_channels": 5, **variant}
+    # Eager, with a gradient to the images, compiled, and with autocast.
+    options = {"out_features": ["res3"], "in_channels": 5, **variant}
     backbone = randomised(create_backbone("se_resnet50", **options)).double()
     deployed = deploy(backbone)
     fc1 = deployed.res3[0].se.fc1
     starts_early = variant.get("se_squeeze", "avg") == "avg" and "se_placement" not in variant
     assert (fc1.in_features == 128) == (starts_early or variant.get("se_placement") == "3x3")
     x = torch.randn(2, 5, 64, 96, dtype=torch.double, requires_grad=True)
-    expected, found = backbone(x)["res4"], deployed(x)["res4"]
+    expected, found = backbone(x)["res3"], deployed(x)["res3"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(out.sum(), x)[0] for out in (expected, found)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
     with torch.no_grad():
         compiled = torch.compile(deployed, backend="aot_eager", fullgraph=True)
         for run in (deployed, compiled):
-            torch.testing.assert_close(run(x)["res4"], expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(run(x)["res3"], expected, rtol=1e-9, atol=1e-9)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = [net.float()(x.float())["res4"] - expected for net in (backbone, deployed)]
+            rounded = [net.float()(x.float())["res3"] - expected for net in (backbone, deployed)]
     assert rounded[1].norm() < 1.5 * rounded[0].norm()
 
 
@@ -111,16 +113,17 @@ def classifier() -> nn.Module:
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+@pytest.mark.long
 def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": classifier.preprocessing, "size": (64, 48)}
-    # The comparison, on another number of images than it was traced with, is the function's own.
+    # export_network itself compares the outputs, with another batch size than it traced with.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
 
 
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
-    """Return the model with the statistics of noise; random ones amplify rounding with depth."""
+    """Set the norms' statistics from random images; arbitrary ones amplify rounding errors."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -129,7 +132,7 @@ def with_statistics(model: nn.Module, side: int) -> nn.Module:
     return model.eval()
 
 
-# One of each type of block; the others are as deep as their papers.
+# One model per block type. The others have the depth of their papers and are slow.
 SMALL = [
     "se_resnet18",
     "se_resnet50",
@@ -152,15 +155,15 @@ SMALL = [
     ],
 )
 def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
-    """The neck between backbone and linear layer is part of it, such as VGG's hidden layers."""
+    # A classifier may have a neck before its linear layer, such as VGG's hidden layers.
     options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
     torch.manual_seed(0)
     loaded = find_model(name, options=options).build("cpu")
-    # Inception-ResNet's convolutions lose their borders.
+    # Inception-ResNet has unpadded convolutions and needs larger images.
     side = 96 if "inception_resnet" in name else min(loaded.preprocessing.crop, 64)
     model = with_statistics(randomised(loaded.model), side)
     path = tmp_path / "model.ts"
-    # It compares what it wrote with the eager model.
+    # export_model compares the exported file with the eager model.
     export_model(model, loaded.cfg, str(path), size=[side])
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
@@ -170,7 +173,7 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
 
 
 class Hidden(nn.Module):
-    """A hidden layer between the backbone and the linear layer, as VGG has two."""
+    """Neck with one hidden layer between backbone and linear layer; VGG has two."""
 
     out_channels = 5
 
@@ -204,12 +207,13 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
     monkeypatch.setattr(formats, "deploy", wrong)
     options = {"form": "torchscript", "preprocessing": Preprocessing(), "size": (64, 64)}
-    with pytest.raises(UserError, match="computes something else"):
+    with pytest.raises(UserError, match="does not give the same outputs"):
         export_network(classifier, tmp_path / "model.ts", **options)
 
 
+@pytest.mark.long
 def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
-    """From the file of an image: the example's best classes are those of eval_classifier.py."""
+    # Reads an image file. Its top classes must be those of eval_classifier.py.
     preprocessing = Preprocessing(
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
     )
@@ -235,6 +239,7 @@ def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
     assert done.stdout.strip() == f"{image}: {expected}"
 
 
+@pytest.mark.long
 def test_a_traced_detector_finds_the_same_objects(tmp_path):
     cfg = load_config(
         str(ROOT / "configs" / "instant" / "demo_faster_rcnn_se_r18.yaml"),
@@ -253,14 +258,14 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "se_resnet18", "--output", "model.h5"], "expected one of .onnx, .pt2, .ts"),
+        (["--model", "se_resnet18", "--output", "model.h5"], "Expected one of: .onnx, .pt2, .ts"),
         (["--model", "se_resnet18", "--output", "missing/model.ts"], "There is no folder"),
-        (["--output", "model.ts"], "What is the model"),
-        (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected a side"),
+        (["--output", "model.ts"], "No model is specified"),
+        (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (
             ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.onnx"]
             + ["MODEL.WEIGHTS", ""],
-            "can be exported as TorchScript",
+            "can only be exported to TorchScript",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""Small data sets and runs, in memory where there is room: the suite writes gigabytes."""
+"""Fixtures: small data sets and training runs.
+
+The files are in /dev/shm if it has space, because the tests write gigabytes.
+"""
 
 import os
 import shutil
@@ -18,7 +21,7 @@ from senet_transfer.data.shards.write import convert
 from tests.faults import runs
 from tests.small_networks import SE_RESNEXT50
 
-# All that has a state of its own.
+# Enables everything that has state in a checkpoint.
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
@@ -41,7 +44,7 @@ CLASSIFICATION = {
     "SOLVER.AMP.ENABLED": "True",
     "SOLVER.AMP.DTYPE": "float16",
 }
-# A network of its own, which most keys of SMALL's mean nothing for.
+# The network for images in memory, which most keys of SMALL don't apply to.
 MEMORY = {f"MODEL.RESNETS.{key}": None for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")}
 MEMORY |= {f"MODEL.RESNETS.{key}_OUT_CHANNELS": None for key in ("STEM", "RES2")}
 MEMORY |= {
@@ -64,7 +67,7 @@ DETECTION = {
 
 @pytest.fixture(scope="session")
 def disk():
-    """A folder that is gone when the tests are."""
+    """Yield a folder that is deleted after the tests."""
     in_memory = "/dev/shm"
     free = shutil.disk_usage(in_memory).free if os.path.isdir(in_memory) else 0
     with tempfile.TemporaryDirectory(
@@ -75,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """By kind of data, the command line of a small run."""
+    """Return the command line of a small run for each kind of data."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):
@@ -103,14 +106,14 @@ def words(disk):
         "shards": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{shards}',)"}),
         "memory": line("configs/base/cifar10.yaml", **memory),
         "detection": line(detector, *own, **DETECTION),
-        # The seed is drawn when the run starts; its checkpoints have it.
+        # The seed is drawn at the start of the run and stored in its checkpoints.
         "unseeded": line(detector, *own, **DETECTION, SEED="-1"),
     }
 
 
 @pytest.fixture
 def work(words, disk):
-    """A function from a kind of data to a run that has not begun; its files go with the test."""
+    """Yield a function from a kind of data to a new run, whose files are deleted after the test."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)
@@ -118,7 +121,7 @@ def work(words, disk):
 
 @pytest.fixture(scope="session")
 def straight(words, disk):
-    """A function from a kind of data to a run that nothing happened to, and its seconds."""
+    """Return a function from a kind of data to an uninterrupted run and its time in seconds."""
     done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
 
     def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:
@@ -128,7 +131,7 @@ def straight(words, disk):
             processes = unbroken.start_ranks(ranks=ranks) if ranks > 1 else [unbroken.start()]
             unbroken.wait_for("Starting training", processes[0])
             began = time.monotonic()
-            assert [runs.end_of(process) for process in processes] == [0] * ranks, unbroken.told()
+            assert [runs.end_of(process) for process in processes] == [0] * ranks, unbroken.output()
             unbroken.assert_clean()
             assert time.monotonic() - begin < runs.LIMIT
             done[kind, ranks] = unbroken, time.monotonic() - began
@@ -139,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """A function from a kind of data to a run that was killed after its third checkpoint."""
+    """Return a function from a kind of data to a run that was killed after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

@@ -1,4 +1,4 @@
-"""What is done to a run from within its process, before its script begins."""
+"""Failures injected into a run, inside its process and before its script starts."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ _CALLS = ("fsync", "replace", "unlink", "truncate")
 
 
 def die_at_call(count: int) -> None:
-    """Kills the process at one of the calls that make files durable, or take them away."""
+    """Kill the process at the given call of fsync, replace, unlink or truncate."""
     left = [count]
 
     def counted(function):
@@ -32,18 +32,18 @@ def die_at_call(count: int) -> None:
 
 
 def die_at_byte(count: int) -> None:
-    """Has the system kill the process in the middle of a write, at a byte of a file."""
+    """Let the system kill the process when it writes beyond the given size of a file in bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
 
 def full_at_byte(count: int) -> None:
-    """Has every write beyond a byte of a file fail, as on a disk that is full."""
+    """Make writes beyond the given size of a file in bytes fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
 
 def obey_permissions() -> None:
-    """Takes from a superuser the right to write into folders that are read-only."""
+    """Drop the superuser's capability to write to read-only folders."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
@@ -51,7 +51,7 @@ def obey_permissions() -> None:
 
 
 def slow_steps() -> None:
-    """Makes a step last for a minute."""
+    """Make each training step take an additional minute."""
     step = StepTrainer.run_step
 
     def slow(self):
@@ -62,7 +62,7 @@ def slow_steps() -> None:
 
 
 def poison(iterations: tuple[int, ...], rank: int) -> None:
-    """Makes the loss of one process no number in some iterations."""
+    """Make the loss of one process NaN in the given iterations."""
     loss = StepTrainer._loss
 
     def poisoned(self, part, totals):
@@ -92,7 +92,7 @@ def no_batch(iteration: int, rank: int) -> None:
 
 
 def raise_in_the_model(iterations: tuple[int, ...], rank: int) -> None:
-    """Makes the model of one process raise what Detectron2's raises where numbers are none."""
+    """Make the model of one process raise the error that Detectron2 raises for NaN values."""
     loss = StepTrainer._loss
 
     def raising(self, part, totals):

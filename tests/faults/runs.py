@@ -1,7 +1,7 @@
-"""Runs of tools/train_net.py in processes of their own, which can be harmed.
+"""Runs of tools/train_net.py in subprocesses, with optional injected failures.
 
-Importing PyTorch and Detectron2 takes longer than a small run. A fork server imports them once;
-each run is a fork of it that executes the script.
+Importing PyTorch and Detectron2 takes longer than a small run. Therefore a fork server imports them
+once, and each run is a fork of it that executes the script.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from tests.comparing import assert_same
 ROOT = Path(__file__).resolve().parents[2]
 PERIOD = 3
 ITERATIONS = 11
-# Of one run on a loaded machine; a run that takes longer hangs.
+# Maximum seconds of a run on a loaded machine; a run that takes longer is considered hanging.
 LIMIT = 120.0
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
-        "torch._dynamo",  # by the first step of an optimizer
+        "torch._dynamo",  # imported by the first step of an optimizer
         "torch.utils.tensorboard",
         "senet_transfer.cli.arguments",
         "senet_transfer.engine.launch",
@@ -42,11 +42,11 @@ _forks.set_forkserver_preload(
 
 @dataclasses.dataclass
 class Work:
-    """A small training command.
+    """A small training run.
 
     Attributes:
-        folder: its OUTPUT_DIR.
-        words: of the command line, without that.
+        folder: The run's OUTPUT_DIR.
+        words: The arguments of the command line, except OUTPUT_DIR.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Work:
     def start(
         self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
     ) -> multiprocessing.Process:
-        """Starts a process; `harm` is called in it before the script, a function of a module."""
+        """Start a process, which calls ``harm``, a module-level function, before the script."""
         words = [*flags, *self.words, "OUTPUT_DIR", str(self.folder)]
         process = _forks.Process(target=_run, args=(words, str(self.log), harm, environment))
         process.start()
@@ -68,7 +68,7 @@ class Work:
     def start_ranks(
         self, *flags: str, ranks: int = 2, harm: Callable[[], None] | None = None
     ) -> list[multiprocessing.Process]:
-        """The same as several processes of a job, as torchrun starts them."""
+        """Start several processes of one job, with the environment that torchrun sets."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -80,34 +80,35 @@ class Work:
         ]
 
     def run(self, *flags: str, harm: Callable[[], None] | None = None) -> int:
-        """Runs to its end, and returns the exit status."""
+        """Run the command to its end and return the exit status."""
         return end_of(self.start(*flags, harm=harm))
 
-    def told(self) -> str:
+    def output(self) -> str:
+        """Return the output of all commands so far."""
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def wait_for(self, words: str, process: multiprocessing.Process, count: int = 1) -> None:
-        """Waits until the log has the words so many times, or the process is over."""
+        """Wait until the log contains the words ``count`` times, or the process has ended."""
         until = time.monotonic() + LIMIT
-        while self.told().count(words) < count and process.is_alive():
-            assert time.monotonic() < until, f"no {words!r}:\n{self.told()[-3000:]}"
+        while self.output().count(words) < count and process.is_alive():
+            assert time.monotonic() < until, f"no {words!r}:\n{self.output()[-3000:]}"
             time.sleep(0.01)
 
     def started_at(self) -> int:
-        """The iteration that the last run began with."""
-        return int(re.findall(r"Starting training from iteration (\d+)", self.told())[-1])
+        """Return the first iteration of the last start."""
+        return int(re.findall(r"Starting training from iteration (\d+)", self.output())[-1])
 
     def last_iteration(self) -> int:
-        """Of the newest whole checkpoint; -1 where there is none."""
+        """Return the iteration of the newest intact checkpoint, or -1 without one."""
         for name in history.checkpoints(self.folder):
             if not history.verify_checkpoint(self.folder / name):
                 return load(self.folder / name)["iteration"]
         return -1
 
     def go_on(self, ranks: int = 1) -> None:
-        """Resumes to the end, or starts anew where there was no checkpoint yet.
+        """Resume the run, or start it again without a checkpoint, and run it to the end.
 
-        Nothing that a checkpoint held may be lost.
+        It must continue at the iteration after the newest intact checkpoint.
         """
         last = self.last_iteration()
         flags = ["--resume"] if history.checkpoints(self.folder) else []
@@ -115,12 +116,12 @@ class Work:
             statuses = [self.run(*flags)]
         else:
             statuses = [end_of(process) for process in self.start_ranks(*flags, ranks=ranks)]
-        assert statuses == [0] * ranks, self.told()[-3000:]
+        assert statuses == [0] * ranks, self.output()[-3000:]
         assert last + 1 == ITERATIONS or self.started_at() == last + 1
         self.assert_clean()
 
     def assert_clean(self) -> None:
-        """Every file of the folder is whole, and nothing half-written lies beside."""
+        """Assert that all files of the run are complete and no temporary files are left."""
         assert not list(self.folder.glob(".*")), os.listdir(self.folder)
         names = [path.name for path in self.folder.glob("*.pth")]
         for name in names:
@@ -133,15 +134,15 @@ class Work:
             json.loads(line)
 
     def assert_ends_as(self, straight: "Work") -> None:
-        """The model, and all that goes on with it, is that of an unbroken run to the last bit."""
+        """Assert that the final checkpoint equals that of an uninterrupted run bit for bit."""
         found, expected = (load(work.folder / "model_final.pth") for work in (self, straight))
-        # Which file the model was loaded from.
+        # The description of the file that the model was loaded from.
         found.pop("senet_transfer"), expected.pop("senet_transfer")
         assert_same(found, expected)
 
 
 def end_of(process: multiprocessing.Process, limit: float = LIMIT) -> int:
-    """The exit status of a process, which has to end; negative after a signal."""
+    """Wait for a process and return its exit status, which is negative after a signal."""
     process.join(limit)
     if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -153,7 +154,7 @@ def _run(
     words: list[str], log: str, harm: Callable[[], None] | None, environment: dict[str, str]
 ) -> None:
     os.setsid()
-    # What a script that is started by itself has.
+    # The default start method of a script that is started normally.
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

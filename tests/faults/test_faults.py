@@ -1,7 +1,8 @@
-"""Runs are killed, told to stop, filled up and damaged at random points, by seed.
+"""Tests of runs with failures at random points, chosen by a seed.
 
-After each, the run is resumed, and has to begin with the iteration after its last whole checkpoint,
-to leave nothing half-written, and to end as the run that nothing happened to, to the last bit.
+Runs are killed or receive signals, the disk is full, or checkpoints are damaged. After each
+failure, the run is resumed. It must continue after its last intact checkpoint, leave no incomplete
+files, and end with exactly the same checkpoint as an uninterrupted run.
 """
 
 import functools
@@ -21,7 +22,7 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Kinds of data and seeds, taking turns."""
+    """Return pairs of a kind of data, in turn, and a seed."""
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 
@@ -33,7 +34,7 @@ def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, k
     for _ in range(1 + seed // 4 % 2):
         saved = run.last_iteration()
         flags = ["--resume"] if saved >= 0 else []
-        count = run.told().count("Starting training") + 1
+        count = run.output().count("Starting training") + 1
         process = run.start(*flags)
         run.wait_for("Starting training", process, count)
         process.join(draw.uniform(0, lasts))
@@ -53,7 +54,7 @@ def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, k
         size = (unbroken.folder / "model_0000002.pth").stat().st_size
         harm = functools.partial(harms.die_at_byte, draw.randrange(size // 10, size))
     else:
-        # A checkpoint takes some ten such calls.
+        # Saving a checkpoint takes about ten such calls.
         harm = functools.partial(harms.die_at_call, draw.randrange(3, 50))
     status = run.run(harm=harm)
     assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ)
@@ -71,11 +72,11 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     process = run.start()
     run.wait_for("Starting training", process)
     process.join(draw.uniform(0, lasts / 2))
-    # To the workers of its data loader, too, as a terminal or a scheduler does.
+    # Like a terminal or a scheduler, send the signal to the data loader's workers, too.
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
-        stopped = re.findall(r"Stopped after iteration (\d+), saved", run.told())
+        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.output())
         assert run.last_iteration() == int(stopped[0])
     else:
         assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
@@ -89,7 +90,7 @@ def test_a_second_signal_ends_a_run_at_once(work, straight, number):
     process = run.start(harm=harms.slow_steps)
     run.wait_for("Starting training", process)
     os.kill(process.pid, number)
-    run.wait_for("once more stops at once", process)
+    run.wait_for("repeat to stop now", process)
     time.sleep(1.2)
     os.kill(process.pid, number)
     assert runs.end_of(process, limit=10) == 128 + number
@@ -105,7 +106,7 @@ def flipped(folder, draw):
 
 
 def flipped_without_a_sum(folder, draw):
-    # Where the numbers are: in the padding between them nothing can be damaged.
+    # Flip a bit of a tensor's data, because damage in the padding has no effect.
     path = folder / "model_0000008.pth"
     data = bytearray(path.read_bytes())
     start = data.index(b"model_0000008/data/1" if b"model_0000008/data/1" in data else b"data/1")
@@ -177,7 +178,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     damage(run.folder, random.Random(seed))
     run.go_on()
     assert run.started_at() == start
-    assert ("A checkpoint is damaged" in run.told()) == (start < 9)
+    assert ("Falling back to the previous checkpoint" in run.output()) == (start < 9)
     run.assert_ends_as(straight(kind)[0])
 
 
@@ -186,7 +187,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
     for number in (2, 5, 8):
         os.truncate(run.folder / f"model_{number:07d}.pth", 5)
     assert run.run("--resume") == 2
-    assert "error: No checkpoint" in run.told()
+    assert "error: No checkpoint" in run.output()
     assert all((run.folder / f"model_{number:07d}.pth").stat().st_size == 5 for number in (2, 5, 8))
 
 
@@ -200,7 +201,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, 
     else:
         run, flags, last = work(kind), [], -1
     assert run.run(*flags, harm=room) == 2
-    assert re.search(r"error: The checkpoint .* can't be written: .*File too large", run.told())
+    assert re.search(r"error: The checkpoint .* can't be written: .*File too large", run.output())
     assert run.last_iteration() == last, resumed
     assert not list(run.folder.glob(".*"))
     run.go_on()
@@ -215,7 +216,9 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_the_reason(work, stra
     status = runs.end_of(process)
     run.folder.chmod(0o755)
     assert status == 2
-    assert re.search(r"error: The checkpoint .* can't be written: .*Permission denied", run.told())
+    assert re.search(
+        r"error: The checkpoint .* can't be written: .*Permission denied", run.output()
+    )
     run.go_on()
     run.assert_ends_as(straight("folder")[0])
 
@@ -255,7 +258,7 @@ def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, rank
     harm = functools.partial(harms.poison, (iteration,), ranks - 1)
     processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
     assert [runs.end_of(process) for process in processes] == [1] * ranks
-    assert f"error: Iteration {iteration}: loss_cls is nan" in run.told()
+    assert f"error: Iteration {iteration}: loss_cls is nan" in run.output()
     assert run.last_iteration() == (iteration // runs.PERIOD) * runs.PERIOD - 1
     for rank in range(ranks):
         report = runs.read_json(run.folder / f"nonfinite_{iteration:07d}_rank{rank}.json")
@@ -269,7 +272,7 @@ def test_data_that_one_process_cannot_read_stops_all(work, iteration):
     harm = functools.partial(harms.no_batch, iteration, 1)
     ranks = run.start_ranks(harm=harm)
     assert [runs.end_of(process, limit=60) for process in ranks] == [2, 2]
-    assert run.told().count("error: Another process stopped: the image x.jpg is broken") == 1
+    assert run.output().count("error: Another process stopped: the image x.jpg is broken") == 1
 
 
 @pytest.mark.parametrize("harm", [harms.poison, harms.raise_in_the_model])

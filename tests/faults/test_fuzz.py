@@ -1,4 +1,4 @@
-"""What is read, damaged and made up by hypothesis: read, or refused in the project's own words."""
+"""Tests with random input files from hypothesis, which must be read or raise a UserError."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """A folder for the examples of a test: hypothesis calls a test many times with one fixture."""
+    """Return a folder for all examples of a test, which share the test's fixtures."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(f"{__name__}.SCRATCH", tmp_path / "scratch")
 
@@ -49,7 +49,7 @@ SCRATCH = Path()
 
 
 def fuzz(examples: int) -> settings:
-    """The same examples each time."""
+    """Return hypothesis' settings for the same examples in every run."""
     return settings(
         max_examples=examples,
         derandomize=True,
@@ -62,7 +62,7 @@ def fuzz(examples: int) -> settings:
 # --------------------------------------------------------------------------------- configs
 
 KEYS = sorted(key for key, _ in config_items(get_senet_config()))
-# What would be fetched, or written to, is not for guessing.
+# Random values of these keys could cause downloads or write files.
 BUILT = [key for key in KEYS if key not in ("MODEL.WEIGHTS", "OUTPUT_DIR", "DATALOADER.CACHE_DIR")]
 NUMBERS = st.integers(-3, 70) | st.floats(-2, 70) | st.sampled_from([math.inf, -math.inf, math.nan])
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=8)
@@ -143,7 +143,7 @@ JSON = st.recursive(
 
 
 def places(value, path=()):
-    """The way to every value within a value."""
+    """Return the path of keys and indices to every nested value."""
     yield path
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
@@ -227,7 +227,7 @@ IMAGES = [
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """The content with bytes changed, taken out, put in, or cut off."""
+    """Return the content with bytes changed, removed, inserted or truncated."""
     content = bytearray(content)
     for _ in range(data.draw(st.integers(0, 4))):
         place = data.draw(st.integers(0, max(len(content) - 1, 0)))

@@ -1,4 +1,4 @@
-"""Jobs of several processes, started as users start them."""
+"""Tests of jobs with several processes, started with torchrun and with ``--num-gpus``."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ from tests.faults import runs
 
 pytestmark = pytest.mark.faults
 
-# Two processes that import PyTorch, twice, on a loaded machine.
+# Seconds, for two processes that import PyTorch twice on a loaded machine.
 LIMIT = 400
 
 
 class Command:
-    """A command in a process group of its own, which ends with the block."""
+    """Context manager that runs a command in a new process group and kills it at the end."""
 
     def __init__(self, *words: str):
         self.log = Path(words[-1]).with_suffix(".job")
@@ -45,14 +45,15 @@ class Command:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def told(self) -> str:
+    def output(self) -> str:
+        """Return the output of the command so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, ready) -> None:
         until = time.monotonic() + LIMIT
         while not ready():
-            assert self.process.poll() is None, self.told()[-3000:]
-            assert time.monotonic() < until, self.told()[-3000:]
+            assert self.process.poll() is None, self.output()[-3000:]
+            assert time.monotonic() < until, self.output()[-3000:]
             time.sleep(0.02)
 
     def children(self) -> list[int]:
@@ -76,10 +77,10 @@ def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight)
     with torchrun(run, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1") as job:
         job.wait_for((run.folder / "model_0000002.pth.sha256").is_file)
         os.kill(job.children()[-1], signal.SIGKILL)
-        assert job.ends() == 0, job.told()[-3000:]
-        told = job.told()
-    assert "The command was started again after a failure: the run is resumed." in told
-    assert told.count("Starting training from iteration 0") == 1
+        assert job.ends() == 0, job.output()[-3000:]
+        output = job.output()
+    assert "The launcher has restarted this command: resuming the run." in output
+    assert output.count("Starting training from iteration 0") == 1
     run.assert_clean()
     run.assert_ends_as(unbroken)
 
@@ -98,7 +99,7 @@ def test_two_nodes_train_evaluate_and_resume_as_one_machine_does(work, straight,
         shared += ["--master-port", port, "--node-rank"]
         first, second = (torchrun(run, *shared, rank, flags=flags) for rank in "01")
         with first, second:
-            assert (first.ends(), second.ends()) == (0, 0), first.told()[-3000:]
+            assert (first.ends(), second.ends()) == (0, 0), first.output()[-3000:]
 
     job()
     run.assert_ends_as(unbroken)
@@ -124,12 +125,12 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
         job.wait_for((run.folder / "model_0000002.pth.sha256").is_file)
         if harm == "stop":
             os.kill(job.process.pid, signal.SIGTERM)
-            assert job.ends(60) in (75, 0), job.told()[-3000:]
+            assert job.ends(60) in (75, 0), job.output()[-3000:]
         else:
-            # The first is the resource tracker of `multiprocessing`.
+            # The first child is the resource tracker of `multiprocessing`.
             os.kill(job.children()[-1], signal.SIGKILL)
             assert job.ends(60) == 1
-            assert "terminated with signal SIGKILL; the others were ended" in job.told()
+            assert "terminated with signal SIGKILL; the others were terminated" in job.output()
     run.go_on(ranks=2)
     run.assert_ends_as(unbroken)
 
@@ -141,7 +142,7 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
         for index in range(count):
             (eight / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(tree / name / f"{index}.jpg", eight / name)
-    # A step of plain descent at a rate of 1 is the gradient.
+    # A step of SGD without momentum at a learning rate of 1 equals the gradient.
     descent = {
         "BASE_LR": "1.0",
         "MOMENTUM": "0.0",
@@ -157,7 +158,7 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
         run = work("folder", *options, "SOLVER.BASE_LR", rate)
         run.folder = run.folder.with_name(f"{ranks}_{rate}")
         processes = run.start_ranks(ranks=2) if ranks == 2 else [run.start()]
-        assert [runs.end_of(process) for process in processes] == [0] * ranks, run.told()[-2000:]
+        assert [runs.end_of(process) for process in processes] == [0] * ranks, run.output()[-2000:]
         models.append(runs.load(run.folder / "model_final.pth")["model"])
     start, one, two = models
     gradients = [start[key] - one[key] for key in start]
@@ -169,14 +170,14 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
 def test_another_number_of_processes_goes_on_and_is_told_to_be_approximate(half):
     run = half("shards")
     processes = run.start_ranks("--resume", ranks=2)
-    assert [runs.end_of(process) for process in processes] == [0, 0], run.told()[-3000:]
+    assert [runs.end_of(process) for process in processes] == [0, 0], run.output()[-3000:]
     assert run.started_at() == 9
-    assert "Resumed approximately: processes 1 before, 2 now." in run.told()
+    assert "Resumed approximately: processes 1 before, 2 now." in run.output()
 
 
 def test_another_batch_size_goes_on_and_is_told_to_be_approximate(half):
     run = half("folder")
     run.words = [*run.words, "SOLVER.IMS_PER_BATCH", "2"]
-    assert run.run("--resume") == 0, run.told()[-3000:]
+    assert run.run("--resume") == 0, run.output()[-3000:]
     assert run.started_at() == 9
-    assert "Resumed approximately: images a step 4 before, 2 now." in run.told()
+    assert "Resumed approximately: images a step 4 before, 2 now." in run.output()

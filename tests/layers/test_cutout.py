@@ -1,4 +1,4 @@
-"""The area that Cutout blanks."""
+"""Tests of the area that Cutout sets to zero."""
 
 import pytest
 import torch

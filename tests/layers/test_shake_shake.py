@@ -1,4 +1,4 @@
-"""The shake operator and the blocks that use it."""
+"""Tests of the shake-shake operator and of the blocks that use it."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ BLOCKS = [ShakeBasicBlock, ShakeBottleneckBlock]
 
 
 def coefficients(mix: ShakeMix, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alpha and beta of every image, as the outputs and gradients tell them."""
+    """Return alpha and beta of every image, derived from outputs and gradients."""
     a = torch.ones(images, 3, 2, 2, requires_grad=True)
     b = torch.zeros(images, 3, 2, 2, requires_grad=True)
     out = mix(a, b)
     out.sum().backward()
     torch.testing.assert_close(a.grad + b.grad, torch.ones_like(a))
     for values in (out, a.grad):
-        assert (values == values[:, :1, :1, :1]).all()  # one value an image
+        assert (values == values[:, :1, :1, :1]).all()  # one value per image
     return out[:, 0, 0, 0].detach(), a.grad[:, 0, 0, 0]
 
 
@@ -64,8 +64,9 @@ def test_reduced_precision_stays_reduced(dtype):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
+@pytest.mark.long
 def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
-    """As long as a ReLU after the sum, which is not linear, passes everything."""
+    """Compare the mean over many draws; the ReLU after the sum must not clip anything for this."""
     torch.manual_seed(0)
     se = SEOptions(placement=placement) if placement else None
     block = kind(16, 32, stride=2, se=se).eval()
@@ -74,11 +75,11 @@ def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
         block.shortcut.norm.bias.data.fill_(100.0)
     with torch.no_grad():
         expected = block(x)
-        block.mix.train()  # the norms keep their statistics
+        block.mix.train()  # only the mix: the norms keep their statistics
         many = torch.stack([block(x) for _ in range(3000)])
     assert many.std(0).max() > 0.1
     error = (many.mean(0) - expected).abs() / (many.std(0) / 3000**0.5 + 1e-5)
-    assert error.max() < 6  # standard errors, over 2 x 32 x 16 values
+    assert error.max() < 6  # in standard errors, the maximum of 2 x 32 x 16 values
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -110,6 +111,7 @@ def test_a_frozen_stage_does_not_shake():
 
 
 @pytest.mark.parametrize("name", ["se_shake_shake26_2x96d", "shake_even29_2x4x64d"])
+@pytest.mark.long
 def test_a_network_trains_under_autocast(name):
     torch.manual_seed(0)
     backbone = create_backbone(name, **({"width": 16} if "26" in name else {}))

@@ -1,4 +1,4 @@
-"""The SE operator against plain statements of the paper's equations."""
+"""Tests of the SE operator against plain implementations of the paper's equations."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def nothing_compiled_before():
 
 
 def stated_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
-    """Equations 2 and 3 and the variants of section 6, by loops over images."""
+    """Compute equations 2 and 3 and the variants of section 6 with loops over images."""
     gates = []
     for image in x.double():
         if se.squeeze == "avg":
@@ -104,6 +104,7 @@ def test_no_images_are_fine():
     assert se.join(empty, empty).shape == empty.shape
 
 
+@pytest.mark.long
 def test_compiled_whole_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
@@ -113,6 +114,7 @@ def test_compiled_whole_it_computes_the_same():
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"squeeze": "max"}, {"squeeze": "none"}])
 @pytest.mark.parametrize("images", [1, 8, 9])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.long
 def test_compiled_for_inference_on_few_images_or_many_it_computes_the_same(options, images, mode):
     se = randomised(**options).double()
     x = torch.randn(images, 32, 5, 7, dtype=torch.double)

@@ -1,4 +1,4 @@
-"""From configs to backbones and detectors."""
+"""Tests of backbones and detectors built from configs."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def build(cfg):
 
 
 def small(cfg):
-    """Little work for the detector's heads."""
+    """Reduce the work of the detector's heads."""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
@@ -57,13 +57,13 @@ def test_adding_our_keys_again_is_harmless():
     assert cfg.dump() == before
 
 
-def test_the_switch_turns_a_described_backbone_into_its_se_twin():
+def test_the_switch_turns_a_described_backbone_into_its_se_counterpart():
     plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
-    twin = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
-    added = set(twin.state_dict()) - set(plain.state_dict())
+    gated = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
+    added = set(gated.state_dict()) - set(plain.state_dict())
     assert added
     assert all(".se." in key for key in added)
-    assert set(plain.state_dict()) < set(twin.state_dict())
+    assert set(plain.state_dict()) < set(gated.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_every_se_key_reaches_the_blocks():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"MODEL.BACKBONE.ARCH": "se_resnet50", "MODEL.SE.ENABLED": False}, "has SE, and"),
+        ({"MODEL.BACKBONE.ARCH": "se_resnet50", "MODEL.SE.ENABLED": False}, "has SE, but"),
         ({"MODEL.RESNETS.DEPTH": 18}, "RES2_OUT_CHANNELS is 256"),
-        ({"MODEL.RESNETS.DEPTH": 51}, "depth 51 is not known"),
+        ({"MODEL.RESNETS.DEPTH": 51}, "depth of the ResNet is 51"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True]}, "deformable"),
         ({"MODEL.BACKBONE.ARCH": "resnet51"}, "Did you mean"),
         ({"MODEL.SE.ENABLED": True, "MODEL.SE.PLACEMENT": "after"}, "SE placement is 'after'"),
@@ -130,7 +130,7 @@ def test_a_config_that_contradicts_itself_is_refused(keys, words):
 
 
 def test_freezing_is_detectron2s():
-    """The same parameters train, and the same norms are frozen, as in Detectron2's own backbone."""
+    """Compare trainable parameters and frozen norms with those of Detectron2's backbone."""
     keys = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3}
     keys["MODEL.RESNETS.OUT_FEATURES"] = ["res5"]
     ours = build(config(**keys))
@@ -143,6 +143,7 @@ def test_freezing_is_detectron2s():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.long
 def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
     keys = {"MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads", "MODEL.SE.ENABLED": enabled}
     model = build_model(config(**keys))
@@ -155,7 +156,7 @@ def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
 
 
 def test_detectron2s_own_c4_head_would_drop_the_gates():
-    """Why there is a head of ours."""
+    """Check the reason for ``SENetRes5ROIHeads``."""
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
     assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
 

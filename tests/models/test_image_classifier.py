@@ -1,4 +1,4 @@
-"""The meta-architecture: what goes in, what comes out, and that it is the plain classifier."""
+"""Tests of the meta-architecture: inputs, outputs, and equality with the plain classifier."""
 
 import pytest
 import torch
@@ -31,9 +31,11 @@ def batch(images: int = 4, size: int = 32) -> dict:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "se_resnet18", "se_resnext50_32x4d", "senet154"])
+@pytest.mark.long
 def test_weights_are_interchangeable_with_those_of_create_classifier(name):
-    model = build(**{"MODEL.BACKBONE.ARCH": name})
-    plain = create_classifier(name, 7)
+    with torch.device("meta"):
+        model = build(**{"MODEL.BACKBONE.ARCH": name})
+        plain = create_classifier(name, 7)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert model.dropout.p == plain.dropout.p
     prefixes = {key.partition(".")[0] for key in model.state_dict()}
@@ -49,6 +51,7 @@ def test_vggs_hidden_layers_are_those_of_create_classifier():
     assert {key.partition(".")[0] for key in model.state_dict()} == {"backbone", "neck", "linear"}
 
 
+@pytest.mark.long
 def test_a_classifier_has_the_published_inception_resnet():
     model = build(**{"MODEL.BACKBONE.ARCH": "inception_resnet_v2"}).eval()
     plain = create_classifier("inception_resnet_v2", 7).eval()
@@ -163,6 +166,7 @@ def test_channels_last_is_a_layout_and_no_other_result():
         torch.testing.assert_close(other(batch()), model(batch()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_exported_classifier_computes_the_same_for_any_batch_size():
     model = build().eval()
     size = torch.export.Dim("N", min=1, max=16)
@@ -174,9 +178,15 @@ def test_an_exported_classifier_computes_the_same_for_any_batch_size():
             torch.testing.assert_close(exported.module()(inputs), model(inputs))
 
 
+# What is compiled here is what surrounds the backbone; test_matrix.py compiles every backbone.
+QUICK_TO_COMPILE = {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8", "MODEL.RESNETS.NORM": "BN"}
+
+
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.long
 def test_a_compiled_classifier_computes_the_same(training):
-    model = build(**{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"}).train(training)
+    model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"})
+    model.train(training)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     inputs = {key: batch()[key] for key in ("image", "label")}
     expected, found = model(inputs), compiled(inputs)
@@ -185,8 +195,9 @@ def test_a_compiled_classifier_computes_the_same(training):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 def test_a_compiled_classifier_trains_on_mixed_images():
-    model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2", "MODEL.RESNETS.NORM": "GN"})
+    model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.MIXUP": "0.2"})
     compiled = torch.compile(model, backend="aot_eager")
     torch.manual_seed(3)
     expected = model(batch())["loss_cls"]

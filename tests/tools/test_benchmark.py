@@ -1,4 +1,4 @@
-"""Statistics of the benchmark, and its command line."""
+"""Tests of the benchmark's statistics and command line."""
 
 import json
 import random
@@ -19,7 +19,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count):
     draw = random.Random(count)
     found = [Ratio.of([draw.gauss(1.5, 0.1) for _ in range(count)]) for _ in range(2000)]
     assert sum(ratio.low <= 1.5 <= ratio.high for ratio in found) / 2000 > 0.94
-    # And no wider than it must be: without its outermost two values it would not hold 95%.
+    # The interval is as narrow as possible: without its outermost values it covers less than 95%.
     skipped = sum(ratio.low <= 1.5 <= ratio.high for ratio in map(_narrower, found)) / 2000
     assert skipped < 0.9
 
@@ -30,7 +30,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """A machine that gets ten times slower on its way changes no ratio."""
+    """Check that a machine that becomes ten times slower doesn't change a ratio."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")
@@ -71,7 +71,7 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
     layer = nn.Linear(4, 8)
     x = torch.randn(16, 4)
     held = []
-    # The input for the weight's gradient, the sigmoid's result for its own; not the weight.
+    # Saved are the layer's input and the output of the sigmoid, but not the weight.
     forward = lambda: held.append(layer(x).sigmoid())  # noqa: E731
     assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
 
@@ -87,6 +87,7 @@ def test_the_peak_is_what_was_occupied_at_once():
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
 
 
+@pytest.mark.long
 def test_the_command_starts_without_the_packages_for_export():
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
     line += "sys.path[0] = 'tools'; "
@@ -108,7 +109,7 @@ def test_the_command_starts_from_any_folder(tmp_path):
     ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
 )
 def test_every_part_runs_from_the_command_line(part, tmp_path):
-    """As short as can be: the figures mean nothing, but all candidates are there."""
+    """Run each part as briefly as possible and check that all candidates are reported."""
     output = tmp_path / "benchmark.json"
     command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""The loops that the benchmark holds side by side do the same."""
+"""Tests that the training loops compared by the benchmark are equivalent."""
 
 import copy
 
@@ -37,6 +37,6 @@ def test_the_plain_loop_and_the_engine_end_with_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_augmentation_is_fast_enough_for_the_recipes():
-    """20,000 images/s on two cores; a third of it fails no test on a busy machine."""
+    """Check for a third of the 20,000 images/s on two cores, to tolerate a busy machine."""
     rates = list(measure_augment(Options(seconds=10)))[-1].values
     assert min(rates.values()) > 7000

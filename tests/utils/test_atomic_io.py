@@ -1,4 +1,4 @@
-"""Files are whole or not there at all."""
+"""Tests of atomic file writing."""
 
 import os
 import stat
@@ -45,10 +45,10 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, error):
 
 
 def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(os, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", fail)
     with pytest.raises(ValueError, match="first"), whole_file(tmp_path / "file"):
         raise ValueError("first")
 

@@ -1,4 +1,4 @@
-"""Bars are for people: on a terminal, and nowhere else."""
+"""Tests of progress bars, which are only shown on a terminal."""
 
 import io
 import re
@@ -11,12 +11,12 @@ from senet_transfer.utils.progress import no_bars, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")])
-# Done in seconds; and the installer, which leaves talking to pip.
+# Commands without --quiet: one finishes in seconds, and the installer shows only pip's output.
 AT_ONCE = ("classify_onnx.py", "install_detectron2.py")
 
 
 class Screen(io.StringIO):
-    """What stderr is on a terminal, or in a pipe."""
+    """Stand-in for stderr that is connected to a terminal or to a pipe."""
 
     def __init__(self, terminal: bool):
         super().__init__()

@@ -1,13 +1,15 @@
-"""Pickles are read as data: what people's programs wrote is read right, and nothing is executed."""
+"""Tests of the safe pickle reader: valid data is read correctly, and no code is executed."""
 
 import argparse
 import collections
 import copyreg
 import io
 import os
+import pathlib
 import pickle
 import resource
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,12 @@ import torch
 from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import load_plain
 from senet_transfer.weights.formats.reader import read_tensors
-from tests.weights.file_writers import python2_pickle, python2_torch_file, tar_torch_file
+from tests.weights.file_writers import (
+    NEXT_TO_A_MODEL,
+    python2_pickle,
+    python2_torch_file,
+    tar_torch_file,
+)
 
 
 def _load(data: bytes):
@@ -117,7 +124,7 @@ def test_pickles_follow_one_another_in_a_stream():
 
 
 def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
-    # pickle._Unpickler is no public name: a Python that changes it shows here first.
+    # pickle._Unpickler is private: this test fails first if a Python version changes it.
     from senet_transfer.utils.safe_pickle import _PlainUnpickler
 
     assert _PlainUnpickler.__mro__[1] is pickle._Unpickler
@@ -132,7 +139,7 @@ def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
     assert set(_PlainUnpickler.dispatch) < set(pickle._Unpickler.dispatch)
 
 
-# What must be refused. Every payload would leave a file behind if anything in it ran.
+# Payloads that must be rejected. Each would create a file if anything in it were executed.
 
 
 class _Runs:
@@ -164,7 +171,7 @@ def _names(name: str) -> str:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
 def test_a_pickle_that_runs_code_is_refused_by_name(name, protocol, tmp_path):
     sentinel = tmp_path / "ran"
-    if name == "getattr":  # a module can't be pickled: the call is written out
+    if name == "getattr":  # a module can't be pickled, so the call is written by hand
         data = b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
     else:
         content = {"model": _arrays(), "hook": _payloads(sentinel)[name]}
@@ -220,7 +227,7 @@ def test_odd_ways_to_name_things_run_nothing(data, tmp_path):
 
 
 def test_what_an_attacker_sets_on_a_name_does_not_outlive_the_file():
-    # BUILD with a slot state sets attributes: on a real class it would change it for good.
+    # BUILD with a slot state sets attributes. On a real class, they would outlast the file.
     slot_state = b"N}U\x05buildNs\x86b."
     for name in (b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
         with pytest.raises((ValueError, TypeError)):
@@ -273,6 +280,114 @@ def test_whole_models_and_unknown_classes_are_refused_with_what_to_do(tmp_path):
     torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
     with pytest.raises(UserError, match=r"argparse\.Namespace.*torch\.save"):
         read_tensors(tmp_path / "args.pth")
+
+
+_ONES = {"w": np.ones(2, np.float32)}
+_NAMESPACE = argparse.Namespace(lr=1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _NAMESPACE,
+        {"model": _NAMESPACE, "statistics": _ONES},
+        {"model": _ONES | {"args": _NAMESPACE}},
+        {"model": _ONES | {"nested": {"args": _NAMESPACE}}},
+        {"model": _ONES | {pathlib.PurePosixPath("v"): np.ones(2)}},
+        _ONES | {"args": _NAMESPACE},
+        {"backbone": _ONES, "head": _ONES, "optimizer": _NAMESPACE},
+    ],
+)
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_object_in_the_model_is_rejected_by_name(content, protocol, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(UserError, match=r"argparse\.Namespace|pathlib\.PurePosixPath") as error:
+        read_tensors(tmp_path / "a.pkl")
+    assert "runs on this machine" not in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", NEXT_TO_A_MODEL)
+def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp_path):
+    value = NEXT_TO_A_MODEL[name]()
+    content = {
+        "epoch": 3,
+        "first": value,
+        "model": _arrays(),
+        "more": [value, (value, {"x": value})],
+        "meta": {"classes": ["a"], "when": value},
+    }
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    file = read_tensors(tmp_path / "a.pkl")
+    _assert_equal(file.tensors, _arrays())
+    kept = {} if isinstance(value, list) else {"meta": {"classes": ["a"]}}
+    assert file.metadata == {"epoch": 3, **kept}
+
+
+# After a model: an object of an unknown class, and instructions that try to make it act.
+_MODEL = b"\x80\x02}(U\x05model" + pickle.dumps(_ONES, 2)[2:-1] + b"U\x01x"
+_UNKNOWN = b"cunknown_module\nRuns\n"
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        _UNKNOWN,
+        _UNKNOWN + b")R" * 1000,
+        _UNKNOWN + b")\x81" * 1000,
+        _UNKNOWN + b"U\x07touch x\x85R",
+        _UNKNOWN + b"}U\x09__class__" + _UNKNOWN + b"sb",
+        _UNKNOWN + b"N}U\x08__call__" + _UNKNOWN + b"s\x86b",
+        _UNKNOWN + b"N}U\x04nameU\x09os.systems\x86b)R",
+        _UNKNOWN + b")R(U\x01aK\x01U\x01bK\x02u",
+        _UNKNOWN + b")R(U\x01aK\x01e",
+        _UNKNOWN + b")R(U\x01aK\x01\x90",
+        _UNKNOWN + b")RU\x01aK\x01s",
+        _UNKNOWN + b")RU\x01aa",
+        _UNKNOWN + b")RK\x01" + b"\x85" * 100_000 + b"K\x01s",  # a key that is not hashed
+        _UNKNOWN + b"q\x050h\x05h\x05h\x05\x85R\x85R",
+        b"}" + _UNKNOWN + b")RK\x01s",  # a key of a dictionary
+        b"}(" + _UNKNOWN + _UNKNOWN + b"\x86K\x01u",
+        b"c__builtin__\nset\n](" + _UNKNOWN + _UNKNOWN + b"e\x85R",
+        b"ccopy_reg\n_reconstructor\n(" + _UNKNOWN + b"c__builtin__\nobject\nNtR}b",
+        b"ccopy_reg\n_reconstructor\n(cnumpy\ndtype\nc__builtin__\nobject\nNtR",
+    ],
+)
+def test_an_object_of_an_unknown_class_is_inert(instructions, tmp_path, monkeypatch):
+    (tmp_path / "unknown_module.py").write_text("open('ran', 'w')\nRuns = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pkl").write_bytes(_MODEL + instructions + b"u.")
+    file = read_tensors("a.pkl")
+    _assert_equal(file.tensors, _ONES)
+    assert file.metadata in ({}, {"x": {}})
+    assert "unknown_module" not in sys.modules
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.pkl", "unknown_module.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os system", "posix system", "nt system", "os.path join"),
+        *("subprocess Popen", "builtins eval", "builtins exec", "__builtin__ eval"),
+        *("builtins getattr", "builtins __import__", "builtins open", "_io open"),
+        *("runpy run_path", "ctypes CDLL", "_ctypes dlopen", "socket socket"),
+        *("_socket socket", "shutil rmtree", "importlib import_module"),
+        *("operator attrgetter", "operator methodcaller", "_operator call"),
+        *("functools reduce", "_functools reduce", "types CodeType"),
+        *("types FunctionType", "pathlib Path.unlink", "pathlib os", "pickle loads"),
+        *("_pickle loads", "cPickle loads", "io open", "builtins str.format"),
+        *("torch load", "torch.hub load", "commands getoutput"),
+    ],
+)
+@pytest.mark.parametrize("inside", [b"%s", _UNKNOWN + b"%s\x85R", _UNKNOWN + b"}U\x01a%ssb"])
+def test_a_name_that_acts_on_the_machine_rejects_the_file_anywhere(name, inside, tmp_path):
+    module, name = name.split()
+    call = f"c{module}\n{name}\n".encode() + b"U\x07touch x\x85R"
+    (tmp_path / "a.pkl").write_bytes(_MODEL + inside % call + b"u.")
+    with pytest.raises(UserError, match=f"{module}[.]{name}`, code that runs on this machine"):
+        read_tensors(tmp_path / "a.pkl")
+    assert not Path("x").exists()
 
 
 def test_object_and_structured_arrays_are_refused(tmp_path):
@@ -350,6 +465,24 @@ BOMBS = {
     "four million steps": b"\x80\x02" + b"N0" * 2_000_000 + b"}.",
     "pops": b"\x80\x02000.",
     "marks": b"\x80\x02" + b"(" * 100_000 + b".",
+    "a list handed to a placeholder again and again": b"\x80\x02("
+    + b"K\x01" * 50_000
+    + b"lq\x000cx\nY\nq\x01("
+    + _many(20_000, b"h\x01h\x00\x85R")
+    + b"l.",
+    "a list as a placeholder's state again and again": b"\x80\x02("
+    + b"K\x01" * 50_000
+    + b"lq\x000cx\nY\n"
+    + _many(200_000, b"h\x00b")
+    + b".",
+    "a placeholder called again and again": b"\x80\x02cx\nY\nq\x00("
+    + _many(400_000, b"h\x00)R")
+    + b"l.",
+    "long names of placeholders": b"\x80\x04X\x60\0\0\0"
+    + b"a" * 96
+    + b"q\x000("
+    + _many(300_000, b"h\x00h\x00\x93")
+    + b"l.",
     "nothing": b"\x80\x02.",
     "no end": b"\x80\x02}",
     "protocol 5 buffers": b"\x80\x05\x97\x98.",
@@ -361,7 +494,7 @@ def test_a_bomb_is_refused_at_once(name, tmp_path):
     path = tmp_path / "bomb.pkl"
     path.write_bytes(BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()  # not the clock: the machine may be busy
+    start = time.process_time()  # CPU time, because the machine may be busy
     with pytest.raises(UserError, match=r"bomb\.pkl"):
         read_tensors(path)
     assert time.process_time() - start < 2

@@ -1,4 +1,4 @@
-"""Text for messages."""
+"""Tests of text formatting for messages."""
 
 import pytest
 

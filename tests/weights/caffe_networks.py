@@ -1,4 +1,4 @@
-"""The SENet authors' and CSAIL's Caffe networks, layer by layer, after their prototxt files.
+"""Builders of the SENet authors' and CSAIL's Caffe networks, based on their prototxt files.
 
 Sources: hujie-frank/SENet ``models/*.prototxt`` (SE-BN-Inception among them), CSAILVision/places365
 ``deploy_resnet152_places365.prototxt``. Weights and statistics are random.
@@ -13,7 +13,7 @@ from tests.weights.caffe_writer import CaffeNet
 
 @dataclass(frozen=True)
 class Design:
-    """What tells the authors' networks from each other."""
+    """Options in which the authors' networks differ."""
 
     blocks: tuple[int, ...]
     groups: int = 1
@@ -34,7 +34,7 @@ DESIGNS = {
 
 
 class _Random:
-    """Numbers under which signals neither die nor explode in many blocks."""
+    """Generator of random values that keep the signal's scale through many blocks."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ class _Random:
 
 
 def senet(name: str, size: tuple[int, int] = (64, 96), classes: int = 1000) -> CaffeNet:
-    """One of the authors' networks; ``name`` is its prototxt's."""
+    """Build one of the authors' networks; ``name`` is the name in its prototxt."""
     design, random = DESIGNS[name], _Random(0)
     net = CaffeNet(name, (1, 3, *size))
     x = _stem(net, design, random)
@@ -114,8 +114,8 @@ def _block(net, design, random, stage: int, index: int, x: str, inputs: int) -> 
     return net.relu(f"{at}/relu", net.axpy(at, gate, y, x))
 
 
-# Of each module: 1x1; 3x3 and the 1x1 before it; two 3x3 and the 1x1 before them; the 1x1 after
-# the pool. Those of stride 2 have neither the first nor the last.
+# Widths per module: 1x1; 3x3 and the 1x1 before it; two 3x3 and the 1x1 before them; the 1x1 after
+# the pool. Modules of stride 2 lack the first and the last.
 BN_INCEPTION = {
     "3a": (64, 64, 64, 64, 96, 32),
     "3b": (64, 64, 96, 64, 96, 64),
@@ -131,7 +131,7 @@ BN_INCEPTION = {
 
 
 def se_bn_inception(size: tuple[int, int] = (64, 96), classes: int = 1000) -> CaffeNet:
-    """The authors' SE-BN-Inception."""
+    """Build the authors' SE-BN-Inception."""
     random = _Random(3)
     net = CaffeNet("SE-BN-Inception", (1, 3, *size))
 
@@ -181,7 +181,7 @@ def _inception(net, random, conv_bn, at: str, x: str, inputs: int, widths) -> tu
 def places_resnet(
     blocks: tuple[int, ...], size: tuple[int, int] = (64, 96), classes: int = 365
 ) -> CaffeNet:
-    """CSAIL's ResNet: (3, 8, 36, 3) is ResNet-152."""
+    """Build CSAIL's ResNet; blocks of (3, 8, 36, 3) give ResNet-152."""
     random = _Random(1)
     net = CaffeNet("ResNet-152-places365", (1, 3, *size))
 

@@ -1,4 +1,4 @@
-"""A Caffe network in plain PyTorch: runs what the reader returns, layer by layer.
+"""Execution of a Caffe network in plain PyTorch, from the layers that the reader returns.
 
 Each operation follows Caffe's documentation of the layer, not this project's modules.
 """

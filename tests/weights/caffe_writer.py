@@ -1,6 +1,6 @@
-"""Writes Caffe networks for the tests, from Caffe's message definition and protobuf's wire format.
+"""Writer of Caffe networks for the tests, using Caffe's message definitions and protobuf's format.
 
-It shares nothing with the reader that is tested: field numbers and types are stated here again.
+It shares no code with the tested reader: field numbers and types are repeated here.
 """
 
 import struct
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# Message: {field name: (number, kind)}; kinds: i int, b bool, f float, s string, e an enumeration's
-# names, m a nested message.
+# Message: {field name: (number, kind)}. Kinds: i int, b bool, f float, s string, e the names of an
+# enumeration, m a nested message.
 _FILLER = {"type": (1, "s"), "value": (2, "f")}
 _SHAPE = {"dim": (1, "i")}
 _MESSAGES: dict[str, tuple[int, int | None, dict[str, tuple[int, Any]]]] = {
@@ -77,15 +77,16 @@ _V1_TYPES = {
 
 
 class CaffeNet:
-    """Builds a network layer by layer; every method returns the name of the layer's output.
+    """Caffe network that is built layer by layer.
 
-    Arrays are float32 numpy (or what converts to it), in PyTorch's shapes. ``batch_norm``,
-    ``scale`` and ``relu`` work in place, as in the published definitions.
+    Methods that add a layer return the name of its output. Arrays are float32 numpy arrays, or
+    convertible to them, in PyTorch's shapes. ``batch_norm``, ``scale`` and ``relu`` work in place,
+    as in the published definitions.
 
     Args:
-        name: of the network.
-        shape: of the input, (N, C, H, W).
-        data: the input's name.
+        name: The name of the network.
+        shape: The shape of the input, (N, C, H, W).
+        data: The name of the input.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...] = (1, 3, 224, 224), data: str = "data"):
@@ -97,7 +98,7 @@ class CaffeNet:
     def layer(
         self, kind: str, name: str, bottoms: list[str], top: str, blobs: Any = (), **params: Any
     ) -> str:
-        """Adds any layer; ``params`` are its messages, such as ``scale_param={"axis": 0}``."""
+        """Add a layer of any kind; ``params`` are messages, such as ``scale_param={"axis": 0}``."""
         arrays = [np.ascontiguousarray(blob, dtype=np.float32) for blob in blobs]
         self.layers.append(
             {"type": kind, "name": name, "bottoms": bottoms, "top": top}
@@ -117,7 +118,7 @@ class CaffeNet:
         group: int = 1,
         top: str | None = None,
     ) -> str:
-        """A convolution; ``weight`` is (out, in / group, kernel, kernel)."""
+        """Add a convolution; ``weight`` has the shape (out, in / group, kernel, kernel)."""
         params = {"num_output": weight.shape[0], "kernel_size": weight.shape[2], "stride": stride}
         params |= {"pad": pad} if pad else {}
         params |= {"group": group} if group != 1 else {}
@@ -135,14 +136,14 @@ class CaffeNet:
         factor: float = 1.0,
         eps: float | None = None,
     ) -> str:
-        """Statistics, which Caffe stores multiplied by ``factor`` with the factor beside them."""
+        """Add the statistics of a batch norm; Caffe stores them multiplied by ``factor``."""
         params: dict[str, Any] = {"use_global_stats": True}
         params |= {} if eps is None else {"eps": eps}
         blobs = [np.asarray(mean) * factor, np.asarray(var) * factor, np.array([factor])]
         return self.layer("BatchNorm", name, [bottom], bottom, blobs, batch_norm_param=params)
 
     def scale(self, name: str, bottom: str, weight: Any, bias: Any) -> str:
-        """The affine part of a batch normalisation."""
+        """Add the affine part of a batch norm."""
         params = {"bias_term": True}
         return self.layer("Scale", name, [bottom], bottom, [weight, bias], scale_param=params)
 
@@ -157,16 +158,17 @@ class CaffeNet:
         factor: float = 1.0,
         **geometry: Any,
     ) -> str:
-        """``name``, ``name/bn``, ``name/bn/scale`` and perhaps a ReLU, as the SENet authors' files.
+        """Add a convolution, batch norm and optional ReLU, named as in the SENet authors' files.
 
         Args:
-            name: of the convolution.
-            bottom: its input.
-            weight: of the convolution, without a bias.
-            bn: ``weight``, ``bias``, ``running_mean``, ``running_var``.
-            relu: the ReLU's name, None for none.
-            factor: see :meth:`batch_norm`.
-            **geometry: of :meth:`conv`.
+            name: The name of the convolution; the norm's layers are ``name/bn`` and
+                ``name/bn/scale``.
+            bottom: The input of the convolution.
+            weight: The weight of the convolution, which has no bias.
+            bn: ``weight``, ``bias``, ``running_mean`` and ``running_var`` of the norm.
+            relu: The name of the ReLU; None adds no ReLU.
+            factor: See :meth:`batch_norm`.
+            **geometry: Options of :meth:`conv`.
         """
         top = self.conv(name, bottom, weight, **geometry)
         self.batch_norm(f"{name}/bn", top, bn["running_mean"], bn["running_var"], factor)
@@ -174,55 +176,55 @@ class CaffeNet:
         return top if relu is None else self.relu(relu, top)
 
     def relu(self, name: str, bottom: str) -> str:
-        """In place."""
+        """Add a ReLU, in place."""
         return self.layer("ReLU", name, [bottom], bottom)
 
     def sigmoid(self, name: str, bottom: str) -> str:
-        """In place."""
+        """Add a sigmoid, in place."""
         return self.layer("Sigmoid", name, [bottom], bottom)
 
     def pool(
         self, name: str, bottom: str, kernel: int, stride: int, pad: int = 0, method: str = "MAX"
     ) -> str:
-        """Caffe's pooling, which rounds its output size up."""
+        """Add a pooling layer; Caffe rounds its output size up."""
         params = {"pool": method, "kernel_size": kernel, "stride": stride}
         params |= {"pad": pad} if pad else {}
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
 
     def global_pool(self, name: str, bottom: str) -> str:
-        """The mean over the image."""
+        """Add a global average pool."""
         params = {"pool": "AVE", "global_pooling": True}
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
 
     def fc(self, name: str, bottom: str, weight: Any, bias: Any = None) -> str:
-        """An inner product; ``weight`` is (out, in)."""
+        """Add an inner product; ``weight`` has the shape (out, in)."""
         params: dict[str, Any] = {"num_output": weight.shape[0]}
         params |= {"bias_term": False} if bias is None else {}
         blobs = [weight] if bias is None else [weight, bias]
         return self.layer("InnerProduct", name, [bottom], name, blobs, inner_product_param=params)
 
     def axpy(self, name: str, gate: str, residual: str, shortcut: str) -> str:
-        """The SENet authors' join: gate * residual + shortcut."""
+        """Add the SENet authors' Axpy layer: gate * residual + shortcut."""
         return self.layer("Axpy", name, [gate, residual, shortcut], name)
 
     def add(self, name: str, *bottoms: str) -> str:
-        """A sum, elementwise."""
+        """Add an elementwise sum."""
         return self.layer("Eltwise", name, list(bottoms), name, eltwise_param={"operation": "SUM"})
 
     def concat(self, name: str, *bottoms: str) -> str:
-        """A concatenation of channels."""
+        """Add a concatenation of channels."""
         return self.layer("Concat", name, list(bottoms), name)
 
     def dropout(self, name: str, bottom: str, ratio: float) -> str:
-        """In place; without effect in testing."""
+        """Add a dropout layer, in place; it has no effect at test time."""
         return self.layer("Dropout", name, [bottom], bottom, dropout_param={"dropout_ratio": ratio})
 
     def softmax(self, name: str, bottom: str) -> str:
-        """Over the channels."""
+        """Add a softmax over the channels."""
         return self.layer("Softmax", name, [bottom], name)
 
     def gate_channels(self, name: str, bottom: str, gate: str) -> str:
-        """SE-BN-Inception's way to apply a gate: a Reshape to (N, C) and a Scale of axis 0."""
+        """Apply a gate as SE-BN-Inception does: a Reshape to (N, C) and a Scale of axis 0."""
         flat = self.layer(
             "Reshape",
             f"{name}_prob_reshape",
@@ -236,14 +238,14 @@ class CaffeNet:
         )
 
     def write(self, prototxt: Path, caffemodel: Path, *, for_opencv: bool = False) -> None:
-        """Writes both files.
+        """Write the definition and the weights.
 
         Args:
-            prototxt: the definition.
-            caffemodel: the numbers.
-            for_opencv: exchange the last two bottoms of every Axpy in the definition, because
-                OpenCV's importer gates the third, and the authors' layer the second. (It also
-                takes a gate for one image only: give it images one by one.)
+            prototxt: The file of the definition.
+            caffemodel: The file of the weights.
+            for_opencv: Exchange the last two inputs of every Axpy in the definition, because
+                OpenCV's importer applies the gate to the third, the authors' layer to the second.
+                (OpenCV also supports only one image per batch there.)
         """
         Path(prototxt).write_text(self.prototxt(for_opencv=for_opencv))
         Path(caffemodel).write_bytes(self.caffemodel())
@@ -267,14 +269,14 @@ class CaffeNet:
     def caffemodel(
         self, *, legacy_shapes: bool = False, doubles: bool = False, packed: bool = True
     ) -> bytes:
-        """The numbers, with the layers' parameters, in today's format.
+        """Return the weights and the layers' parameters in the current format.
 
         Args:
-            legacy_shapes: state shapes in four dimensions (num, channels, height, width).
-            doubles: store double precision.
-            packed: store each array as one run of bytes, as Caffe does.
+            legacy_shapes: State shapes in four dimensions (num, channels, height, width).
+            doubles: Store double precision.
+            packed: Store each array as a packed field, as Caffe does.
         """
-        out = _bytes(1, self.name.encode())
+        out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = _bytes(1, layer["name"].encode()) + _bytes(2, layer["type"].encode())
             body += b"".join(_bytes(3, bottom.encode()) for bottom in layer["bottoms"])
@@ -286,11 +288,11 @@ class CaffeNet:
                 number, _, fields = _MESSAGES[name]
                 body += _bytes(number, _message(fields, params))
             out += _bytes(100, body)
-        return out
+        return bytes(out)
 
     def v1_caffemodel(self) -> bytes:
-        """The same in the format of 2014: V1LayerParameter, types as numbers, no BatchNorm."""
-        out = _bytes(1, self.name.encode())
+        """Return the weights in the format of 2014: V1LayerParameter without BatchNorm."""
+        out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = b"".join(_bytes(2, bottom.encode()) for bottom in layer["bottoms"])
             body += _bytes(3, layer["top"].encode()) + _bytes(4, layer["name"].encode())
@@ -301,7 +303,7 @@ class CaffeNet:
                 _, number, fields = _MESSAGES[name]
                 body += _bytes(number, _message(fields, params))
             out += _bytes(2, body)
-        return out
+        return bytes(out)
 
 
 def _text(name: str, value: Any, indent: str) -> list[str]:

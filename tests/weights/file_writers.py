@@ -1,18 +1,86 @@
-"""Files as other people's programs write them: Python 2's pickles and torch's first formats."""
+"""Writers of old file formats: pickles of Python 2 and torch's first formats."""
 
+import argparse
+import collections
+import datetime
+import decimal
+import enum
+import functools
 import io
+import pathlib
 import pickle
 import struct
 import tarfile
 import types
+import typing
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import omegaconf
 import torch
+import yacs.config
+
+
+class Mode(enum.Enum):
+    """Enum of a training script."""
+
+    TRAIN = "train"
+    TEST = "test"
+
+
+class EasyDict(dict):
+    """Dictionary with attributes, as in many training scripts."""
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+# Makers of objects that training scripts save next to a model.
+NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
+    "Namespace": lambda: argparse.Namespace(lr=0.1, out=pathlib.PosixPath("runs/1")),
+    "PosixPath": lambda: pathlib.PosixPath("runs/1"),
+    "PurePath": lambda: pathlib.PureWindowsPath("runs/1"),
+    "datetime": datetime.datetime.now,
+    "timezone": lambda: datetime.datetime.now(datetime.UTC),
+    "timedelta": lambda: datetime.timedelta(seconds=3),
+    "complex": lambda: 1 + 2j,
+    "slice": lambda: slice(1, 2),
+    "range": lambda: range(3),
+    "float": lambda: float,
+    "SimpleNamespace": lambda: types.SimpleNamespace(a=1),
+    "partial": lambda: functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Decimal": lambda: decimal.Decimal("1.5"),
+    "UUID": lambda: uuid.UUID(int=3),
+    "deque": lambda: collections.deque([1.0, 2.0], maxlen=20),
+    "defaultdict": lambda: [collections.defaultdict(EasyDict, a=1), EasyDict()],
+    "enum": lambda: [Mode.TRAIN, {Mode.TRAIN: 1, Mode.TEST: 2}],
+    "dict subclass": lambda: EasyDict(a=1, b=EasyDict(c=[1])),
+    "generic": lambda: typing.Dict[str, int],  # noqa: UP006 - list[int] is another class
+    "CfgNode": lambda: yacs.config.CfgNode({"MODEL": {"NAME": "x"}, "LR": 0.1}),
+    "DictConfig": lambda: omegaconf.OmegaConf.create({"model": {"name": "x", "sizes": [1, 2]}}),
+    "RandomState": lambda: np.random.RandomState(0),
+    "Generator": lambda: np.random.default_rng(0),
+    "module": lambda: torch.nn.CrossEntropyLoss(),
+}
+# The same, for torch.save: they hold tensors.
+NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
+    **NEXT_TO_A_MODEL,
+    "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2)),
+    "Optimizer": _optimizer,
+    "scheduler": lambda: torch.optim.lr_scheduler.StepLR(_optimizer(), 3),
+}
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2 did: both are its one string type."""
+    """Pickler that writes text and bytes as Python 2's single string type."""
 
     def __init__(self, file: Any, protocol: int = 2, **_: Any):
         super().__init__(file, protocol)
@@ -40,14 +108,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """A pickle as Python 2 and numpy of its time wrote it."""
+    """Return a pickle as written by Python 2 and numpy of that time."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def python2_torch_file(value: Any, path: Path) -> None:
-    """A file of ``torch.save`` under Python 2: the legacy format, with Python 2's strings."""
+    """Write a file of ``torch.save`` under Python 2: the legacy format with Python 2's strings."""
     module = types.SimpleNamespace(
         Pickler=Python2Pickler,
         dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),
@@ -58,9 +126,9 @@ def python2_torch_file(value: Any, path: Path) -> None:
 
 
 def tar_torch_file(tensors: dict[str, torch.Tensor], path: Path, **besides: Any) -> None:
-    """A file of torch's first format, before 0.1.12, with one storage a tensor.
+    """Write a file of torch's first format, before 0.1.12, with one storage per tensor.
 
-    Written from what ``torch.load`` still reads, and read by it in the tests.
+    The format follows the code of ``torch.load``, which reads these files in the tests too.
     """
     storages, views = io.BytesIO(), io.BytesIO()
     storages.write(python2_pickle(len(tensors)))

@@ -1,17 +1,17 @@
-"""Ways to damage a file, chosen by a seed."""
+"""Random damage to files, determined by a seed."""
 
 import struct
 from collections.abc import Callable
 
 import numpy as np
 
-# Lengths, counts and indices that readers trip over.
+# Lengths, counts and indices that readers may handle wrongly.
 _EXTREMES = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
 _EDGE = 256
 
 
 def _place(rng: np.random.Generator, data: bytes) -> int:
-    """A place in the file; every second one in its first or last bytes, where headers are."""
+    """Return a position in the file, half of the time in its first or last bytes (headers)."""
     edge = min(_EDGE, len(data))
     where = rng.integers(4)
     if where == 0:
@@ -100,15 +100,15 @@ MUTATIONS: tuple[Callable[[np.random.Generator, bytes, bytes], bytes], ...] = (
 
 
 def mutate(data: bytes, other: bytes, seed: int) -> tuple[str, bytes]:
-    """Damages a file once or twice.
+    """Damage a file once or twice.
 
     Args:
-        data: the file.
-        other: another file, pieces of which may be put into this one.
-        seed: the same seed damages in the same way.
+        data: The content of the file.
+        other: The content of another file, parts of which may be inserted.
+        seed: The seed, which determines the damage.
 
     Returns:
-        What was done, for a failing test's message, and the damaged file.
+        A description of the damage, for failure messages, and the damaged content.
     """
     rng = np.random.default_rng(seed)
     done = []

@@ -1,4 +1,4 @@
-"""Networks of other projects with random weights, and the comparison with ours."""
+"""Networks of other projects with random weights, and their comparison with this project's."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights and random norm statistics, such that signals neither die nor explode."""
+    """Set random weights and norm statistics that keep the signal's scale through many blocks."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -34,7 +34,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def peer(package: str, name: str, seed: int = 0) -> nn.Module:
-    """A network of a package on the package index, random; skips where that is not installed."""
+    """Build a random network of another package, or skip the test if it is not installed."""
     library = pytest.importorskip(package)
     if package == "timm":
         model = library.create_model(name)
@@ -42,19 +42,19 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
         model = library.models.get_model(name)
     else:
         model = getattr(library, name)(pretrained=None)
-        # Theirs is a window of 7 pixels, for images of 224 alone.
+        # The original has a window of 7 pixels and only supports images of 224.
         model.avg_pool = nn.AdaptiveAvgPool2d(1)
     return randomise(model, seed)
 
 
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
-    """Two images of sides divisible by 32, where no wrong geometry shows in a shape."""
+    """Return two images with sides divisible by 32, so that all geometries give equal shapes."""
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None = None) -> dict:
-    """res2 to res5, and logits, of a network that has ``layer1`` to ``layer4``."""
+    """Return res2 to res5 and logits of a network that has ``layer1`` to ``layer4``."""
     found: dict[str, Tensor] = {}
     modules = stages or [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [
@@ -70,13 +70,13 @@ def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None 
 
 @torch.no_grad()
 def outputs_of_ours(model: Classifier, x: Tensor) -> dict[str, Tensor]:
-    """The same of a classifier of this project."""
+    """Return res2 to res5 and logits of a classifier of this project."""
     stages = [getattr(model.backbone, name) for name in STAGES]
     return outputs_of_peer(model, x, stages)
 
 
 def worst(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """The largest difference of two networks' outputs, relative to the outputs' largest value."""
+    """Return the largest difference of two networks' outputs, relative to the largest value."""
     assert first.keys() == second.keys()
     differences = []
     for name, value in first.items():
@@ -86,13 +86,13 @@ def worst(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 
 def save(model: nn.Module, path: Path) -> Path:
-    """As its users save it."""
+    """Save a model's state dict and return the path."""
     torch.save(model.state_dict(), path)
     return path
 
 
 def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
-    """Loads, which must raise, and checks that the model stayed as it was."""
+    """Load a file that must raise an error, and check that the model is unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     preprocessing = getattr(model, "preprocessing", None)
     try:
@@ -104,7 +104,7 @@ def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
 
 
 def geometry_options(model: Classifier) -> dict[str, object]:
-    """How a classifier was built, in what files differ in."""
+    """Return the options of a classifier that differ between weight files."""
     block = model.backbone.res3[0]
     options: dict[str, object] = {"stem_pool": model.backbone.stem.pool}
     if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
@@ -118,10 +118,10 @@ def geometry_options(model: Classifier) -> dict[str, object]:
 
 
 def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Builds networks that take the same tensors and compute something else.
+    """Check networks of another geometry, which have the same tensors but other outputs.
 
-    Each must be refused by ``load_weights``; ``load_state_dict`` takes it, and the comparison with
-    the peer must then see it, or it could not have seen a wrong load either.
+    ``load_weights`` must raise an error for each. ``load_state_dict`` accepts the tensors; the
+    outputs must then differ from the peer's, which shows that the comparison detects such errors.
     """
     fixed["num_classes"] = right.linear.out_features
     options = {**geometry_options(right), **fixed}
@@ -130,7 +130,7 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
             continue
         other = {"pad": "ceil", "ceil": "pad", True: False, False: True}[options[name]]
         model = create_classifier(ours, **{**options, name: other}).eval()
-        with pytest.raises(UserError, match=rf"(?s)would still compute something else.*\({name}"):
+        with pytest.raises(UserError, match=rf"(?s)gives other outputs.*\({name}"):
             load_and_expect_no_change(model, path)
         model.load_state_dict(right.state_dict(), strict=True)
         assert worst(expected, outputs_of_ours(model, images())) > 1e-3, name
@@ -139,15 +139,15 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
 def check_peer(
     model: nn.Module, stages: list, path: Path, ours: str, family: str, **overrides: object
 ) -> Classifier:
-    """Loads a file, told to be of ``family``, and compares it with the network that wrote it.
+    """Load a file and compare the outputs with those of the network that it was saved from.
 
     Args:
-        model: that network.
-        stages: its modules that give our feature maps.
-        path: the file.
-        ours: the name of the model to load it into.
-        family: that the file has to be taken for.
-        overrides: of our model.
+        model: The network that the file was saved from.
+        stages: The modules of that network whose outputs are res2 to res5.
+        path: The file.
+        ours: The name of this project's model to load the file into.
+        family: The family that must be detected.
+        overrides: Options of this project's model.
     """
     expected = outputs_of_peer(model, images(), stages)
     created = create_classifier(ours, weights=path, **overrides).eval()

@@ -1,8 +1,8 @@
-"""Networks of projects that can't be installed, in plain PyTorch, from their published definitions.
+"""Networks of projects that can't be installed, in plain PyTorch, after their published code.
 
 Sources: mmpretrain's ``models/backbones/{resnet,seresnet}.py`` and ``models/utils/se_layer.py``;
 moskomule's ``senet/{se_module,se_resnet}.py``; Caffe2's and Detectron's ResNets (MSRA). Module
-names and order of operations are theirs; nothing here knows this project's names.
+names and the order of operations are the originals'; this project's names are not used.
 """
 
 import pickle
@@ -17,7 +17,7 @@ BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 class Activated(nn.Module):
-    """A convolution with its activation, under ``conv`` (mmcv's ConvModule)."""
+    """Convolution named ``conv`` and its activation, as mmcv's ConvModule."""
 
     def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -29,7 +29,7 @@ class Activated(nn.Module):
 
 
 class MMSELayer(nn.Module):
-    """mmpretrain's; before its layers were ConvModules they were convolutions."""
+    """SE layer of mmpretrain; older versions have plain convolutions instead of ConvModules."""
 
     def __init__(self, channels: int, wrapped: bool):
         super().__init__()
@@ -50,7 +50,7 @@ class MMSELayer(nn.Module):
 
 
 class BiasFreeSELayer(nn.Module):
-    """moskomule's: two linear layers without biases in a Sequential named ``fc``."""
+    """SE layer of moskomule: two linear layers without biases in a Sequential named ``fc``."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -67,7 +67,7 @@ class BiasFreeSELayer(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block; ``se`` is (attribute, module) or None."""
+    """Residual block; ``se`` is (attribute, module) or None."""
 
     def __init__(self, inputs, planes, stride, *, bottleneck, stride_in_1x1, se):
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A ResNet up to its last feature map, with torchvision's module names."""
+    """ResNet without a classifier, with torchvision's module names."""
 
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, se=None):
         super().__init__()
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
 
 
 class PlainClassifier(Backbone):
-    """A backbone with ``fc`` beside its stages, as torchvision's and moskomule's."""
+    """Classifier with ``fc`` next to the stages, as in torchvision and moskomule's project."""
 
     def __init__(self, depth: int, classes: int = 1000, **options):
         super().__init__(depth, **options)
@@ -143,7 +143,7 @@ class _Head(nn.Module):
 
 
 class MMClassifier(nn.Module):
-    """mmpretrain's ImageClassifier: ``backbone`` and ``head.fc``."""
+    """Classifier with the names of mmpretrain's ImageClassifier: ``backbone`` and ``head.fc``."""
 
     def __init__(self, depth: int, se: bool, wrapped: bool = True):
         super().__init__()
@@ -156,12 +156,12 @@ class MMClassifier(nn.Module):
 
 
 def moskomule(depth: int) -> nn.Module:
-    """moskomule's se_resnet."""
+    """Build moskomule's se_resnet."""
     return PlainClassifier(depth, se=("se", BiasFreeSELayer))
 
 
 def write_detectron2(model: PlainClassifier, path: Path) -> Path:
-    """As Detectron2's R-50.pkl of MSRA: Caffe2's names, numpy arrays, all four of a norm."""
+    """Write a file like Detectron2's MSRA R-50.pkl: Caffe2's names, norms with statistics."""
     norm = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean"}
     blobs = _caffe2_blobs(model, {**norm, "running_var": "running_var"})
     with open(path, "wb") as file:
@@ -170,7 +170,7 @@ def write_detectron2(model: PlainClassifier, path: Path) -> Path:
 
 
 def write_detectron1(model: PlainClassifier, path: Path) -> Path:
-    """As Detectron's R-50.pkl: the statistics folded into a scale and a bias."""
+    """Write a file like Detectron's R-50.pkl: statistics folded into a scale and a bias."""
     state = model.state_dict()
     for name in [name for name in state if name.endswith("running_var")]:
         norm = name.removesuffix(".running_var")

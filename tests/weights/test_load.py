@@ -1,6 +1,4 @@
-"""Every tensor is accounted for, or nothing is loaded."""
-
-import sys
+"""Tests of load_weights and save_weights: every tensor is accounted for, or loading fails."""
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from detectron2.modeling import Backbone
 from senet_transfer import UserError, create_backbone, create_classifier, load_weights, save_weights
 from senet_transfer.models import Classifier
 from senet_transfer.preprocessing import Preprocessing
-from tests.processes import call
 from tests.weights.detectors import detector
 from tests.weights.peers import load_and_expect_no_change, peer, randomise, save
 
@@ -19,18 +16,18 @@ AUTHORS = {"stem_pool": "ceil", "stride_in_1x1": True}
 
 @pytest.fixture(scope="module")
 def r18(tmp_path_factory):
-    """A plain ResNet-18 of torchvision."""
+    """Save a plain ResNet-18 of torchvision."""
     return save(peer("torchvision", "resnet18"), tmp_path_factory.mktemp("r18") / "r18.pth")
 
 
 @pytest.fixture(scope="module")
 def se_r18(tmp_path_factory):
-    """An SE-ResNet-18 of timm, whose backbone is built with `se_divisor=8`."""
+    """Save an SE-ResNet-18 of timm, whose backbone has `se_divisor=8`."""
     return save(peer("timm", "seresnet18"), tmp_path_factory.mktemp("se_r18") / "se_r18.pth")
 
 
 def _changed(path, folder, change):
-    """A copy of a file with its dict changed in place."""
+    """Write a copy of a file after ``change`` modified its dict in place."""
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, folder / "changed.pth")
@@ -38,7 +35,7 @@ def _changed(path, folder, change):
 
 
 def _is_filled_from(model, prefix, path):
-    """Whether the backbone's tensors are those that a backbone built from the file has."""
+    """Return whether the backbone's tensors equal those of a backbone built from the file."""
     backbone = create_backbone("se_resnet18", weights=path).state_dict()
     state = model.state_dict()
     return all(torch.equal(state[prefix + name], tensor) for name, tensor in backbone.items()
@@ -47,7 +44,7 @@ def _is_filled_from(model, prefix, path):
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_all_statistics_must_come_from_the_file(norm, r18, tmp_path):
-    """Trap: Detectron2's frozen norms fill missing statistics with 0 and 1 without a word."""
+    # Detectron2's frozen norms silently fill missing statistics with 0 and 1.
     path = _changed(r18, tmp_path, lambda state: state.pop("layer3.1.bn2.running_var"))
     model = create_backbone("resnet18", norm=norm)
     with pytest.raises(UserError, match=r"1 missing in the file: res4.1.conv2.norm.running_var"):
@@ -59,7 +56,7 @@ def test_frozen_norms_are_filled_and_have_no_counters(r18):
     report = load_weights(model, r18)
     expected = torch.load(r18, weights_only=True)["layer1.0.bn1.running_mean"]
     assert torch.equal(model.res2[0].conv1.norm.running_mean, expected)
-    assert "a counter that frozen norms don't keep" in report.ignored.values()
+    assert "num_batches_tracked: frozen norms do not have it" in report.ignored.values()
 
 
 def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
@@ -71,9 +68,9 @@ def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
     with pytest.raises(UserError) as error:
         load_and_expect_no_change(create_backbone("resnet18"), _changed(r18, tmp_path, change))
     message = str(error.value)
-    assert "taken for torchvision_v1" in message
+    assert "detected as torchvision_v1" in message
     assert "1 missing in the file: res2.0.conv1.weight" in message
-    assert "2 left over: layer9.weights, layer1.0.conv1.weight_" in message
+    assert "2 unexpected: layer9.weights, layer1.0.conv1.weight_" in message
     assert "res3.0.conv1.norm.bias ((7,) in the file, (128,) in the model)" in message
 
 
@@ -88,7 +85,7 @@ def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
     report = load_weights(model, r18)
     names = {name for name in model.state_dict() if ".se." in name}
     assert set(report.initialised) == names
-    assert set(report.initialised.values()) == {"SE layers: the file is of a plain network"}
+    assert set(report.initialised.values()) == {"SE layers: the file has none"}
     assert "SE layers" in str(report)
 
 
@@ -107,7 +104,7 @@ def test_a_classifier_of_another_size_is_new_which_is_said(r18):
     model = create_classifier("resnet18", 10)
     before = model.linear.weight.clone()
     report = load_weights(model, r18)
-    why = "the classifier: 1000 classes in the file, 10 in the model"
+    why = "classifier: 1000 classes in the file, 10 in the model"
     assert report.initialised == {"linear.weight": why, "linear.bias": why}
     assert torch.equal(model.linear.weight, before)
 
@@ -118,16 +115,18 @@ def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
     assert {"the backbone ends before res4", "the backbone ends before res5"} < set(
         report.ignored.values()
     )
-    assert report.ignored["fc.weight"] == "the classifier: the model has none"
+    assert report.ignored["fc.weight"] == "classifier: the model has none"
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
 def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path):
-    """The C4 head's res5 is the backbone's."""
+    # res5 of a C4 head is loaded from the backbone's res5.
     model = detector("resnet18", kind=kind, NORM="BN")
     plain = save(peer("torchvision", "resnet18"), tmp_path / "plain.pth")
     report = _load_rgb(model, plain)
-    assert set(report.initialised.values()) == {"parts around the backbone: not in the file"}
+    assert set(report.initialised.values()) == {
+        "detector parts outside the backbone: the file has none"
+    }
     backbone = create_backbone("resnet18", weights=plain).state_dict()
     state = model.state_dict()
     for name, tensor in backbone.items():
@@ -140,7 +139,7 @@ def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path
 
 
 def _load_rgb(model, path):
-    """Loads a file of RGB images into a detector that was built without it."""
+    """Load a file for RGB images into a detector that was not built from it."""
     model.input_format = "RGB"
     model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
     model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])
@@ -148,7 +147,7 @@ def _load_rgb(model, path):
 
 
 def test_a_detector_refuses_pixels_of_another_kind(r18):
-    """Trap: channel order, mean and std show in no tensor."""
+    # No tensor's shape depends on channel order, mean and std.
     with pytest.raises(UserError, match="INPUT.FORMAT") as error:
         load_and_expect_no_change(detector("resnet18"), r18)
     assert "MODEL.PIXEL_MEAN" in str(error.value)
@@ -179,7 +178,7 @@ def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
     report = load_weights(model, tmp_path / "coco.pth")
 
     assert {name.rpartition(".")[0] for name in report.initialised} == predictors
-    assert set(report.initialised.values()) == {"predictors of another class count"}
+    assert set(report.initialised.values()) == {"predictors for another number of classes"}
     assert not report.ignored
     for name, tensor in model.state_dict().items():
         expected = before if name in report.initialised else coco.state_dict()
@@ -188,7 +187,7 @@ def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
 
 def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path):
     torch.save({"model": detector("resnet18", kind="fpn").state_dict()}, tmp_path / "fpn.pth")
-    with pytest.raises(UserError, match="(?s)missing in the file.*left over"):
+    with pytest.raises(UserError, match="(?s)missing in the file.*unexpected"):
         load_and_expect_no_change(detector("resnet18", kind="retinanet"), tmp_path / "fpn.pth")
     state = detector("resnet18", kind="fpn").state_dict()
     state.pop("backbone.fpn_lateral3.weight")
@@ -203,7 +202,7 @@ def test_a_detector_s_backbone_can_be_taken_out(kind, tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
     backbone = create_backbone("se_resnet18", norm="FrozenBN")
     report = load_weights(backbone, tmp_path / "detector.pth")
-    assert set(report.ignored.values()) == {"parts of a detector: the model is none"}
+    assert set(report.ignored.values()) == {"detector parts: the model is not a detector"}
     prefix = "roi_heads." if kind == "c4" else "backbone.bottom_up."
     state = model.state_dict()
     assert torch.equal(backbone.res5[0].se.fc1.weight, state[f"{prefix}res5.0.se.fc1.weight"])
@@ -226,7 +225,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("whole", [True, False], ids=["classifier", "backbone"])
 def test_own_files_say_what_they_are(suffix, whole, tmp_path):
-    """Geometry and preprocessing travel inside, and come back with the weights."""
+    # The file contains geometry and preprocessing, which are restored with the weights.
     path = tmp_path / f"own{suffix}"
     first = randomise(create_classifier("se_resnet50", 10, se_ratio=8, **AUTHORS))
     first.backbone.preprocessing = Preprocessing("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 300, 299)
@@ -283,9 +282,9 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path):
+def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path, run_python):
     paths = [tmp_path / f"own{suffix}" for suffix in (".pth", ".safetensors")]
-    done = call(sys.executable, "-c", FULL, *paths)
+    done = run_python("-c", FULL, *paths)
     assert done.returncode == 0, done.stderr
     for line, path in zip(done.stdout.splitlines(), paths, strict=True):
         assert line.startswith(f"{path} can't be written: ")
@@ -294,7 +293,7 @@ def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path):
 
 
 class OtherBackbone(Backbone):
-    """A backbone without residual stages."""
+    """Backbone without residual stages."""
 
     def __init__(self):
         super().__init__()
@@ -326,10 +325,10 @@ def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_
 
 
 def _forced(path):
-    """A file whose names say nothing: the family has to be given."""
-    with pytest.raises(UserError, match="names of no family"):
+    # The family can't be detected from these names and must be given.
+    with pytest.raises(UserError, match="match no known family"):
         load_weights(OtherBackbone(), path)
-    with pytest.raises(UserError, match="taken for senet_transfer"):
+    with pytest.raises(UserError, match="detected as senet_transfer"):
         load_weights(OtherBackbone(), path, family="senet_transfer")
     torch.save({"block.weight": torch.zeros(8, 3, 3, 3), "x.norm.running_var": torch.ones(8),
                 "linear.weight": torch.zeros(4, 8)}, path)  # fmt: skip
@@ -343,6 +342,6 @@ def test_the_report_reads_well(r18, caplog):
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
     assert "could also be: torchvision_v2, timm" in text
-    assert "initialised, 32 (SE layers: the file is of a plain network): backbone.res2.0.se" in text
+    assert "initialised, 32 (SE layers: the file has none): backbone.res2.0.se" in text
     assert "and 20 more" in text
     assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

@@ -1,4 +1,4 @@
-"""A web server on this machine that gives files, well or badly."""
+"""Local web server for download tests, with simulated failures."""
 
 import re
 import threading
@@ -7,12 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Site:
-    """What the server gives, and what it was asked for.
+    """Content and behaviour of the server, and a log of its requests.
 
     Attributes:
-        pages: path to (status, headers, body).
-        breaks: how many answers are cut off after half of the body, from now on.
-        ranges: whether parts of a file can be asked for.
+        pages: (status, headers, body) by path.
+        breaks: The number of next responses that are cut off after half of the body.
+        ranges: Whether range requests are supported.
         asked: the paths and ranges that were asked for, in order.
     """
 
@@ -24,7 +24,7 @@ class Site:
         self.asked: list[tuple[str, str | None]] = []
 
     def add(self, name: str, body: bytes, status: int = 200, **headers: str) -> str:
-        """Puts up a file and returns its address."""
+        """Serve a file and return its address."""
         headers = {key.replace("_", "-"): value for key, value in headers.items()}
         headers = {"Content-Type": "application/octet-stream", "ETag": '"1"', **headers}
         self.pages[f"/{name}"] = (status, headers, body)
@@ -57,12 +57,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def serving():
-    """A site that is up as long as the block runs."""
+    """Yield a site that is served until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     site = Site(server.server_address[1])

@@ -1,10 +1,10 @@
-"""Paired timing: candidates in turn, round after round, and ratios with their 95% interval.
+"""Paired timing of candidates, and ratios with 95% confidence intervals.
 
-A machine's speed drifts by more than what is to be told apart, so candidates are never timed one
-after the other: each round times every one once, and a ratio is taken within the round. And two
-builds of one network differ by where their memory lies, so there is a control: the baseline built
-twice. Rounds are added until the control's interval lies within the tolerance around 1; where
-that does not happen in time, the comparison says that it is unresolved.
+The speed of a machine drifts by more than the differences to measure. Therefore every round times
+each candidate once, and ratios are computed within a round. Two instances of the same network also
+differ because of their location in memory, so the baseline is built twice and the second instance
+serves as control. Rounds are added until the control's interval is within the tolerance around 1.
+If this isn't reached in time, the comparison is reported as unresolved.
 """
 
 import gc
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-# Of 11, the interval leaves out the outermost two, which something else may have disturbed.
+# With 11 rounds, the interval excludes the lowest and highest ratio, which may be disturbed.
 MIN_ROUNDS = 11
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of the rounds' ratios, and an interval that holds it with 95% confidence.
+    """The median of the rounds' ratios with its 95% confidence interval.
 
-    The interval is that of the order statistics: it assumes no distribution, and rounds that
-    something else on the machine disturbed don't widen it as they would one of a mean.
+    The interval is computed from order statistics. It assumes no distribution, and disturbed rounds
+    widen it less than the interval of a mean.
     """
 
     value: float
@@ -36,13 +36,13 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: list[float]) -> "Ratio":
-        """The median of a sample, of 6 or more values for 95%; of fewer, with their range."""
+        """Compute the median and its interval; with fewer than 6 values, their range is used."""
         ordered = sorted(ratios)
         skip = _outside(len(ordered))
         return cls(statistics.median(ordered), ordered[skip], ordered[-1 - skip])
 
     def within(self, tolerance: float) -> bool:
-        """Whether the whole interval is this close to 1."""
+        """Return True if the whole interval is within ``tolerance`` of 1."""
         return abs(self.low - 1) <= tolerance and abs(self.high - 1) <= tolerance
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """How many values at either end may be left outside of a 95% interval of the median."""
+    """Return the number of values at each end to exclude from the median's 95% interval."""
     tail, skip = 0.0, 0
     while skip < (count - 1) // 2:
         tail += math.comb(count, skip) / 2**count
@@ -62,16 +62,16 @@ def _outside(count: int) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured.
+    """Timings of several candidates.
 
     Attributes:
-        what: in words.
-        baseline: the candidate that ratios are over.
-        seconds: of every candidate, a value a round.
-        control: the name of the candidate that is the baseline built again; None for none.
-        tolerance: how near to 1 the control's interval has to be.
-        pairs: further ratios to tell: of the first candidate over the second.
-        notes: further facts, for the JSON.
+        what: Description of the comparison.
+        baseline: The candidate in the denominator of all ratios.
+        seconds: Seconds of each candidate, one value per round.
+        control: The candidate that is a second instance of the baseline, or None.
+        tolerance: The largest distance of the control's interval from 1.
+        pairs: Pairs of candidates whose ratio, first over second, is reported in addition.
+        notes: Additional entries for the JSON file.
     """
 
     what: str
@@ -83,17 +83,17 @@ class Comparison:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str | None = None) -> Ratio:
-        """Of one candidate over another; None is the baseline."""
+        """Return the ratio of one candidate over another, by default over the baseline."""
         below = self.seconds[over or self.baseline]
         return Ratio.of([a / b for a, b in zip(self.seconds[name], below, strict=True)])
 
     @property
     def resolved(self) -> bool:
-        """Whether the control lies within the tolerance; without a control it does not."""
+        """True if there is a control and its interval is within the tolerance."""
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: medians and spreads (the quartiles' distance) in seconds, and the ratios."""
+        """Return medians and interquartile ranges in seconds, and the ratios, for JSON."""
         rows = {}
         for name, values in self.seconds.items():
             low, _, high = statistics.quantiles(values if len(values) > 1 else 2 * values, n=4)
@@ -147,20 +147,20 @@ def compare(
     pairs: Sequence[tuple[str, str]] = (),
     profile: bool = False,
 ) -> Comparison:
-    """Times functions against each other.
+    """Time functions against each other.
 
     Args:
-        what: is compared, in words.
-        candidates: functions without arguments, by name.
-        baseline: the name of the one that ratios are over.
-        control: the name of a candidate that is the baseline, built again.
-        seconds: may be spent, beyond the warm-up and the first rounds. A control within the
-            tolerance ends the comparison earlier, after half of this.
-        tolerance: see :class:`Comparison`.
-        warm_up: calls of each before the first round.
-        min_rounds: however long they take; an interval needs 6.
-        pairs: see :class:`Comparison`.
-        profile: where each candidate's time and memory go, in one more call, in the notes.
+        what: Description of the comparison.
+        candidates: Functions without arguments, by name.
+        baseline: The name of the candidate in the denominator of all ratios.
+        control: The name of a candidate that is a second instance of the baseline.
+        seconds: Time budget in seconds, after the warm-up and ``min_rounds``. The comparison ends
+            after half of it if the control is within the tolerance.
+        tolerance: See :class:`Comparison`.
+        warm_up: The number of calls of each candidate before the first round.
+        min_rounds: The smallest number of rounds. A 95% interval needs 6.
+        pairs: See :class:`Comparison`.
+        profile: Profile time and memory of each candidate in one additional call, for the notes.
     """
     for _ in range(warm_up):
         for function in candidates.values():
@@ -169,7 +169,7 @@ def compare(
     order, shuffle = list(candidates), random.Random(0)
     start = time.perf_counter()
     while True:
-        # The order changes, since a candidate finds the caches as the one before left them.
+        # Shuffle the order because the previous candidate affects the state of the caches.
         shuffle.shuffle(order)
         for name in order:
             times[name].append(_time(candidates[name]))
@@ -197,7 +197,7 @@ def _profile(function: Callable[[], object]) -> str:
 
 
 def _time(function: Callable[[], object]) -> float:
-    # The young generations alone: what a candidate leaves in cycles, not all that was imported.
+    # Collect only the young generations, which contain the garbage of the previous candidate.
     gc.collect(1)
     gc.disable()
     synchronise()
@@ -210,6 +210,6 @@ def _time(function: Callable[[], object]) -> float:
 
 
 def synchronise() -> None:
-    """Waits for what a GPU, if there is one, was told to do."""
+    """Wait until all kernels on the GPU, if there is one, have finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The part ``detector``: a training step of Faster R-CNN, with gates over without."""
+"""Benchmark ``detector``: a training step of Faster R-CNN with and without SE."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ HEIGHT, WIDTH, IMAGES, PROPOSALS, CLASSES = 320, 480, 2, 128, 80
 
 
 def recipe(se: bool) -> CfgNode:
-    """Faster R-CNN with R50-FPN as Detectron2's configs have it, frozen norms, stem and res2."""
+    """Return the config of Detectron2's Faster R-CNN R50-FPN, with frozen norms, stem and res2."""
     cfg = get_senet_config()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.BACKBONE.NAME = "build_senet_fpn_backbone"
@@ -41,10 +41,10 @@ def recipe(se: bool) -> CfgNode:
 
 
 def build(se: bool, device: str) -> nn.Module:
-    """The recipe's detector with random weights, whose proposals are the same for every network.
+    """Build the detector with random weights and fixed proposals.
 
-    With random weights, what the region proposal network proposes differs between networks, and
-    with it the work of the heads, by more than a gate costs.
+    With random weights, the proposals and therefore the cost of the ROI heads differ between
+    networks by more than the cost of the gates.
     """
     cfg = recipe(se)
     cfg.MODEL.DEVICE = device
@@ -54,7 +54,7 @@ def build(se: bool, device: str) -> nn.Module:
 
 
 def boxes(count: int, device: str, seed: int) -> Boxes:
-    """Random boxes, in pixels of the image."""
+    """Return random boxes in pixels."""
     draw = torch.Generator().manual_seed(seed)
     size = torch.tensor([WIDTH, HEIGHT])
     low = torch.rand(count, 2, generator=draw) * 0.7 * size
@@ -63,7 +63,7 @@ def boxes(count: int, device: str, seed: int) -> Boxes:
 
 
 def proposals(device: str) -> list[Instances]:
-    """The same for every network and step."""
+    """Return fixed proposals, which are the same for every network and step."""
     found = []
     for image in range(IMAGES):
         instances = Instances((HEIGHT, WIDTH))
@@ -74,7 +74,7 @@ def proposals(device: str) -> list[Instances]:
 
 
 def batch(device: str) -> list[dict]:
-    """Two random images with ten objects each."""
+    """Return a batch of images with ten random objects each."""
     inputs = []
     for image in range(IMAGES):
         instances = Instances((HEIGHT, WIDTH))
@@ -86,7 +86,7 @@ def batch(device: str) -> list[dict]:
 
 
 def training_step(model: nn.Module, device: str) -> Callable[[], None]:
-    """Forward and backward, with the same draws of anchors and proposals every time."""
+    """Return a function that runs a forward and backward pass with the same random seed."""
     inputs = batch(device)
 
     def step() -> None:
@@ -98,7 +98,7 @@ def training_step(model: nn.Module, device: str) -> Callable[[], None]:
 
 
 def measure_detector(options: Options) -> Iterator[Row]:
-    """Faster R-CNN, R50-FPN, with the same proposals fed to both: time and peak memory."""
+    """Measure time and peak memory of Faster R-CNN R50-FPN with fixed proposals."""
     names = {"plain": False, "plain again": False, "SE": True}
     with _quiet():
         models = {name: build(se, options.device) for name, se in names.items()}
@@ -119,7 +119,7 @@ def measure_detector(options: Options) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Detectron2's modules write to the storage of a train loop, if there is one."""
+    """Provide the EventStorage that Detectron2's modules write to during training."""
     from detectron2.utils.events import EventStorage
 
     with EventStorage():

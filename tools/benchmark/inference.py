@@ -1,7 +1,8 @@
-"""The part ``inference``: classifiers in every mode, beside the plain network and timm's gates."""
+"""Benchmark ``inference``: classifiers in every mode, compared with ResNet-50 and timm."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,9 @@ from senet_transfer.utils.private_api import inductor_freezing
 if TYPE_CHECKING:
     import onnxruntime
 
-try:
-    import timm
-except ImportError:  # A package for development.
-    timm = None
-
 
 def measure_inference(options: Options) -> Iterator[Row]:
-    """ResNet-50 and SE-ResNet-50 at 224 px: eager and compiled beside timm, and, on a CPU, ONNX."""
+    """Measure ResNet-50 and SE-ResNet-50 at 224 px: eager, compiled and, on a CPU, ONNX Runtime."""
     models, pairs = _models(options.device)
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)
@@ -54,7 +50,7 @@ def measure_inference(options: Options) -> Iterator[Row]:
 
 
 def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
-    """By name, and which are each other's peers."""
+    """Return the models by name, and the pairs of equivalent models."""
     gated = create_classifier("se_resnet50")
     models = {
         "plain": create_classifier("resnet50"),
@@ -62,9 +58,13 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
         "SE": gated,
         "SE deployed": deploy(gated),
     }
-    pairs = []
-    if timm is not None:
-        # Whose stride and pool are those of the Caffe files.
+    pairs: list[tuple[str, str]] = []
+    try:
+        import timm
+    except ImportError:  # timm is an optional package for development.
+        pass
+    else:
+        # timm's legacy_seresnet50 has the stride and the pooling of the Caffe files.
         caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
         models["SE, Caffe's geometry"] = caffe
         models["timm seresnet50"] = timm.create_model("seresnet50")
@@ -77,9 +77,9 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
 
 
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """As torch's compiler does it best: channels last, and weights that don't change any more.
+    """Compile a model with torch's fastest options: channels last and frozen weights.
 
-    The latter is what ``TORCHINDUCTOR_FREEZING=1`` in the environment asks for.
+    The environment variable ``TORCHINDUCTOR_FREEZING=1`` also freezes weights.
     """
     last = torch.channels_last
     model = torch.compile(deploy(model).to(memory_format=last), dynamic=False)
@@ -92,15 +92,12 @@ def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
 def _in_onnx(models: dict[str, nn.Module], batch: int) -> dict[str, Callable[[], object]]:
     images = {"images": torch.rand(batch, 3, 224, 224).numpy()}
     sessions = {name: _session(models[name]) for name in ("plain", "plain again", "SE")}
-    return {
-        name: lambda session=session: session.run(None, images)
-        for name, session in sessions.items()
-    }
+    return {name: partial(session.run, None, images) for name, session in sessions.items()}
 
 
 def _compare(
     what: str,
-    ways: dict[str, Callable[[], object]],
+    ways: Mapping[str, Callable[[], object]],
     options: Options,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Comparison:
@@ -116,7 +113,7 @@ def _compare(
 
 
 def inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward pass without gradients."""
+    """Return a function that runs a forward pass without gradients."""
 
     def step() -> None:
         with torch.inference_mode():
@@ -126,16 +123,16 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def _session(model: nn.Module) -> "onnxruntime.InferenceSession":
-    """As ``tools/export.py`` writes it, with as many threads as torch has.
+    """Export a model as ``tools/export.py`` does and load it with as many threads as torch uses.
 
     Raises:
-        UserError: a package of the extra ``export`` is missing.
+        UserError: If a package of the extra ``export`` is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         preprocessing = Preprocessing()
         export_network(model, path, form="onnx", preprocessing=preprocessing, size=(224, 224))
-        import onnxruntime  # after the export, which tells what to install where it is missing
+        import onnxruntime  # after the export, whose error names the missing package
 
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()

@@ -1,9 +1,9 @@
-"""The part ``loader``: training batches from JPEG, beside torchvision's and webdataset's ways."""
+"""Benchmark ``loader``: training batches from JPEG, compared with torchvision and webdataset."""
 
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from senet_transfer.data.shards.tar import ShardWriter
 
 IMAGES, BATCH, SIZE = 256, 32, 224
 
-# Torchvision's recipe for ImageNet.
+# Torchvision's augmentation for ImageNet.
 RECIPE = [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]
 NORMALISE = [
     v2.ToImage(),
@@ -36,7 +36,7 @@ NORMALISE = [
 
 
 def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> None:
-    """JPEGs of smooth random colours in two folders, a class each: about a photograph's bytes."""
+    """Write JPEG images of smooth random colours for two classes, about as large as photographs."""
     draw = np.random.default_rng(0)
     for index in range(images):
         coarse = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)
@@ -47,7 +47,7 @@ def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> N
 
 
 def write_shard(folder: Path, shard: Path) -> None:
-    """The folder's images as one tar, as webdataset reads it."""
+    """Write a folder's images to a tar shard that webdataset can read."""
     with shard.open("wb") as file:
         writer = ShardWriter(file)
         for index, path in enumerate(sorted(folder.rglob("*.jpg"))):
@@ -59,7 +59,7 @@ def write_shard(folder: Path, shard: Path) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch has a single thread, as in a worker of a DataLoader."""
+    """Limit torch to a single thread, as in a worker of a DataLoader."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 
 def measure_loader(options: Options) -> Iterator[Row]:
-    """Random crops of 224 px from images of two sizes, in one process: images/s of one core."""
+    """Measure random 224 px crops from images of two sizes in one process, in images/s."""
     for sizes in ((256, 256), (500, 375)):
         with tempfile.TemporaryDirectory() as name, one_thread():
             folder, shard = Path(name) / "images", Path(name) / "shard.tar"
@@ -130,11 +130,11 @@ def _ours(folder: Path) -> Callable[[], None]:
 
 
 def _bare(files: list[bytes]) -> None:
-    """What no loader can do without: decoding each image and resizing a crop of it."""
+    """Decode each image and resize a random crop: the minimum that any loader must do."""
     for data in files:
         RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 
 
-def _exhaust(batches) -> None:
+def _exhaust(batches: Iterable[object]) -> None:
     for _ in batches:
         pass

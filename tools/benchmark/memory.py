@@ -1,4 +1,4 @@
-"""What training keeps: the activations that autograd saves, and the peak of a whole step."""
+"""Memory of training: activations saved for the backward pass, and the peak of a step."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 
 def saved_bytes(function: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of a function.
+    """Return the number of bytes that autograd saves for the backward pass of a function.
 
-    Each storage counts once, whole, however many operators keep it or parts of it. Parameters and
-    buffers don't count; the input of the model does.
+    Each storage is counted once with its full size, even if several operators save it or views of
+    it. The input of the model is counted, its parameters and buffers are not.
 
     Args:
-        function: the forward pass, on a graph that is still held when it returns.
-        model: whose parameters and buffers are left out.
+        function: The forward pass. Its graph must still be alive when it returns.
+        model: The model whose parameters and buffers are not counted.
     """
     own = {_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
-    # Held, so that no storage is freed and its address given to another.
+    # Keep references, so that no storage is freed and its address reused.
     held = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def _key(tensor: Tensor) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
-    """The highest number of bytes that tensors occupied at once while a function ran.
+    """Return the peak number of bytes allocated for tensors while a function runs.
 
-    On a GPU this is the allocator's own count. On a CPU it is the sum over torch's allocations
-    and releases as its profiler records them, over what was there at the start.
+    On a GPU this is the peak of the caching allocator. On a CPU it is computed from the allocations
+    and deallocations in torch's profiler. Memory allocated before the call isn't counted.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -61,7 +61,7 @@ def _allocations(profile: torch.profiler.profile) -> Iterable[int]:
 
 
 def highest_sum(steps: Iterable[int]) -> int:
-    """The highest partial sum of positive and negative steps, or 0."""
+    """Return the largest partial sum of the steps, at least 0."""
     total = highest = 0
     for step in steps:
         total += step

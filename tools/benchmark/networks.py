@@ -1,4 +1,4 @@
-"""The parts ``block`` and ``backbone``: what the gate costs in training, over the plain network."""
+"""Benchmarks ``block`` and ``trunk``: training cost of SE, compared with the network without SE."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +17,17 @@ from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
+_BLOCKS = {"plain": BottleneckBlock, "plain again": BottleneckBlock, "SE": SEBottleneckBlock}
+
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """Command-line options of the benchmark.
 
     Attributes:
-        seconds: that one comparison may take, about.
+        seconds: Approximate duration of one comparison.
         device: "cpu" or "cuda".
-        profile: whether to show where time and memory go.
+        profile: Show a profile of time and memory.
     """
 
     seconds: float = 20.0
@@ -34,7 +36,10 @@ class Options:
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward with a fixed gradient at every output, so that no loss adds to it."""
+    """Return a function that runs a forward pass, and a backward pass with fixed gradients.
+
+    The fixed gradients of the outputs avoid the cost of a loss.
+    """
     gradients: list[torch.Tensor] = []
 
     def step() -> None:
@@ -46,19 +51,19 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def _outputs(found: object) -> list[torch.Tensor]:
+def _outputs(found: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor]:
     values = found.values() if isinstance(found, dict) else [found]
     return [value for value in values if value.requires_grad]
 
 
 def saved(model: nn.Module, x: torch.Tensor) -> float:
-    """MB that the forward pass keeps for the backward pass."""
+    """Return the MB that the forward pass saves for the backward pass."""
     outputs = []
     return saved_bytes(lambda: outputs.append(model(x)), model) / 1e6
 
 
 def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """The model in training mode, with gates as training leaves them: not all alike."""
+    """Return the model in training mode, with gates of random weights as after training."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("fc2.weight"):
@@ -67,15 +72,13 @@ def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
 
 
 def measure_block(options: Options) -> Iterator[Row]:
-    """One bottleneck of every stage, at the sizes of 224 px: step and what it keeps."""
+    """Measure a training step and saved memory of a bottleneck in each stage, at 224 px."""
     for norm in ("BN", "FrozenBN"):
         for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
-            arguments = {"bottleneck_channels": width, "norm": norm}
             x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
             blocks = {
-                "plain": BottleneckBlock(4 * width, 4 * width, **arguments),
-                "plain again": BottleneckBlock(4 * width, 4 * width, **arguments),
-                "SE": SEBottleneckBlock(4 * width, 4 * width, **arguments),
+                name: block(4 * width, 4 * width, bottleneck_channels=width, norm=norm)
+                for name, block in _BLOCKS.items()
             }
             steps = {
                 name: training_step(trained(block, options.device), x)
@@ -95,14 +98,14 @@ def measure_block(options: Options) -> Iterator[Row]:
 
 
 def detection_backbone(name: str, device: str = "cpu") -> FPN:
-    """The R50-FPN recipe's backbone: frozen norms, stem and res2 frozen."""
+    """Build the R50-FPN backbone with frozen norms, stem and res2."""
     backbone = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
     fpn = FPN(backbone, STAGES, 256, top_block=LastLevelMaxPool())
     return trained(fpn, device)
 
 
 def measure_backbone(options: Options) -> Iterator[Row]:
-    """SE-ResNet-50 over ResNet-50: time in detection, and what training keeps."""
+    """Measure the training time in detection and the saved memory of SE-ResNet-50."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}

@@ -1,4 +1,4 @@
-"""What a part of the benchmark returns: printed, and as JSON with the machine it ran on."""
+"""Output of the benchmark as text, and as JSON with a description of the machine."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from benchmark.compare import Comparison
 
 @dataclass(frozen=True)
 class Amounts:
-    """Amounts that are counted, not timed, so that one value each is all there is.
+    """Amounts that are counted instead of timed, with a single value per candidate.
 
     Attributes:
-        what: is counted, in words.
-        unit: such as "MB".
-        baseline: the candidate that ratios are over.
-        values: by candidate.
+        what: Description of the amount.
+        unit: The unit, such as "MB".
+        baseline: The candidate in the denominator of all ratios.
+        values: The value of each candidate.
     """
 
     what: str
@@ -30,11 +30,11 @@ class Amounts:
     values: Mapping[str, float]
 
     def ratio(self, name: str) -> float:
-        """Of one candidate over the baseline."""
+        """Return the ratio of a candidate over the baseline."""
         return self.values[name] / self.values[self.baseline]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values and ratios for JSON."""
         rows = {
             name: {"value": value, "ratio": self.ratio(name)} for name, value in self.values.items()
         }
@@ -54,7 +54,7 @@ Row = Comparison | Amounts
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, threads, GPU, versions."""
+    """Describe the machine: processor, cores, threads, GPU and versions."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -71,12 +71,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass  # Not Linux.
+        pass  # The file exists only on Linux.
     return platform.processor() or platform.machine()
 
 
 def write_json(path: str, parts: Mapping[str, list[Row]], command: str) -> None:
-    """Writes all that was measured."""
+    """Write all results to a JSON file."""
     result = {
         "command": command,
         "machine": machine(),

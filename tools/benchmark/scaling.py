@@ -1,4 +1,4 @@
-"""The part ``scaling``: more processes, larger images and batches, and how long a model waits."""
+"""Benchmark ``scaling``: more processes, larger images and batches, and data loading time."""
 
 import socket
 import tempfile
@@ -26,12 +26,12 @@ from senet_transfer.evaluation.classification import evaluate_classifier
 from senet_transfer.models import create_classifier
 from senet_transfer.models.image_classifier import wrap_classifier
 
-# Of each process.
+# Batch size of each process.
 BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Training in 1 and 2 processes, memory by size and batch, and an evaluation's wait."""
+    """Measure training in 1 and 2 processes, memory by size and batch, and evaluation's waiting."""
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)
@@ -39,7 +39,10 @@ def measure_scaling(options: Options) -> Iterator[Row]:
 
 
 def _processes(options: Options) -> Comparison:
-    """Steps of as many images a process, in one process alone and in two that share gradients."""
+    """Time training steps in one process, and in two processes with data parallelism.
+
+    The number of images per process is the same in both cases.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -61,13 +64,13 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
     model = trained(create_classifier("se_resnet18"))
     images = torch.randn(BATCH, 3, 224, 224)
     together = training_step(DistributedDataParallel(model), images)
-    if rank:  # Follows the other process: a step with it, or the end.
-        while _told(None):
+    if rank:  # Run a step together with rank 0 until it signals the end.
+        while _broadcast_flag():
             together()
     else:
 
         def follow() -> None:
-            _told(True)
+            _broadcast_flag(True)
             together()
 
         alone = training_step(model, images)
@@ -78,19 +81,20 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
             control="1 process again",
             seconds=seconds,
         )
-        _told(False)
+        _broadcast_flag(False)
         torch.save(found.seconds, result)
     dist.destroy_process_group()
 
 
-def _told(word: bool | None) -> bool:
-    told = torch.tensor(bool(word))
-    dist.broadcast(told, src=0)
-    return bool(told)
+def _broadcast_flag(flag: bool = False) -> bool:
+    """Return the flag of rank 0 on every rank; the argument matters only on rank 0."""
+    value = torch.tensor(flag)
+    dist.broadcast(value, src=0)
+    return bool(value)
 
 
 def _memory(options: Options) -> Iterator[Row]:
-    """The peak of a step of the detection backbone, over its weights."""
+    """Measure the peak memory of a step of the detection backbone, in addition to its weights."""
     models = {
         "ResNet-50": detection_backbone("resnet50", options.device),
         "SE-ResNet-50": detection_backbone("se_resnet50", options.device),
@@ -107,10 +111,10 @@ def _memory(options: Options) -> Iterator[Row]:
 
 
 def _evaluation(options: Options) -> Amounts:
-    """As the evaluation script does it: one process reads and decodes, the model has the rest."""
+    """Measure an evaluation with one worker process for reading and decoding images."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
-        # So many that the worker's start, of a tenth of a second, is no part of it.
+        # Enough images to make the worker's start, of a tenth of a second, negligible.
         draw_images(Path(name), (500, 375), images=1024)
         view = EvalTransform(resize=256, crop=224)
         data = open_dataset(Path(name))

@@ -1,4 +1,4 @@
-"""The part ``startup``: how long it takes until something can begin."""
+"""Benchmark ``startup``: import and start-up times."""
 
 import subprocess
 import sys
@@ -12,13 +12,13 @@ from benchmark.report import Row
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _python(*arguments: str) -> Callable[[], None]:
+def _python(*arguments: str) -> Callable[[], object]:
     command = [sys.executable, "-W", "ignore", *arguments]
     return lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
 def measure_startup(options: Options) -> Iterator[Row]:
-    """Fresh processes: what torch and Detectron2's models take alone, and what comes on top."""
+    """Time imports in new processes: torch, Detectron2, this package and a command."""
     yield compare(
         "Start of a process",
         {

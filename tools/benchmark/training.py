@@ -1,8 +1,8 @@
-"""The parts ``engine`` and ``augment``: what training costs around the network.
+"""Benchmarks ``engine`` and ``augment``: overhead of the training loop and of augmentation.
 
-The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks of a run, whose log has
-an entry every few steps, more than in a run. Beside it stands a loop in plain PyTorch on the same
-batches, with the same loss and optimizer.
+The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks. It writes to the log
+every few steps, more often than in a normal run. It is compared with a loop in plain PyTorch with
+the same batches, loss and optimizer.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _RATE, _DECAY = 0.1, 1e-4
 
 
 def random_images(images: int) -> ImageArrays:
-    """Noise, of ten classes."""
+    """Return random images of ten classes."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return ImageArrays(pixels, torch.arange(images) % 10, [str(n) for n in range(10)], "noise")
@@ -47,7 +47,7 @@ def random_images(images: int) -> ImageArrays:
 def plain_loop(
     model: nn.Module, data: ImageArrays, *, batch_size: int, device: str
 ) -> Callable[[], None]:
-    """Training without this project's engine: a function that makes :data:`STEPS` steps."""
+    """Return a function that runs :data:`STEPS` training steps in plain PyTorch."""
     model = model.train().to(device)
     options = {"momentum": 0.9, "weight_decay": _DECAY, "foreach": True}
     optimizer = torch.optim.SGD(model.parameters(), _RATE, **options)
@@ -75,7 +75,7 @@ def plain_loop(
 def engine_loop(
     name: str, data_file: Path, *, batch_size: int, device: str
 ) -> Iterator[tuple[Callable[[], None], nn.Module]]:
-    """The same with this project's engine; yields the function and the model."""
+    """Yield a function that runs :data:`STEPS` steps with this project's engine, and the model."""
     cfg = get_senet_config()
     cfg.merge_from_list([word for item in _keys(name, data_file).items() for word in item])
     cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = device, batch_size
@@ -129,19 +129,25 @@ def _keys(name: str, data_file: Path) -> dict[str, object]:
 
 
 def measure_engine(options: Options) -> Iterator[Row]:
-    """ResNet-110 in training: this engine over a plain loop, with augmentation."""
+    """Measure training of ResNet-110 with this engine and with a plain loop."""
     name = "cifar_resnet110"
-    # With the 128 of the recipe a CPU would take minutes; fewer make the engine's share larger.
+    # The recipe's batch size of 128 would take minutes on a CPU. A smaller batch size increases
+    # the relative overhead of the engine.
     batch_size = 128 if options.device == "cuda" else 32
     with tempfile.TemporaryDirectory() as folder:
         data_file = Path(folder) / "noise.safetensors"
         save_images(random_images(2048), data_file, "noise")
-        share = {"batch_size": batch_size, "device": options.device}
+        device = options.device
         plain = {
-            key: plain_loop(create_classifier(name, 10), load_images(data_file), **share)
+            key: plain_loop(
+                create_classifier(name, 10),
+                load_images(data_file),
+                batch_size=batch_size,
+                device=device,
+            )
             for key in ("plain loop", "plain loop again")
         }
-        with engine_loop(name, data_file, **share) as (steps, _):
+        with engine_loop(name, data_file, batch_size=batch_size, device=device) as (steps, _):
             found = compare(
                 f"Training ResNet-110, {batch_size} images a step: {STEPS} steps",
                 {**plain, "this engine": steps},
@@ -154,7 +160,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Batches of 128 images of CIFAR's size, drawn, augmented and normalised, on all threads."""
+    """Measure sampling, augmentation and normalisation of batches of 128 CIFAR-sized images."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

@@ -1,1 +1,1 @@
-"""What models cost: parameters, multiply-accumulates, activations."""
+"""Cost of models: parameters, multiply-accumulates and activations."""

@@ -1,4 +1,4 @@
-"""What each part of a classifier or a detector costs."""
+"""Cost of each part of a classifier or detector."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from senet_transfer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Report:
-    """What a model costs at one size of image.
+    """Cost of a model at one image size.
 
     Attributes:
-        size: height and width in pixels, as the network gets them.
-        parts: the cost of each part, in the order of the computation.
-        notes: how it was counted, in sentences.
-        modules: the cost of each module that sees a whole image, by its name in the model.
+        size: Height and width of the network's input in pixels.
+        parts: The cost of each part, in the order of computation.
+        notes: Sentences that describe how the cost was counted.
+        modules: The cost of each module that processes a whole image, by its name in the model.
     """
 
     size: tuple[int, int]
@@ -31,25 +31,25 @@ class Report:
 
     @property
     def total(self) -> Cost:
-        """Of all parts."""
+        """The cost of all parts together."""
         return sum(self.parts.values(), Cost())
 
 
 def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) -> Report:
-    """Counts a classifier, or of a detector what every image costs.
+    """Count the cost of a classifier or detector per image.
 
-    Of a two-stage detector these are the backbone, the pyramid, the proposal network, and the box
-    head on the largest number of proposals that it gets (``MODEL.RPN.POST_NMS_TOPK_TEST``).
+    For a two-stage detector this includes the backbone, the FPN, the region proposal network, and
+    the box head applied to the maximum number of proposals (``MODEL.RPN.POST_NMS_TOPK_TEST``).
 
     Args:
-        model: on the CPU.
-        cfg: its config.
-        size: height and width in pixels; None is the crop of a classifier's evaluation, and of
-            a detector's the largest that its test images get. For a detector, sides are rounded
-            up as Detectron2 pads them.
+        model: The model, on the CPU.
+        cfg: The config of the model.
+        size: Height and width of the image in pixels. None uses the evaluation crop of a
+            classifier, or the largest test image size of a detector. The size of a detector's
+            image is rounded up to the multiple that Detectron2 pads it to.
 
     Raises:
-        UserError: the model is neither, or the size makes no sense.
+        UserError: If the model is neither a classifier nor a detector, or the size is invalid.
     """
     if size and min(size) < 1:
         raise UserError(f"The image is {size[0]} x {size[1]} pixels, expected 1 or more.")
@@ -67,7 +67,7 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
 
 
 class _Whole(nn.Module):
-    """What a model computes on a whole image, of pixels that are prepared already."""
+    """The part of a model that processes a whole image, without preprocessing."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -85,7 +85,7 @@ class _Whole(nn.Module):
 
 
 class _Box(nn.Module):
-    """What a detector computes on the pooled features of a region."""
+    """The part of a detector that processes the pooled features of one region."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()
@@ -115,7 +115,8 @@ def _classifier(model: Classifier, size: tuple[int, int]) -> Report:
     found = _measure_whole(model, size)
     parts = _stages(model, "backbone", found)
     for name, _ in model.named_children():
-        # Around the backbone, what has weights: the linear layer, and in VGG those before it.
+        # Outside the backbone, list only modules with weights: the final linear layer, and the
+        # fully connected layers before it in VGG.
         if name != "backbone" and found.modules[f"model.{name}"].parameters:
             parts[name] = found.modules[f"model.{name}"]
     return Report(size, parts, _notes(found), _named(found))
@@ -141,7 +142,9 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     head = region.total
     notes += [f"The box head is counted for {boxes} boxes (MODEL.RPN.POST_NMS_TOPK_TEST)."]
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
-        notes += ["Heads for masks and keypoints run once an object found: parameters alone."]
+        notes += [
+            "Mask and keypoint heads run once per detected object: only their parameters count."
+        ]
     parts["box head"] = head.repeated(boxes)
     return Report(size, parts, [*notes, *_notes(region)], _named(found))
 
@@ -152,7 +155,7 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """By the names in the model, which stands inside of what was measured."""
+    """Return the costs by module name, without the prefix of the measuring wrapper."""
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()
@@ -164,4 +167,4 @@ def _notes(found: Measured) -> list[str]:
     if not found.unknown:
         return []
     names = ", ".join(f"{name} ({times})" for name, times in found.unknown.items())
-    return [f"Not counted, because nothing is known of them: {names}."]
+    return [f"Operators of unknown cost, not counted: {names}."]

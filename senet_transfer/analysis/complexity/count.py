@@ -1,11 +1,11 @@
 """Parameters, multiply-accumulates and activations of a model, and SE's share of them.
 
-What counts as a multiply-accumulate follows the paper's figures: those of convolutions, linear
-layers and matrix products, and of the gates besides their two layers the sums of the pooling and
-the products with the feature map, one an element. These make the difference between the paper's
-3.86 and 3.87 GFLOPs, and fvcore alone does not count them. Norms are not counted, since they fold
-into the convolution before them, and neither is what else has no products or no weights: other
-pooling, sums, scales, non-linearities.
+The counting rules follow the paper's numbers. Multiply-accumulates (MACs) are counted for
+convolutions, linear layers and matrix products. For SE gates, one MAC per element is added for the
+global pooling and for the multiplication with the feature map; these make the difference between
+the paper's 3.86 and 3.87 GFLOPs, and fvcore doesn't count them. Norms are not counted because they
+can be folded into the preceding convolution. Other pooling, additions, scaling and non-linearities
+are not counted either.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Convolutions and matrix products, with fvcore's counts of them.
+# Convolutions and matrix products, with fvcore's functions that count them.
 _PRODUCTS: dict[str, Handle] = {
     "_convolution": jit_handles.conv_flop_jit,
     "linear": jit_handles.linear_flop_jit,
@@ -31,10 +31,10 @@ _PRODUCTS: dict[str, Handle] = {
     "einsum": jit_handles.einsum_flop_jit,
 }
 
-# What gates do besides, and whether the elements that come in count, or those that go out.
+# Operators in gates other than the above, and whether to count their input or output elements.
 _GATE = {"mean": "in", "amax": "in", "mul": "out", "addcmul": "out"}
 
-# Known to be none of these; fvcore knows more of them by itself.
+# Operators without cost by these rules, in addition to those that fvcore ignores by itself.
 _FREE = (
     "adaptive_avg_pool2d", "add", "add_", "avg_pool2d", "batch_norm", "channel_shuffle", "clone",
     "div", "group_norm", "lerp", "max_pool2d", "meshgrid", "mul_", "pad", "reciprocal", "rsqrt",
@@ -46,14 +46,14 @@ _ACTIVATIONS, _GATE_WORK = "activations", "gate"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a module costs in one forward pass.
+    """Cost of a module in one forward pass.
 
     Attributes:
-        parameters: weights and biases, frozen ones too; running statistics of norms are none.
-        macs: multiply-accumulates; see above.
-        activations: elements that convolutions and linear layers put out.
-        se_parameters: of the parameters, the gates'.
-        se_macs: of the multiply-accumulates, likewise.
+        parameters: Weights and biases, including frozen ones, without running statistics of norms.
+        macs: Multiply-accumulates, by the rules in the module's docstring.
+        activations: Output elements of convolutions and linear layers.
+        se_parameters: The part of ``parameters`` in SE gates.
+        se_macs: The part of ``macs`` in SE gates.
     """
 
     parameters: int = 0
@@ -69,7 +69,7 @@ class Cost:
         return Cost(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def repeated(self, times: int) -> "Cost":
-        """The same weights, used this many times."""
+        """Return the cost of running the same weights ``times`` times."""
         return replace(
             self,
             macs=times * self.macs,
@@ -80,11 +80,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a forward pass was found to cost.
+    """Measured cost of a forward pass.
 
     Attributes:
-        modules: by name, each with all that is in it; "" is the whole model.
-        unknown: operators that were neither counted nor known to be free, and how often they ran.
+        modules: The cost of each module with its submodules, by name. ``""`` is the whole model.
+        unknown: Operators of unknown cost, which were not counted, and how often they ran.
     """
 
     modules: dict[str, Cost]
@@ -92,16 +92,16 @@ class Measured:
 
     @property
     def total(self) -> Cost:
-        """Of the whole model."""
+        """The cost of the whole model."""
         return self.modules[""]
 
 
 def measure(model: nn.Module, *inputs: Tensor) -> Measured:
-    """Counts one forward pass in evaluation mode.
+    """Count the cost of one forward pass in evaluation mode.
 
     Args:
-        model: any module; the gates in it are those of :class:`SqueezeExcitation`.
-        inputs: of its forward pass; counts are of all their images together.
+        model: Any module. Its gates are the submodules of type :class:`SqueezeExcitation`.
+        inputs: Inputs of the forward pass. The counts are for the whole batch.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -136,7 +136,7 @@ def _products(counts: Counter) -> int:
 
 def _analysis(model: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCountAnalysis:
     analysis = FlopCountAnalysis(model, inputs)
-    # Its own handles count norms, too.
+    # fvcore's default handles also count norms.
     analysis.clear_op_handles()
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
@@ -147,7 +147,7 @@ def _analysis(model: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCountAnalysis
 
 
 def _with_activations(handle: Handle) -> Handle:
-    """fvcore's handle, which counts the elements of the output beside."""
+    """Extend a handle of fvcore to also count the elements of the output."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         found = handle(inputs, outputs)
@@ -162,7 +162,7 @@ def _with_activations(handle: Handle) -> Handle:
 def _gate_handle(side: str) -> Handle:
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         value = inputs[0] if side == "in" else outputs[0]
-        # Products of numbers, not of maps, are arithmetic on shapes.
+        # Products of scalars are arithmetic on shapes and don't count.
         return Counter({_GATE_WORK: int(prod(get_shape(value) or [0]))})
 
     return count

@@ -1,9 +1,9 @@
-"""Every Params and GFLOPs cell of the paper's tables, beside what is counted here.
+"""Comparison of counted parameters and MACs with the Params and GFLOPs in the paper's tables.
 
 Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. Its GFLOPs are
-multiply-accumulates of one image, its Params count the running statistics of batch norms, too.
-Table II's residual networks have their stride in the first 1x1 convolution of a stage, and the
-ablations of section 6 no biases in the gates.
+multiply-accumulates for one image, and its Params include the running statistics of batch norms.
+The residual networks of Table II have their stride in the first 1x1 convolution of a stage, and
+the ablations of section 6 use gates without biases.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
 from senet_transfer.utils.progress import progress
 
-# How far a cell may be off before the table has to say why.
+# Largest differences from the paper's values that need no explanation.
 GFLOPS_TOLERANCE = 0.005
 PARAMETERS_TOLERANCE = 0.1e6
 
@@ -30,13 +30,13 @@ class Row:
     """A network in a table of the paper.
 
     Attributes:
-        table: its number.
-        name: what the paper calls the network.
-        model: our name of it.
-        options: config keys and values.
-        parameters: in millions; None where the table has none.
-        gflops: multiply-accumulates in units of 1e9, likewise.
-        side: of the image, in pixels.
+        table: The number of the table.
+        name: The network's name in the paper.
+        model: The network's name in this project.
+        options: Alternating config keys and values.
+        parameters: Number of parameters in millions. None if the table doesn't report it.
+        gflops: Multiply-accumulates in units of 1e9. None if the table doesn't report them.
+        side: Side length of the square input image in pixels.
     """
 
     table: str
@@ -98,13 +98,14 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of the paper beside our count.
+    """A row of the paper and the cost counted for the same network.
 
     Attributes:
-        row: the paper's.
-        parameters: ours, with the norms' running statistics, as the paper counts them.
-        report: all else that was counted.
-        explanation: why the paper may have other GFLOPs; empty where nothing is known.
+        row: The paper's row.
+        parameters: The counted parameters, including the running statistics of norms as in the
+            paper.
+        report: The counted cost.
+        explanation: A possible reason why the paper's GFLOPs differ. Empty if none is known.
     """
 
     row: Row
@@ -114,30 +115,31 @@ class Compared:
 
     @property
     def parameters_off(self) -> float | None:
-        """Ours less the paper's; None where it has none."""
+        """Counted minus published parameters. None if the paper doesn't report them."""
         stated = self.row.parameters
         return None if stated is None else self.parameters - 1e6 * stated
 
     @property
     def gflops_off(self) -> float | None:
-        """Ours over the paper's, less 1; None where it has none."""
+        """Relative difference of counted and published GFLOPs. None if not reported."""
         stated = self.row.gflops
         return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
 
     @property
     def reasons(self) -> list[str]:
-        """Of each cell that is off by more than the tolerance, why, as far as it is known."""
+        """Explanations for each value that differs from the paper by more than the tolerance."""
         found = []
         if abs(self.gflops_off or 0) > GFLOPS_TOLERANCE:
-            found.append(self.explanation or f"{self.row.name}'s GFLOPs: no reason is known.")
-        if abs(self.parameters_off or 0) > PARAMETERS_TOLERANCE:
+            found.append(self.explanation or f"{self.row.name}'s GFLOPs: unexplained difference.")
+        stated = self.row.parameters
+        if stated is not None and abs(self.parameters - 1e6 * stated) > PARAMETERS_TOLERANCE:
             weights = self.report.total.parameters
-            close = abs(weights - 1e6 * self.row.parameters) <= PARAMETERS_TOLERANCE
+            close = abs(weights - 1e6 * stated) <= PARAMETERS_TOLERANCE
             found.append(
-                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's figure "
-                "leaves the norms' running statistics out."
+                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's number "
+                "doesn't include the running statistics of norms."
                 if close
-                else f"{self.row.name}'s Params: no reason is known."
+                else f"{self.row.name}'s Params: unexplained difference."
             )
         return found
 
@@ -147,7 +149,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """The layers at fault: the residual blocks, whose numbers other descriptions have otherwise."""
+    """Explain the difference by the number of residual blocks, which varies between sources."""
     blocks: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, InceptionResidualBlock):
@@ -158,26 +160,26 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
     total = _without_gates(found.total) / 1e9
     fewer = total - 5 * (each[0] + each[-1])
     return (
-        "Built is the published network, which timm and pretrainedmodels carry, too: residual "
-        f"blocks of {', '.join(f'{cost:.3f}' for cost in each)} GMACs, {numbers} of them, and "
-        f"{total:.2f} in all. With 5 of the first and 5 of the last kind it would be {fewer:.2f}; "
-        "which network the paper counted it does not say."
+        "This is the published network, as in timm and pretrainedmodels. It has "
+        f"{numbers} residual blocks of {', '.join(f'{cost:.3f}' for cost in each)} GMACs each, and "
+        f"{total:.2f} GMACs in total. With 5 blocks of the first and last kind it would have "
+        f"{fewer:.2f}. The paper doesn't state which network it counted."
     )
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """The layers at fault: the pointwise convolutions, whose groups and widths go together."""
+    """Explain the difference by the groups of the pointwise convolutions, which set the width."""
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
-        "ShuffleNet's own paper (Table 1) has 140 MFLOPs for 2 groups in the pointwise "
-        "convolutions and 137 for 3, both without the classifier; counted layer by layer these are "
-        f"{two:.1f} and {three:.1f}. Built is the network of 3 groups, "
-        f"{_without_gates(found.total) / 1e6:.1f} with its classifier."
+        "The ShuffleNet paper (Table 1) reports 140 MFLOPs for 2 groups in the pointwise "
+        "convolutions and 137 for 3 groups, both without the classifier. Counted layer by layer "
+        f"these are {two:.1f} and {three:.1f}. This network has 3 groups and costs "
+        f"{_without_gates(found.total) / 1e6:.1f} MMACs with its classifier."
     )
 
 
 def _shufflenet_macs(groups: int, width: int) -> int:
-    """Multiply-accumulates of a ShuffleNet without its classifier, from its paper's Table 1."""
+    """Return the MACs of a ShuffleNet without its classifier, from Table 1 of its paper."""
     channels, macs = 24, 24 * 3 * 9 * 112**2
     for level, units in enumerate((4, 8, 4)):
         outputs, places = width * 2**level, (28 // 2**level) ** 2
@@ -189,8 +191,7 @@ def _shufflenet_macs(groups: int, width: int) -> int:
     return macs
 
 
-# By our name of the plain network: from the model and its count to a sentence on why the paper's
-# figure is another.
+# Maps a baseline network's name to a function that explains the difference from the paper.
 _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
     "inception_resnet_v2": _inception_resnet_v2,
     "shufflenet_g3": _shufflenet_g3,
@@ -198,13 +199,13 @@ _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
 
 
 def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
-    """Count the networks in rows of the paper's tables.
+    """Count the cost of the networks in the paper's tables.
 
     Args:
-        rows: the rows.
-        quiet: show no progress bar; none is shown either if stderr is not a terminal.
+        rows: The rows to compare with.
+        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
     """
-    # The same network stands in several tables.
+    # The same network appears in several tables and is counted only once.
     counted: dict[tuple, tuple[int, Report, str]] = {}
     for row in progress(rows, unit="network", quiet=quiet):
         if _network(row) not in counted:

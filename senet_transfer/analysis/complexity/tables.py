@@ -1,4 +1,4 @@
-"""Counts as rows of a table for people."""
+"""Formatting of costs as table rows."""
 
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.complexity.paper_tables import Compared
@@ -11,7 +11,7 @@ PAPER_HEADERS = (
 
 
 def cost_row(name: str, cost: Cost) -> tuple[str, ...]:
-    """A cost under :data:`COST_HEADERS`; SE's share in percent beside its own."""
+    """Format a cost as a row for :data:`COST_HEADERS`, with SE's share in percent."""
     return (
         name,
         f"{cost.parameters:,}",
@@ -27,9 +27,9 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows under :data:`PAPER_HEADERS`, and the sentences that their last cells refer to."""
+    """Format rows for :data:`PAPER_HEADERS`, and the footnotes that their last cells refer to."""
     reasons: list[str] = []
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in found:
         reasons += [reason for reason in one.reasons if reason not in reasons]
         mark = " ".join(f"({reasons.index(reason) + 1})" for reason in one.reasons)
@@ -38,15 +38,16 @@ def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]
 
 
 def _parameters(one: Compared) -> tuple[str, str, str]:
-    if one.row.parameters is None:
+    stated, off = one.row.parameters, one.parameters_off
+    if stated is None or off is None:
         return "", "", ""
-    off = f"{one.parameters_off / 1e6:+.2f}M"
-    return f"{one.row.parameters:.1f}M", f"{one.parameters / 1e6:.2f}M", off
+    return f"{stated:.1f}M", f"{one.parameters / 1e6:.2f}M", f"{off / 1e6:+.2f}M"
 
 
 def _gflops(one: Compared) -> tuple[str, str, str]:
-    if one.row.gflops is None:
+    stated, off = one.row.gflops, one.gflops_off
+    if stated is None or off is None:
         return "", "", ""
-    digits = 3 if one.row.gflops >= 1 else 4
+    digits = 3 if stated >= 1 else 4
     ours = f"{one.report.total.macs / 1e9:.{digits}f}"
-    return f"{one.row.gflops:.{digits - 1}f}", ours, f"{100 * one.gflops_off:+.2f}%"
+    return f"{stated:.{digits - 1}f}", ours, f"{100 * off:+.2f}%"

@@ -1,1 +1,1 @@
-"""What the gates of a trained network do (paper, section 7.2, Figures 6 and 7)."""
+"""Analysis of the SE gates of a trained network (paper, section 7.2, Figures 6 and 7)."""

@@ -1,4 +1,4 @@
-"""The analysis of the gates of a network, from labelled images to figures and tables."""
+"""Analysis of a network's SE gates, from labelled images to figures and tables."""
 
 import os
 from dataclasses import dataclass, field
@@ -30,13 +30,14 @@ from senet_transfer.errors import UserError
 
 @dataclass(frozen=True)
 class GateAnalysis:
-    """The results of an analysis.
+    """Results of an analysis of gates.
 
     Attributes:
-        excitations: the statistics of all gates.
-        files: the figures and tables that were written.
-        pruned: the network with its gates and without some, evaluated; empty without pruning.
-        pruned_file: the best network without the gates; empty without pruning.
+        excitations: The statistics of all gates.
+        files: Paths of the figures and tables that were written.
+        pruned: Evaluations of the network with all gates and of its pruned versions. Empty without
+            pruning.
+        pruned_file: Path of the best pruned network. Empty without pruning.
     """
 
     excitations: Excitations
@@ -46,22 +47,26 @@ class GateAnalysis:
 
 
 def open_labelled(data: str, images: str = "") -> ClassificationDataset:
-    """Open labelled images of any kind.
+    """Open a labelled data set of any supported kind.
 
     Args:
-        data: whatever :func:`~senet_transfer.data.classification.open.open_dataset` opens, a
-            prepared split of CIFAR by its path or as "cifar10_test", or a JSON in COCO's format.
-        images: the folder of the images of the JSON.
+        data: A path that :func:`~senet_transfer.data.classification.open.open_dataset` accepts, a
+            prepared split of CIFAR (its path, or a name such as "cifar10_test"), or a JSON file in
+            COCO format.
+        images: The image folder of the JSON file.
 
     Raises:
-        UserError: there is no such data, or it is damaged.
+        UserError: If the data is missing or damaged.
     """
     if data.endswith(".json") and os.path.basename(data) != "manifest.json":
         if not images:
-            raise UserError(f"{data} is a JSON: name the folder of its images with --images.")
+            raise UserError(f"{data} is a JSON file. Give its image folder with --images.")
         return CocoCrops(data, images)
     if images:
-        raise UserError(f"--images goes with a JSON in COCO's format, and --data is {data}.")
+        raise UserError(
+            f"--images requires a JSON file in COCO format as --data, but --data is {data}. "
+            "Remove --images."
+        )
     path = find_dataset(data)
     if is_prepared(path):
         return ArrayDataset(load_images(path))
@@ -86,31 +91,31 @@ def analyze_gates(
     """Collect the statistics of a model's gates, write figures and tables, and prune.
 
     Args:
-        loaded: a classifier or detector with SE.
-        dataset: labelled images; the classes need not be the model's.
-        output: the folder to write to.
-        images_per_class: the largest number of images of each class.
-        classes: names of the classes to draw; None draws ``num_classes`` of them at random.
-        num_classes: see ``classes``.
-        channels: the number of channels in a figure.
-        seed: of the choice of images, classes and channels.
-        prune_stages: the stages whose gates are dropped: the classifier is evaluated with and
-            without them, and the network without them is written to ``output/pruned``.
-        batch_size: images per batch.
-        workers: processes that read and decode.
-        quiet: no progress bar.
+        loaded: A classifier or detector with SE.
+        dataset: Labelled images. The classes can differ from the model's.
+        output: The folder to write to.
+        images_per_class: The largest number of images to use per class.
+        classes: Names of the classes to plot. None selects ``num_classes`` of them at random.
+        num_classes: The number of classes to plot if ``classes`` is None.
+        channels: The number of channels in a figure.
+        seed: Seed of the random selection of images, classes and channels.
+        prune_stages: Stages whose gates are removed. The classifier is evaluated with and without
+            these gates, and the network without them is written to ``output/pruned``.
+        batch_size: Number of images per batch.
+        workers: Number of processes that read and decode images.
+        quiet: Show no progress bar.
 
     Raises:
-        UserError: the model has no gates, a value is invalid, or a file can't be written.
+        UserError: If the model has no gates, a value is invalid, or a file can't be written.
     """
     if channels < 1:
         raise UserError(f"--channels is {channels}, expected 1 or more.")
     try:
         os.makedirs(output, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {output} can't be made: {error}.") from error
+        raise UserError(f"The folder {output} can't be created: {error}.") from error
     gates_of(backbone_of(loaded.model))
-    # Mistakes are errors before the long part begins.
+    # Reject invalid options before the long computation starts.
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
@@ -140,7 +145,7 @@ def _transform(loaded: LoadedModel) -> EvalTransform:
     expected = loaded.preprocessing
     mode = loaded.cfg.INPUT.CLASSIFICATION.TEST_MODE
     return EvalTransform(
-        # A gate belongs to one view of an image.
+        # Gates are recorded for a single view per image.
         mode="short_side" if mode == "ten_crop" else mode,
         resize=expected.resize,
         crop=expected.crop,

@@ -1,4 +1,4 @@
-"""One pass of a network over a sample of labelled images, for the statistics of its gates."""
+"""Collection of gate statistics over a sample of labelled images."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from senet_transfer.utils.text import first_of
 
 @dataclass(frozen=True)
 class Excitations:
-    """What the gates of a network did on a sample of images.
+    """Statistics of a network's gates on a sample of images.
 
     Attributes:
-        blocks: by the paper's name of each.
-        drawn: the classes whose own values were kept, by label.
-        images: how many were seen.
-        classes: how many classes these are of.
+        blocks: The statistics of each gate, by its name in the paper.
+        drawn: Names of the classes whose individual statistics were kept, by label.
+        images: The number of images in the sample.
+        classes: The number of classes in the sample.
     """
 
     blocks: dict[str, GateStatistics]
@@ -40,7 +40,7 @@ class Excitations:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The backbone of a classifier or a detector, which is what sees an image first."""
+    """Return the backbone of a classifier or detector, without an FPN."""
     return model.backbone.bottom_up if isinstance(model.backbone, FPN) else model.backbone
 
 
@@ -55,10 +55,16 @@ def backbone_input(model: nn.Module, images: Tensor) -> Tensor:
 def choose_classes(
     sample: ClassSample, names: list[str] | None, count: int, *, seed: int = 0
 ) -> dict[int, str]:
-    """The classes to draw, by label: those named, or so many of those that have images.
+    """Return the classes to plot, by label.
+
+    Args:
+        sample: The sample of images.
+        names: Names of the classes. If empty, ``count`` of the classes with images are selected.
+        count: The number of classes to select.
+        seed: Seed of the random selection.
 
     Raises:
-        UserError: a name is no class of the data, or has no images.
+        UserError: If a name isn't a class of the data, or the class has no images.
     """
     with_images = [label for label in range(sample.num_classes) if sample.counts[label]]
     if not names:
@@ -87,24 +93,24 @@ def collect_excitations(
     workers: int = 0,
     quiet: bool = False,
 ) -> Excitations:
-    """Collect the gates of a model's backbone on a sample of each class of a data set.
+    """Collect statistics of the gates of a model's backbone on a sample of each class.
 
-    The classes need not be those that the model knows.
+    The classes of the data set can differ from the model's classes.
 
     Args:
-        model: an ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
-        dataset: labelled images.
-        transform: the view of an image that the backbone sees.
-        images_per_class: the most that are taken of each class; 50 in the paper.
-        classes: names of the classes to keep for drawing; None draws ``num_classes`` of them.
-        num_classes: likewise; 4 in the paper.
-        seed: images and classes follow from it.
-        batch_size: images a batch.
-        workers: processes that read and decode.
-        quiet: no progress bar; there is none either where stderr is no terminal.
+        model: An ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
+        dataset: Labelled images.
+        transform: The transform from an image to the view that the backbone processes.
+        images_per_class: The largest number of images to use per class; 50 in the paper.
+        classes: Names of the classes to plot. None selects ``num_classes`` of them at random.
+        num_classes: The number of classes to plot if ``classes`` is None; 4 in the paper.
+        seed: Seed of the random selection of images and classes.
+        batch_size: Number of images per batch.
+        workers: Number of processes that read and decode images.
+        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: the model has no gates, or there is no such class; an image is broken.
+        UserError: If the model has no gates, a class is unknown, or an image is damaged.
     """
     if images_per_class < 1 or num_classes < 1:
         raise UserError(
@@ -133,7 +139,7 @@ def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str
 def _batches(
     model: nn.Module, gates: dict[str, SqueezeExcitation], loader: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Labels and gates of each batch."""
+    """Yield the labels ``(N,)`` and the gates, by name, of each batch."""
     with watched(gates) as values:
         for batch in loader:
             backbone_of(model)(backbone_input(model, batch["image"]))

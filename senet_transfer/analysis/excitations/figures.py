@@ -1,6 +1,7 @@
-"""The paper's Figures 6 and 7, a figure a block, and all blocks at a glance."""
+"""Figures of gates: the paper's Figures 6 and 7, one figure per block, and a summary."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
@@ -13,14 +14,13 @@ from senet_transfer.analysis.excitations.gates import stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
 from senet_transfer.data.classification.class_sample import draw
 
-# Told apart by people of every colour vision (Okabe and Ito), and dark enough on white.
+# A colour-blind safe palette (Okabe and Ito), dark enough on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _ALL = "#000000"
-_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
 
 
 def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.ndarray:
-    """Channels drawn uniformly, in the order of their mean over all classes."""
+    """Select channels uniformly at random, sorted by their mean over all classes."""
     mean = block.mean_of_classes
     drawn = np.array(draw(range(len(mean)), count, seed=seed))
     return drawn[np.argsort(mean[drawn], kind="stable")]
@@ -29,7 +29,7 @@ def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.
 def draw_classes(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Figure 6: the mean of each class and of all classes, by channel."""
+    """Plot the mean gate of each class and of all classes by channel, as in Figure 6."""
     x = np.arange(len(channels))
     for (label, name), colour in zip(drawn.items(), _cycled(len(drawn)), strict=True):
         axes.plot(x, block.kept[label].mean[channels], color=colour, lw=1.2, label=name)
@@ -40,7 +40,7 @@ def draw_classes(
 def draw_spread(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Figure 7: mean and standard deviation within a class, of two classes."""
+    """Plot the mean and standard deviation within each of two classes, as in Figure 7."""
     x = np.arange(len(channels))
     for (label, name), colour in list(zip(drawn.items(), COLOURS, strict=False))[:2]:
         kept = block.kept[label]
@@ -50,15 +50,22 @@ def draw_spread(
     _finish(axes, block, channels)
 
 
+def _style() -> AbstractContextManager[None]:
+    """Return a context manager that sets matplotlib's style for all figures."""
+    return matplotlib.rc_context(
+        {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    )
+
+
 def _cycled(count: int) -> list[str]:
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
 
 def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
-    """Axes that all panels share."""
+    """Set the limits and labels that all panels share."""
     axes.set_xlim(0, max(len(channels) - 1, 1))
     low, high = axes.get_ylim()
-    # The whole range of a sigmoid, so that blocks compare, and what other excitations need.
+    # Show the full range of a sigmoid so that blocks can be compared; other excitations need more.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
     axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
@@ -67,20 +74,20 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
 def write_blocks(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Writes a PNG a block: the means of classes, and the spread within two of them.
+    """Write one PNG per block with the class means and the spread within two classes.
 
     Args:
-        found: of :func:`~.collect.collect`.
-        folder: to write to.
-        channels: the most to draw of a block; 50 in the paper.
-        seed: they follow from it.
+        found: The statistics returned by :func:`~.collect.collect_excitations`.
+        folder: The folder to write to.
+        channels: The largest number of channels to plot per block; 50 in the paper.
+        seed: Seed of the random selection of channels.
 
     Returns:
-        The paths.
+        The paths of the files.
     """
     os.makedirs(folder, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         for name, block in found.blocks.items():
             figure = Figure(figsize=(11, 3.8), layout="constrained")
             left, right = figure.subplots(1, 2, sharey=True)
@@ -99,12 +106,15 @@ def write_blocks(
 def write_overview(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Writes ``figure6.png`` (the blocks that the paper shows, or their like) and ``blocks.png``.
+    """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    Arguments and result as of :func:`write_blocks`.
+    See :func:`write_blocks` for the arguments.
+
+    Returns:
+        The paths of the files.
     """
     os.makedirs(folder, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         return [
             _save(_figure6(found, channels, seed), folder, "figure6.png"),
             _save(_all_blocks({n: b.summary() for n, b in found.blocks.items()}), folder,
@@ -113,9 +123,11 @@ def write_overview(
 
 
 def papers_blocks(names: list[str]) -> list[str]:
-    """The last block of each stage, and of the last stage all, or of many first, middle and last.
+    """Select the blocks for Figure 6.
 
-    Of a network without stages, six from the first to the last.
+    These are the last block of each stage, and all blocks of the last stage (first, middle and
+    last if it has more than four). For a network without stages, up to six evenly spaced blocks
+    are selected.
     """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:
@@ -170,6 +182,6 @@ def _all_blocks(summaries: dict[str, Summary]) -> Figure:
 
 def _save(figure: Figure, folder: str, name: str) -> str:
     path = str(Path(folder, name))
-    # The same pixels and bytes wherever and whenever it is drawn.
+    # Without the version of matplotlib in the metadata, so that the files are reproducible.
     figure.savefig(path, dpi=100, metadata={"Software": None})
     return path

@@ -1,7 +1,7 @@
-"""The gates of a network, by the paper's names, and their values as images pass."""
+"""Names of a network's gates as in the paper, and recording of their values."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,14 @@ _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
 def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
-    """The gates of a backbone by name, in the order of its modules.
+    """Return the gates of a backbone by name, in the order of its modules.
 
-    The paper's ``SE_stageID_blockID``, blocks counted from 1: ``res4.5.se`` is SE_4_6. A gate in a
-    branch has the branch's name behind it; one outside of all stages has its module's.
+    Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
+    SE_4_6. The name of a gate in a branch ends with the name of the branch. A gate outside all
+    stages has the name of its module.
 
     Raises:
-        UserError: there is none.
+        UserError: If the backbone has no gates.
     """
     found = {
         _name(path): module
@@ -29,8 +30,8 @@ def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
     }
     if not found:
         raise UserError(
-            "The network has no SE, so there are no gates to look at. Take a checkpoint of an "
-            "se_... network, or of a config with MODEL.SE.ENABLED True."
+            "The network has no SE, so it has no gates to analyze. Use a checkpoint of an se_... "
+            "network, or of a config with MODEL.SE.ENABLED True."
         )
     return found
 
@@ -46,20 +47,22 @@ def _name(path: str) -> str:
 
 
 def stage_of(name: str) -> int | None:
-    """The stage that a name of :func:`gates_of` is of; None outside of all stages."""
+    """Return the stage in a gate's name from :func:`gates_of`, or None outside all stages."""
     match = re.match(r"SE_(\d+)", name)
     return int(match[1]) if match else None
 
 
 @contextmanager
 def watched(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Tensor]]:
-    """Gives a dict that holds each gate's values ``(N, C)`` of the last batch that passed.
+    """Record the values of gates during forward passes.
 
-    Where gates keep positions (``squeeze="none"``), these are the means over them.
+    Yields:
+        A dict with each gate's values ``(N, C)`` for the last batch. Gates with spatial positions
+        (``squeeze="none"``) are averaged over the positions.
     """
     values: dict[str, Tensor] = {}
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[SqueezeExcitation, tuple[Tensor, ...], Any], None]:
         def keep(module: SqueezeExcitation, inputs: tuple[Tensor, ...], output: Any) -> None:
             values[name] = module.gate(inputs[0]).detach().float().mean((2, 3))
 

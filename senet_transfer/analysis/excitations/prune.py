@@ -1,10 +1,9 @@
-"""Dropping the gates of a stage, and what it costs (paper, section 4).
+"""Removal of the gates of a stage, and its effect on accuracy (paper, section 4).
 
 Most of SE's parameters are in the last stage, whose gates the paper found could be removed at a
-small cost. Without training, a gate can be dropped in two ways: it becomes 1, or it becomes its
-mean over the images of the analysis, a scale a channel that the convolution before it takes in,
-so that the network has no trace of the gate left. The latter is exact for a gate that is the same
-for all images.
+small loss of accuracy. Without training, a gate can be replaced by 1, or by its mean over the
+analyzed images. The mean is a constant per channel, which is folded into the preceding
+convolution. This is exact for a gate that has the same value for all images.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from senet_transfer.models.backbones.shufflenet import ShuffleUnit
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.weights import save_weights
 
-# By the block, the last convolution of its residual branch: the first of these that it has.
+# Candidate names of the last convolution in the residual branch of each block class. The first
+# name that a block has is used.
 _LAST: dict[type[nn.Module], tuple[str, ...]] = {
     SEBasicBlock: ("conv2",),
     SEBottleneckBlock: ("conv3",),
@@ -43,14 +43,14 @@ _LAST: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Pruned:
-    """A network with or without gates, evaluated.
+    """Evaluation of a network with or without gates.
 
     Attributes:
-        name: which.
-        model: it.
-        parameters: of the whole classifier.
-        top1_error: in percent.
-        top5_error: likewise.
+        name: Description of the network's gates.
+        model: The network.
+        parameters: The number of parameters of the whole classifier.
+        top1_error: Top-1 error in percent.
+        top5_error: Top-5 error in percent.
     """
 
     name: str
@@ -61,26 +61,28 @@ class Pruned:
 
 
 def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> CfgNode:
-    """The config of the network without the gates of these stages.
+    """Return the config of the network without the gates of the given stages.
 
     Raises:
-        UserError: a stage has no gates, or the model is none whose gates can be dropped.
+        UserError: If a stage has no gates, or the model's gates can't be removed.
     """
     if not isinstance(model, ImageClassifier):
         raise UserError(
-            "Gates are dropped from classifiers, whose accuracy tells the cost; this is a "
-            f"{type(model).__name__}. Prune the classifier that it starts from."
+            f"Gates can only be removed from a classifier, but the model is a "
+            f"{type(model).__name__}. Prune the classifier whose weights the model starts from."
         )
     if cfg.MODEL.SE.RELU_BEFORE:
         raise UserError(
-            "This network has a ReLU before each gate (MODEL.SE.RELU_BEFORE), which would go with "
-            "the gate: what is left would be another network. Such gates can't be dropped."
+            "The gates of this network can't be removed: it has a ReLU before each gate "
+            "(MODEL.SE.RELU_BEFORE), which would be removed with the gate. Use a network without "
+            "MODEL.SE.RELU_BEFORE."
         )
-    has = sorted({stage_of(name) for name in gates_of(model.backbone)} - {None})
+    found = {stage_of(name) for name in gates_of(model.backbone)}
+    has = sorted(stage for stage in found if stage is not None)
     wrong = [stage for stage in stages if stage not in has]
     if wrong:
         raise UserError(
-            f"The stages {wrong} have no gates to drop; those of {', '.join(map(str, has))} have."
+            f"The stages {wrong} have no gates, expected some of {', '.join(map(str, has))}."
         )
     cfg = cfg.clone()
     cfg.defrost()
@@ -96,16 +98,17 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """The network of a config of :func:`pruned_config` with the weights of a model with gates.
+    """Build a network without some gates, with the weights of a model that has them.
 
     Args:
-        cfg: it.
-        model: with the gates.
-        scales: what each gate becomes, `(C,)` by the paper's name; None is 1 everywhere.
+        cfg: The config returned by :func:`pruned_config`.
+        model: The model with the gates.
+        scales: The constant ``(C,)`` that replaces each gate, by its name in the paper. None
+            replaces all gates by 1.
 
     Returns:
-        The network on the model's device in evaluation mode; None where a gate does not stand
-        right behind a convolution, which could take its scale in.
+        The network on the model's device in evaluation mode. None if a gate doesn't directly
+        follow a convolution that its scale can be folded into.
     """
     pruned = build_model(cfg)
     state = pruned.state_dict()
@@ -115,8 +118,8 @@ def without_gates(
     backbone.preprocessing = model.preprocessing
     paths = {module: path for path, module in backbone_of(model).named_modules()}
     there = {path for path, _ in backbone.named_modules()}
-    for name, gate in gates_of(backbone_of(model)).items() if scales else ():
-        if paths[gate] in there:
+    for name, gate in gates_of(backbone_of(model)).items():
+        if not scales or paths[gate] in there:
             continue
         conv = _convolution_before(backbone, backbone_of(model), paths[gate])
         if conv is None:
@@ -126,17 +129,17 @@ def without_gates(
 
 
 def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn.Module | None:
-    """The last convolution of the residual branch that a gate stood right behind."""
+    """Return the convolution directly before a removed gate, or None."""
     block_path, _, _ = path.rpartition(".")
     block, plain = backbone.get_submodule(block_path), pruned.get_submodule(block_path)
-    if not isinstance(block, tuple(_LAST)) or block.placement != "standard":
+    names = next((names for kind, names in _LAST.items() if isinstance(block, kind)), None)
+    if names is None or block.placement != "standard":
         return None
-    names = next(names for kind, names in _LAST.items() if isinstance(block, kind))
     return next(conv for name in names if (conv := getattr(plain, name, None)) is not None)
 
 
 def _scale_output(conv: nn.Module, scale: torch.Tensor) -> None:
-    """Multiplies what a convolution, with its norm if it has one, puts out."""
+    """Scale the output channels of a convolution, or of its norm if it has one."""
     norm = getattr(conv, "norm", None)
     layer = conv if norm is None else norm
     with torch.no_grad():
@@ -155,18 +158,18 @@ def measure_pruning(
     transform: EvalTransform,
     **options: Any,
 ) -> list[Pruned]:
-    """Evaluates a classifier with its gates, with some at 1, and with these at their means.
+    """Evaluate a classifier with all gates, with some replaced by 1, and by their means.
 
     Args:
-        cfg: of :func:`pruned_config`.
-        model: with the gates.
-        found: their statistics.
-        dataset: to evaluate on, all of it.
-        transform: the view of an image that is scored.
-        options: of ``evaluate_classifier``.
+        cfg: The config returned by :func:`pruned_config`.
+        model: The model with all gates.
+        found: The statistics of the gates.
+        dataset: The data set to evaluate on. All its images are used.
+        transform: The evaluation transform.
+        options: Keyword arguments of ``evaluate_classifier``.
 
     Returns:
-        The three, or the first two where the means can't be taken in.
+        The three evaluations, or the first two if the means can't be folded into convolutions.
     """
     means = {name: block.mean_of_classes for name, block in found.blocks.items()}
     candidates = {
@@ -184,7 +187,7 @@ def measure_pruning(
 
 
 def pruning_table(rows: list[Pruned]) -> str:
-    """Accuracy and parameters, and how they differ from the first row's."""
+    """Format a table of errors and parameters, with their differences from the first row."""
     first = rows[0]
     lines = [
         (
@@ -203,13 +206,13 @@ def pruning_table(rows: list[Pruned]) -> str:
 
 
 def save_pruned(cfg: CfgNode, rows: list[Pruned], folder: str) -> str:
-    """Writes the better of the networks without gates, and its config beside it.
+    """Write the best of the networks without gates, and its config to the same folder.
 
     Returns:
         The path of the checkpoint.
 
     Raises:
-        UserError: it can't be written.
+        UserError: If the checkpoint can't be written.
     """
     best = min(rows[1:], key=lambda row: (row.top1_error, row.top5_error))
     path = str(Path(folder, "model.pth"))

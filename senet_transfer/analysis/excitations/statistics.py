@@ -1,5 +1,6 @@
-"""Statistics of a gate's values over classes, in memory that does not grow with the data."""
+"""Statistics of a gate's values by class, in memory independent of the size of the data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ CLOSED = 0.05
 
 @dataclass
 class _Sums:
-    """Of the images of one class; arrays of `(C,)`."""
+    """Running sums of one class's gates, as arrays of shape ``(C,)``."""
 
     images: int
     total: np.ndarray
@@ -27,18 +28,18 @@ class _Sums:
     @property
     def scatter(self) -> np.ndarray:
         """Sum of squared distances from the mean."""
-        # Values are of the order of 1 and sums in double precision, so little is lost here.
+        # The values are of order 1 and the sums in double precision, so cancellation is small.
         return np.maximum(self.squares - self.images * self.mean**2, 0)
 
 
 @dataclass(frozen=True)
 class ClassGates:
-    """The gates of one class's images.
+    """Statistics of a gate over the images of one class.
 
     Attributes:
-        images: how many.
-        mean: of each channel, `(C,)`.
-        std: between the images, of each channel, `(C,)`.
+        images: The number of images.
+        mean: Mean per channel, ``(C,)``.
+        std: Standard deviation over the images per channel, ``(C,)``.
     """
 
     images: int
@@ -48,15 +49,15 @@ class ClassGates:
 
 @dataclass(frozen=True)
 class Summary:
-    """A block in a few numbers; deviations are in units of the gate, pooled over channels.
+    """Summary statistics of a block's gate. Standard deviations are pooled over channels.
 
     Attributes:
-        channels: how many the block has.
-        mean: of all its values.
-        saturated: share of the values above 0.95.
-        closed: share below 0.05.
-        between: deviation of the classes' means, less what the draw of the images adds to it.
-        within: deviation of the images of one class.
+        channels: The number of channels.
+        mean: The mean of all values.
+        saturated: The fraction of values above 0.95.
+        closed: The fraction of values below 0.05.
+        between: Standard deviation of the class means, corrected for the sampling of images.
+        within: Standard deviation between images of the same class.
     """
 
     channels: int
@@ -68,34 +69,34 @@ class Summary:
 
     @property
     def specificity(self) -> float:
-        """How far apart classes are relative to the spread within them."""
+        """The ratio of the deviation between classes to that within classes."""
         return self.between / self.within if self.within else 0.0
 
     @property
     def verdict(self) -> str:
-        """ "open" or "constant" for a gate that does next to nothing, which might be removed."""
+        """``"open"`` or ``"constant"`` for a gate with little effect, otherwise empty."""
         if self.saturated >= 0.9:
             return "open"
-        # A gate that is the same for all images is a scale, which a norm or convolution has.
+        # A gate with the same value for all images can be folded into a norm or convolution.
         return "constant" if np.hypot(self.between, self.within) < 0.01 else ""
 
 
 class GateStatistics:
-    """Of one block, from batches of any order.
+    """Statistics of one block's gate, accumulated from batches in any order.
 
-    A class is folded into a few arrays of `(C,)` once all its images have been seen, so that with
-    images in the order of their classes memory does not grow with the number of classes. Kept
-    whole are only the means and deviations of the classes to be drawn.
+    Once all images of a class have been processed, the class is folded into a few arrays of shape
+    ``(C,)``. If images are sorted by class, memory therefore doesn't grow with the number of
+    classes. Individual means and deviations are kept only for the classes to plot.
 
     Attributes:
-        kept: by label, those of them that are complete.
+        kept: The statistics of each class to plot whose images are complete, by label.
     """
 
-    def __init__(self, counts: np.ndarray, keep: list[int] = ()):
+    def __init__(self, counts: np.ndarray, keep: Iterable[int] = ()):
         """
         Args:
-            counts: images that will come of each class, `(K,)`.
-            keep: labels of the classes to be drawn.
+            counts: The number of images of each class, ``(K,)``.
+            keep: Labels of the classes to plot.
         """
         self.counts = counts
         self.keep = set(keep)
@@ -105,7 +106,7 @@ class GateStatistics:
         self._values = self._saturated = self._closed = 0
 
     def update(self, labels: np.ndarray, gates: np.ndarray) -> None:
-        """Takes the values `(N, C)` of a batch with these labels `(N,)`."""
+        """Add the gate's values ``(N, C)`` of a batch with labels ``(N,)``."""
         gates = gates.astype(np.float64)
         if not self._values:
             self._mean_of_classes, self._mean, self._between, self._within = (
@@ -130,7 +131,7 @@ class GateStatistics:
         self._within += sums.scatter
         self._images += sums.images
         self._squared_images += sums.images**2
-        # The weighted scatter of the means, by West's update.
+        # Update the weighted scatter of the means by West's algorithm.
         distance = sums.mean - self._mean
         self._mean += distance * sums.images / self._images
         self._between += sums.images * distance * (sums.mean - self._mean)
@@ -139,14 +140,14 @@ class GateStatistics:
 
     @property
     def mean_of_classes(self) -> np.ndarray:
-        """The mean of the classes' means, `(C,)`, over the classes that have images."""
+        """The mean of the class means, ``(C,)``, over the classes that have images."""
         return self._mean_of_classes
 
     def summary(self) -> Summary:
-        """Of all that was seen.
+        """Return the summary statistics of all values.
 
-        The two deviations are those of the one-way analysis of variance with random effects; with
-        one class, or one image of each, what can't be told is 0.
+        The two deviations are estimated by a one-way analysis of variance with random effects. A
+        deviation that can't be estimated, with one class or one image per class, is 0.
         """
         classes, images = self._classes, self._images
         within = self._within / (images - classes) if images > classes else 0 * self._within
@@ -159,8 +160,8 @@ class GateStatistics:
             mean=float(self._mean.mean()),
             saturated=self._saturated / self._values,
             closed=self._closed / self._values,
-            # Pooled before the root: of a channel that does not differ, the estimate is as often
-            # below 0 as above.
+            # Pool over channels before taking the root: for a channel that doesn't differ between
+            # classes, the estimated variance is negative as often as positive.
             between=float(np.sqrt(max(between.mean(), 0))),
             within=float(np.sqrt(within.mean())),
         )

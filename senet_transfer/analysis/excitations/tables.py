@@ -1,4 +1,4 @@
-"""What was found of the gates, as CSV and as a table for people."""
+"""Statistics of gates as CSV files and as a printed table."""
 
 import csv
 import os
@@ -14,7 +14,7 @@ _ALL = "all classes"
 
 
 def block_table(found: Excitations) -> str:
-    """All blocks in a few numbers each; see :class:`~.statistics.Summary`."""
+    """Format a table with the :class:`~.statistics.Summary` of each block."""
     rows = []
     for name, block in found.blocks.items():
         one = block.summary()
@@ -38,13 +38,13 @@ def block_table(found: Excitations) -> str:
 
 
 def write_csv(found: Excitations, folder: str) -> list[str]:
-    """Writes ``gates.csv``, a line a channel and class, and ``blocks.csv``, a line a block.
+    """Write ``gates.csv`` (one row per channel and class) and ``blocks.csv`` (one per block).
 
     Returns:
-        The paths.
+        The paths of the files.
 
     Raises:
-        UserError: they can't be written.
+        UserError: If a file can't be written.
     """
     gates = ("block", "channel", "class", "images", "mean", "std")
     blocks = (
@@ -83,5 +83,5 @@ def _write(folder: str, name: str, header: tuple[str, ...], rows: Iterable[tuple
             writer.writerow(header)
             writer.writerows(rows)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Take another --output.") from error
+        raise UserError(f"{path} can't be written: {error}. Choose another --output.") from error
     return path

@@ -1,4 +1,4 @@
-"""Runs as one page that can be looked at anywhere: figures, curves, pictures, differences."""
+"""A report of training runs as a single HTML page: results, curves, images and config changes."""
 
 from senet_transfer.analysis.report.page import write_report
 from senet_transfer.analysis.report.run_folder import Run, find_runs, load_run, load_runs

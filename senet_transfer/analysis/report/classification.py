@@ -1,4 +1,4 @@
-"""What a classifier takes for what, and whether its probabilities can be believed."""
+"""Confused classes, class errors and calibration of classifiers."""
 
 import json
 from collections.abc import Callable
@@ -27,10 +27,10 @@ class Predictions:
     """A classifier's predictions on a data set.
 
     Attributes:
-        index: ``(N,)`` places in the data set.
-        labels: ``(N,)``.
-        best: ``(N,)`` the predicted classes.
-        probability: ``(N,)`` of those, 0-1.
+        index: Indices of the images in the data set, ``(N,)``.
+        labels: Ground-truth labels, ``(N,)``.
+        best: Predicted classes, ``(N,)``.
+        probability: Probabilities of the predicted classes in [0, 1], ``(N,)``.
     """
 
     index: np.ndarray
@@ -40,21 +40,24 @@ class Predictions:
 
     @property
     def hit(self) -> np.ndarray:
-        """``(N,)`` whether the prediction is right."""
+        """Boolean mask of the correct predictions, ``(N,)``."""
         return self.best == self.labels
 
     def class_errors(self, classes: int) -> np.ndarray:
-        """``(C,)`` top-1 error in percent; not a number where a class has no images."""
+        """Return the top-1 error of each class in percent, ``(C,)``; nan for empty classes."""
         total = np.bincount(self.labels, minlength=classes)
         wrong = np.bincount(self.labels[~self.hit], minlength=classes)
         with np.errstate(invalid="ignore"):
             return 100 * wrong / total
 
     def calibration(self) -> tuple[list[list[float]], float]:
-        """Mean probability, share of hits (0-1) and number of images in each bin, and the error.
+        """Compute the reliability diagram and the expected calibration error (ECE).
 
-        The expected calibration error is in percent: over equal bins of probability, the mean
-        distance of the two, weighed by the number of images (Guo et al. 2017, equation 3).
+        Returns:
+            A list with the mean probability, the accuracy (both in [0, 1]) and the number of images
+            of each bin that isn't empty, and the ECE in percent. The ECE is the mean over bins of
+            the absolute difference between probability and accuracy, weighted by the number of
+            images (Guo et al. 2017, equation 3).
         """
         bins = np.minimum((self.probability * BINS).astype(int), BINS - 1)
         points, error = [], 0.0
@@ -67,7 +70,12 @@ class Predictions:
         return points, error
 
     def confused(self) -> list[tuple[int, int, np.ndarray]]:
-        """A class, what it is taken for, and the rows, surest first. Frequent pairs come first."""
+        """Return the confused pairs of classes, most frequent first.
+
+        Returns:
+            A list of (label, predicted class, rows). The rows are positions in the arrays above,
+            sorted by decreasing probability.
+        """
         wrong = np.flatnonzero(~self.hit)
         wrong = wrong[np.argsort(-self.probability[wrong], kind="stable")]
         pairs: dict[tuple[int, int], list[int]] = {}
@@ -78,10 +86,13 @@ class Predictions:
 
 
 def read_predictions(run: Run, name: str) -> Predictions | None:
-    """The predictions on a data set of ``DATASETS.TEST``; None where there are none.
+    """Read a run's predictions on a data set of ``DATASETS.TEST``.
+
+    Returns:
+        The predictions, or None if none were saved.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: If the file is damaged.
     """
     path = run.folder / inference_dir(run.cfg, name) / "predictions.json"
     if not path.is_file():
@@ -89,35 +100,45 @@ def read_predictions(run: Run, name: str) -> Predictions | None:
     try:
         columns = json.loads(path.read_text())
         best = [top[0] for top in columns["top"]]
-        integers = [np.array(rows, np.int64) for rows in (columns["index"], columns["label"], best)]
-        return Predictions(*integers, np.array(columns["probability"], np.float64))
+        return Predictions(
+            index=np.array(columns["index"], np.int64),
+            labels=np.array(columns["label"], np.int64),
+            best=np.array(best, np.int64),
+            probability=np.array(columns["probability"], np.float64),
+        )
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} can't be read: {error!r}. Evaluate again.") from error
+        raise UserError(f"{path} can't be read: {error!r}. Repeat the evaluation.") from error
 
 
 def confusion_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Confused pairs with pictures, class errors and calibration, for each data set.
+    """Collect confused pairs with images, class errors and calibration for each data set.
 
-    Takes the arguments of :func:`~.detection.detection_galleries`.
+    Args:
+        runs: The runs to report.
+        budget: The largest number of images in all galleries together.
+        say: Called with a message if something can't be shown.
+        quiet: Show no progress bar.
 
     Returns:
-        For each data set ``data``, ``classes``, ``runs`` (positions), ``errors`` (by run, by class,
-        in percent), ``calibration`` and ``ece`` (by run), ``images`` (pictures, by place) and
-        ``pairs``: ``run``, ``label``, ``taken``, ``count``, ``of`` and ``examples``, a list of
-        place and probability in percent.
+        A dict per data set with ``data`` (its name), ``classes``, ``runs`` (indices), ``errors``
+        (percent, by run and class), ``calibration`` and ``ece`` (by run), ``images`` (data URIs, by
+        index) and ``pairs``. Each pair has ``run``, ``label``, ``taken`` (the predicted class),
+        ``count``, ``of`` (the number of images with this label) and ``examples``, a list of image
+        index and probability in percent.
     """
     groups: dict[tuple[str, tuple[str, ...]], dict[int, Predictions]] = {}
     for position, run in enumerate(runs):
         for name in run.cfg.DATASETS.TEST:
             try:
-                found = read_predictions(run, name)
+                predictions = read_predictions(run, name)
             except UserError as error:
                 say(f"{run.name}: {error}")
                 continue
-            if found is not None:
-                groups.setdefault((name, tuple(run.cfg.DATASETS.CLASSES)), {})[position] = found
+            if predictions is not None:
+                group = groups.setdefault((name, tuple(run.cfg.DATASETS.CLASSES)), {})
+                group[position] = predictions
     galleries = []
     for (name, classes), found in groups.items():
         gallery = _gallery(name, list(classes), found, budget // len(groups))
@@ -171,5 +192,5 @@ def _pictures(
                 pixels = dataset.images[place].permute(1, 2, 0).numpy()
             pictures[place] = data_uri(pixels, SIDE)[0]
     except (UserError, BrokenImageError, OSError, LookupError) as error:
-        say(f"No (more) pictures of {name}: {error}")
+        say(f"Some images of {name} can't be shown: {error}")
     return pictures

@@ -1,4 +1,4 @@
-"""The gallery of a detector's validation images: what is there beside what was found."""
+"""Galleries of validation images with ground-truth objects and detections."""
 
 import json
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from senet_transfer.utils.progress import progress
 
 # Detections below this score are not shown.
 LEAST_SCORE = 0.1
-# The score and overlap at which an image is judged when the pictures are chosen.
+# Score and IoU thresholds of the F1 by which images are selected for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
 SIDE = 320
 
 
 @dataclass
 class Found:
-    """The detections of an image, best first.
+    """Detections in an image, sorted by decreasing score.
 
     Attributes:
-        boxes: ``(N, 4)`` left, top, width, height in pixels.
-        scores: ``(N,)`` 0-1.
-        classes: ``(N,)`` positions in the list of classes.
-        matches: ``(N,)`` the object that each one hits, -1 for none.
+        boxes: Boxes as left, top, width and height in pixels, ``(N, 4)``.
+        scores: Scores in [0, 1], ``(N,)``.
+        classes: Class indices, ``(N,)``.
+        matches: Index of the object matched by each detection, or -1, ``(N,)``.
     """
 
     boxes: np.ndarray
@@ -45,18 +45,19 @@ class Found:
 def detection_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """A gallery for each data set that detections are there for.
+    """Build a gallery for each data set that has saved detections.
 
     Args:
-        runs: of the page.
-        budget: pictures in all galleries together.
-        say: called with a sentence where something can't be shown.
-        quiet: no progress bar.
+        runs: The runs to report.
+        budget: The largest number of images in all galleries together.
+        say: Called with a message if something can't be shown.
+        quiet: Show no progress bar.
 
     Returns:
-        For each data set its ``data`` (name), ``classes``, ``total`` images, ``runs`` (positions)
-        and ``images``: ``name``, ``src``, ``width`` and ``height`` of the picture, ``truth`` (left,
-        top, width, height, class) and ``found``, by run (the same, score in percent, match).
+        A dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
+        ``runs`` (indices) and ``images``. Each image has ``name``, ``src`` (a data URI), ``width``,
+        ``height``, ``truth`` (left, top, width, height, class) and ``found`` (by run: the same
+        values, score in percent, match).
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, run in enumerate(runs):
@@ -70,7 +71,7 @@ def detection_galleries(
             share = max(budget // len(groups), 1)
             galleries.append(_gallery(name, positions, runs, share, say, quiet))
         except UserError as error:
-            say(f"No pictures of {name}: {error}")
+            say(f"The images of {name} can't be shown: {error}")
     return galleries
 
 
@@ -121,13 +122,13 @@ def _gallery(
 def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     register_datasets(run.cfg.DATASETS.get("REGISTER", []))
     if name not in DatasetCatalog:
-        raise UserError(f"nothing is registered as {name}. Register it, as for training.")
+        raise UserError(f"the data set {name} isn't registered. Register it as for training.")
     try:
         images = DatasetCatalog.get(name)
     except OSError as error:
         raise UserError(f"its annotations can't be read ({error}).") from error
     for image in images:
-        # Crowds last, so that the positions of the others are those on the page.
+        # Sort crowds last. The page leaves them out, and the indices of other objects stay valid.
         objects = sorted(image.get("annotations", []), key=lambda o: o.get("iscrowd", 0))
         boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYWH_ABS) for o in objects]
         image["boxes"] = np.array(boxes, np.float64).reshape(-1, 4)
@@ -137,11 +138,11 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
 
 
 def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
-    """The detections of each image, in the order of the images."""
+    """Read the detections of each image, in the order of the images."""
     try:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}. Evaluate again.") from error
+        raise UserError(f"{path} can't be read: {error}. Repeat the evaluation.") from error
     to_class = metadata.get("thing_dataset_id_to_contiguous_id") or {
         number: number for number in range(len(metadata.thing_classes))
     }
@@ -151,8 +152,9 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
             continue
         if row["image_id"] not in by_image or row["category_id"] not in to_class:
             raise UserError(
-                f"{path} has detections of image {row['image_id']}, class {row['category_id']}, "
-                "which the data set now lacks. Evaluate again."
+                f"{path} has a detection in image {row['image_id']} of category "
+                f"{row['category_id']}, which the data set no longer contains. Repeat the "
+                "evaluation."
             )
         by_image[row["image_id"]].append(row)
     result = []
@@ -168,18 +170,20 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
 
 
 def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
-    """Match each detection with an object by COCO's rule at an overlap of one half.
+    """Match detections with objects by COCO's rule at an IoU of 0.5.
 
-    The best detection takes the object of its class that it overlaps most. What is left, and lies
-    on a crowd, counts for nothing. The best come first, so leaving out low scores changes no match.
+    In the order of their scores, detections are matched with the free object of their class that
+    has the highest IoU. Unmatched detections that lie on a crowd are ignored. Dropping detections
+    with low scores doesn't change the matches of the others.
 
     Args:
-        boxes: ``(N, 4)`` left, top, width, height, best first.
-        classes: ``(N,)``.
-        image: its ``boxes`` ``(M, 4)``, ``classes`` and ``crowd`` ``(M,)``, 0 or 1.
+        boxes: Boxes as left, top, width and height, sorted by decreasing score, ``(N, 4)``.
+        classes: Class indices, ``(N,)``.
+        image: A dict with the objects' ``boxes`` ``(M, 4)``, ``classes`` ``(M,)`` and ``crowd``
+            ``(M,)``, 0 or 1.
 
     Returns:
-        ``(N,)`` the object's position, -1 for none, -2 for a crowd.
+        The index of the matched object, -1 for no match, or -2 for a crowd, ``(N,)``.
     """
     matches = np.full(len(boxes), -1)
     if not len(boxes) or not len(image["boxes"]):
@@ -198,7 +202,7 @@ def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, An
 
 
 def _f1(image: dict[str, Any], found: Found) -> float:
-    """Twice the hits over objects and detections together; 1 where there is neither."""
+    """Return the F1 score of an image's detections, or 1 without objects and detections."""
     shown = found.scores >= SCORE
     hits = int((found.matches[shown] >= 0).sum())
     both = int((image["crowd"] == 0).sum()) + int(shown.sum())
@@ -206,7 +210,7 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 
 
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
-    """The positions of as many worst as best images; all where there is room."""
+    """Return the indices of all images, or of equally many worst and best if over the budget."""
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:
         half = budget - budget // 2
@@ -220,7 +224,7 @@ def _picture(image: dict[str, Any]) -> dict[str, Any] | str:
         pixels = read_image(image["file_name"], "RGB")
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever the damage makes them stumble over
+    except Exception as error:  # decoders raise various exceptions for damaged files
         return f"{name} can't be shown: {error}"
     source, (width, height) = data_uri(pixels, SIDE)
     scale = width / pixels.shape[1]
@@ -237,7 +241,8 @@ def _picture(image: dict[str, Any]) -> dict[str, Any] | str:
 
 def _shown(found: Found, scale: float, most: int) -> list[list[float]]:
     return [
-        [*_rounded(found.boxes[k] * scale), int(found.classes[k]), round(100 * found.scores[k]),
+        [*_rounded(found.boxes[k] * scale), int(found.classes[k]),
+         round(float(100 * found.scores[k])),
          int(found.matches[k])]
         for k in range(min(len(found.scores), most))
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no server, no second file."""
+"""Writing of the report as one self-contained HTML file."""
 
 import datetime
 import math
@@ -22,13 +22,13 @@ from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import atomic_file, nonfinite_to_null
 
-# Of a curve.
+# Largest number of points in a curve.
 MOST_POINTS = 400
 
-# What stands in the table of results, and the decimals; more are in the curves.
+# Metrics in the table of results, and their decimals. Other metrics are only in the curves.
 _SHOWN = {"AP": 2, "AP50": 2, "AP75": 2, "top1_error": 2, "top5_error": 2, "images": 0}
 
-# Characters of a config's value; the rest is in the run's config.yaml.
+# Largest number of characters of a config value; the full value is in the run's config.yaml.
 _LONGEST = 240
 
 _NAMES = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
@@ -44,18 +44,18 @@ def write_report(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Writes the page of some runs.
+    """Write the report of one or several runs.
 
     Args:
-        runs: as of :func:`~.run_folder.load_runs`.
-        output: the HTML file; it appears whole or not at all.
-        images: pictures of detection in it, some 15 KB each; four times as many of classification,
-            which are smaller.
-        say: called with a sentence where something can't be shown.
-        quiet: no progress bars.
+        runs: The runs returned by :func:`~.run_folder.load_runs`.
+        output: The HTML file, which is written atomically.
+        images: The largest number of detection images, of about 15 KB each. The page can hold four
+            times as many classification images, which are smaller.
+        say: Called with a message if something can't be shown.
+        quiet: Show no progress bars.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: If the file can't be written.
     """
     notes: list[str] = []
 
@@ -63,7 +63,7 @@ def write_report(
         notes.append(text)
         say(text)
 
-    data = {
+    data: dict[str, Any] = {
         "runs": [run.name for run in runs],
         "curves": _curves(runs),
         "detection": detection_galleries(runs, images, note, quiet=quiet),
@@ -103,7 +103,7 @@ def _write(output: Path, html: str) -> None:
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
-    """By metric and run, at most so many points; those of single classes are left out."""
+    """Return the thinned curves by metric and run, without the metrics of single classes."""
     curves: dict[str, dict[int, list[list[float]]]] = {}
     for position, run in enumerate(runs):
         for name, points in run.curves.items():
@@ -117,7 +117,7 @@ def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
 
 
 def _class_of(name: str) -> str | None:
-    """The class whose AP a scalar is."""
+    """Return the class of a per-class AP metric, or None for other metrics."""
     found = parse_metric(name)
     return found[2][3:] if found and found[2].startswith("AP-") else None
 
@@ -127,7 +127,7 @@ def _summary(run: Run) -> dict[str, str]:
     if run.is_finished:
         state = f"finished, {done:,} iterations"
     elif done:
-        left = f", {_time(run.eta_seconds)} to go as of then" if run.eta_seconds else ""
+        left = f", about {_time(run.eta_seconds)} remaining" if run.eta_seconds else ""
         state = f"{done:,} iterations done{left}"
     else:
         state = "evaluated only" if run.results else "nothing logged yet"
@@ -169,7 +169,7 @@ def _version(run: Run, package: str) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """A row a data set and task: ours, the paper's, the difference."""
+    """Return one row per data set and task with our results, the paper's and the difference."""
     rows = []
     kinds = dict.fromkeys((data, task) for data, task, _ in run.results)
     for data, task in kinds:
@@ -196,7 +196,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 
 def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """AP or error of each class by run; what is worst in any run comes first."""
+    """Return tables of AP or error by class and run, sorted by the worst value of any run."""
     tables = []
     by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for position, run in enumerate(runs):
@@ -239,7 +239,7 @@ def _class_table(
 
 
 def _figures(run: Run) -> list[Path]:
-    """What tools/analyze_excitations.py has drawn for a run, in the folder of that name."""
+    """Return the figures that tools/analyze_excitations.py wrote to the run's folder."""
     paths = [run.folder / "excitations" / name for name in ("figure6.png", "blocks.png")]
     return [path for path in paths if path.is_file()]
 
@@ -256,9 +256,9 @@ def _excitations(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """The config keys in which runs differ; those in which a single run differs from the defaults.
+    """Return the config keys in which runs differ, with their values by run.
 
-    Their values, run by run; with a single run the default comes first.
+    A single run is compared with the defaults, whose values come first.
     """
     flat = [config_texts(run.cfg) for run in runs]
     if len(runs) == 1:

@@ -1,4 +1,4 @@
-"""The paper's figures for what a run has trained, where it has any."""
+"""The paper's results for the network and data set of a run."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ _PLACES365_IMAGES = 36_500
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Published figures of one network on one data set.
+    """Published results of one network on one data set.
 
     Attributes:
-        name: of the network.
-        values: by metric, in percent, as Detectron2 names it.
-        source: who published them.
-        note: in which the comparison limps; empty where it doesn't.
+        name: The name of the network.
+        values: Values in percent, by Detectron2's name of the metric.
+        source: The publication.
+        note: A limitation of the comparison. Empty if there is none.
     """
 
     name: str
@@ -28,7 +28,7 @@ class PaperRow:
     note: str = ""
 
 
-# Faster R-CNN with FPN on COCO minival: AP, and AP at an overlap of one half.
+# Faster R-CNN with FPN on COCO minival: AP, and AP at an IoU of 0.5.
 COCO = {
     "resnet50": PaperRow("ResNet-50", {"AP": 38.0, "AP50": 57.9}, _TABLE_VII),
     "se_resnet50": PaperRow("SE-ResNet-50", {"AP": 40.4, "AP50": 61.0}, _TABLE_VII),
@@ -38,18 +38,18 @@ COCO = {
 
 
 def has_gates(cfg: CfgNode) -> bool:
-    """Whether a config's backbone has SE."""
+    """Return True if a config's backbone has SE."""
     return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
 
 
 def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -> PaperRow | None:
-    """What the paper has for a run.
+    """Return the paper's results for a run, or None if it reports none.
 
     Args:
-        cfg: of the run.
-        data: of ``DATASETS.TEST``.
-        task: as Detectron2 names it: "bbox", "classification".
-        images: that were evaluated, where that is known.
+        cfg: The config of the run.
+        data: A data set of ``DATASETS.TEST``.
+        task: Detectron2's name of the task: "bbox" or "classification".
+        images: The number of evaluated images, if known.
     """
     backbone = backbone_name(cfg)
     if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
@@ -60,8 +60,10 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
     if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
         for row in PLACES365:
             if row.name.lower().replace("-", "") == backbone.replace("_", ""):
-                values = {"top1_error": row.top1_error, "top5_error": row.top5_error}
+                values = {"top1_error": row.top1_error}
+                if row.top5_error is not None:
+                    values["top5_error"] = row.top5_error
                 short = images is not None and images != _PLACES365_IMAGES
-                note = f"theirs on {_PLACES365_IMAGES:,} images, ours on {images:,.0f}"
+                note = f"paper: {_PLACES365_IMAGES:,} images, this run: {images:,.0f}"
                 return PaperRow(row.name, values, row.source, note if short else "")
     return None

@@ -1,4 +1,4 @@
-"""Pictures small enough to be carried inside a page."""
+"""Encoding of small images for embedding in an HTML page."""
 
 import base64
 import io
@@ -10,14 +10,14 @@ QUALITY = 72
 
 
 def data_uri(pixels: np.ndarray, side: int) -> tuple[str, tuple[int, int]]:
-    """A picture as text that a browser shows.
+    """Encode an image as a data URI.
 
     Args:
-        pixels: uint8 RGB ``(H, W, 3)``.
-        side: pixels that the longer side is reduced to.
+        pixels: RGB image, uint8 ``(H, W, 3)``.
+        side: Largest length of the longer side in pixels. Larger images are scaled down.
 
     Returns:
-        The address that holds a JPEG, and its width and height.
+        The data URI of a JPEG image, and the image's width and height.
     """
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)

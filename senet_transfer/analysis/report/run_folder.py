@@ -1,4 +1,4 @@
-"""What training and evaluation leave in a run's folder, read back."""
+"""Reading of the files that training and evaluation write to a run's folder."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
-# [data set/]task/metric, as Detectron2 names what an evaluation found.
+# Detectron2's names of evaluation results: [data set/]task/metric.
 _METRIC = re.compile(r"^(?:(.+)/)?((?:bbox|segm|keypoints|classification)(?:_TTA)?)/([^/].*)$")
 
 Series = list[tuple[int, float]]
@@ -23,19 +23,22 @@ Series = list[tuple[int, float]]
 
 @dataclass
 class Run:
-    """A run's folder.
+    """Contents of a run's folder.
 
     Attributes:
-        folder: where it is.
-        name: short, different from those of the other runs.
-        cfg: its whole config.
-        curves: by metric, its values by iteration; those of evaluations among them.
-        results: the last evaluation's, by data set ("" where there is but one), task and metric.
-        seconds: that training took, of all its parts; None where nothing says so.
-        memory_mb: the most that was in use, in MB; None likewise.
-        eta_seconds: to the end of training, as of the last line of the log; None likewise.
-        command: line that started it.
-        environment: versions and machine, as text.
+        folder: The run's folder.
+        name: A short, unique name of the run.
+        cfg: The complete config.
+        curves: Pairs of iteration and value by metric, including evaluation metrics.
+        results: Results of the last evaluation by data set ("" if there is only one), task and
+            metric.
+        seconds: Total training time in seconds, including the time before resumptions. None if
+            unknown.
+        memory_mb: Peak memory in MB. None if unknown.
+        eta_seconds: Estimated time to the end of training in seconds, when the last line of the
+            log was written. None if unknown.
+        command: The command line that started the run.
+        environment: Versions and machine, as text.
     """
 
     folder: Path
@@ -51,20 +54,20 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """How many are done, as far as is written."""
-        # Of steps alone: the line of an evaluation counts one iteration more.
+        """Number of logged training iterations."""
+        # Use the training loss only: evaluation results are logged at the next iteration.
         points = self.curves.get("total_loss")
         return points[-1][0] + 1 if points else 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether training has come to its end."""
+        """True if training is finished."""
         if self.eta_seconds is not None:
             return self.eta_seconds == 0
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """A result of the last evaluation, on a data set of ``DATASETS.TEST``."""
+        """Return a result of the last evaluation on a data set of ``DATASETS.TEST``, or None."""
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]
@@ -72,10 +75,13 @@ class Run:
 
 
 def find_runs(places: Iterable[str | Path]) -> list[Path]:
-    """The runs' folders that paths name: a run's own, or one that holds runs.
+    """Find the folders of runs.
+
+    Args:
+        places: Folders of single runs, or folders that contain runs.
 
     Raises:
-        UserError: there is no run.
+        UserError: If a folder is not a run and contains none.
     """
     found: dict[Path, None] = {}
     for place in map(Path, places):
@@ -85,25 +91,27 @@ def find_runs(places: Iterable[str | Path]) -> list[Path]:
             below = sorted(path.parent for path in place.glob("*/config.yaml"))
         if not below:
             what = (
-                "has no config.yaml, nor has a folder in it" if place.is_dir() else "is no folder"
+                "has no config.yaml, and neither has any folder in it"
+                if place.is_dir()
+                else "is not a folder"
             )
             raise UserError(
                 f"{place} {what}. Expected the OUTPUT_DIR of a run of tools/train_net.py, or a "
-                "folder of such."
+                "folder that contains such folders."
             )
         found |= dict.fromkeys(below)
     return list(found)
 
 
 def load_run(folder: Path, name: str = "") -> Run:
-    """Reads a run, finished or not.
+    """Load a finished or unfinished run.
 
     Args:
-        folder: of the run.
-        name: by default that of the folder.
+        folder: The run's folder.
+        name: The name of the run. Default: the folder's name.
 
     Raises:
-        UserError: its config can't be read.
+        UserError: If the config can't be read.
     """
     try:
         content = yaml.safe_load((folder / "config.yaml").read_text())
@@ -111,7 +119,8 @@ def load_run(folder: Path, name: str = "") -> Run:
         raise UserError(f"{folder / 'config.yaml'} can't be read: {error}.") from error
     if not isinstance(content, dict) or not {"MODEL", "DATASETS"} <= content.keys():
         raise UserError(
-            f"{folder / 'config.yaml'} is not the config of a run; expected a whole one."
+            f"{folder / 'config.yaml'} isn't the config of a run: the sections MODEL and DATASETS "
+            "are required. Expected the config.yaml written by training."
         )
     run = Run(folder, name or folder.resolve().name, CfgNode(content))
     _read_metrics(run)
@@ -121,7 +130,7 @@ def load_run(folder: Path, name: str = "") -> Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Reads runs and gives each the shortest end of its path that no other has."""
+    """Load runs and name each by the shortest suffix of its path that makes the names unique."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
@@ -131,7 +140,7 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.json; one that is just being written, or torn, is left out."""
+    """Yield the lines of a metrics.json, skipping incomplete lines."""
     if not path.is_file():
         return
     with open(path, errors="replace") as file:
@@ -150,7 +159,7 @@ def _read_metrics(run: Run) -> None:
         iteration = row.pop("iteration")
         for name, value in row.items():
             if isinstance(value, int | float):
-                # A resumed run repeats some iterations: the later line counts, and comes last.
+                # A resumed run repeats some iterations. Keep the later value, and its position.
                 values.setdefault(name, {}).pop(iteration, None)
                 values[name][iteration] = float(value)
     step = values.get("time", {})
@@ -170,7 +179,7 @@ def _read_metrics(run: Run) -> None:
 
 
 def _total_seconds(path: Path) -> float:
-    """Return the sum over the parts of a run, whose clock starts anew with each resumption."""
+    """Return the total time of a run, whose elapsed time restarts at 0 with each resumption."""
     before, elapsed = 0.0, 0.0
     for row in _rows(path):
         now = row.get("elapsed_seconds")
@@ -182,7 +191,7 @@ def _total_seconds(path: Path) -> float:
 
 
 def _read_results(run: Run) -> None:
-    """Takes what ``--eval-only`` found, where that is newer than training's own evaluations."""
+    """Read the results of ``--eval-only`` if they are newer than the evaluations in training."""
     path, metrics = run.folder / "results.json", run.folder / "metrics.json"
     if not path.is_file():
         return
@@ -191,7 +200,7 @@ def _read_results(run: Run) -> None:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}. Evaluate again.") from error
+        raise UserError(f"{path} can't be read: {error}. Repeat the evaluation.") from error
     for name, value in _flat(content):
         if isinstance(value, int | float) and (found := parse_metric(name)):
             run.results[found] = float(value)
@@ -206,7 +215,7 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parse_metric(name: str) -> tuple[str, str, str] | None:
-    """Data set, task and metric of an evaluation's scalar; None for one of training."""
+    """Split an evaluation metric's name into data set, task and metric, or return None."""
     match = _METRIC.match(name)
     return (match[1] or "", match[2], match[3]) if match else None
 
@@ -224,13 +233,13 @@ def config_texts(cfg: CfgNode) -> dict[str, str]:
 
 
 def data_label(name: str) -> str:
-    """A data set as a reader knows it: the end of its path, or its name."""
+    """Return a short label of a data set: its name, or the last two parts of its path."""
     end = "/".join(Path(name).parts[-2:]) if name.startswith("/") or "://" in name else name
     return end.removesuffix(".safetensors")
 
 
 def _text(value: Any) -> str:
-    # A tuple becomes a list in a file: no difference.
+    # Tuples become lists in a YAML file, so treat them as equal.
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_text, value)) + "]"
     if isinstance(value, float) and math.isfinite(value):

@@ -46,9 +46,9 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """What torchvision's classes state of the python version, for a binary version.
+    """Files and checksums of a binary version, with the attributes of torchvision's classes.
 
-    Before each image stand ``meta["label_bytes"]`` bytes, the last of which is the label.
+    Each image follows ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
 
     filename: str
@@ -225,7 +225,12 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: in
             f"{archive.name!s}: {member.name} has {member.size:,} bytes; expected at most "
             f"{max_bytes:,}. Check the archive."
         )
-    return archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
+    file = archive.extractfile(member)
+    if file is None:
+        raise UserError(
+            f"{archive.name!s}: {member.name} is not a regular file. Get the archive again."
+        )
+    return file.read()
 
 
 def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:

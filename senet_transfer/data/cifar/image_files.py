@@ -1,4 +1,4 @@
-"""Small images as files with one folder per class: a tree or an archive for each split."""
+"""Small images as files in one folder per class, with a folder or an archive for each split."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -79,7 +79,7 @@ def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
     ]
     if not found:
         raise UserError(
-            f"{path} holds no images ({', '.join(SUFFIXES)}) in one folder per class. Name the "
+            f"{path} contains no images ({', '.join(SUFFIXES)}) in one folder per class. Name the "
             "parent folder of the splits."
         )
     found.sort(key=lambda row: row[:2])
@@ -114,6 +114,6 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     if image.size != (SIDE, SIDE):
         raise UserError(
             f"{where} has {image.width}x{image.height} pixels; expected {SIDE}x{SIDE}. Resize the "
-            "images first. For larger images, tools/train_net.py reads folders and shards."
+            "images first. For larger images, use tools/train_net.py with a folder or shards."
         )
     return np.asarray(image)

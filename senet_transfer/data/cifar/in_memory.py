@@ -1,7 +1,7 @@
-"""CIFAR-10, CIFAR-100 and what is like them: a whole data set of 32x32 images in memory.
+"""Data sets of 32x32 images that are kept in memory, such as CIFAR-10 and CIFAR-100.
 
-A prepared split is one file, which `datasets/prepare_cifar.py` writes from what people download.
-It is a safetensors file: data alone, nothing in it is executed, and with a checksum of its content.
+`datasets/prepare_cifar.py` converts a downloaded data set to one file per split. It is a
+safetensors file, which can't execute code, with a checksum of its content.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ class ImageArrays:
     Attributes:
         images: uint8 RGB `(N, 3, 32, 32)`.
         labels: int64 `(N,)`.
-        classes: names, the label being the position.
-        origin: where they are from, for messages.
+        classes: names of the classes, indexed by label.
+        origin: path of the data, for messages.
 
     Raises:
-        UserError: the parts don't fit together.
+        UserError: shapes or types are wrong, or a label has no class.
     """
 
     images: Tensor
@@ -51,14 +51,14 @@ class ImageArrays:
         shape, count = tuple(self.images.shape), len(self.labels)
         if shape != (count, 3, SIDE, SIDE) or self.images.dtype != torch.uint8 or count == 0:
             raise UserError(
-                f"{self.origin} holds images of shape {shape} ({self.images.dtype}) and {count} "
+                f"{self.origin} has images of shape {shape} ({self.images.dtype}) and {count} "
                 f"labels; expected uint8 images ({max(count, 1)}, 3, {SIDE}, {SIDE}). Prepare the "
                 "data again with datasets/prepare_cifar.py."
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
             raise UserError(
-                f"{self.origin} has labels from {low} to {high}, and {len(self.classes)} classes; "
+                f"{self.origin} has labels from {low} to {high} and {len(self.classes)} classes; "
                 f"expected labels from 0 to {len(self.classes) - 1}. Get the data again."
             )
 
@@ -67,26 +67,26 @@ class ImageArrays:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, with those that have no images."""
+        """Number of classes, including those without images."""
         return len(self.classes)
 
     def class_counts(self) -> list[int]:
-        """Images of each class."""
+        """Return the number of images of each class."""
         return torch.bincount(self.labels, minlength=self.num_classes).tolist()
 
 
 def split_file(folder: str | Path, split: str) -> Path:
-    """The file of a prepared split, such as `cifar10/train.safetensors`."""
+    """Return the path of a prepared split, such as `cifar10/train.safetensors`."""
     return Path(folder) / f"{split}.safetensors"
 
 
 def save_images(data: ImageArrays, path: Path, source: str) -> None:
-    """Writes a prepared split: the whole file, or none.
+    """Write a prepared split atomically.
 
     Args:
-        data: the split.
-        path: the file.
-        source: what it was made from, kept in the file.
+        data: the images and labels of the split.
+        path: the file to write.
+        source: name of the source, stored in the file's metadata.
 
     Raises:
         UserError: the file can't be written.
@@ -104,7 +104,7 @@ def save_images(data: ImageArrays, path: Path, source: str) -> None:
             save_file(tensors, partial, {_METADATA: json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} can't be written: {error}. Make room or name another folder."
+            f"{path} can't be written: {error}. Free disk space or choose another folder."
         ) from error
 
 
@@ -114,13 +114,13 @@ def _checksum(tensors: dict[str, Tensor], classes: Any) -> str:
 
 
 def load_images(path: str | Path) -> ImageArrays:
-    """Loads a prepared split.
+    """Load a prepared split.
 
     Args:
-        path: the file, as :func:`split_file` names it.
+        path: the file, as returned by :func:`split_file`.
 
     Raises:
-        UserError: there is none, or it is damaged or something else.
+        UserError: the file does not exist, is damaged or has another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -131,20 +131,20 @@ def load_images(path: str | Path) -> ImageArrays:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(_METADATA, "null"))
-            # Copies: the library's tensors are the file's pages, and go with it when it changes.
+            # Cloned because safetensors maps the file into memory, which may change on disk.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} can't be read ({error}). Prepare the data again.") from error
     if not isinstance(about, dict) or tensors.keys() != {"images", "labels"}:
         raise UserError(
-            f"{path} holds no images of datasets/prepare_cifar.py: found {sorted(tensors)[:5]}. "
-            "Weights? Name the data's file."
+            f"{path} was not written by datasets/prepare_cifar.py: it contains "
+            f"{sorted(tensors)[:5]}; expected the tensors images and labels. Name a prepared file."
         )
     if about.get("version") != _VERSION or about.get("sha256") != _checksum(
         tensors, about.get("classes")
     ):
         raise UserError(
-            f"{path} is damaged, or of another version: its content is not what its checksum "
-            "says. Prepare the data again with datasets/prepare_cifar.py."
+            f"{path} is damaged or has another version: its content does not match its checksum. "
+            "Prepare the data again with datasets/prepare_cifar.py."
         )
     return ImageArrays(tensors["images"], tensors["labels"], about["classes"], str(path))

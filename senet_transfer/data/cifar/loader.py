@@ -1,9 +1,10 @@
-"""Batches from a data set in memory: endless and resumable for training, one pass for evaluation.
+"""Data loaders for data sets in memory: infinite for training, one pass for evaluation.
 
-Training goes through permutations of the data, one after the other; iteration i of all processes
-together takes the next ``world_size * batch_size`` images, wherever a permutation ends. The order
-follows from the seed alone, so a run can start at any iteration, and on another number of
-processes with the same total, with the images that an unbroken run would have there.
+Training iterates over a sequence of random permutations of the data. Each iteration takes the next
+``world_size * batch_size`` images for all processes together; a batch may span two permutations.
+The order depends only on the seed, so a run can be resumed at any iteration, and with another
+number of processes if the total batch size is the same, and gets the same images as an
+uninterrupted run.
 """
 
 from collections.abc import Iterator
@@ -17,17 +18,16 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.errors import UserError
 
-# Tells the random numbers of the order from those of augmentation.
+# Makes the random numbers of the order independent of those of the augmentation.
 _STREAM = 0
 
 
 class CifarTrainLoader:
-    """Iterates over training batches without end.
+    """Infinite iterator over augmented training batches.
 
-    A batch is ``{"image": uint8 (N, 3, 32, 32) RGB, "label": int64 (N,)}`` on the device of the
-    data, flipped and cropped; with Cutout also ``"cutout"``, the centres int64 ``(N, 2)`` that
-    :func:`~senet_transfer.layers.cutout.cut_out` takes, because it comes after the model's
-    normalisation.
+    A batch is ``{"image": uint8 (N, 3, 32, 32) RGB, "label": int64 (N,)}`` on the loader's device.
+    With Cutout, it also has ``"cutout"``, the centres of the squares, int64 ``(N, 2)``. The model
+    passes them to :func:`~senet_transfer.layers.cutout.cut_out` after normalisation.
     """
 
     def __init__(
@@ -44,28 +44,28 @@ class CifarTrainLoader:
     ):
         """
         Args:
-            data: what to read.
-            batch_size: images of this process a step.
-            seed: of the order and the augmentation, 0 or more.
-            augment: None for the images as they are.
-            start_iter: the iteration to begin at.
-            rank: of this process.
+            data: the training data.
+            batch_size: number of images per iteration in this process.
+            seed: seed of the order and the augmentation, 0 or more.
+            augment: the augmentation; None for none.
+            start_iter: the first iteration to deliver.
+            rank: rank of this process.
             world_size: number of processes.
-            device: where the data is kept and augmented: 150 MB for CIFAR.
+            device: device on which the data is kept (150 MB for CIFAR) and augmented.
 
         Raises:
-            UserError: a value that makes no sense.
+            UserError: an argument is out of range.
         """
         _check_share(batch_size, rank, world_size)
         if seed < 0 or start_iter < 0:
-            raise UserError(f"The seed is {seed} and start_iter {start_iter}; expected 0 or more.")
+            raise UserError(f"seed is {seed} and start_iter is {start_iter}; expected 0 or more.")
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.start_iter, self.rank, self.world_size = start_iter, rank, world_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
-        raise TypeError("training batches have no end; the number of iterations decides")
+        raise TypeError("the training loader is infinite and has no length")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         iteration = self.start_iter
@@ -74,7 +74,10 @@ class CifarTrainLoader:
             iteration += 1
 
     def indices(self, iteration: int) -> np.ndarray:
-        """The images of all processes in an iteration, `(world_size * batch_size,)`."""
+        """Return the image indices of an iteration, for all processes.
+
+        The result has shape `(world_size * batch_size,)`.
+        """
         total = self.batch_size * self.world_size
         places = np.arange(iteration * total, (iteration + 1) * total)
         epochs, places = np.divmod(places, len(self.labels))
@@ -88,7 +91,7 @@ class CifarTrainLoader:
         return self._order
 
     def batch(self, iteration: int) -> dict[str, Tensor]:
-        """The batch of this process in an iteration."""
+        """Return the batch of this process in an iteration."""
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         index = torch.from_numpy(self.indices(iteration)[rows]).to(self.labels.device)
         batch = {"image": self.images[index], "label": self.labels[index]}
@@ -106,13 +109,13 @@ class CifarTrainLoader:
 
 
 class CifarEvalLoader:
-    """Iterates once over this process's share of the data, in order and unchanged.
+    """Iterator over this process's share of the data, once, in order and without augmentation.
 
     A batch has ``"image"`` and ``"label"`` as in training, ``"key"``, a name for each image, and
-    ``"index"``, its place in the data.
+    ``"index"``, the images' indices in the data set.
 
     Attributes:
-        expected: images of this process.
+        expected: number of images for this process.
     """
 
     def __init__(
@@ -124,7 +127,17 @@ class CifarEvalLoader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ):
-        """Arguments as those of :class:`CifarTrainLoader`; the last batch may be smaller."""
+        """
+        Args:
+            data: the data to evaluate on.
+            batch_size: number of images per batch; the last batch may be smaller.
+            rank: rank of this process.
+            world_size: number of processes.
+            device: device of the batches.
+
+        Raises:
+            UserError: an argument is out of range.
+        """
         _check_share(batch_size, rank, world_size)
         start, end = (len(data) * part // world_size for part in (rank, rank + 1))
         self.images, self.labels = data.images[start:end], data.labels[start:end]
@@ -149,6 +162,6 @@ class CifarEvalLoader:
 def _check_share(batch_size: int, rank: int, world_size: int) -> None:
     if batch_size < 1 or not 0 <= rank < world_size:
         raise UserError(
-            f"The batch size is {batch_size}, the rank {rank} of {world_size}; expected at least 1 "
-            "image, and a rank below the number of processes."
+            f"The batch size is {batch_size} and the rank is {rank} of {world_size}; expected a "
+            "batch size of at least 1 and a rank from 0 to the number of processes minus 1."
         )

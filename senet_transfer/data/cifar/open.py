@@ -1,4 +1,4 @@
-"""Small images in memory, from whatever holds them."""
+"""Opening data sets of small images in any supported format."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote, local_path
 from senet_transfer.errors import UserError
 
-# The data sets that go by name, and where they lie below $DETECTRON2_DATASETS.
+# Names of prepared data sets, and their paths relative to $DETECTRON2_DATASETS.
 NAMES = {
     f"{data}_{split}": f"{data}/{split}.safetensors"
     for data in ("cifar10", "cifar100")
@@ -38,13 +38,13 @@ def open_cifar(
 
     Supported are a prepared split or the folder of both; an official archive of CIFAR or the folder
     it was unpacked to; a folder with a folder or archive for each split; and everything that
-    :func:`~senet_transfer.data.classification.open.open_dataset` opens, such as shards and a tree
-    with one folder per class. Only images of this last group may be larger than 32 pixels; they are
-    resized.
+    :func:`~senet_transfer.data.classification.open.open_dataset` supports, such as shards and a
+    folder with one folder per class. Only images of this last group may be larger than 32 pixels;
+    they are resized.
 
     Args:
         path: file, folder or address.
-        split: "train" or "test"; used where the path does not determine the split.
+        split: "train" or "test"; used if the path does not determine the split.
         classes: expected names of the classes, in the order of their labels.
         cache_dir: folder for local copies of remote shards.
 
@@ -60,7 +60,7 @@ def open_cifar(
 
 
 def cifar_name(dataset: str) -> str | None:
-    """ "cifar10" or "cifar100", where a name or path of a config means these; else None."""
+    """Return "cifar10" or "cifar100" for the name or path of its prepared files; else None."""
     for name, place in NAMES.items():
         if dataset == name or dataset.endswith(f"/{place}"):
             return name.partition("_")[0]
@@ -68,7 +68,7 @@ def cifar_name(dataset: str) -> str | None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path is of a prepared split, which is read as a whole or not at all."""
+    """Return True for the path of a prepared split, a safetensors file."""
     return str(path).endswith(_PREPARED)
 
 
@@ -89,7 +89,7 @@ def _open_split(path: Path, split: str) -> ImageArrays | None:
 
 
 class ArrayDataset(SingleImages):
-    """Small images in memory, for what reads samples one by one."""
+    """A data set of single images, from images in memory."""
 
     def __init__(self, data: ImageArrays):
         super().__init__(list(data.classes), len(data), data.origin)
@@ -105,10 +105,10 @@ class ArrayDataset(SingleImages):
 
 
 def decode_all(dataset: ClassificationDataset) -> ImageArrays:
-    """Decodes all images of a data set, each as evaluation with 32 pixels sees it.
+    """Decode all images of a data set, resized and cropped to 32x32 pixels as in evaluation.
 
     Raises:
-        UserError: an image can't be decoded, or there are none.
+        UserError: an image can't be decoded, or the data set is empty.
     """
     view = EvalTransform(resize=SIDE, crop=SIDE)
     images, labels = [], []
@@ -118,12 +118,12 @@ def decode_all(dataset: ClassificationDataset) -> ImageArrays:
                 images.append(view(sample.data))
             except BrokenImageError as error:
                 raise UserError(
-                    f"{sample.origin} has an image {sample.key} that can't be decoded ({error}). "
+                    f"The image {sample.key} in {sample.origin} can't be decoded ({error}). "
                     "Remove or replace it."
                 ) from error
             labels.append(sample.label)
     if not images:
-        raise UserError(f"{dataset.origin} holds no images. Name another data set.")
+        raise UserError(f"{dataset.origin} contains no images. Choose another data set.")
     where = str(dataset.origin)
     numbers = torch.from_numpy(np.array(labels, np.int64))
     return ImageArrays(torch.stack(images), numbers, dataset.classes, where)

@@ -74,7 +74,7 @@ def prepare_cifar(
         logger.info(
             "%s %s: %s images, %s classes of %s to %s images",
             path,
-            "was there already" if split in there else "written",
+            "already exists" if split in there else "written",
             f"{len(data):,}",
             data.num_classes,
             f"{min(counts):,}",
@@ -94,7 +94,8 @@ def _is_there(path: Path, data: ImageArrays) -> bool:
     )
     if not same:
         raise UserError(
-            f"{path} holds another data set ({len(found):,} images of {found.num_classes} "
-            f"classes) than the source. Name another folder, or move it away; it was not changed."
+            f"{path} contains another data set ({len(found):,} images of {found.num_classes} "
+            f"classes) than the source. Choose another folder, or move the file. It was not "
+            "changed."
         )
     return True

@@ -1,11 +1,12 @@
-"""Augmentation of small images, for a whole batch at once but drawn for each image.
+"""Batched augmentation of small images, with random parameters for each image.
 
-Flip, padding and random crop: He et al. 2016, section 4.2; zeros around the image, or its
-reflection as in the code of Zagoruyko and Komodakis 2016. The centres of Cutout's squares are drawn
-here; :func:`~senet_transfer.layers.cutout.cut_out` takes them after the model's normalisation.
+Horizontal flips and random crops of padded images follow He et al. 2016, section 4.2. Padding is
+zero, or a reflection as in the code of Zagoruyko and Komodakis 2016. The centres of Cutout's
+squares are also drawn here; :func:`~senet_transfer.layers.cutout.cut_out` applies them after the
+model's normalisation.
 
-What is drawn follows from a seed and the iteration alone, whatever the device or the number of
-processes, so that a run which resumes goes on with the images that the unbroken run had.
+The parameters depend only on the seed and the iteration, not on the device or the number of
+processes, so a resumed run gets the same images as an uninterrupted one.
 """
 
 from dataclasses import dataclass
@@ -19,18 +20,18 @@ from senet_transfer.errors import UserError, check_choice
 
 PADDINGS = ("zero", "reflect")
 
-# Tells the random numbers of augmentation from those of the order.
+# Makes the random numbers of the augmentation independent of those of the order.
 _STREAM = 1
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for N images.
+    """Random augmentation parameters of N images.
 
     Attributes:
-        flip: bool `(N,)`.
-        offset: int64 `(N, 2)`, top and left of the crop in the padded image, in pixels.
-        centre: int64 `(N, 2)`, row and column of Cutout's centre in the crop, in pixels.
+        flip: whether an image is flipped, bool `(N,)`.
+        offset: top and left of the crop in the padded image, in pixels, int64 `(N, 2)`.
+        centre: row and column of the centre of Cutout's square, in pixels, int64 `(N, 2)`.
     """
 
     flip: Tensor
@@ -38,23 +39,23 @@ class Draws:
     centre: Tensor
 
     def part(self, rank: int, size: int) -> "Draws":
-        """The part of one process, of `size` images."""
+        """Return the parameters for the `size` images of one process."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 
 
 @dataclass(frozen=True)
 class CifarAugment:
-    """The augmentation of the recipes for CIFAR.
+    """Augmentation of the CIFAR recipes.
 
     Attributes:
-        flip: the probability of a horizontal flip, 0-1.
-        pad: pixels added on every side before the crop to the size that was.
+        flip: probability of a horizontal flip, 0-1.
+        pad: number of pixels added on each side before cropping to the original size, 0-31.
         padding: "zero" or "reflect".
-        cutout: the side of Cutout's square in pixels, even; 0 for none.
+        cutout: side of Cutout's square in pixels, an even number; 0 disables Cutout.
 
     Raises:
-        UserError: a value outside of these.
+        UserError: a value is out of range.
     """
 
     flip: float = 0.5
@@ -66,22 +67,22 @@ class CifarAugment:
         check_choice("The padding", self.padding, PADDINGS)
         if not 0 <= self.flip <= 1 or not 0 <= self.pad < 32:
             raise UserError(
-                f"flip is {self.flip} and pad {self.pad}; expected a probability of 0 to 1, and 0 "
-                "to 31 pixels."
+                f"flip is {self.flip} and pad is {self.pad}; expected a probability from 0 to 1, "
+                "and 0 to 31 pixels."
             )
         if self.cutout < 0 or self.cutout % 2:
             raise UserError(
-                f"The side of Cutout is {self.cutout}, expected an even number of pixels or 0."
+                f"The side of Cutout is {self.cutout}; expected an even number of pixels, or 0."
             )
 
     def draw(self, images: int, *, seed: int, iteration: int, side: int = 32) -> Draws:
-        """Draws for a batch.
+        """Draw the parameters for a batch.
 
         Args:
-            images: in the batch, of all processes together.
-            seed: of the run, 0 or more.
-            iteration: from 0 on.
-            side: of the images, in pixels.
+            images: number of images in the batch of all processes together.
+            seed: seed of the run, 0 or more.
+            iteration: iteration of the batch, 0 or more.
+            side: side of the images, in pixels.
         """
         rng = np.random.default_rng((seed, iteration, _STREAM))
         flip = rng.random(images) < self.flip
@@ -90,21 +91,21 @@ class CifarAugment:
         return Draws(*(torch.from_numpy(values) for values in (flip, offset, centre)))
 
     def move(self, images: Tensor, draws: Draws) -> Tensor:
-        """Flips, pads and crops.
+        """Flip, pad and crop images.
 
         Args:
-            images: `(N, C, S, S)` of any type and device.
-            draws: for these.
+            images: `(N, C, S, S)`, of any type and on any device.
+            draws: parameters of these images.
 
         Returns:
-            The same shape, type and device.
+            The augmented images, with the shape, type and device of the input.
         """
         count, channels, side = images.shape[:3]
         pixel = torch.arange(side, device=images.device)
         flip, offset = draws.flip.to(images.device), draws.offset.to(images.device)
         rows = offset[:, :1] + pixel
-        # The crop is flipped rather than the image: the same augmentation, since an offset is as
-        # likely as its mirror image.
+        # Flips the crop instead of the image. The distribution is the same, because the offsets
+        # are distributed symmetrically.
         columns = offset[:, 1:] + torch.where(flip[:, None], side - 1 - pixel, pixel)
         size = side
         if self.padding == "zero":
@@ -118,6 +119,6 @@ class CifarAugment:
 
 
 def _reflect(index: Tensor, side: int) -> Tensor:
-    """Positions beyond the border as those on the other side of its last pixel."""
+    """Reflect indices outside of the image at its border pixels."""
     index = index.abs()
     return torch.where(index >= side, 2 * (side - 1) - index, index)

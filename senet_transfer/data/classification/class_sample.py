@@ -1,4 +1,4 @@
-"""Some images of each class, drawn at random and always the same."""
+"""Random subsets with a fixed seed: of the images of each class, and of any sequence."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,15 @@ from senet_transfer.data.base import ClassificationDataset, RawSample, SingleIma
 
 
 class ClassSample(SingleImages):
-    """Up to so many images of each class, ordered by class."""
+    """A random subset with a limited number of images of each class, ordered by class."""
 
     def __init__(self, dataset: ClassificationDataset, images_per_class: int, *, seed: int = 0):
         """
         Args:
-            dataset: to draw from, uniformly and without replacement.
-            images_per_class: a class that has fewer gives all it has.
-            seed: what is drawn of a class follows from it and from the class alone.
+            dataset: the data set, which is sampled uniformly and without replacement.
+            images_per_class: number of images of each class. A class with fewer images contributes
+                all of them.
+            seed: random seed. The sample of a class depends only on the seed and the class.
         """
         labels = dataset.labels()
         order = np.argsort(labels, kind="stable")
@@ -32,7 +33,7 @@ class ClassSample(SingleImages):
 
     @property
     def counts(self) -> np.ndarray:
-        """How many images each class gives, `(C,)`."""
+        """Number of images of each class, `(C,)`."""
         return np.bincount(self._labels, minlength=self.num_classes)
 
     def labels(self) -> np.ndarray:
@@ -43,6 +44,6 @@ class ClassSample(SingleImages):
 
 
 def draw(items: Sequence, count: int, *, seed: int = 0) -> list:
-    """So many of the items, or all where there are fewer, in their order; always the same."""
+    """Return up to `count` randomly chosen items in their original order."""
     places = np.random.default_rng(seed).permutation(len(items))[:count]
     return [items[place] for place in sorted(places.tolist())]

@@ -1,16 +1,16 @@
-"""The loaders that classification trains and evaluates on.
+"""Data loaders for classification.
 
-Batches are made in worker processes: whole, uint8, with each image's own crop and flip. Batch `b`
-of a rank is made by worker `b % num_workers`, as its `b // num_workers`-th, from the samples of its
-own consumer (`stream`), number `rank * num_workers + worker` of `world_size * num_workers`. So the
-content of batch `b` follows from b alone, and a run that resumes at iteration `b` with the same
-seed, ranks, workers and batch size continues with the very batches that the unbroken run had.
+Worker processes build complete uint8 batches, with a random crop and flip for each image. Worker
+`b % num_workers` of a rank builds batch `b` of the rank, as its `b // num_workers`-th batch. It
+reads the samples of consumer `rank * num_workers + worker` of `world_size * num_workers` (see
+`sampling`). The content of a batch therefore depends only on its index, and a run that is resumed
+with the same seed, ranks, workers and batch size gets the same batches as an uninterrupted run.
 
-Rank and world size are arguments: they are resolved in the main process, where they are known.
+Rank and world size are arguments, because worker processes do not know them.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,17 +33,17 @@ from senet_transfer.data.workers import RaisingLoader, init_worker
 from senet_transfer.errors import UserError
 
 Batch = dict[str, Any]
-Transform = TrainTransform | EvalTransform | Callable[..., torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
 
 class ClassificationLoader:
-    """Iterates over batches; what workers cannot go on with is raised as UserError.
+    """Iterator over batches that raises the UserErrors of worker processes.
 
     Attributes:
-        skips: how many samples were seen and skipped so far on this rank.
-        expected: samples that one pass delivers on this rank; None where there is no end.
+        skips: counts of the samples seen and skipped on this rank.
+        expected: number of samples that one pass delivers on this rank; None for an infinite
+            loader.
     """
 
     def __init__(self, loader: DataLoader, skips: SkipCounter, expected: int | None, batches: int):
@@ -54,7 +54,7 @@ class ClassificationLoader:
 
     def __len__(self) -> int:
         if self.expected is None:
-            raise TypeError("training batches have no end; the number of iterations decides")
+            raise TypeError("the training loader is infinite and has no length")
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -64,8 +64,8 @@ class ClassificationLoader:
             yield batch
         if self.expected is not None and delivered != self.expected:
             raise UserError(
-                f"evaluation delivered {delivered} images on this rank, expected {self.expected}. "
-                "The data changed while it was read; prepare it again."
+                f"evaluation delivered {delivered} images on this rank; expected {self.expected}. "
+                "The data changed while it was read. Prepare it again."
             )
 
 
@@ -84,34 +84,37 @@ def build_classification_train_loader(
     max_skip_ratio: float = 0.01,
     pin_memory: bool = False,
 ) -> ClassificationLoader:
-    """An endless loader of training batches.
+    """Build an infinite loader of training batches.
 
-    A batch is `{"image": uint8 (N, 3, H, W) RGB, "label": int64 (N,), "key": list[str]}`. The place
-    of a broken image is taken by the next good one of its batch, so positions stay what they are.
+    A batch is `{"image": uint8 (N, 3, H, W) RGB, "label": int64 (N,), "key": list[str]}`. A broken
+    image is replaced with the next good one of its batch, so the order of the other samples does
+    not change.
 
     Args:
-        dataset: what to read.
-        batch_size: images of this rank a step.
-        transform: called with the encoded image and its random numbers, which follow from seed,
-            epoch and key alone.
-        seed: of order and augmentation; the same on all ranks.
-        rank: of this process.
+        dataset: the training data.
+        batch_size: number of images per iteration on this rank.
+        transform: called with the encoded image and a random generator, which depends only on the
+            seed, the epoch and the key of the sample.
+        seed: seed of the order and the augmentation; the same on all ranks.
+        rank: rank of this process.
         world_size: number of processes.
-        num_workers: worker processes of this rank; 0 to load in this process.
+        num_workers: number of worker processes of this rank; 0 loads in this process.
         start_iter: the first iteration to deliver.
-        class_aware: draw a class, then an image, rather than go through all images.
-        shuffle_block: samples of a shard that are permuted together; larger costs memory.
-        max_skip_ratio: broken images beyond this share, 0-1, are an error.
-        pin_memory: for faster copies to a GPU.
+        class_aware: draw a class, then one of its images, instead of iterating over all images.
+        shuffle_block: number of samples of a shard that are permuted together. Larger blocks need
+            more memory.
+        max_skip_ratio: tolerated fraction of broken images, 0-1.
+        pin_memory: use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: a number makes no sense; while iterating, damaged data.
+        UserError: an argument is out of range or the data set is empty. Iterating also raises it
+            for damaged data.
     """
     place = _Place(rank, world_size, num_workers)
     order = _Order(seed, start_iter, class_aware, shuffle_block)
     _check_batches(dataset, batch_size)
     if class_aware:
-        dataset.labels()  # loaded here, so that forked workers share it
+        dataset.labels()  # loaded before the workers are forked, so that they share the memory
     skips = SkipCounter(num_workers, max_skip_ratio)
     batches = _TrainBatches(dataset, transform, skips, batch_size, place, order)
     return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
@@ -127,24 +130,25 @@ def build_classification_eval_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> ClassificationLoader:
-    """A loader of one pass over a data set, each image exactly once over all ranks and workers.
+    """Build a loader for evaluation that delivers each image once over all ranks and workers.
 
-    Batches are as in training, `image` being `(N, 10, 3, H, W)` for ten crops, with the images'
-    places in the data set as `index`, `list[int]`; the last of a worker can be smaller, and ranks
-    can differ by an image. A broken image is an error: leaving it
-    out would change the numbers. What was delivered is counted against the manifest.
+    A batch has the entries of training batches and `index`, the images' indices in the data set,
+    `list[int]`. With ten crops, `image` is `(N, 10, 3, H, W)`. The last batch of a worker may be
+    smaller, and the numbers of images on two ranks may differ by one. A broken image is an error,
+    because skipping it would change the metrics. The number of delivered images is checked.
 
     Args:
-        dataset: what to read.
-        batch_size: images a batch.
+        dataset: the data to evaluate on.
+        batch_size: number of images per batch.
         transform: called with the encoded image.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
-        num_workers: worker processes of this rank; 0 to load in this process.
-        pin_memory: for faster copies to a GPU.
+        num_workers: number of worker processes of this rank; 0 loads in this process.
+        pin_memory: use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: a number makes no sense; while iterating, damaged data.
+        UserError: an argument is out of range or the data set is empty. Iterating also raises it
+            for damaged data.
     """
     place = _Place(rank, world_size, num_workers)
     _check_batches(dataset, batch_size)
@@ -158,7 +162,7 @@ def build_classification_eval_loader(
 
 @dataclass(frozen=True)
 class _Place:
-    """A rank among all, and the worker processes that read for it; 0: it reads itself."""
+    """Rank, world size and number of worker processes; with 0 workers, the rank reads itself."""
 
     rank: int
     world_size: int
@@ -167,28 +171,28 @@ class _Place:
     def __post_init__(self) -> None:
         if self.workers < 0 or not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"num_workers={self.workers}, rank={self.rank}, world_size={self.world_size}: "
-                "expected no negative number of workers and a rank below the world size."
+                f"num_workers={self.workers}, rank={self.rank}, world_size={self.world_size}; "
+                "expected 0 or more workers and a rank from 0 to the world size minus 1."
             )
 
     @property
     def processes(self) -> int:
-        """How many read for this rank."""
+        """Number of processes that read for this rank."""
         return max(self.workers, 1)
 
     @property
     def consumers(self) -> int:
-        """How many read, of all ranks."""
+        """Number of processes that read for all ranks."""
         return self.world_size * self.processes
 
     def consumer(self, worker: int) -> int:
-        """The number of a worker of this rank among all consumers."""
+        """Return the index of a worker of this rank among all consumers."""
         return self.rank * self.processes + worker
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Which samples come when in training."""
+    """Parameters of the order of training samples."""
 
     seed: int
     start_iter: int
@@ -199,16 +203,16 @@ class _Order:
         if self.start_iter < 0 or self.seed < 0 or self.shuffle_block < 1:
             raise UserError(
                 f"start_iter={self.start_iter}, seed={self.seed}, "
-                f"shuffle_block={self.shuffle_block}: expected no negative number, and a block of "
-                "at least 1."
+                f"shuffle_block={self.shuffle_block}; expected 0 or more, and a block of at least "
+                "1 sample."
             )
 
 
 def _check_batches(dataset: ClassificationDataset, batch_size: int) -> None:
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: expected at least 1 image a batch.")
+        raise UserError(f"batch_size={batch_size}; expected at least 1 image per batch.")
     if len(dataset) == 0:
-        raise UserError(f"{dataset.origin} holds no images.")
+        raise UserError(f"{dataset.origin} contains no images. Choose another data set.")
 
 
 def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -219,8 +223,8 @@ def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
-        # Starting to iterate draws a number, here from a generator of its own: from torch's, the
-        # first step of a resumed run would go on with others than that of the unbroken run.
+        # Creating an iterator draws a random number. A separate generator keeps this from
+        # advancing PyTorch's global one, which would change the first step of a resumed run.
         generator=torch.Generator(),
     )
 
@@ -231,10 +235,10 @@ def _as_it_is(batch: Any) -> Any:
 
 @dataclass(eq=False)
 class _TrainBatches(IterableDataset):
-    """Makes the batches of one worker of one rank."""
+    """Training batches of one worker of one rank."""
 
     dataset: ClassificationDataset
-    transform: Transform
+    transform: TrainTransform
     skips: SkipCounter
     batch_size: int
     place: _Place
@@ -250,7 +254,7 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """The samples from a batch on, of the worker whose batch it is."""
+        """Return the samples of the worker that builds a batch, from this batch on."""
         turn, worker = divmod(iteration, self.place.processes)
         row = {
             "seed": self.order.seed,
@@ -284,9 +288,12 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Puts the next good sample of the batch, or the first, in the place of each broken one."""
+        """Replace each broken sample with the next good one of the batch, or else the first."""
         if not good:
-            raise UserError(f"all {len(samples)} images of a batch are broken; the last: {last}.")
+            raise UserError(
+                f"all {len(samples)} images of a batch are broken; the last one is {last}. Verify "
+                "the data."
+            )
         for place in set(range(len(samples))).difference(good):
             other = next((index for index in good if index > place), good[0])
             images[place] = images[other]
@@ -295,16 +302,16 @@ class _TrainBatches(IterableDataset):
 
 @dataclass(eq=False)
 class _EvalBatches(IterableDataset):
-    """Makes the evaluation batches of one worker of one rank."""
+    """Evaluation batches of one worker of one rank."""
 
     dataset: ClassificationDataset
-    transform: Transform
+    transform: EvalTransform
     skips: SkipCounter
     batch_size: int
     place: _Place
 
     def share(self, worker: int) -> tuple[int, int]:
-        """The samples `[first, end)` of a worker."""
+        """Return the range `[first, end)` of a worker's samples."""
         return share(len(self.dataset), self.place.consumer(worker), self.place.consumers)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -326,15 +333,15 @@ class _EvalBatches(IterableDataset):
                 put(self.transform(sample.data), images[place])
             except BrokenImageError as error:
                 raise UserError(
-                    f"cannot decode {sample.key} in {sample.origin}: {error}. Evaluation needs "
-                    "every image; restore it, or prepare the data again."
+                    f"cannot decode {sample.key} in {sample.origin}: {error}. Evaluation requires "
+                    "all images. Restore it, or prepare the data again."
                 ) from error
         self.skips.count(process, 0, len(samples))
         return _collate(images, samples)
 
 
 def _worker() -> int:
-    """The number of this worker process; 0 where the rank reads itself."""
+    """Return the index of this worker process, or 0 in the main process."""
     info = get_worker_info()
     return info.id if info else 0
 

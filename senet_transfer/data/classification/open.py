@@ -1,7 +1,7 @@
-"""Classification data sets: shards, folders and archives behind one interface.
+"""Opening classification data sets: shards, folders and archives behind one interface.
 
-A data set is a row of units, the pieces that are read in one go: a shard, or a single image file.
-`stream` decides who reads which unit when; how a unit is read is decided here.
+A data set is a sequence of units that are read in one go, each a shard or a single image. This
+module reads the units; `sampling` assigns them to processes.
 """
 
 import functools
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageDataset(SingleImages):
-    """Images in a folder or an archive."""
+    """A data set of images in a folder or an archive."""
 
     def __init__(self, images: Images):
         super().__init__(images.classes, len(images), str(images.root))
@@ -58,17 +58,17 @@ class ImageDataset(SingleImages):
 
 
 class ShardDataset(ClassificationDataset):
-    """Images in tar shards with a manifest; each shard is a unit."""
+    """A data set of tar shards with a manifest; each shard is a unit."""
 
     def __init__(
         self, manifest: Manifest, base: str, storage: RemoteOptions, cache: ShardCache | None = None
     ):
         """
         Args:
-            manifest: of the shards.
+            manifest: manifest of the shards.
             base: path or address of their folder.
-            storage: how remote files are read.
-            cache: keeps local copies of remote shards; None to read them from where they are.
+            storage: options for reading remote files.
+            cache: cache for local copies of remote shards; None reads them without copying.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
@@ -101,8 +101,8 @@ class ShardDataset(ClassificationDataset):
         if header is None or header.size != size:
             found = found if header is None else f"{header.size} bytes"
             raise UserError(
-                f"{url} has no image of {size} bytes at byte {offset}: found {found}. Shard and "
-                "index do not belong together; prepare the data again."
+                f"{url} has no image of {size} bytes at offset {offset}: found {found}. The shard "
+                "does not match its index. Prepare the data again."
             )
         check_member(header.name, url)
         return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
@@ -138,27 +138,34 @@ def open_dataset(
     cache_dir: str | Path | None = None,
     storage: RemoteOptions | None = None,
 ) -> ClassificationDataset:
-    """Opens whatever holds labelled images.
+    """Open a classification data set in any supported format.
 
-    Recognised, in this order: a folder of shards, local or an address (`http(s)://`, `s3://` and
-    other object stores), or its manifest.json; single shards of such a folder, as a `.tar` path or
-    a pattern with `*`; Places365 as its site serves it: the folder with the lists, the folder of
-    images (`val_256`) or the archive (`val_256.tar`) beside them; and a tree with a folder a class.
+    The formats are detected in this order:
+
+    - a folder of shards or its manifest.json, as a local path or an address (`http(s)://`, `s3://`
+      and other object stores);
+    - single shards of such a folder, as the path of a `.tar` file or a glob pattern;
+    - the official distribution of Places365: the folder with the lists, or a folder of images
+      (`val_256`) or archive (`val_256.tar`) next to the lists;
+    - a folder with one folder per class.
 
     Args:
         path: the folder, file or address.
-        split: of Places365, where the path does not say it: "val", "train_standard" or
-            "train_challenge".
-        size: of Places365, "256" or "large"; None for the one that is there, 256 before large.
-        classes: names in the order of their labels, to be agreed with. A tree may lack some.
-        cache_dir: keeps local copies of remote shards in this folder.
-        storage: how remote files are read.
+        split: split of Places365 ("val", "train_standard" or "train_challenge"), used if the path
+            does not determine it.
+        size: image size of Places365, "256" or "large"; None for the one that exists, preferably
+            256.
+        classes: expected names of the classes, in the order of their labels. For a folder with one
+            folder per class, some may have no images.
+        cache_dir: folder for local copies of remote shards.
+        storage: options for reading remote files.
 
     Raises:
-        UserError: there is nothing of these kinds, or it is damaged.
+        UserError: the data does not exist, has another format, is damaged or has other classes.
     """
     storage = storage or RemoteOptions()
     text = str(path)
+    dataset: ClassificationDataset
     if is_remote(text):
         cache = ShardCache(cache_dir) if cache_dir is not None else None
         base = text.rstrip("/").removesuffix("/" + MANIFEST)
@@ -174,17 +181,17 @@ def open_dataset(
 
 
 def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
-    """Raises UserError where a data set has other classes than expected; None expects nothing."""
+    """Raise a UserError if a data set has other classes than expected; None skips the check."""
     if expected is None or list(found) == list(expected):
         return
     wrong = [
-        f"{label}: {one!r} rather than {other!r}"
+        f"{label}: {one!r} instead of {other!r}"
         for label, (one, other) in enumerate(zip(found, expected, strict=False))
         if one != other
     ]
     raise UserError(
-        f"{path} has {len(found)} classes, expected {len(expected)}; "
-        f"the first that differ: {wrong[:3]}. Prepare it with the same list of classes."
+        f"{path} has {len(found)} classes; expected {len(expected)}. "
+        f"The first that differ: {wrong[:3]}. Prepare it with the same list of classes."
     )
 
 
@@ -199,24 +206,26 @@ def _open_local(
         names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
         return _some_shards(str(path.parent), names, storage, None)
     if not path.exists():
-        raise UserError(f"there is no {path}; expected a folder or archive of images, or shards.")
+        raise UserError(
+            f"{path} does not exist; expected a folder or archive of images, or shards."
+        )
     dataset = _open_places365(path, split, size)
     if dataset is not None:
         return dataset
     if not path.is_dir():
         raise UserError(
-            f"{path} is neither a shard with a {MANIFEST} beside it nor an archive of Places365 "
-            f"with {places365.list_name(split)} beside it. Shards are made by "
-            "datasets/prepare_places365.py and prepare_folder.py."
+            f"{path} is neither a shard with {MANIFEST} in the same folder nor an archive of "
+            f"Places365 with {places365.list_name(split)} in the same folder. Create shards with "
+            "datasets/prepare_places365.py or prepare_folder.py."
         )
     return ImageDataset(open_folder(path, classes))
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:
-    """Opens what looks like Places365; None for all else.
+    """Open the official distribution of Places365; return None for other data.
 
     Raises:
-        UserError: a folder can be of either train split, and `split` is neither.
+        UserError: the folder may contain either train split, and `split` is neither of them.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [
@@ -231,8 +240,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     if known and (not trees or listed):
         if split not in known and len(known) > 1:
             raise UserError(
-                f"{path} can hold the images of {' or '.join(known)}, whose lists differ: say "
-                f"which; {split} is neither."
+                f"{path} may contain the images of {' or '.join(known)}, and the split is {split}; "
+                "expected one of these, because their lists differ. Name the split."
             )
         split = split if split in known else known[0]
         return ImageDataset(places365.open_places365_images(path, path.parent, split))
@@ -250,8 +259,8 @@ def _some_shards(
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise UserError(
-            f"the manifest of {base} has no shards {first_of(unknown, 5)}. Give shards that it "
-            "lists, or the whole folder."
+            f"the manifest of {base} does not list the shards {first_of(unknown, 5)}. Name shards "
+            "that it lists, or the whole folder."
         )
     part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)
     return ShardDataset(part, base, storage, cache)

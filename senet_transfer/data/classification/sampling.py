@@ -1,14 +1,14 @@
-"""Who reads which sample when: positions, as pure functions of seed, consumer and count.
+"""Resumable sampling: the order of samples as a function of seed, consumer and sample count.
 
-Training knows C = ranks x workers consumers. The units (shards, or single images) of all epochs
-form one endless row, epoch e taking the positions e*U to (e+1)*U-1 in an order drawn from seed and
-e. Consumer c reads the positions g with g % C == c. So nobody starves with fewer shards than
-consumers, each epoch of U positions is read exactly once by all consumers together, and where a
-consumer stands follows from the number of samples it has delivered. Nothing has to be stored to
-resume but that number.
+Training has C = ranks x workers consumers. The units (shards or single images) of all epochs form
+one infinite sequence; epoch e consists of the positions e*U to (e+1)*U-1, in a random order that
+depends on the seed and e. Consumer c reads the positions g with g % C == c. As a result, all
+consumers get data even with fewer shards than consumers, each epoch is read exactly once by all
+consumers together, and the state of a consumer is determined by the number of samples it has
+delivered. Resuming requires only that number.
 
-Within a shard samples are permuted in blocks, which costs the memory of a block of undecoded
-images and keeps every position computable.
+Samples of a shard are permuted in blocks. This needs memory for one block of encoded images and
+allows the position of every sample to be computed.
 """
 
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ SHUFFLE_BLOCK = 1024
 def unit_positions(
     sizes: np.ndarray, *, seed: int, consumer: int, consumers: int, start: int = 0
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields the units of a consumer without end.
+    """Yield the infinite sequence of a consumer's units.
 
     Args:
-        sizes: `(U,)`, samples in each unit.
-        seed: of the order.
-        consumer: 0 to `consumers` - 1.
-        consumers: how many share the row.
-        start: samples of this consumer to leave out.
+        sizes: number of samples in each unit, `(U,)`.
+        seed: seed of the order.
+        consumer: index of the consumer, 0 to `consumers` - 1.
+        consumers: number of consumers.
+        start: number of this consumer's samples to skip.
 
     Yields:
-        Epoch, unit, and the samples to leave out at the unit's beginning.
+        The epoch, the unit, and the number of samples to skip at the start of the unit.
     """
     units = len(sizes)
     uniform = int(sizes[0]) if (sizes == sizes[0]).all() else None
@@ -43,7 +43,8 @@ def unit_positions(
     while True:
         first = (consumer - epoch * units) % consumers
         if uniform is not None:
-            # Skipping needs no order when all units are of a size: folders of millions of images.
+            # With units of equal size, epochs are skipped without computing their order. This
+            # matters for folders of millions of images.
             total = len(range(first, units, consumers)) * uniform
             if start >= total:
                 start, epoch = start - total, epoch + 1
@@ -69,15 +70,15 @@ def train_stream(
     start: int = 0,
     block: int = SHUFFLE_BLOCK,
 ) -> Iterator[tuple[int, RawSample]]:
-    """Yields a consumer's samples without end, with the epoch of each.
+    """Yield the infinite sequence of a consumer's samples, with the epoch of each.
 
     Args:
-        dataset: what to read.
-        seed: of all orders.
-        consumer: 0 to `consumers` - 1.
-        consumers: how many share the data set.
-        start: samples of this consumer to leave out, as if they had been delivered before.
-        block: samples of a shard that are permuted together; 1 to keep their order.
+        dataset: the training data.
+        seed: seed of the order.
+        consumer: index of the consumer, 0 to `consumers` - 1.
+        consumers: number of consumers.
+        start: number of this consumer's samples to skip, because they were delivered before.
+        block: number of samples of a shard that are permuted together; 1 keeps their order.
     """
     positions = unit_positions(
         dataset.unit_sizes, seed=seed, consumer=consumer, consumers=consumers, start=start
@@ -93,7 +94,7 @@ def train_stream(
 
 
 def _block_order(size: int, *seed: int) -> np.ndarray:
-    # In a folder each image is a block of its own.
+    # The units of a folder are single images, for which creating a generator would be slow.
     return np.zeros(1, int) if size == 1 else np.random.default_rng(seed).permutation(size)
 
 
@@ -105,18 +106,20 @@ def class_aware_stream(
     consumers: int,
     start: int = 0,
 ) -> Iterator[tuple[int, RawSample]]:
-    """Yields samples with all classes equally often: pick a class, then an image of it.
+    """Yield samples of all classes with equal frequency, with the epoch of each.
 
-    Shen et al. 2016, "Relay backpropagation": both the list of classes and each class's list of
-    images are gone through in random order and reshuffled at their end. Classes without images are
-    left out. The epoch that is yielded counts the passes over the class's list.
+    Follows Shen et al. 2016, "Relay backpropagation": draws a class, then one of its images. The
+    list of classes and the list of images of each class are traversed in random order, and
+    shuffled again at their end. Classes without images are left out. The epoch of a sample is the
+    number of completed passes over the images of its class.
 
     Args:
-        dataset: what to read; its samples are read one by one, so local or cached data is fast.
-        seed: of all orders.
-        consumer: 0 to `consumers` - 1.
-        consumers: how many share the row of draws.
-        start: samples of this consumer to leave out.
+        dataset: the training data. Its samples are read one by one, which is slow for remote data
+            without a cache.
+        seed: seed of the order.
+        consumer: index of the consumer, 0 to `consumers` - 1.
+        consumers: number of consumers.
+        start: number of this consumer's samples to skip.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)
@@ -131,7 +134,7 @@ def class_aware_stream(
             order = np.random.default_rng([seed, turn]).permutation(len(present))
             classes_of = (turn, order)
         which = int(classes_of[1][place])
-        # A class is drawn once a turn, so the turn counts its images.
+        # A class is drawn once per turn, so the turn is also the number of its previous draws.
         begin, end = int(bounds[which]), int(bounds[which + 1])
         epoch, image = divmod(turn, end - begin)
         if orders.get(which, (-1,))[0] != epoch:
@@ -142,15 +145,15 @@ def class_aware_stream(
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
-    """The samples `[first, end)` of a consumer in evaluation: equal parts, in order."""
+    """Return the range `[first, end)` of a consumer's samples in evaluation, in equal parts."""
     return total * consumer // consumers, total * (consumer + 1) // consumers
 
 
 def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterator[RawSample]:
-    """Yields the samples `[first, end)` of the data set in order.
+    """Yield the samples `[first, end)` of the data set in order.
 
     Raises:
-        UserError: the data holds fewer than its manifest says.
+        UserError: the data contains fewer samples than its manifest states.
     """
     position = 0
     delivered = 0
@@ -160,7 +163,7 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
         skip = max(first - position, 0)
         if skip < size:
             wanted = min(end - position, size) - skip
-            # The last sample of a unit is not the unit's end: what comes after it is checked too.
+            # Without a limit, reading the last sample also checks the end of the shard.
             stop = None if skip + wanted == size else wanted
             for sample in islice(dataset.read_unit(unit, skip), stop):
                 delivered += 1
@@ -168,6 +171,6 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
         position += size
     if delivered != max(end - first, 0):
         raise UserError(
-            f"{dataset.origin} delivered {delivered} of the samples {first} to {end - 1}, "
-            f"expected {end - first}. The data is damaged; prepare it again."
+            f"{dataset.origin} delivered {delivered} of the samples {first} to {end - 1}; "
+            f"expected {end - first}. The data is damaged. Prepare it again."
         )

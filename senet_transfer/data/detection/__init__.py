@@ -1,1 +1,1 @@
-"""Detection data: COCO's format, its checks, loader and mapper."""
+"""Detection data in COCO format: checks, registration, mapper and loader."""

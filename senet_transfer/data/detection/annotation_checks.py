@@ -1,9 +1,9 @@
-"""Reads an annotation file in COCO's format and refuses one that could not be trained on.
+"""Validation of annotation files in COCO format.
 
-A mistake in such a file otherwise surfaces hours later, as a KeyError inside the evaluator, or
-never, as an AP of 0. Every check runs over plain Python objects in one pass that takes the normal
-case first, so that the whole costs a fraction of `json.load` on COCO's own 450 MB; only an entry
-that the pass does not like is looked at closely.
+Without these checks, an invalid file causes an error hours later, such as a KeyError in the
+evaluator, or only a low AP. A fast check accepts the usual entries, and only the remaining ones
+are examined in detail. This way, checking COCO's own 450 MB takes a fraction of the time of
+`json.load`.
 """
 
 import math
@@ -15,37 +15,37 @@ from dataclasses import dataclass, field
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.errors import UserError
 
-_REPAIR = "Correct the entry, or drop it, and write the file again"
+_REPAIR = "Correct or remove the entry and save the file again"
 _BOX_FORM = "[x, y, width, height] in pixels"
 
 
 @dataclass
 class CocoSummary:
-    """What a valid annotation file holds."""
+    """Summary of a valid annotation file."""
 
-    classes: list[str]  # in the order of the category ids, which is Detectron2's order
+    classes: list[str]  # sorted by category id, as in Detectron2
     id_map: dict[int, int]  # category id in the file -> index into `classes`
     num_images: int
     num_annotations: int = 0
     num_crowd: int = 0
     num_zero_size: int = 0
     num_over_the_edge: int = 0
-    num_not_evaluable: int = 0  # annotations without the `area` or `iscrowd` COCO's metric reads
+    num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, needed by COCO's metric
     num_without_segmentation: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
 def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = False) -> CocoSummary:
-    """Reads and checks `json_file` and that its images are in `image_dir`.
+    """Read and check an annotation file, and check that its images exist.
 
     Args:
         json_file: annotation file in COCO's instances format.
-        image_dir: folder that the file's `file_name`s are relative to.
-        allow_empty: accept a file without one usable annotation, as for a test set whose ground
+        image_dir: folder that the `file_name`s in the file are relative to.
+        allow_empty: accept a file without usable annotations, such as for a test set whose ground
             truth is not public.
 
     Raises:
-        UserError: naming the file, and the first entry of it, that is not as it should be.
+        UserError: if the file is invalid. The message names the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
     data = read_json_object(json_file)
@@ -59,8 +59,8 @@ def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = Fal
         _check_annotations(json_file, annotations, sizes, summary)
         if summary.num_crowd == len(annotations) and not allow_empty:
             raise UserError(
-                f"{json_file}: all {len(annotations)} annotations are iscrowd=1, which no model "
-                "trains on; expected at least one object with iscrowd=0. Check how the file was "
+                f"{json_file}: all {len(annotations)} annotations have iscrowd=1, which training "
+                "ignores; expected at least one object with iscrowd=0. Check how the file was "
                 "exported."
             )
     _check_files(json_file, [image["file_name"] for image in images], image_dir)
@@ -68,7 +68,7 @@ def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = Fal
 
 
 def _section(json_file: str, data: dict, key: str) -> list[dict]:
-    """The list `data[key]`, which must be there, hold something, and hold objects only."""
+    """Return the list `data[key]`, or raise an error unless it is a non-empty list of objects."""
     if key not in data:
         found = f"no `{key}` (its keys: {', '.join(map(repr, list(data)[:10])) or 'none'})"
     elif not isinstance(data[key], list):
@@ -83,12 +83,12 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
     more = ""
     if key == "annotations":
         more = (
-            " Images without objects are fine, but not in all of them; in Python, a test set "
-            "without ground truth is registered with allow_empty=True."
+            " Some images may have no objects, but not all of them. Use allow_empty=True in Python "
+            "to register a test set without ground truth."
         )
     raise UserError(
         f"{json_file} has {found}; expected a list of `{key}` as in COCO's instances format. "
-        f"Check that this is the right file, and how it was exported.{more}"
+        f"Check that this is the right file and how it was exported.{more}"
     )
 
 
@@ -107,12 +107,12 @@ def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
     first: dict = {}
     for index, item in enumerate(items):
         if first.setdefault(item["id"], index) != index:
-            found = f"has the id of {section}[{first[item['id']]}]"
-            raise _bad(json_file, section, index, item, found, "ids that occur once")
+            found = f"has the same id as {section}[{first[item['id']]}]"
+            raise _bad(json_file, section, index, item, found, "unique ids")
 
 
 def _check_images(json_file: str, images: list[dict]) -> dict:
-    """Returns image id -> (width, height), in pixels."""
+    """Check all images and return a dictionary from image id to (width, height) in pixels."""
     for index, image in enumerate(images):
         try:
             name, width, height = image["file_name"], image["width"], image["height"]
@@ -136,10 +136,10 @@ def _check_images(json_file: str, images: list[dict]) -> dict:
 
 
 def _image_problem(image: dict) -> tuple[str, str] | None:
-    """What is wrong with an image's entry, and what was expected in its place."""
+    """Return what is wrong with the entry of an image and what was expected; None if valid."""
     name = image.get("file_name")
     if type(image.get("id")) is not int:
-        # Text would load here, but not in every implementation of COCO's metric.
+        # Strings would work here, but not in every implementation of COCO's metric.
         found = f"has id {image['id']!r}" if "id" in image else "has no `id`"
         return found, "a whole number"
     if not isinstance(name, str) or not name.strip():
@@ -148,13 +148,13 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
     if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
         return (
             f"has file_name {name!r}",
-            "a path inside the image folder, with no leading slash and no `..` in it",
+            "a path inside the image folder, without a leading slash and without `..`",
         )
     for key in ("width", "height"):
         value = image.get(key)
         if type(value) is not int or value <= 0:
             found = f"has {key} {value!r}" if key in image else f"has no `{key}`"
-            return found, "the image's size as whole numbers of pixels above 0"
+            return found, "the image's size in pixels, as positive integers"
     return None
 
 
@@ -162,7 +162,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
     names: dict[str, int] = {}
     for index, category in enumerate(categories):
         number, name = category.get("id"), category.get("name")
-        found = expected = None
+        found = expected = ""
         if type(number) is not int:
             found = f"has id {number!r}" if "id" in category else "has no `id`"
             expected = "a whole number"
@@ -170,8 +170,8 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
             found = f"has name {name!r}" if "name" in category else "has no `name`"
             expected = "the class's name"
         elif names.setdefault(name, index) != index:
-            found = f"has the name {name!r} of categories[{names[name]}]"
-            expected = "names that occur once"
+            found = f"has the same name {name!r} as categories[{names[name]}]"
+            expected = "unique names"
         if found:
             raise _bad(json_file, "categories", index, category, found, expected)
     _check_unique_ids(json_file, "categories", categories)
@@ -186,7 +186,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
 def _check_annotations(
     json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
 ) -> None:
-    """Checks every annotation and counts, into `summary`, what is odd but allowed."""
+    """Check all annotations, and add counts and warnings of unusual ones to `summary`."""
     id_map, over_the_edge, not_evaluable = summary.id_map, 0, 0
     for index, item in enumerate(annotations):
         if not _is_usual(item, sizes, id_map):
@@ -195,7 +195,7 @@ def _check_annotations(
                 raise _bad(json_file, "annotations", index, item, *problem)
         x, y, w, h = item["bbox"]
         width, height = sizes[item["image_id"]]
-        # A pixel of slack, because annotation tools round.
+        # With a tolerance of one pixel, because annotation tools round.
         if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
             over_the_edge += 1
         if "area" not in item or "iscrowd" not in item:
@@ -213,19 +213,19 @@ def _check_annotations(
             "annotations",
             0,
             annotations[0],
-            f"has bbox {annotations[0]['bbox']!r}, and no box of the file reaches beyond 1 pixel",
-            f"{_BOX_FORM}, not as fractions of the image's size",
+            f"has bbox {annotations[0]['bbox']!r}, and all boxes of the file are within 1 pixel",
+            f"{_BOX_FORM}, not fractions of the image's size",
         )
     summary.warnings += _warnings(json_file, summary, any(a["id"] == 0 for a in annotations))
 
 
 def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
-    """Whether an annotation needs no closer look, told fast: there may be a million of them."""
+    """Return True for a usual, valid annotation; fast, because there may be a million of them."""
     try:
         x, y, w, h = item["bbox"]
         width, height = sizes[item["image_id"]]
         area = item.get("area", 0)
-        # Written so that NaN and infinity fail it; text raises TypeError.
+        # The comparisons are False for NaN and infinity, and raise TypeError for strings.
         return (
             0 < w < math.inf
             and 0 < h < math.inf
@@ -245,14 +245,14 @@ def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is a number, of any size, but not NaN or infinity."""
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    """Return True for a finite number."""
+    return (type(value) is int or type(value) is float) and -math.inf < value < math.inf
 
 
 def _is_segmentation(value: object) -> bool:
-    """Whether Detectron2 can load it: polygons, run lengths, or none."""
+    """Return True for a segmentation that Detectron2 can load: polygons, RLE or empty."""
     if type(value) is list:
-        # Polygons of fewer than three points are left out by Detectron2, with a warning.
+        # Detectron2 ignores polygons of fewer than three points with a warning.
         return all(
             type(polygon) is list and all(type(part) in (int, float) for part in polygon[:6])
             for polygon in value
@@ -265,7 +265,7 @@ def _is_segmentation(value: object) -> bool:
 
 
 def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
-    """What is wrong with an annotation, and what was expected in its place."""
+    """Return what is wrong with an annotation and what was expected; None if it is valid."""
     for key in ("id", "image_id", "category_id", "bbox"):
         if key not in item:
             return f"has no `{key}`", "id, image_id, category_id and bbox"
@@ -274,14 +274,14 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
     for key, known, of in (("image_id", sizes, "images"), ("category_id", id_map, "categories")):
         value = item[key]
         if isinstance(value, Collection) and not isinstance(value, str) or value not in known:
-            return f"has {key} {value!r}, which `{of}` does not list", _some_of(known)
+            return f"has {key} {value!r}, which is not in `{of}`", _some_of(known)
     if item.get("ignore", 0) != 0:
-        return f"has `ignore` {item['ignore']!r}, which Detectron2 cannot load", "none, or 0"
+        return f"has `ignore` {item['ignore']!r}, which Detectron2 cannot load", "0 or no `ignore`"
     if item.get("iscrowd", 0) not in (0, 1):
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
     area = item.get("area", 0)
     if not _is_finite(area):
-        return f"has area {area!r}", "a number of square pixels"
+        return f"has area {area!r}", "a finite number of square pixels"
     if not _is_segmentation(item.get("segmentation")):
         found = f"has a segmentation that begins {str(item['segmentation'])[:40]!r}"
         return found, "a list of polygons, each a list of numbers, or {counts, size}"
@@ -293,11 +293,11 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
         return f"has bbox {bbox!r}", f"four finite numbers, {_BOX_FORM}"
     x, y, w, h = bbox
     if w < 0 or h < 0:
-        return f"has bbox {bbox!r}, of negative size", _BOX_FORM
-    # COCO itself has a few boxes of no width or height. Detectron2 drops them in the mapper.
+        return f"has bbox {bbox!r} with a negative size", _BOX_FORM
+    # COCO itself has a few boxes with zero width or height. Detectron2's mapper removes them.
     if w > 0 and h > 0 and (x + w <= 0 or y + h <= 0 or x >= size[0] or y >= size[1]):
-        found = f"has bbox {bbox!r}, wholly outside of its image of {size[0]}x{size[1]} pixels"
-        return found, f"{_BOX_FORM} from the image's top left corner"
+        found = f"has bbox {bbox!r} outside of its image of {size[0]}x{size[1]} pixels"
+        return found, f"{_BOX_FORM} relative to the image's top left corner"
     return None
 
 
@@ -311,24 +311,24 @@ def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]
     total, found = summary.num_annotations, []
     if summary.num_zero_size:
         found.append(
-            f"{summary.num_zero_size} of {total} boxes have no width or no height; training drops "
+            f"{summary.num_zero_size} of {total} boxes have zero width or height; training ignores "
             "them"
         )
     if summary.num_over_the_edge:
         found.append(
-            f"{summary.num_over_the_edge} of {total} boxes reach over their image's edge and are "
-            "clipped. If these are many, the boxes may be written as [x1, y1, x2, y2], where "
-            f"{_BOX_FORM} is expected"
+            f"{summary.num_over_the_edge} of {total} boxes extend beyond their image and are "
+            "clipped. If there are many, the boxes may have the form [x1, y1, x2, y2] instead of "
+            f"{_BOX_FORM}"
         )
     if has_id_0:
         found.append(
-            "an annotation has id 0, and COCO's metric counts a detection of it as a false one; "
+            "an annotation has id 0, and COCO's metric counts its detection as a false positive; "
             "number annotations from 1"
         )
     if summary.num_not_evaluable:
         found.append(
             f"{summary.num_not_evaluable} of {total} annotations have no `area` or no `iscrowd`: "
-            "fine for training, but COCO's metric cannot evaluate on this file"
+            "the file can be used for training, but not for evaluation with COCO's metric"
         )
     return [f"{json_file}: {text}." for text in found]
 
@@ -340,7 +340,7 @@ def _check_folder(image_dir: str, json_file: str) -> None:
     if os.path.exists(image_dir):
         found = "not a folder"
         if os.path.isdir(json_file):
-            found += "; are the annotation file and the folder the wrong way round?"
+            found += "; are the annotation file and the folder swapped?"
     raise UserError(
         f"Image folder {image_dir}: {found}. Expected the folder that the file_names in "
         f"{json_file} are relative to. Check the path; `~` and $VARS are expanded."
@@ -348,10 +348,9 @@ def _check_folder(image_dir: str, json_file: str) -> None:
 
 
 def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
-    """Refuses a list of images of which some are not in the folder.
+    """Raise an error if listed images are not in the folder.
 
-    One listing a folder answers for all of its images, which on network storage is far cheaper
-    than asking for each.
+    Listing each folder once is much faster on network storage than checking each file.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -362,7 +361,7 @@ def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
             there = set(os.listdir(os.path.join(image_dir, folder)))
         except OSError:
             there = set()
-        # Asked again one by one: the file system may ignore case, or hide its listing.
+        # Checked again one by one, because the file system may ignore case or not be listable.
         missing += [
             name
             for name in members
@@ -374,9 +373,9 @@ def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
     bare = os.path.basename(missing[0].replace("\\", "/"))
     hint = ""
     if bare != missing[0] and os.path.exists(os.path.join(image_dir, bare)):
-        hint = f" {bare} is there, so the file_names' folder and the image folder do not match."
+        hint = f" {bare} exists, so the folder in the file_names does not match the image folder."
     raise UserError(
         f"{len(missing)} of the {len(names)} images that {json_file} lists are not in {image_dir}; "
-        f"the first: {', '.join(missing[:3])}.{hint} Expected every file_name, relative to that "
-        "folder. Give the right image folder, or drop these images from the file."
+        f"the first: {', '.join(missing[:3])}.{hint} Expected all file_names relative to that "
+        "folder. Name the right image folder, or remove these images from the file."
     )

@@ -1,8 +1,8 @@
-"""Detection data sets in COCO's format, registered with Detectron2 by name and two paths.
+"""Registration of detection data sets in COCO format with Detectron2.
 
-Differs from Detectron2's `register_coco_instances`: the annotation file is checked when it is
-registered and whenever it has changed since; registering twice is harmless; the class names are
-known at once.
+Unlike in Detectron2's `register_coco_instances`, the annotation file is checked when the data set
+is registered and whenever the file has changed, registering a data set twice is not an error, and
+the class names are available immediately.
 """
 
 import logging
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CocoDataset:
-    """What Detectron2's catalog holds for a data set of this project; calling it loads it.
+    """Entry of Detectron2's catalog for a data set of this project; calling it loads the data.
 
-    The catalog's entry is also the record of what was registered, so that there is no second list
-    to keep in step with it.
+    The catalog's entries are the only record of registered data sets, so no separate list has to be
+    kept consistent with the catalog.
 
     Attributes:
-        name: its name in the catalogs.
-        json_file: annotation file in COCO's format.
-        image_dir: folder that the file's `file_name`s are relative to.
-        allow_empty: whether a file without objects to find is accepted.
-        summary: what the file held when it was last read; None before that.
+        name: name of the data set in the catalogs.
+        json_file: annotation file in COCO format.
+        image_dir: folder that the `file_name`s in the file are relative to.
+        allow_empty: accept a file without objects.
+        summary: summary of the file when it was last read; None if it has not been read.
     """
 
     name: str
@@ -46,7 +46,7 @@ class CocoDataset:
     _state: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
-        """Loads the data set as Detectron2's own loader does.
+        """Load the data set with Detectron2's loader.
 
         Raises:
             UserError: if the annotation file has changed and is no longer valid.
@@ -55,10 +55,10 @@ class CocoDataset:
         return load_coco_json(self.json_file, self.image_dir, self.name)
 
     def refresh(self) -> None:
-        """Reads and checks the annotation file, unless it is the one that was read before.
+        """Read and check the annotation file, unless it is unchanged since the last call.
 
         Raises:
-            UserError: if it is not valid. The metadata are then left as they were.
+            UserError: if the file is invalid. The metadata are not changed then.
         """
         state = _file_state(self.json_file)
         if state is not None and state == self._state:
@@ -78,10 +78,10 @@ class CocoDataset:
         self.publish(summary.classes, summary.id_map)
 
     def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
-        """Makes the catalog's metadata say this, whatever they said before.
+        """Write the classes and paths to the catalog's metadata, overwriting existing values.
 
-        `Metadata` itself refuses to change a value, which a file that has changed requires. The
-        object stays the same one, as evaluators and visualisers hold on to it.
+        `Metadata` does not allow values to be changed, which is necessary if the file has changed.
+        The object is updated in place, because evaluators and visualisers keep references to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,
@@ -93,14 +93,14 @@ class CocoDataset:
 
 
 class ShapesDataset(CocoDataset):
-    """A split of the rendered shapes, which may not be on disk yet."""
+    """A split of the rendered shapes data set, whose files may not exist yet."""
 
     def refresh(self) -> None:
         if not os.path.exists(self.json_file):
             raise UserError(
-                f"Data set '{self.name}' has not been made: {os.path.abspath(self.json_file)} does "
-                "not exist. Run `python datasets/prepare_shapes.py`, which takes some seconds "
-                "(`make demo` does so too)."
+                f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
+                "does not exist. Run `python datasets/prepare_shapes.py`, which takes some seconds "
+                "(`make demo` runs it too)."
             )
         super().refresh()
 
@@ -112,32 +112,34 @@ def register_coco_dataset(
     *,
     allow_empty: bool = False,
 ) -> None:
-    """Checks a data set in COCO's format and registers it with Detectron2.
+    """Check a data set in COCO format and register it with Detectron2.
 
-    Registering the same again does nothing, and the same name with other paths replaces the
-    earlier registration.
+    Registering the same data set again has no effect. Registering the same name with other paths
+    replaces the earlier registration.
 
     Args:
-        name: what `DATASETS.TRAIN` and `DATASETS.TEST` will call it.
+        name: name of the data set for `DATASETS.TRAIN` and `DATASETS.TEST`.
         json_file: annotation file in COCO's instances format.
-        image_dir: folder that the file's `file_name`s are relative to.
-        allow_empty: accept a file without objects to find, as for a test set whose ground truth
-            is not public.
+        image_dir: folder that the `file_name`s in the file are relative to.
+        allow_empty: accept a file without objects, such as for a test set whose ground truth is
+            not public.
 
     Raises:
-        UserError: if the file or the folder is not as it should be, or the name is taken by
-            somebody else. What was registered before then stays as it was.
+        UserError: if the file or the folder is invalid, or the name belongs to a data set that was
+            not registered with this function. Existing registrations are not changed then.
     """
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"A data set's name must be some text; found {name!r}. Give it a name.")
+        raise UserError(
+            f"The name of a data set is {name!r}; expected a non-empty string. Choose a name."
+        )
     dataset = CocoDataset(name, os.path.abspath(json_file), os.path.abspath(image_dir), allow_empty)
     known = registered_entry(name)
-    # `type`, not `isinstance`: the shapes keep their names.
+    # `type`, not `isinstance`, so that the names of the shapes data set cannot be replaced.
     if type(known) is not CocoDataset and (known is not None or _has_metadata(name)):
         raise UserError(
-            f"The name '{name}' belongs to a data set that is registered already, by Detectron2, "
-            f"by this project or by your own code; expected a free name for {dataset.json_file}. "
-            "Choose another."
+            f"The name '{name}' belongs to a data set that is already registered by Detectron2, "
+            f"this project or your own code; expected an unused name for {dataset.json_file}. "
+            "Choose another name."
         )
     if known == dataset:
         known.refresh()
@@ -147,17 +149,18 @@ def register_coco_dataset(
 
 
 def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
-    """Register the data sets that the config key `DATASETS.REGISTER` lists, and the shapes.
+    """Register the data sets in the config key `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
-        entries: `[name, annotation file, image folder]` each. In paths, `~` and `$VARS` are
-            expanded; what is relative is so to the current folder.
+        entries: a list of `[name, annotation file, image folder]`. In paths, `~` and `$VARS` are
+            expanded. Relative paths are relative to the working directory.
 
     Returns:
         The names in `entries`.
 
     Raises:
-        UserError: if an entry has another form, or as `register_coco_dataset` does.
+        UserError: if an entry has another form, a file or folder is invalid, or a name is already
+            used.
     """
     register_shapes()
     if not isinstance(entries, list | tuple):
@@ -171,7 +174,7 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
         if not strings or len(entry) != 3 or not all(part.strip() for part in entry):
             raise UserError(
                 f"DATASETS.REGISTER[{index}] is {entry!r}; expected a name, an annotation file and "
-                f"an image folder, such as {ENTRY_FORM}. A single data set is in a list, too: "
+                f"an image folder, such as {ENTRY_FORM}. A single data set must also be in a list: "
                 f"[{ENTRY_FORM}]. Correct the config."
             )
         name, json_file, image_dir = entry
@@ -179,7 +182,7 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
         if paths.setdefault(name, expanded) != expanded:
             raise UserError(
                 f"DATASETS.REGISTER lists '{name}' twice, with {paths[name]} and {expanded}; "
-                "expected a name of its own for each data set. Rename one."
+                "expected unique names. Rename one of the data sets."
             )
     for name, (json_file, image_dir) in paths.items():
         register_coco_dataset(name, json_file, image_dir)
@@ -187,11 +190,12 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
 
 
 def register_shapes() -> None:
-    """Registers `shapes_{train,val,tiny}`, without reading a file.
+    """Register `shapes_{train,val,tiny}` without reading their files.
 
-    Their place is `$DETECTRON2_DATASETS/shapes`, looked up at each call. Repeating it is harmless.
+    The files are expected in `$DETECTRON2_DATASETS/shapes`; the variable is read at each call.
+    Repeated calls are not an error.
     """
-    # As Detectron2 looks it up, so that all data are under one root.
+    # The same root as for Detectron2's own data sets.
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "shapes")
     for split in SHAPE_SPLITS:
         name = f"shapes_{split}"
@@ -201,15 +205,15 @@ def register_shapes() -> None:
         if known == dataset:
             continue
         if type(known) is not ShapesDataset and (known is not None or _has_metadata(name)):
-            # No other run may fail because of somebody's choice of a name.
-            logger.warning("'%s' is registered already, not by this project; left as it is", name)
+            # Not an error, because most runs do not use the shapes data set.
+            logger.warning("'%s' is already registered by other code; keeping it", name)
             continue
         dataset.publish(SHAPE_CLASSES, {i + 1: i for i in range(len(SHAPE_CLASSES))})
         DatasetCatalog[name] = dataset
 
 
 def registered_entry(name: str) -> object | None:
-    """What the catalog holds for `name`, without loading it; None if the name is unknown."""
+    """Return the catalog's entry for `name` without loading it; None if the name is unknown."""
     if name not in DatasetCatalog:
         return None
     # Not `.get`: Detectron2's catalog overrides that to load the data set.
@@ -217,7 +221,7 @@ def registered_entry(name: str) -> object | None:
 
 
 def _has_metadata(name: str) -> bool:
-    # Asking for a name creates metadata that hold the name alone.
+    # `MetadataCatalog.get` creates metadata with only the name for an unknown data set.
     return name in MetadataCatalog and len(vars(MetadataCatalog.get(name))) > 1
 
 
@@ -235,6 +239,6 @@ def _expand(path: str) -> str:
     if unset and not os.path.exists(expanded):
         raise UserError(
             f"DATASETS.REGISTER has the path {path}, but the environment variable {unset[0]} is "
-            "not set. Set it, or write the path out."
+            "not set. Set it, or write the full path."
         )
     return expanded

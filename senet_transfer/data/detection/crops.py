@@ -1,4 +1,4 @@
-"""The objects of a data set in COCO's format as labelled images."""
+"""Labelled crops of the objects of a data set in COCO format."""
 
 import math
 import os
@@ -15,11 +15,11 @@ from senet_transfer.errors import UserError
 
 
 class CocoCrops(SingleImages):
-    """Every object of an annotation file, cut out of its image.
+    """A data set with a crop of every object of an annotation file.
 
-    The cut is a square around the box, with what surrounds it, as far as the image reaches: a
-    network for whole images then sees an object in its place, undistorted. Crowds are left out,
-    and so are boxes with a side below ``min_side``, which show little more than their edge.
+    A crop is the square around the box, limited to the image, so that a classification network
+    gets the object undistorted and with its context. Crowds and boxes with a side below
+    ``min_side``, which show few details, are left out.
     """
 
     def __init__(self, json_file: str, image_dir: str, *, min_side: float = 16):
@@ -27,10 +27,10 @@ class CocoCrops(SingleImages):
         Args:
             json_file: annotation file in COCO's instances format.
             image_dir: folder of its images.
-            min_side: the shortest side of a box, in pixels.
+            min_side: minimum side of a box, in pixels.
 
         Raises:
-            UserError: the file is not as it should be, or holds no such object.
+            UserError: the annotation file is invalid, or contains no such object.
         """
         summary = read_coco_summary(json_file, image_dir)
         content = read_json_object(json_file)
@@ -41,7 +41,10 @@ class CocoCrops(SingleImages):
             if not item.get("iscrowd") and min(item["bbox"][2:]) >= min_side
         ]
         if not self.objects:
-            raise UserError(f"{json_file} holds no object with sides of {min_side} pixels or more.")
+            raise UserError(
+                f"{json_file} contains no object with sides of {min_side} pixels or more. Reduce "
+                "min_side, or name another file."
+            )
         self.image_dir = image_dir
         super().__init__(summary.classes, len(self.objects), json_file)
 
@@ -53,10 +56,10 @@ class CocoCrops(SingleImages):
         path = os.path.join(self.image_dir, self.files[image_id])
         try:
             image = Image.fromarray(read_image(path, "RGB"))
-        except Exception as error:  # decoders raise whatever the damage makes them stumble over
+        except Exception as error:  # decoders raise exceptions of many types for damaged files
             raise UserError(
-                f"{path}, listed in {self.origin}, can't be read: {error}. Restore it, or drop it "
-                "from the annotation file."
+                f"{path}, listed in {self.origin}, can't be read: {error}. Restore it, or remove "
+                "it from the annotation file."
             ) from error
         cut = image.crop(square_around(box, image.width, image.height))
         return RawSample(f"object_{index:09d}", label, encode_exact(cut), path)
@@ -65,15 +68,15 @@ class CocoCrops(SingleImages):
 def square_around(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """The square around a box, or as much of it as the image has.
+    """Return the square around a box, shifted and cropped to fit into the image.
 
     Args:
         box: x, y, width and height in pixels, as in COCO.
-        width: of the image.
-        height: of the image.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
 
     Returns:
-        Left, top, right and bottom, in whole pixels, inside of the image.
+        Left, top, right and bottom in whole pixels, inside the image.
     """
     x, y, w, h = box
     side = max(w, h)
@@ -84,9 +87,9 @@ def square_around(
 
 
 def _within(low: float, high: float, limit: int) -> tuple[int, int]:
-    """A span moved into 0 to ``limit``, and shortened if that is not enough."""
+    """Shift an interval into the range from 0 to ``limit``, and shorten it if it is too long."""
     shift = max(0.0, -low) - max(0.0, high - limit)
-    # Halves up, both of them: rounding to even would make some spans shorter.
+    # Rounds half up, because rounding half to even would change the length of some intervals.
     low, high = (math.floor(end + shift + 0.5) for end in (low, high))
     low, high = max(0, low), min(limit, high)
     return min(low, limit - 1), max(high, low + 1)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run's data sets before the run begins."""
+"""Checks of a run's data sets before the run begins."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ OWN_DATA_COMMAND = """\
   python tools/train_net.py --config-file configs/finetune_detector.yaml \\
       --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
-# Where Detectron2's metadata keep the paths of its data sets of every kind.
+# Keys of Detectron2's metadata that contain paths, for all types of data sets.
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
@@ -24,16 +24,16 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
 
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
-    """The class names of a run's data sets, which must agree on them.
+    """Return the class names of a run's data sets, which must be the same for all.
 
     Args:
-        names: of registered data sets: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
+        names: names of registered data sets, all of `DATASETS.TRAIN` and `DATASETS.TEST`.
 
     Returns:
-        The names in the order of the model's outputs; empty if there are no data sets.
+        The class names in the order of the model's outputs; empty if there are no data sets.
 
     Raises:
-        UserError: if a name is unknown, a data set has no classes, or two of them differ.
+        UserError: if a name is unknown, a data set has no classes, or two have different ones.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -51,22 +51,22 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         raise UserError(
             f"The data sets '{first}' and '{name}' have different classes: {len(expected)} and "
             f"{len(found)} of them, and class {index} is {one} in the first, {other} in the "
-            "second. All data sets of a run need the same classes in the same order (that of the "
-            "category ids). Give their annotation files the same `categories`."
+            "second. All data sets of a run need the same classes in the same order (sorted by "
+            "category id). Use the same `categories` in their annotation files."
         )
     return expected
 
 
 def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:
-    """Refuses data sets that a run would fail on, without loading them.
+    """Check that the files of a run's data sets exist and are valid, without loading images.
 
     Args:
         names: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
-        evaluated: those of them that COCO's metric will be computed on.
+        evaluated: the data sets that COCO's metric will be computed on.
 
     Raises:
-        UserError: if a name is unknown, files are missing (with how to get them), or a data set
-            cannot be evaluated on.
+        UserError: if a name is unknown, a file is missing or invalid, or a data set cannot be used
+            for evaluation. For missing files, the message explains how to get them.
     """
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
@@ -88,9 +88,9 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 
 
 def category_ids(name: str) -> list[int]:
-    """The ids of a data set's categories in its JSON, in the order of the classes.
+    """Return the category ids of a data set in the order of its classes.
 
-    They are numbered from 1 where the data set states none.
+    The ids are 1 to N if the metadata contain none.
     """
     metadata = MetadataCatalog.get(name)
     found = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -100,10 +100,10 @@ def category_ids(name: str) -> list[int]:
 
 
 def check_segmentations(names: Sequence[str]) -> None:
-    """Refuses data sets without the outlines that a mask head learns from.
+    """Check that all objects have the segmentations that a mask head requires.
 
     Raises:
-        UserError: objects of a data set of this project have none.
+        UserError: if objects of a data set of this project have no segmentation.
     """
     for name in names:
         dataset = registered_entry(name)
@@ -113,8 +113,8 @@ def check_segmentations(names: Sequence[str]) -> None:
         if lacking:
             raise UserError(
                 f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations "
-                "have no `segmentation`, which MODEL.MASK_ON learns from and is evaluated by. "
-                "Export the file with outlines, or set MODEL.MASK_ON False."
+                "have no `segmentation`, which MODEL.MASK_ON requires for training and evaluation. "
+                "Export the file with segmentations, or set MODEL.MASK_ON False."
             )
 
 
@@ -124,11 +124,11 @@ def _classes(name: str) -> list[str]:
     if dataset is None and not (metadata and metadata.get("thing_classes")):
         raise _unknown(name)
     if isinstance(dataset, CocoDataset):
-        # The shapes' classes are known before their files are there.
+        # The classes of the shapes data set are known before its files exist.
         if os.path.exists(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
-        # What is registered with Detectron2's own function learns its classes when it is loaded.
+        # Data sets registered with Detectron2's own function get their classes when loaded.
         problems = _missing_paths(name)
         if problems:
             raise UserError(_explain_missing({name: problems}))
@@ -137,7 +137,7 @@ def _classes(name: str) -> list[str]:
     if not classes:
         raise UserError(
             f"The data set '{name}' has no class names; expected `thing_classes` in its metadata, "
-            "as every data set with objects to detect has. Use such a data set, or set "
+            "as in every detection data set. Use a detection data set, or set "
             f"MetadataCatalog.get({name!r}).thing_classes where you register it."
         )
     return list(classes)
@@ -147,25 +147,26 @@ def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=3, cutoff=0.6)
     guess = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
     return UserError(
-        f"Unknown data set '{name}'.{guess} Expected one that Detectron2 or this project knows, or "
-        "your own in COCO's format: register it with `--dataset NAME JSON FOLDER` on the command "
-        f"line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
+        f"Unknown data set '{name}'.{guess} Expected a data set of Detectron2 or this project, or "
+        "your own data in COCO format. Register it with `--dataset NAME JSON FOLDER` on the "
+        f"command line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
     )
 
 
 def _check_evaluable(dataset: CocoDataset) -> None:
-    lacking = dataset.summary.num_not_evaluable
-    if lacking:
+    summary = dataset.summary
+    if summary is not None and summary.num_not_evaluable:
         raise UserError(
-            f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations have "
-            "no `area` or no `iscrowd`, which COCO's metric reads of every one. Training would "
-            f"end in a KeyError at its first evaluation on '{dataset.name}'. Write both into the "
-            "file (area in square pixels, iscrowd 0 or 1), or take it out of DATASETS.TEST."
+            f"{dataset.json_file}: {summary.num_not_evaluable} of {summary.num_annotations} "
+            "annotations have no `area` or no `iscrowd`, which COCO's metric requires. Training "
+            f"would fail with a KeyError at its first evaluation on '{dataset.name}'. Add both to "
+            "the file (area in square pixels, iscrowd 0 or 1), or remove the data set from "
+            "DATASETS.TEST."
         )
 
 
 def _missing_paths(name: str) -> list[str]:
-    """Says of each file and folder of a data set that is not there, or cannot be right, why."""
+    """Return a description of each missing or invalid file and folder of a data set."""
     metadata, problems = MetadataCatalog.get(name).as_dict(), []
     for key in (*_FILE_KEYS, *_FOLDER_KEYS):
         path = metadata.get(key)
@@ -187,26 +188,26 @@ def _missing_paths(name: str) -> list[str]:
 
 
 def _is_empty(folder: str) -> bool:
-    with os.scandir(folder) as entries:  # not all of COCO's 118,287
+    with os.scandir(folder) as entries:  # faster than listing COCO's 118,287 images
         return next(entries, None) is None
 
 
 def _explain_missing(missing: dict[str, list[str]]) -> str:
     names = ", ".join(f"'{name}'" for name in missing)
-    # Data sets share folders: each line once, in order.
+    # Data sets can share folders, so duplicate lines are removed.
     lines = dict.fromkeys(line for problems in missing.values() for line in problems)
     listing = "\n".join(f"  {line}" for line in lines)
     years = [match[1] for match in map(_COCO_NAME.match, missing) if match]
-    parts = [f"The files of {names} are not all on disk:\n{listing}"]
+    parts = [f"Some files of {names} are missing or invalid:\n{listing}"]
     if years:
         parts += [_coco_layout(year) for year in dict.fromkeys(years)]
-        parts.append("No COCO at hand? `make demo` trains on images that are rendered on the spot.")
+        parts.append("To try training without COCO, run `make demo`, which renders its images.")
     else:
         parts.append(
-            "Expected them where the data set was registered; Detectron2's own are under "
+            "Expected them at these paths. Detectron2's own data sets are under "
             f"{_root()} (see datasets/README.md)."
         )
-    parts.append(f"For your own images, annotated in COCO's format:\n{OWN_DATA_COMMAND}")
+    parts.append(f"For your own images with annotations in COCO format:\n{OWN_DATA_COMMAND}")
     return "\n".join(parts)
 
 
@@ -218,16 +219,16 @@ Expected under {_root()}:
   coco/train{year}/*.jpg                         from train{year}.zip
   coco/val{year}/*.jpg                           from val{year}.zip
 Download the three archives from https://cocodataset.org/#download and unpack them in coco/, or
-link a copy that you have: ln -s /path/to/coco {os.path.join(_root_path(), "coco")}"""
+link an existing copy: ln -s /path/to/coco {os.path.join(_root_path(), "coco")}"""
 
 
 def _root_path() -> str:
-    # Detectron2 reads the variable once, when it is imported, and registers COCO under it.
+    # Detectron2 reads the variable only when it is imported, and registers COCO below it.
     images = MetadataCatalog.get("coco_2017_train").image_root
     return os.path.abspath(os.path.join(images, "..", ".."))
 
 
 def _root() -> str:
     is_set = "DETECTRON2_DATASETS" in os.environ
-    origin = "as set when Detectron2 was imported" if is_set else "not set, and so ./datasets"
+    origin = "as set when Detectron2 was imported" if is_set else "not set, default ./datasets"
     return f"{_root_path()} ($DETECTRON2_DATASETS; {origin})"

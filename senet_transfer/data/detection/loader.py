@@ -1,10 +1,10 @@
-"""Detection's training loader: Detectron2's images, sampler and grouping, from any iteration on.
+"""Resumable data loader for detection, with Detectron2's data sets, sampler and grouping.
 
-Detectron2's own loader draws augmentation from random numbers that go on from image to image within
-a worker, and groups images by shape after they are read; neither can be taken up in the middle.
-Here the batches are planned from widths and heights before an image is read, and each image draws
-from numbers of its own. So the content of a batch follows from seed, rank and iteration alone,
-whatever the number of workers.
+Detectron2's own loader uses one sequence of random numbers per worker for augmentation, and groups
+images by aspect ratio after reading them; neither can be resumed in the middle. This loader plans
+batches from the annotated widths and heights before images are read, and seeds the random numbers
+of each image separately. The content of a batch depends only on seed, rank and iteration, not on
+the number of workers.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A place in the row of all images that a process trains on, and which image is there.
+# Position in the sequence of a process's training images, and index of the image in the data set.
 Place = tuple[int, int]
 
-# Over a set of images: a schedule of more is hardly meant for that set.
+# A schedule with more passes over the data set is probably a mistake.
 MANY_PASSES = 500
 
-# Tells the random numbers of an image from those of a step, which have a seed and a rank, too.
+# Makes the random numbers of an image independent of those of a step, which also use seed and rank.
 _IMAGES = 1
 
 
 def seed_generators(*entropy: int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch, those of GPUs among them."""
+    """Seed the generators of Python, NumPy and PyTorch, including those of GPUs."""
     seed = _seed_libraries(entropy)
     torch.default_generator.manual_seed(seed)
-    # torch.manual_seed formats a traceback for each kind of device that is not in use.
+    # torch.manual_seed is slow: it formats a traceback for each type of device not in use.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
@@ -60,10 +60,10 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
     """Seed the CPU's generators inside the context, and restore their states after it.
 
     Args:
-        entropy: whole numbers, which the seed is derived from.
+        entropy: integers from which the seed is derived.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # torch.manual_seed would seed GPUs, too, for good.
+    # torch.manual_seed would also seed GPUs, whose state is not restored.
     torch.default_generator.manual_seed(_seed_libraries(entropy))
     try:
         yield
@@ -76,15 +76,15 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
 def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], *, seed: int, start_iter: int = 0
 ) -> RaisingLoader:
-    """Return the loader of this process: an endless row of lists of what the mapper returns.
+    """Build the training loader of this process, which yields lists of mapped images endlessly.
 
     Args:
-        cfg: Detectron2's keys of data, sampler and grouping are obeyed.
-        mapper: of one image's dictionary.
-        seed: of order and augmentation; the same in all processes.
+        cfg: the config, with Detectron2's keys for data sets, sampler and grouping.
+        mapper: function that maps the dictionary of an image.
+        seed: seed of the order and the augmentation; the same in all processes.
         start_iter: the first iteration to deliver.
     """
-    # Detectron2's samplers that are given no seed draw one.
+    # Detectron2's samplers draw a seed if none is given.
     with seeded_rng(seed):
         theirs = build_detection_train_loader(cfg, mapper=_unmapped)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
@@ -104,7 +104,8 @@ def build_train_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         worker_init_fn=init_worker,
-        # Starting to iterate draws a number, here from a generator of its own.
+        # Creating an iterator draws a random number. A separate generator keeps this from
+        # advancing PyTorch's global one.
         generator=torch.Generator(),
     )
     return RaisingLoader(loader)
@@ -113,12 +114,12 @@ def build_train_loader(
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]
 ) -> RaisingLoader:
-    """Return Detectron2's loader of a data set to evaluate on.
+    """Build Detectron2's loader of a data set for evaluation.
 
     Args:
-        cfg: Detectron2's keys of data loading are obeyed.
-        dataset_name: a registered data set.
-        mapper: of one image's dictionary.
+        cfg: the config, with Detectron2's keys for data loading.
+        dataset_name: name of a registered data set.
+        mapper: function that maps the dictionary of an image.
     """
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
     loader.worker_init_fn = init_worker
@@ -130,23 +131,23 @@ def _unmapped(record: dict) -> dict:
 
 
 def _tell_passes(cfg: CfgNode, images: int) -> None:
-    # COCO's schedules on a small set of one's own go on for days after all is learnt.
+    # Users may forget to shorten a COCO schedule for a small data set.
     solver = cfg.SOLVER
     passes = solver.MAX_ITER * solver.IMS_PER_BATCH / images
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
     if passes <= MANY_PASSES:
-        logger.info("%d steps of %d images: %.3g passes over %d images.", *facts)
+        logger.info("%d steps with %d images each: %.3g passes over %d images.", *facts)
         return
     logger.warning(
-        "%d steps of %d images are %.0f passes over only %d images; the paper's schedule on COCO "
-        "has 24. SOLVER.MAX_ITER and SOLVER.STEPS shorten it.", *facts
+        "%d steps with %d images each are %.0f passes over only %d images; the paper's schedule on "
+        "COCO has 24. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to shorten training.", *facts
     )  # fmt: skip
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a function that says of an image whether it is wider than high.
+    """Return a function that returns True for the index of an image that is wider than high.
 
-    Detectron2 groups images by that.
+    Detectron2 groups images by this criterion.
     """
 
     @functools.cache
@@ -154,9 +155,9 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
         record = records[index]
         if not {"width", "height"} <= record.keys():
             raise UserError(
-                f"The record of {record.get('file_name', 'an image')} has no width and height, by "
-                "which DATALOADER.ASPECT_RATIO_GROUPING groups images. Add them to the data set, "
-                "or set the key to False."
+                f"The record of {record.get('file_name', 'an image')} has no width and height, "
+                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add them to the data set, or set "
+                "the key to False."
             )
         return record["width"] > record["height"]
 
@@ -164,10 +165,10 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
 
 
 class PlannedBatches(Sampler[list[Place]]):
-    """The batches of a process: which images, in which places of its row.
+    """Batch sampler that groups images by aspect ratio without reading them.
 
-    With shapes, as Detectron2's AspectRatioGroupedDataset: an image waits until there are enough of
-    its kind.
+    Images are grouped like in Detectron2's AspectRatioGroupedDataset: an image is held back until
+    there are enough of its group for a batch.
     """
 
     def __init__(
@@ -180,10 +181,10 @@ class PlannedBatches(Sampler[list[Place]]):
     ):
         """
         Args:
-            sampler: an endless row of images, the same each time.
-            batch_size: images of this process a step.
-            is_wide: the kind of an image; None where images of all kinds go together.
-            start_iter: the first batch to yield.
+            sampler: yields an infinite sequence of image indices, the same each time.
+            batch_size: number of images per step in this process.
+            is_wide: returns the group of an image; None to disable grouping.
+            start_iter: index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
         self.start_iter = start_iter
@@ -202,7 +203,7 @@ class PlannedBatches(Sampler[list[Place]]):
 
 
 class _SeededImages(Dataset):
-    """Maps images with random numbers that follow from their places."""
+    """Data set that seeds the random numbers of each image from its position."""
 
     def __init__(self, images: Dataset, seed: int, rank: int):
         self.images, self.seed, self.rank = images, seed, rank

@@ -1,21 +1,22 @@
-"""Detectron2's dataset mapper, with images that are read strictly or named in an error.
+"""Detectron2's dataset mapper with strict reading of images and informative errors.
 
-What differs from Detectron2's own `DatasetMapper` and `read_image`:
+Differences from Detectron2's own `DatasetMapper` and `read_image`:
 
-- An image that cannot be read in full raises a `UserError` with its file, its id and the
-  annotation file it is listed in. Cut-off files are errors even where other code has set Pillow's
-  `ImageFile.LOAD_TRUNCATED_IMAGES`, which would fill the missing part with grey.
-- 16-bit greyscale images keep their upper 8 bits, as 16-bit colour images do in Pillow, where
-  Pillow's own conversion turns all that is above 255 into white.
-- 32-bit integer and floating-point images, whose range nothing tells, are refused.
+- An image that cannot be read completely raises a `UserError` with its file, its id and the
+  annotation file that lists it. Truncated files are errors even if other code has set Pillow's
+  `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
+- 16-bit greyscale images are reduced to their upper 8 bits, as Pillow does for 16-bit colour
+  images. Pillow's conversion of greyscale images would clip all values above 255.
+- 32-bit integer and floating-point images are rejected, because their value range is unknown.
 
-Everything else, including the pixels of all other images, is Detectron2's.
+Everything else, including the pixels of all other images, is the same as in Detectron2.
 """
 
 import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from senet_transfer.errors import UserError
 
-# What turns an image of each EXIF orientation upright.
+# Transpose operation for each EXIF orientation.
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,21 +38,26 @@ _EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_ROTATES = (5, 6, 7, 8)  # the orientations that swap width and height
+_EXIF_ROTATES = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """As Detectron2's, but says which image is broken and what to do about it.
+    """Detectron2's `DatasetMapper` with errors that name the broken image and how to fix it.
 
     Args:
-        is_train: whether annotations are to be mapped, too.
-        annotation_files: image folder -> the annotation files that list its images, for messages.
-        **kwargs: as in `DatasetMapper`.
+        is_train: map annotations in addition to images.
+        annotation_files: dictionary from an image folder to the annotation files that list its
+            images, for messages.
+        **kwargs: arguments of `DatasetMapper`.
     """
 
     @configurable
     def __init__(
-        self, is_train: bool, *, annotation_files: Mapping[str, list[str]] | None = None, **kwargs
+        self,
+        is_train: bool,
+        *,
+        annotation_files: Mapping[str, list[str]] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
@@ -59,7 +65,7 @@ class CheckedDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
-        # Kept here because a data loader's worker may not have the catalog's contents.
+        # Stored in the mapper, because the catalog may be empty in worker processes.
         annotation_files: dict[str, list[str]] = {}
         for name in names:
             if name in MetadataCatalog:
@@ -70,12 +76,12 @@ class CheckedDatasetMapper(DatasetMapper):
         return {**super().from_config(cfg, is_train), "annotation_files": annotation_files}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Maps one image's dictionary as `DatasetMapper` does.
+        """Map the dictionary of an image in the same way as `DatasetMapper`.
 
         Raises:
-            UserError: if its image cannot be read or is of another size than the dictionary says.
+            UserError: if the image cannot be read, or its size differs from the dictionary's.
         """
-        dataset_dict = copy.deepcopy(dataset_dict)  # the code below changes it
+        dataset_dict = copy.deepcopy(dataset_dict)  # modified below
         image = self._read(dataset_dict)
         sem_seg = None
         if "sem_seg_file_name" in dataset_dict:
@@ -104,13 +110,13 @@ class CheckedDatasetMapper(DatasetMapper):
         try:
             image = read_image(path, self.image_format)
         except MemoryError:
-            raise  # no fault of the file's
-        # Decoders raise whatever the damage makes them stumble over.
+            raise  # not caused by the file
+        # Decoders raise exceptions of many types for damaged files.
         except Exception as error:
             raise UserError(
                 f"{self._describe(dataset_dict)} cannot be read: {_reason(path, error)}. Expected "
-                f"{_expected(dataset_dict)}. Restore the file from where it came from, or drop the "
-                "image from the annotation file."
+                f"{_expected(dataset_dict)}. Restore the file, or remove the image from the "
+                "annotation file."
             ) from error
         try:
             detection_utils.check_image_size(dataset_dict, image)
@@ -134,29 +140,31 @@ class CheckedDatasetMapper(DatasetMapper):
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """Reads a whole image into 8 bits a channel, turned upright as its EXIF data say.
+    """Read a complete image with 8 bits per channel, rotated according to its EXIF orientation.
 
     Args:
-        path: of a file in any format that Pillow reads.
-        image_format: "BGR", "RGB", or what else Detectron2's `read_image` takes.
+        path: file in any format that Pillow supports.
+        image_format: "BGR", "RGB", or another format of Detectron2's `read_image`.
 
     Returns:
-        (H, W, C) as Detectron2's `read_image` returns it: uint8, 0-255, but for "YUV-BT.601".
+        The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
+        format "YUV-BT.601".
 
     Raises:
-        UserError: if the pixels are 32-bit numbers.
-        Exception: whatever Pillow raises for a file that is missing, broken or cut off.
+        UserError: if the image has 32-bit pixels.
+        Exception: any exception that Pillow raises for a missing, broken or truncated file.
     """
     with _no_truncated_images(), PathManager.open(path, "rb") as file:
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         image.load()
-        turn = _EXIF_TURNS.get(_exif_orientation(image))
-        image = image if turn is None else image.transpose(turn)
+        orientation = _exif_orientation(image)
+        if orientation in _EXIF_TURNS:
+            image = image.transpose(_EXIF_TURNS[orientation])
         return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
 
 
 def _exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1-8; None without one, or with EXIF data that are broken."""
+    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data are broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises errors of many types for broken EXIF data
@@ -169,15 +177,14 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise UserError(
-            f"its pixels are {kind}, of which nothing tells what is black and what is white; "
-            "convert it to 8 bits a channel"
+            f"its pixels are {kind}, whose value range is unknown; convert it to 8 bits per channel"
         )
     return image
 
 
 @contextmanager
 def _no_truncated_images() -> Iterator[None]:
-    """Makes Pillow raise for a file that ends early, whatever other code asked of it."""
+    """Make Pillow raise an error for truncated files inside the context."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -188,18 +195,18 @@ def _no_truncated_images() -> Iterator[None]:
 
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "there is no such file"
+        return "the file does not exist"
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "it is empty (0 bytes)"
     if isinstance(error, Image.DecompressionBombError):
         said = str(error).rstrip(".")
-        return f"{said}; if it is meant to be so large, raise PIL.Image.MAX_IMAGE_PIXELS"
+        return f"{said}; if this size is intended, increase PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(error, UnidentifiedImageError):
         with PathManager.open(path, "rb") as file:
             head = file.read(20)
-        return f"it begins with {head!r}, which is no image format that Pillow knows"
+        return f"it begins with {head!r}, which is not an image format that Pillow supports"
     return str(error) or type(error).__name__
 
 
@@ -210,19 +217,18 @@ def _expected(dataset_dict: dict) -> str:
 
 
 def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
-    """What to do about an image of another size than annotated."""
+    """Return advice for an image whose size differs from its annotation."""
     if found[::-1] != (dataset_dict["width"], dataset_dict["height"]):
         return (
-            "Its boxes would be in the wrong places. Annotate this file, or restore the one that "
-            "was annotated."
+            "Its boxes would be wrong. Annotate this file, or restore the file that was annotated."
         )
     orientation = None
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
         orientation = _exif_orientation(Image.open(file))
     if orientation in _EXIF_ROTATES:
         return (
-            f"Its EXIF orientation is {orientation}, and Detectron2 turns it upright, while it was "
-            "annotated lying. Remove the tag from the file if the boxes fit the image as stored, "
-            "or annotate it upright."
+            f"Its EXIF orientation is {orientation}, and Detectron2 rotates it accordingly, but it "
+            "was annotated without rotation. Remove the tag from the file if the boxes match the "
+            "stored image, or annotate the rotated image."
         )
-    return "Width and height are the wrong way round: swap them in the annotation file."
+    return "Width and height are swapped. Swap them in the annotation file."

@@ -1,8 +1,8 @@
-"""Encoded images to pixels.
+"""Image decoding.
 
-Evaluation decodes with Pillow alone, so that its numbers are those of the plain Pillow and
-torchvision loop that everyone else runs. Training decodes JPEG with simplejpeg, three times as
-fast and, with the libjpeg-turbo that both ship, equal to the last bit.
+Evaluation decodes with Pillow only, so that its results equal those of the common loop with Pillow
+and torchvision. Training decodes JPEG with simplejpeg, which is three times as fast. Both packages
+ship libjpeg-turbo, and their pixels are identical.
 """
 
 import io
@@ -12,26 +12,26 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-# What Pillow may open here. Some of its other readers start programs or are rarely exercised.
+# Formats that Pillow may open. Some of its other plugins start programs or are rarely tested.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-# A file of a few kilobytes can ask for gigabytes of pixels.
+# Limits memory use: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 100_000_000
 
 
 class BrokenImageError(Exception):
-    """An image that cannot be decoded. A sample to skip and count, not yet a reason to stop."""
+    """An image that cannot be decoded. Training skips and counts such samples."""
 
 
 def decode_exact(data: bytes) -> Image.Image:
-    """Decodes as `PIL.Image.open(...).convert("RGB")` does.
+    """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
     Raises:
-        BrokenImageError: the image is truncated, damaged, too large or no image.
+        BrokenImageError: the data is truncated, damaged, too large or not an image.
     """
     try:
         with warnings.catch_warnings():
-            # Of palettes, metadata and sizes; what matters here raises.
+            # Pillow warns about palettes, metadata and sizes. Relevant problems raise exceptions.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
             if image.width * image.height > MAX_PIXELS:
@@ -39,46 +39,46 @@ def decode_exact(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except BrokenImageError:
         raise
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
 
 
 def encode_exact(image: Image.Image) -> bytes:
-    """A file that `decode_exact` gives the same pixels of, for what decodes its samples itself."""
+    """Encode an image losslessly, so that `decode_exact` returns the same pixels."""
     stored = io.BytesIO()
-    image.save(stored, "BMP")  # costs nothing and loses nothing
+    image.save(stored, "BMP")  # lossless and fast
     return stored.getvalue()
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that `decode_fast` can decode at a fraction of its size."""
+    """Return height and width of a JPEG file that simplejpeg can decode; None for other files."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # CMYK has conventions of its own, which Pillow knows.
+    # CMYK files follow several conventions, which only Pillow handles.
     usual = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS
     return (height, width) if usual else None
 
 
 def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
-    """Decodes for training.
+    """Decode an image for training.
 
     Args:
-        data: an image of any format that `decode_exact` reads.
-        min_size: let a JPEG be decoded at a half, quarter or eighth of its size as long as both
-            sides stay at least this long. Faster, with other pixels.
+        data: an image in any format that `decode_exact` supports.
+        min_size: allow decoding a JPEG at a half, a quarter or an eighth of its size if both
+            sides keep at least this many pixels. This is faster, but changes the pixels.
 
     Returns:
-        `(H, W, 3)` uint8, RGB.
+        uint8 RGB `(H, W, 3)`.
 
     Raises:
-        BrokenImageError: as `decode_exact`.
+        BrokenImageError: the data is truncated, damaged, too large or not an image.
     """
     if size := jpeg_size(data):
-        # Fractions between these take longer than the whole image.
+        # Decoding at other fractions takes longer than at full size.
         part = next((part for part in (8, 4, 2) if min_size and min(size) >= part * min_size), 1)
         least_height, least_width = (-(-side // part) if part > 1 else 0 for side in size)
         try:
@@ -86,5 +86,5 @@ def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
                 data, "RGB", min_height=least_height, min_width=least_width
             )
         except ValueError:
-            pass  # Pillow has the last word on what is broken
+            pass  # Pillow decides whether the image is broken
     return np.asarray(decode_exact(data))

@@ -1,4 +1,4 @@
-"""A plain tree of images with one folder a class."""
+"""Images in a folder with one folder per class."""
 
 import logging
 import os
@@ -16,46 +16,49 @@ logger = logging.getLogger(__name__)
 def open_folder(
     root: str | Path, classes: list[str] | None = None, *, skip_empty: int = 0
 ) -> Images:
-    """Lists a tree of images; a class is the path, below the root, of a folder that holds some.
+    """List the images in a folder with one folder per class.
 
-    For folders right under the root that is torchvision's ImageFolder: classes sorted by name.
-    Deeper folders are classes of their own, `dogs/husky`, so that two of the same last name are
-    told apart.
+    A class is named by the path of its folder relative to the root. For folders directly below the
+    root, this is the layout of torchvision's ImageFolder, with classes sorted by name. A nested
+    folder is a class of its own, such as `dogs/husky`.
 
     Args:
-        root: of the tree.
-        classes: names in the order of their labels, for a tree that lacks some classes or has to
-            agree with another one; None to take the folders', sorted.
-        skip_empty: this many empty files are left out.
+        root: the folder that contains the class folders.
+        classes: names of the classes in the order of their labels, for a folder without images of
+            some classes or that must have the same labels as another one; None for the sorted
+            paths of the class folders.
+        skip_empty: the maximum number of empty files, which are left out. More are an error.
 
     Raises:
-        UserError: there are no images, images outside of all classes, or folders that are none of
-            `classes`.
+        UserError: there are no images, images outside the class folders, or folders that are not
+            in `classes`.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; expected one with a folder a class in it.")
+        raise UserError(f"{root} is not a folder; expected a folder with one folder per class.")
     by_class = _images_by_folder(root)
     if "" in by_class:
         raise UserError(
-            f"{root} holds images outside of all class folders: {first_of(by_class[''])}. Expected "
-            "a folder a class; move them into one, or give the folder that holds the classes."
+            f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
+            "one folder per class. Move them into one, or name the parent of the class folders."
         )
     if not any(by_class.values()):
-        raise UserError(f"found no images in {root}: expected .jpg or .png in a folder a class.")
+        raise UserError(
+            f"found no images in {root}; expected .jpg or .png files in one folder per class."
+        )
     found = sorted(folder for folder, images in by_class.items() if images)
     empty = sorted(set(by_class).difference(found))
     if empty and classes is None:
         raise UserError(
-            f"{len(empty)} folders in {root} hold no images: {first_of(empty)}. Whether they are "
-            "classes decides the labels: remove them, or fill them."
+            f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
+            "depend on whether they are classes. Remove them, or add images."
         )
     classes = found if classes is None else list(classes)
     unknown = sorted(set(found).difference(classes))
     if unknown:
         raise UserError(
-            f"{len(unknown)} folders in {root} are none of the {len(classes)} classes expected: "
-            f"{first_of(unknown)}. Use a tree with the folders of the one that was trained on."
+            f"{len(unknown)} folders in {root} are not among the {len(classes)} expected classes: "
+            f"{first_of(unknown)}. Use the same class folders as in the training data."
         )
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
@@ -64,7 +67,7 @@ def open_folder(
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Sorted paths of images by the folder they are in; leaves without images have none."""
+    """Return the sorted paths of images for each folder, including empty innermost folders."""
     by_folder: dict[str, list[str]] = {}
     for path, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

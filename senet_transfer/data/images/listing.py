@@ -1,4 +1,4 @@
-"""Images that lie in a folder or in an archive, with their labels: what conversion starts from."""
+"""Labelled images in a folder or a tar archive."""
 
 import os
 import tarfile
@@ -18,13 +18,13 @@ class Images:
     """Labelled images in a folder or an uncompressed tar archive.
 
     Attributes:
-        root: the folder, or the archive.
-        names: paths below the folder.
-        labels: `(N,)` int32, positions in `classes`.
-        classes: names.
-        sizes: `(N,)` int64, of the files in bytes.
-        offsets: `(N,)` int64, where each image begins in the archive; None for a folder.
-        missing: listed images that are not there and were left out.
+        root: the folder or the archive.
+        names: paths relative to the folder.
+        labels: int32 `(N,)`, indices into `classes`.
+        classes: names of the classes.
+        sizes: sizes of the files in bytes, int64 `(N,)`.
+        offsets: byte offsets of the images in the archive, int64 `(N,)`; None for a folder.
+        missing: names of listed images that do not exist and were left out.
     """
 
     root: Path
@@ -39,10 +39,10 @@ class Images:
         return len(self.names)
 
     def read(self, index: int) -> RawSample:
-        """Reads one image.
+        """Read one image.
 
         Raises:
-            UserError: it cannot be read, or has changed since it was listed.
+            UserError: the image cannot be read, or its size has changed since it was listed.
         """
         offset = None if self.offsets is None else int(self.offsets[index])
         name = self.names[index]
@@ -52,8 +52,8 @@ class Images:
 
 
 def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> bytes:
-    """Read an image's bytes from a folder, or from an archive where `offset` is given."""
-    # Joined as text: a Path takes as long as reading a small file.
+    """Read the bytes of an image from a folder, or from an archive if `offset` is given."""
+    # os.path is used because creating a Path takes as long as reading a small file.
     where = os.path.join(root, name) if offset is None else root
     try:
         with open(where, "rb") as stream:
@@ -64,8 +64,8 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
         raise UserError(f"cannot read {name} in {root}: {error}. Restore it.") from error
     if len(data) != size:
         raise UserError(
-            f"{name} in {root} has {len(data)} bytes, expected the {size} that it had when it was "
-            "listed. Leave the source as it is while it is read, and start again."
+            f"{name} in {root} has {len(data)} bytes; expected {size}, its size when it was "
+            "listed. Do not change the source while it is read, and start again."
         )
     return data
 
@@ -82,31 +82,31 @@ def find_listed_images(
     """Find every listed image in a folder or an archive.
 
     Args:
-        root: a folder, or a tar archive whose members lie in one folder, as Places365's do.
-        names: paths below it.
-        labels: `(N,)`.
-        classes: names.
-        complete: whether images that are not listed are an error too.
-        skip_missing: this many listed images that are not there are left out.
+        root: a folder, or a tar archive with all members in one folder, as in Places365.
+        names: paths relative to that folder.
+        labels: labels of the images, `(N,)`.
+        classes: names of the classes.
+        complete: raise an error for images that are not listed.
+        skip_missing: the maximum number of missing images, which are left out. More are an error.
 
     Raises:
-        UserError: listed images are missing or empty, or there are others; all are named up to a
-            limit.
+        UserError: listed images are missing or empty, or unlisted ones exist with `complete`. The
+            message names the first of them.
     """
     archived = not root.is_dir()
     found = _archive_members(root) if archived else _folder_files(root, names, complete)
     missing = [name for name in names if found.get(name, (0, 0))[1] == 0]
     if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
-            f"{len(missing)} of {len(names)} listed images are not in {root}, or empty: "
-            f"{first_of(missing)}. Expected every image of the list; unpack the archive again, or "
-            "use the list that belongs to it."
+            f"{len(missing)} of {len(names)} listed images are not in {root}, or are empty: "
+            f"{first_of(missing)}. Expected every image of the list. Unpack the archive again, or "
+            "use the matching list."
         )
     if complete and not set(found).issubset(names):
         extra = sorted(set(found).difference(names))
         raise UserError(
-            f"{root} holds {len(extra)} images that the list does not name: {first_of(extra)}. "
-            "Expected the list and the images of one split; use the list that belongs to it."
+            f"{root} contains {len(extra)} images that are not in the list: {first_of(extra)}. "
+            "Expected the list and the images of the same split. Use the matching list."
         )
     labels = np.asarray(labels, np.int32)
     if missing:
@@ -119,7 +119,7 @@ def find_listed_images(
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
-    """Offset (always 0) and size of the files in a folder, by name."""
+    """Return the offset (always 0) and size of each file in a folder, by name."""
     found = {}
     for name in names:
         try:
@@ -136,41 +136,41 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
 
 
 def is_image_name(name: str) -> bool:
-    """Says whether a file is taken for an image; hidden files are not."""
+    """Return True for the name of a JPEG or PNG file that is not hidden."""
     base = name.rpartition("/")[2].lower()
     return base.endswith((".jpg", ".jpeg", ".png")) and not base.startswith(".")
 
 
 def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of the images in an archive, by their path below its top folder."""
+    """Return the offset and size of each image in an archive, by path below its top folder."""
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
-                # The archive keeps every member it has seen, gigabytes for eight million.
-                tar.members = []
+                # TarFile keeps all members in memory, gigabytes for eight million images.
+                tar.members = []  # type: ignore[attr-defined]  # not in typeshed
                 name = member.name.removeprefix("./")
                 if not member.isreg() or not is_image_name(name):
                     continue
                 name = name.partition("/")[2] or name
                 if name in members:
                     raise UserError(
-                        f"{archive} holds {name} twice. Expected each image once; download the "
+                        f"{archive} contains {name} twice; expected each image once. Download the "
                         "archive again."
                     )
                 members[name] = (member.offset_data, member.size)
             end = archive.stat().st_size
     except tarfile.ReadError as error:
         raise UserError(
-            f"cannot read the archive {archive}: {error}. Expected an uncompressed tar file that "
-            "is whole; compare its md5 with the data set's site, or unpack it."
+            f"cannot read the archive {archive}: {error}. Expected a complete, uncompressed tar "
+            "file. Compare its MD5 checksum with the data set's site, or unpack it."
         ) from error
     except OSError as error:
         raise UserError(f"cannot read the archive {archive}: {error}.") from error
     beyond = [name for name, (offset, size) in members.items() if offset + size > end]
     if beyond:
         raise UserError(
-            f"the archive {archive} is cut short: {first_of(beyond)} reach beyond its {end} bytes. "
-            "Download it again."
+            f"the archive {archive} is truncated: {first_of(beyond)} extend beyond its {end} "
+            "bytes. Download it again."
         )
     return members

@@ -1,9 +1,9 @@
-"""Places365 as its site serves it: lists, archives and unpacked folders.
+"""Places365 in its official distribution: lists, archives and unpacked folders.
 
-Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels come from the
-lists only: classes nest (`/s/swimming_pool/indoor`), so folder names do not tell them. The train
-archives of Standard and Challenge unpack to folders of the same name; torchvision's way around,
-appending the variant, is understood too.
+Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels are read from
+the lists only, because classes are nested (`/s/swimming_pool/indoor`) and folder names are
+ambiguous. The train archives of Standard and Challenge unpack to folders of the same name;
+torchvision's renamed folders, with the variant appended, are also supported.
 """
 
 import re
@@ -20,17 +20,17 @@ SPLITS = ("val", "train_standard", "train_challenge")
 SIZES = ("256", "large")
 CATEGORIES = "categories_places365.txt"
 
-# The lists' own archives.
+# Archives that contain the lists.
 _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challenge.tar")
 
 
 def list_name(split: str) -> str:
-    """The name of a split's list."""
+    """Return the file name of a split's list."""
     return f"places365_{split}.txt"
 
 
 def image_places(split: str, size: str) -> list[str]:
-    """The folders and archives that can hold a split's images, the surest first."""
+    """Return the possible names of folders and archives with a split's images, best first."""
     if split == "val":
         return [f"val_{size}", f"val_{size}.tar"]
     variant = split.removeprefix("train_")
@@ -40,16 +40,16 @@ def image_places(split: str, size: str) -> list[str]:
 def open_places365(
     source: str | Path, split: str, size: str = "256", *, skip_missing: int = 0
 ) -> Images:
-    """Finds a split's images and labels.
+    """Find the images and labels of a split.
 
     Args:
-        source: the folder with the lists, and the images' folders or archives.
+        source: folder with the lists, and with the folders or archives of images.
         split: one of `SPLITS`.
         size: "256" or "large".
-        skip_missing: this many listed images that are not there are left out.
+        skip_missing: the maximum number of missing images, which are left out. More are an error.
 
     Raises:
-        UserError: a list is missing or damaged, or images and list do not match.
+        UserError: a list is missing or damaged, or the images do not match the list.
     """
     source = Path(source)
     if split not in SPLITS or size not in SIZES:
@@ -58,13 +58,13 @@ def open_places365(
             f"and one of {', '.join(SIZES)}."
         )
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder; expected one with Places365's lists in it.")
+        raise UserError(f"{source} is not a folder; expected a folder with the Places365 lists.")
     places = image_places(split, size)
     found = [source / place for place in places if (source / place).exists()]
     if not found:
         raise UserError(
-            f"found no images of {split} in {source}: expected one of {', '.join(places)}. "
-            "Download the archive from the data set's site, or give the folder that holds it."
+            f"found no images of {split} in {source}; expected one of {', '.join(places)}. "
+            "Download the archive from the data set's site, or name the folder that contains it."
         )
     return open_places365_images(found[0], source, split, skip_missing=skip_missing)
 
@@ -72,11 +72,21 @@ def open_places365(
 def open_places365_images(
     images: Path, lists: Path, split: str, *, skip_missing: int = 0
 ) -> Images:
-    """As `open_places365`, of a known folder or archive with the lists in another folder."""
+    """Find a split's images and labels, given the paths of the images and of the lists.
+
+    Args:
+        images: folder or archive with the images.
+        lists: folder with the lists.
+        split: one of `SPLITS`.
+        skip_missing: the maximum number of missing images, which are left out. More are an error.
+
+    Raises:
+        UserError: a list is missing or damaged, or the images do not match the list.
+    """
     classes = read_categories(_read_list(lists, CATEGORIES), str(lists / CATEGORIES))
     where = lists / list_name(split)
     names, labels = read_list(_read_list(lists, list_name(split)), str(where), len(classes))
-    # A folder of train images can hold both variants; one of val holds val.
+    # A folder of train images may contain both variants, and so images that are not in the list.
     complete = split == "val"
     return find_listed_images(
         images, names, labels, classes, complete=complete, skip_missing=skip_missing
@@ -84,35 +94,35 @@ def open_places365_images(
 
 
 def has_lists(folder: Path, split: str) -> bool:
-    """Says whether a folder holds a split's list, by itself or in the lists' archive."""
+    """Return True if a folder contains a split's list, or an archive of lists."""
     return any((folder / name).is_file() for name in (list_name(split), *_LIST_ARCHIVES))
 
 
 def read_categories(text: str, where: str) -> list[str]:
-    """Parses the list of classes, lines of name and label.
+    """Parse the list of classes, with one name and label per line.
 
     Raises:
-        UserError: a line is not that, or the labels are not 0 to N-1.
+        UserError: a line has another form, or the labels are not 0 to N-1.
     """
     names, labels = read_list(text, where, None)
     if sorted(labels) != list(range(len(names))):
         raise UserError(
-            f"{where} has {len(names)} classes, expected their labels to be 0 to {len(names) - 1}, "
-            "each once. Download the lists again."
+            f"{where} has {len(names)} classes; expected each label from 0 to {len(names) - 1} "
+            "once. Download the lists again."
         )
     order = np.argsort(labels)
     return [names[index] for index in order]
 
 
 def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str], np.ndarray]:
-    """Parses a list of images, lines of path and label.
+    """Parse a list of images, with one path and label per line.
 
     Returns:
-        The paths without a leading slash, and the labels as `(N,)` int32.
+        The paths without a leading slash, and the labels, int32 `(N,)`.
 
     Raises:
-        UserError: naming every line, up to a limit, that is not that, has a label out of range, a
-            path that leads elsewhere, or a name listed before.
+        UserError: lines have another form, a label out of range, a path outside of the folder, or
+            a path that was listed before. The message names the first of them.
     """
     names, labels, bad, seen = [], [], [], set()
     for number, line in enumerate(text.splitlines(), 1):
@@ -126,7 +136,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
         if num_classes is not None and label >= num_classes:
             bad.append(f"line {number}: label {label} of {name} is not below {num_classes}")
         elif ".." in name.split("/"):
-            bad.append(f"line {number}: {name} leads out of the folder")
+            bad.append(f"line {number}: {name} is outside of the folder")
         elif name in seen:
             bad.append(f"line {number}: {name} is listed twice")
         seen.add(name)
@@ -134,8 +144,8 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
         labels.append(label)
     if bad:
         raise UserError(
-            f"{where} has {len(bad)} bad lines: {first_of(bad)}. Expected one path and one label "
-            "per line, each path once. Download the lists again."
+            f"{where} has {len(bad)} invalid lines: {first_of(bad)}. Expected one path and one "
+            "label per line, each path once. Download the lists again."
         )
     if not names:
         raise UserError(f"{where} is empty. Download the lists again.")
@@ -143,7 +153,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
 
 
 def _read_list(folder: Path, name: str) -> str:
-    """A list's text, from the folder or from one of the lists' archives in it."""
+    """Return the text of a list, from the folder or from an archive of lists in it."""
     try:
         if (folder / name).is_file():
             return (folder / name).read_text("utf-8")
@@ -151,11 +161,12 @@ def _read_list(folder: Path, name: str) -> str:
             if (folder / archive).is_file():
                 with tarfile.open(folder / archive) as tar:
                     for member in tar:
-                        if member.isreg() and member.name.rpartition("/")[2] == name:
-                            return tar.extractfile(member).read().decode("utf-8")
+                        found = member.isreg() and member.name.rpartition("/")[2] == name
+                        if found and (file := tar.extractfile(member)):
+                            return file.read().decode("utf-8")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {name} in {folder}: {error}.") from error
     raise UserError(
-        f"the list {name} is not in {folder}. Expected it there, or in one of "
-        f"{', '.join(_LIST_ARCHIVES)}, from the data set's site."
+        f"the list {name} is not in {folder}; expected it there, or in one of "
+        f"{', '.join(_LIST_ARCHIVES)}. Download it from the data set's site."
     )

@@ -1,6 +1,6 @@
-"""From pixels to the square that a network sees, one sample at a time.
+"""Transforms from an encoded image to a square network input.
 
-All here yields uint8: normalising is the model's, on its device.
+All outputs are uint8; the model normalises them on its device.
 """
 
 import hashlib
@@ -22,25 +22,26 @@ EVAL_MODES = ("short_side", "squash", "ten_crop")
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> random.Random:
-    """The random numbers of one sample in one epoch, whoever draws them and whenever."""
+    """Return the random generator of one sample in one epoch, independent of the process."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "little"))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random region of random size and aspect ratio, resized to a square, flipped at random.
+    """Random resized crop with a random horizontal flip.
 
-    The scheme of Szegedy et al. 2015 as torchvision's RandomResizedCrop samples it.
+    Follows Szegedy et al. 2015, with the sampling of torchvision's RandomResizedCrop.
 
     Attributes:
-        size: side of the result, in pixels.
-        scale: smallest and largest area of the region, as a share of the image's.
-        ratio: smallest and largest width over height.
+        size: side of the output, in pixels.
+        scale: smallest and largest area of the crop, as a fraction of the image's area.
+        ratio: smallest and largest aspect ratio (width / height) of the crop.
         flip: probability of a horizontal flip.
         interpolation: "bilinear" or "bicubic", antialiased.
-        draft: let a JPEG be decoded at a half, quarter or eighth of its size where the region stays
-            at least as large as the result. Faster for large images, and other pixels.
+        draft: allow decoding a JPEG at a half, a quarter or an eighth of its size if the crop stays
+            at least as large as the output. This is faster for large images, but changes the
+            pixels.
     """
 
     size: int = 224
@@ -59,25 +60,25 @@ class TrainTransform:
             or not 0 < self.ratio[0] <= self.ratio[1]
         ):
             raise UserError(
-                f"cannot crop to size={self.size}, scale={self.scale}, ratio={self.ratio}: "
-                "expected a size of at least 1, 0 < scale <= 1 and 0 < ratio, each two numbers "
-                "from small to large."
+                f"invalid crop: size={self.size}, scale={self.scale}, ratio={self.ratio}; "
+                "expected a size of at least 1, and for scale (0 < scale <= 1) and ratio (> 0) two "
+                "numbers each, the smaller one first."
             )
         _interpolation(self.interpolation)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of the output for one sample."""
         return (3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
-        """Returns `(3, size, size)` uint8, RGB.
+        """Return a crop, uint8 RGB `(3, size, size)`.
 
         Raises:
             BrokenImageError: the image cannot be decoded.
         """
         pixels, (top, left, height, width) = self._decoded(data, rng)
-        # Torch resizes a whole image of interleaved colours in two thirds of the time.
+        # PyTorch resizes contiguous images with interleaved channels 1.5 times as fast.
         crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         square = F.resize(
             crop.permute(2, 0, 1)[None],
@@ -90,11 +91,12 @@ class TrainTransform:
     def _decoded(
         self, data: bytes, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """The pixels of an image, and the region to take from them."""
+        """Return the decoded pixels (H, W, 3) and the region to crop: top, left, height, width."""
         size = jpeg_size(data) if self.draft else None
         if size is None:
             pixels = decode_fast(data)
-            return pixels, self.region(*pixels.shape[:2], rng)
+            full_height, full_width = pixels.shape[:2]
+            return pixels, self.region(full_height, full_width, rng)
         top, left, height, width = self.region(*size, rng)
         pixels = decode_fast(data, math.ceil(min(size) * self.size / min(height, width)))
         down, right = (found / full for found, full in zip(pixels.shape, size, strict=False))
@@ -106,7 +108,7 @@ class TrainTransform:
         )
 
     def region(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Draws top, left, height and width of the region."""
+        """Draw the region to crop and return its top, left, height and width."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
@@ -119,7 +121,7 @@ class TrainTransform:
                     h,
                     w,
                 )
-        # An image so long that nothing fits: its largest central region of an allowed ratio.
+        # No region fits into a very elongated image; use the largest central one of a valid ratio.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w
@@ -127,17 +129,17 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The deterministic view of an image that evaluation scores.
+    """Deterministic resize and crop for evaluation.
 
-    Decoding and resizing are Pillow's: resizing tensors differs by a grey level, which moves
-    logits in the third digit.
+    Pillow decodes and resizes the images. Resizing tensors would differ by one grey level, which
+    changes the third digit of logits.
 
     Attributes:
-        mode: "short_side": the short side to `resize`, then the central crop; "squash": both
-            sides to `resize`, then the central crop; "ten_crop": the short side to `resize`, then
-            four corners and the centre, and the same mirrored.
-        resize: in pixels.
-        crop: side of the square, in pixels.
+        mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
+            both sides to `resize` and crops the centre; "ten_crop" resizes the short side to
+            `resize` and crops the corners and the centre, and the same from the mirrored image.
+        resize: size after resizing, in pixels.
+        crop: side of the crop, in pixels.
         interpolation: "bilinear" or "bicubic".
     """
 
@@ -149,19 +151,19 @@ class EvalTransform:
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
             raise UserError(
-                f"cannot evaluate with mode={self.mode!r}, resize={self.resize}, crop={self.crop}: "
-                f"expected a mode of {', '.join(EVAL_MODES)} and a crop no larger than the resize."
+                f"cannot evaluate with mode={self.mode!r}, resize={self.resize}, crop={self.crop}; "
+                f"expected a mode of {', '.join(EVAL_MODES)} and a crop no larger than resize."
             )
         _interpolation(self.interpolation)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of the output for one sample."""
         shape = (3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
-        """Returns `(3, crop, crop)` uint8, RGB, or `(10, 3, crop, crop)` for ten crops.
+        """Return uint8 RGB `(3, crop, crop)`, or `(10, 3, crop, crop)` for mode "ten_crop".
 
         Raises:
             BrokenImageError: the image cannot be decoded.
@@ -175,11 +177,11 @@ class EvalTransform:
 
 
 def put(image: Tensor, place: Tensor) -> None:
-    """Copies an image of a transform to where it belongs in a batch."""
+    """Copy an image, `image`, into its slice of a batch, `place`."""
     alike = (image.shape, image.dtype) == (place.shape, place.dtype)
     if alike and image.ndim == 3 and image.stride(0) == 1:
-        # Interleaved colours, which OpenCV takes apart eight times as fast as Torch does. Planes
-        # of another shape or type it would not fill, but replace.
+        # The channels are interleaved; OpenCV separates them eight times as fast as PyTorch. It
+        # fills the output arrays only if their shape and type match.
         cv2.split(image.permute(1, 2, 0).numpy(), list(place.numpy()))
     else:
         place.copy_(image)
@@ -189,6 +191,4 @@ def _interpolation(name: str) -> InterpolationMode:
     try:
         return {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}[name]
     except KeyError:
-        raise UserError(
-            f"there is no interpolation {name!r}; expected bilinear or bicubic."
-        ) from None
+        raise UserError(f"unknown interpolation {name!r}; expected bilinear or bicubic.") from None

@@ -1,1 +1,1 @@
-"""The demo's rendered data."""
+"""Rendered images for the demo."""

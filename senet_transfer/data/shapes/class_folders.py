@@ -1,4 +1,4 @@
-"""The shapes one by one, a folder a class: a small classification problem without a download."""
+"""A small classification data set, cut out of the shapes data set; it needs no download."""
 
 import json
 import logging
@@ -11,28 +11,28 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Of each class; as many as instant runs and tests need.
+# Images per class. Smoke tests need no more.
 PER_CLASS = 6
 
 
 def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Path:
-    """Cuts the objects of the shapes data set out into a tree with a folder a class.
+    """Crop the objects of the shapes data set into a folder with one folder per class.
 
-    The folder appears once all is written; one that is there is left as it is.
+    The output folder is created atomically. An existing folder is kept unchanged.
 
     Args:
-        shapes: folder of the data set.
-        output_dir: the folder to make.
-        split: of the data set.
+        shapes: folder of the shapes data set.
+        output_dir: folder to create.
+        split: split of the shapes data set.
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     if output_dir.exists():
-        logger.info("%s is already there", output_dir)
+        logger.info("%s already exists", output_dir)
         return output_dir
     content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
@@ -45,11 +45,17 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                 (built / name).mkdir(parents=True)
                 found = [a for a in content["annotations"] if a["category_id"] == category]
                 for annotation in sorted(found, key=lambda a: -a["area"])[:PER_CLASS]:
-                    image = cv2.imread(str(shapes / split / files[annotation["image_id"]]))
+                    path = shapes / split / files[annotation["image_id"]]
+                    image = cv2.imread(str(path))
+                    if image is None:
+                        raise UserError(
+                            f"cannot read {path}: it is missing or not an image. Delete {shapes} "
+                            "and run `python datasets/prepare_shapes.py` to draw it again."
+                        )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]
                     cv2.imwrite(str(built / name / f"{annotation['id']:06d}.jpg"), cut)
             built.replace(output_dir)
     except OSError as error:
-        raise UserError(f"cannot write {output_dir}: {error}. Name another folder.") from error
+        raise UserError(f"cannot write {output_dir}: {error}. Choose another folder.") from error
     return output_dir

@@ -1,8 +1,8 @@
-"""The shapes data set: a small detection problem that is rendered rather than downloaded.
+"""The shapes data set: a small detection data set that is rendered rather than downloaded.
 
-A few hundred images of coloured shapes on textured backgrounds, in COCO's format. The shapes
-occlude one another, run off the image's edge and vary in size, so that detecting them takes a
-real detector; they stand out well enough for a small one to learn it from scratch on a CPU.
+It consists of a few hundred images of coloured shapes on textured backgrounds, in COCO format. The
+shapes occlude each other, extend beyond the image and vary in size, so that the task requires a
+real detector. They have enough contrast for a small detector to be trained from scratch on a CPU.
 """
 
 import json
@@ -22,8 +22,8 @@ __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "rende
 
 TINY_IMAGES = 8
 
-# Raised whenever what is rendered or annotated for a given seed changes, so that a data set that
-# an older release wrote is not taken for this one's.
+# Increased whenever the images or annotations for a given seed change, so that a data set written
+# by an older release is not mistaken for a current one.
 VERSION = 2
 
 JPEG_QUALITY = 92
@@ -40,34 +40,34 @@ def make_shapes(
     *,
     quiet: bool = False,
 ) -> Path:
-    """Renders the data set to a folder, or finds that the folder has it already.
+    """Render the data set to a folder, unless the folder already contains it.
 
-    The folder appears once all is written, so that an interrupted run leaves none. It holds
-    `{train,val,tiny}/000001.jpg` and so on, `annotations/instances_{train,val,tiny}.json` in
-    COCO's format, and `shapes.json`, the settings.
+    The folder is created atomically, so an interrupted run leaves none behind. It contains the
+    images `{train,val,tiny}/000001.jpg` and so on, `annotations/instances_{train,val,tiny}.json` in
+    COCO format, and the settings in `shapes.json`.
 
     Args:
-        output_dir: the folder to make; it may be there if it is empty.
-        seed: not negative.
+        output_dir: folder to create. An existing folder must be empty or contain this data set.
+        seed: random seed, 0 or more.
         train: number of training images.
         val: number of validation images.
-        quiet: no progress bar.
+        quiet: show no progress bar.
 
     Returns:
         `output_dir` as a path.
 
     Raises:
-        UserError: the folder holds something else, it cannot be written, or a number is out of
-            range. Nothing in the folder is touched.
+        UserError: the folder contains something else or cannot be written, or a number is out of
+            range. An existing folder is not changed.
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
-    # A link to a folder on another disk stays a link: it is what it points to that is written.
+    # Resolved so that a symbolic link to a folder on another disk is kept.
     target = output_dir.resolve()
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:
         if _is_present(target, settings):
-            logger.info("%s already holds this data set (%s)", output_dir, _listed(settings))
+            logger.info("%s already contains this data set (%s)", output_dir, _listed(settings))
             return output_dir
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as scratch:
@@ -76,18 +76,18 @@ def make_shapes(
             _move(built, target, settings)
     except OSError as error:
         raise UserError(
-            f"cannot write the shapes data set to {output_dir}: {error}. Expected a folder that "
-            "can be made there and room for some megabytes. Make room or name another folder."
+            f"cannot write the shapes data set to {output_dir}: {error}. Expected a writable "
+            "location with some megabytes of free space. Free space or choose another folder."
         ) from error
-    logger.info("%s now holds the shapes data set (%s)", output_dir, _listed(settings))
+    logger.info("wrote the shapes data set to %s (%s)", output_dir, _listed(settings))
     return output_dir
 
 
 def _check_numbers(seed: int, train: int, val: int) -> None:
     if seed < 0 or train < 1 or val < 1:
         raise UserError(
-            f"cannot make a shapes data set of seed={seed}, train={train}, val={val}: expected a "
-            "seed of 0 or more and at least 1 image in each split. Correct the number."
+            f"cannot create a shapes data set with seed={seed}, train={train}, val={val}; expected "
+            "a seed of 0 or more and at least 1 image in each split. Correct the number."
         )
 
 
@@ -96,15 +96,15 @@ def _listed(settings: dict[str, int]) -> str:
 
 
 def _is_present(target: Path, settings: dict[str, int]) -> bool:
-    """Says whether the folder holds the data set; False where there is room to make it.
+    """Return True if the folder contains the data set, False if it is empty or does not exist.
 
     Raises:
-        UserError: it holds anything else.
+        UserError: the folder contains anything else.
     """
     if not target.exists():
         return False
     if not target.is_dir():
-        found = "a file"
+        found: str | None = "a file"
     elif not any(target.iterdir()):
         return False
     else:
@@ -112,30 +112,30 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
         if found is None:
             return True
     raise UserError(
-        f"{target} is in the way: found {found}, expected nothing, an empty folder or the shapes "
-        f"data set with {_listed(settings)}. Move it away or name another folder; nothing was "
+        f"{target} already exists and is {found}; expected no folder, an empty one or the shapes "
+        f"data set with {_listed(settings)}. Move it or choose another folder. Nothing was "
         "changed."
     )
 
 
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
-    """Says how a folder that is not empty differs from the data set; None where it does not."""
+    """Describe how a non-empty folder differs from the data set; return None if it doesn't."""
     try:
         found = json.loads((target / "shapes.json").read_text())
     except FileNotFoundError:
         names = sorted(path.name for path in target.iterdir())
-        return f"a folder without a shapes.json, holding {first_of(names, 5)}"
+        return f"a folder without shapes.json that contains {first_of(names, 5)}"
     except (OSError, ValueError) as error:
-        return f"a shapes.json that cannot be read ({error})"
+        return f"a folder with an unreadable shapes.json ({error})"
     if found != settings:
         listed = _listed(found) if isinstance(found, dict) else repr(found)
         return f"a data set with other settings ({listed})"
     for split in SHAPE_SPLITS:
         images = len(list(target.glob(f"{split}/*.jpg")))
         if images != settings[split]:
-            return f"the data set with {images} of the {settings[split]} images in {split}/"
+            return f"a data set with only {images} of {settings[split]} images in {split}/"
         if not _annotation_file(target, split).is_file():
-            return f"the data set without {_annotation_file(target, split).name}"
+            return f"a data set without {_annotation_file(target, split).name}"
     return None
 
 
@@ -144,23 +144,24 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _move(built: Path, target: Path, settings: dict[str, int]) -> None:
-    """Moves the finished folder to its place, in one step that another run cannot see half of."""
+    """Move the finished folder to its final path, atomically."""
     try:
         built.replace(target)
     except OSError:
-        # Another run that was started beside this one may have come first.
+        # A concurrent run may have written the same data set first.
         if not _is_present(target, settings):
             raise
 
 
 def _write(root: Path, settings: dict[str, int], quiet: bool) -> None:
-    """Writes the whole data set to a folder that is not there yet."""
+    """Write the data set to a folder that does not exist yet."""
     (root / "annotations").mkdir(parents=True)
     total = sum(settings[split] for split in SHAPE_SPLITS)
     with progress(total=total, desc="shapes", unit="image", quiet=quiet) as bar:
         for split in SHAPE_SPLITS:
             (root / split).mkdir()
-            images, annotations = [], []
+            images: list[dict] = []
+            annotations: list[dict] = []
             for index in range(1, settings[split] + 1):
                 image, objects = render_image(settings["seed"], split, index)
                 name = f"{index:06d}.jpg"
@@ -207,10 +208,10 @@ def _annotation(shape: ShapeObject, image_id: int, annotation_id: int) -> dict:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """Returns polygons, [x0, y0, x1, y1, ...] in pixels, that cover a mask (H, W).
+    """Return polygons, [x0, y0, x1, y1, ...] in pixels, that cover a mask (H, W).
 
-    A contour runs through the centres of a mask's outer pixels and so lies half a pixel inside
-    it. It is taken from an enlarged mask, which makes that an eighth.
+    OpenCV's contour runs through the centres of the outermost pixels, half a pixel inside the
+    mask's edge. Tracing an enlarged mask reduces this to an eighth of a pixel.
     """
     scale = CONTOUR_SCALE
     enlarged = cv2.resize(
@@ -219,13 +220,12 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
     contours, tree = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     for contour, (_, _, _, parent) in zip(contours, tree[0] if contours else [], strict=True):
         if parent != -1:
-            # COCO's polygons have no holes: a cut through this one makes it part of two outlines.
+            # COCO polygons have no holes. Cutting the mask in two through the hole removes it.
             cut = int(contour[:, 0, 0].mean()) // scale
             left, right = mask.copy(), mask.copy()
             left[:, cut:] = False
             right[:, :cut] = False
             return _polygons(left) + _polygons(right)
-    # Half a pixel of tolerance: less than what is left of a single pixel, so that it too keeps
-    # its corners.
+    # A tolerance of half a pixel is small enough for a single pixel to keep its corners.
     outlines = [cv2.approxPolyDP(contour, scale / 2, closed=True) for contour in contours]
     return [((outline.reshape(-1) + 0.5) / scale).tolist() for outline in outlines]

@@ -1,4 +1,4 @@
-"""Renders the images of the shapes data set, and says what can be seen in them."""
+"""Rendering of the shapes data set, with the mask and the visible fraction of each shape."""
 
 import math
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import numpy as np
 SHAPE_CLASSES = ("circle", "square", "triangle", "star", "cross")
 SHAPE_SPLITS = ("train", "val", "tiny")
 
-IMAGE_SIDES = (128, 192)  # pixels, both included
-SHAPE_SIZES = (16.0, 96.0)  # pixels, the longer side of the whole shape's box
+IMAGE_SIDES = (128, 192)  # pixels, inclusive
+SHAPE_SIZES = (16.0, 96.0)  # pixels, the longer side of the complete shape's bounding box
 MAX_SHAPES = 6
-# Degrees, to either side of upright. Shapes turned by any angle take a small detector more
-# iterations to tell apart than a demo of minutes has.
+# Largest rotation in degrees, in either direction. With arbitrary rotations a small detector would
+# need more iterations than a demo of a few minutes has.
 MAX_TURN = 20.0
 
-# A shape that shows less than this fraction of itself is not annotated: what is left of it is
-# mostly a straight or round edge, from which neither its class nor its extent can be told.
+# A shape with a smaller visible fraction is not annotated: mostly a straight or round edge remains,
+# which shows neither its class nor its extent.
 MIN_VISIBLE = 0.25
-# Shapes are placed so that the ones below them keep at least this fraction, where a few tries
-# find such a place: an image in which much is hidden teaches little.
+# A shape is placed so that at least this fraction of every shape below it stays visible, if one of
+# PLACEMENT_TRIES positions allows it. Heavily occluded images are of little use for training.
 COMFORTABLE_VISIBLE = 0.5
-# And, again where a few tries find such a place, so that this fraction of them lie upon another:
-# by chance alone few would.
+# Fraction of shapes that are placed on top of another one, if one of PLACEMENT_TRIES positions
+# allows it. Few shapes would overlap by chance.
 OVERLAPPING = 0.5
 PLACEMENT_TRIES = 4
 
@@ -36,9 +36,9 @@ class ShapeObject:
 
     Attributes:
         category: one of `SHAPE_CLASSES`.
-        mask: bool (H, W), the pixels of the shape that can be seen.
-        visible: 0-1, the part of the whole shape that `mask` covers; what other shapes hide and
-            what lies beyond the image's edge is missing.
+        mask: the visible pixels of the shape, bool (H, W).
+        visible: fraction of the complete shape that `mask` covers, 0-1. Parts that are occluded by
+            other shapes or outside the image are not visible.
     """
 
     category: str
@@ -48,11 +48,11 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One shape where it lies, before those above it hide any of it."""
+    """One shape at its position, without the occlusion by shapes above it."""
 
     category: str
     coverage: np.ndarray  # float32 (H, W), 0-1, antialiased
-    area: float  # square pixels, with what lies beyond the image's edge
+    area: float  # square pixels, including parts outside the image
 
     @property
     def mask(self) -> np.ndarray:
@@ -60,24 +60,23 @@ class _Layer:
 
 
 def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[ShapeObject]]:
-    """Renders one image of the data set.
+    """Render one image of the data set.
 
-    The image depends on the three arguments alone: asking for more images, or for fewer, changes
-    none of the others.
+    The image depends only on the three arguments, not on the size of the data set.
 
     Args:
-        seed: the data set's seed, not negative.
+        seed: seed of the data set, 0 or more.
         split: one of `SHAPE_SPLITS`.
-        index: the image's number in its split, from 1; also its COCO id and its file's name.
+        index: number of the image in its split, from 1. It is also the image's COCO id and file
+            name.
 
     Returns:
-        The image, RGB uint8 (H, W, 3), and its annotated shapes from the lowest to the topmost,
-        at least one.
+        The image, RGB uint8 (H, W, 3), and its annotated shapes from bottom to top, at least one.
     """
     rng = np.random.default_rng([seed, SHAPE_SPLITS.index(split), index])
     height, width = (int(side) for side in rng.integers(*IMAGE_SIDES, size=2, endpoint=True))
     categories = list(rng.choice(SHAPE_CLASSES, size=rng.integers(1, MAX_SHAPES, endpoint=True)))
-    # Nothing hides the topmost shape, so even the tiny split has every class in it.
+    # The topmost shape is never occluded, so this makes even the tiny split contain every class.
     categories[-1] = SHAPE_CLASSES[index % len(SHAPE_CLASSES)]
 
     image, colours = _background(rng, height, width)
@@ -99,7 +98,7 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
 def _background(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns a textured float32 (H, W, 3) image and the two muted colours it is made of."""
+    """Return a textured image, float32 (H, W, 3), and the two muted colours it consists of."""
     base = _from_hsv(rng.uniform(0, 360), rng.uniform(0.05, 0.35), rng.uniform(0.3, 0.85))
     other = np.clip(base * rng.uniform(0.65, 0.85) + rng.uniform(-12, 12, 3), 0, 255)
 
@@ -119,7 +118,7 @@ def _background(
 
 
 def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns smooth noise of several scales, float32 (H, W), 0-1."""
+    """Return smooth noise of several scales, float32 (H, W), 0-1."""
     noise = np.zeros((height, width), np.float32)
     for cells in (3, 6, 12, 48):
         grid = rng.random((cells, cells), dtype=np.float32) / math.sqrt(cells)
@@ -128,18 +127,18 @@ def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Returns an RGB colour, float32 (3,), 0-255. Hue is in degrees, the others 0-1."""
+    """Return an RGB colour, float32 (3,), 0-255. Hue is in degrees, the other arguments 0-1."""
     pixel = np.array([[[hue, saturation, value]]], np.float32)
     return cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
 
 
 def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """Draws a vivid RGB colour, the one of several that lies farthest from all those taken."""
+    """Draw several vivid RGB colours and return the one most different from the colours in use."""
     candidates = [
         _from_hsv(rng.uniform(0, 360), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0))
         for _ in range(8)
     ]
-    # Distances are taken in CIELAB, where they are close to the differences that are seen.
+    # Distances in CIELAB approximate perceived differences.
     lab = [
         cv2.cvtColor(np.array([colours], np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
         for colours in (candidates, taken)
@@ -149,12 +148,12 @@ def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np
 
 
 def _outline(category: str) -> np.ndarray:
-    """Returns a class's outline around the origin, upright, float64 (points, 2)."""
+    """Return the upright outline of a class, centred on the origin, float64 (points, 2)."""
     if category == "cross":
         arm = np.array([[1, -0.34], [1, 0.34], [0.34, 0.34]])
         turn = np.array([[0, 1], [-1, 0]])
         return np.concatenate([arm @ np.linalg.matrix_power(turn, k) for k in range(4)])
-    # The distances from the centre to the corners, which lie at equal angles.
+    # Distances from the centre to the vertices, which are at equal angles.
     radii = {
         "circle": [1.0] * 64,
         "square": [1.0] * 4,
@@ -167,20 +166,20 @@ def _outline(category: str) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, category: str, height: int, width: int) -> _Layer:
-    """Draws a shape's size, proportions, rotation and position."""
+    """Draw the size, proportions, rotation and position of a shape."""
     points = _outline(category) * (1, rng.uniform(0.85, 1.0))
     angle = math.radians(rng.uniform(-MAX_TURN, MAX_TURN))
     cos, sin = math.cos(angle), math.sin(angle)
     points = points @ np.array([[cos, sin], [-sin, cos]])
-    # Uniform in the logarithm: as many from 16 to 32 pixels as from 32 to 64.
+    # Log-uniform: as many shapes from 16 to 32 pixels as from 32 to 64.
     size = math.exp(rng.uniform(*np.log(SHAPE_SIZES)))
     points *= size / np.ptp(points, axis=0).max()
-    # A shape may run off the edge by some of its size, as what is photographed does.
+    # A shape may extend beyond the image by a part of its size, as objects in photographs do.
     margin = 0.4 * size
     points += rng.uniform((margin, margin), (width - margin, height - margin))
 
     canvas = np.zeros((height * OVERSAMPLING, width * OVERSAMPLING), np.uint8)
-    # OpenCV's whole coordinates are at the pixels' centres, half a pixel from their edges.
+    # OpenCV's integer coordinates are at pixel centres, half a pixel from the pixel's edges.
     cv2.fillPoly(canvas, [np.rint(points * OVERSAMPLING - 0.5).astype(np.int32)], 255)
     coverage = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     area = cv2.contourArea(points.astype(np.float32))
@@ -190,7 +189,7 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
 def _arrange(
     rng: np.random.Generator, categories: list[str], height: int, width: int
 ) -> list[_Layer]:
-    """Places shapes one upon another, from the lowest to the topmost."""
+    """Place shapes on top of each other, from bottom to top."""
     layers: list[_Layer] = []
     for category in categories:
         overlap = rng.random() < OVERLAPPING
@@ -205,7 +204,7 @@ def _arrange(
 
 
 def _visible_masks(layers: list[_Layer]) -> list[np.ndarray]:
-    """Returns what the layers above leave of each, bool (H, W)."""
+    """Return the visible pixels of each layer, bool (H, W)."""
     hidden = np.zeros_like(layers[0].mask)
     masks = []
     for layer in reversed(layers):
@@ -215,18 +214,18 @@ def _visible_masks(layers: list[_Layer]) -> list[np.ndarray]:
 
 
 def _visible_fractions(layers: list[_Layer]) -> list[float]:
-    """Returns what can be seen of each shape, 0-1 of the whole of it."""
+    """Return the visible fraction of each shape, 0-1."""
     masks = _visible_masks(layers)
-    # By the rounding at the edge, a small shape's pixels may come to more than its area.
+    # Rounding at the edge can give a small shape more pixels than its area.
     return [min(mask.sum() / x.area, 1.0) for x, mask in zip(layers, masks, strict=True)]
 
 
 def _paint(
     rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, colour: np.ndarray
 ) -> None:
-    """Paints one shape upon the float32 RGB image, in place, with its shadow."""
+    """Paint one shape and its shadow onto a float32 RGB image, in place."""
     height, width = coverage.shape
-    shift = np.float32([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 3)]])
+    shift = np.array([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 3)]], np.float32)
     shadow = cv2.GaussianBlur(cv2.warpAffine(coverage, shift, (width, height)), (0, 0), 2)
     image *= 1 - 0.35 * shadow[..., None]
 
@@ -236,7 +235,7 @@ def _paint(
     inside = ramp[coverage > 0]
     ramp = (ramp - inside.min()) / max(float(np.ptp(inside)), 1.0)
     shade = 0.85 + 0.25 * np.clip(ramp, 0, 1) + 0.1 * (_cloud_noise(rng, height, width) - 0.5)
-    # A darker rim keeps apart two shapes of nearly the same colour.
+    # A darker rim separates two shapes of nearly the same colour.
     rim = coverage - cv2.erode(coverage, np.ones((3, 3), np.uint8))
     filled = colour * (shade * (1 - 0.4 * rim))[..., None]
     alpha = coverage[..., None]

@@ -1,8 +1,7 @@
-"""A local copy of remote shards.
+"""Local cache of remote shards.
 
-A shard's place in the cache follows from its address and its sha256, so no two shards share one,
-and a shard that was prepared again gets another. A copy appears under its name only when complete
-and checked, so half a file is never read.
+The name of a copy depends on the address and the SHA-256 checksum of its shard, so a shard that was
+prepared again does not use an outdated copy. Copies are verified and written atomically.
 """
 
 import fcntl
@@ -19,26 +18,26 @@ logger = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Copies shards to a local folder on first use."""
+    """Local folder to which shards are copied on first use."""
 
     def __init__(self, folder: str | Path):
         """
         Args:
-            folder: made where it is missing. It grows to the size of the data that is read;
-                nothing is ever deleted, so deleting it all between runs is safe.
+            folder: folder of the copies, created if it does not exist. It grows to the size of the
+                data that is read and is never cleaned up. It can be deleted between runs.
         """
         self.folder = Path(folder)
 
     def path(self, url: str, shard: Shard) -> Path:
-        """Where the copy of a shard is, or will be."""
+        """Return the path of the local copy of a shard, which may not exist yet."""
         place = hashlib.sha256(f"{url}\n{shard.sha256}".encode()).hexdigest()[:24]
         return self.folder / f"{place}-{shard.name}"
 
     def fetch(self, url: str, shard: Shard, storage: RemoteOptions) -> Path:
-        """Returns the local copy of a shard, after copying it where there is none.
+        """Return the path of the local copy of a shard, and create the copy if necessary.
 
         Raises:
-            UserError: it cannot be read or written, or is not the file the manifest describes.
+            UserError: the shard cannot be read or written, or does not match the manifest.
         """
         path = self.path(url, shard)
         if self._is_present(path, shard):
@@ -46,20 +45,20 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
-                # The other workers of this machine wait for the one that copies.
+                # Only one worker of this machine copies the shard; the others wait.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self._is_present(path, shard):
                     self._copy(url, shard, storage, path)
         except OSError as error:
             raise UserError(
-                f"cannot keep a copy of {url} in {self.folder}: {error}. Expected a folder that "
-                f"can be written, with room for {shard.bytes / 1e6:.0f} MB more. Make room, name "
-                "another folder, or read without a cache."
+                f"cannot keep a copy of {url} in {self.folder}: {error}. Expected a writable "
+                f"folder with {shard.bytes / 1e6:.0f} MB of free space. Free space, choose another "
+                "folder, or read without a cache."
             ) from error
         return path
 
     def _is_present(self, path: Path, shard: Shard) -> bool:
-        # The name says the content was checked; the size tells what a disk lost since.
+        # The content was verified when it was copied; the size detects a later truncation.
         return path.is_file() and path.stat().st_size == shard.bytes
 
     def _copy(self, url: str, shard: Shard, storage: RemoteOptions, path: Path) -> None:
@@ -71,6 +70,6 @@ class ShardCache:
                 target.write(data)
             if digest.hexdigest() != shard.sha256:
                 raise UserError(
-                    f"{url} has sha256 {digest.hexdigest()}, its manifest says {shard.sha256}. "
-                    "The shard was damaged or replaced; copy it there again."
+                    f"{url} has sha256 {digest.hexdigest()}; its manifest has {shard.sha256}. "
+                    "The shard was damaged or replaced. Upload it again."
                 )

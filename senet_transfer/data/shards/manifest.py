@@ -1,7 +1,7 @@
-"""The manifest of a folder of shards: what is in it, to be counted against.
+"""The manifest of a folder of shards: its classes, shards and sample counts.
 
-A tar that was cut between two members reads without an error, so only a count that was written
-down tells that samples are missing.
+A tar file that was truncated between two members can be read without an error. Missing samples are
+detected by comparing their number with the manifest.
 """
 
 import io
@@ -26,11 +26,11 @@ class Shard:
     """One tar file.
 
     Attributes:
-        name: of the file, beside the manifest.
-        samples: the number of images.
-        bytes: the file's size.
-        sha256: of the file, in hexadecimal.
-        class_counts: images by label; labels without images are left out.
+        name: name of the file, in the folder of the manifest.
+        samples: number of images.
+        bytes: size of the file in bytes.
+        sha256: SHA-256 checksum of the file, in hexadecimal.
+        class_counts: number of images by label; labels without images are left out.
     """
 
     name: str
@@ -41,21 +41,22 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        """The file beside it that says where each image lies: rows of offset, size, label."""
+        """Name of the shard's index file, an array with offset, size and label of each image."""
         return self.name.removesuffix(".tar") + ".index.npy"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """Contents of a folder of shards.
 
     Attributes:
-        classes: names, the label being the position.
-        shards: in order.
-        split: such as `val` or `train_standard`.
-        seed: of the global shuffle.
-        plan: a hash of all that decides the shards' bytes; equal plans give equal shards.
-        skipped: images that were left out as broken, with the reason.
+        classes: names of the classes, indexed by label.
+        shards: the shards in order.
+        split: name of the split, such as `val` or `train_standard`.
+        seed: seed of the global shuffle.
+        plan: hash of everything that determines the bytes of the shards. Equal plans result in
+            equal shards.
+        skipped: broken images that were left out, with the reason.
     """
 
     classes: list[str]
@@ -67,12 +68,12 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """The number of images in all shards."""
+        """Number of images in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, with those that have no images."""
+        """Number of classes, including those without images."""
         return len(self.classes)
 
     def save(self, folder: Path) -> None:
@@ -86,14 +87,14 @@ class Manifest:
 
 
 def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
-    """Reads and checks the manifest of a folder of shards.
+    """Read and check the manifest of a folder of shards.
 
     Args:
-        base: the folder's path or address.
-        storage: how remote files are read.
+        base: path or address of the folder.
+        storage: options for reading remote files.
 
     Raises:
-        UserError: it is missing, damaged or does not add up.
+        UserError: the manifest is missing, damaged or inconsistent.
     """
     where = join(base, MANIFEST)
     try:
@@ -102,13 +103,13 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
         raise UserError(f"{where} is not readable JSON: {error}. Prepare the data again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
-            f"{where} is not a manifest of this project's shards: expected the "
-            f'entry "format": "{FORMAT}". Make one with '
+            f"{where} is not a manifest of this project's shards; expected the "
+            f'entry "format": "{FORMAT}". Prepare the data with '
             "datasets/prepare_places365.py or prepare_folder.py."
         )
     if content.get("version") != VERSION:
         raise UserError(
-            f"{where} has version {content.get('version')}, expected {VERSION}. Prepare the data "
+            f"{where} has version {content.get('version')}; expected {VERSION}. Prepare the data "
             "again with this release, or use the release that wrote it."
         )
     try:
@@ -122,7 +123,7 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
 
 
 def parse_shard(entry: dict[str, Any]) -> Shard:
-    """A shard from its JSON."""
+    """Return the shard that a JSON object describes."""
     counts = {int(label): int(count) for label, count in entry["class_counts"].items()}
     return Shard(
         str(entry["name"]),
@@ -134,19 +135,19 @@ def parse_shard(entry: dict[str, Any]) -> Shard:
 
 
 def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
-    """The index of a shard, rows of offset, size, label as int64.
+    """Return the index of a shard, int64 (N, 3) with offset, size and label of each image.
 
     Raises:
-        UserError: it is damaged, or of another shard.
+        UserError: the index is damaged, or belongs to another shard.
     """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # NumPy evaluates the header, and stumbles over nearly anything
+    except Exception as error:  # NumPy raises exceptions of many types for a damaged header
         raise UserError(f"{where} is damaged: {error}. Prepare the data again.") from None
     if index.dtype != np.int64 or index.shape != (shard.samples, 3):
         raise UserError(
-            f"{where} has shape {index.shape} and type {index.dtype}, expected "
-            f"({shard.samples}, 3) and int64. It belongs to other shards; prepare the data again."
+            f"{where} has shape {index.shape} and type {index.dtype}; expected "
+            f"({shard.samples}, 3) and int64. It belongs to other shards. Prepare the data again."
         )
     return index
 
@@ -168,12 +169,12 @@ def _check(manifest: Manifest, content: dict[str, Any], base: str, where: str) -
         outside = [label for label in shard.class_counts if not 0 <= label < len(manifest.classes)]
         if sum(shard.class_counts.values()) != shard.samples or outside or shard.samples < 1:
             raise UserError(
-                f"{where} does not add up at {shard.name}: {shard.samples} samples, "
-                f"{sum(shard.class_counts.values())} labels, labels out of range: {outside[:5]}. "
+                f"{where} is inconsistent: {shard.name} has {shard.samples} samples, "
+                f"{sum(shard.class_counts.values())} labels and the invalid labels {outside[:5]}. "
                 "Prepare the data again."
             )
     if not manifest.shards or manifest.samples != content["samples"]:
         raise UserError(
-            f"{where} says {content['samples']} samples, its {len(manifest.shards)} shards "
-            f"together {manifest.samples}. Prepare the data again."
+            f"{where} states {content['samples']} samples, but its {len(manifest.shards)} shards "
+            f"have {manifest.samples} in total. Prepare the data again."
         )

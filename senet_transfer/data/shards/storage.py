@@ -1,7 +1,7 @@
-"""Where data may be read from, and how: local files, http(s) and object stores.
+"""Reading of local files, http(s) and object stores.
 
-Every path or address of shard data passes through `check_scheme`, so that none of the schemes that
-run commands (`pipe:` in webdataset) is ever opened.
+Every path or address of shard data is checked by `check_scheme`, which rejects schemes that run
+commands, such as `pipe:` in webdataset.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# One letter before the colon is a drive, not a scheme.
+# A single letter before the colon is a drive, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ class RemoteOptions:
     """Options for reading remote files.
 
     Attributes:
-        options: arguments of fsspec's file system, such as `{"anon": True}` for a public bucket.
-        retries: number of times that a failed read is retried before it is an error.
+        options: arguments of the fsspec file system, such as `{"anon": True}` for a public bucket.
+        retries: number of retries after a failed read.
         backoff: seconds before the first retry; doubled for each further one, up to a minute.
-        timeout: seconds without an answer over http(s) after which a read has failed.
+        timeout: seconds without an http(s) response after which a read fails.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -43,10 +43,10 @@ class RemoteOptions:
 
 
 def check_scheme(url: str) -> str | None:
-    """Returns the scheme of an address that may be read, None for a local path.
+    """Return the scheme of an address, or None for a local path.
 
     Raises:
-        UserError: the scheme is none that data is read from, such as `pipe:`.
+        UserError: the scheme is not allowed, such as `pipe:`.
     """
     match = _SCHEME.match(url)
     if match is None or match[1].lower() == "file":
@@ -54,46 +54,55 @@ def check_scheme(url: str) -> str | None:
     scheme = match[1].lower()
     if scheme not in REMOTE_SCHEMES:
         raise UserError(
-            f"cannot read {url!r}: found the scheme {scheme}:, expected a local path or one of "
-            f"{', '.join(REMOTE_SCHEMES)}. Addresses that run a command are never opened; copy "
-            "the data to one of these."
+            f"cannot read {url!r}: it has the scheme {scheme}:; expected a local path or one of "
+            f"{', '.join(REMOTE_SCHEMES)}. Addresses that run a command are never opened. Copy "
+            "the data to a supported location."
         )
     return scheme
 
 
 def is_remote(url: str) -> bool:
-    """Says whether an address that may be read is on another machine."""
+    """Return True for a remote address and False for a local path.
+
+    Raises:
+        UserError: the scheme is not allowed.
+    """
     return check_scheme(url) is not None
 
 
 def local_path(url: str) -> Path:
-    """The path of a local address, with or without `file:` before it."""
+    """Return the path of a local address, with or without the prefix `file:`."""
     return Path(re.sub(r"^file:(//(localhost)?)?", "", url, flags=re.IGNORECASE)).expanduser()
 
 
 def join(base: str, name: str) -> str:
-    """The address of a file in a folder; `name` comes from a manifest and is only ever a name."""
+    """Return the address of a file in a folder.
+
+    Raises:
+        UserError: `name`, which is read from a manifest, is not a plain file name.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(
-            f"{base} names a file {name!r}, expected a plain name of letters, digits and .-_ . "
-            "The manifest was not written by this project, or was tampered with."
+            f"the manifest of {base} lists a file {name!r}; expected a plain name of letters, "
+            "digits and .-_ . The manifest was not written by this project, or was tampered with. "
+            "Prepare the data again."
         )
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(local_path(base) / name)
 
 
 def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> BinaryIO:
-    """Opens a file for reading from its start to its end.
+    """Open a file for sequential reading.
 
-    A remote file whose connection breaks is taken up again at the byte where it broke, so nothing
-    is read twice and nothing is missed.
+    After a broken connection, reading of a remote file is resumed at the same byte.
 
     Args:
         url: a local path or an address.
-        storage: how remote files are read.
-        size: in bytes where it is known; an end that comes earlier is a broken connection.
+        storage: options for reading remote files.
+        size: size of the file in bytes, if known. An earlier end of the stream is treated as a
+            broken connection.
 
     Raises:
-        UserError: there is no such file, or its scheme is not allowed.
+        UserError: the file does not exist, or its scheme is not allowed.
     """
     if not is_remote(url):
         try:
@@ -104,16 +113,16 @@ def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> Bi
 
 
 def read_bytes(url: str, storage: RemoteOptions) -> bytes:
-    """Reads a small file whole."""
+    """Read a complete file into memory."""
     with open_stream(url, storage) as stream:
         return stream.read()
 
 
 def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> bytes:
-    """Reads `size` bytes at `offset`.
+    """Read `size` bytes at `offset`.
 
     Raises:
-        UserError: the file cannot be read, or ends before.
+        UserError: the file cannot be read, or is too short.
     """
     if not is_remote(url):
         with open_stream(url, storage) as stream:
@@ -125,46 +134,47 @@ def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> byte
             data = stream.read(size)
     if len(data) != size:
         raise UserError(
-            f"{url} ends at byte {offset + len(data)}, expected at least {offset + size}. It is "
-            "not the file that was indexed; copy it again."
+            f"{url} ends at byte {offset + len(data)}; expected at least {offset + size}. It is "
+            "not the file that was indexed. Copy it again."
         )
     return data
 
 
 def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
-    """The fsspec file system that serves an address.
+    """Return the fsspec file system for an address.
 
     Raises:
-        UserError: the package that serves its scheme is not installed.
+        UserError: the package that implements its scheme is not installed.
     """
-    scheme = check_scheme(url)
+    scheme = check_scheme(url) or "file"
     try:
         options = dict(storage.options)
         if scheme.startswith("http"):
             import aiohttp
 
-            # By default a whole file has five minutes, and a server that hangs has them too.
+            # The default timeout of five minutes applies to the whole file, which is too short for
+            # a large file and too long for a server that does not respond.
             limit = aiohttp.ClientTimeout(sock_connect=storage.timeout, sock_read=storage.timeout)
             options["client_kwargs"] = {"timeout": limit} | options.get("client_kwargs", {})
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
         raise UserError(
-            f"cannot read {url}: {error}. Reading {scheme}: addresses needs another package: "
+            f"cannot read {url}: {error}. Reading {scheme}: addresses requires another package: "
             f"pip install {package.get(scheme, 'aiohttp')}"
         ) from error
 
 
 class ResumingReader(io.RawIOBase):
-    """A remote file read forwards, reopened at the same byte whenever the connection breaks."""
+    """A sequentially read remote file, reopened at the same byte after a broken connection."""
 
     def __init__(self, url: str, storage: RemoteOptions, size: int | None = None, start: int = 0):
         """
         Args:
-            url: the address.
-            storage: how often to retry, and how long to wait before.
-            size: of the whole file, in bytes; None where it is not known.
-            start: the byte to begin at.
+            url: address of the file.
+            storage: options for reading remote files.
+            size: size of the complete file in bytes; None if unknown.
+            start: offset of the first byte to read.
         """
         self.url = url
         self.storage = storage
@@ -196,27 +206,27 @@ class ResumingReader(io.RawIOBase):
                 return self._read(wanted)
             except UserError:
                 raise
-            except Exception as error:  # each file system fails with exceptions of its own
+            except Exception as error:  # file systems raise exceptions of many types
                 if _is_absent(error):
-                    raise UserError(f"there is no {self.url}. Check the address.") from error
+                    raise UserError(f"{self.url} does not exist. Check the address.") from error
                 if _is_denied(error):
                     raise UserError(
-                        f"may not read {self.url}: {type(error).__name__}: {error}. Give this "
-                        "process credentials that may, or anonymous access to what is public."
+                        f"access to {self.url} was denied: {type(error).__name__}: {error}. "
+                        "Provide credentials, or use anonymous access for public data."
                     ) from error
                 self._drop()
                 failure = error
             if attempt < self.storage.retries:
                 delay = min(self.storage.backoff * 2**attempt, 60.0)
                 logger.warning(
-                    "reading %s broke at byte %d (%s: %s); trying again in %.1f s",
+                    "reading %s failed at byte %d (%s: %s); retrying in %.1f s",
                     *(self.url, self.position, type(failure).__name__, failure, delay),
                 )
                 time.sleep(delay)
         raise UserError(
             f"cannot read {self.url} beyond byte {self.position}: "
             f"{type(failure).__name__}: {failure}, after {self.storage.retries} retries. Check "
-            "that the server is up and reachable; training resumes from its last checkpoint."
+            "that the server is up and reachable. Training can be resumed from its last checkpoint."
         ) from failure
 
     def _read(self, wanted: int) -> bytes:
@@ -224,7 +234,7 @@ class ResumingReader(io.RawIOBase):
             self._file = self._open()
         data = self._file.read(wanted)
         if not data and self.size is not None:
-            raise ConnectionError(f"the stream ended, expected {self.size} bytes")
+            raise ConnectionError(f"the stream ended early; expected {self.size} bytes")
         return data
 
     def _open(self) -> Any:
@@ -234,7 +244,7 @@ class ResumingReader(io.RawIOBase):
             file.seek(self.position)
             return file
         if self.position:
-            # Not every server can begin in the middle; one that cannot says so at the first read.
+            # Some servers do not support ranges. fsspec then raises ValueError at the first read.
             with contextlib.suppress(ValueError):
                 file = system.open(self.url, "rb", block_size=1 << 22, size=self.size)
                 file.seek(self.position)
@@ -246,7 +256,7 @@ class ResumingReader(io.RawIOBase):
         while remaining:
             data = file.read(min(remaining, 1 << 20))
             if not data:
-                raise ConnectionError("the stream ended while going back to where it broke")
+                raise ConnectionError("the stream ended before the byte at which to resume")
             remaining -= len(data)
         return file
 
@@ -258,9 +268,9 @@ class ResumingReader(io.RawIOBase):
 
 
 def _is_absent(error: BaseException) -> bool:
-    """Says whether a server answered that there is no such file.
+    """Return True if a server reported that the file does not exist.
 
-    Fsspec reports a server that does not answer as a missing file too; only the cause tells.
+    fsspec also raises FileNotFoundError if a server does not respond, so the cause is checked.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -268,8 +278,9 @@ def _is_absent(error: BaseException) -> bool:
 
 
 def _is_denied(error: BaseException) -> bool:
-    """Says whether an error is about who asks, which no retry changes."""
-    unknown = "Credentials" in type(error).__name__  # botocore's, which need not be installed
+    """Return True for a failed authentication or authorization, which is not worth retrying."""
+    # Checked by name because botocore may not be installed.
+    unknown = "Credentials" in type(error).__name__
     return (
         unknown or isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
     )

@@ -1,9 +1,9 @@
-"""Reading and writing tar shards. The only module that touches webdataset.
+"""Reading and writing of tar shards with webdataset.
 
-What is used of it are its tar writer, its member iterator and its grouping of members to samples.
-Its address handling runs shell commands (`pipe:`), its decoders execute pickles, its splitters
-read the environment of a worker process and its shuffles cannot be resumed; those jobs are done
-in `storage`, `decode` and `stream`.
+This is the only module that imports webdataset. It uses the tar writer, the member iterator and the
+grouping of members into samples. The other parts are not used: address handling runs shell commands
+(`pipe:`), decoders execute pickles, splitters read environment variables in worker processes, and
+shuffles cannot be resumed. `storage`, `decode` and `sampling` replace them.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ OTHER_EXTENSIONS = ("cls", "json")
 
 
 def image_extension(data: bytes) -> str:
-    """The extension that an image's bytes ask for, whatever its file is called."""
+    """Return the file extension for encoded image data, regardless of its original file name."""
     return "png" if data.startswith(b"\x89PNG\r\n\x1a\n") else "jpg"
 
 
 class ShardWriter:
-    """Writes samples to a tar whose bytes depend on the samples alone."""
+    """Writer of tar shards whose bytes depend only on the samples."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = _Hashing(stream)
@@ -38,31 +38,32 @@ class ShardWriter:
         self.index: list[tuple[int, int, int]] = []
 
     def write(self, sample: RawSample) -> None:
-        """Appends a sample: `<key>.cls` with the label, then the image, bytes untouched."""
+        """Append a sample: `<key>.cls` with the label, then the unchanged image data."""
         extension = image_extension(sample.data)
         label = str(sample.label).encode()
-        # The members are sorted by extension, so the image follows a header and a padded label.
+        # Members are sorted by extension, so the image follows the label: three blocks with the
+        # label's header, the padded label and the image's header.
         offset = self._tar.tarstream.offset + 3 * tarfile.BLOCKSIZE
         self._tar.write({"__key__": sample.key, "cls": label, extension: sample.data})
         self.index.append((offset, len(sample.data), sample.label))
 
     def close(self) -> None:
-        """Writes the end of the tar."""
+        """Write the end of the tar archive."""
         self._tar.close()
 
     @property
     def bytes(self) -> int:
-        """Bytes written; the file's size after `close`."""
+        """Number of bytes written; the size of the file after `close`."""
         return self._stream.count
 
     @property
     def sha256(self) -> str:
-        """Of what was written."""
+        """SHA-256 checksum of the bytes written, in hexadecimal."""
         return self._stream.hash.hexdigest()
 
 
 class _Hashing:
-    """Passes what is written on to a stream, and hashes it."""
+    """Stream wrapper that counts and hashes the bytes written."""
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
@@ -78,17 +79,17 @@ class _Hashing:
 def read_shard(
     stream: BinaryIO, url: str, *, samples: int, num_classes: int
 ) -> Iterator[RawSample]:
-    """Yields a shard's samples in order, and checks it as it goes.
+    """Yield the samples of a shard in order, and check them.
 
     Args:
-        stream: the tar, read forwards.
-        url: where it is, for messages.
-        samples: the count that the manifest has.
-        num_classes: labels are below it.
+        stream: the tar archive, which is read sequentially.
+        url: path or address of the shard, for messages.
+        samples: expected number of samples, from the manifest.
+        num_classes: number of classes.
 
     Raises:
-        UserError: the tar is damaged, holds another number of samples, or a member that is not
-            the image, label or JSON of a sample.
+        UserError: the archive is damaged, contains another number of samples, or has a member that
+            is not the image, label or JSON of a sample.
     """
     count = 0
     try:
@@ -103,8 +104,8 @@ def read_shard(
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise _damaged(url, f"{type(error).__name__} after {count} samples: {error}") from error
     if count != samples:
-        # A tar cut between two members, or with a damaged header, just ends.
-        raise _damaged(url, f"{count} samples where its manifest has {samples}")
+        # tarfile reports no error for an archive truncated between members, or a damaged header.
+        raise _damaged(url, f"{count} samples, but its manifest has {samples}")
 
 
 def _damaged(url: str, found: str) -> UserError:
@@ -121,23 +122,23 @@ def _members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
 
 
 def check_member(name: str, url: str) -> None:
-    """Raises a UserError for a member that no shard should have.
+    """Raise a UserError for a member with an unsafe path or an unsupported extension.
 
-    Keys never become paths and members are never unpickled here, but a shard with such a member
-    was made for another reader, or to harm one.
+    This project never uses keys as paths and never unpickles members. Still, a shard with such a
+    member is malicious or meant for another program.
     """
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     if name.startswith("/") or ".." in folder.split("/") or not key:
         raise UserError(
-            f"the shard {url} has a member named {name!r}, expected <key>.<extension> with no "
-            "'..' and no leading '/'. Do not trust this file; prepare the data again."
+            f"the shard {url} has a member named {name!r}; expected <key>.<extension> with no "
+            "'..' and no leading '/'. Do not trust this file. Prepare the data again."
         )
     if extension.lower() not in IMAGE_EXTENSIONS + OTHER_EXTENSIONS:
         raise UserError(
-            f"the shard {url} has a member named {name!r}: expected one dot in the name and the "
-            f"extension {', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and other "
-            "formats are refused, and a dot in a key would merge samples; write the shards anew."
+            f"the shard {url} has a member named {name!r}; expected one dot in the name and an "
+            f"extension of {', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and other "
+            "formats are rejected, and a dot in a key would merge samples. Write the shards again."
         )
 
 
@@ -148,12 +149,12 @@ def _sample(group: dict[str, Any], url: str, num_classes: int) -> RawSample:
     if len(images) != 1 or not re.fullmatch(rb"[0-9]{1,9}", label):
         raise UserError(
             f"the sample {key} of the shard {url} has {len(images)} images and the label "
-            f"{label[:20]!r}, expected one image and a number in {key}.cls. The shard is damaged "
-            "or not of this project; prepare the data again."
+            f"{label[:20]!r}; expected one image and a number in {key}.cls. The shard is damaged "
+            "or was not written by this project. Prepare the data again."
         )
     if int(label) >= num_classes:
         raise UserError(
-            f"the sample {key} of the shard {url} has label {int(label)}, expected 0 to "
-            f"{num_classes - 1}. Shards and manifest do not belong together."
+            f"the sample {key} of the shard {url} has label {int(label)}; expected 0 to "
+            f"{num_classes - 1}. The shard does not match the manifest. Prepare the data again."
         )
     return RawSample(key, int(label), images[0], url)

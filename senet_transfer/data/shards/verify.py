@@ -1,8 +1,9 @@
-"""Reading shards back, and comparing all there is to compare."""
+"""Verification of shards against their manifest and index."""
 
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from senet_transfer.data.images.decode import BrokenImageError, decode_fast
@@ -16,24 +17,25 @@ logger = logging.getLogger(__name__)
 
 
 def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
-    """Checks sha256, number, labels and decoding of all shards in a local folder.
+    """Check the SHA-256, sample count, labels and images of all shards in a local folder.
 
     Args:
-        folder: with a manifest.
-        workers: processes.
-        quiet: no progress bar.
+        folder: folder with shards and a manifest.
+        workers: number of processes.
+        quiet: show no progress bar.
 
     Returns:
         The number of images.
 
     Raises:
-        UserError: naming every shard that is damaged, and what is wrong with it.
+        UserError: shards are damaged. The message lists all of them with the error.
     """
     folder = Path(folder)
     manifest = load_manifest(str(folder))
     problems = []
     argument = (folder, manifest.num_classes)
     with progress(total=manifest.samples, unit="image", desc="verify", quiet=quiet) as bar:
+        results: Iterator[tuple[Shard, str | None]]
         if workers == 1:
             results = ((shard, shard_problem(shard, argument)) for shard in manifest.shards)
         else:
@@ -44,12 +46,12 @@ def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
                 problems.append(problem)
     if problems:
         raise UserError(f"{len(problems)} shards are damaged:\n" + "\n".join(sorted(problems)))
-    logger.info("%s: %d images in %d shards are good", folder, bar.total, len(manifest.shards))
+    logger.info("%s: %d images in %d shards are valid", folder, bar.total, len(manifest.shards))
     return manifest.samples
 
 
 def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
-    """Says what is wrong with a shard; None for a good one."""
+    """Return a description of the first error in a shard, or None for a valid one."""
     folder, num_classes = argument
     path = folder / shard.name
     try:
@@ -57,7 +59,7 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != shard.sha256:
                 return (
-                    f"{path} has sha256 {found}, its manifest says {shard.sha256}. Delete it and "
+                    f"{path} has sha256 {found}; its manifest has {shard.sha256}. Delete it and "
                     "its .json, and run the preparation again."
                 )
             where = folder / shard.index_name
@@ -75,9 +77,9 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
                     return f"{path} does not match {where.name} at {sample.key}. Prepare it again."
                 decode_fast(sample.data)
     except BrokenImageError as error:
-        return f"{path} holds {sample.key}, which cannot be decoded: {error}. Prepare it again."
+        return f"{path} contains {sample.key}, which cannot be decoded: {error}. Prepare it again."
     except OSError as error:
         return f"{path} cannot be read: {error}. Prepare it again."
     except UserError as error:
         return str(error)
-    return None if counts == shard.class_counts else f"{path} has labels other than its manifest's."
+    return None if counts == shard.class_counts else f"{path} has other labels than its manifest."

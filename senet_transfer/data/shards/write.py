@@ -1,8 +1,9 @@
-"""Images into tar shards: globally shuffled, atomic, resumable, the same bytes every time.
+"""Conversion of images to globally shuffled tar shards, reproducible and resumable.
 
-What goes into which shard follows from the list, the images' sizes, the seed and the shards' size,
-before anything is written. Each shard gets a JSON beside it once it is complete and on disk; that
-JSON is the unit of resume. The manifest comes last.
+The contents of all shards are determined by the list, the total size of the images, the seed and
+the shard size, before anything is written. A JSON file is written for each shard once the shard is
+complete and on disk; an interrupted conversion skips shards with such a file. The manifest is
+written last.
 """
 
 import contextlib
@@ -34,10 +35,10 @@ from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
 
-# Raised when the same images and settings give other bytes.
+# Increased when the same images and settings result in different bytes.
 PLAN_VERSION = 1
 
-# A source that is broken through and through is not read to its end to say so.
+# Number of broken images, in addition to tolerated ones, after which the conversion is aborted.
 ENOUGH_BROKEN = 1000
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into one shard.
+    """The planned contents of one shard.
 
     Attributes:
-        name: of the file.
-        plan: the hash of the whole plan.
+        name: name of the shard's file.
+        plan: hash of the plan of all shards.
         root: folder or archive of the images.
-        names: of the images, in order.
-        indices: `(n,)`, their positions in the source's list.
-        labels: `(n,)`.
-        sizes: `(n,)`, in bytes.
-        offsets: `(n,)`, in the archive; None for a folder.
+        names: names of the images, in order.
+        indices: indices of the images in the source's list, `(n,)`.
+        labels: labels of the images, `(n,)`.
+        sizes: sizes of the images in bytes, `(n,)`.
+        offsets: offsets of the images in the archive, `(n,)`; None for a folder.
     """
 
     name: str
@@ -79,32 +80,35 @@ def convert(
     skip_broken: int = 0,
     quiet: bool = False,
 ) -> Manifest:
-    """Writes images to shards in a folder, or goes on where an interrupted run stopped.
+    """Write images to shards in a folder, or resume an interrupted conversion.
 
-    The folder gets `<split>-000000.tar` and so on, each with a `.json` (its entry of the manifest)
-    and an `.index.npy` (where each image lies), and `manifest.json` at the end.
+    The folder contains `<split>-000000.tar` and so on, each with a `.json` file (its entry of the
+    manifest) and an `.index.npy` file (offset, size and label of each image), and finally
+    `manifest.json`.
 
     Args:
-        images: what to convert.
-        output: the folder; made where it is missing.
-        split: begins the shards' names.
-        seed: of the global shuffle, not negative.
-        shard_mb: about the size of a shard, in 10^6 bytes.
-        workers: processes.
-        skip_broken: this many images that cannot be decoded are left out and recorded.
-        quiet: no progress bar.
+        images: the images to convert.
+        output: the output folder, created if it does not exist.
+        split: prefix of the shards' names.
+        seed: seed of the global shuffle, 0 or more.
+        shard_mb: approximate size of a shard, in 10^6 bytes.
+        workers: number of processes.
+        skip_broken: the maximum number of broken images, which are left out and recorded in the
+            manifest. More are an error.
+        quiet: show no progress bar.
 
     Raises:
-        UserError: images are broken, the folder holds the shards of another plan or is written by
-            another run, the disk is full, or a number makes no sense.
+        UserError: images are broken, the folder contains shards of another plan, another run is
+            writing to it, the disk is full, or an argument is out of range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
-            f"seed={seed}, shard-mb={shard_mb}, workers={workers}, skip-broken={skip_broken}: "
-            "expected no negative number, a seed below 2^32, a shard size above 0 and a worker."
+            f"seed={seed}, shard-mb={shard_mb}, workers={workers}, skip-broken={skip_broken}; "
+            "expected no negative number, a seed below 2^32, a shard size above 0 and at least 1 "
+            "worker."
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
-        raise UserError(f"the split is {split!r}, expected a name of letters, digits, - and _.")
+        raise UserError(f"the split is {split!r}; expected a name of letters, digits, - and _.")
     output = Path(output)
     plans = plan_shards(images, split=split, seed=seed, shard_mb=shard_mb)
     try:
@@ -113,18 +117,18 @@ def convert(
             return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
-            f"cannot write shards to {output}: {error}. Make room or name another folder; the "
-            "next run goes on with the shards that are complete."
+            f"cannot write shards to {output}: {error}. Free space or choose another folder. "
+            "Shards that are complete will be kept by the next run."
         ) from error
 
 
 def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> list[ShardPlan]:
-    """Shuffles images and divides them into shards of equally many, so of about equal bytes.
+    """Shuffle images and divide them into shards with equal numbers of images.
 
-    The sizes of single images decide nothing, so that one which was damaged and is restored
-    changes the shard that it is in, and no other.
+    The sizes of single images have no effect, so that restoring a damaged image changes only the
+    shard that contains it.
     """
-    # The legacy generator's numbers are frozen; those of numpy's newer ones may change.
+    # NumPy guarantees the random numbers of the legacy generator, not those of newer ones.
     order = np.random.RandomState(seed).permutation(len(images))
     blocks = -(-images.sizes // tarfile.BLOCKSIZE) + 3
     total = int(blocks.sum()) * tarfile.BLOCKSIZE
@@ -149,7 +153,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
 
 
 def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
-    """Writes a shard, its index and, once both are on disk, its JSON, whose content it returns."""
+    """Write a shard, its index and then its JSON file; return the content of the JSON file."""
     skipped: list[dict[str, str]] = []
     counts: Counter[int] = Counter()
     with atomic_file(output / plan.name) as stream:
@@ -171,7 +175,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
         offset = None if plan.offsets is None else int(plan.offsets[place])
         data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
         try:
-            # The only sure sign of a good image; cheap beside reading it.
+            # Decoding is the only reliable check, and is cheap compared with reading.
             decode_fast(data)
         except BrokenImageError as error:
             skipped.append({"name": name, "reason": str(error)})
@@ -197,7 +201,7 @@ def _convert(
     _check_space(output, pending)
     done = sum(entry["samples"] for entry in entries.values())
     if entries:
-        logger.info("%s has %d of %d shards already", output, len(entries), len(plans))
+        logger.info("%s already has %d of %d shards", output, len(entries), len(plans))
     broken = len(images.missing)
     with progress(total=len(images), initial=done, unit="image", desc=split, quiet=quiet) as bar:
         for entry, count in _written(pending, output, workers):
@@ -225,13 +229,13 @@ def _convert(
 
 
 def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """The JSONs of the shards that are complete, by name.
+    """Return the content of the JSON files of all complete shards, by shard name.
 
     Raises:
-        UserError: the folder holds shards of another plan.
+        UserError: the folder contains shards of another plan.
     """
     for path in output.glob(".*.tmp"):
-        path.unlink()  # of a run that was killed; none other is writing
+        path.unlink()  # left by a run that was killed; the lock excludes concurrent runs
     entries = {}
     known = {plan.name for plan in plans}
     for path in sorted(output.glob("*.json")):
@@ -239,15 +243,18 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
             entry = json.loads(path.read_bytes())
             plan = entry["plan"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not of a shard; move it away.") from None
+            raise UserError(
+                f"{path} does not belong to a shard; expected only shards in {output}. Move it, "
+                "or choose another folder."
+            ) from None
         if plan != plans[0].plan:
             raise UserError(
-                f"{output} holds shards of other images or settings ({path.name}): expected "
-                "nothing, or what an interrupted run with the same list, classes, split, seed "
-                "and shard size left. Name another folder, or delete this one's content."
+                f"{output} contains shards of other images or settings ({path.name}); expected an "
+                "empty folder, or shards of an interrupted run with the same list, classes, split, "
+                "seed and shard size. Choose another folder, or delete the contents of this one."
             )
         name = entry.get("name")
-        # A shard that lacks broken images is written again: they may have been restored.
+        # A shard without its broken images is written again, because they may have been restored.
         if name in known and not entry["skipped"]:
             shard = parse_shard(entry)
             tar = output / shard.name
@@ -262,8 +269,8 @@ def _check_space(output: Path, pending: list[ShardPlan]) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
-            f"{output} has {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for "
-            f"{len(pending)} shards. Make room, or name a folder on another disk."
+            f"{output} has {free / 1e9:.1f} GB of free space; expected {needed / 1e9:.1f} GB for "
+            f"{len(pending)} shards. Free space, or choose a folder on another disk."
         )
 
 
@@ -274,7 +281,7 @@ def _too_many_broken(
     with atomic_file(output / "broken.txt") as stream:
         stream.write("".join(line + "\n" for line in lines).encode())
     return UserError(
-        f"{len(skipped)} images of {root} are missing or cannot be decoded, tolerated are "
+        f"{len(skipped)} images of {root} are missing or cannot be decoded; expected at most "
         f"{tolerated}: {first_of(lines)}. All are listed in {output / 'broken.txt'}. Restore them "
         f"and run again, or leave them out with --skip-broken {len(skipped)}."
     )
@@ -283,7 +290,7 @@ def _too_many_broken(
 def _written(
     pending: list[ShardPlan], output: Path, workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Writes shards, and yields their JSON's content and number of images as they are done."""
+    """Write shards, and yield the JSON content and number of images of each finished one."""
     if workers == 1 or len(pending) <= 1:
         for plan in pending:
             yield write_shard(plan, output), len(plan.names)
@@ -294,10 +301,10 @@ def _written(
 
 @contextlib.contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder.
+    """Lock the folder inside the context.
 
     Raises:
-        UserError: another run is writing.
+        UserError: another run has locked the folder.
     """
     with open(output / ".lock", "w") as lock:
         for attempt in range(20):
@@ -305,10 +312,10 @@ def _only_writer(output: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                # The workers of a run that was just killed take a moment to notice.
+                # The workers of a run that was just killed may hold the lock for a moment.
                 if attempt == 19:
                     raise UserError(
-                        f"another run is writing to {output}. Wait for it, or stop it."
+                        f"another run is writing to {output}. Wait until it ends, or stop it."
                     ) from None
                 time.sleep(0.25)
         yield

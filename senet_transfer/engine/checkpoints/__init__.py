@@ -1,1 +1,1 @@
-"""Checkpoints of a run: writing, finding and resuming from them."""
+"""Checkpoints of training runs: writing, finding, verifying and resuming."""

@@ -1,9 +1,9 @@
-"""The checkpoints that a run has written: which there are, and which of them is whole.
+"""List of the checkpoints that a run has written, and their verification.
 
-``last_checkpoint`` is Detectron2's tag, the name of the newest. ``recent_checkpoints`` has the
-names of all that a run keeps, the newest last: what is gone back to where the newest is damaged,
-and what is deleted in time. Both are replaced as a whole, after the file that they name is on the
-disk.
+``last_checkpoint`` is Detectron2's file with the name of the newest checkpoint.
+``recent_checkpoints`` lists all checkpoints that a run keeps, newest last. It is used to fall back
+to an earlier checkpoint if the newest is damaged, and to delete old ones. Both files are replaced
+atomically, after the checkpoint that they name has been written to disk.
 """
 
 import logging
@@ -25,25 +25,26 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Where the SHA-256 of a file is, as ``sha256sum`` writes it."""
+    """Return the path of the file with the SHA-256 of ``path``, in the format of ``sha256sum``."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def write_sum(path: Path) -> None:
-    """Writes a file's SHA-256 beside it."""
+    """Write the SHA-256 of a file next to it."""
     write_text(sum_file(path), f"{file_sha256(path)}  {path.name}\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, or leaves it as it is."""
+    """Write a text file atomically: on failure, an existing file is left unchanged."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
 
 def checkpoints(folder: str | Path) -> list[str]:
-    """The names of a run's checkpoints, the one that it goes on from first.
+    """Return the names of a run's checkpoints, starting with the one to resume from.
 
-    That is the one that the tag names, which a user may have set back; then those before it.
+    The first name is the one in ``last_checkpoint``, which the user may have changed to an earlier
+    checkpoint. The checkpoints that were written before it follow, newest first.
     """
     tagged = _lines(folder, TAG)[:1]
     listed = [name for name in _lines(folder, HISTORY) if Path(folder, name).is_file()]
@@ -57,17 +58,18 @@ def _lines(folder: str | Path, name: str) -> list[str]:
         lines = Path(folder, name).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    # Names alone: what such a file says is deleted in time.
+    # Only plain file names, without folders: the listed files are deleted when they are too old.
     return [line.strip() for line in lines if re.fullmatch(r"[\w.-]*\w\.pth", line.strip())]
 
 
 def record(folder: str | Path, name: str, keep: int) -> None:
-    """Makes a checkpoint, which is on the disk, the newest; deletes those that are too many.
+    """Register a saved checkpoint as the newest one, and delete the oldest ones.
 
     Args:
-        folder: of the run.
-        name: of the file.
-        keep: how many stay, 0 for all; ``model_final.pth`` always does.
+        folder: The output folder of the run.
+        name: The file name of the checkpoint, which must exist already.
+        keep: The number of checkpoints to keep, or 0 to keep all. ``model_final.pth`` is never
+            deleted.
     """
     folder = Path(folder)
     listed = [n for n in _lines(folder, HISTORY) if n != name and (folder / n).is_file()]
@@ -81,45 +83,46 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Leaves nothing to resume from; the files of an earlier run stay."""
+    """Delete the list of checkpoints, so that nothing can be resumed, but keep the checkpoints."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 
 
 def sweep(folder: str | Path) -> None:
-    """Removes what a process that was killed while it wrote has left."""
+    """Delete the temporary files of a process that was killed while writing."""
     for stem in ("model_*.pth", "model_*.pth.sha256", TAG, HISTORY, "*.yaml", "*.json", "*.txt"):
         for path in Path(folder).glob(f".{stem}.*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts off what stands after the last line of a file that is written line by line."""
+    """Remove an incomplete last line, without a line feed, from a text file."""
     if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def verify_checkpoint(path: Path) -> str:
-    """Return what is wrong with a checkpoint file; empty if nothing is."""
+    """Return a description of the damage to a checkpoint file, or "" if it is intact."""
     if not path.is_file():
-        return f"{path} is not there"
+        return f"{path} does not exist"
     try:
-        # Without a sum beside it, its own checksums.
+        # Without a .sha256 file, verify the CRC-32 checksums inside the ZIP archive.
         if not verify_sha256(path, None) and (bad := zipfile.ZipFile(path).testzip()):
-            return f"{path}: {bad} in it is damaged"
-    # zipfile's own last two: damage can look like a compression or a cipher that it doesn't have.
+            return f"{path}: its entry {bad} is damaged"
+    # zipfile raises the last two if damaged bytes look like an unsupported compression method or
+    # like encryption.
     except (UserError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         return str(error)
     return ""
 
 
 def newest_whole(folder: str | Path) -> Path:
-    """The newest checkpoint of a run that every process of the job can read in full.
+    """Return the newest intact checkpoint that every process of the job can read.
 
-    All processes have to call this; all get the same.
+    All processes must call this function, and all get the same path.
 
     Raises:
-        UserError: there is none.
+        UserError: If no checkpoint is intact.
     """
     names = comm.all_gather(checkpoints(folder))[0]
     found = []
@@ -129,11 +132,11 @@ def newest_whole(folder: str | Path) -> Path:
         if not problems:
             return path
         found.append(problems[0])
-        logger.error("A checkpoint is damaged, and the one before it is taken: %s", problems[0])
+        logger.error("Falling back to the previous checkpoint: %s", problems[0])
     listed = "\n".join(found)
     error = UserError(
-        f"No checkpoint in {folder} is whole, so there is nothing to resume:\n{listed}\nWrite the "
-        f"name of one that is into {os.path.join(folder, TAG)}, or start a new run without "
+        f"No checkpoint in {folder} is intact, so there is nothing to resume:\n{listed}\nWrite the "
+        f"name of an intact checkpoint to {os.path.join(folder, TAG)}, or start a new run without "
         "--resume."
     )
     error.on_all_ranks = True

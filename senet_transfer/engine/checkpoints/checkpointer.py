@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, with this project's strict loading in it."""
+"""Checkpointer for Detectron2 that loads strictly and saves atomically."""
 
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from senet_transfer.weights.save import model_metadata
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which accounts for every tensor of model and file.
+    """Checkpointer that accounts for every tensor of the model and of the file.
 
-    Detectron2 logs what does not fit and goes on, so that a file with nothing in common with the
-    model trains from random weights. Checkpoints say what their network is, so that they load as
-    what they are wherever they are taken.
+    Detectron2's own checkpointer only logs mismatches, so a file that has nothing in common with
+    the model would start training from random weights. Checkpoints store a description of their
+    network, with which they can be loaded without a config.
 
-    A checkpoint is on the disk as a whole or not at all, with its SHA-256 beside it, before the
-    tag names it. Where it is damaged later, the one before it is resumed from.
+    Checkpoints are written atomically, with their SHA-256 in a file next to them, before
+    ``last_checkpoint`` refers to them. If a checkpoint is damaged later, the run resumes from the
+    previous one.
 
     Attributes:
-        report: what was loaded last; None before that.
+        report: The report of the last load, or None before the first.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class Checkpointer(DetectionCheckpointer):
     ):
         """
         Args:
-            model: as Detectron2's, like the other arguments.
-            save_dir: as Detectron2's.
-            family: of weight files whose names are those of several, ``MODEL.WEIGHTS_FAMILY``;
-                not of the checkpoints in ``save_dir``.
-            keep: the newest so many checkpoints stay; 0 for all.
-            kwargs: as Detectron2's.
+            model: The model to save and load.
+            save_dir: The output folder of the run.
+            family: The family of weight files whose tensor names fit several families
+                (``MODEL.WEIGHTS_FAMILY``). It doesn't apply to the checkpoints in ``save_dir``.
+            keep: The number of newest checkpoints to keep, or 0 to keep all.
+            kwargs: Further arguments of Detectron2's ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.family = family
@@ -58,10 +59,14 @@ class Checkpointer(DetectionCheckpointer):
         self._family: str | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's; with what the network is, and whole or not at all.
+        """Save a checkpoint atomically, with a description of its network.
+
+        Args:
+            name: The file name, without its suffix ``.pth``.
+            kwargs: Further values to store, such as ``iteration``.
 
         Raises:
-            UserError: it can't be written.
+            UserError: If the file can't be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -72,42 +77,43 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with atomic_file(path) as stream:
                 torch.save({**data, **kwargs}, stream)
-                # The sum of a file that is replaced would say that the new one is damaged.
+                # The checksum of the file that is replaced would make the new file look damaged.
                 history.sum_file(path).unlink(missing_ok=True)
             history.write_sum(path)
             self.tag_last_checkpoint(path.name)
-        # Where the disk is full, torch raises a RuntimeError in the course of an OSError.
+        # On a full disk, torch raises a RuntimeError while it handles an OSError.
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__ or error
             raise UserError(
-                f"The checkpoint {path} can't be written: {reason}. What was saved before is as "
-                "it was. Make room, or make the folder writable, and go on with --resume."
+                f"The checkpoint {path} can't be written: {reason}. Earlier checkpoints are "
+                "unchanged. Free disk space or make the folder writable, then continue with "
+                "--resume."
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """As Detectron2's; and deletes checkpoints that are too old."""
+        """Write the name of the newest checkpoint, and delete the oldest checkpoints."""
         history.record(self.save_dir, last_filename_basename, self.keep)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
+        """Return whether there is a checkpoint to resume from."""
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint that is whole; every process of a job has to ask at once."""
+        """Return the newest intact checkpoint; all processes of a job must call this together."""
         return str(history.newest_whole(self.save_dir))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads a checkpoint, or the weights to start from.
+        """Load a checkpoint, or pretrained weights.
 
         Args:
-            path: a weight file of any family, or a name in the catalogue; an empty one loads
-                nothing.
-            checkpointables: None for a checkpoint of this very model, which must fit it wholly
-                and whose training state is taken too; ``[]`` for weights to start from, where the
-                rules of :func:`senet_transfer.load_weights` hold.
+            path: A weight file of any family, or a name in the catalogue. Nothing is loaded if it
+                is empty.
+            checkpointables: None for a checkpoint of the same model: all tensors must match, and
+                the training state is restored, too. ``[]`` for pretrained weights, which are
+                loaded by the rules of :func:`senet_transfer.load_weights`.
 
         Raises:
-            UserError: there is no such file, or it does not fit the model.
+            UserError: If the file does not exist or does not fit the model.
         """
         self._whole = checkpointables is None
         self._family = self.family or None
@@ -129,28 +135,28 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """Return what a checkpoint holds besides the model, without running code from it.
+    """Return the contents of a checkpoint except the model, without running code from the file.
 
-    The file is mapped into memory, so that the model's tensors are not read a second time.
+    The file is memory-mapped, so that the model's tensors are not read a second time.
     """
     try:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
-            f"{filename} is no checkpoint of a run: its training state can't be read "
-            f"({str(error).splitlines()[0]}). To start from its weights alone, leave out --resume."
+            f"{filename} is not a checkpoint of a training run: its training state can't be read "
+            f"({str(error).splitlines()[0]}). To start from its weights only, omit --resume."
         ) from error
     missing = [name for name in names if name not in checkpoint]
     if missing:
         raise UserError(
-            f"{filename} holds no state of the {', '.join(missing)}, so no run can be taken up "
-            "from it. To start from its weights alone, leave out --resume."
+            f"{filename} has no state of the {', '.join(missing)}, so no run can be resumed from "
+            "it. To start from its weights only, omit --resume."
         )
     return {key: value for key, value in checkpoint.items() if key != "model"}
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Saves models that are no points to resume from."""
+    """Checkpointer for models that runs are not resumed from, such as the best one."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Leaves the tag to the checkpoints that a run is resumed from."""
+        """Do nothing: ``last_checkpoint`` only names checkpoints to resume from."""

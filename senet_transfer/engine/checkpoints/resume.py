@@ -1,4 +1,4 @@
-"""What a resumed run does otherwise than it began, which its user should hear of."""
+"""Comparison of a resumed run's config with the config that the run was started with."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from tabulate import tabulate
 from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
-# The optimizer's state, in every checkpoint, holds these, and they replace the config's.
+# Every checkpoint stores these values in the optimizer's state, which overrides the config.
 _KEPT = (
     "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.MOMENTUM",
     "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_BIAS",
@@ -20,35 +20,38 @@ logger = logging.getLogger(__name__)
 
 
 def check_changes(cfg: CfgNode, before: CfgNode) -> None:
-    """Says which keys a resumed run has other values of, and which of these are of no effect.
+    """Warn about config keys that were changed for a resumed run.
+
+    The warning also names the changes that have no effect, because the optimizer's state in the
+    checkpoint overrides them.
 
     Args:
-        cfg: the config of now.
-        before: the one that the run began with.
+        cfg: The current config.
+        before: The config that the run was started with.
 
     Raises:
-        UserError: the optimizer is another one, which can't go on from the checkpoint's state.
+        UserError: If the optimizer has changed, because it can't use the checkpoint's state.
     """
     if cfg.SOLVER.OPTIMIZER != before.SOLVER.OPTIMIZER:
         raise UserError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, and the run to resume has the state of "
-            f"{before.SOLVER.OPTIMIZER}. Set it back, or start a new run with MODEL.WEIGHTS."
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, but the run to resume has used "
+            f"{before.SOLVER.OPTIMIZER}. Change it back, or start a new run with MODEL.WEIGHTS."
         )
     values = dict(config_items(before))
     changes = [
         (key, values.get(key), value, "none" if key in _KEPT else "from here on")
         for key, value in config_items(cfg)
-        # As JSON, because a saved config has lists for tuples.
+        # Compared as JSON, because a saved config has lists instead of tuples.
         if key != "OUTPUT_DIR" and json.dumps(value) != json.dumps(values.get(key))
     ]
     if not changes:
         return
     kept = any(key in _KEPT for key, *_ in changes)
     logger.warning(
-        "The run began with other values than it goes on with:\n%s%s",
-        tabulate(changes, headers=("key", "began with", "now", "effect"), disable_numparse=True),
-        "\nThose of no effect are held by the checkpoint's optimizer. To train on with the new "
-        "values, start a new run with MODEL.WEIGHTS set to the checkpoint."
+        "The config has changed since the run was started:\n%s%s",
+        tabulate(changes, headers=("key", "before", "now", "effect"), disable_numparse=True),
+        '\nChanges with effect "none" are overridden by the optimizer\'s state in the checkpoint. '
+        "To train with the new values, start a new run with MODEL.WEIGHTS set to the checkpoint."
         if kept
         else "",
     )

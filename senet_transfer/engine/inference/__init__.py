@@ -1,1 +1,1 @@
-"""What is done with a trained model: prediction on images and evaluation."""
+"""Prediction and evaluation with trained models."""

@@ -1,4 +1,4 @@
-"""Predictions of a classifier on a user's own images."""
+"""Prediction with a classifier on image files."""
 
 import os
 from pathlib import Path
@@ -19,20 +19,22 @@ from senet_transfer.utils.progress import progress
 def classify_images(
     loaded: LoadedModel, images: list[str], output_dir: str, *, quiet: bool = False
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Classify images and write the best five classes of each.
+    """Classify images and write the five most probable classes of each.
 
     Args:
-        loaded: a classifier, as returned by :func:`~.inputs.load_trained`.
-        images: paths.
-        output_dir: takes ``predictions.json``.
-        quiet: no progress bar.
+        loaded: A classifier, as returned by :func:`~.inputs.load_trained`.
+        images: The paths of the images.
+        output_dir: The folder that ``predictions.json`` is written to.
+        quiet: If True, show no progress bar.
 
     Returns:
-        The path of the JSON, and its content: a dict per image, with ``file_name`` and ``top``,
-        the best classes first, each with ``class``, ``label`` and ``probability``.
+        The path of the JSON file and its content: a list with one dict per image. Its
+        ``file_name`` is the path, and its ``top`` is a list of dicts with ``class``, ``label`` and
+        ``probability``, the most probable class first.
 
     Raises:
-        UserError: images can't be read, which are named once all others are predicted.
+        UserError: If images can't be read. It is raised after all other images have been
+            predicted, and lists the unreadable ones.
     """
     make_output_folder(output_dir)
     model, transform, classes = loaded.model, eval_transform(loaded.cfg), loaded.classes
@@ -41,7 +43,7 @@ def classify_images(
         try:
             image = transform(Path(path).read_bytes())
         except (OSError, BrokenImageError) as error:
-            broken.append(f"{path} can't be read as an image: {error}. Leave it out.")
+            broken.append(f"{path} can't be read as an image: {error}. Remove it.")
             continue
         probabilities = model({"image": image[None]})[0].softmax(0).cpu()
         best = probabilities.topk(min(TOP, len(classes)))

@@ -1,4 +1,4 @@
-"""Predictions of a detector on a user's own images."""
+"""Prediction with a detector on image files."""
 
 import os
 
@@ -22,15 +22,16 @@ from senet_transfer.utils.progress import progress
 
 
 class Predictor(DefaultPredictor):
-    """Detectron2's predictor of a loaded model, with test-time augmentation if ``TEST.AUG`` is on.
+    """Predictor for a loaded detector, with test-time augmentation if ``TEST.AUG`` is enabled.
 
-    The parent's constructor is not called: it builds the model itself and loads it leniently.
+    The constructor of DefaultPredictor is not called, because it would build the model again and
+    load its weights without checks.
     """
 
     def __init__(self, loaded: LoadedModel):
         """
         Args:
-            loaded: a detector.
+            loaded: A detector.
         """
         self.cfg = cfg = loaded.cfg
         self.model = loaded.model
@@ -51,22 +52,24 @@ def predict_images(
 ) -> str:
     """Detect objects in images, draw them, and write them in COCO's format.
 
+    The JSON file has COCO's ``images``, ``annotations`` (each with a ``score``) and
+    ``categories``. Category ids are those of the data set that the model was trained on; image
+    ids are numbers from 1.
+
     Args:
-        loaded: a detector, as returned by :func:`~.inputs.load_trained`.
-        images: paths.
-        output_dir: takes the drawn images, under the names of the originals, and
-            ``predictions.json`` with COCO's ``images``, ``annotations`` (each with ``score``)
-            and ``categories``, under the ids of the data set that the model was trained on. Ids
-            of images are new.
-        threshold: the score, 0-1, below which a detection is neither drawn nor written.
-        quiet: no progress bar.
+        loaded: A detector, as returned by :func:`~.inputs.load_trained`.
+        images: The paths of the images.
+        output_dir: The folder that ``predictions.json`` and the drawings are written to. Each
+            drawing has the name of its image.
+        threshold: The minimum score, 0-1, of a detection that is drawn and written.
+        quiet: If True, show no progress bar.
 
     Returns:
-        The path of the JSON.
+        The path of the JSON file.
 
     Raises:
-        UserError: a value makes no sense; or images can't be read, which are named once all
-            others are predicted.
+        UserError: If the threshold is invalid, or if images can't be read. The latter is raised
+            after all other images have been predicted, and lists the unreadable ones.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"The threshold is {threshold}, expected a score from 0 to 1.")
@@ -119,15 +122,15 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     for path in images:
         name = os.path.join(output_dir, os.path.splitext(os.path.basename(path))[0] + ".jpg")
         if name in taken:
-            # Another suffix, such as a.png beside a.jpg.
+            # The input contains, for example, both a.png and a.jpg.
             name = os.path.join(output_dir, os.path.basename(path) + ".jpg")
         if name in taken:
             raise UserError(
-                f"Two images would be drawn to {name}; one is {path}. Predict them into two "
-                "folders, or rename one."
+                f"The drawings of two images have the same path {name}; one of the images is "
+                f"{path}. Rename one, or use two output folders."
             )
         if os.path.abspath(name) == os.path.abspath(path):
-            raise UserError(f"{path} would be overwritten by its drawing. Take another --output.")
+            raise UserError(f"{path} would be overwritten by its drawing. Change --output.")
         taken.add(name)
         names[path] = name
     return names
@@ -138,15 +141,15 @@ def _read(path: str) -> np.ndarray:
         return read_image(path, "BGR")
     except MemoryError:
         raise
-    # Decoders raise whatever the damage makes them stumble over.
+    # Decoders raise many kinds of exceptions on damaged files.
     except Exception as error:
-        raise UserError(f"{path} can't be read as an image: {error}. Leave it out.") from error
+        raise UserError(f"{path} can't be read as an image: {error}. Remove it.") from error
 
 
 def _draw(image: np.ndarray, instances: Instances, classes: list[str], path: str) -> None:
     metadata = Metadata(thing_classes=classes)
-    # Small images are enlarged, so that the names of the classes can be read.
-    # Enlarged by at most 4, as a strip of a few pixels would become huge.
+    # Enlarge small images, so that the class names are legible, but at most 4 times: an image that
+    # is a few pixels high would become huge.
     scale = min(4.0, max(1.0, 480 / min(image.shape[:2])))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.IMAGE)
     drawing = visualizer.draw_instance_predictions(instances).get_image()

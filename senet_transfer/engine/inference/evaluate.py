@@ -1,4 +1,4 @@
-"""The evaluation of a classifier from the files of model and data to the files of results."""
+"""Evaluation of a classifier, including loading the model and writing the results."""
 
 import os
 from collections.abc import Sequence
@@ -41,30 +41,33 @@ def run_evaluation(
     """Evaluate a classifier and write the results.
 
     Args:
-        found: the classifier.
-        device: empty for a GPU if there is one.
-        data: shards, a folder or an archive; empty for the first of ``DATASETS.TEST``.
-        mode: one of ``EVAL_MODES``; empty for the config's.
-        resize: in pixels; None for the model's.
-        crop: in pixels; None for the model's.
-        batch_size: images per batch.
-        workers: processes that read and decode.
-        output: the JSON to write, or empty.
-        predictions: the CSV to write, or empty: key, label and the best classes of each image.
-        keep_logits: add the logits to the CSV.
-        published: results of others on the same data; by default those known of this network.
-        quiet: no progress bar.
+        found: The classifier.
+        device: The device, such as "cuda:1". If empty, a GPU is used if one is available.
+        data: The path of shards, a folder or an archive. If empty, the first data set in
+            ``DATASETS.TEST`` is used.
+        mode: One of ``EVAL_MODES``, or empty for the config's.
+        resize: The size in pixels to resize to, or None for the model's.
+        crop: The size in pixels to crop to, or None for the model's.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read and decode images.
+        output: The path of the JSON file to write, or empty to write none.
+        predictions: The path of the CSV file to write, or empty to write none. It has the key,
+            the label and the most probable classes of each image.
+        keep_logits: If True, add the logits to the CSV file.
+        published: Published results on the same data to include in the output. By default, the
+            known results of this network are included.
+        quiet: If True, show no progress bar.
 
     Returns:
-        The content of ``output``.
+        The results, which are also the content of ``output``.
 
     Raises:
-        UserError: a file is missing or does not fit the others; a value is invalid.
+        UserError: If a file is missing or does not match the others, or a value is invalid.
     """
     for path in (output, predictions):
         _check_writable(path)
     if keep_logits and not predictions:
-        raise UserError("--logits go into the CSV of --predictions, which is not given.")
+        raise UserError("--logits needs --predictions, the CSV file that logits are written to.")
     _check(found)
     dataset = _open_data(found.cfg, data)
     loaded = _with_classes(found, dataset.num_classes).build(device)
@@ -104,7 +107,7 @@ def run_evaluation(
 
 
 def _check_writable(path: str) -> None:
-    """Raise UserError, before the evaluation, if its results can't be written."""
+    """Raise UserError before the evaluation if its results can't be written."""
     if not path:
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -113,26 +116,29 @@ def _check_writable(path: str) -> None:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error}. Choose another path.") from error
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise UserError(f"{path} can't be written: it is a folder, or in one that is read-only.")
+        raise UserError(
+            f"{path} can't be written: it is a folder, or its folder is read-only. Choose another "
+            "path."
+        )
 
 
 def _check(found: ModelSource) -> None:
     """Raise UserError if the model is not a classifier with weights."""
     if not is_classification(found.cfg):
         raise UserError(
-            f"{found.config_file} is of a {found.cfg.MODEL.META_ARCHITECTURE}, expected a "
-            "classifier (MODEL.META_ARCHITECTURE ImageClassifier). tools/train_net.py --eval-only "
-            "evaluates detectors."
+            f"{found.config_file} describes a {found.cfg.MODEL.META_ARCHITECTURE}, expected a "
+            "classifier (MODEL.META_ARCHITECTURE ImageClassifier). To evaluate a detector, use "
+            "tools/train_net.py --eval-only."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
-            "Neither --weights nor MODEL.WEIGHTS names a weight file, and random weights are not "
-            "worth evaluating: --model needs --weights, a config at least one of the two."
+            "There are no weights to evaluate: neither --weights nor MODEL.WEIGHTS names a file. "
+            "Give --weights or, with --config-file, set MODEL.WEIGHTS."
         )
 
 
 def _with_classes(found: ModelSource, count: int) -> ModelSource:
-    """Return the same with a number of classes, which the weights then have to fit."""
+    """Return the same model source with another number of classes, which the weights must have."""
     cfg = found.cfg.clone()
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = count
     return replace(found, cfg=cfg)
@@ -140,7 +146,7 @@ def _with_classes(found: ModelSource, count: int) -> ModelSource:
 
 def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
     if not data and not cfg.DATASETS.TEST:
-        raise UserError("There is no data to evaluate on. Name it with --data.")
+        raise UserError("There is no data to evaluate on: DATASETS.TEST is empty. Give --data.")
     path = find_dataset(data or cfg.DATASETS.TEST[0])
     classes = list(cfg.DATASETS.CLASSES) or None
     cache = cfg.DATALOADER.CACHE_DIR or None
@@ -152,7 +158,7 @@ def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
 def _published(
     evaluation: Evaluation, origin: str, name: str, family: str
 ) -> tuple[Published, ...]:
-    """Return what others have published of this network on this data."""
+    """Return the published results of this network on this data."""
     row = published_on_cifar(origin, name)
     if not row and len(evaluation.classes) == 1000:
         row = IMAGENET.get((family, name))

@@ -1,4 +1,4 @@
-"""The trained model and the image files of a prediction."""
+"""Inputs of prediction commands: the trained model and the image files."""
 
 import glob
 import os
@@ -17,38 +17,40 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 
 def load_trained(weights: str, config_file: str = "", options: Sequence[str] = ()) -> LoadedModel:
-    """Load a trained model whose classes are known.
+    """Load a trained model with the names of its classes.
 
     Args:
-        weights: its checkpoint.
-        config_file: empty for the ``config.yaml`` that training wrote next to the checkpoint.
-        options: alternating keys and values that override the config.
+        weights: The path of a checkpoint.
+        config_file: The config of the checkpoint. If empty, the ``config.yaml`` that training
+            wrote next to the checkpoint is used.
+        options: Alternating keys and values that override the config.
 
     Raises:
-        UserError: a file is missing or does not fit the config, or the config names no classes.
+        UserError: If a file is missing or does not match the config, or if the config has no
+            class names.
     """
     if not os.path.isfile(weights):
-        raise UserError(f"There is no checkpoint {weights}. Give the path of a .pth file.")
+        raise UserError(f"The checkpoint {weights} does not exist. Give the path of a .pth file.")
     config_file = config_file or config_next_to(weights)
     if not config_file:
         raise UserError(
-            f"There is no config.yaml next to {weights}, as training writes it. Name the config "
-            "of the checkpoint with --config-file."
+            f"There is no config.yaml next to {weights}, where training writes it. Give the "
+            "config of the checkpoint with --config-file."
         )
     found = find_model(config_file=config_file, weights=weights, options=options)
     if not found.cfg.DATASETS.CLASSES:
         _take_classes(found.cfg)
     if not found.cfg.DATASETS.CLASSES:
         raise UserError(
-            f"{config_file} does not name the classes (DATASETS.CLASSES), as the config.yaml in a "
-            "run's output folder does. Use that one."
+            f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
+            "in the output folder of the run."
         )
     check_augmentation(found.cfg)
     return found.build()
 
 
 def _take_classes(cfg: CfgNode) -> None:
-    """Take the classes of the data sets in a config, if they are known without files."""
+    """Copy the class names of the config's data sets, if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
         if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
@@ -58,10 +60,10 @@ def _take_classes(cfg: CfgNode) -> None:
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:
-    """Return the image files that paths, folders and shell patterns name, sorted, each once.
+    """Return the sorted image files that match paths, folders and glob patterns.
 
     Raises:
-        UserError: one of them names no image.
+        UserError: If one of the inputs matches no image.
     """
     found: set[str] = set()
     for name in inputs:
@@ -69,12 +71,12 @@ def find_images(inputs: Iterable[str]) -> list[str]:
             paths = [os.path.join(name, entry) for entry in os.listdir(name)]
             paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         else:
-            # A file's own name comes first: it may hold characters that a pattern has, too.
+            # Check for a file first: its name may contain special characters of patterns.
             paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
         paths = [path for path in paths if os.path.isfile(path)]
         if not paths:
             raise UserError(
-                f"{name} names no image. Expected an image file, a folder that holds images "
+                f"{name} matches no image. Expected an image file, a folder with images "
                 f"({', '.join(IMAGE_SUFFIXES)}), or a pattern such as 'images/*.jpg'."
             )
         found.update(paths)
@@ -86,13 +88,15 @@ def make_output_folder(path: str) -> None:
     try:
         os.makedirs(path or ".", exist_ok=True)
     except OSError as error:
-        raise UserError(f"The output folder {path} can't be made: {error}.") from error
+        raise UserError(
+            f"The output folder {path} can't be created: {error}. Choose another folder."
+        ) from error
 
 
 def check_all_read(broken: list[str], images: int, json_file: str) -> None:
-    """Raise UserError if images were left out, with what was wrong with each."""
+    """Raise UserError, with the reasons, if some images could not be read."""
     if broken:
         raise UserError(
-            f"{len(broken)} of {images} images can't be read; {json_file} holds the predictions "
-            "of the others:\n" + "\n".join(broken[:10])
+            f"{len(broken)} of {images} images can't be read; {json_file} has the predictions "
+            "for the others:\n" + "\n".join(broken[:10])
         )

@@ -1,4 +1,7 @@
-"""The backbones, a file for each family of architectures; importing it registers all by name."""
+"""Backbones, with one file per family of architectures.
+
+Importing this package registers all backbones by name.
+"""
 
 from senet_transfer.models.backbones import (  # noqa: F401
     bn_inception,

@@ -1,7 +1,7 @@
-"""Residual blocks with SE, and stems, as Detectron2 building blocks.
+"""Residual blocks with SE, and stems, as subclasses of Detectron2's blocks.
 
-The convolutions and their norms are Detectron2's own, so a block here has its plain counterpart's
-parameters under the same names, and those of the gates under ``se``.
+Convolutions and norms are Detectron2's. The parameters of a block therefore have the same names as
+in its plain counterpart; those of the gate are under ``se``.
 """
 
 from typing import Any
@@ -20,28 +20,35 @@ STEM_POOLS = ("pad", "ceil")
 
 
 class SEBlock(CNNBlockBase):
-    """What a residual block becomes one with SE by: the gate and the sum with the shortcut."""
+    """Mixin that adds SE to a residual block: the gate and the sum with the shortcut."""
 
     def __init__(self, *channels: int, se: SEOptions = SEOptions(), **options: Any):
         super().__init__(*channels, **options)
         check_not_mixture(se)
         if se.placement == "3x3" and not hasattr(self, "conv3"):
             raise UserError(
-                "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
-                "basic blocks (ResNet-18 and -34) are none. Take another placement or depth 50 up."
+                "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, "
+                "but ResNet-18 and -34 have basic blocks. Use another placement, or depth 50 or "
+                "more."
             )
-        gated = {"pre": self.in_channels, "3x3": self.conv2.out_channels}
         self.placement = se.placement
         self.relu_before = se.relu_before
-        self.se = se.operator(gated.get(se.placement, self.out_channels))
+        if se.placement == "pre":
+            gated = self.in_channels
+        else:
+            gated = self.conv2.out_channels if se.placement == "3x3" else self.out_channels
+        self.se = se.operator(gated)
 
     def fold_squeeze(self) -> None:
-        """For inference, once norms are folded: see :func:`~.fused_gate.fold_squeeze`."""
+        """Fold the last convolution into the gate, for inference with folded norms.
+
+        See :func:`senet_transfer.layers.fused_gate.fold_squeeze`.
+        """
         if self.placement == "standard" and hasattr(self, "conv3") and not self.relu_before:
             fold_squeeze(self.conv3, self.se)
 
     def _join(self, x: Tensor, inner: Tensor, last: nn.Module) -> Tensor:
-        """From the block's input, and that of its last convolution, to its output."""
+        """Compute the block's output from the inputs of the block and of its last convolution."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
         if self.placement == "identity":
             out = self.se.join(shortcut, last(inner))
@@ -56,26 +63,26 @@ class SEBlock(CNNBlockBase):
 
 
 class SEBasicBlock(SEBlock, BasicBlock):
-    """The residual block of two 3x3 convolutions (ResNet-18 and -34), with SE.
+    """Residual block of two 3x3 convolutions (ResNet-18 and -34) with SE.
 
-    Takes the arguments of Detectron2's ``BasicBlock`` and ``se``.
+    The arguments are those of Detectron2's ``BasicBlock``, and ``se``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
         out = F.relu_(self.conv1(out))
         return self._join(x, out, self.conv2)
 
 
 class SEBottleneckBlock(SEBlock, BottleneckBlock):
-    """The bottleneck of ResNet-50 up and of ResNeXt, with SE.
+    """Bottleneck block of ResNeXt and of ResNet-50 and deeper, with SE.
 
-    Takes the arguments of Detectron2's ``BottleneckBlock`` and ``se``.
+    The arguments are those of Detectron2's ``BottleneckBlock``, and ``se``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
         out = F.relu_(self.conv1(out))
         out = F.relu_(self.conv2(out))
@@ -85,12 +92,14 @@ class SEBottleneckBlock(SEBlock, BottleneckBlock):
 
 
 class _WideBottleneck(CNNBlockBase):
-    """The convolutions of :class:`SENet154Block`."""
+    """Convolutions of :class:`SENet154Block`."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride)
 
-        def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+        def conv(
+            inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+        ) -> Conv2d:
             return _conv(inputs, outputs, kernel, stride=stride, groups=groups, norm=norm)
 
         width = out_channels // 2
@@ -104,21 +113,21 @@ class _WideBottleneck(CNNBlockBase):
 
 
 class SENet154Block(SEBlock, _WideBottleneck):
-    """The bottleneck of SENet-154 (paper, appendix; the authors' network definition), with SE.
+    """Bottleneck block of SENet-154 (paper, appendix; the authors' network definition), with SE.
 
-    The 3x3 convolution is as wide as the output and has 64 groups, the first 1x1 has half of
-    that, the stride is in the 3x3, and a shortcut that changes resolution is a 3x3 convolution.
+    The 3x3 convolution has 64 groups, the stride, and as many channels as the output. The first 1x1
+    convolution has half as many channels. A shortcut that changes resolution is a 3x3 convolution.
     """
 
     forward = SEBottleneckBlock.forward
 
 
 def check_not_mixture(se: SEOptions) -> None:
-    """Raises UserError for the placement that only shake networks have."""
+    """Raise UserError for the placement "mixture", which only shake-shake networks support."""
     if se.placement == "mixture":
         raise UserError(
-            "The SE placement 'mixture' means after a shake block has mixed its two branches, and "
-            "this network has one branch a block. Take another placement, such as 'standard'."
+            "The SE placement is 'mixture', the gate after the mixture of two branches, but this "
+            "network has one branch per block. Use another placement, such as 'standard'."
         )
 
 
@@ -146,10 +155,10 @@ def _stem_pool(x: Tensor, pool: str) -> Tensor:
 
 
 class ResNetStem(BasicStem):
-    """Detectron2's stem (7x7 convolution, max pool) with a choice of how the pool ends.
+    """Detectron2's stem (7x7 convolution and max pool) with an option for the pool's padding.
 
-    Both choices give maps of the same size where the input's sides are multiples of 4, so nothing
-    but the accuracy tells that a file of the other kind was loaded.
+    If the sides of the input are multiples of 4, both options give feature maps of the same size.
+    Loading a file for the other option would therefore only show in a lower accuracy.
     """
 
     def __init__(
@@ -158,24 +167,25 @@ class ResNetStem(BasicStem):
         """
         Args:
             in_channels: channels of the image.
-            out_channels: channels of the output, of stride 4.
+            out_channels: channels of the output, which has stride 4.
             norm: Detectron2's name of the norm after the convolution.
-            pool: "pad", padding of 1 on every side (torchvision, Detectron2); "ceil", no padding
-                and the last window cut off by the edge (the authors' Caffe files and their ports).
+            pool: "pad" for a padding of 1 on every side (torchvision, Detectron2), or "ceil" for no
+                padding and a last window that is clipped at the edge (the authors' Caffe files and
+                files converted from them).
         """
         super().__init__(in_channels, out_channels, norm=norm)
         check_choice("The stem pool", pool, STEM_POOLS)
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
         return _stem_pool(F.relu_(self.conv1(x)), self.pool)
 
 
 class SENet154Stem(CNNBlockBase):
-    """SENet-154's stem: three 3x3 convolutions of 64, 64 and 128 channels, and the max pool.
+    """Stem of SENet-154: three 3x3 convolutions with 64, 64 and 128 channels, and a max pool.
 
-    Takes the arguments of :class:`ResNetStem`.
+    The arguments are those of :class:`ResNetStem`.
     """
 
     def __init__(
@@ -190,7 +200,7 @@ class SENet154Stem(CNNBlockBase):
         self.conv3 = _conv(width, out_channels, 3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.relu_(conv(x))
         return _stem_pool(x, self.pool)

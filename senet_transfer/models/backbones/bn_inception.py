@@ -2,14 +2,14 @@
 
 Network: Ioffe and Szegedy 2015, "Batch Normalization", as in the SENet authors' network definition,
 which differs from the paper's figure in two widths and in the last module's max pool. Its
-max pools of stride 2 have no padding and cut their last window off at the edge.
+max pools of stride 2 have no padding, and their last window is clipped at the edge.
 
-With SE (the paper's Figure 2; the authors' released SE-BN-Inception), what is gated is the whole
-module: the concatenation of its branches, in all ten modules, those of stride 2 included. With
-r = 16 that adds 646,398 parameters to 11,285,224 with 1000 classes.
+With SE (the paper's Figure 2; the authors' released SE-BN-Inception), the gate is applied to the
+concatenated branches of a module. All ten modules have a gate, including those of stride 2. With
+r = 16, the gates add 646,398 parameters to 11,285,224 with 1000 classes.
 
-Modules stand where their output's resolution is: 3a and 3b in res3, 3c to 4d in res4, 4e to 5b in
-res5. Stage 2 has two plain convolutions and nothing to gate.
+Modules are assigned to stages by the resolution of their output: 3a and 3b are in res3, 3c to 4d in
+res4, 4e to 5b in res5. Stage 2 consists of two plain convolutions and has no gate.
 """
 
 import torch
@@ -24,8 +24,9 @@ from senet_transfer.models.backbones.builder import build_backbone, check_se, st
 from senet_transfer.models.backbones.common import MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 
-# Of each module the channels of its branches: the 1x1; the 3x3 after a 1x1; two 3x3 after a 1x1;
-# the 1x1 after a pool, and that pool. Modules of stride 2 lack the first and the last.
+# Channels of the branches of each module: the 1x1; a 1x1 and a 3x3; a 1x1 and two 3x3; the 1x1
+# after the pool, and the type of the pool. Modules of stride 2 have neither the first branch nor
+# the 1x1 after the pool.
 MODULES = {
     3: (
         (64, (64, 64), (64, 96), 32, "avg"),
@@ -47,7 +48,7 @@ MODULES = {
 
 
 class ConvPair(CNNBlockBase):
-    """The 1x1 and the 3x3 convolution before the modules."""
+    """Pair of a 1x1 and a 3x3 convolution before the Inception modules."""
 
     def __init__(self, in_channels: int, inner: int, out_channels: int, *, norm: str):
         super().__init__(in_channels, out_channels, 1)
@@ -55,12 +56,12 @@ class ConvPair(CNNBlockBase):
         self.conv2 = make_conv(inner, out_channels, 3, norm=norm, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
         return self.conv2(self.conv1(x))
 
 
 class InceptionBlock(CNNBlockBase):
-    """An Inception module, with or without SE on what its branches are concatenated to."""
+    """Inception module, with or without SE on its concatenated branches."""
 
     def __init__(
         self,
@@ -77,13 +78,13 @@ class InceptionBlock(CNNBlockBase):
         """
         Args:
             in_channels: channels of the input.
-            one: channels of the 1x1 branch; 0 is a module of stride 2, which has none.
-            three: of the 1x1 and the 3x3 of the second branch.
-            double: of the 1x1 and of both 3x3 of the third branch.
-            projection: of the 1x1 after the pool; 0 for none.
-            pool: "avg" or "max".
+            one: channels of the 1x1 branch; 0 builds a module of stride 2 without this branch.
+            three: channels of the 1x1 and the 3x3 convolution of the second branch.
+            double: channels of the 1x1 and of each 3x3 convolution of the third branch.
+            projection: channels of the 1x1 convolution after the pool; 0 for no convolution.
+            pool: type of the pool, "avg" or "max".
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a module without SE.
         """
         outputs = one + three[1] + double[1] + (projection or in_channels)
         stride = 1 if one else 2
@@ -106,7 +107,7 @@ class InceptionBlock(CNNBlockBase):
         self.se = None if se is None else se.operator(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         pooled = self._pooled(x)
         branches = [
             None if self.branch_1x1 is None else self.branch_1x1(x),
@@ -119,8 +120,8 @@ class InceptionBlock(CNNBlockBase):
 
     def _pooled(self, x: Tensor) -> Tensor:
         if self.stride == 2:
-            # The definition can't take odd sides, where its pool and its convolutions give maps
-            # of two sizes. Padding those sides alone makes them one.
+            # If a side is odd, the pool and the convolutions of the original definition give
+            # feature maps of different sizes. Padding the pool's input on odd sides avoids this.
             odd = (x.shape[2] % 2, x.shape[3] % 2)
             return F.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True)
         pool = F.avg_pool2d if self.pool == "avg" else F.max_pool2d
@@ -137,7 +138,7 @@ def build_bn_inception(
 ) -> ResNet:
     """Build BN-Inception.
 
-    "stem" and "res2" have stride 4; "res3" ends with module 3b, "res4" with 4d.
+    The features "stem" and "res2" have stride 4; "res3" ends with module 3b, "res4" with 4d.
     """
     check_se(se, "BN-Inception", stages=(3, 4, 5))
     stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]

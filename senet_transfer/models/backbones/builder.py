@@ -1,11 +1,11 @@
-"""Parts that the builders of all backbones share: the container of stages, checks of options.
+"""Common parts of the builders of all backbones: the container of stages and checks of options.
 
-A builder is a function with keyword arguments only, all of which but its own have a default:
+A builder is a function that takes only keyword arguments. All builders have these, with defaults:
 
-- ``se: SEOptions | None``: the SE variant; None is the plain network.
+- ``se: SEOptions | None``: the SE variant; None builds the plain network.
 - ``norm``: Detectron2's name of a norm.
 - ``in_channels``: channels of the image.
-- ``out_features``: names of the stages to return; None is the last one.
+- ``out_features``: names of the stages to return; None returns the last one.
 - ``freeze_at``: number of stages to freeze, counted from the stem.
 """
 
@@ -20,7 +20,7 @@ from senet_transfer.layers.squeeze_excitation import SEOptions
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
 
-# Of the networks for 32x32 images.
+# Features of the networks for 32x32 images.
 CIFAR_FEATURES = FEATURES[:4]
 
 StemAndStages = tuple[CNNBlockBase, list[list[CNNBlockBase]]]
@@ -34,17 +34,17 @@ def build_backbone(
     freeze_at: int,
     features: tuple[str, ...] = FEATURES,
 ) -> ResNet:
-    """Return Detectron2's container of a stem and stages.
+    """Build a Detectron2 backbone from a stem and stages.
 
     Args:
         stem: the first block.
         stages: the blocks of each stage.
-        out_features: the stages to return, of ``features``; None is the last one.
-        freeze_at: number of stages to freeze, counted from the stem; 0 for none.
-        features: the names of the stem and the stages.
+        out_features: names of the stages to return, from ``features``; None returns the last one.
+        freeze_at: number of stages to freeze, counted from the stem; 0 freezes nothing.
+        features: names of the stem and the stages.
 
     Raises:
-        UserError: ``out_features`` or ``freeze_at`` is invalid.
+        UserError: if ``out_features`` or ``freeze_at`` is invalid.
     """
     _check_out_features(out_features, features)
     _check_freeze_at(freeze_at, features)
@@ -54,14 +54,14 @@ def build_backbone(
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Decorate a builder that returns a stem and stages, as version 0.1 had them.
+    """Decorate a builder in the style of version 0.1, which returns a stem and stages.
 
-    Deprecated, removed in version 0.3: state all keyword arguments and return
-    :func:`build_backbone`. Options of the decorated function's own can be fixed when the model is
-    registered, and not overridden later.
+    Deprecated; will be removed in version 0.3. Write a builder that has all keyword arguments and
+    returns the result of :func:`build_backbone`. Additional arguments of the decorated function can
+    only be set when the model is registered.
 
     Args:
-        features: the names of the stem and the stages.
+        features: names of the stem and the stages.
     """
     warnings.warn(
         "trunk_builder is deprecated and will be removed in version 0.3: return build_backbone("
@@ -91,21 +91,21 @@ def trunk_builder(
 
 
 def _check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
-    """Raise UserError unless these are names of features, or None."""
+    """Raise UserError unless ``out_features`` is None or a list of names of features."""
     if out_features is None:
         return
-    # Not lists alone: a LazyConfig has a sequence of its own.
+    # Accept any sequence, because LazyConfig's lists are not instances of list.
     named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
     named = named and len(out_features) > 0
     if not named or any(name not in features for name in out_features):
         raise UserError(
-            f"out_features is {out_features!r}, expected a list with names of "
+            f"out_features is {out_features!r}, expected a list with names from "
             f"{', '.join(features)}."
         )
 
 
 def _check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
-    """Raise UserError unless this many stages of a backbone can be frozen."""
+    """Raise UserError unless ``freeze_at`` is a valid number of stages."""
     if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(
             f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "
@@ -120,33 +120,33 @@ def check_se(
     stages: tuple[int, ...],
     placements: tuple[str, ...] = ("standard",),
 ) -> None:
-    """Raises UserError for what SE can't be in a network.
+    """Raise UserError if a network does not support an SE variant.
 
     Args:
-        se: what is asked for; None for none.
-        network: its name, for the message.
-        stages: those that have something to gate.
-        placements: those that mean something in it.
+        se: the SE variant; None for a network without SE.
+        network: the name of the network for error messages.
+        stages: the stages that can have gates.
+        placements: the supported placements.
     """
     if se is None:
         return
     if se.placement not in placements:
         raise UserError(
-            f"The SE placement is {se.placement!r}, and {network} has: {', '.join(placements)}. "
-            "The others are of other kinds of residual blocks."
+            f"The SE placement is {se.placement!r}, but {network} supports only: "
+            f"{', '.join(placements)}. Use one of these."
         )
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is of one family of ResNet-18 and -34, and "
-            f"{network} doesn't have it. Leave it at False."
+            "A ReLU before the gate (se_relu_before) is only available for ResNets, and "
+            f"{network} doesn't support it. Set it to False."
         )
     if not set(se.stages) & set(stages):
         raise UserError(
-            f"The stages with SE are {tuple(se.stages)}, and {network} has something to gate in "
-            f"{', '.join(map(str, stages))}. Name some of these, or take the network without SE."
+            f"The stages with SE are {tuple(se.stages)}, but {network} supports SE in stages "
+            f"{', '.join(map(str, stages))}. Choose from these, or use the network without SE."
         )
 
 
 def stage_se(se: SEOptions | None, stage: int) -> SEOptions | None:
-    """The SE of a stage: None where it has none."""
+    """Return the SE variant of a stage, or None if the stage has no SE."""
     return se if se is not None and stage in se.stages else None

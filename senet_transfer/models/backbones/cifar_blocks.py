@@ -1,13 +1,16 @@
-"""What the networks for 32x32 images are made of: the stem, the sum with SE, pre-activation blocks.
+"""Building blocks of the networks for 32x32 images: the stem and pre-activation blocks.
 
 Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation);
 Zagoruyko and Komodakis 2016 (wide).
 
-Where SE sits in a pre-activation block, whose norms and ReLUs come before its convolutions:
-"standard" gates what the last convolution gives, "identity" the shortcut, "post" the sum, which no
-ReLU follows there, "3x3" what the last 1x1 convolution of a bottleneck gets. "pre" gates what
-enters the branch: the block's input, or in a block whose shortcut starts after the first norm and
-ReLU what comes out of these.
+In a pre-activation block, norms and ReLUs precede the convolutions. The placements of SE are:
+
+- "standard": the output of the last convolution.
+- "identity": the shortcut.
+- "post": the sum, which no ReLU follows.
+- "3x3": the input of the last 1x1 convolution of a bottleneck.
+- "pre": the input of the branch. This is the block's input, or the output of the first norm and
+  ReLU if the shortcut starts after them.
 """
 
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from senet_transfer.models.backbones.common import GatedBlock, make_conv, make_n
 
 
 class CifarStem(CNNBlockBase):
-    """A 3x3 convolution of stride 1, with what follows it in the network."""
+    """Stem with a 3x3 convolution of stride 1, optionally followed by a norm and a ReLU."""
 
     def __init__(
         self,
@@ -36,34 +39,34 @@ class CifarStem(CNNBlockBase):
         """
         Args:
             in_channels: channels of the image.
-            out_channels: channels of the output, of stride 1.
-            norm: Detectron2's name of the norm after the convolution; None for none.
-            relu: whether a ReLU ends the stem.
+            out_channels: channels of the output, which has stride 1.
+            norm: Detectron2's name of the norm after the convolution; None for no norm.
+            relu: whether the stem ends with a ReLU.
         """
         super().__init__(in_channels, out_channels, 1)
         self.conv1 = make_conv(in_channels, out_channels, 3, norm=norm)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
         x = self.conv1(x)
         return F.relu_(x) if self.relu else x
 
 
 class NormReLU(CNNBlockBase):
-    """The norm and ReLU that end a pre-activation network; a part of its last stage."""
+    """Final norm and ReLU of a pre-activation network, as a block of its last stage."""
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__(channels, channels, 1)
         self.norm = make_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of ``x``."""
+        """Apply the norm and the ReLU; the shape of ``x`` does not change."""
         return F.relu_(self.norm(x))
 
 
 class PaddedShortcut(nn.Module):
-    """The shortcut without parameters (He et al., option A): every n-th pixel, zero channels."""
+    """Shortcut without parameters (He et al., option A): subsampling and zero-padded channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -71,13 +74,13 @@ class PaddedShortcut(nn.Module):
         self.added = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.added))
 
 
 class PreActBlock(GatedBlock):
-    """A residual block of norm, ReLU and convolution, two or three times, with or without SE."""
+    """Pre-activation residual block with two or three convolutions, with or without SE."""
 
     def __init__(
         self,
@@ -95,26 +98,28 @@ class PreActBlock(GatedBlock):
         Args:
             in_channels: channels of the input.
             out_channels: channels of the output.
-            bottleneck_channels: None for two 3x3 convolutions; else the width of the 3x3
-                convolution between two 1x1, of which the first has the stride.
-            stride: of the block.
+            bottleneck_channels: width of the 3x3 convolution of a bottleneck, in which the first
+                1x1 convolution has the stride; None builds a block of two 3x3 convolutions.
+            stride: stride of the block.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a block without SE.
             projection: whether a shortcut that changes shape is a 1x1 convolution; otherwise it
                 is a :class:`PaddedShortcut`.
-            shared: whether the shortcut starts after the first norm and ReLU; None: where it
-                changes shape.
+            shared: whether the shortcut starts after the first norm and ReLU. With None, it does
+                if it changes shape.
 
         Raises:
-            UserError: a placement of SE that the block hasn't.
+            UserError: if the block does not support the SE placement.
         """
         super().__init__(in_channels, out_channels, stride)
         changes = in_channels != out_channels or stride != 1
         self.shared = changes if shared is None else shared
         self.shortcut = self._make_shortcut(stride, projection) if changes else None
-        inner, kernels = bottleneck_channels, (1, 3, 1)
-        if inner is None:
+        kernels: tuple[int, ...]
+        if bottleneck_channels is None:
             inner, kernels = out_channels, (3, 3)
+        else:
+            inner, kernels = bottleneck_channels, (1, 3, 1)
         widths = [in_channels, *[inner] * (len(kernels) - 1), out_channels]
         self.depth = len(kernels)
         for index, kernel in enumerate(kernels):
@@ -133,7 +138,7 @@ class PreActBlock(GatedBlock):
         return PaddedShortcut(self.in_channels, self.out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         if self.shared:
             x = F.relu_(self.norm1(x))
             out = self.conv1(self._enter(x))
@@ -142,33 +147,35 @@ class PreActBlock(GatedBlock):
         out = self.conv2(F.relu_(self.norm2(out)))
         if self.depth == 3:
             out = F.relu_(self.norm3(out))
-            out = self.conv3(self.se(out) if self.placement == "3x3" else out)
+            if self.se is not None and self.placement == "3x3":
+                out = self.se(out)
+            out = self.conv3(out)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return self._leave(self._sum(out, shortcut))
 
 
 def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
-    """Raises UserError for what SE can't be in a pre-activation block."""
+    """Raise UserError if a pre-activation block does not support an SE variant."""
     check_not_mixture(se)
     check_cifar_se(se)
     if se.placement == "3x3" and not bottleneck:
         raise UserError(
-            "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and this "
-            "network has basic blocks. Take another placement, or a network of bottlenecks."
+            "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, but "
+            "this network has basic blocks. Use another placement, or a network with bottlenecks."
         )
 
 
 def check_cifar_se(se: SEOptions) -> None:
-    """Raises UserError for what SE can't be in any network for CIFAR."""
+    """Raise UserError if no network for CIFAR supports an SE variant."""
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is of one family of ResNet-18 and -34, and "
-            "networks for CIFAR don't have it. Leave it at False."
+            "A ReLU before the gate (se_relu_before) is only available for ResNets for ImageNet; "
+            "networks for CIFAR don't support it. Set it to False."
         )
     if not set(se.stages) & {2, 3, 4}:
         raise UserError(
-            f"The stages with SE are {tuple(se.stages)}, and the network has stages 2, 3 and 4. "
-            "Name some of these, or take the network without SE."
+            f"The stages with SE are {tuple(se.stages)}, but the network has stages 2, 3 and 4. "
+            "Choose from these, or use the network without SE."
         )
 
 
@@ -183,21 +190,22 @@ def preact_parts(
     projection: bool = True,
     shares: bool = False,
 ) -> StemAndStages:
-    """The parts of a pre-activation backbone of three stages.
+    """Build the stem and the three stages of a pre-activation backbone.
 
     Args:
-        widths: channels of the stages' outputs.
-        blocks: of each stage.
+        widths: channels of the output of each stage.
+        blocks: number of blocks per stage.
         in_channels: channels of the image.
-        se: the SE variant; None is the plain network.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
-        bottleneck: whether the blocks are bottlenecks, of a quarter of the width.
+        bottleneck: whether the blocks are bottlenecks, whose 3x3 convolution has a quarter of the
+            stage's channels.
         projection: see :class:`PreActBlock`.
-        shares: whether the first block of a stage has its norm and ReLU before its shortcut even
-            where it doesn't change shape.
+        shares: whether the shortcut of a stage's first block always starts after the first norm and
+            ReLU, even if it does not change shape.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: if the network does not support the SE variant.
     """
     if se is not None:
         check_preact_se(se, bottleneck=bottleneck)

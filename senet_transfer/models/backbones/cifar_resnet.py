@@ -1,15 +1,16 @@
 """Pre-activation ResNets for CIFAR: ResNet-110, ResNet-164 and any other depth.
 
-Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks", and their released code:
-the first block of every stage has its norm and ReLU before both its branch and its shortcut, a
-shortcut of basic blocks that changes shape has no parameters (option A), that of bottlenecks is a
-1x1 convolution, and the stride of a bottleneck is in its first 1x1 convolution.
+Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks", and their released code. In
+the first block of every stage, the first norm and ReLU precede both the branch and the shortcut. A
+shortcut that changes shape has no parameters in basic blocks (option A) and is a 1x1 convolution in
+bottlenecks. The stride of a bottleneck is in its first 1x1 convolution.
 
-With SE (the paper's Tables IV and V), every block gates its residual branch; other placements as in
-:mod:`senet_transfer.models.backbones.cifar_blocks`. The paper doesn't say whether its r = 16 holds
-at 16 channels, where it leaves one hidden unit; it does here, and ``se_ratio`` takes others. SE
-adds ``2 C (C // r) + C + C // r`` parameters a block of width C. With r = 16 and 10 classes that is
-14,238 to ResNet-110's 1,727,962 and 202,104 to ResNet-164's 1,703,258.
+With SE (the paper's Tables IV and V), every block gates its residual branch; for other placements,
+see :mod:`senet_transfer.models.backbones.cifar_blocks`. The paper does not state whether r = 16
+also applies to layers of 16 channels, which then have a single hidden unit. Here it does by
+default; set ``se_ratio`` to change it. SE adds ``2 C (C // r) + C + C // r`` parameters per block
+of width C. With r = 16 and 10 classes, these are 14,238 in addition to ResNet-110's 1,727,962 and
+202,104 in addition to ResNet-164's 1,703,258.
 """
 
 from detectron2.modeling.backbone.resnet import ResNet
@@ -23,7 +24,7 @@ from senet_transfer.preprocessing import CIFAR10
 
 BLOCKS = ("basic", "bottleneck")
 
-# The depths that the paper gives for bottlenecks; they mean these without being told.
+# Depths of the paper's networks with bottlenecks, which are the default for these depths.
 BOTTLENECK_DEPTHS = (164, 1001)
 
 
@@ -37,21 +38,22 @@ def build_cifar_resnet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build a pre-activation ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    """Build a pre-activation ResNet with stages res2 to res4, which have strides 1, 2 and 4.
 
-    Only res4 ends with a norm and ReLU, as in the network.
+    Only res4 ends with a norm and a ReLU.
 
     Args:
-        depth: layers with weights: 6n + 2 of basic blocks, 9n + 2 of bottlenecks.
-        block: "basic" or "bottleneck"; None is bottlenecks for depth 164 and 1001, else basic.
-        se: the SE variant; None is the plain network.
+        depth: number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+        block: "basic" or "bottleneck"; None uses bottlenecks for depth 164 and 1001, and basic
+            blocks for other depths.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
         in_channels: channels of the image.
-        out_features: names of the stages to return; None is the last one.
+        out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: no network of these blocks has this depth.
+        UserError: if no network with these blocks has this depth.
     """
     if block is not None:
         check_choice("The block", block, BLOCKS)
@@ -61,8 +63,8 @@ def build_cifar_resnet(
     if rest or blocks < 1:
         near = max(round((depth - 2) / layers), 1) * layers + 2
         raise UserError(
-            f"A CIFAR ResNet of {kind} has {layers}n + 2 layers, so {depth} is none. The nearest "
-            f"is {near}; block= takes the other kind of block."
+            f"The depth is {depth}, but a CIFAR ResNet with {kind} has {layers}n + 2 layers. The "
+            f"nearest depth is {near}; set block to use the other kind of block."
         )
     stem, stages = preact_parts(
         widths=(64, 128, 256) if bottleneck else (16, 32, 64),

@@ -1,4 +1,4 @@
-"""What backbones of several families are made of."""
+"""Building blocks that several families of backbones use."""
 
 import math
 
@@ -9,23 +9,24 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Of Detectron2's "GN".
+# Number of groups of Detectron2's "GN".
 _NORM_GROUPS = 32
 
 _EPS = 1e-5
 
 
 def make_norm(norm: str, channels: int, eps: float = _EPS) -> nn.Module:
-    """Detectron2's norm of a name.
+    """Build a norm from Detectron2's name of it.
 
     Raises:
-        UserError: group norm can't divide so few channels.
+        UserError: if the norm is GN and its groups don't divide the channels.
     """
     if norm == "GN" and channels % _NORM_GROUPS:
         raise UserError(
-            f"The norm is GN, which has {_NORM_GROUPS} groups, and the network has layers of "
-            f"{channels} channels. Take BN, SyncBN or FrozenBN."
+            f"The norm is GN, which has {_NORM_GROUPS} groups, but the network has layers of "
+            f"{channels} channels. Use BN, SyncBN or FrozenBN."
         )
     layer = get_norm(norm, channels)
     layer.eps = eps
@@ -45,19 +46,19 @@ def make_conv(
     bias: bool = False,
     eps: float = _EPS,
 ) -> Conv2d:
-    """A convolution with the norm and the ReLU after it, if any.
+    """Build a convolution, optionally followed by a norm and a ReLU.
 
     Args:
-        inputs: channels.
-        outputs: likewise.
-        kernel: its size, or height and width.
-        stride: in pixels.
-        groups: of the channels.
-        norm: Detectron2's name of a norm; None for none.
-        relu: whether a ReLU ends it.
-        pad: whether the map keeps its size up to the stride; otherwise it loses its border.
-        bias: whether it has one.
-        eps: of the norm.
+        inputs: number of input channels.
+        outputs: number of output channels.
+        kernel: kernel size, or its height and width.
+        stride: stride in pixels.
+        groups: number of groups.
+        norm: Detectron2's name of a norm; None for no norm.
+        relu: whether to add a ReLU.
+        pad: whether to pad the feature map by half the kernel size; otherwise it is not padded.
+        bias: whether the convolution has a bias.
+        eps: epsilon of the norm.
     """
     height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     conv = Conv2d(
@@ -73,13 +74,14 @@ def make_conv(
     )
     weight_init.c2_msra_fill(conv)
     if 1 < groups == inputs:
-        # The initialisation counts all outputs, of which an input of a depthwise one reaches one.
+        # c2_msra_fill computes the fan-out over all output channels, but in a depthwise convolution
+        # each input channel is connected to a single output channel.
         nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
     return conv
 
 
 class Chain(CNNBlockBase):
-    """Blocks in a row as one block, such as a stem."""
+    """Sequence of blocks that acts as one block, such as a stem."""
 
     def __init__(self, *blocks: CNNBlockBase):
         stride = math.prod(block.stride for block in blocks)
@@ -88,56 +90,56 @@ class Chain(CNNBlockBase):
             self.add_module(str(index), block)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         for block in self.children():
             x = block(x)
         return x
 
 
 class MaxPool(CNNBlockBase):
-    """A max pool of stride 2 where it stands between blocks, and so is one."""
+    """Max pool of stride 2 as a block of a stage."""
 
     def __init__(self, channels: int, *, kernel: int = 3, padding: int = 0, ceil: bool = False):
         """
         Args:
-            channels: of the map.
-            kernel: size of the window, in pixels.
-            padding: of every side, in pixels.
-            ceil: whether the edge may cut the last window off.
+            channels: channels of the feature map.
+            kernel: size of the window in pixels.
+            padding: padding on every side in pixels.
+            ceil: whether to add a last window that is clipped at the edge (``ceil_mode``).
         """
         super().__init__(channels, channels, 2)
-        self.options = {"kernel_size": kernel, "padding": padding, "ceil_mode": ceil}
+        self.kernel, self.padding, self.ceil = kernel, padding, ceil
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to ``(N, channels, H / 2, W / 2)``."""
-        return F.max_pool2d(x, stride=2, **self.options)
+        """Map ``(N, channels, H, W)`` to ``(N, channels, H / 2, W / 2)``."""
+        return F.max_pool2d(x, self.kernel, stride=2, padding=self.padding, ceil_mode=self.ceil)
 
 
 class GatedBlock(CNNBlockBase):
-    """A residual block whose sum with the shortcut may be gated.
+    """Base class of residual blocks with an optional gate outside of their branches.
 
     Attributes:
-        placement: of its SE; None without.
-        se: the gate, where it is not inside a branch.
+        placement: placement of SE; None for a block without SE.
+        se: the gate; None if there is none or it is inside of a branch.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, stride)
         self.placement: str | None = None
-        self.se: nn.Module | None = None
+        self.se: SqueezeExcitation | None = None
 
     def _enter(self, x: Tensor) -> Tensor:
-        """What a branch gets of the block's input."""
-        return self.se(x) if self.placement == "pre" else x
+        """Return the input of the branch, which the placement "pre" gates."""
+        return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
-        """``scale * residual + shortcut``, gated; the gate sees what is not scaled yet."""
+        """Return ``scale * residual + shortcut`` with SE; the gate's input is not scaled."""
         if self.se is not None and self.placement in ("standard", "mixture"):
             return self.se.join(residual, shortcut, scale)
-        if self.placement == "identity":
+        if self.se is not None and self.placement == "identity":
             return self.se.join(shortcut, scale * residual if scale != 1 else residual)
         return torch.add(shortcut, residual, alpha=scale)
 
     def _leave(self, x: Tensor) -> Tensor:
-        """What leaves the block of the sum."""
-        return self.se(x) if self.placement == "post" else x
+        """Return the block's output, which the placement "post" gates."""
+        return self.se(x) if self.se is not None and self.placement == "post" else x

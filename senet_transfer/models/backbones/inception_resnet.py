@@ -1,17 +1,18 @@
 """Inception-ResNet-v2, with and without SE.
 
 Network: Szegedy et al. 2017, "Inception-v4, Inception-ResNet and the Impact of Residual Connections
-on Learning", as its authors published it in TensorFlow and as timm and ``pretrainedmodels`` carry
-it, whose widths differ from the paper's figures.
+on Learning", in the version that its authors published in TensorFlow and that timm and
+``pretrainedmodels`` provide. Its widths differ from the paper's figures.
 
-With SE, each of the 40 residual blocks gates its residual branch, after the 1x1 convolution that
-ends it and before it is scaled for the sum; the modules that change resolution have no identity
-branch and no gate. The paper says no more than "similar schemes" (section 3.3). With r = 16 that
-adds 8,543,980 parameters to 55,843,464 with 1000 classes.
+With SE, each of the 40 residual blocks gates its residual branch, between the last 1x1 convolution
+of the branch and the scaling for the sum. The modules that change resolution have no identity
+branch and no gate. The SENet paper only mentions "similar schemes" (section 3.3). With r = 16, the
+gates add 8,543,980 parameters to 55,843,464 with 1000 classes.
 
-``padding="valid"`` is the published network, many of whose convolutions and pools lose the border
-of their map. ``padding="same"`` keeps it, so that a map's pixel lies where its stride says, as
-detectors and FPNs need; TensorFlow's detectors on this network do the same with the same weights.
+With ``padding="valid"``, as in the published network, many convolutions and pools are not padded.
+With ``padding="same"``, they are padded, so that feature maps are aligned with the image according
+to their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone do the
+same, with the same weights.
 """
 
 import torch
@@ -33,8 +34,8 @@ PLACEMENTS = ("standard", "pre", "post", "identity")
 
 _EPS = 1e-3
 
-# Of a residual block in res3, res4 and res5 the convolutions of its branches, each a kernel and a
-# width, how many there are, and the scale of the residual.
+# For the residual blocks of res3, res4 and res5: the convolutions of each branch, as kernel size
+# and width; the number of blocks; and the scale of the residual.
 RESIDUAL = {
     3: (((1, 32),), ((1, 32), (3, 32)), ((1, 32), (3, 48), (3, 64))),
     4: (((1, 192),), ((1, 128), ((1, 7), 160), ((7, 1), 192))),
@@ -43,7 +44,7 @@ RESIDUAL = {
 COUNTS = {3: 10, 4: 20, 5: 10}
 SCALES = {3: 0.17, 4: 0.10, 5: 0.20}
 
-# Of the modules before them, likewise; the pool is their last branch.
+# The same for the modules that precede the residual blocks; their last branch is a pool.
 MIXED = {
     3: (((1, 96),), ((1, 48), (5, 64)), ((1, 64), (3, 96), (3, 96))),
     4: (((3, 384),), ((1, 256), (3, 256), (3, 384))),
@@ -54,7 +55,7 @@ Branch = tuple[tuple[int | tuple[int, int], int], ...]
 
 
 def _branch(inputs: int, layers: Branch, *, norm: str, reduces: bool, pad: bool) -> nn.Sequential:
-    """Convolutions in a row; in a module that halves the map the last has the stride."""
+    """Build a sequence of convolutions, of which the last has stride 2 if ``reduces`` is True."""
     convs = []
     for index, (kernel, width) in enumerate(layers):
         last = reduces and index == len(layers) - 1
@@ -79,19 +80,28 @@ def _conv(
 
 
 class ConvBlock(CNNBlockBase):
-    """A convolution with norm and ReLU where it stands between blocks, and so is one."""
+    """Convolution with norm and ReLU as a block of a stage."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, **options: object):
-        super().__init__(in_channels, out_channels, options.get("stride", 1))
-        self.conv = _conv(in_channels, out_channels, kernel, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        norm: str,
+        stride: int = 1,
+        pad: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, stride)
+        self.conv = _conv(in_channels, out_channels, kernel, norm=norm, stride=stride, pad=pad)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         return self.conv(x)
 
 
 class MixedBlock(CNNBlockBase):
-    """An Inception module without a shortcut: the first of res3, and those that halve the map."""
+    """Inception module without a shortcut: the first one of res3, or one of stride 2."""
 
     def __init__(
         self,
@@ -105,11 +115,11 @@ class MixedBlock(CNNBlockBase):
         """
         Args:
             in_channels: channels of the input.
-            branches: of convolutions.
-            projection: channels of the 1x1 convolution after an average pool; 0 is a max pool of
-                stride 2 instead, as of all branches.
+            branches: convolutions of each branch.
+            projection: channels of the 1x1 convolution after an average pool; 0 builds a module of
+                stride 2 with a max pool instead.
             norm: Detectron2's name of a norm.
-            pad: whether the map keeps its border where it is halved.
+            pad: whether layers of stride 2 are padded.
         """
         outputs = sum(layers[-1][1] for layers in branches) + (projection or in_channels)
         super().__init__(in_channels, outputs, 1 if projection else 2)
@@ -121,7 +131,7 @@ class MixedBlock(CNNBlockBase):
         self.project = _conv(in_channels, projection, 1, norm=norm) if projection else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         if self.project is None:
             last = F.max_pool2d(x, 3, stride=2, padding=int(self.pad))
         else:
@@ -131,7 +141,7 @@ class MixedBlock(CNNBlockBase):
 
 
 class InceptionResidualBlock(GatedBlock):
-    """A residual block whose branch is an Inception module, with or without SE."""
+    """Residual block whose branch is an Inception module, with or without SE."""
 
     def __init__(
         self,
@@ -145,12 +155,13 @@ class InceptionResidualBlock(GatedBlock):
     ):
         """
         Args:
-            channels: of input and output.
-            branches: of convolutions, concatenated and projected back.
-            scale: of the residual in the sum.
+            channels: channels of the input and the output.
+            branches: convolutions of each branch; the branches are concatenated and projected back
+                to ``channels``.
+            scale: factor of the residual in the sum.
             relu: whether a ReLU follows the sum.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a block without SE.
         """
         super().__init__(channels, channels, 1)
         self.branches = nn.ModuleList(
@@ -164,7 +175,7 @@ class InceptionResidualBlock(GatedBlock):
             self.placement, self.se = se.placement, se.operator(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to the same."""
+        """Map ``(N, channels, H, W)`` to ``(N, channels, H, W)``."""
         entered = self._enter(x)
         residual = self.project(torch.cat([branch(entered) for branch in self.branches], dim=1))
         out = self._sum(residual, x, self.scale)
@@ -180,18 +191,19 @@ def build_inception_resnet_v2(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Inception-ResNet-v2, whose "stem" and "res2" are both of stride 4.
+    """Build Inception-ResNet-v2, whose features "stem" and "res2" both have stride 4.
 
     Args:
-        padding: "valid", the published network; "same" for maps that are aligned with the image.
-        se: the SE variant; None is the plain network.
+        padding: "valid" as in the published network, or "same" for feature maps that are aligned
+            with the image.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
         in_channels: channels of the image.
-        out_features: names of the stages to return; None is the last one.
+        out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: another padding.
+        UserError: if ``padding`` is invalid or the network does not support the SE variant.
     """
     check_choice("The padding", padding, PADDINGS)
     check_se(se, "Inception-ResNet-v2", stages=(3, 4, 5), placements=PLACEMENTS)
@@ -215,13 +227,13 @@ def build_inception_resnet_v2(
 def _stage(
     stage: int, inputs: int, *, norm: str, pad: bool, se: SEOptions | None
 ) -> list[CNNBlockBase]:
-    """A stage from res3 on; of the last one all but its last convolution."""
+    """Build one of the stages res3 to res5, without the last convolution of res5."""
     blocks: list[CNNBlockBase] = [MaxPool(inputs, padding=int(pad))] if stage == 3 else []
     projection = 64 if stage == 3 else 0
     blocks.append(MixedBlock(inputs, MIXED[stage], projection=projection, norm=norm, pad=pad))
     channels = blocks[-1].out_channels
     for index in range(COUNTS[stage]):
-        # The very last block adds its residual whole and has no ReLU.
+        # The last block of res5 adds its residual unscaled and has no ReLU.
         last = stage == 5 and index == COUNTS[stage] - 1
         blocks.append(
             InceptionResidualBlock(
@@ -236,7 +248,7 @@ def _stage(
     return blocks
 
 
-# Section 5 of the paper; mean and std are those of the published weights.
+# Sizes from section 5 of the SENet paper; mean and std of the published weights.
 _PREPROCESSING = Preprocessing(
     mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), resize=352, crop=299
 )

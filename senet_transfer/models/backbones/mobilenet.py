@@ -3,11 +3,10 @@
 Network: Howard et al. 2017, "MobileNets", Table 1: depthwise 3x3 and pointwise 1x1 convolutions,
 each with a norm and a ReLU.
 
-With SE (the paper's Table III), each of the 13 pairs of a depthwise and a pointwise convolution is
-gated as a whole, after its last ReLU, as VGG's convolutions are. The paper doesn't say where; the
-table's 4.7M parameters leave no other choice: gates after the depthwise convolutions would give
-4.6M. With r = 16 they add 486,068 parameters to 4,231,976 with 1000 classes. Stage 2 is where the
-first pair stands.
+With SE (the paper's Table III), a gate follows the last ReLU of each of the 13 pairs of a depthwise
+and a pointwise convolution. The paper does not specify the position, but it follows from the 4.7M
+parameters in the table: gates after the depthwise convolutions would give 4.6M. With r = 16, the
+gates add 486,068 parameters to 4,231,976 with 1000 classes. The first pair is in stage 2.
 """
 
 from detectron2.layers import CNNBlockBase
@@ -19,7 +18,7 @@ from senet_transfer.models.backbones.builder import build_backbone, check_se, st
 from senet_transfer.models.backbones.common import make_conv
 from senet_transfer.models.registry import register_with_se
 
-# By stage, width and stride of each pair.
+# Width and stride of each pair, by stage.
 PAIRS = {
     2: ((64, 1), (128, 2), (128, 1)),
     3: ((256, 2), (256, 1)),
@@ -29,19 +28,19 @@ PAIRS = {
 
 
 class MobileNetStem(CNNBlockBase):
-    """A 3x3 convolution of stride 2."""
+    """Stem with a 3x3 convolution of stride 2."""
 
     def __init__(self, in_channels: int = 3, out_channels: int = 32, *, norm: str = "BN"):
         super().__init__(in_channels, out_channels, 2)
         self.conv1 = make_conv(in_channels, out_channels, 3, stride=2, norm=norm, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``."""
         return self.conv1(x)
 
 
 class SeparableBlock(CNNBlockBase):
-    """A depthwise and a pointwise convolution, with or without SE after them."""
+    """Depthwise and pointwise convolution, optionally followed by SE."""
 
     def __init__(
         self,
@@ -56,9 +55,9 @@ class SeparableBlock(CNNBlockBase):
         Args:
             in_channels: channels of the input.
             out_channels: channels of the output.
-            stride: of the depthwise convolution.
+            stride: stride of the depthwise convolution.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         self.depthwise = make_conv(
@@ -68,7 +67,7 @@ class SeparableBlock(CNNBlockBase):
         self.se = None if se is None else se.operator(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = self.pointwise(self.depthwise(x))
         return x if self.se is None else self.se(x)
 
@@ -81,7 +80,7 @@ def build_mobilenet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build MobileNet 1.0: "stem" is of stride 2, "res2" to "res5" of strides 4 to 32."""
+    """Build MobileNet 1.0, with stride 2 in "stem" and strides 4 to 32 in "res2" to "res5"."""
     check_se(se, "MobileNet", stages=(2, 3, 4, 5))
     stem = MobileNetStem(in_channels, norm=norm)
     stages, inputs = [], stem.out_channels

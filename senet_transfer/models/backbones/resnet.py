@@ -1,7 +1,7 @@
-"""ResNet, ResNeXt and SENet-154, with and without SE, inside Detectron2's own ``ResNet``.
+"""ResNet, ResNeXt and SENet-154, with and without SE, as instances of Detectron2's ``ResNet``.
 
 Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). A backbone without SE is made of Detectron2's own blocks.
+authors' network definition). Backbones without SE consist of Detectron2's blocks.
 """
 
 from detectron2.layers import CNNBlockBase
@@ -44,25 +44,26 @@ def build_resnet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build a residual backbone.
+    """Build a ResNet or ResNeXt.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        num_groups: groups of the 3x3 convolutions; 32 is ResNeXt's.
-        width_per_group: channels a group in res2.
+        num_groups: number of groups of the 3x3 convolutions, 32 for ResNeXt.
+        width_per_group: channels per group in res2.
         stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
         stem_pool: "pad" or "ceil"; see :class:`ResNetStem`.
-        res5_dilation: 2 keeps res5 at stride 16 and dilates it.
-        stem_out_channels: channels of the stem.
-        res2_out_channels: channels of res2, doubled with every stage; None is the usual number.
-        se: the SE variant; None is the plain network.
+        res5_dilation: 1, or 2 for a dilated res5 with stride 16.
+        stem_out_channels: channels of the output of the stem.
+        res2_out_channels: channels of the output of res2, which double in each later stage; None
+            is 256, or 64 for depth 18 and 34.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
         in_channels: channels of the image.
-        out_features: names of the stages to return; None is the last one.
+        out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: a value that makes no sense for the network.
+        UserError: if a value is invalid for the network.
     """
     _check_blocks(depth, num_groups, width_per_group, stride_in_1x1, res5_dilation)
     channels = (stem_out_channels, res2_out_channels or (256 if depth >= 50 else 64))
@@ -76,23 +77,24 @@ def build_resnet(
 def _check_blocks(
     depth: int, num_groups: int, width_per_group: int, stride_in_1x1: bool, dilation: int
 ) -> None:
-    """Raises UserError for what can't be the blocks of a ResNet."""
+    """Raise UserError if these options of the residual blocks are invalid."""
     if not isinstance(stride_in_1x1, bool):
         raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
     if num_groups < 1 or width_per_group < 1:
         raise UserError(
-            f"A ResNet of {num_groups} groups of {width_per_group} channels can't be built: "
-            "expected 1 or more of both."
+            f"num_groups is {num_groups} and width_per_group is {width_per_group}, expected 1 or "
+            "more for both."
         )
     if depth not in BLOCKS_PER_STAGE:
         depths = ", ".join(map(str, BLOCKS_PER_STAGE))
-        raise UserError(f"A ResNet of depth {depth!r} is not known, expected one of {depths}.")
+        raise UserError(f"The depth of the ResNet is {depth!r}, expected one of {depths}.")
     if dilation not in (1, 2):
         raise UserError(f"The dilation of res5 is {dilation!r}, expected 1 or 2.")
     if depth < 50 and (num_groups != 1 or dilation != 1 or stride_in_1x1):
         raise UserError(
-            f"ResNet-{depth} has no bottlenecks, so groups, dilation and a stride in the 1x1 "
-            "convolution mean nothing there: leave them at 1, 1 and False, or take depth 50 up."
+            f"ResNet-{depth} has no bottlenecks and does not support groups, dilation or a stride "
+            "in the 1x1 convolution. Set num_groups to 1, res5_dilation to 1 and stride_in_1x1 to "
+            "False, or use depth 50 or more."
         )
 
 
@@ -106,14 +108,20 @@ def _stages(
     stride_in_1x1: bool,
     res5_dilation: int,
 ) -> list[list[CNNBlockBase]]:
-    """The blocks of res2 to res5, as :func:`build_resnet` says; ``channels`` of stem and res2."""
+    """Build the blocks of res2 to res5; see :func:`build_resnet`.
+
+    ``channels`` are those of the outputs of the stem and of res2.
+    """
     bottleneck = depth >= 50
     inputs, outputs = channels
     stages = []
     for stage, blocks in zip((2, 3, 4, 5), BLOCKS_PER_STAGE[depth], strict=True):
         dilation = res5_dilation if stage == 5 else 1
         stride = 1 if stage == 2 or dilation == 2 else 2
-        arguments = {"norm": norm, "stride_per_block": [stride] + [1] * (blocks - 1)}
+        arguments: dict[str, object] = {
+            "norm": norm,
+            "stride_per_block": [stride] + [1] * (blocks - 1),
+        }
         if bottleneck:
             arguments["bottleneck_channels"] = num_groups * width_per_group * 2 ** (stage - 2)
             arguments["num_groups"] = num_groups
@@ -140,14 +148,17 @@ def build_senet154(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build SENet-154, which has SE built in; ``stem_pool`` as in :func:`build_resnet`.
+    """Build SENet-154, which always has SE. See :func:`build_resnet` for the arguments.
 
     Raises:
-        UserError: stages without SE.
+        UserError: if there are stages without SE.
     """
     se = se or SEOptions()
     if set(se.stages) != {2, 3, 4, 5}:
-        raise UserError(f"SENet-154 has SE in every stage, found stages {se.stages!r}. Leave it.")
+        raise UserError(
+            f"The stages with SE are {se.stages!r}, but SENet-154 has SE in every stage. Remove "
+            "this option."
+        )
     stages = [
         ResNet.make_stage(
             SENet154Block,

@@ -1,18 +1,19 @@
 """Shake-Shake 26 2x96d and Shake-Even 29 2x4x64d, for CIFAR.
 
-Networks: Gastaldi 2017, "Shake-Shake regularization". The first follows the author's released code:
-two branches of ReLU, 3x3 convolution, norm, ReLU, 3x3 convolution, norm; a shortcut that changes
-shape is two 1x1 convolutions of half the width, the second of them on the map shifted by a pixel.
-The second, which the author did not release, is the ResNeXt-29 of Xie et al. 2017 with two such
-branches instead of one: bottlenecks with the ReLU after the sum, and 1x1 shortcuts.
+Networks: Gastaldi 2017, "Shake-Shake regularization". The first network follows the author's
+released code. Its blocks have two branches of ReLU, 3x3 convolution, norm, ReLU, 3x3 convolution
+and norm. A shortcut that changes shape consists of two 1x1 convolutions of half the width, the
+second of which reads the feature map shifted by one pixel. The author did not release the second
+network. It is the ResNeXt-29 of Xie et al. 2017 with two branches instead of one: bottlenecks with
+a ReLU after the sum, and 1x1 convolutions as shortcuts.
 
-The paper with SE leaves open where it sits among the branches. A branch is a residual function of
-its own here, so the standard placement gates each of the two before they are mixed;
-``se_placement="mixture"`` gates what they are mixed to, with half of the gates. "pre" is one gate
-on what both branches read, "identity" one on the shortcut, "post" one on the sum (after the ReLU,
-where one follows it), "3x3" one in each branch, of the second network alone. A gate on C channels
+The SENet paper does not specify the position of SE in these blocks. Each branch is treated as a
+residual function here, so the standard placement gates each branch before they are mixed.
+``se_placement="mixture"`` gates the mixture, with half as many gates. "pre" gates the common input
+of the branches, "identity" the shortcut, and "post" the sum (after the ReLU, if there is one).
+"3x3" adds a gate to each branch and is only available in the second network. A gate on C channels
 has ``2 C (C // r) + C + C // r`` parameters. With r = 16 (6 and 16 hidden units in the first
-stage) and the data sets of the paper, that adds:
+stage) and the data sets of the paper (number of classes in parentheses), the gates add:
 
 ===========================  ==========  ===========  ==========
 network                      plain       standard     mixture
@@ -45,7 +46,10 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 
 class ShiftedShortcut(nn.Module):
-    """Two strided 1x1 convolutions, the second of pixels that the first doesn't see, and a norm."""
+    """Shortcut of two concatenated 1x1 convolutions and a norm.
+
+    The second convolution reads the feature map shifted by one pixel.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str):
         super().__init__()
@@ -54,14 +58,14 @@ class ShiftedShortcut(nn.Module):
         self.norm = make_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
-        # A pixel to the right and down, also where the stride is 1, as in the author's code.
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        # Shift by one pixel, even if the stride is 1, as in the author's code.
         shifted = F.pad(x, (1, -1, 1, -1))
         return self.norm(torch.cat((self.conv1(x), self.conv2(shifted)), dim=1))
 
 
 class BasicBranch(nn.Module):
-    """Two 3x3 convolutions with norms; the ReLU before them is the block's."""
+    """Branch of two 3x3 convolutions with norms; the block applies the first ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, stride: int, norm: str, se: SEOptions | None
@@ -72,13 +76,13 @@ class BasicBranch(nn.Module):
         self.se = se.operator(out_channels) if se else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = self.conv2(F.relu_(self.conv1(x)))
         return x if self.se is None else self.se(x)
 
 
 class BottleneckBranch(nn.Module):
-    """The residual branch of a ResNeXt block, whose inner width is that of the output."""
+    """Bottleneck branch of a ResNeXt block, in which all convolutions have the same width."""
 
     def __init__(
         self,
@@ -99,16 +103,16 @@ class BottleneckBranch(nn.Module):
         self.se = se.operator(out_channels) if se else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = F.relu_(self.conv2(F.relu_(self.conv1(x))))
-        if self.placement == "3x3":
+        if self.se is not None and self.placement == "3x3":
             x = self.se(x)
         x = self.conv3(x)
-        return self.se(x) if self.placement == "standard" else x
+        return self.se(x) if self.se is not None and self.placement == "standard" else x
 
 
 class _ShakeBlock(GatedBlock, ABC):
-    """What the two kinds of blocks share: two branches, their mixture, and where SE sits."""
+    """Base class of shake-shake blocks: two branches, their mixture, a shortcut and SE."""
 
     branch: type[nn.Module]
 
@@ -126,10 +130,10 @@ class _ShakeBlock(GatedBlock, ABC):
         Args:
             in_channels: channels of the input.
             out_channels: channels of the output.
-            stride: of the block.
+            stride: stride of the block.
             even: see :class:`~senet_transfer.layers.ShakeMix`.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         inside = se if se and se.placement in ("standard", "3x3") else None
@@ -147,10 +151,10 @@ class _ShakeBlock(GatedBlock, ABC):
 
     @abstractmethod
     def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
-        """The shortcut of a block that changes shape."""
+        """Build the shortcut of a block that changes shape."""
 
     def freeze(self) -> CNNBlockBase:
-        """As in Detectron2; a frozen block doesn't shake, but computes what it does in a test."""
+        """Freeze the block as in Detectron2, and mix its branches as in evaluation."""
         self.mix.random = False
         return super().freeze()
 
@@ -159,7 +163,7 @@ class _ShakeBlock(GatedBlock, ABC):
 
 
 class ShakeBasicBlock(_ShakeBlock):
-    """The block of Shake-Shake 26."""
+    """Residual block of Shake-Shake 26."""
 
     branch = BasicBranch
 
@@ -167,14 +171,14 @@ class ShakeBasicBlock(_ShakeBlock):
         return ShiftedShortcut(self.in_channels, self.out_channels, stride=stride, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         residual = self._mixture(F.relu(self._enter(x)))
         shortcut = x if self.shortcut is None else self.shortcut(F.relu(x))
         return self._leave(self._sum(residual, shortcut))
 
 
 class ShakeBottleneckBlock(_ShakeBlock):
-    """The block of Shake-Even 29, a ResNeXt block with two branches."""
+    """Residual block of Shake-Even 29: a ResNeXt block with two branches."""
 
     branch = BottleneckBranch
 
@@ -182,20 +186,20 @@ class ShakeBottleneckBlock(_ShakeBlock):
         return make_conv(self.in_channels, self.out_channels, 1, stride=stride, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         residual = self._mixture(self._enter(x))
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return self._leave(F.relu_(self._sum(residual, shortcut)))
 
 
 class FinalReLU(CNNBlockBase):
-    """The ReLU that ends Shake-Shake 26, whose blocks end with a sum; a part of its last stage."""
+    """Final ReLU of Shake-Shake 26, whose blocks end with the sum, as a block of its last stage."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of ``x``."""
+        """Apply the ReLU; the shape of ``x`` does not change."""
         return F.relu(x)
 
 
@@ -208,27 +212,27 @@ def build_shake_shake26(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Shake-Image 26 2x(width)d; stages res2 to res4, of strides 1, 2 and 4.
+    """Build Shake-Shake-Image 26 2x(width)d with stages res2 to res4, of strides 1, 2 and 4.
 
-    Only res4 ends with a ReLU, as in the network.
+    Only res4 ends with a ReLU.
 
     Args:
-        width: channels of res2, doubled with every stage; even.
-        se: the SE variant; None is the plain network.
+        width: channels of res2, an even number; they double in each later stage.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
         in_channels: channels of the image.
-        out_features: names of the stages to return; None is the last one.
+        out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: an odd width, or a placement of SE that the network hasn't.
+        UserError: if the width is invalid or the network does not support the SE variant.
     """
     if width < 2 or width % 2:
-        raise UserError(f"The width of Shake-Shake is {width}, expected an even number from 2 on.")
+        raise UserError(f"The width of Shake-Shake is {width}, expected an even number >= 2.")
     if se is not None and se.placement == "3x3":
         raise UserError(
-            "The SE placement '3x3' means after the 3x3 convolution of a bottleneck, and "
-            "Shake-Shake 26 has none. Take another placement, or shake_even29_2x4x64d."
+            "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, but "
+            "Shake-Shake 26 has basic blocks. Use another placement, or shake_even29_2x4x64d."
         )
     stem = CifarStem(in_channels, 16, norm=norm)
     stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
@@ -246,7 +250,7 @@ def build_shake_even29(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Even-Image 29 2x4x64d; stages as those of :func:`build_shake_shake26`."""
+    """Build Shake-Even-Image 29 2x4x64d with stages res2 to res4, of strides 1, 2 and 4."""
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
     return build_backbone(
@@ -282,5 +286,5 @@ def _stages(
 
 
 register_with_se("shake_shake26_2x96d", build_shake_shake26, preprocessing=CIFAR10)
-# In the paper it is a network for CIFAR-100.
+# The paper uses this network for CIFAR-100.
 register_with_se("shake_even29_2x4x64d", build_shake_even29, preprocessing=CIFAR100)

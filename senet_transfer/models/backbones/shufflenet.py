@@ -1,13 +1,14 @@
 """ShuffleNet 1x with 3 groups, with and without SE.
 
-Network: Zhang et al. 2018, "ShuffleNet", Table 1 and Figure 2: pointwise convolutions in groups,
-whose channels are shuffled before a depthwise 3x3; units of stride 2 concatenate their shortcut, an
-average pool, instead of adding it.
+Network: Zhang et al. 2018, "ShuffleNet", Table 1 and Figure 2. Pointwise convolutions are grouped,
+and their channels are shuffled before a depthwise 3x3 convolution. Units of stride 2 concatenate
+their shortcut, an average pool, instead of adding it.
 
-With SE (the paper's Table III), each of the 16 units gates its residual branch, after the norm
-that ends it and before the sum or the concatenation. The paper doesn't say where. With r = 16 that
-adds 618,805 parameters to 1,865,728 with 1000 classes, which are the table's 2.4M and 1.8M cut off
-after a digit; gates on what a unit of stride 2 concatenates would make it 2.5M.
+With SE (the paper's Table III), each of the 16 units gates its residual branch, after its last norm
+and before the sum or the concatenation. The paper does not specify the position. With r = 16, the
+gates add 618,805 parameters to 1,865,728 with 1000 classes, which agrees with the 2.4M and 1.8M in
+the table if these are truncated. With gates on the concatenated output of the units of stride 2,
+it would be 2.5M.
 """
 
 import torch
@@ -25,12 +26,12 @@ PLACEMENTS = ("standard", "pre", "post", "identity")
 
 STEM_CHANNELS = 24
 
-# By the stage's name here, its width and how many units it has.
+# Width and number of units of each stage.
 STAGES = {3: (240, 4), 4: (480, 8), 5: (960, 4)}
 
 
 class ShuffleUnit(GatedBlock):
-    """A ShuffleNet unit, with or without SE."""
+    """ShuffleNet unit, with or without SE."""
 
     def __init__(
         self,
@@ -48,10 +49,11 @@ class ShuffleUnit(GatedBlock):
             in_channels: channels of the input.
             out_channels: channels of the output.
             stride: 1, or 2 for a unit that concatenates.
-            num_groups: of the pointwise convolutions.
-            first_groups: of the first of them, where it is another.
+            num_groups: number of groups of the pointwise convolutions.
+            first_groups: number of groups of the first pointwise convolution; None is the same as
+                ``num_groups``.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a unit without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         inner = out_channels // 4
@@ -63,27 +65,27 @@ class ShuffleUnit(GatedBlock):
         self.depthwise = make_conv(inner, inner, 3, stride=stride, groups=inner, norm=norm)
         self.expand = make_conv(inner, residual, 1, groups=num_groups, norm=norm)
         if se is not None:
-            # What is gated: the branch, its input, the unit's output or its shortcut.
+            # Channels of the gated tensor: the branch, the output, or the input or shortcut.
             channels = {"standard": residual, "post": out_channels}
             self.placement = se.placement
             self.se = se.operator(channels.get(se.placement, in_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.compress(self._enter(x))
         out = self.expand(self.depthwise(shuffle(out, self.num_groups)))
         if self.stride == 1:
             return self._leave(F.relu_(self._sum(out, x)))
         shortcut = F.avg_pool2d(x, 3, stride=2, padding=1)
-        if self.placement == "standard":
+        if self.se is not None and self.placement == "standard":
             out = self.se(out)
-        elif self.placement == "identity":
+        elif self.se is not None and self.placement == "identity":
             shortcut = self.se(shortcut)
         return self._leave(F.relu_(torch.cat([shortcut, out], dim=1)))
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Spreads the channels of each group over all groups; of the shape of ``x``."""
+    """Shuffle channels ``(N, C, H, W)`` so that each group is distributed over all groups."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -97,8 +99,8 @@ def build_shufflenet(
 ) -> ResNet:
     """Build ShuffleNet 1x with 3 groups.
 
-    "stem" is of stride 2, "res2" the max pool, of stride 4; "res3" to "res5" are stages 2 to 4 of
-    ShuffleNet's paper.
+    The feature "stem" has stride 2; "res2" is the output of the max pool, with stride 4; "res3" to
+    "res5" are stages 2 to 4 in ShuffleNet's paper.
     """
     check_se(se, "ShuffleNet", stages=(3, 4, 5), placements=PLACEMENTS)
     stem = MobileNetStem(in_channels, STEM_CHANNELS, norm=norm)
@@ -111,7 +113,7 @@ def build_shufflenet(
                     inputs,
                     width,
                     stride=2 if index == 0 else 1,
-                    # So few channels are left ungrouped.
+                    # As in the paper, the first unit is not grouped: its input has few channels.
                     first_groups=1 if inputs == STEM_CHANNELS else None,
                     norm=norm,
                     se=stage_se(se, stage),

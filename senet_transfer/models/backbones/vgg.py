@@ -1,13 +1,14 @@
 """VGG-16 with batch norm, with and without SE.
 
 Network: Simonyan and Zisserman 2015, configuration D, with a norm after every convolution (Ioffe
-and Szegedy 2015), as torchvision's ``vgg16_bn``; the biases of the convolutions, which the norms
-undo, are left out. The classifier has two hidden layers of 4096 units, see :class:`VGGNeck`.
+and Szegedy 2015), as in torchvision's ``vgg16_bn``. The convolutions have no biases, because the
+norms cancel them. The classifier has two hidden layers of 4096 units; see :class:`VGGNeck`.
 
 With SE (the paper's section 3.3 and Table II), a gate follows the ReLU of each of the 13
-convolutions; those of the stem (conv1 and conv2) count as stage 2. The hidden layers of the
-classifier have none. With r = 16 that adds 230,792 parameters to 138,361,768, the hidden layers
-and 1000 classes included (torchvision's 138,365,992 has 4,224 biases of convolutions in addition).
+convolutions. The convolutions of the stem (conv1 and conv2) count as stage 2. The hidden layers of
+the classifier have no gates. With r = 16, the gates add 230,792 parameters to 138,361,768,
+including the hidden layers and 1000 classes (torchvision's 138,365,992 include 4,224 biases of
+convolutions).
 """
 
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGGBlock(CNNBlockBase):
-    """A 3x3 convolution with norm, ReLU and perhaps SE; perhaps after a 2x2 max pool."""
+    """3x3 convolution with norm and ReLU, optionally preceded by a max pool and followed by SE."""
 
     def __init__(
         self,
@@ -40,9 +41,9 @@ class VGGBlock(CNNBlockBase):
         Args:
             in_channels: channels of the input.
             out_channels: channels of the output.
-            pool: whether a pool comes first; it halves the map.
+            pool: whether the block starts with a 2x2 max pool of stride 2.
             norm: Detectron2's name of a norm.
-            se: the SE variant; None for none.
+            se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, 2 if pool else 1)
         self.pool = pool
@@ -50,18 +51,19 @@ class VGGBlock(CNNBlockBase):
         self.se = None if se is None else se.operator(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         x = self.conv(F.max_pool2d(x, 2) if self.pool else x)
         return x if self.se is None else self.se(x)
 
 
 class VGGNeck(nn.Module):
-    """What stands between VGG's last map and its linear classifier: a 7x7 pool, two layers.
+    """Layers between VGG's last feature map and its classifier: pooling and two hidden layers.
 
-    An image of 224 pixels has a map of 7x7 as it is; others are pooled to it, as in torchvision.
+    The feature map is pooled to 7x7, as in torchvision. For images of 224x224 pixels, it already
+    has this size.
 
     Attributes:
-        out_channels: what the classifier gets of an image.
+        out_channels: number of features per image.
     """
 
     out_channels = 4096
@@ -69,8 +71,8 @@ class VGGNeck(nn.Module):
     def __init__(self, channels: int, *, dropout: float):
         """
         Args:
-            channels: of the map.
-            dropout: between the two layers, 0-1.
+            channels: channels of the feature map.
+            dropout: dropout probability between the two layers.
         """
         super().__init__()
         self.fc1 = nn.Linear(channels * 7 * 7, self.out_channels)
@@ -81,7 +83,7 @@ class VGGNeck(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to ``(N, 4096)``."""
+        """Map ``(N, channels, H, W)`` to ``(N, 4096)``."""
         x = F.adaptive_avg_pool2d(x, 7).flatten(1)
         x = self.dropout(F.relu(self.fc1(x)))
         return F.relu(self.fc2(x))
@@ -97,10 +99,12 @@ def build_vgg(
 ) -> ResNet:
     """Build VGG-16.
 
-    "stem" ends with conv2, of stride 2; "res4" ends with conv5; "res5" is the last pool.
+    The feature "stem" is the output of conv2, which has stride 2; "res4" is the output of conv5,
+    and "res5" that of the last pool.
     """
     check_se(se, "VGG-16", stages=(2, 3, 4))
-    groups, inputs = [], in_channels
+    groups: list[list[CNNBlockBase]] = []
+    inputs = in_channels
     for index, widths in enumerate(WIDTHS):
         blocks = []
         for position, width in enumerate(widths):

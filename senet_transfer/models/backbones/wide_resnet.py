@@ -1,12 +1,13 @@
 """Wide ResNets for CIFAR: WRN-16-8 and any other depth and width.
 
 Networks: Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code:
-pre-activation blocks of two 3x3 convolutions, a 1x1 convolution where the shape changes, whose
-block then has its norm and ReLU before both its branch and its shortcut; no dropout.
+pre-activation blocks of two 3x3 convolutions, without dropout. A shortcut that changes shape is a
+1x1 convolution and starts after the first norm and ReLU of its block.
 
-With SE (the paper's Tables IV and V), every block gates its residual branch; other placements as
-in :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds ``2 C (C // r) + C + C // r``
-parameters a block of width C: 87,920 to WRN-16-8's 10,961,370, with r = 16 and 10 classes.
+With SE (the paper's Tables IV and V), every block gates its residual branch; for other placements,
+see :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds ``2 C (C // r) + C + C // r``
+parameters per block of width C. With r = 16 and 10 classes, these are 87,920 in addition to
+WRN-16-8's 10,961,370.
 """
 
 from detectron2.modeling.backbone.resnet import ResNet
@@ -29,28 +30,28 @@ def build_wide_resnet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build a wide ResNet with stages res2 to res4, of strides 1, 2 and 4.
+    """Build a wide ResNet with stages res2 to res4, which have strides 1, 2 and 4.
 
-    Only res4 ends with a norm and ReLU, as in the network.
+    Only res4 ends with a norm and a ReLU.
 
     Args:
-        depth: 6n + 4, which counts the shortcuts' convolutions as the paper does.
-        width: the factor k over 16, 32 and 64 channels.
-        se: the SE variant; None is the plain network.
+        depth: number of layers, 6n + 4. As in the paper, it includes convolutions of shortcuts.
+        width: the factor k; the stages have 16k, 32k and 64k channels.
+        se: the SE variant; None builds the plain network.
         norm: Detectron2's name of a norm.
         in_channels: channels of the image.
-        out_features: names of the stages to return; None is the last one.
+        out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: no network has this depth or width.
+        UserError: if the depth or width is invalid, or the SE variant is not supported.
     """
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1 or width < 1:
         near = max(round((depth - 4) / 6), 1) * 6 + 4
         raise UserError(
-            f"A wide ResNet has 6n + 4 layers and a width of at least 1, so WRN-{depth}-{width} "
-            f"is none. The nearest depth is {near}."
+            f"WRN-{depth}-{width} can't be built: a wide ResNet has 6n + 4 layers and a width of "
+            f"at least 1. The nearest depth is {near}."
         )
     stem, stages = preact_parts(
         widths=(16 * width, 32 * width, 64 * width),

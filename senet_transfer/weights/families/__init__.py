@@ -1,4 +1,4 @@
-"""The families of pretrained weights: how each is detected, renamed and computed."""
+"""Families of pretrained weights: detection, tensor names, geometry and preprocessing of each."""
 
 from senet_transfer.weights.families.registry import FAMILIES, Family
 

@@ -1,14 +1,15 @@
-"""What the tensors of a backbone tell of its network."""
+"""Architecture of a backbone, inferred from the names and shapes of its tensors."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import Tensor
 
 _BLOCK = re.compile(r"res([2-5])\.(\d+)\.")
 
-_DEPTHS = {
+_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,
@@ -17,7 +18,7 @@ _DEPTHS = {
 }
 
 
-# The networks that are no ResNets, each by a name of tensors that no other has.
+# The networks that are not ResNets, each with a tensor name that no other network has.
 _OTHERS = {
     "bn_inception": re.compile(r"res[3-5]\.\d+\.branch_double\.\d\.weight"),
     "inception_resnet_v2": re.compile(r"res[3-5]\.\d+\.branches\.\d\.\d\.weight"),
@@ -29,21 +30,21 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A backbone, as far as names and shapes show it.
+    """Architecture of a backbone, as far as names and shapes determine it.
 
     Attributes:
-        blocks: how many blocks each stage has, from res2 on; shorter where the backbone is cut.
-        bottleneck: whether its blocks are bottlenecks.
-        groups: groups of the 3x3 convolutions.
-        width_per_group: channels a group in res2.
-        deep_stem: whether the stem is three 3x3 convolutions.
-        se_stages: the stages with SE.
-        se_ratio: channels over hidden units in the last stage with SE; 0 without SE.
-        se_divisor: 8 where the hidden widths are rounded to multiples of it, else 1.
-        se_bias: whether the SE layers have biases; True without SE.
-        classes: outputs of the classifier; 0 without one.
-        network: the name of a network that is no ResNet, without SE; empty for a ResNet. The
-            fields that describe residual blocks mean nothing for it.
+        blocks: The number of blocks per stage, from res2 on; shorter for a truncated backbone.
+        bottleneck: Whether the blocks are bottlenecks.
+        groups: The number of groups of the 3x3 convolutions.
+        width_per_group: The number of channels per group in res2.
+        deep_stem: Whether the stem has three 3x3 convolutions.
+        se_stages: The stages with SE.
+        se_ratio: Channels divided by hidden units in the last stage with SE; 0 without SE.
+        se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
+        se_bias: Whether the SE layers have biases; True without SE.
+        classes: The number of outputs of the classifier; 0 without a classifier.
+        network: The name, without SE prefix, of a network that is not a ResNet; empty for a
+            ResNet. If it is set, the fields that describe residual blocks are not used.
     """
 
     blocks: tuple[int, ...]
@@ -60,18 +61,18 @@ class Architecture:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
-        """Reads it from tensors under this project's names; None for another kind of network."""
+        """Infer the architecture from tensors under this project's names; None if unknown."""
         linear = _shape(tensors, "linear.weight")
-        common = {**_se(tensors), "classes": linear[0] if linear else 0}
+        classes = linear[0] if linear else 0
         for network, pattern in _OTHERS.items():
             if any(pattern.fullmatch(name) for name in tensors):
-                return cls((), False, 1, 0, False, **common, network=network)
+                return cls((), False, 1, 0, False, classes=classes, network=network, **_se(tensors))
         counts: dict[int, int] = {}
         for name in tensors:
             if match := _BLOCK.match(name):
                 stage, index = int(match[1]), int(match[2])
                 counts[stage] = max(counts.get(stage, 0), index + 1)
-        # The second convolution alone tells all widths; where it is missing nothing can be told.
+        # The widths follow from the second convolution; without it, the architecture is unknown.
         conv = _shape(tensors, "res2.0.conv2.weight")
         if not counts or len(conv) != 4 or 0 in conv:
             return None
@@ -83,17 +84,18 @@ class Architecture:
             groups=groups,
             width_per_group=conv[0] // groups,
             deep_stem="stem.conv3.weight" in tensors,
-            **common,
+            classes=classes,
+            **_se(tensors),
         )
 
     @property
     def is_senet154(self) -> bool:
-        """Whether this is SENet-154, whose stem and shortcuts differ from ResNeXt's."""
+        """Return whether blocks and stem are SENet-154's, which differ from ResNeXt's."""
         return self.deep_stem and self.groups == 64 and self.bottleneck
 
     @property
     def name(self) -> str:
-        """The model's name, or a description of what has none."""
+        """Return the name of the model, or a description if no model has this architecture."""
         if self.network:
             return f"se_{self.network}" if self.se_stages else self.network
         if self.is_senet154 and self.blocks == (3, 8, 36, 3):
@@ -110,29 +112,31 @@ class Architecture:
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """What tells this network, a file's, from a model's, in sentences for an error."""
+        """Return the differences of this architecture (a file's) from a model's, as sentences."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
             found.append(f"The file is {self.name}, the model is {other.name}.")
         if self.se_stages and not other.se_stages:
             found.append(
-                "The file has SE layers and the model has none: take the model with SE "
+                "The file has SE layers and the model has none: use the model with SE "
                 "(se_..., or MODEL.SE.ENABLED True)."
             )
         elif self.se_stages and self.se_stages != other.se_stages:
-            found.append(f"The file has SE in stages {self.se_stages}, not {other.se_stages}.")
+            found.append(
+                f"The file has SE in stages {self.se_stages}, the model in {other.se_stages}."
+            )
         if not (self.se_stages and other.se_stages):
             return found
         if self.se_bias != other.se_bias:
             has, lacks = ("have", "has none") if self.se_bias else ("have no", "has them")
             found.append(
-                f"The SE layers of the file {has} biases and the model {lacks}: they would not "
-                f"compute the same. Set se_bias={self.se_bias} (MODEL.SE.BIAS)."
+                f"The SE layers of the file {has} biases and the model {lacks}. Build the model "
+                f"with se_bias={self.se_bias} (MODEL.SE.BIAS)."
             )
         if (self.se_ratio, self.se_divisor) != (other.se_ratio, other.se_divisor):
             found.append(
-                f"The file's hidden SE widths are those of ratio {self.se_ratio}, divisor "
-                f"{self.se_divisor}, the model's of {other.se_ratio}, {other.se_divisor} "
+                f"The file's SE layers have ratio {self.se_ratio} and divisor {self.se_divisor}, "
+                f"the model's have ratio {other.se_ratio} and divisor {other.se_divisor} "
                 "(se_ratio, se_divisor; MODEL.SE.RATIO, MODEL.SE.DIVISOR)."
             )
         return found
@@ -147,14 +151,23 @@ def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
     return max(1, inputs // conv[1])
 
 
-def _se(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+class _SEFields(TypedDict):
+    """The fields of :class:`Architecture` that describe SE."""
+
+    se_stages: tuple[int, ...]
+    se_ratio: int
+    se_divisor: int
+    se_bias: bool
+
+
+def _se(tensors: Mapping[str, Tensor]) -> _SEFields:
     widths = {}
     for name in tensors:
         match = _BLOCK.match(name)
         if match and name.endswith(".se.fc1.weight") and tensors[name].ndim == 2:
             hidden, channels = tensors[name].shape
             widths[int(match[1])] = (channels, max(1, hidden))
-    # An SE layer without a readable fc1 still counts, so that it is not taken for a plain file.
+    # A stage counts even without fc1, so that a damaged file is not treated as one without SE.
     stages = {int(m[1]) for name in tensors if ".se." in name and (m := _BLOCK.match(name))}
     ratio = 0
     if widths:

@@ -1,7 +1,7 @@
-"""What a Caffe file says of its network itself, beside its numbers.
+"""Geometry stated by the layer parameters of a Caffe file.
 
-A ``.caffemodel`` usually holds the parameters of its layers. Where it does, they are believed and
-not the family's record: people have changed and trained the published definitions.
+A ``.caffemodel`` usually contains the parameters of its layers in addition to the weights. They
+take precedence over the family's geometry, because modified definitions have been trained too.
 """
 
 import re
@@ -20,10 +20,10 @@ _FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
 
 
 def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
-    """The geometry that the layers state; ``expected`` in what they leave out.
+    """Return the geometry that the layers state, completed with ``expected``.
 
     Raises:
-        UserError: a stem pool that no backbone here has.
+        UserError: No backbone of this project has these strides or this stem pool.
     """
     geometry = expected
     strides: dict[str, set[int]] = {"1x1": set(), "3x3": set()}
@@ -38,9 +38,9 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
         return geometry
     if strides["1x1"] | strides["3x3"] != {1, 2} or len(strides["1x1"]) != 1:
         raise UserError(
-            f"{path}: the stages of its network have their strides in different places "
-            f"(1x1: {sorted(strides['1x1'])}, 3x3: {sorted(strides['3x3'])}), which no backbone of "
-            "this project has."
+            f"{path}: the strides of its first 1x1 convolutions are {sorted(strides['1x1'])} and "
+            f"those of its 3x3 convolutions {sorted(strides['3x3'])}. Expected stride 2 in one "
+            "kind and 1 in the other, in all stages. Use weights of another network."
         )
     return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
 
@@ -55,9 +55,10 @@ def _stem_pool(path: str | Path, layer: CaffeLayer, expected: Geometry) -> str |
     if shape == ("MAX", (3, 3), (2, 2), (1, 1), False):
         return "pad"
     raise UserError(
-        f"{path}: the pool of its stem ({layer.name}: {window.method}, kernel {window.kernel}, "
-        f"stride {window.stride}, pad {window.pad}, {'ceil' if window.ceil else 'floor'}) is none "
-        "that a backbone of this project has: MAX, 3, 2 with pad 0 and ceil, or pad 1 and floor."
+        f"{path}: the pool of its stem is not supported ({layer.name}: {window.method}, kernel "
+        f"{window.kernel}, stride {window.stride}, pad {window.pad}, "
+        f"{'ceil' if window.ceil else 'floor'}). Expected MAX, kernel 3, stride 2, with pad 0 and "
+        "ceil, or pad 1 and floor."
     )
 
 
@@ -67,10 +68,12 @@ def adjust_variances(
     tensors: dict[str, Tensor],
     eps: float,
 ) -> list[str]:
-    """Makes variances such that norms with ``eps`` compute what the file's do with their own.
+    """Adjust variances in place for norms whose eps in the file differs from ``eps``.
+
+    The difference is added to the variance, so that the outputs stay the same.
 
     Returns:
-        What was done, in words.
+        Notes for the user.
     """
     count, found = 0, set()
     for layer in layers:
@@ -81,4 +84,4 @@ def adjust_variances(
             found.add(layer.eps)
     if not count:
         return []
-    return [f"{count} variances take in the file's eps of {', '.join(map(str, sorted(found)))}"]
+    return [f"{count} variances were adjusted for an eps of {', '.join(map(str, sorted(found)))}"]

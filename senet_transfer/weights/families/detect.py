@@ -1,6 +1,6 @@
-"""Whether a file can be of a family, by the names of its tensors and what stands beside them.
+"""Detection of a file's family from its tensor names and metadata.
 
-A detector takes both. Several can say yes of one file.
+Each family has one detection function. Several can return True for the same file.
 """
 
 import re
@@ -17,10 +17,10 @@ Detector = Callable[[Tensors, Metadata], bool]
 
 
 def having(*needed: str) -> Detector:
-    """Recognises a family by patterns, for each of which some name must match wholly.
+    """Return a detection function that needs a full match of some tensor name for each pattern.
 
-    Patterns match many names of a file, so that one that lacks a few is still known, and refused
-    for what it lacks.
+    The patterns match many names, so that a file that lacks some tensors is still detected, and
+    the error names the missing tensors.
     """
     patterns = [re.compile(pattern) for pattern in needed]
 
@@ -31,7 +31,7 @@ def having(*needed: str) -> Detector:
 
 
 def any_of(*detectors: Detector) -> Detector:
-    """Return a detector that accepts what any of several accepts."""
+    """Return a detection function that is True if any of ``detectors`` is."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -47,7 +47,7 @@ _inception_resnet = having(
 
 
 def plain_torchvision(tensors: Tensors, metadata: Metadata) -> bool:
-    """torchvision's ResNets and ResNeXts, and others' under the same names."""
+    """Detect ResNets and ResNeXts under torchvision's names."""
     others = any_of(_any_se, _deep_stem)
     return _plain_blocks(tensors, metadata) and not others(tensors, metadata)
 
@@ -56,13 +56,13 @@ torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
-    """CSAIL's, known by the number of classes."""
+    """Detect CSAIL's files by the number of classes."""
     shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
     return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
 
 
 def timm(tensors: Tensors, metadata: Metadata) -> bool:
-    """timm's, without its legacy_se*."""
+    """Detect timm's files, except legacy_se*."""
     if _inception_resnet(tensors, metadata):
         return "last_linear.weight" not in tensors
     with_se = having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")
@@ -74,7 +74,7 @@ cadene_like = having(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.
 
 
 def cadene(tensors: Tensors, metadata: Metadata) -> bool:
-    """Cadene's; of the SE networks those with bottlenecks, since he has no others."""
+    """Detect Cadene's files; all of his SE networks have bottlenecks."""
     if _inception_resnet(tensors, metadata):
         return "classif.weight" not in tensors
     with_se = cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
@@ -90,12 +90,12 @@ _own_names = having(
     r"(.*\.)?stem\.(\d\.)?conv\d?\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.\w+(\.\d)*\.weight"
 )
 
-# Other networks saved bare: the backbone's norms are named as Detectron2's are.
+# State dicts of this project's other networks: the norms have Detectron2's names.
 _own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
 def own(tensors: Tensors, metadata: Metadata) -> bool:
-    """This project's."""
+    """Detect this project's files."""
     if OWN_METADATA in metadata:
         return True
     if metadata.get("__author__"):
@@ -104,13 +104,13 @@ def own(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detectron's, with folded norms."""
+    """Detect Detectron's files, whose norms are folded."""
     folded = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
     return folded(tensors, metadata) and not detectron2(tensors, metadata)
 
 
 def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detectron2's: under Caffe2's names, or a saved model."""
+    """Detect Detectron2's files, with Caffe2's names or those of a saved model."""
     if OWN_METADATA in metadata:
         return False
     caffe2 = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)")
@@ -120,7 +120,7 @@ def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def converted(tensors: Tensors, metadata: Metadata) -> bool:
-    """torchvision's, converted by Detectron2's script."""
+    """Detect torchvision's weights converted by Detectron2's script."""
     if OWN_METADATA in metadata:
         return False
     return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")

@@ -1,29 +1,34 @@
-"""What no shape of a weight file shows, and accuracy depends on: its geometry."""
+"""Geometry of networks: options that affect the outputs but not the tensors' shapes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
 
 _WORDS = {
-    "stride_in_1x1": ("its stride-2 bottlenecks stride in the", "MODEL.RESNETS.STRIDE_IN_1X1"),
-    "stem_pool": ("its stem's max pool is of the kind", "MODEL.RESNETS.STEM_POOL"),
-    "se_relu_before": ("a ReLU stands before its SE gates:", "MODEL.SE.RELU_BEFORE"),
+    "stride_in_1x1": (
+        "the stride of downsampling bottlenecks is in the",
+        "MODEL.RESNETS.STRIDE_IN_1X1",
+    ),
+    "stem_pool": ("the kind of the stem's max pool is", "MODEL.RESNETS.STEM_POOL"),
+    "se_relu_before": ("the use of a ReLU before the SE gates is", "MODEL.SE.RELU_BEFORE"),
 }
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the network of a file or of a model computes, beyond its shapes.
+    """Options of a network that the shapes of its tensors do not determine.
 
-    Networks that differ in these have the same tensors, so a file of one loads into the other and
-    nothing tells but the accuracy. None: not known, or means nothing for the network.
+    A file loads without an error into a network of another geometry, but the accuracy drops. None
+    means that an option is unknown or does not apply to the network.
 
     Attributes:
-        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution, not in
-            the 3x3 (ResNet and ResNeXt from depth 50 on).
-        stem_pool: how the stem's max pool ends, "pad" or "ceil".
-        se_relu_before: whether a ReLU stands between the residual branch and its gate.
+        stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
+            the 3x3 (ResNet and ResNeXt of depth 50 and more).
+        stem_pool: How the stem's max pool treats the border: "pad" (padding 1) or "ceil" (no
+            padding, ceil mode).
+        se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
 
     stride_in_1x1: bool | None = None
@@ -31,11 +36,11 @@ class Geometry:
     se_relu_before: bool | None = None
 
     def options(self) -> dict[str, Any]:
-        """What is known of it, under the names of ``create_backbone``'s overrides."""
+        """Return the known options, as keyword arguments of ``create_backbone``."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """How a file's geometry, this one, differs from that of a model, in sentences."""
+        """Return the differences between this (a file's) and a model's geometry, as sentences."""
         found = []
         for name, value in self.options().items():
             built = getattr(model, name)
@@ -43,16 +48,19 @@ class Geometry:
                 words, key = _WORDS[name]
                 found.append(
                     f"The file's network and the model differ: {words} {_say(name, value)} in the "
-                    f"file's, {_say(name, built)} in the model's ({name}, {key})."
+                    f"file and {_say(name, built)} in the model ({name}, {key})."
                 )
         return found
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Geometry":
-        """The opposite of ``dataclasses.asdict``; values of another kind are taken as unknown."""
-        kinds = {"stride_in_1x1": bool, "stem_pool": str, "se_relu_before": bool}
-        known = {f.name: values.get(f.name) for f in fields(cls)}
-        return cls(**{k: v for k, v in known.items() if isinstance(v, kinds[k])})
+    def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
+        """Create a geometry from the result of ``asdict``; values of a wrong type become None."""
+        stride, pool, relu = (values.get(field.name) for field in fields(cls))
+        return cls(
+            stride_in_1x1=stride if isinstance(stride, bool) else None,
+            stem_pool=pool if isinstance(pool, str) else None,
+            se_relu_before=relu if isinstance(relu, bool) else None,
+        )
 
 
 def _say(name: str, value: object) -> str:
@@ -62,17 +70,17 @@ def _say(name: str, value: object) -> str:
 
 
 def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometry:
-    """The geometry of a model that stands.
+    """Return the geometry of a built model.
 
     Args:
-        backbone: the backbone, whose ``stem`` is looked at.
-        stages: its stages by name; with the C4 head's res5, which is no part of the backbone.
+        backbone: The backbone.
+        stages: The stages by name, including res5 of a C4 head, which is not in the backbone.
     """
-    # Imported only now, because the models, which use this module, are registered by that import.
+    # Imported here to avoid a circular import: it registers the models, which use this module.
     from detectron2.modeling.backbone.resnet import BasicStem
 
     stem = getattr(backbone, "stem", None)
-    # A stem without the choice is Detectron2's own.
+    # Detectron2's own stem has no such option and always pads.
     pool = getattr(stem, "pool", "pad" if isinstance(stem, BasicStem) else None)
     stride, relu = None, None
     for stage in stages.values():

@@ -1,12 +1,12 @@
-"""The families of weight files: how each is recognised, renamed, and what its networks compute.
+"""Registry of the families of weight files.
 
-One record a family. What no shape shows (stride placement, stem pool, channel order, mean, std)
-is part of the record, so that no user has to remember it. Sources: the projects' own model code
-and network definitions.
+A family's record has its detection function, its tensor names, and what tensor shapes do not show:
+stride placement, stem pool, channel order, mean and std. Sources: the projects' own model code and
+network definitions.
 
-Not told apart, because nothing in the file does: timm's networks with blurred or averaged
-downsampling (``resnetblur*``, ``resnetaa*``, ``seresnetaa*`` with a plain stem), whose names and
-shapes are those of the plain ones. They load, and compute something else.
+Known limitation: timm's networks with blurred or averaged downsampling (``resnetblur*``,
+``resnetaa*``, ``seresnetaa*`` with a plain stem) have the names and shapes of the plain networks.
+They can't be detected: they load as the plain networks and give wrong outputs.
 """
 
 import re
@@ -25,21 +25,22 @@ from senet_transfer.weights.families.geometry import Geometry
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of weight file.
+    """Family of weight files.
 
     Attributes:
-        name: what users type.
-        title: what it is, for messages.
-        detect: whether tensors and metadata of a file can be of this family.
-        rename: from the file's names to this project's; None for a name that is none of its own.
-        geometry: of a network of the family; fields are None where they mean nothing for it.
-        preprocessing: what the networks expect; None where the file alone doesn't tell.
-        affine_norms: whether the norms' statistics are folded into their weights and biases, so
-            that only frozen norms can take them.
-        rename_deep: as ``rename``, for files of networks with a stem of three convolutions where
-            that gives a name another meaning.
-        background: the networks whose published classifiers begin with a class for the background,
-            1001 in all; it is left out.
+        name: The name that users type.
+        title: A description, for messages.
+        detect: The detection function, which takes a file's tensors and metadata.
+        rename: Function from a name in the file to this project's; None for an unknown name.
+        geometry: Function from an architecture to its geometry in this family. Fields that do not
+            apply to the network are None.
+        preprocessing: Function from an architecture to its preprocessing; None if it is unknown.
+        affine_norms: Whether the norms' statistics are folded into their weights and biases. Such
+            files need frozen norms.
+        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, if some
+            names have another meaning there.
+        background: The networks whose published classifiers have 1001 classes, of which the first
+            is the background; it is dropped.
     """
 
     name: str
@@ -53,14 +54,15 @@ class Family:
     background: tuple[str, ...] = ()
 
     def renamed(self, found: Collection[str]) -> dict[str, str | None]:
-        """This project's name for each of a file's; None for those that the family lacks."""
-        deep = self.rename_deep is not None and "conv1.0.weight" in found
-        rename = self.rename_deep if deep else self.rename
+        """Return this project's name for each name in a file; None for unknown names."""
+        rename = self.rename
+        if self.rename_deep is not None and "conv1.0.weight" in found:
+            rename = self.rename_deep
         return {name: rename(name) for name in found}
 
 
 def _stride_in_3x3(arch: Architecture) -> Geometry:
-    """torchvision's geometry, which is that of most PyTorch projects."""
+    """Return torchvision's geometry, which most PyTorch projects use."""
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else False,
         stem_pool="pad",
@@ -69,9 +71,9 @@ def _stride_in_3x3(arch: Architecture) -> Geometry:
 
 
 def _authors(arch: Architecture) -> Geometry:
-    """The geometry of the authors' network definitions, and of their ports to PyTorch.
+    """Return the geometry of the SENet authors' network definitions and of their PyTorch ports.
 
-    Their SE-ResNets have the stride in the first 1x1, their SE-ResNeXts and SENet-154 in the 3x3.
+    The stride is in the first 1x1 of SE-ResNets, and in the 3x3 of SE-ResNeXts and SENet-154.
     """
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else arch.groups == 1,
@@ -81,13 +83,13 @@ def _authors(arch: Architecture) -> Geometry:
 
 
 def _timm_legacy(arch: Architecture) -> Geometry:
-    # Its block for depths 18 and 34, which the authors' definitions don't have, has a ReLU
-    # between the second norm and the gate.
+    # The basic block (depths 18 and 34), which the authors' definitions lack, has a ReLU between
+    # the second norm and the gate.
     return Geometry(**{**vars(_authors(arch)), "se_relu_before": not arch.bottleneck})
 
 
 def _msra(arch: Architecture) -> Geometry:
-    """Detectron's: the stride of ResNets in the first 1x1, of ResNeXts in the 3x3."""
+    """Return Detectron's geometry: stride in the first 1x1 of ResNets, in the 3x3 of ResNeXts."""
     return Geometry(
         stride_in_1x1=arch.groups == 1 if arch.bottleneck else None,
         stem_pool="pad",
@@ -101,14 +103,14 @@ def _unknown(arch: Architecture) -> Geometry:
 
 _RGB = Preprocessing()
 _BGR = Preprocessing(format="BGR", mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0))
-# The publisher's mean is an image, places365CNN_mean.binaryproto; its averages are within a few
-# units of ImageNet's, which are used here.
+# The publisher's mean is an image (places365CNN_mean.binaryproto). ImageNet's channel means, which
+# differ from its averages by a few units, are used instead.
 _PLACES_BGR = Preprocessing(format="BGR", mean=(104.007, 116.669, 122.679), std=(1.0, 1.0, 1.0))
 _BGR_STD = (57.375, 57.12, 58.395)
 
 
 def _detectron_pixels(mean: tuple[float, float, float]) -> Callable[[Architecture], Preprocessing]:
-    # Its ResNeXts were trained with a std, its ResNets without.
+    # Detectron's ResNeXts were trained with a std, its ResNets without.
     resnet = Preprocessing(format="BGR", mean=mean, std=(1.0, 1.0, 1.0))
     resnext = Preprocessing(format="BGR", mean=(103.53, 116.28, 123.675), std=_BGR_STD)
     return lambda arch: resnet if arch.groups == 1 else resnext
@@ -118,7 +120,7 @@ def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Pre
     return lambda arch: preprocessing
 
 
-# What Google's networks expect of an image, in which projects differ in the resizing alone.
+# The preprocessing of Google's networks. Projects differ only in the resizing.
 _INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, resize=341, crop=299)
 _CADENE_BN_INCEPTION = Preprocessing(format="BGR", mean=(104.0, 117.0, 128.0), std=(1.0,) * 3)
 
@@ -133,7 +135,7 @@ def _detectron2_name(name: str) -> str:
     return names.detectron(name) or names.unchanged(name)
 
 
-# Where several can be of a file, the first is taken and the others are named in the log.
+# If several families match a file, the first is used and the others are logged.
 _RECORDS = (
     Family(
         "senet_transfer",
@@ -262,21 +264,21 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _RECORDS}
 
-# Networks of these projects with the names of a family, and something in them that no backbone here
-# has: a pattern of names, how many dimensions the tensor has (None: any), what differs.
+# Unsupported networks that share the names of a family: a pattern of a tensor name, the number of
+# dimensions of that tensor (None: any), and a description of the difference.
 _OTHER_NETWORKS = (
-    (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts average before they project"),
+    (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts have average pooling"),
     (r"(backbone\.)?stem\.0\.weight", 4, "its stem has three convolutions"),
     (r".*\.(se|attn)\.conv\.weight", None, "its attention is ECA, not SE"),
     (r".*\.(ca|attn)\..*", None, "its attention is not SE"),
-    (r".*\.gn\d\..*", None, "its norms are group norms under names of their own"),
+    (r".*\.gn\d\..*", None, "its norms are group norms"),
 )
 
 
 def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return what a file has, by its tensors' names, that no backbone here has; None if unknown.
+    """Return a description of the feature that makes a file's network unsupported, or None.
 
-    Some of these (timm's resnet50d, say) have parts that match in name and shape.
+    This detects networks, such as timm's resnet50d, that partly match a supported one.
     """
     for pattern, dimensions, words in _OTHER_NETWORKS:
         for name, tensor in tensors.items():

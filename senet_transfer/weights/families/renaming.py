@@ -1,11 +1,11 @@
-"""From the names that other projects give to tensors to this project's, which are Detectron2's.
+"""Conversion of other projects' tensor names to this project's, which follow Detectron2.
 
-Each function takes a name as it stands in a file of its family, and returns this project's, or
-None for a name that the family does not have. The backbone is ``stem.conv1.weight``,
+Each function takes a name in a file of its family and returns this project's name, or None if the
+family does not have the name. The backbone's names are ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
-``res2.0.se.fc1.weight``, ...; the classifier on it is ``linear.weight`` and ``linear.bias``, and
-before it ``neck.fc1.weight`` and so on where it has hidden layers. Networks that are no ResNets are
-in :mod:`~.renaming_other`.
+``res2.0.se.fc1.weight``, ... The classifier's names are ``linear.weight`` and ``linear.bias``, and
+``neck.fc1.weight`` etc. for hidden layers before it. Networks other than ResNets are in
+:mod:`~.renaming_other`.
 """
 
 import re
@@ -15,14 +15,14 @@ Rename = Callable[[str], str | None]
 
 _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
-# What the names of a classifier's tensors behind its backbone begin with.
+# The prefixes of a classifier's tensors outside its backbone.
 CLASSIFIER = ("linear.", "neck.")
 
 
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
-    """A rename by patterns; the first that matches a whole name decides.
+    """Return a function that renames by the first pattern that matches the whole name.
 
-    In a replacement, ``{n+1}`` is the n-th group raised by one, ``{n-1}`` lowered.
+    In a replacement, ``{n}`` is the n-th group, ``{n+1}`` and ``{n-1}`` the group plus or minus 1.
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
@@ -44,7 +44,7 @@ def _fill(replacement: str, match: re.Match) -> str:
 
 
 def first_match(*renames: Rename) -> Rename:
-    """Combine renames: the first that knows a name decides."""
+    """Combine rename functions: the first result that is not None is returned."""
 
     def rename(name: str) -> str | None:
         return next((ours for rename in renames if (ours := rename(name)) is not None), None)
@@ -117,7 +117,7 @@ _mmpretrain = renamer(
         *_stem("backbone."),
         *_blocks("backbone."),
         _classifier(r"head\.fc"),
-        # The second form is of files from before the layers were wrapped with their activation.
+        # Files of older versions use the second form.
         *_se("se_layer", r"conv1\.conv", r"conv2\.conv", "backbone."),
         *_se("se_layer", "conv1", "conv2", "backbone."),
     ]
@@ -125,11 +125,11 @@ _mmpretrain = renamer(
 
 
 def mmpretrain(name: str) -> str | None:
-    """mmpretrain's classifiers, and its backbones saved alone."""
+    """Rename a tensor of an mmpretrain classifier, or of a backbone saved separately."""
     return _mmpretrain(name) or _mmpretrain(f"backbone.{name}")
 
 
-# Merged or apart: a BatchNorm's two tensors and those of the Scale layer after it.
+# A BatchNorm's tensors and those of the Scale layer after it, in one layer or in two.
 _CAFFE_NORM = "(?:/bn)?(?:/scale)?/(weight|bias|running_mean|running_var)"
 
 caffe = renamer(
@@ -173,7 +173,7 @@ _msra_ends = renamer(
 
 
 def msra_caffe(name: str) -> str | None:
-    """He et al.'s names in Caffe: blocks are a, b, c ... or a, b1, b2 ..."""
+    """Rename a tensor of He et al.'s Caffe models, whose blocks are a, b, c ... or a, b1, b2 ..."""
     if match := _MSRA.fullmatch(name):
         kind, stage, letter, number, branch, tensor = match.groups()
         index = int(number) if number else ord(letter) - ord("a")
@@ -201,7 +201,7 @@ _DETECTRON_CLASSIFIER = re.compile(r"(?:pred|fc\d+)_(w|b)")
 
 
 def detectron(name: str) -> str | None:
-    """Caffe2's names in the ``.pkl`` files of Detectron and Detectron2."""
+    """Rename a tensor with Caffe2's names, in ``.pkl`` files of Detectron and Detectron2."""
     if match := _DETECTRON.fullmatch(name):
         stage, index, branch, tensor = match.groups()
         return f"res{stage}.{index}.{_BRANCHES[branch]}.{_DETECTRON_TENSORS[tensor]}"
@@ -216,7 +216,7 @@ _RES5 = "roi_heads.res5."
 
 
 def unchanged(name: str) -> str:
-    """Return a name as it is, for files of this project and of Detectron2."""
+    """Return a name unchanged, for files of this project and of Detectron2."""
     return name
 
 
@@ -234,12 +234,12 @@ def backbone_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """A name without what stands before the backbone, and the C4 head's res5 as the backbone's."""
+    """Return a name without the prefix of the backbone, or of the C4 head if it is in its res5."""
     if name.startswith(_RES5):
         return name.removeprefix("roi_heads.")
     return name.removeprefix(prefix)
 
 
 def is_beside_backbone(name: str, prefix: str) -> bool:
-    """Whether a name is of a detector's other parts: its FPN, proposals and heads."""
+    """Return whether a name belongs to a detector's FPN, proposal generator or heads."""
     return not name.startswith((prefix, _RES5, *CLASSIFIER))

@@ -1,7 +1,7 @@
-"""From this project's names to those of other projects, for files that these projects read.
+"""Conversion of this project's tensor names to other projects', for files that those can load.
 
-The opposites of :mod:`~.renaming`, for the backbone and its classifier. Each returns None for a
-name that the family does not have.
+The functions are the inverses of those in :mod:`~.renaming`, for the backbone and its classifier.
+Each returns None for a name that the other project does not have.
 """
 
 from senet_transfer.weights.families.renaming import Rename, renamer
@@ -17,7 +17,7 @@ def _like_torchvision(
     se: tuple[str, str] | None = None,
     stem: list[tuple[str, str]] | None = None,
 ) -> Rename:
-    """Names like torchvision's, which all of these have in their blocks."""
+    """Return a rename function that names the layers of blocks as torchvision does."""
     block = prefix + "layer{1-1}.{2}."
     rules = stem or [
         (r"stem\.conv1\.weight", f"{prefix}conv1.weight"),

@@ -1,4 +1,4 @@
-"""As :mod:`~.renaming`, of networks that are no ResNets: VGG-16 and two Inceptions."""
+"""Conversion of tensor names, as in :mod:`~.renaming`, for VGG-16 and two Inception networks."""
 
 import re
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ _TENSOR = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
 def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
-    """A rename layer by layer.
+    """Return a rename function that replaces the names of layers.
 
     Args:
-        layers: their name of each, and this project's.
-        norm: a pattern of what stands after a convolution's name in that of its norm, and perhaps
-            nothing after its own, as its only group; and what stands before that of a tensor.
+        layers: The other project's layer names, mapped to this project's.
+        norm: A pattern of the text between a layer's name and a tensor's. Its only group matches
+            for the tensors of a convolution's norm, and is empty for the convolution's own.
     """
     pattern = re.compile(rf"(.+?){norm}{_TENSOR}")
 
@@ -28,7 +28,7 @@ def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
 
 
 def _vgg_layers() -> dict[str, str]:
-    # Where its 13 convolutions stand among norms, ReLUs and pools, and where they do here.
+    # Indices of the 13 convolutions in torchvision's ``features``, and their names in this project.
     indices = (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)
     places = [f"stem.{i}" for i in range(4)]
     places += [f"res{stage}.{i}" for stage in (2, 3, 4) for i in range(3)]
@@ -41,7 +41,7 @@ def _vgg_layers() -> dict[str, str]:
 
 torchvision_vgg = _by_layer(_vgg_layers(), r"()\.")
 
-# BN-Inception's modules, where they stand here.
+# BN-Inception's modules and their names in this project.
 _MODULES = {
     **{"3a": "res3.1", "3b": "res3.2", "3c": "res4.0"},
     **{"4a": "res4.1", "4b": "res4.2", "4c": "res4.3", "4d": "res4.4", "4e": "res5.0"},
@@ -50,11 +50,11 @@ _MODULES = {
 
 
 def _bn_inception_layers(join: str, double: tuple[str, str, str]) -> dict[str, str]:
-    """Its convolutions.
+    """Return the names of BN-Inception's convolutions, mapped to this project's.
 
     Args:
-        join: what stands between a module's name and a convolution's.
-        double: the names of those in the branch of two 3x3.
+        join: The separator between a module's name and a convolution's.
+        double: The names of the convolutions in the branch with two 3x3.
     """
     parts = {
         "1x1": "branch_1x1",
@@ -80,7 +80,7 @@ _CAFFE_GATES = {
     for theirs, ours in (("down", "fc1"), ("up", "fc2"))
 }
 
-# Of the authors' SE-BN-Inception. Merged or apart: a BatchNorm's tensors and the Scale's after it.
+# The SENet authors' SE-BN-Inception. BatchNorm and the Scale after it are one layer or two.
 caffe_bn_inception = _by_layer(
     {
         **_bn_inception_layers("/", ("double3x3_reduce", "double3x3a", "double3x3b")),
@@ -100,7 +100,7 @@ cadene_bn_inception = _by_layer(
 
 
 def _inception_resnet_layers(classifier: str) -> dict[str, str]:
-    """timm's and Cadene's, whose names differ in the classifier's alone."""
+    """Return Inception-ResNet-v2's layers; timm and Cadene differ only in the classifier's name."""
     layers = {
         classifier: "linear",
         "conv2d_1a": "stem.0.conv",
@@ -117,11 +117,11 @@ def _inception_resnet_layers(classifier: str) -> dict[str, str]:
     for theirs, ours in blocks.items():
         layers[f"{theirs}.conv2d"] = f"{ours}.project"
         for branch in range(3):
-            # Without a number where a branch is one convolution.
+            # A branch that is a single convolution has no index.
             layers[f"{theirs}.branch{branch}"] = f"{ours}.branches.{branch}.0"
             for part in range(3):
                 layers[f"{theirs}.branch{branch}.{part}"] = f"{ours}.branches.{branch}.{part}"
-    # After the pool, which is part 0.
+    # Index 0 is the pool.
     layers["mixed_5b.branch3.1"] = "res3.1.project"
     return layers
 

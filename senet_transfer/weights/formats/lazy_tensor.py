@@ -1,4 +1,4 @@
-"""Tensors whose values are still in their file, so that only the model's are read into memory."""
+"""Lazy tensors, whose values remain in the file until they are needed."""
 
 import functools
 import math
@@ -12,9 +12,9 @@ import torch
 from senet_transfer.utils.safe_pickle import check_sizes
 
 
-@dataclass  # which makes it unhashable: no key of a dictionary
+@dataclass  # unhashable, so that it can't be a key of a dictionary
 class Storage:
-    """Consecutive numbers in a file, read when a tensor of the model needs them."""
+    """Consecutive numbers in a file, read when a tensor of the model uses them."""
 
     dtype: torch.dtype
     numel: int
@@ -26,7 +26,7 @@ class Storage:
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
-        """Values in the file; the storage's only copy of them."""
+        """Return the values, which are read once."""
         raw = self.read()
         if isinstance(raw, torch.Tensor):
             return raw
@@ -45,13 +45,11 @@ class Storage:
 class TensorRef:
     """Tensor in a file: a view of a :class:`Storage`, checked to lie inside it."""
 
-    __hash__ = None  # type: ignore[assignment]  # no key of a dictionary
-
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))
 
     def build(self, state: tuple) -> None:
-        """Set what the tensor is a view of; raise ValueError if it does not fit."""
+        """Set storage, offset, shape and strides; raise ValueError if they are inconsistent."""
         storage, offset, shape, strides = state
         if not isinstance(storage, Storage):
             raise ValueError("a tensor without a storage")
@@ -63,7 +61,7 @@ class TensorRef:
 
     @property
     def size(self) -> int:
-        """Number of elements, called as numpy calls it."""
+        """Return the number of elements; the name is numpy's."""
         return math.prod(self._shape)
 
     @property
@@ -83,14 +81,14 @@ class TensorRef:
 
 
 def is_numeric(value: Any) -> bool:
-    """Return True for a tensor or an array of numbers that is still in its file."""
+    """Return whether a value is a lazy tensor or a numeric array."""
     return isinstance(value, TensorRef) or (
         isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
     )
 
 
 def to_tensor(source: TensorRef | np.ndarray) -> torch.Tensor:
-    """Return the values of a tensor or array, in memory that is not the file's."""
+    """Return a lazy tensor or an array as a tensor that does not share the file's memory."""
     if isinstance(source, TensorRef):
         return source.tensor()
     return torch.from_numpy(np.array(source, dtype=source.dtype.newbyteorder("="), order="C"))

@@ -41,8 +41,8 @@ class WeightFile:
     Attributes:
         path: the file.
         format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: by name. The usual wrappers are removed, and ``module.`` where every name has it;
-            the rest of the name is the file's. They own their memory.
+        tensors: The tensors by name, in memory of their own. The usual wrappers are removed, and
+            ``module.`` if every name has it; otherwise names are the file's.
         metadata: small plain values stored with the tensors: ``arch``, ``epoch``, ``meta``,
             ``__author__``, ``matching_heuristics``, this project's own under :data:`OWN_METADATA`.
         layers: of a Caffe file, with their parameters; otherwise empty.
@@ -138,7 +138,7 @@ def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata: dict[str, Any] = dict(file.metadata() or {})
-        # Copies: the library's tensors are the file's pages, and go with it when it is replaced.
+        # Copies, because the library's tensors are mapped from the file, which may be replaced.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if not tensors:
         raise UserError(f"{path}: no tensors inside. Check the file.")

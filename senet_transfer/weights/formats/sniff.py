@@ -34,7 +34,7 @@ def sniff(path: Path) -> str:
     CAFFE has no magic number and is returned for a binary file of no other known format.
 
     Raises:
-        UserError: the file is missing, empty, or of another kind than weights.
+        UserError: The file is missing, empty, or not a weight file.
     """
     head = _head(path)
     if head.startswith(b"PK\x03\x04"):
@@ -47,7 +47,7 @@ def sniff(path: Path) -> str:
         return SAFETENSORS
     for mark, what, advice in _OTHER_FORMATS:
         if head.startswith(mark):
-            raise UserError(f"{path}: {what}, not a file of weights. {advice}.")
+            raise UserError(f"{path}: {what}, not a weight file. {advice}.")
     if _OLD_PICKLE.match(head):
         return PICKLE
     _reject_text(path, head)
@@ -59,11 +59,11 @@ def _head(path: Path) -> bytes:
         if path.is_dir():
             inside = sorted(f.name for f in path.iterdir() if f.suffix in _SUFFIXES)[:4]
             advice = f"Name one of the files in it: {', '.join(inside)}" if inside else "Check it"
-            raise UserError(f"{path}: a folder, where a file of weights is expected. {advice}.")
+            raise UserError(f"{path}: a folder, expected a weight file. {advice}.")
         if not path.exists():
             raise UserError(f"{path}: no such file. Check the path (relative to {Path.cwd()}).")
         if not path.is_file():
-            raise UserError(f"{path}: not an ordinary file. Name a file of weights.")
+            raise UserError(f"{path}: not an ordinary file. Name a weight file.")
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except (OSError, ValueError) as error:

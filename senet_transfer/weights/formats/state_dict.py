@@ -1,4 +1,4 @@
-"""A model's tensors taken out of a checkpoint, and the plain values stored with them.
+"""Extraction of a model's tensors, and the plain values stored with them, from a checkpoint.
 
 People wrap a model's tensors in many ways and store the optimizer, the scheduler and the arguments
 of the run with them. Only the model's tensors are read into memory.
@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.safe_pickle import Placeholder, reject_class
 from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
 
 # In this order: a file with "state_dict" and "state_dict_ema", or "model" and "ema", means the
-# first; the second is taken where the first is absent.
+# first; the second is used if the first is absent.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -51,16 +52,18 @@ class Checkpoint:
 def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     """Take a model's tensors out of a checkpoint.
 
-    The usual wrappers are removed, and ``module.`` and ``_orig_mod.`` where every name has them.
-    Trainer state (optimizer, scheduler) is left out.
+    The usual wrappers are removed, and ``module.`` and ``_orig_mod.`` if every name has them.
+    Trainer state (optimizer, scheduler) is left out, and so are objects next to the model whose
+    class is unknown.
 
     Args:
-        tree: the object in the file; its tensors are still in the file.
-        path: for error messages.
-        size: of the file in bytes, which bounds the memory that its tensors may take.
+        tree: The object in the file, with tensors that are not yet read.
+        path: The path of the file, for error messages.
+        size: The size of the file in bytes, which bounds the memory of its tensors.
 
     Raises:
-        UserError: there are no named tensors in it.
+        UserError: The object contains no named tensors, or the model is or contains an object of an
+            unknown class.
     """
     metadata: dict[str, Any] = {}
     for _ in range(_MAX_DEPTH):
@@ -69,14 +72,18 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
             break
         _take_plain(metadata, {k: v for k, v in tree.items() if v is not tree[inner]})
         tree = tree[inner]
+    if isinstance(tree, Placeholder):
+        reject_class(path, tree.name)
     if not isinstance(tree, dict):
         kind = "single tensor" if isinstance(tree, _Source) else type(tree).__name__
         raise UserError(
-            f"{path}: holds a {kind} and no tensors by name, so it is not a weights file. "
-            "Expected is a dictionary of tensors, such as model.state_dict()."
+            f"{path}: contains a {kind}, so it is not a weights file. Expected a dictionary of "
+            "named tensors, such as model.state_dict()."
         )
     sources: dict[str, _Source] = {}
     for name, source in _leaves(tree):
+        if isinstance(source, Placeholder):
+            reject_class(path, source.name)
         if name in sources:
             raise ValueError(f"two tensors of the name {name}")
         sources[name] = source
@@ -97,7 +104,7 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
 def _wrapper(tree: dict) -> str | None:
     """Return the key of the model in ``tree``, or None if ``tree`` is the model itself."""
     for key in WRAPPERS:
-        if _has_tensors(tree.get(key)):
+        if isinstance(tree.get(key), Placeholder) or _has_tensors(tree.get(key)):
             return key
     if any(is_numeric(value) for value in tree.values()):
         return None
@@ -114,21 +121,24 @@ def _is_trainer_state(key: str) -> bool:
 
 
 def _has_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and next(_leaves(value), None) is not None
+    return isinstance(value, dict) and any(is_numeric(leaf) for _, leaf in _leaves(value))
 
 
 def _leaves(
     tree: dict, depth: int = _MAX_DEPTH, prefix: str = "", budget: list[int] | None = None
-) -> Iterator[tuple[str, _Source]]:
+) -> Iterator[tuple[str, _Source | Placeholder]]:
+    """Yield the tensors and placeholders in nested dictionaries, by their joined keys."""
     # A dictionary can hold another one many times: the walk is bounded, not only its depth.
     budget = [_MAX_ENTRIES] if budget is None else budget
     for key, value in tree.items():
         budget[0] -= 1
         if budget[0] < 0:
             raise ValueError(f"more than {_MAX_ENTRIES:,} entries")
-        if not isinstance(key, str):
+        if isinstance(key, Placeholder):
+            yield prefix, key
+        elif not isinstance(key, str):
             continue
-        if is_numeric(value):
+        elif is_numeric(value) or isinstance(value, Placeholder):
             yield prefix + key, value
         elif isinstance(value, dict) and depth > 1 and (prefix or not _is_trainer_state(key)):
             yield from _leaves(value, depth - 1, f"{prefix}{key}.", budget)
@@ -164,7 +174,7 @@ def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
         return {
             key: _plain(item, budget, depth + 1)
             for key, item in value.items()
-            if isinstance(key, str | int)
+            if isinstance(key, str | int) and not isinstance(item, Placeholder)
         }
     if is_numeric(value) and value.size == 1:
         return to_tensor(value).item()

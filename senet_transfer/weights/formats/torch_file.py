@@ -1,12 +1,14 @@
 """Reader of ``torch.save``'s three formats: zip (since 1.6), legacy, and tar (before 0.1.12).
 
-``torch.load(weights_only=True)`` admits the same: dense tensors and plain containers. On a damaged
-or hostile file it does too little, which is why it is not used here. It
+A model consists of dense tensors in plain containers. A file may contain objects of any class next
+to the model, as with ``torch.load(weights_only=False)``, but they are left out and no code is
+called. ``torch.load(weights_only=True)`` is not used because it is not safe for damaged or hostile
+files:
 
-- does not verify the zip's checksums: a flipped byte loads as a wrong weight;
-- lets a tensor be larger than its storage, and fills the rest with uninitialised memory;
-- does not bound the memory and time that a pickle takes;
-- can't read the tar format and some of Python 2's pickles.
+- it does not verify the zip's checksums, so that a flipped byte loads as a wrong weight;
+- it accepts a tensor larger than its storage, and fills the rest with uninitialised memory;
+- it does not bound the memory and time of unpickling;
+- it can't read the tar format, some pickles of Python 2, and files with objects of other classes.
 """
 
 import io
@@ -46,6 +48,11 @@ _DTYPES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+    # Of quantized tensors, which are not read; only the number of bytes is needed.
+    "QInt32": torch.int32,
+    **dict.fromkeys(("QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), torch.uint8),
 }
 
 
@@ -59,6 +66,7 @@ ALLOWED: Mapping[str, Any] = {
     **PLAIN,
     **{f"{m}.{n}Storage": d for n, d in _DTYPES.items() for m in ("torch", "torch.cuda")},
     **{f"{m}.{n}Tensor": _empty_tensor for n in _DTYPES for m in ("torch", "torch.cuda")},
+    "torch.storage.UntypedStorage": torch.uint8,
     **{str(dtype): dtype for dtype in _DTYPES.values()},
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": TensorRef,
@@ -70,7 +78,7 @@ ALLOWED: Mapping[str, Any] = {
 
 
 class _Storages(dict[Any, Storage]):
-    """Storages of a file by key, with the check of what a pickle states about them."""
+    """Storages of a file by key, with a check that the pickle describes each consistently."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
         """Return the storage of a persistent id; ``read`` takes its key and length in bytes."""
@@ -90,8 +98,9 @@ def read_zip(path: Path) -> Checkpoint:
     """Read a zip file of ``torch.save`` and verify the checksum of every record in it.
 
     Raises:
-        UserError: it is another kind of archive, or holds more than tensors and plain containers.
-        zipfile.BadZipFile, ValueError, and other errors of reading: it is damaged.
+        UserError: The file is another kind of archive, or contains objects other than tensors and
+            plain containers.
+        zipfile.BadZipFile, ValueError, and other errors of reading: The file is damaged.
     """
     with zipfile.ZipFile(path) as archive:
         root = _check_records(archive, path)
@@ -148,7 +157,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
-    """Read what follows the magic number of torch's legacy format: pickles, then raw data."""
+    """Read the pickles and raw data after the magic number of torch's legacy format."""
     if load_plain(stream, path) != 1001:
         raise ValueError("another version of the legacy format than 1001")
     if load_plain(stream, path).get("little_endian") is not True:
@@ -156,7 +165,9 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
     storages = _Storages()
     starts: dict[Any, int] = {}
 
-    def persistent_load(identity: Any) -> Storage:
+    def persistent_load(identity: Any) -> Any:
+        if identity[0] == "module":  # a class of torch.nn.Module, with its source code
+            return identity[1]
         *identity, view = (*identity, None)[:6]
         storage = storages.named(identity, lambda key, n: _raw(stream, starts[key], n))
         return storage if view is None else storage.view(*view[1:])
@@ -177,7 +188,7 @@ def read_tar(path: Path) -> Checkpoint:
         if not {"storages", "tensors", "pickle"} <= members.keys():
             names = shown(", ".join(list(members)[:4])) or "nothing"
             raise UserError(
-                f"{path}: a tar archive that holds {names}, not one of torch.save. "
+                f"{path}: a tar archive of {names}, not one of torch.save. "
                 "If the weights are inside, unpack it first."
             )
         parts = {}
@@ -189,7 +200,12 @@ def read_tar(path: Path) -> Checkpoint:
             parts[name] = io.BytesIO(member.read())
     storages = _tar_storages(parts["storages"], path)
     tensors = _tar_tensors(parts["tensors"], path, storages)
-    tree = load_plain(parts["pickle"], path, ALLOWED, lambda identity: tensors[int(identity)])
+
+    def persistent_load(identity: Any) -> Any:
+        # A tuple is a class of torch.nn.Module, with its source code.
+        return identity[0] if isinstance(identity, tuple) else tensors[int(identity)]
+
+    tree = load_plain(parts["pickle"], path, ALLOWED, persistent_load)
     return collect(tree, path, path.stat().st_size)
 
 

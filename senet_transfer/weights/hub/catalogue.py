@@ -1,4 +1,4 @@
-"""Published weights by name, such as ``cadene/se_resnet50``, downloaded when they are needed."""
+"""Catalogue of published weights, such as ``cadene/se_resnet50``, downloaded on first use."""
 
 import difflib
 import fnmatch
@@ -16,7 +16,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.weights.hub.download import check_sha256, fetch
 
-# Networks with other names here than at their publishers.
+# This project's names of networks, by their publishers' names.
 _RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -24,19 +24,19 @@ _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file of weights.
+    """Published weight file.
 
     Attributes:
         name: The name that users type.
-        url: Its address, or the page that links to it if it must be fetched by hand.
-        file: Its name in the cache.
-        sha256: The beginning of its SHA-256, as its publisher states it; None if the publisher
-            states none, so that the file cannot be verified.
+        url: The address, or the page that links to the file if it must be downloaded by hand.
+        file: The file name in the cache.
+        sha256: The first digits of the SHA-256 stated by the publisher. None if there is no hash,
+            so that the file cannot be verified.
         family: The family of weights, one of ``FAMILIES``.
         model: This project's name of the network.
-        licence: As its publisher states it; empty if not stated.
+        licence: The licence stated by the publisher, or empty.
         note: Further information, or empty.
-        by_hand: Whether it must be fetched by hand.
+        by_hand: Whether the file must be downloaded by hand.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Entry:
 
     @property
     def verified(self) -> bool:
-        """Whether there is a hash to verify the file by."""
+        """Return whether the catalogue has a hash to verify the file with."""
         return self.sha256 is not None
 
     @property
     def path(self) -> Path:
-        """The file's path in torch.hub's cache, which many projects share."""
+        """Return the file's path in torch.hub's cache, which many projects share."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
 
@@ -103,7 +103,7 @@ def _model(name: str) -> str:
 
 
 def list_catalogue(pattern: str = "*") -> list[str]:
-    """Return the names of published weights that match a shell-style pattern, as "cadene/*"."""
+    """Return the names of published weights that match a pattern, such as "cadene/*"."""
     return sorted(fnmatch.filter(load_catalogue(), pattern))
 
 
@@ -132,9 +132,9 @@ def nearest_names(name: str) -> list[str]:
 
 
 def names_published(weights: str | Path) -> bool:
-    """Return whether this is meant as a name in the catalogue, even if it is not in it.
+    """Return whether a string has the form of a name in the catalogue, PUBLISHER/NAME.
 
-    An existing file of that name takes precedence. A name is recognized by its publisher's part.
+    The publisher must be in the catalogue. An existing file of that name takes precedence.
     """
     if isinstance(weights, Path) or os.path.exists(weights):
         return False
@@ -146,7 +146,7 @@ def resolve(name: str) -> Path:
     """Return the path of published weights, downloaded into torch.hub's cache if not there yet.
 
     Raises:
-        UserError: The name is unknown, the file must be fetched by hand, the download failed, or
+        UserError: The name is unknown, the file must be downloaded by hand, the download failed, or
             the cached file has another hash. The message gives the address and the path.
     """
     entry = catalogue_entry(name)
@@ -155,8 +155,8 @@ def resolve(name: str) -> Path:
     if not path.is_file():
         if entry.by_hand:
             raise UserError(
-                f"{name} must be fetched by hand from {entry.url} ({entry.note}). Put the file at "
-                f"{path}, where this name finds it, or give its path."
+                f"{name} must be downloaded by hand from {entry.url} ({entry.note}). Save it as "
+                f"{path}, or pass the path of the file."
             )
         return fetch(entry.url, path, entry.sha256, hint=hint)
     stat = path.stat()

@@ -1,7 +1,7 @@
-"""Download of one file over HTTPS: atomic, verified, resumed after a break, once per cache.
+"""Download of one file over HTTPS: atomic, verified, and resumed after an interruption.
 
 torch.hub's and huggingface_hub's downloads are not used: the first has no retry and accepts a
-truncated file that has no hash; the second resumes without If-Range, so that it can join parts of
+truncated file that has no hash; the second resumes without If-Range, so that it can mix parts of
 two files. Both follow redirections to plain HTTP and accept a web page in place of the file.
 """
 
@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import portalocker
 
@@ -138,7 +138,15 @@ def _check_scheme(url: str) -> None:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirections, except to addresses that are not encrypted."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
         _check_scheme(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -210,7 +218,7 @@ def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield what the server sends; its errors are kept apart from the disk's."""
+    """Yield the parts of a response; convert the server's errors, unlike those of the disk."""
     try:
         while chunk := answer.read(_CHUNK):
             yield chunk

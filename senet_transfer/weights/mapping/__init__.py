@@ -1,1 +1,1 @@
-"""From a file to a model, tensor by tensor."""
+"""Mapping of a file's tensors to a model's."""

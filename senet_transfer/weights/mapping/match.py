@@ -1,4 +1,4 @@
-"""Which tensor of a file goes where in a model, and what is wrong where the two don't fit."""
+"""Matching of a file's tensors with a model's, and errors for files that do not fit."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from senet_transfer.weights.families.renaming import CLASSIFIER
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.mapping.target import Target
 
-# The parts of Detectron2's detectors whose outputs are counted by class.
+# The layers of Detectron2's detectors whose number of outputs depends on the number of classes.
 _PREDICTORS = re.compile(
     r"roi_heads\.box_predictor(\.\d+)?\.(cls_score|bbox_pred)\.(weight|bias)"
     r"|roi_heads\.mask_head\.predictor\.(weight|bias)"
@@ -30,15 +30,15 @@ _SHOWN = 6
 
 @dataclass
 class Match:
-    """What becomes of each tensor.
+    """Result of matching a file with a model.
 
     Attributes:
-        filled: the model's tensors that the file fills.
-        initialised: those that keep their initial values, each with the reason.
-        ignored: tensors of the file that go nowhere, by the file's names, each with the reason.
-        missing: tensors of the model, by its own names, that the file should have and has not.
-        left_over: tensors of the file, by its names, that nobody asked for.
-        misfits: tensors of both that differ in shape or kind, in words.
+        filled: The file's values for the model's tensors, by this project's names.
+        initialised: The model's tensors that keep their initial values, each with the reason.
+        ignored: The file's tensors that are not used, by the file's names, each with the reason.
+        missing: The model's tensors that the file lacks and should have, by the model's names.
+        left_over: The file's tensors that the model does not have, by the file's names.
+        misfits: Descriptions of the tensors whose shape or dtype differs.
     """
 
     filled: dict[str, Tensor] = field(default_factory=dict)
@@ -50,18 +50,17 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether the file fits the model."""
         return not (self.missing or self.left_over or self.misfits)
 
 
 def match(source: Source, target: Target, *, exact: bool = False) -> Match:
-    """Compares a file with a model, tensor by tensor.
+    """Match a file's tensors with a model's by name, shape and dtype.
 
     Args:
-        source: the file.
-        target: the model.
-        exact: whether the file is to be of this very model, so that nothing may stay initialised
-            or be ignored: a run that is taken up again.
+        source: The examined file.
+        target: The model.
+        exact: If True, every tensor must be loaded and used, as when a run is resumed.
     """
     result = Match(left_over=list(source.unknown))
     for name, tensor in target.tensors.items():
@@ -93,29 +92,29 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
     classifier = name.startswith(CLASSIFIER)
     se = ".se." in name and source.architecture and not source.architecture.se_stages
     if name.endswith(".num_batches_tracked"):
-        # A counter that evaluation does not use; old files and other frameworks have none.
+        # Evaluation does not use this counter, and old files and other frameworks lack it.
         return
     if exact:
         result.missing.append(target.own_names[name])
     elif se:
-        result.initialised[name] = "SE layers: the file is of a plain network"
+        result.initialised[name] = "SE layers: the file has none"
     elif classifier and not any(other.startswith("linear.") for other in source.tensors):
-        result.initialised[name] = "the classifier: the file has none"
+        result.initialised[name] = "classifier: the file has none"
     elif name in target.beside and not source.detector:
-        result.initialised[name] = "parts around the backbone: not in the file"
+        result.initialised[name] = "detector parts outside the backbone: the file has none"
     else:
         result.missing.append(target.own_names[name])
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Why a tensor whose shape differs may stay initialised; None where it may not."""
+    """Return why a tensor of another shape may keep its initial values; None if it may not."""
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None
     if name.startswith("linear."):
-        return f"the classifier: {len(found)} classes in the file, {len(expected)} in the model"
+        return f"classifier: {len(found)} classes in the file, {len(expected)} in the model"
     if name in target.beside and _PREDICTORS.fullmatch(name):
-        return "predictors of another class count"
+        return "predictors for another number of classes"
     return None
 
 
@@ -128,42 +127,42 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str | None:
-    """Why a tensor of the file may go nowhere; None where it may not."""
+    """Return why a tensor of the file may be ignored; None if it may not."""
     for pattern, reason in _NOT_WEIGHTS:
         if pattern.fullmatch(name):
             return reason
     if name.endswith(".num_batches_tracked"):
-        return "a counter that frozen norms don't keep"
+        return "num_batches_tracked: frozen norms do not have it"
     if exact:
         return None
-    # A backbone's names start so; everything else in a detector's file is around it.
+    # A model whose last stage is res3, for example, ignores the file's res4 and res5.
     known_stage = _STAGE.match(name)
     if known_stage and not any(ours.startswith(known_stage[0]) for ours in target.tensors):
         return f"the backbone ends before {known_stage[1]}"
     if name.startswith(CLASSIFIER) and not any(n.startswith(CLASSIFIER) for n in target.tensors):
-        return "the classifier: the model has none"
+        return "classifier: the model has none"
     if source.detector and not target.beside and not name.startswith(("stem.", "res")):
-        return "parts of a detector: the model is none"
+        return "detector parts: the model is not a detector"
     return None
 
 
 def check_match(result: Match, source: Source, target: Target) -> None:
-    """Raises UserError where file and model don't fit, with all that is wrong."""
+    """Raise UserError if a file does not fit a model, with a list of all differences."""
     problems = []
     if source.architecture and target.architecture:
         problems = source.architecture.differences(target.architecture)
     wrong = [
         _listed(f"{len(result.missing)} missing in the file", result.missing),
-        _listed(f"{len(result.left_over)} left over", result.left_over),
-        _listed(f"{len(result.misfits)} of another shape", result.misfits),
+        _listed(f"{len(result.left_over)} unexpected", result.left_over),
+        _listed(f"{len(result.misfits)} with another shape or dtype", result.misfits),
     ]
     if result.fits or not any(wrong):
         return
     lines = "\n".join(f"  {line}" for line in [*filter(None, wrong), *problems])
     raise UserError(
-        f"{source.path}, taken for {source.taken_for}, does not fit the model, which is left as "
-        f"it was:\n{lines}\nTake a file of this network, the network of this file, or, if it was "
-        "taken for the wrong family, say which with family= or MODEL.WEIGHTS_FAMILY."
+        f"{source.path}, detected as {source.taken_for}, does not fit the model, which is "
+        f"unchanged:\n{lines}\nUse a file for this network, or build the network of this file. If "
+        "the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )
 
 

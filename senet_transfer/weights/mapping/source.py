@@ -1,4 +1,4 @@
-"""A weight file, understood: its family, its tensors under this project's names, its geometry."""
+"""Examination of weight files: family, tensors under this project's names, geometry."""
 
 import logging
 from collections.abc import Mapping
@@ -27,20 +27,21 @@ _EPS = 1e-5
 
 @dataclass(frozen=True)
 class Source:
-    """A weight file, understood.
+    """Examined weight file.
 
     Attributes:
-        path: the file.
-        family: what it was taken for.
-        alternatives: other families that have the same names and shapes, and what would differ.
-        tensors: by this project's name; the backbone's have no prefix, whatever stands around it.
-        original: the file's own name of each.
-        unknown: the file's names that the family does not have.
-        notes: what was done to tensors on the way, in words.
-        architecture: of the backbone; None where it is no network of this project.
-        geometry: of the backbone, as far as it is known.
-        preprocessing: what the network expects of an image; None where it is not known.
-        detector: whether there are parts around the backbone besides a classifier.
+        path: The file.
+        family: The family, given or detected.
+        alternatives: Other families with the same names and shapes, and how they would differ.
+        tensors: The tensors by this project's names. The backbone's names have no prefix, even in
+            a classifier or a detector.
+        original: The file's name of each tensor, by this project's name.
+        unknown: The names in the file that the family does not have.
+        notes: The changes made to tensors, as sentences.
+        architecture: The architecture of the backbone; None if it is unknown.
+        geometry: The geometry of the backbone, as far as it is known.
+        preprocessing: The preprocessing that the network expects; None if it is unknown.
+        detector: Whether the file has tensors outside the backbone and the classifier.
     """
 
     path: str
@@ -57,11 +58,11 @@ class Source:
 
     @property
     def taken_for(self) -> str:
-        """The family in words."""
+        """Return the name and title of the family, for messages."""
         return f"{self.family.name} ({self.family.title})"
 
     def options(self) -> dict[str, Any]:
-        """Return what is known of the network, by the names of ``create_backbone``'s overrides."""
+        """Return the known options of the network, as keyword arguments of ``create_backbone``."""
         options = self.geometry.options()
         arch = self.architecture
         if arch and arch.se_stages:
@@ -73,16 +74,15 @@ class Source:
 
 @once_per_file
 def examine(path: str | Path, family: str | None = None) -> Source:
-    """Read a weight file and find out what it is.
+    """Read a weight file and detect its family, architecture, geometry and preprocessing.
 
     Args:
-        path: the file.
-        family: the name of its family, where the names in it are those of several; None: found
-            out, or the stated default, and the alternatives are logged.
+        path: The file.
+        family: The name of its family. If None, the family is detected; if several families match,
+            the first of ``FAMILIES`` is used, and the others are logged.
 
     Raises:
-        UserError: no such file, a damaged one, one of no family that is known here, or of another
-            than ``family``.
+        UserError: The file is missing or damaged, or its family is unknown or not ``family``.
     """
     file = read_tensors(path)
     found = _detect(file, family)
@@ -93,8 +93,8 @@ def examine(path: str | Path, family: str | None = None) -> Source:
     alternatives = {other.family.name: _difference(first, other) for other in sources[1:]}
     for name, difference in alternatives.items():
         logger.info(
-            "%s is taken for %s. Files of %s have the same names and shapes%s; "
-            "family= or MODEL.WEIGHTS_FAMILY says which it is.",
+            "%s is detected as %s. Files of %s have the same names and shapes%s. "
+            "Set family= or MODEL.WEIGHTS_FAMILY if that family is meant.",
             path, first.family.name, name, f" and differ in {difference}" if difference else "",
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
@@ -105,20 +105,20 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     if family:
         if family not in FAMILIES:
             raise UserError(f"There is no weight family {family!r}. Known: {', '.join(FAMILIES)}.")
-        # Under this project's own names anything can be saved, and loading tells whether it fits.
+        # The names in this project's files depend on the model and are checked on loading.
         if FAMILIES[family] not in found and family != "senet_transfer":
-            taken = " or ".join(f.name for f in found) or "none that is known here"
+            taken = " or ".join(f.name for f in found) or "unknown"
             raise UserError(
-                f"{file.path} is no file of the family {family}: by its names it is of {taken}. "
-                "Leave the family out, or give the file that was meant."
+                f"{file.path} is not of the family {family}: by its tensor names, its family is "
+                f"{taken}. Omit the family, or use another file."
             )
         return [FAMILIES[family]]
     if not found:
         differs = what_differs(file.tensors)
-        hint = f" What differs from the networks here: {differs}." if differs else ""
+        hint = f" Its network is not supported: {differs}." if differs else ""
         raise UserError(
-            f"{file.path} holds {len(file.tensors)} tensors under names of no family that is known "
-            f"here ({first_of(file.tensors, 4)}).{hint} Known: {', '.join(FAMILIES)}."
+            f"{file.path} has {len(file.tensors)} tensors, whose names match no known family "
+            f"({first_of(file.tensors, 4)}).{hint} Known: {', '.join(FAMILIES)}."
         )
     return found
 
@@ -126,19 +126,20 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
 def _understand(file: WeightFile, family: Family) -> Source:
     if differs := what_differs(file.tensors):
         raise UserError(
-            f"{file.path} was taken for {family.name} ({family.title}), and is of a network that "
-            f"is not in this project: {differs}. Take the weights of the plain variant."
+            f"{file.path}, detected as {family.name} ({family.title}), is of a network that is "
+            f"not supported: {differs}. Use weights of a supported network."
         )
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
     prefix = names.backbone_prefix(known.values())
-    tensors, original = {}, {}
+    tensors: dict[str, Tensor] = {}
+    original: dict[str, str] = {}
     for name, ours in known.items():
         ours = names.canonical(ours, prefix)
         if ours in tensors:
             raise UserError(
-                f"{file.path}, taken for {family.name}, has {ours} twice: as {original[ours]} and "
-                f"as {name}. It is damaged, or put together from several files."
+                f"{file.path}, detected as {family.name}, has {ours} twice: as {original[ours]} "
+                f"and as {name}. It is damaged or was merged from several files. Get it again."
             )
         tensors[ours], original[ours] = _reshaped(ours, file.tensors[name]), name
     notes = [*_fold_biases(tensors), *(_expand_affine(tensors) if family.affine_norms else ())]
@@ -165,32 +166,32 @@ def _understand(file: WeightFile, family: Family) -> Source:
 
 
 def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    """The layers of SE as linear ones; other projects have them as 1x1 convolutions."""
+    """Convert the weight of an SE layer from a 1x1 convolution to a linear layer."""
     if ".se.fc" in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Moves a convolution's bias into the mean of the norm after it, which is the same network."""
+    """Fold a convolution's bias into the running mean of the norm after it, which is equivalent."""
     notes = []
     for name in [name for name in tensors if name.endswith(".bias")]:
         mean = f"{name.removesuffix('.bias')}.norm.running_mean"
         if mean in tensors and tensors[mean].shape == tensors[name].shape:
             tensors[mean] = tensors[mean] - tensors.pop(name)
-            notes.append(f"{name} is folded into {mean}")
+            notes.append(f"{name} was folded into {mean}")
     return notes
 
 
 def _expand_affine(tensors: dict[str, Tensor]) -> list[str]:
-    """Gives norms that are a weight and a bias the statistics that change nothing."""
+    """Add identity statistics to norms that have only a weight and a bias."""
     for name in [name for name in tensors if name.endswith(".norm.weight")]:
         norm, weight = name.removesuffix(".weight"), tensors[name]
         tensors[f"{norm}.running_mean"] = torch.zeros_like(weight)
         tensors[f"{norm}.running_var"] = torch.ones_like(weight) - _EPS
     if "stem.conv1.bias" in tensors and not tensors["stem.conv1.bias"].any():
         del tensors["stem.conv1.bias"]
-        return ["stem.conv1.bias is zero and left out"]
+        return ["stem.conv1.bias is zero and was dropped"]
     return []
 
 
@@ -198,18 +199,18 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
     for name in ("linear.weight", "linear.bias"):
         if name in tensors:
             tensors[name] = tensors[name][1:]
-    return ["the first of the classifier's 1001 classes, the background, is left out"]
+    return ["the background, the first of the classifier's 1001 classes, was dropped"]
 
 
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None]:
-    """The geometry and the preprocessing: the file's own word, or else its family's record."""
+    """Return geometry and preprocessing from the file's metadata, or else from its family."""
     if OWN_METADATA in file.metadata:
         return _own_word(file)
     if architecture is None:
         return Geometry(), None
-    # No other network here has a choice that its shapes leave open.
+    # Only residual networks have a geometry that the tensors' shapes leave open.
     geometry = Geometry() if architecture.network else family.geometry(architecture)
     if file.layers and not architecture.network:
         geometry = stated_geometry(file.path, file.layers, geometry)
@@ -220,8 +221,8 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
     word = file.metadata[OWN_METADATA]
     if not isinstance(word, Mapping):
         raise UserError(
-            f"{file.path}: its entry {OWN_METADATA!r} is no dict, so it is not as this project "
-            "writes it. Save the model again with senet_transfer.save_weights."
+            f"{file.path}: its entry {OWN_METADATA!r} is a {type(word).__name__}, expected a dict. "
+            "Save the model again with senet_transfer.save_weights."
         )
     geometry, pixels = word.get("geometry"), word.get("preprocessing")
     return (
@@ -239,19 +240,19 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
                 known[name] = (first, second, third)
         found = Preprocessing(**known)
         if found.format not in ("RGB", "BGR") or found.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError("an unknown order of channels or interpolation")
+            raise ValueError("unknown channel order or interpolation")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
-            raise ValueError("a size that is none")
+            raise ValueError("resize and crop must be positive integers")
         return found
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{file.path} states a preprocessing that is none: {dict(values)}. Its metadata is "
-            "damaged; save the model again with senet_transfer.save_weights."
+            f"{file.path} has an invalid preprocessing in its metadata: {dict(values)} ({error}). "
+            "Save the model again with senet_transfer.save_weights."
         ) from error
 
 
 def _difference(first: Source, other: Source) -> str:
-    """How an alternative's network or preprocessing differs, in words; empty where they agree."""
+    """Return in words how an alternative's geometry or preprocessing differs; empty if equal."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

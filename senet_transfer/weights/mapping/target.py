@@ -1,4 +1,4 @@
-"""The model that weights are loaded into: its backbone, tensors and geometry."""
+"""Models as targets of loading: backbone, tensors and geometry."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +13,22 @@ from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry, built_geometry
 
-# Buffers that detectors had in their files once, and that belong to the config.
+# Buffers that old detector files contain, and whose values belong to the config.
 _CONFIG_BUFFERS = ("pixel_mean", "pixel_std")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model that weights go into.
+    """Model that weights are loaded into.
 
     Attributes:
-        model: the model, without a wrapper for distributed training.
-        backbone: its backbone; the model itself where it is one.
-        tensors: parameters and buffers by name, as in :class:`~.source.Source`.
-        own_names: the model's own name of each.
-        beside: the names of what is around the backbone besides a classifier.
-        architecture: of the backbone; None where it is no network of this project.
-        geometry: of the backbone.
+        model: The model, without a wrapper for distributed training.
+        backbone: The backbone of the model, or the model itself if it is a backbone.
+        tensors: Parameters and buffers, by the same names as in :class:`~.source.Source`.
+        own_names: The model's name of each tensor.
+        beside: The names of the tensors outside the backbone and the classifier.
+        architecture: The architecture of the backbone; None if it is unknown.
+        geometry: The geometry of the backbone.
     """
 
     model: nn.Module
@@ -41,24 +41,24 @@ class Target:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Whether all batch norms of the backbone are frozen."""
+        """Return whether all batch norms of the backbone are frozen."""
         norms = [m for m in self.backbone.modules() if _is_norm(m)]
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
     def pixels(self) -> Preprocessing | None:
-        """Channel order, mean and std where the model applies them itself, as detectors do."""
+        """Return channel order, mean and std if the model normalises images itself, else None."""
         mean, std = (getattr(self.model, name, None) for name in _CONFIG_BUFFERS)
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
         order = getattr(self.model, "input_format", None) or self.backbone_preprocessing().format
-        # As a user wrote them: 123.675 is 123.67500305 in float32.
+        # Restore the config's decimals: 123.675 is 123.67500305 in float32.
         mean, std = (
             tuple(round(value, 4) for value in tensor.flatten().tolist()) for tensor in (mean, std)
         )
         return Preprocessing(format=order, mean=mean, std=std)
 
     def backbone_preprocessing(self) -> Preprocessing:
-        """What the backbone was built to expect; the usual where it doesn't say."""
+        """Return the preprocessing that the backbone expects, or the default if it has none."""
         found = getattr(self.backbone, "preprocessing", None)
         return found if isinstance(found, Preprocessing) else Preprocessing()
 
@@ -69,13 +69,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def target_of(model: nn.Module) -> Target:
-    """Looks at a model.
+    """Return the backbone, tensors and geometry of a model.
 
     Args:
-        model: a backbone, a classifier, or a detector; also wrapped for distributed training.
+        model: A backbone, a classifier or a detector, optionally wrapped for distributed training.
 
     Raises:
-        UserError: it is none of these.
+        UserError: The model is of another kind.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
@@ -115,7 +115,7 @@ def _stages(model: nn.Module, backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def fill(target: Target, values: dict[str, Tensor]) -> None:
-    """Writes values into a model's parameters and buffers, which they fit."""
+    """Copy values, whose shapes must match, into a model's parameters and buffers."""
     with torch.no_grad():
         for name, value in values.items():
             target.tensors[name].copy_(value)

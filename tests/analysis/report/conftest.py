@@ -1,4 +1,4 @@
-"""Folders as runs leave them, made without training."""
+"""Fixtures that write the folders of training runs without training."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detection_run(shapes):
-    """A function that writes a detector's run, whose detections are the truth and some noise."""
+    """Return a function that writes a detector's run, with noisy ground truth as detections."""
 
     def make(folder: Path, *, noise: float = 0.1, options: list = (), data: str = "own") -> Path:
         json_file = shapes / "annotations" / "instances_val.json"
@@ -60,7 +60,7 @@ def detection_run(shapes):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """A tree of images with a folder a class, one of which has HTML in its name."""
+    """Write one folder of images per class, one of them with HTML in its name."""
     root = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     for name in ("aisle", "bay", HOSTILE.replace("/", "\N{FRACTION SLASH}")):
@@ -73,7 +73,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def classification_run(pictures):
-    """A function that writes a classifier's run, wrong on every so many images."""
+    """Return a function that writes a classifier's run with an error on every n-th image."""
 
     def make(folder: Path, *, wrong: int = 3, options: list = ()) -> Path:
         classes = sorted(path.name for path in pictures.iterdir())

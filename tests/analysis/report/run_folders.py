@@ -1,16 +1,16 @@
-"""The files of a run, written without training."""
+"""Helpers that write the files of a run without training."""
 
 import json
 from pathlib import Path
 
 from senet_transfer.config import get_senet_config
 
-# Shown as it is, or else it would run.
+# The page must show this as text. If it were parsed as HTML, the script would run.
 HOSTILE = "<script>document.title='owned'</script>&amp;\"'"
 
 
 def write_run(folder: Path, options: list, rows: list[dict], environment: str = "") -> Path:
-    """Writes the config, the log of metrics and the environment of a run."""
+    """Write the config, the metrics log and the environment of a run."""
     folder.mkdir(parents=True)
     cfg = get_senet_config()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder), *options])

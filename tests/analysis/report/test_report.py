@@ -1,4 +1,4 @@
-"""What a page says is what the run's folder holds."""
+"""Tests that the report shows the content of the run's folder."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Text(HTMLParser):
-    """The text of a page, the embedded JSON, and the names of its elements' attributes."""
+    """A parser that collects a page's text, its embedded JSON and the targets of references."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -59,13 +59,13 @@ def page(folders, tmp_path, **options) -> Text:
     return found
 
 
-# ---- what a folder holds
+# ---- reading a run's folder
 
 
 def test_a_resumed_runs_later_lines_count_and_its_time_is_that_of_all_parts(tmp_path):
     first, again = training_rows(100, 0.9), training_rows(140, 0.5)[2:]
     for row in again:
-        row["elapsed_seconds"] -= 30.0  # a clock of its own, from iteration 60 on
+        row["elapsed_seconds"] -= 30.0  # the resumed run counts its time from iteration 60
     run = write_run(tmp_path / "run", [], [*first, *again])
     loaded = load_run(run)
     assert [point[0] for point in loaded.curves["total_loss"]] == [19, 39, 59, 79, 99, 119, 139]
@@ -83,7 +83,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert loaded.iterations == 60
     assert not loaded.is_finished
     text = page([run], tmp_path).text
-    assert "60 iterations done, 40 s to go" in text
+    assert "60 iterations done, about 40 s remaining" in text
     assert "Nothing has been evaluated yet" in text
 
 
@@ -114,7 +114,7 @@ def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
         load_runs(folders)
 
 
-# ---- figures
+# ---- results
 
 
 def test_the_papers_row_stands_beside_ours_with_the_difference(tmp_path):
@@ -126,7 +126,7 @@ def test_the_papers_row_stands_beside_ours_with_the_difference(tmp_path):
     assert "AP50 61.25 61.00 +0.25" in text
     assert "Table VII" in text
     other = write_run(tmp_path / "c4", [*keys, "MODEL.RESNETS.DEPTH", 152], rows)
-    assert "The paper has no figures" in page([other], tmp_path).text
+    assert "The paper reports no results" in page([other], tmp_path).text
 
 
 def test_cifars_rows_are_found_by_the_name_of_the_data(tmp_path):
@@ -142,7 +142,7 @@ def test_a_part_of_places365_is_said_to_be_a_part(tmp_path):
     rows = [{"iteration": 9, "classification/top1_error": 42.0, "classification/images": 800}]
     text = page([write_run(tmp_path / "run", keys, rows)], tmp_path).text
     assert "top-1 error 42.00 41.15 +0.85" in text
-    assert "theirs on 36,500 images, ours on 800" in text
+    assert "paper: 36,500 images, this run: 800" in text
 
 
 def test_long_curves_are_thinned_and_keep_their_last_point(tmp_path):
@@ -194,7 +194,7 @@ def test_class_errors_and_calibration_are_those_of_a_plain_count():
 
 
 def crowded_images(images):
-    """Objects, some of them crowds, and detections that hit some by chance."""
+    """Return random objects, some of them crowds, and random detections."""
     random = np.random.RandomState(5)
 
     def boxes(count):
@@ -274,7 +274,7 @@ def test_the_gallery_holds_the_worst_and_the_best_of_all_runs(detection_run, tmp
 
     ranks = sorted(quality(image) for image in whole["images"])
     kept = sorted(quality(image) for image in part["images"])
-    # Scores are rounded to percents in the page, so that one near the limit may count in one alone.
+    # Scores are rounded to percent in the page, so one near the threshold may count differently.
     assert np.allclose(kept, [*ranks[:5], *ranks[-5:]], atol=0.2)
     first = part["images"][0]
     assert first["src"].startswith("data:image/jpeg;base64,")
@@ -321,7 +321,7 @@ def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_
     assert "<b>bold" not in html
     assert found.data["detection"][0]["data"] == HOSTILE
     assert found.data["runs"][0] == "<b>bold"
-    # Nothing is taken from elsewhere.
+    # The page loads nothing from other files or servers.
     assert {name[:1] for name in found.references} == {"#", "d"}
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", html)
 
@@ -335,8 +335,8 @@ def test_a_page_without_the_data_says_so_and_has_the_rest(
         classification_run(tmp_path / "b", options=["DATASETS.CLASSES", ["x", "y", "z"]]),
     ]
     found = page(folders, tmp_path)
-    assert any("No pictures of own" in text for text in found.said)
-    assert any("pictures of" in text and "classes" in text for text in found.said)
+    assert any("images of own can't be shown" in text for text in found.said)
+    assert any("images of" in text and "classes" in text for text in found.said)
     assert all(re.sub(r"\s+", " ", text) in found.text for text in found.said)
     assert "bbox AP on own" in found.text
 
@@ -356,4 +356,4 @@ def test_the_command_prints_the_path_of_the_page_alone(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == f"2 runs: {tmp_path / 'report.html'}\n"
     with pytest.raises(SystemExit, match="2"):
         call(tmp_path / "none")
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is no folder")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is not a folder")

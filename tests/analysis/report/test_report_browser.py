@@ -1,4 +1,4 @@
-"""The page in a browser: it works, and takes nothing from outside."""
+"""Tests of the report in a browser: it works, and loads no external resources."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
 def show(request, browser):
-    """A function that opens a file; what the page asks for and complains of is looked at after."""
+    """Return a function that opens a file, then check the page's requests and errors."""
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
     complaints, asked = [], []
@@ -45,14 +45,14 @@ def show(request, browser):
     yield load
     assert complaints == []
     assert [url for url in asked if not url.startswith("data:")] == [page.url]
-    # Nothing but tables and code is wider than the screen, and these have bars of their own.
+    # Only tables and code may be wider than the screen, inside scrollable elements.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 
 @pytest.fixture(scope="module")
 def compared(detection_run, classification_run, tmp_path_factory):
-    """A page of two detectors and a classifier."""
+    """Write a report of two detectors and a classifier."""
     root = tmp_path_factory.mktemp("runs")
     folders = [
         detection_run(root / HOSTILE.replace("/", "_")),
@@ -68,7 +68,7 @@ def names(gallery):
 
 
 def means(gallery):
-    """The mean F1 of each image's two runs, as the captions say it."""
+    """Return the mean F1 of the two runs for each image, from the captions."""
     captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
     found = [float(text.rpartition(" ")[2]) for text in captions]
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]
@@ -112,7 +112,7 @@ def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compar
     assert len(cards) == 2
     assert all("aisle" in text for text in cards)
     assert any("<script>document.title='owned'" in text for text in cards)
-    gallery.get_by_label("order").select_option("surest first")
+    gallery.get_by_label("order").select_option("most confident first")
     assert page.title() == "3 runs \N{MIDDLE DOT} senet_transfer"
     assert page.locator("#calibration svg path").count() == 1
 
@@ -133,7 +133,7 @@ def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compare
 
 @pytest.fixture(scope="module")
 def large(shapes, tmp_path_factory):
-    """A page of twenty runs on 5,000 images. Larger ones would be as many bytes in it."""
+    """Write a report of twenty runs on 5,000 images, with small images to save time."""
     tmp_path = tmp_path_factory.mktemp("large")
     content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     names = [image["file_name"] for image in content["images"]]

@@ -1,4 +1,4 @@
-"""What CIFAR comes as, and the prepared file."""
+"""Tests of CIFAR's distributions and of the prepared file."""
 
 import io
 import os
@@ -139,7 +139,7 @@ def test_a_pickle_of_the_wrong_sizes_is_refused(batch, tmp_path):
 
 def test_a_label_without_a_class_is_refused(tmp_path):
     path = broken("cifar-10-binary", "batches.meta.txt", b"cat\ndog\n", tmp_path)
-    with pytest.raises(UserError, match="labels from 0 to 2, and 2 classes"):
+    with pytest.raises(UserError, match="labels from 0 to 2 and 2 classes"):
         read_source(path, verify=False)
 
 
@@ -187,7 +187,7 @@ def test_a_folder_a_class_is_read_in_the_order_of_names(form, tmp_path):
         ({"cat/a.png": encode((33, 32))}, "cat/a.png has 33x32 pixels; expected 32x32"),
         ({"cat/a.png": encode()[:60]}, "cat/a.png can't be decoded"),
         ({"cat/a.png": b""}, "cat/a.png can't be decoded"),
-        ({"cat/a.txt": b"x"}, "holds no images"),
+        ({"cat/a.txt": b"x"}, "contains no images"),
         ({"dog/a.png": encode()}, "classes of the splits differ: .*\\['cat', 'dog'\\]"),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_damaged_prepared_file_is_refused(place, damage, tmp_path):
     else:
         content[position] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="(?i)prepare the data again|no images of"):
+    with pytest.raises(UserError, match="(?i)prepare the data again|was not written by"):
         load_images(path)
 
 
@@ -273,14 +273,14 @@ def test_other_files_are_no_prepared_data(tmp_path):
     with pytest.raises(UserError, match="no prepared data set"):
         load_images(tmp_path / "train.safetensors")
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="found .'weight'."):
+    with pytest.raises(UserError, match="contains .'weight'."):
         load_images(tmp_path / "w.safetensors")
 
 
 def test_arrays_that_do_not_fit_together_are_refused():
     with pytest.raises(UserError, match="expected uint8 images"):
         replace(small(), labels=torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(UserError, match="labels from 0 to 2, and 1 classes"):
+    with pytest.raises(UserError, match="labels from 0 to 2 and 1 classes"):
         replace(small(), classes=["cat"])
 
 
@@ -292,9 +292,9 @@ def test_preparing_again_keeps_what_is_there_and_never_overwrites(tmp_path):
     prepare_cifar(tmp_path / "source", output)
     assert [path.stat().st_mtime_ns for path in sorted(output.iterdir())] == times
     tree(tmp_path / "source" / "test", {"cat/more.png": encode()})
-    with pytest.raises(UserError, match="holds another data set .3 images"):
+    with pytest.raises(UserError, match="contains another data set .3 images"):
         prepare_cifar(tmp_path / "source", output)
-    split_file(output, "train").unlink()  # what an interrupted run has not written yet
+    split_file(output, "train").unlink()  # as if the run had been interrupted before writing it
     (tmp_path / "source" / "test" / "cat" / "more.png").unlink()
     prepare_cifar(tmp_path / "source", output)
     assert len(load_images(split_file(output, "train"))) == 3

@@ -1,4 +1,4 @@
-"""The download of CIFAR by torchvision, from a server on this machine."""
+"""Tests of CIFAR's download by torchvision, from a local server."""
 
 import functools
 import threading
@@ -22,7 +22,7 @@ FORMS = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python"}
 
 @pytest.fixture(params=FORMS)
 def served(request, tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[str]]]:
-    """The name of a data set, its archive on a local server, and the requests to it."""
+    """Serve an archive locally; return the data set's name, the archive and the requests."""
     name, requests = request.param, []
     dataset, form = archives.DOWNLOADS[name], FORMS[name]
     (tmp_path / "site").mkdir()

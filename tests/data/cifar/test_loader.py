@@ -1,4 +1,4 @@
-"""Batches from a data set in memory."""
+"""Tests of the loaders for data sets in memory."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ from senet_transfer.preprocessing import CIFAR10
 
 
 def numbered(images: int = 50) -> ImageArrays:
-    """Every image and label says which it is."""
+    """Return data in which every image and label encodes its index."""
     labels = torch.arange(images)
     pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
     return ImageArrays(pixels, labels, [str(n) for n in range(images)], "numbered")
@@ -105,7 +105,7 @@ def test_values_that_make_no_sense_are_refused(options):
 
 
 def test_training_batches_have_no_end():
-    with pytest.raises(TypeError, match="no end"):
+    with pytest.raises(TypeError, match="infinite"):
         len(CifarTrainLoader(numbered(), batch_size=8, seed=0))
 
 
@@ -115,7 +115,7 @@ def test_the_real_images_are_prepared_and_a_network_learns_on_them(shared_data, 
     train, test = (load_images(split_file(folder, split)) for split in ("train", "test"))
     assert (len(train), len(test), len(train.classes)) == (50_000, 10_000, 10)
     assert set(train.class_counts()) == {5000}
-    # The mean that the recipes state, of the very images before they were recompressed.
+    # The mean in the recipes, which was computed before the images were recompressed.
     mean = train.images.double().mean((0, 2, 3)).tolist()
     assert mean == pytest.approx(CIFAR10.mean, abs=1)
     torch.manual_seed(0)

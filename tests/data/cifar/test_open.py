@@ -1,4 +1,4 @@
-"""Small images in memory, from all that may hold them."""
+"""Tests of opening small images in all supported formats."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from tests.data.cifar.cifar_files import (
 
 @pytest.fixture
 def tree(tmp_path):
-    """Four images a class and split; losslessly, so that what is read can be told."""
+    """Write four images per class and split, in a lossless format to compare pixels."""
     root = tmp_path / "tree"
     random = np.random.RandomState(0)
     for split in ("train", "test"):
@@ -87,7 +87,7 @@ def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
 
 
 def test_other_classes_are_refused(tree):
-    with pytest.raises(UserError, match=r"3 classes, expected 3; .*'cat' rather than 'dog'"):
+    with pytest.raises(UserError, match=r"3 classes; expected 3\. .*'cat' instead of 'dog'"):
         open_cifar(tree, split="test", classes=["dog", "cat", "ship"])
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of small images: what is drawn, and what is done with it."""
+"""Tests of the augmentation of small images."""
 
 import time
 
@@ -13,7 +13,7 @@ MANY = 20_000
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """Standard deviations that the counts of a uniform distribution are from even."""
+    """Return the deviation of counts from a uniform distribution, in standard deviations."""
     mean = counts.double().mean()
     freedom = counts.numel() - 1
     return float((((counts - mean) ** 2 / mean).sum() - freedom) / (2 * freedom) ** 0.5)
@@ -51,7 +51,7 @@ def test_cutouts_centre_is_uniform_over_all_pixels():
 
 
 def stated_crop(image: torch.Tensor, pad: int, padding: str, top: int, left: int, flip: bool):
-    """By a canvas on which the image is put, pixel by pixel where it is reflected."""
+    """Return a crop computed with a padded canvas, as a reference implementation."""
     side = image.shape[-1]
     canvas = torch.zeros(3, side + 2 * pad, side + 2 * pad, dtype=image.dtype)
     canvas[:, pad : pad + side, pad : pad + side] = image
@@ -107,7 +107,7 @@ def test_values_that_make_no_sense_are_refused(options):
 
 
 def test_it_is_not_slow():
-    """The target is 20,000 images/s on two cores; a tenth of it fails no test by bad luck."""
+    """Require a tenth of the target of 20,000 images/s on two cores, to tolerate a busy machine."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
     start = time.perf_counter()

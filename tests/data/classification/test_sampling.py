@@ -13,7 +13,7 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, consumers, epochs, seed=3):
-    """The units of all consumers, put back into the order of their positions."""
+    """Return the units of all consumers in the order of their positions."""
     merged = {}
     for consumer in range(consumers):
         positions = unit_positions(
@@ -84,7 +84,7 @@ def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
     draws = [next(streams[draw % consumers]) for draw in range(4 * 12)]
     for turn in range(12):
         assert {sample.label for _, sample in draws[4 * turn : 4 * turn + 4]} == {0, 1, 2, 3}
-    # 24 images of 4 classes: 6 a class.
+    # 24 images of 4 classes: 6 per class.
     for label in range(4):
         keys = [sample.key for _, sample in draws if sample.label == label]
         assert len(set(keys[:6])) == len(set(keys[6:])) == 6

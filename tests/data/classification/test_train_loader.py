@@ -27,7 +27,7 @@ def take(batches, count):
 
 
 def consumer_streams(dataset, ranks, workers, batches):
-    """The keys of each consumer, as the batches that training gets show them."""
+    """Return the keys that each consumer delivers in training batches."""
     each = max(workers, 1)
     streams = defaultdict(list)
     for rank in range(ranks):
@@ -55,7 +55,7 @@ def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_pos
         while keys:
             size = sizes[shard_of[keys[0]]]
             visit, keys = keys[:size], keys[size:]
-            if len(visit) == size:  # the last visit can be cut off by the end of the test
+            if len(visit) == size:  # the last visit may be incomplete when the test ends
                 at_position[consumer + turn * consumers] = visit
             turn += 1
     complete = next(position for position in range(10**6) if position not in at_position)
@@ -121,7 +121,7 @@ def test_augmentation_depends_on_seed_epoch_and_key_only(val):
 
 
 def damage(folder, count):
-    """Cuts the last bytes off some images, in place and unnoticed by the tar."""
+    """Truncate some images in place without damaging the tar archive."""
     done = []
     for tar in sorted(folder.glob("*.tar")):
         data = bytearray(tar.read_bytes())
@@ -220,7 +220,7 @@ print(sum(len(batch["key"]) for batch in islice(batches, 40)))
 
 
 def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_process_ends_them(val):
-    # The script ends with its workers running; it would wait for them for ever.
+    # The script exits while its workers run; a bug would make it wait for them forever.
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(val)],
         capture_output=True,

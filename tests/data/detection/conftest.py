@@ -9,7 +9,7 @@ from PIL import Image
 
 @pytest.fixture
 def catalogs():
-    """Leaves Detectron2's catalogs as they were."""
+    """Restore Detectron2's catalogs after a test."""
     datasets, metadata = dict(DatasetCatalog), dict(MetadataCatalog)
     contents = {name: dict(vars(value)) for name, value in metadata.items()}
     yield
@@ -22,7 +22,7 @@ def catalogs():
 
 @pytest.fixture
 def annotation():
-    """Makes an annotation that has all COCO asks for."""
+    """Return an annotation with all fields that COCO requires."""
 
     def make(number, image_id, category_id, bbox, **more):
         base = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox}
@@ -33,7 +33,7 @@ def annotation():
 
 @pytest.fixture
 def data(annotation):
-    """A small valid annotation file's content, for a test to spoil."""
+    """Return the content of a small, valid annotation file, which tests modify."""
     return {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 64, "height": 48},
@@ -51,7 +51,7 @@ def data(annotation):
 
 @pytest.fixture
 def files(tmp_path):
-    """Writes content as `train.json` beside the folder `images`, and returns both paths."""
+    """Write `train.json` and the folder `images`, and return both paths."""
 
     def write(content, name="train.json"):
         images = tmp_path / "images"

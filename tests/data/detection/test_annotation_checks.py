@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def spoil(data, path, value):
-    """Sets the entry at a path such as "images.0.width"; removes it if the value is REMOVED."""
+    """Set the entry at a path such as "images.0.width", or remove it if the value is REMOVED."""
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         data = data[part]
@@ -28,14 +28,14 @@ def spoil(data, path, value):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds an empty file"),
-        (" \n", "holds an empty file"),
+        ("", "contains an empty file"),
+        (" \n", "contains an empty file"),
         ("<!DOCTYPE html><html>404</html>", "HTML"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         ("PK\x03\x04rest", "zip archive"),
         ("\ufeff{}", "byte order mark"),
         ("a,b\n1,2", "begins with b'a,b"),
-        ("[]", "holds a list"),
+        ("[]", "contains a list"),
         ("{", "cut off"),
         ('{"images": [{"id": 1}', "cut off"),
         ('{"images": [1, 2', "cut off"),
@@ -72,7 +72,7 @@ def test_missing_paths_are_named(data, files, tmp_path):
         register_coco_dataset("mine", tmp_path / "nowhere.json", images)
     with pytest.raises(UserError, match="Image folder .*nowhere: not found"):
         register_coco_dataset("mine", path, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="the wrong way round"):
+    with pytest.raises(UserError, match="swapped"):
         register_coco_dataset("mine", images, path)
     with pytest.raises(UserError, match="is a folder"):
         register_coco_dataset("mine", tmp_path, images)
@@ -93,7 +93,7 @@ BAD_ENTRIES = [
     ("images.1.id", REMOVED, r"images\[1\] has no `id`"),
     ("images.1.id", "3", r"images\[1\] \(id '3'\) has id '3'"),
     ("images.1.id", [3], r"images\[1\] .*whole number"),
-    ("images.1.id", 7, r"images\[1\] \(id 7\) has the id of images\[0\]"),
+    ("images.1.id", 7, r"images\[1\] \(id 7\) has the same id as images\[0\]"),
     ("images.1.file_name", REMOVED, r"images\[1\] \(id 3\) has no `file_name`"),
     ("images.1.file_name", "", r"images\[1\] \(id 3\) has file_name ''"),
     ("images.1.file_name", ["b.png"], r"has file_name \['b.png'\]"),
@@ -111,20 +111,20 @@ BAD_ENTRIES = [
     ("categories.1", None, r"categories\[1\] is not an object"),
     ("categories.1.id", REMOVED, r"categories\[1\] has no `id`"),
     ("categories.1.id", "2", r"categories\[1\] .* has id '2'"),
-    ("categories.1.id", 9, r"categories\[1\] \(id 9\) has the id of categories\[0\]"),
+    ("categories.1.id", 9, r"categories\[1\] \(id 9\) has the same id as categories\[0\]"),
     ("categories.1.name", REMOVED, r"categories\[1\] \(id 2\) has no `name`"),
     ("categories.1.name", " ", r"categories\[1\] \(id 2\) has name ' '"),
-    ("categories.1.name", "dog", r"categories\[1\] .* has the name 'dog' of categories\[0\]"),
+    ("categories.1.name", "dog", r"categories\[1\] .* has the same name 'dog' as categories\[0\]"),
     ("annotations.1", [], r"annotations\[1\] is not an object"),
     ("annotations.1.id", REMOVED, r"annotations\[1\] has no `id`"),
     ("annotations.1.id", "2", r"annotations\[1\] .* has id '2'"),
-    ("annotations.1.id", 1, r"annotations\[1\] \(id 1\) has the id of annotations\[0\]"),
+    ("annotations.1.id", 1, r"annotations\[1\] \(id 1\) has the same id as annotations\[0\]"),
     ("annotations.1.image_id", REMOVED, "has no `image_id`"),
-    ("annotations.1.image_id", 8, r"has image_id 8, which `images` does not list.*\[7, 3, 5\]"),
+    ("annotations.1.image_id", 8, r"has image_id 8, which is not in `images`.*\[7, 3, 5\]"),
     ("annotations.1.image_id", "7", r"has image_id '7'.*of type int"),
     ("annotations.1.image_id", [7], r"has image_id \[7\]"),
     ("annotations.1.category_id", REMOVED, "has no `category_id`"),
-    ("annotations.1.category_id", 0, "has category_id 0, which `categories` does not list"),
+    ("annotations.1.category_id", 0, "has category_id 0, which is not in `categories`"),
     ("annotations.1.category_id", {}, "has category_id {}"),
     ("annotations.1.bbox", REMOVED, r"annotations\[1\] \(id 2\) has no `bbox`"),
     ("annotations.1.bbox", None, "four finite numbers"),
@@ -138,14 +138,14 @@ BAD_ENTRIES = [
     ("annotations.1.bbox", [float("nan"), 2, 3, 4], "four finite numbers"),
     ("annotations.1.bbox", [1, 2, float("inf"), 4], "four finite numbers"),
     ("annotations.1.bbox", [1, float("-inf"), 3, 4], "four finite numbers"),
-    ("annotations.1.bbox", [1, 2, -3, 4], "of negative size"),
-    ("annotations.1.bbox", [1, 2, 3, -0.5], "of negative size"),
-    ("annotations.1.bbox", [64, 2, 3, 4], "wholly outside of its image of 64x48 pixels"),
-    ("annotations.1.bbox", [1, 48.5, 3, 4], "wholly outside"),
-    ("annotations.1.bbox", [-4, 2, 4, 4], "wholly outside"),
-    ("annotations.1.bbox", [1, -9, 3, 4], "wholly outside"),
-    ("annotations.1.bbox", [10**400, 2, 3, 4], "wholly outside"),
-    ("annotations.1.area", float("nan"), "has area nan.*a number of square pixels"),
+    ("annotations.1.bbox", [1, 2, -3, 4], "with a negative size"),
+    ("annotations.1.bbox", [1, 2, 3, -0.5], "with a negative size"),
+    ("annotations.1.bbox", [64, 2, 3, 4], "outside of its image of 64x48 pixels"),
+    ("annotations.1.bbox", [1, 48.5, 3, 4], "outside of its image"),
+    ("annotations.1.bbox", [-4, 2, 4, 4], "outside of its image"),
+    ("annotations.1.bbox", [1, -9, 3, 4], "outside of its image"),
+    ("annotations.1.bbox", [10**400, 2, 3, 4], "outside of its image"),
+    ("annotations.1.area", float("nan"), "has area nan.*a finite number of square pixels"),
     ("annotations.1.area", float("inf"), "has area inf"),
     ("annotations.1.area", "12", "has area '12'"),
     ("annotations.1.ignore", 1, "has `ignore` 1"),
@@ -170,14 +170,14 @@ def test_a_bad_entry_is_refused_and_named(path, value, message, data, files):
 def test_boxes_as_fractions_of_the_image_are_refused(data, files):
     for item in data["annotations"]:
         item["bbox"] = [0.1, 0.2, 0.3, 0.4]
-    with pytest.raises(UserError, match="not as fractions"):
+    with pytest.raises(UserError, match="not fractions"):
         register_coco_dataset("mine", *files(data))
 
 
 def test_a_file_of_nothing_but_crowds_is_refused(data, files):
     for item in data["annotations"]:
         item["iscrowd"] = 1
-    with pytest.raises(UserError, match="all 3 annotations are iscrowd=1"):
+    with pytest.raises(UserError, match="all 3 annotations have iscrowd=1"):
         register_coco_dataset("mine", *files(data))
 
 
@@ -194,9 +194,9 @@ def test_a_test_set_without_ground_truth_registers_on_request(value, data, files
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("annotations.1.bbox", [10, 10, 0, 5], "1 of 3 boxes have no width or no height"),
-        ("annotations.1.bbox", [64, 48, 0, 0], "1 of 3 boxes have no width or no height"),
-        ("annotations.1.bbox", [10, 10, 60, 5], r"reach over their image's edge.*\[x1, y1, x2"),
+        ("annotations.1.bbox", [10, 10, 0, 5], "1 of 3 boxes have zero width or height"),
+        ("annotations.1.bbox", [64, 48, 0, 0], "1 of 3 boxes have zero width or height"),
+        ("annotations.1.bbox", [10, 10, 60, 5], r"extend beyond their image.*\[x1, y1, x2"),
         ("annotations.1.id", 0, "has id 0"),
         ("annotations.1.area", REMOVED, "1 of 3 annotations have no `area` or no `iscrowd`"),
         ("annotations.1.iscrowd", REMOVED, "1 of 3 annotations have no `area` or no `iscrowd`"),
@@ -212,7 +212,7 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         register_coco_dataset("mine", json_file, images)
-    assert not caplog.records  # said once
+    assert not caplog.records  # logged only once
     assert len(DatasetCatalog.get("mine")) == 3
 
 
@@ -259,7 +259,7 @@ def test_missing_images_are_counted(data, files):
 def test_a_folder_that_the_file_names_repeat_is_pointed_out(prefix, data, files):
     for image in data["images"][:1]:
         image["file_name"] = prefix + image["file_name"]
-    with pytest.raises(UserError, match=r"a\.png is there, so .* do not match"):
+    with pytest.raises(UserError, match=r"a\.png exists, so .* does not match"):
         register_coco_dataset("mine", *files(data))
 
 

@@ -100,7 +100,7 @@ def test_a_name_whose_metadata_were_only_asked_for_is_free(data, files):
 
 @pytest.mark.parametrize("name", ["", "  ", None])
 def test_a_name_must_be_text(name, data, files):
-    with pytest.raises(UserError, match="name must be some text"):
+    with pytest.raises(UserError, match="expected a non-empty string"):
         register_coco_dataset(name, *files(data))
 
 
@@ -114,7 +114,9 @@ def test_a_file_that_changes_is_read_again_in_the_same_process(data, files, anno
     assert dataset_classes("mine") == ["cat", "dog", "fox"]
     assert sum(len(image["annotations"]) for image in DatasetCatalog.get("mine")) == 4
 
-    content = json.dumps(data).replace("fox", "elk")  # the same size: the time alone tells
+    content = json.dumps(data).replace(
+        "fox", "elk"
+    )  # the same size, so only the modification time differs
     path.write_text(content)
     os.utime(path, ns=(0, 1))
     DatasetCatalog.get("mine")
@@ -153,7 +155,7 @@ def test_entries_register_with_home_and_variables_expanded(data, files, monkeypa
     [
         ("mine", r"DATASETS.REGISTER is 'mine'; expected a list"),
         (None, r"DATASETS.REGISTER is None"),
-        (["mine", "train.json", "images"], r"REGISTER\[0\] is 'mine'.*is in a list, too"),
+        (["mine", "train.json", "images"], r"REGISTER\[0\] is 'mine'.*must also be in a list"),
         ([["mine", "train.json"]], r"REGISTER\[0\] is \['mine', 'train.json'\]"),
         ([["mine", "train.json", "images", "x"]], r"REGISTER\[0\]"),
         ([["mine", "train.json", 3]], r"REGISTER\[0\]"),
@@ -196,7 +198,7 @@ def test_shapes_load_once_they_are_made(shapes_root):
     coco = COCO(shapes_root / "annotations/instances_tiny.json")
     loaded = DatasetCatalog.get("shapes_tiny")
     assert sum(len(image["annotations"]) for image in loaded) == len(coco.anns)
-    # What was said of the classes without the file is what the file says.
+    # The classes registered without the file equal those in the file.
     assert MetadataCatalog.get("shapes_tiny").as_dict() == before
 
 

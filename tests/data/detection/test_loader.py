@@ -1,4 +1,4 @@
-"""Detection's batches: Detectron2's, and the same from wherever they are begun."""
+"""Tests of the detection loader: batches equal to Detectron2's, and resumable."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def loader(folder):
-    """A function to the first batches of a loader, from an iteration on."""
+    """Return a function that returns the first batches of a loader from an iteration on."""
     register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("own",)

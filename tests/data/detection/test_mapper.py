@@ -27,13 +27,13 @@ ORIENTATION = 274
 
 @pytest.fixture
 def mapper():
-    """Reads images as they are: no augmentation, as in a test."""
+    """Return a mapper for evaluation without augmentation."""
     return CheckedDatasetMapper(is_train=False, augmentations=[], image_format="BGR")
 
 
 @pytest.fixture
 def photo():
-    """A smooth image of 48x32 pixels with detail, as RGB."""
+    """Return an RGB image of 48x32 pixels with smooth gradients and detail."""
     x, y = np.meshgrid(np.linspace(0, 1, 48), np.linspace(0, 1, 32))
     channels = [255 * x, 255 * y, 127 * (1 + np.sin(12 * x * y))]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
@@ -157,7 +157,7 @@ def test_images_of_every_8_bit_mode_load_as_detectron2_loads_them(mode, tmp_path
     assert image.shape == (3, 32, 48)
     assert np.array_equal(image.permute(1, 2, 0), detectron2_read_image(str(path), "BGR"))
     if mode not in ("1", "L", "LA"):
-        # Colours survive, up to a palette's or JPEG's losses, and in the right order.
+        # Colours are kept, in the right order, up to the losses of a palette or JPEG.
         error = np.abs(image.permute(1, 2, 0).numpy()[:, :, ::-1].astype(int) - np.asarray(photo))
         assert error.mean() < 16
 
@@ -201,7 +201,7 @@ def test_images_are_turned_upright_before_their_size_is_compared(
     if orientation >= 5:
         assert f"Its EXIF orientation is {orientation}" in str(caught.value)
     else:
-        assert "the wrong way round" in str(caught.value)
+        assert "Width and height are swapped" in str(caught.value)
 
 
 def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path, photo, mapper):
@@ -210,7 +210,7 @@ def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path, photo, mapp
         mapper(record(tmp_path / "a.jpg", 640, 480))
     assert str(caught.value).startswith(f"Image {tmp_path}/a.jpg (id 17) is 48x32 pixels")
     assert "expected an image of 640x480 pixels" in str(caught.value)
-    assert "restore the one that was annotated" in str(caught.value)
+    assert "restore the file that was annotated" in str(caught.value)
 
 
 # ------------------------------------------------------------- broken images
@@ -219,7 +219,7 @@ def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path, photo, mapp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no such file"),
+        (None, "the file does not exist"),
         (b"", r"it is empty \(0 bytes\)"),
         (b"<html>404 Not Found</html>", "it begins with b'<html>404"),
         (b"\xff\xd8\xff\xe0", "it begins with"),
@@ -298,7 +298,7 @@ def test_damaged_bytes_raise_nothing_but_the_errors_of_this_project(tmp_path, ph
 def test_a_decompression_bomb_is_refused(tmp_path, photo, mapper, monkeypatch):
     photo.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 // 2 - 1)
-    with pytest.raises(UserError, match="raise PIL.Image.MAX_IMAGE_PIXELS"):
+    with pytest.raises(UserError, match="increase PIL.Image.MAX_IMAGE_PIXELS"):
         mapper(record(tmp_path / "a.png"))
 
 

@@ -93,7 +93,7 @@ def test_a_size_is_told_of_each_jpeg_that_can_be_decoded_at_a_fraction(kind):
 
 
 def decodings(monkeypatch):
-    """Fills a list with the shapes that a transform decodes from now on."""
+    """Record in a list the shapes of all images that a transform decodes."""
     shapes = []
 
     def noting(*arguments):
@@ -234,5 +234,5 @@ def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_key():
     "wrong", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}]
 )
 def test_a_crop_that_makes_no_sense_is_refused(wrong):
-    with pytest.raises(UserError, match="cannot crop"):
+    with pytest.raises(UserError, match="invalid crop"):
         TrainTransform(**wrong)

@@ -1,4 +1,4 @@
-"""What a damaged or hostile shard does: each kind is caught, and the message says which file."""
+"""Tests of damaged and malicious shards, which must be detected and named in the error."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def train(folder, workers=0):
 
 
 def members(path):
-    """Offset of the header, offset of the data, and size of each member."""
+    """Return the header offset, the data offset and the size of each member."""
     with tarfile.open(path) as tar:
         return [(member.offset, member.offset_data, member.size) for member in tar]
 
@@ -52,7 +52,7 @@ def first_shard(folder):
 
 
 def agree(folder):
-    """Makes the manifest agree with damaged shards in size and hash, as a forger would."""
+    """Update sizes and hashes in the manifest to match damaged shards, like an attacker."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -62,7 +62,7 @@ def agree(folder):
 
 
 def insert(folder, member, data):
-    """Puts a further member at the front of a shard."""
+    """Insert a member at the start of a shard."""
     path = first_shard(folder)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -76,9 +76,9 @@ def insert(folder, member, data):
 @pytest.mark.parametrize("use", [evaluate, train])
 def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shards, use):
     path = first_shard(shards)
-    cut = members(path)[10][0]  # a label's header: whole samples before it
+    cut = members(path)[10][0]  # the header of a label, after complete samples
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"val-000000\.tar is damaged: found 5 samples .* has 12"):
+    with pytest.raises(UserError, match=r"val-000000\.tar is damaged: found 5 samples, .* has 12"):
         use(shards)
 
 
@@ -139,7 +139,7 @@ def test_a_member_that_leads_elsewhere_is_refused_and_nothing_is_written(
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -152,7 +152,7 @@ class Bomb:
 @pytest.mark.parametrize("extension", ["pyd", "pkl", "pickle", "pth", "npy", "jpg.pyd"])
 def test_a_pickled_member_is_refused_and_never_unpickled(shards, use, extension, tmp_path):
     insert(shards, tarfile.TarInfo(f"x.{extension}"), pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(UserError, match="Pickles .* are refused"):
+    with pytest.raises(UserError, match="Pickles .* are rejected"):
         use(shards)
     assert not (tmp_path / "exploded").exists()
 
@@ -213,12 +213,12 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
         (lambda content: content.pop("format"), "not a manifest"),
         (lambda content: content.update(version=99), "version 99"),
         (lambda content: content.pop("shards"), "damaged: KeyError"),
-        (lambda content: content.update(samples=25), "says 25 samples"),
-        (lambda content: content["shards"][0].update(samples=11), "does not add up"),
+        (lambda content: content.update(samples=25), "states 25 samples"),
+        (lambda content: content["shards"][0].update(samples=11), "is inconsistent"),
         (lambda content: content["shards"][0].update(name="../x.tar"), "plain name"),
         (lambda content: content["shards"][0].update(name="pipe:ls"), "plain name"),
         (lambda content: content.update(shards=[], samples=0), "0 shards"),
-        (lambda content: content.update(classes=["one"]), "labels out of range"),
+        (lambda content: content.update(classes=["one"]), "invalid labels"),
     ],
 )
 def test_a_manifest_that_does_not_add_up_is_refused(shards, change, found):
@@ -235,7 +235,7 @@ def test_an_index_of_other_shards_is_refused_in_class_aware_sampling(shards):
     b.write_bytes(a.read_bytes())
     dataset = open_dataset(shards)
     options = {"batch_size": 24, "transform": TrainTransform(size=16), "seed": 0}
-    with pytest.raises(UserError, match="Shard and index do not belong together"):
+    with pytest.raises(UserError, match="shard does not match its index"):
         next(iter(build_classification_train_loader(dataset, class_aware=True, **options)))
 
 

@@ -1,4 +1,4 @@
-"""Shards on another machine: the same numbers as from the disk, whatever the connection does."""
+"""Tests of remote shards: the same results as from disk, even with a broken connection."""
 
 import contextlib
 import http.server
@@ -28,14 +28,14 @@ HASTY = RemoteOptions(retries=3, backoff=0.01, timeout=1)
 
 
 class Server:
-    """A local HTTP server that can break off, and counts what is asked of it.
+    """A local HTTP server that can break connections and records requests.
 
     Attributes:
-        address: of its root.
-        requests: paths that were asked for.
-        ranges: whether it can begin in the middle of a file.
-        break_after: bytes of a tar's body after which a connection is cut; None for never.
-        breaks: how many connections are cut before it behaves.
+        address: address of its root.
+        requests: requested paths.
+        ranges: whether it supports range requests.
+        break_after: bytes of a tar file after which a connection is closed; None for never.
+        breaks: number of connections that will be broken.
     """
 
     def __init__(self, folder: Path):
@@ -96,7 +96,7 @@ class Server:
 
 @pytest.fixture
 def serve():
-    """Starts a server for a folder."""
+    """Return a function that starts a server for a folder."""
     servers = []
 
     def start(folder):
@@ -181,7 +181,7 @@ def test_a_broken_connection_is_taken_up_and_nothing_is_counted_twice(
     found = evaluated(open_dataset(server.address, storage=HASTY, cache_dir=cache_dir))
     assert found == expected
     assert server.breaks == 0
-    assert "trying again" in caplog.text
+    assert "retrying" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -224,7 +224,7 @@ def test_a_server_that_comes_back_costs_nothing(make_shards, serve):
 def test_what_is_not_there_is_said_at_once(serve, tmp_path):
     server = serve(tmp_path)
     started = time.monotonic()
-    with pytest.raises(UserError, match="there is no http.*manifest.json"):
+    with pytest.raises(UserError, match=r"http.*manifest\.json does not exist"):
         open_dataset(server.address + "/nowhere")
     assert time.monotonic() - started < 10
 
@@ -271,7 +271,7 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused_and_not_kept(
     data[5000] ^= 1
     tar.write_bytes(data)
     dataset = open_dataset(serve(folder).address, cache_dir=tmp_path / "cache")
-    with pytest.raises(UserError, match="has sha256 .* its manifest says"):
+    with pytest.raises(UserError, match="has sha256 .* its manifest has"):
         evaluated(dataset)
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
@@ -316,7 +316,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """A bucket on a local S3 server, and the storage to reach it with."""
+    """Create a bucket on a local S3 server; return it with the options for reading it."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
@@ -324,7 +324,7 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    # In a process of its own, so that it can die: a thread would go on serving open connections.
+    # A separate process can be killed; a thread would keep serving open connections.
     with subprocess.Popen([sys.executable, "-c", MOTO], stdout=subprocess.PIPE) as server:
         endpoint = server.stdout.readline().decode().strip()
         client = boto3.client("s3", endpoint_url=endpoint)
@@ -383,7 +383,7 @@ def test_no_credentials_are_said_at_once(bucket, make_shards, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
     storage.options["skip_instance_cache"] = True
-    with pytest.raises(UserError, match="may not read s3://places/val/manifest.json"):
+    with pytest.raises(UserError, match="access to s3://places/val/manifest.json was denied"):
         open_dataset(address, storage=storage)
 
 

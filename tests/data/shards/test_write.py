@@ -24,7 +24,7 @@ from tests.data.drawn_places import CLASSES, SCRIPTS, command, jpeg, shard_bytes
 
 @pytest.fixture
 def prepare():
-    """`datasets/prepare_places365.py`, called with a source, an output and further arguments."""
+    """Return a function that runs `datasets/prepare_places365.py` and returns its exit status."""
     main = command("prepare_places365")
 
     def call(source, output, *more, split="val"):
@@ -34,7 +34,7 @@ def prepare():
     return call
 
 
-# What is written.
+# Output.
 
 
 def test_shards_hold_each_image_untouched_with_its_label(val, tmp_path, prepare):
@@ -126,7 +126,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def run_and_kill(arguments, output, shards):
-    """Runs the preparation and kills it with -9 once it has written so many shards more."""
+    """Run the preparation and kill it with SIGKILL after a given number of further shards."""
     before = len(list(output.glob("*.tar"))) if output.exists() else 0
     script = str(SCRIPTS / "prepare_places365.py")
     code = KILLED.format(repository=str(SCRIPTS.parent), script=script)
@@ -206,7 +206,7 @@ def test_two_runs_cannot_write_to_one_folder(val, tmp_path, prepare, capsys, mon
     assert "another run is writing" in capsys.readouterr().err
 
 
-# Bad input.
+# Invalid input.
 
 
 def offenders(message, *names):
@@ -236,7 +236,7 @@ def test_lists_are_found_in_the_archive_they_come_in(val, tmp_path, prepare):
         ("Places365_val_00000003.jpg 4", "line 25: label 4 of Places365_val_00000003.jpg"),
         ("Places365_val_00000003.jpg 1", "line 25: Places365_val_00000003.jpg is listed twice"),
         ("Places365_val_00000003.jpg", "line 25: 'Places365_val_00000003.jpg' is not a path and"),
-        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg leads out of the folder"),
+        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg is outside of the folder"),
         ("Places365_val_00000099.jpg 1", "1 of 25 listed images are not in"),
     ],
 )
@@ -251,13 +251,13 @@ def test_all_bad_lines_are_listed_at_once(val, tmp_path, prepare, capsys):
     with (val / "places365_val.txt").open("a") as stream:
         stream.write("x.jpg 17\ny.jpg\n")
     assert prepare(val, tmp_path / "out") == 2
-    offenders(capsys.readouterr().err, "2 bad lines", "line 25", "line 26")
+    offenders(capsys.readouterr().err, "2 invalid lines", "line 25", "line 26")
 
 
 def test_an_image_the_validation_list_does_not_name_is_refused(val, tmp_path, prepare, capsys):
     (val / "val_256" / "Places365_val_00000077.jpg").write_bytes(jpeg(0))
     assert prepare(val, tmp_path / "out") == 2
-    offenders(capsys.readouterr().err, "1 images that the list does not", "00000077.jpg")
+    offenders(capsys.readouterr().err, "1 images that are not in the list", "00000077.jpg")
 
 
 def test_a_cut_archive_is_refused(val, tmp_path, prepare, capsys):
@@ -273,7 +273,7 @@ def test_a_cut_archive_is_refused(val, tmp_path, prepare, capsys):
 
 @pytest.fixture
 def broken(val):
-    """Two broken images, one missing and one empty."""
+    """Damage a validation split: two broken images, one missing and one empty."""
     for number in (3, 9):
         path = val / "val_256" / f"Places365_val_{number:08d}.jpg"
         path.write_bytes(path.read_bytes()[:-50])
@@ -289,7 +289,7 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
     offenders(capsys.readouterr().err, "2 of 24 listed images", "00000012.jpg", "00000015.jpg")
     assert prepare(broken, tmp_path / "out", *arguments, "3") == 2
     message = capsys.readouterr().err
-    offenders(message, "4 images of", "tolerated are 3", "--skip-broken 4", "broken.txt")
+    offenders(message, "4 images of", "expected at most 3", "--skip-broken 4", "broken.txt")
     offenders(message, *(f"Places365_val_{number:08d}.jpg" for number in (3, 9, 12, 15)))
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -383,4 +383,4 @@ def test_prepare_folder_takes_the_classes_of_other_shards(tmp_path, capsys):
     (tmp_path / "val" / "d").mkdir()
     (tmp_path / "val" / "d" / "1.jpg").write_bytes(jpeg(0))
     assert main([*arguments, "--classes-from", str(tmp_path / "t")]) == 2
-    assert "none of the 3 classes expected: d" in capsys.readouterr().err
+    assert "not among the 3 expected classes: d" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, goes back to, and never touches."""
+"""Tests of the list of checkpoints: keeping, falling back, deleting and verifying."""
 
 import logging
 
@@ -13,7 +13,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, Untagge
 
 @pytest.fixture
 def saver(tmp_path, monkeypatch):
-    """A checkpointer of a model of one number, which saves the number."""
+    """Return a function that saves a checkpoint of a model with a single weight."""
     monkeypatch.setattr(
         "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _: {}
     )
@@ -102,7 +102,7 @@ def test_the_one_before_a_damaged_one_is_taken_and_said(saver, tmp_path, caplog)
     assert history.newest_whole(tmp_path).name == "model_0000001.pth"
     assert "model_0000003.pth: its SHA-256 is" in caplog.text
     (tmp_path / "model_0000001.pth").unlink()
-    with pytest.raises(UserError, match="(?s)No checkpoint in .* is whole.*SHA-256"):
+    with pytest.raises(UserError, match="(?s)No checkpoint in .* is intact.*SHA-256"):
         history.newest_whole(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer with strict loading: initial weights, resumed runs, damaged ones."""
+"""Tests of the checkpointer's strict loading of weights and checkpoints."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.weights.peers import peer, randomise, save
 
 
 def _run(folder, classes=3, seed=0):
-    """What a run checkpoints."""
+    """Return the objects that a run stores in a checkpoint."""
     model = detector("se_resnet18", classes, seed=seed)
     cfg = config("se_resnet18")
     optimizer = build_optimizer(cfg, model)
@@ -76,7 +76,7 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
 
 
 def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
-    """Trap: Detectron2's own trains from random weights then."""
+    """Detectron2's own checkpointer would train from random weights in this case."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
     checkpointer = Checkpointer(create_classifier("resnet18"))

@@ -1,7 +1,6 @@
-"""Predictions of classes on images."""
+"""Tests of prediction with a classifier on image files."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,9 @@ from torchvision import transforms
 from senet_transfer import UserError
 from senet_transfer.engine.inference.classify import classify_images
 from senet_transfer.engine.inference.inputs import find_images, load_trained
-from tests.processes import call
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.long
 def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tree, tmp_path):
     model = train().model.eval()
     loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
@@ -37,11 +34,11 @@ def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tre
             assert row["class"] == loaded.classes[row["label"]]
 
 
-def test_the_command_prints_a_line_an_image(train, tree, tmp_path):
+def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
     train()
     line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
     line += ["--input", tree / "red", "--limit", "2", "--output", tmp_path / "out"]
-    done = call(sys.executable, *line)
+    done = run_python(*line)
     assert done.returncode == 0, done.stderr
     first, _, last = done.stdout.strip().splitlines()
     assert first.startswith(f"{tree}/red/0.jpg: ")
@@ -59,5 +56,5 @@ def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(trai
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert entry["file_name"] == images[1]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output folder .*file can't be made"):
+    with pytest.raises(UserError, match="output folder .*file can't be created"):
         classify_images(loaded, images, str(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""One path to a model: which file says what, and how often a weight file is read."""
+"""Tests of finding and building models: precedence of files, and reads per weight file."""
 
 import shutil
 from collections import Counter
@@ -22,7 +22,7 @@ from tests.weights.peers import peer, save
 
 @pytest.fixture
 def reads(monkeypatch) -> Counter:
-    """Counts how often a weight file's tensors, training state and SHA-256 are read."""
+    """Count how often a weight file's tensors, training state and SHA-256 are read."""
     counts: Counter = Counter()
 
     def counted(kind, function):
@@ -51,7 +51,7 @@ def trained(train, tmp_path) -> Path:
 
 @pytest.fixture
 def own_weights(tmp_path) -> str:
-    """A file of a network and nothing else, in a folder without a config."""
+    """Return a weight file with its description, in a folder without a config."""
     (tmp_path / "weights").mkdir()
     save_weights(create_classifier("se_resnet18", 4), tmp_path / "weights" / "own.pth")
     return str(tmp_path / "weights" / "own.pth")
@@ -117,7 +117,7 @@ def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.model(x), expected(x))
-    # What a user states of the view counts; the file counts for what the network computes.
+    # The user's preprocessing has precedence, but the file determines the network's geometry.
     options = ["INPUT.CLASSIFICATION.TEST_RESIZE", "64", "INPUT.FORMAT", "BGR"]
     changed = find_model("resnet50", weights=path, options=options).build("cpu")
     assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "RGB")
@@ -148,7 +148,7 @@ def test_the_family_of_initial_weights_is_not_that_of_the_checkpoint(train, tmp_
     loaded = load_trained(checkpoint)
     assert loaded.family == "senet_transfer"
     assert loaded.classes == ["blue", "green", "nested/blue", "red"]
-    # For the file that the config means, its family counts.
+    # The config's family applies to the weight file named in the config.
     config = str(tmp_path / "run" / "config.yaml")
     assert model_config(config_file=config, weights=str(path)).MODEL.WEIGHTS_FAMILY
 

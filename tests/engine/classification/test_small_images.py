@@ -1,4 +1,4 @@
-"""Training and evaluation on small images in memory, from the config to the predictions."""
+"""Tests of training and evaluation on small images in memory."""
 
 import shutil
 from itertools import islice
@@ -24,7 +24,7 @@ SIDE = "INPUT.CLASSIFICATION"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """``$DETECTRON2_DATASETS`` with a small data set in CIFAR-10's place."""
+    """Return a ``$DETECTRON2_DATASETS`` with a small data set in the layout of CIFAR-10."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 10)):
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
@@ -36,7 +36,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(root):
-    """Overrides for a run of a small network with all that augments."""
+    """Return the config overrides for a small network with all augmentations enabled."""
     return {
         "config": CONFIG,
         "DATASETS.TRAIN": "('cifar10_train',)",
@@ -53,6 +53,7 @@ def tensors(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
+@pytest.mark.long
 def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train, root):
     keys = {**small, "SOLVER.MAX_ITER": "8", "SOLVER.CHECKPOINT_PERIOD": "4"}
     train(**keys)
@@ -109,6 +110,7 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     assert {row["class"] for row in entry["top"]} == {"cat", "dog", "ship"}
 
 
+@pytest.mark.long
 def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
     train(**{**small, "MODEL.BACKBONE.ARCH": "cifar_resnet110", "SOLVER.MAX_ITER": "1",
              "SOLVER.STEPS": "()", f"{SIDE}.CUTOUT": "0"})  # fmt: skip
@@ -124,9 +126,9 @@ def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
     ("options", "message"),
     [
         ({f"{SIDE}.AUGMENT": "random"}, r"AUGMENT is 'random'"),
-        ({f"{SIDE}.AUGMENT": "region"}, r"CUTOUT is 16 and AUGMENT region"),
-        ({f"{SIDE}.AUGMENT": "region", f"{SIDE}.CUTOUT": "0"}, r"is read with .*pad_crop"),
-        ({f"{SIDE}.CUTOUT": "15"}, r"Cutout is 15, expected an even number"),
+        ({f"{SIDE}.AUGMENT": "region"}, r"CUTOUT is 16 and AUGMENT is region"),
+        ({f"{SIDE}.AUGMENT": "region", f"{SIDE}.CUTOUT": "0"}, r"requires .*pad_crop"),
+        ({f"{SIDE}.CUTOUT": "15"}, r"Cutout is 15; expected an even number"),
         ({f"{SIDE}.PADDING": "edge"}, r"'edge'"),
         ({f"{SIDE}.TEST_RESIZE": "36"}, r"are \(32, 36, 32\)"),
         ({f"{SIDE}.TEST_MODE": "ten_crop"}, r"ten_crop"),

@@ -1,9 +1,8 @@
-"""Runs: what they leave, that they resume exactly, and that processes do not change them."""
+"""Tests of training runs: output files, exact resuming, and independence of process counts."""
 
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,14 @@ from senet_transfer.engine.trainer import Trainer
 from senet_transfer.models import ImageClassifier
 from tests.comparing import assert_same
 from tests.engine.classification.conftest import BATCH_NORM
-from tests.processes import call
 
-ROOT = Path(__file__).resolve().parents[3]
-
-# All that draws random numbers, or has a state of its own.
+# Everything that draws random numbers or has state.
 EVERYTHING = {
     "MODEL.CLASSIFIER.DROPOUT": "0.3",
     "MODEL.CLASSIFIER.MIXUP": "0.2",
     "MODEL.CLASSIFIER.CUTMIX": "1.0",
     **BATCH_NORM,
-    # Training is stable at ten times this rate, too.
+    # Training is also stable at ten times this learning rate.
     "SOLVER.BASE_LR": "0.0001",
     "SOLVER.EMA.ENABLED": "True",
     "SOLVER.MICRO_BATCHES": "2",
@@ -42,6 +38,7 @@ def saved(run: Path, name: str = "model_final.pth") -> dict:
 
 
 @pytest.mark.parametrize(("source", "workers"), [("tree", 0), ("shards", 0), ("shards", 1)])
+@pytest.mark.long
 def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
     train, request, tmp_path, source, workers
 ):
@@ -58,15 +55,16 @@ def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
     (broken / "last_checkpoint").write_text("model_0000003.pth")
     resumed = train("--resume", **keys, OUTPUT_DIR=str(broken))
     assert resumed.start_iter == 4
-    # 24 images, 4 a step: both halves end within an epoch.
+    # 24 images, 4 per step: both halves end in the middle of an epoch.
     for name in ("model_final.pth", "model_ema.pth"):
         found, expected = saved(broken, name), saved(straight, name)
-        # Which file the model began with, the one thing that differs.
+        # Only the name of the initial weight file differs.
         assert found.pop("senet_transfer") != expected.pop("senet_transfer")
         assert {"model", "iteration"} <= found.keys()
         assert_same(found, expected)
 
 
+@pytest.mark.long
 def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, monkeypatch):
     keys = {"SOLVER.EMA.ENABLED": "True", "SOLVER.EMA.DECAY": "0.5", "SOLVER.MAX_ITER": "3"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
@@ -92,6 +90,7 @@ def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, mo
     assert not torch.equal(states[-1]["linear.weight"], evaluated[-1]["linear.weight"])
 
 
+@pytest.mark.long
 def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypatch):
     keys = {**BATCH_NORM, "SOLVER.FROZEN_BN_ITERS": "2", "SOLVER.MAX_ITER": "4"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
@@ -107,6 +106,7 @@ def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypa
     assert not torch.equal(weights[2], weights[3])
 
 
+@pytest.mark.long
 def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command, tmp_path):
     run = tmp_path / "run"
     keys = {"SOLVER.MAX_ITER": "4", "TEST.EVAL_PERIOD": "2"}
@@ -116,14 +116,14 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     best = saved(run, "model_best.pth")
     assert best["metric"] == "classification/top1_error"
     assert "trainer" not in best
-    # As if the first half had been better than all that comes.
+    # Pretend that the first half was better than everything that follows.
     best["value"] = -1.0
     torch.save(best, run / "model_best.pth")
     (run / "model_best.pth.sha256").unlink()
     resumed = train("--resume", **{**keys, "SOLVER.MAX_ITER": "6"})
     assert resumed.start_iter == 4
     assert saved(run, "model_best.pth")["value"] == -1.0
-    # A new run in the same folder starts with nothing.
+    # A new run in the same folder ignores the previous best model.
     train(**keys)
     assert saved(run, "model_best.pth")["value"] >= 0
 
@@ -142,7 +142,9 @@ def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeyp
     assert not report.initialised
 
 
-def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, tmp_path, words):
+def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
+    train, tree, tmp_path, run_python
+):
     train()
     config = str(tmp_path / "run" / "config.yaml")
     text = Path(config).read_text()
@@ -160,7 +162,7 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(train, tree, 
     flags = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     wrong = [["classification", "top1_error", 200.0, 1.0]]
     flags += ["TEST.EXPECTED_RESULTS", str(wrong)]
-    done = call(sys.executable, "tools/train_net.py", "--config-file", config, *flags)
+    done = run_python("tools/train_net.py", "--config-file", config, *flags)
     assert done.returncode == 1
     assert "Result verification failed" in done.stdout + done.stderr
     again = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -193,12 +195,12 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
     ("flags", "overrides", "message"),
     [
         ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
-        ((), {"DATASETS.TRAIN": "()"}, "trains on one"),
-        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "named by its path"),
+        ((), {"DATASETS.TRAIN": "()"}, "expected one, a folder of shards"),
+        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (
             (),
             {"DATASETS.CLASSES": "['a', 'b']"},
-            "none of the 2 classes expected.*DATASETS.CLASSES",
+            "not among the 2 expected classes.*DATASETS.CLASSES",
         ),
         ((), {"SOLVER.MICRO_BATCHES": "3"}, "MICRO_BATCHES is 3"),
         ((), {"SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR"}, "EVAL_PERIOD"),
@@ -211,9 +213,10 @@ def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides
         Trainer(setup(command(*flags, **overrides)))
 
 
+@pytest.mark.long
 def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train, command, tmp_path):
     train()
-    log, words = tmp_path / "run" / "log.txt", "began with other values"
+    log, words = tmp_path / "run" / "log.txt", "The config has changed"
     same = setup(command("--resume"))
     assert words not in log.read_text()
     other = {"SOLVER.BASE_LR": "0.3", "SOLVER.MAX_ITER": "6"}
@@ -226,14 +229,15 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     ]
     trainer.resume_or_load(resume=True)
     assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {same.SOLVER.BASE_LR}
-    setup(command("--resume"))  # the saved config is that of the run again
-    with pytest.raises(UserError, match="OPTIMIZER is AdamW, and the run to resume has.* SGD"):
+    setup(command("--resume"))  # the saved config is again that of the run
+    with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
     with pytest.raises(UserError, match="optimizer does not fit this run's"):
         other.resume_or_load(resume=True)
 
 
+@pytest.mark.long
 def test_a_run_from_a_file_of_another_view_keeps_its_own(train, tmp_path):
     first = train()
     assert first.model.preprocessing.crop == 32
@@ -274,12 +278,15 @@ def test_each_step_is_seeded_by_itself():
 
 
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
-def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_path, norm):
+@pytest.mark.long
+def test_two_processes_and_one_have_the_same_loss_and_errors(
+    words, train, tmp_path, run_python, norm
+):
     start = tmp_path / "start"
     keys = BATCH_NORM if norm == "FrozenBN" else {}
     trainer = train(OUTPUT_DIR=str(start), **keys)
     assert trainer.iter == 2
-    # The whole data set a step, so that both see the same images in each.
+    # Each step uses the whole data set, so that both runs see the same images in every step.
     keys = {
         **keys,
         "MODEL.RESNETS.NORM": norm,
@@ -292,7 +299,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(words, train, tmp_p
     for processes in ("1", "2"):
         run = tmp_path / processes
         line = words("--num-gpus", processes, "--dist-url", "auto", OUTPUT_DIR=str(run), **keys)
-        done = call(sys.executable, "tools/train_net.py", *line)
+        done = run_python("tools/train_net.py", *line)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(row) for row in (run / "metrics.json").read_text().splitlines()]
         found.append({key: value for row in rows for key, value in row.items()})

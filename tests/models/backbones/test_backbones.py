@@ -1,5 +1,6 @@
-"""Promises that every registered backbone keeps."""
+"""Tests that apply to every registered backbone."""
 
+import functools
 import inspect
 
 import pytest
@@ -15,7 +16,7 @@ from senet_transfer.models.registry import ModelEntry, build_backbone, model_ent
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
-# The paper's tables: weights, biases and the affine part of the norms, with 1000 classes.
+# Parameters in the paper's tables: weights, biases and affine norms, with 1000 classes.
 PARAMETERS = {
     "resnet50": 25_557_032,
     "se_resnet50": 28_088_024,
@@ -39,32 +40,45 @@ def is_cifar(name: str) -> bool:
 
 
 def is_residual(name: str) -> bool:
-    """Whether this is a ResNet, a ResNeXt or SENet-154."""
+    """Return whether a model is a ResNet, a ResNeXt or SENet-154."""
     return "resn" in name and "inception" not in name and not is_cifar(name) or name == "senet154"
 
 
 def aligned(name: str) -> dict[str, str]:
-    """The option with which a network's maps have its strides at any size."""
+    """Return the options that align feature maps with the image for any image size."""
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 
 CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
 
-every_model = pytest.mark.parametrize("name", list_models())
-every_se_model = pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+# They have more of the blocks that the networks with 50 layers have.
+DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_32x4d"))]
 
 
-def slow(*names: str) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
+    """Return parameters of a test, of which the deeper networks and others are slow."""
+    marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+
+
+every_model = pytest.mark.parametrize("name", mostly_fast(list_models()))
+every_se_model = pytest.mark.parametrize("name", mostly_fast([*list_models("se_*"), "senet154"]))
 
 
 def stages_of(name: str) -> list[str]:
     return CIFAR_STAGES if is_cifar(name) else STAGES
 
 
-def backbone_of(name: str, **options: object) -> Backbone:
-    """A backbone with all its stages, whose maps have its strides."""
-    return create_backbone(name, out_features=stages_of(name), **aligned(name), **options)
+@functools.cache
+def structure(name: str, **options: object) -> Backbone:
+    """Return a backbone without values: its modules, and the shapes of its parameters."""
+    with torch.device("meta"):
+        return create_backbone(name, **options)
+
+
+def with_all_stages(name: str, **options: object) -> Backbone:
+    """Return the structure of a backbone whose feature maps have exactly its strides."""
+    return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -82,11 +96,13 @@ def test_all_networks_of_the_paper_are_registered():
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 def test_parameters_are_those_of_the_released_networks(name, parameters):
-    assert count(create_classifier(name)) == parameters
+    with torch.device("meta"):
+        assert count(create_classifier(name)) == parameters
 
 
 def test_bias_free_se_has_the_papers_parameters():
-    assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
+    with torch.device("meta"):
+        assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
 
 
 def has_gates(block: torch.nn.Module) -> bool:
@@ -97,8 +113,8 @@ def has_gates(block: torch.nn.Module) -> bool:
     "name", [name for name in list_models("se_*") if is_residual(name) or is_cifar(name)]
 )
 def test_se_adds_what_the_formula_says(name):
-    """2/r times the sum of squared widths (paper, equation 5), and the two layers' biases."""
-    backbone, plain = create_backbone(name), create_backbone(name.removeprefix("se_"))
+    """Compare with 2/r times the sum of squared widths (equation 5) plus the biases."""
+    backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)
     ]
@@ -112,8 +128,7 @@ def test_se_adds_what_the_formula_says(name):
 @every_se_model
 def test_every_gate_is_of_the_variant_asked_for(name):
     options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
-    with torch.device("meta"):
-        backbone = create_backbone(name, **{f"se_{key}": value for key, value in options.items()})
+    backbone = structure(name, **{f"se_{key}": value for key, value in options.items()})
     gates = [module for module in backbone.modules() if isinstance(module, SqueezeExcitation)]
     assert gates
     for gate in gates:
@@ -125,7 +140,7 @@ def test_every_gate_is_of_the_variant_asked_for(name):
 @every_model
 def test_features_have_the_shapes_that_are_declared(name):
     stages = stages_of(name)
-    backbone = backbone_of(name).eval()
+    backbone = create_backbone(name, out_features=stages, **aligned(name)).eval()
     assert isinstance(backbone, Backbone)
     first = 1 if is_cifar(name) else 4
     height, width = 16 * first, 24 * first
@@ -138,25 +153,26 @@ def test_features_have_the_shapes_that_are_declared(name):
         assert features[key].shape == (1, shape.channels, height // stride, width // stride)
 
 
-# Its hidden layers alone are 120M parameters.
-HEAVY = [name for name in list_models() if "vgg" in name]
+# Its hidden layers have 120M parameters.
+VGG = [name for name in list_models() if "vgg" in name]
 
 
-@pytest.mark.parametrize("name", [*(n for n in list_models() if n not in HEAVY), *slow(*HEAVY)])
+@pytest.mark.parametrize("name", mostly_fast(list_models(), VGG))
+@pytest.mark.long
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = create_classifier(name, num_classes=3, **aligned(name))
     for module in model.modules():
-        # Gates start closed to gradients of fc1: its way leads through fc2's weight, which is 0.
+        # The initial weight of fc2 is 0, which would block all gradients of fc1.
         if hasattr(module, "fc2"):
             torch.nn.init.normal_(module.fc2.weight, std=0.1)
-            # The only hidden unit of 16 channels must be on.
+            # A gate of 16 channels has only one hidden unit, which must be active.
             torch.nn.init.constant_(module.fc1.bias, 10.0)
     side = 8 if is_cifar(name) else 32
     model(torch.randn(2, 3, side, side)).square().sum().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A hidden unit that is off for both images has none; a whole layer never. What ShuffleNet's
-    # depthwise norm adds, the norm after the next convolution subtracts.
+    # A hidden unit that is inactive for both images has no gradient, but every layer has one. The
+    # bias of ShuffleNet's depthwise norm has none, because the next norm cancels it.
     known = ("se.fc1", "depthwise.norm.bias" if "shufflenet" in name else "se.fc1")
     assert not [key for key in without if not any(part in key for part in known)]
     assert len(without) < 0.2 * len(list(model.parameters()))
@@ -164,7 +180,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 @every_model
 def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
-    backbone = backbone_of(name, freeze_at=3)
+    backbone = with_all_stages(name, freeze_at=3)
     for stage in ("stem", "res2", "res3"):
         module = getattr(backbone, stage)
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -177,7 +193,7 @@ def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
 
 @every_se_model
 def test_freezing_covers_the_gates(name):
-    backbone = backbone_of(name, freeze_at=3)
+    backbone = with_all_stages(name, freeze_at=3)
     frozen = {
         key for key, p in backbone.named_parameters() if ".se." in key and not p.requires_grad
     }
@@ -186,7 +202,13 @@ def test_freezing_covers_the_gates(name):
 
 
 @every_model
+@pytest.mark.long
 def test_bad_arguments_are_refused_by_name(name):
+    with torch.device("meta"):
+        check_bad_arguments(name)
+
+
+def check_bad_arguments(name: str) -> None:
     with pytest.raises(UserError, match="has no option 'freeze_to'.*freeze_at"):
         create_backbone(name, freeze_to=2)
     with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
@@ -214,20 +236,20 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("se_resnet50", {"se_ratio": 4096}, "expected 1 to 256"),
         ("se_resnet50", {"res5_dilation": 3}, "expected 1 or 2"),
         ("senet154", {"se_stages": (2, 3)}, "SE in every stage"),
-        ("se_resnet50", {"se_placement": "mixture"}, "one branch a block"),
-        ("se_cifar_resnet164", {"se_placement": "mixture"}, "one branch a block"),
+        ("se_resnet50", {"se_placement": "mixture"}, "one branch per block"),
+        ("se_cifar_resnet164", {"se_placement": "mixture"}, "one branch per block"),
         ("se_cifar_resnet110", {"se_placement": "3x3"}, "basic blocks"),
         ("se_wrn16_8", {"se_placement": "3x3"}, "basic blocks"),
-        ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "has none"),
+        ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "26 has basic blocks"),
         ("se_cifar_resnet110", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_shake_even29_2x4x64d", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_cifar_resnet110", {"se_ratio": 32}, "expected 1 to 16"),
-        ("se_wrn16_8", {"se_relu_before": True}, "don't have it"),
+        ("se_wrn16_8", {"se_relu_before": True}, "don't support it"),
         ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
-        ("cifar_resnet32", {"block": "bottleneck"}, "9n . 2 layers, so 32 is none.*is 29"),
+        ("cifar_resnet32", {"block": "bottleneck"}, "depth is 32.* 9n . 2 layers.*is 29"),
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
         ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
-        ("cifar_resnet21", {}, "6n . 2 layers, so 21 is none. The nearest is 20"),
+        ("cifar_resnet21", {}, "depth is 21.* 6n . 2 layers.*is 20"),
         ("wrn17_8", {}, "6n . 4 layers.*The nearest depth is 16"),
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
@@ -242,9 +264,9 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
     [
         (["resnet18"], {}, "There is no model"),
         (5, {}, "There is no model 5"),
-        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected a whole number"),
-        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected a whole number from 1"),
-        ("resnet18", {"in_channels": True}, "in_channels is True, expected a whole number"),
+        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected an integer"),
+        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected an integer >= 1"),
+        ("resnet18", {"in_channels": True}, "in_channels is True, expected an integer"),
         ("resnet18", {"out_features": 5}, "out_features is 5, expected a list"),
         ("resnet18", {"out_features": [["res2"]]}, "expected a list with names"),
         ("resnet18", {"weights": 5}, "weights are 5, expected a path"),
@@ -262,23 +284,17 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
         create_backbone(name, **overrides)
 
 
-# SENet-154, whose 115M parameters take long, is built once.
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [
-        *((name, "GN") for name in list_models() if name != "senet154"),
-        *((name, "FrozenBN") for name in list_models()),
-    ],
-)
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+@every_model
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
-        words = "32 groups, and the network has layers of (16|24|80) channels"
+        words = "32 groups, but the network has layers of (16|24|80) channels"
         with pytest.raises(UserError, match=words):
             create_backbone(name, norm=norm)
         return
     kind = {"GN": torch.nn.GroupNorm, "FrozenBN": FrozenBatchNorm2d}[norm]
-    backbone = create_backbone(name, norm=norm)
+    backbone = structure(name, norm=norm)
     assert any(isinstance(module, kind) for module in backbone.modules())
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
 

@@ -1,4 +1,4 @@
-"""Networks for CIFAR against plain-PyTorch statements of the same equations."""
+"""Tests of the networks for CIFAR against plain-PyTorch implementations of the equations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 STAGES = ["stem", "res2", "res3", "res4"]
 
-# With biases, weights and the affine part of the norms; the classes of the paper's data sets.
+# Weights, biases and affine norms, with as many classes as the paper's data sets have.
 PARAMETERS = {
     "cifar_resnet110": (10, 1.73, 1_727_962),
     "cifar_resnet164": (10, 1.70, 1_703_258),
@@ -33,7 +33,7 @@ def norm(channels: int) -> int:
 
 
 def preact_count(widths: list[int], blocks: int, *, bottleneck: bool, projection: bool) -> int:
-    """Of all stages and the final norm, from the published structure alone."""
+    """Return the parameters of all stages and the final norm, from the published structure."""
     total, inputs = 0, 16
     for width in widths:
         for _ in range(blocks):
@@ -61,7 +61,7 @@ def shake_count(stem: int, widths: list[int], blocks: int, branch) -> int:
 
 
 def formula(name: str) -> int:
-    """The backbone's parameters."""
+    """Return the number of parameters of a backbone."""
     if name == "cifar_resnet110":
         return 27 * 16 + preact_count([16, 32, 64], 18, bottleneck=False, projection=False)
     if name == "cifar_resnet164":
@@ -78,7 +78,8 @@ def formula(name: str) -> int:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_ones(name):
     classes, millions, exact = PARAMETERS[name]
-    found = count(create_classifier(name, classes))
+    with torch.device("meta"):
+        found = count(create_classifier(name, classes))
     features = {"c": 64, "w": 512}[name[0]] if name[0] in "cw" else 384
     features = {"cifar_resnet164": 256, "shake_even29_2x4x64d": 1024}.get(name, features)
     assert found == exact == formula(name) + features * classes + classes
@@ -110,12 +111,13 @@ def gate_parameters(channels: int, ratio: int = 16, bias: bool = True) -> int:
     ],
 )
 def test_se_adds_the_gates_of_its_placement_exactly(name, options, gates):
-    added = count(create_backbone(f"se_{name}", **options)) - count(create_backbone(name))
+    with torch.device("meta"):
+        added = count(create_backbone(f"se_{name}", **options)) - count(create_backbone(name))
     ratio, bias = options.get("se_ratio", 16), options.get("se_bias", True)
     assert added == sum(gate_parameters(channels, ratio, bias) for channels in gates)
 
 
-# Statements of the networks, on their tensors by name.
+# Plain-PyTorch implementations of the networks, which take their tensors by name.
 
 
 class Statement:
@@ -141,7 +143,7 @@ class Statement:
         return self.norm(x, key).clamp(min=0)
 
     def gate(self, x: Tensor, key: str) -> Tensor:
-        """``s`` of the paper's equation 3, times ``x``."""
+        """Return ``x`` times ``s`` of the paper's equation 3."""
         state = self.state
         z = x.flatten(2).mean(2) @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]
         z = z.clamp(min=0) @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"]
@@ -233,13 +235,13 @@ class Statement:
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Random weights, affine parts and batch statistics: nothing that hides a mistake."""
+    """Randomise weights, affine parts and batch statistics, so that no default hides a mistake."""
     torch.manual_seed(0)
     for key, tensor in module.state_dict().items():
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
         elif tensor.dim() == 1:
-            # Small biases and norms around 0.3 keep the sums of 54 blocks from growing.
+            # Small biases, and norms around 0.3, keep the sum over 54 blocks small.
             scale = "norm" in key.split(".")[-2] and key.endswith("weight")
             tensor.normal_(0.3 if scale else 0.0, 0.1)
     for key, tensor in module.state_dict().items():
@@ -269,6 +271,7 @@ def case_id(value: str | dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
+@pytest.mark.long
 def test_a_network_computes_its_equations(name, options):
     extra = {"width": 16} if "shake_shake26" in name and options else {}
     extra |= {"block": "bottleneck"} if "resnet29" in name else {}
@@ -294,7 +297,7 @@ def test_the_classifier_pools_what_the_final_norm_and_relu_give():
     assert features.min() == 0
 
 
-# Names, configs, and what else goes for every network.
+# Tests of names and configs, and tests that apply to every network.
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,9 @@ def test_the_classifier_pools_what_the_final_norm_and_relu_give():
     [("cifar_resnet20", 0.27), ("cifar_resnet56", 0.85), ("wrn28_10", 36.5), ("wrn40_4", 8.9)],
 )
 def test_other_depths_are_known_by_name(name, million):
-    assert count(create_classifier(name, 10)) / 1e6 == pytest.approx(million, abs=0.05)
+    with torch.device("meta"):
+        found = count(create_classifier(name, 10))
+    assert found / 1e6 == pytest.approx(million, abs=0.05)
     assert model_entry(f"se_{name}").has_se
 
 
@@ -350,7 +355,7 @@ def test_a_config_builds_the_same_network(arch, placement):
 
 @pytest.mark.parametrize("name", ["se_cifar_resnet20", "se_wrn10_1"])
 def test_gates_start_open(name):
-    """An SE network starts as its plain counterpart does."""
+    """Check that an SE network initially computes nearly the same as its plain counterpart."""
     torch.manual_seed(0)
     plain = create_backbone(name.removeprefix("se_"))
     gated = create_backbone(name)

@@ -1,7 +1,7 @@
-"""VGG, the Inceptions, MobileNet and ShuffleNet against plain-PyTorch statements of them.
+"""Tests of VGG, Inception networks, MobileNet and ShuffleNet against plain-PyTorch versions.
 
-What other packages have of these networks is compared in ``tests/weights``. Here are those that
-they don't have, the variants with SE first of all.
+Networks that other packages provide are compared with them in ``tests/weights``. The tests here
+cover the networks that no other package has, mainly the variants with SE.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from senet_transfer.layers import SqueezeExcitation
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
-# Channels of every gate from the image to the classifier, after the networks' own tables.
+# Channels of every gate from the input to the output, derived from the tables in the papers.
 GATED = {
     "vgg16_bn": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6,
     "bn_inception": [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024],
     "inception_resnet_v2": [320] * 10 + [1088] * 20 + [2080] * 10,
     "mobilenet": [64, 128, 128, 256, 256] + [512] * 6 + [1024] * 2,
-    # Units of stride 2 gate what they have in addition to their shortcut.
+    # Units of stride 2 gate the channels that they concatenate to their shortcut.
     "shufflenet_g3": [240 - 24] + [240] * 3 + [480 - 240] + [480] * 7 + [960 - 480] + [960] * 3,
 }
 
-# Weights, biases and the affine part of the norms with 1000 classes: the authors' file, the
-# packages' networks without the biases that norms undo, and the sums of the tables.
+# Weights, biases and affine norms with 1000 classes. The numbers are from the authors' file, from
+# other packages' networks without biases that norms cancel, and from sums over the papers' tables.
 PARAMETERS = {
     "vgg16_bn": 138_365_992 - 4_224,
     "bn_inception": 11_285_224,
@@ -36,7 +36,7 @@ PARAMETERS = {
     "mobilenet": 4_231_976,
     "shufflenet_g3": 1_865_728,
 }
-# Table III, in millions; of ShuffleNet cut off after a digit.
+# Table III, in millions; the numbers of ShuffleNet are truncated.
 MILLIONS = {"mobilenet": 4.2, "se_mobilenet": 4.7, "shufflenet_g3": 1.8, "se_shufflenet_g3": 2.4}
 
 
@@ -45,7 +45,7 @@ def count(module: nn.Module) -> int:
 
 
 def classifier_on(backbone: nn.Module, name: str) -> int:
-    """The parameters that a classifier of 1000 classes adds."""
+    """Return the number of parameters that a classifier with 1000 classes adds."""
     if "vgg" in name:
         return 25_088 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
     ((_, shape),) = backbone.output_shape().items()
@@ -54,20 +54,23 @@ def classifier_on(backbone: nn.Module, name: str) -> int:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_networks(name):
-    backbone = create_backbone(name)
+    with torch.device("meta"):
+        backbone = create_backbone(name)
     assert count(backbone) + classifier_on(backbone, name) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_parameters_are_those_of_the_papers_table(name):
-    found = count(create_classifier(name)) / 1e6
+    with torch.device("meta"):
+        found = count(create_classifier(name)) / 1e6
     assert found == pytest.approx(MILLIONS[name], abs=0.1)
 
 
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("options", [{}, {"se_ratio": 8, "se_bias": False}], ids=["r16", "r8"])
 def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
-    plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
+    with torch.device("meta"):
+        plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
     found = [m.fc1.in_features for m in gated.modules() if isinstance(m, SqueezeExcitation)]
     assert found == GATED[name]
     ratio, bias = options.get("se_ratio", 16), options.get("se_bias", True)
@@ -76,11 +79,11 @@ def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
     assert set(plain.state_dict()) < set(gated.state_dict())
 
 
-# Statements, on tensors by name.
+# Plain-PyTorch implementations that take their tensors by name.
 
 
 def randomise(model: nn.Module) -> dict[str, Tensor]:
-    """Random weights, affine parts and statistics of norms; returns the tensors."""
+    """Randomise the weights, affine parts and statistics of norms, and return the tensors."""
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -107,7 +110,7 @@ def conv_norm(state, key: str, x: Tensor, *, stride=1, groups=1, relu=True, pad=
 
 
 def gate(state, key: str, x: Tensor) -> Tensor:
-    """The paper's equations 2 to 4."""
+    """Apply a gate as in the paper's equations 2 to 4."""
     z = x.flatten(2).mean(2)
     z = (z @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]).clamp(min=0)
     s = 1 / (1 + (-(z @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"])).exp())
@@ -115,7 +118,7 @@ def gate(state, key: str, x: Tensor) -> Tensor:
 
 
 def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Table 1 of MobileNet's paper."""
+    """Compute the network in Table 1 of MobileNet's paper."""
     x = conv_norm(state, "stem.conv1", x, stride=2)
     strides = {"res2": (1, 2, 1), "res3": (2, 1), "res4": (2, 1, 1, 1, 1, 1), "res5": (2, 1)}
     features = {}
@@ -130,7 +133,7 @@ def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tenso
 
 
 def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Table 1 and Figure 2 of ShuffleNet's paper; Figure 5 of SENet's for the placements."""
+    """Compute ShuffleNet (its paper's Table 1 and Figure 2) with SE (SENet paper's Figure 5)."""
 
     def gated(x: Tensor, key: str, where: str) -> Tensor:
         return gate(state, f"{key}.se", x) if placement == where else x
@@ -143,7 +146,7 @@ def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tens
             key, stride = f"{stage}.{unit}", 2 if unit == 0 else 1
             out = gated(x, key, "pre")
             out = conv_norm(state, f"{key}.compress", out, groups=1 if key == "res3.0" else 3)
-            # Channel i of a group becomes the i-th triple of channels, one of each group.
+            # Channels i of the three groups become the i-th triple of channels.
             per_group = out.shape[1] // 3
             order = [g * per_group + i for i in range(per_group) for g in range(3)]
             out = out[:, order]
@@ -186,7 +189,7 @@ def test_the_small_networks_compute_their_papers_tables(name, stated, placement)
 
 
 def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Puts a plain-PyTorch gate on the output of modules of a peer, with a backbone's weights."""
+    """Add hooks to modules of another network that gate their output with a backbone's weights."""
     state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:
@@ -203,8 +206,9 @@ def randomise_gates(backbone: nn.Module) -> None:
             parameter.data.uniform_(-0.3, 0.3, generator=generator)
 
 
+@pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Also: a file of the plain network fills all of an SE backbone but the gates."""
+    """Compare outputs; a file of the plain network must fill all of a backbone but the gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}
@@ -223,6 +227,7 @@ def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+@pytest.mark.long
 def test_se_inception_resnet_gates_timms_network_on_its_residual_branches(tmp_path):
     peer = pytest.importorskip("timm").create_model("inception_resnet_v2", num_classes=0)
     randomise(peer)
@@ -270,11 +275,12 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_padding_changes_what_lies_at_the_border_alone():
-    """Why the same weights serve classification and, with aligned maps, detection.
+    """Check that the same weights work for classification and, with padding, for detection.
 
-    Each convolution that loses its border starts a pixel further in; on an image without its
-    first 3 rows and columns the two come to lie on one grid, 3 pixels of stride 4 apart.
+    Each unpadded convolution shifts the feature map by one pixel. If the first 3 rows and columns
+    of the image are cropped, both paddings sample the same grid, 3 pixels of stride 4 apart.
     """
     valid = create_backbone("inception_resnet_v2", out_features=["res2"])
     same = create_backbone("inception_resnet_v2", out_features=["res2"], padding="same")
@@ -301,21 +307,21 @@ def test_images_of_odd_sides_are_taken(name, side):
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("se_vgg16_bn", {"se_placement": "pre"}, "VGG-16 has: standard"),
-        ("se_bn_inception", {"se_placement": "3x3"}, "BN-Inception has: standard"),
-        ("se_mobilenet", {"se_placement": "identity"}, "MobileNet has: standard"),
+        ("se_vgg16_bn", {"se_placement": "pre"}, "VGG-16 supports only: standard"),
+        ("se_bn_inception", {"se_placement": "3x3"}, "BN-Inception supports only: standard"),
+        ("se_mobilenet", {"se_placement": "identity"}, "MobileNet supports only: standard"),
         ("se_shufflenet_g3", {"se_placement": "3x3"}, "standard, pre, post, identity"),
         ("se_inception_resnet_v2", {"se_placement": "mixture"}, "standard, pre, post, identity"),
-        ("se_vgg16_bn", {"se_stages": (5,)}, "something to gate in 2, 3, 4"),
-        ("se_bn_inception", {"se_stages": (2,)}, "something to gate in 3, 4, 5"),
-        ("se_shufflenet_g3", {"se_stages": (2,)}, "something to gate in 3, 4, 5"),
-        ("se_inception_resnet_v2", {"se_relu_before": True}, "doesn't have it"),
+        ("se_vgg16_bn", {"se_stages": (5,)}, "SE in stages 2, 3, 4"),
+        ("se_bn_inception", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
+        ("se_shufflenet_g3", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
+        ("se_inception_resnet_v2", {"se_relu_before": True}, "doesn't support it"),
         ("se_mobilenet", {"se_ratio": 65}, "expected 1 to 64"),
         ("inception_resnet_v2", {"padding": "full"}, "expected one of: valid, same"),
         ("vgg16_bn", {"padding": "same"}, "has no option 'padding'"),
         ("mobilenet", {"stem_pool": "ceil"}, "has no option 'stem_pool'"),
         ("bn_inception", {"stride_in_1x1": True}, "has no option 'stride_in_1x1'"),
-        ("shufflenet_g3", {"norm": "GN"}, "32 groups, and the network has layers of 24 channels"),
+        ("shufflenet_g3", {"norm": "GN"}, "32 groups, but the network has layers of 24 channels"),
     ],
 )
 def test_options_that_make_no_sense_for_these_networks_are_refused(name, overrides, words):

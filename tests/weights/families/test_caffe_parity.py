@@ -1,4 +1,4 @@
-"""Caffe networks, executed by OpenCV's importer, compute here what they compute there."""
+"""Comparison of loaded Caffe networks with OpenCV's execution of the same files."""
 
 from dataclasses import replace
 
@@ -18,10 +18,10 @@ slow = pytest.mark.slow
 
 
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
-    """res2 to res5 and logits, image by image, because its Axpy takes one gate only."""
+    """Return res2 to res5 and logits, one image at a time, as OpenCV's Axpy requires."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
     runner = cv2.dnn.readNetFromCaffe(str(folder / "net.prototxt"), str(folder / "net.caffemodel"))
-    # Fused, it would not give the maps within.
+    # Fusion would remove the intermediate feature maps.
     runner.enableFusion(False)
     names = [layer["name"] for layer in net.layers]
     joins = [layer["name"] for layer in net.layers if layer["type"] in ("Axpy", "Eltwise")]
@@ -51,6 +51,7 @@ def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
         pytest.param("SENet-154", "senet154", marks=slow),
     ],
 )
+@pytest.mark.long
 def test_the_authors_networks(name, ours, tmp_path):
     expected = _opencv(senet(name), tmp_path)
     path = tmp_path / "net.caffemodel"
@@ -63,6 +64,7 @@ def test_the_authors_networks(name, ours, tmp_path):
     check_traps(ours, model, expected, path)
 
 
+@pytest.mark.long
 def test_the_authors_bn_inception(tmp_path):
     net = se_bn_inception()
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", for_opencv=True)
@@ -93,6 +95,7 @@ def test_the_authors_bn_inception(tmp_path):
     ("blocks", "ours"),
     [((3, 4, 6, 3), "resnet50"), pytest.param((3, 8, 36, 3), "resnet152", marks=slow)],
 )
+@pytest.mark.long
 def test_places365_in_caffe(blocks, ours, tmp_path):
     expected = _opencv(places_resnet(blocks), tmp_path)
     path = tmp_path / "net.caffemodel"
@@ -103,8 +106,9 @@ def test_places365_in_caffe(blocks, ours, tmp_path):
     check_traps(ours, model, expected, path)
 
 
+@pytest.mark.long
 def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch):
-    """A file that states a stride of 2 in its 3x3 has it there, whatever the authors' had."""
+    # The stride that a file states takes precedence over that of the authors' definition.
     changed = replace(DESIGNS["SE-ResNet-50"], stride_in_1x1=False)
     monkeypatch.setitem(caffe_networks.DESIGNS, "SE-ResNet-50", changed)
     expected = _opencv(senet("SE-ResNet-50", classes=10), tmp_path)
@@ -113,6 +117,7 @@ def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch)
     assert worst(expected, outputs_of_ours(model, images())) < 1e-4
 
 
+@pytest.mark.long
 def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
     net = senet("SE-ResNet-50", classes=10)
     for layer in net.layers:
@@ -123,8 +128,9 @@ def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
     assert worst(expected, outputs_of_ours(model, images())) < 1e-4
 
 
+@pytest.mark.long
 def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
-    """He et al.'s ResNet-50 has one in its first convolution."""
+    # The first convolution of He et al.'s ResNet-50 has a bias.
     net = senet("SE-ResNet-50", classes=10)
     first = net.layers[0]
     first["blobs"].append(np.random.default_rng(2).normal(0, 1, 64).astype(np.float32))
@@ -134,6 +140,7 @@ def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
     assert worst(expected, outputs_of_ours(model, images())) < 1e-4
 
 
+@pytest.mark.long
 def test_a_stem_pool_that_no_backbone_has_is_refused(tmp_path):
     net = senet("SE-ResNet-50", classes=10)
     pool = next(layer for layer in net.layers if layer["name"].startswith("pool1"))

@@ -1,4 +1,4 @@
-"""Families whose projects can't be installed: networks from their published definitions."""
+"""Tests of families whose projects can't be installed, using their published definitions."""
 
 import pickle
 
@@ -14,6 +14,7 @@ from tests.weights.peers import check_peer, images, outputs_of_peer, peer, rando
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["today", "older"])
+@pytest.mark.long
 def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     model = randomise(published.MMClassifier(50, se=True, wrapped=wrapped))
     path = tmp_path / "mm.pth"
@@ -22,6 +23,7 @@ def test_mmpretrain_in_both_forms(wrapped, tmp_path):
     check_peer(model, stages, path, "se_resnet50", "mmpretrain")
 
 
+@pytest.mark.long
 def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
     model = randomise(published.MMClassifier(18, se=False))
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
@@ -34,6 +36,7 @@ def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
     torch.testing.assert_close(backbone(images())["res5"], with_se(images()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_moskomule_whose_gates_have_no_biases(tmp_path):
     model = randomise(published.moskomule(18))
     path = save(model, tmp_path / "seresnet.pkl")
@@ -41,8 +44,9 @@ def test_moskomule_whose_gates_have_no_biases(tmp_path):
     assert created.backbone.res2[0].se.fc1.bias is None
 
 
+@pytest.mark.long
 def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
-    """Trap: half of a layer would be dropped, or left at random."""
+    # Otherwise the biases would be dropped or stay random.
     bias_free = save(randomise(published.moskomule(18)), tmp_path / "free.pth")
     biased = save(peer("timm", "legacy_seresnet18"), tmp_path / "biased.pth")
     with pytest.raises(UserError, match="have no biases and the model has them.*se_bias=False"):
@@ -55,8 +59,9 @@ def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.long
 def test_places365_of_csail(depth, tmp_path):
-    """Wrapped for several GPUs, and with 365 classes."""
+    # Saved from DataParallel, with 365 classes.
     model = randomise(published.PlainClassifier(depth, classes=365))
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / "places365.pth.tar"
@@ -65,7 +70,7 @@ def test_places365_of_csail(depth, tmp_path):
 
 
 def test_a_file_of_python_2_without_counters(tmp_path):
-    """Trap: the Places files are of Python 2 and of a torch without num_batches_tracked."""
+    # The Places files were saved by Python 2 and a torch without num_batches_tracked.
     model = randomise(published.PlainClassifier(18, classes=365))
     state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     path = tmp_path / "old.pth.tar"
@@ -78,6 +83,7 @@ def test_a_file_of_python_2_without_counters(tmp_path):
     check_peer(model, None, path, "resnet18", "places365", num_classes=365)
 
 
+@pytest.mark.long
 def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron2(model, tmp_path / "R-50.pkl")
@@ -87,6 +93,7 @@ def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
     assert created.preprocessing.std == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.long
 def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
@@ -96,8 +103,9 @@ def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
         create_classifier("resnet50", weights=path)
 
 
+@pytest.mark.long
 def test_torchvision_weights_converted_by_detectron2(tmp_path):
-    """Detectron2's names, torchvision's geometry: the file's author alone tells."""
+    # Only the file's __author__ shows that Detectron2's names come with torchvision's geometry.
     model = peer("torchvision", "resnet50")
     renamed = {}
     for name, tensor in model.state_dict().items():
@@ -138,22 +146,22 @@ def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplo
 
 def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
-    with pytest.raises(UserError, match="no file of the family cadene.*torchvision_v1"):
+    with pytest.raises(UserError, match="not of the family cadene.*torchvision_v1"):
         load_weights(create_backbone("resnet18"), path, family="cadene")
     with pytest.raises(UserError, match="no weight family 'tochvision'"):
         load_weights(create_backbone("resnet18"), path, family="tochvision")
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match="no weights are given"):
         create_backbone("resnet18", family="cadene")
 
 
 def test_a_network_of_no_known_family_is_refused(tmp_path):
     path = save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="names of no family that is known here"):
+    with pytest.raises(UserError, match="match no known family"):
         load_weights(create_backbone("resnet18"), path)
 
 
 def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
-    """Trap: SE-ResNet-18 has 8 hidden units at first there, 4 by C/16."""
+    # timm's SE-ResNet-18 has 8 hidden units in res2, where C / 16 is 4.
     path = save(peer("timm", "seresnet18"), tmp_path / "timm.pth")
     model = create_backbone("se_resnet18", weights=path)
     assert [stage[0].se.fc1.out_features for stage in model.stages] == [8, 8, 16, 32]

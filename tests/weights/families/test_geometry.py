@@ -1,4 +1,4 @@
-"""A config takes the geometry of the file it starts from, or refuses to start."""
+"""Tests that a config takes the geometry of its weight file, or raises an error."""
 
 import math
 
@@ -33,7 +33,7 @@ def _places365(folder):
 
 
 def _own(folder):
-    """Trained here, from weights of the authors' geometry."""
+    """Save a backbone of this project with the authors' geometry."""
     backbone = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
     save_weights(backbone, folder / "own.safetensors")
     return folder / "own.safetensors"
@@ -43,7 +43,7 @@ def _msra(write, folder):
     return write(randomise(published.PlainClassifier(50, stride_in_1x1=True)), folder / "R-50.pkl")
 
 
-# The family; a file of it; our network; stride in the 1x1; stem pool; order, mean, std.
+# Family; writer of a file; this project's model; stride in the 1x1; stem pool; order, mean, std.
 FILES = {
     "caffe": (
         lambda folder: _caffe(senet("SE-ResNet-50"), folder),
@@ -95,11 +95,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("family", FILES)
+@pytest.mark.long
 def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_path):
     write, (arch, in_1x1, pool, (order, mean, std)) = FILES[family]
     path = write(tmp_path)
     cfg = config(arch)
-    # Values of another kind, so that all that matters has to change.
+    # Other values, so that every relevant key must change.
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = not in_1x1
     cfg.MODEL.RESNETS.STEM_POOL = "pad" if pool == "ceil" else "ceil"
     cfg.INPUT.FORMAT = "RGB" if order == "BGR" else "BGR"
@@ -129,7 +130,7 @@ def test_what_changes_is_logged_as_a_table(tmp_path, caplog):
     cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
     changes = apply_file_geometry(cfg)
     assert [c.key for c in changes] == ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
-    table = caplog.text.split("Taken from")[1]
+    table = caplog.text.split("Config keys set from")[1]
     for word in ("INPUT.FORMAT", "BGR", "RGB", "103.53", "123.675", "torchvision_v1"):
         assert word in table
 
@@ -146,14 +147,15 @@ def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path
     assert apply_file_geometry(cfg) == []
 
 
+@pytest.mark.long
 def test_the_family_decides_where_names_are_those_of_several(tmp_path):
-    """The same names and shapes, saved by a run here or by Detectron2's zoo."""
+    # Files of this project and of Detectron2's model zoo can have the same names and shapes.
     backbone = randomise(create_backbone("resnet50"))
     torch.save({"model": backbone.state_dict()}, tmp_path / "unmarked.pth")
     cfg = config("resnet50")
     cfg.MODEL.WEIGHTS = str(tmp_path / "unmarked.pth")
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    assert apply_file_geometry(cfg) == []  # nothing is known: the config's own values stay
+    assert apply_file_geometry(cfg) == []  # unknown geometry: the config is kept
 
     cfg.MODEL.WEIGHTS_FAMILY = "detectron2"
     assert [c.key for c in apply_file_geometry(cfg)] == ["MODEL.RESNETS.STRIDE_IN_1X1"]
@@ -163,6 +165,7 @@ def test_the_family_decides_where_names_are_those_of_several(tmp_path):
     assert cfg.INPUT.FORMAT == "RGB"
 
 
+@pytest.mark.long
 def test_gates_are_built_as_the_file_has_them(tmp_path):
     cfg = config("se_resnet18")
     cfg.MODEL.WEIGHTS = str(save(randomise(published.moskomule(18)), tmp_path / "peer.pth"))

@@ -1,4 +1,4 @@
-"""Networks of packages on the index, saved by them and loaded here, compute what they compute."""
+"""Comparison of networks of installable packages with this project's, loaded from their files."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.weights.peers import (
 
 slow = pytest.mark.slow
 
-# Package, its name, ours, and the family that it must be taken for.
+# Package, its model name, this project's model name, and the family that must be detected.
 PEERS = [
     ("timm", "legacy_seresnet18", "se_resnet18", "timm_legacy"),
     ("timm", "legacy_seresnet50", "se_resnet50", "cadene"),
@@ -63,8 +63,9 @@ SLOW_PEERS = [
     ("package", "theirs", "ours", "family"),
     [*PEERS, *(pytest.param(*case, marks=slow) for case in SLOW_PEERS)],
 )
+@pytest.mark.long
 def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
-    """Also where the model stands already, and where the trap of a wrong geometry is open."""
+    # Loading into an existing model, and networks of a wrong geometry, are checked too.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     expected = outputs_of_peer(model, images())

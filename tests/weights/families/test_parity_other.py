@@ -1,4 +1,4 @@
-"""VGG and the Inceptions of packages on the index compute here what they compute there."""
+"""Comparison of VGG and the Inceptions of installable packages with this project's."""
 
 from dataclasses import replace
 
@@ -27,11 +27,11 @@ GOOGLE = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, crop=299, resize=341
 
 
 def inception(package: str) -> tuple[nn.Module, list[nn.Module]]:
-    """Inception-ResNet-v2 and its modules that end res2 to res5."""
+    """Build Inception-ResNet-v2; return it and its modules that end res2 to res5."""
     name = {"timm": "inception_resnet_v2"}.get(package, "inceptionresnetv2")
     model = peer(package, name)
     if package != "timm":
-        # Theirs is for images of 299 pixels alone.
+        # The original only supports images of 299 pixels.
         model.avgpool_1a = nn.AdaptiveAvgPool2d(1)
     return model, [model.conv2d_4a, model.repeat, model.repeat_1, model.conv2d_7b]
 
@@ -90,7 +90,7 @@ def test_vgg_with_its_hidden_layers(tmp_path):
     assert created.preprocessing == Preprocessing()
 
     report = load_weights(create_backbone("vgg16_bn"), path)
-    assert set(report.ignored.values()) == {"the classifier: the model has none"}
+    assert set(report.ignored.values()) == {"classifier: the model has none"}
     assert len(report.ignored) == 6
 
 
@@ -127,7 +127,7 @@ def test_the_authors_bn_inception_is_converted_with_a_check(tmp_path):
 
 
 def background_file(tmp_path, classes: int):
-    """Inception-ResNet-v2's last tensors, beside enough others to be recognised."""
+    """Build and save an Inception-ResNet-v2 with this number of classes."""
     model, _ = inception("pretrainedmodels")
     model.last_linear = nn.Linear(1536, classes)
     return model, save(model, tmp_path / f"{classes}.pth")
@@ -151,5 +151,5 @@ def test_other_networks_of_the_same_names_are_refused(other, tmp_path):
     model = getattr(pytest.importorskip("torchvision").models, other)(init_weights=False)
     file = {f"features.{key}": value for key, value in model.features.state_dict().items()}
     torch.save(file, tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match="does not fit the model|no family that is known"):
+    with pytest.raises(UserError, match="does not fit the model|match no known family"):
         load_and_expect_no_change(create_backbone("vgg16_bn"), tmp_path / "vgg.pth")

@@ -1,4 +1,4 @@
-"""Caffe files: they compute what OpenCV computes; geometry, old formats and broken files."""
+"""Tests of Caffe files: outputs compared with OpenCV, geometry, old formats, broken files."""
 
 import os
 import time
@@ -34,7 +34,7 @@ def _conv_weight(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def _se_net(size: int = 33, factor: float = 999.98) -> CaffeNet:
-    """One SE bottleneck with a projection, grouped, behind a stem, as the SENet authors' files."""
+    """Build a stem and one grouped SE bottleneck with a projection, as in the authors' files."""
     rng = _rng()
     net = CaffeNet("tiny SE", (1, 3, size, size))
     x = net.conv_bn(
@@ -82,7 +82,7 @@ def _se_net(size: int = 33, factor: float = 999.98) -> CaffeNet:
 
 
 def _inception_net() -> CaffeNet:
-    """A concat, SE-BN-Inception's gate (Reshape, Scale with two bottoms), an average pool."""
+    """Build a network with a concat, SE-BN-Inception's gate and an average pool."""
     rng = _rng(1)
     net = CaffeNet("tiny inception", (2, 3, 17, 17))
     a = net.conv_bn("a", "data", _conv_weight(rng, 6, 3, 1, 1), _bn(rng, 6), relu="a/relu")
@@ -224,7 +224,7 @@ def test_tensors_own_aligned_writable_memory(tmp_path):
     for tensor in read_tensors(tmp_path / "net.caffemodel").tensors.values():
         assert tensor.data_ptr() % 4 == 0
         assert tensor.is_contiguous()
-        tensor.add_(1)  # would crash in memory that is the file's
+        tensor.add_(1)  # would crash in memory mapped from the file
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
             layers = read_tensors(path).layers
         except UserError:
             continue
-        # The format has no end mark: only a cut at a layer's very end is a valid, shorter file.
+        # The format has no end marker, so a file truncated at the end of a layer is valid.
         between += 1
         assert len(layers) < whole
     assert between <= 2

@@ -1,4 +1,4 @@
-"""Damaged files: every one loads as it says, or raises UserError, at once; nothing else happens."""
+"""Tests that a damaged file either loads correctly or quickly raises UserError."""
 
 import io
 import os
@@ -25,7 +25,7 @@ _KILOBYTES = 400_000
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    """A block of an SE network, small: most of a file is then structure."""
+    """Return the tensors of a small SE block, so that a file consists mostly of structure."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _caffe(tensors: dict[str, torch.Tensor]) -> bytes:
     return net.caffemodel()
 
 
-# By format: what writes the file of some tensors.
+# Writers of files, by format.
 WRITERS: dict[str, Callable[[dict[str, torch.Tensor]], bytes]] = {
     "zip": _torch(zipped=True),
     "legacy": _torch(zipped=False),
@@ -100,11 +100,11 @@ WRITERS: dict[str, Callable[[dict[str, torch.Tensor]], bytes]] = {
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FUZZ_FOLDER", str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # where anything that ran would leave its traces
+    monkeypatch.chdir(tmp_path)  # executed code would leave its files here
 
 
 def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
-    """Reads a damaged file; None where it was refused as it should be."""
+    """Read a damaged file; return None if it raises a valid UserError."""
     path.write_bytes(data)
     start = time.process_time()
     try:
@@ -115,14 +115,14 @@ def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
         assert time.process_time() - start < _CPU_SECONDS, what
     assert str(path) in message, what
     assert len(message) < 1000, what
-    assert message.isprintable(), what  # a file can't write on the terminal as it likes
+    assert message.isprintable(), what  # no control characters from the file
     return None
 
 
 def _fuzz(
     name: str, count: int, path: Path, check: Callable[[WeightFile, bytes, str], None]
 ) -> None:
-    """Reads ``count`` damaged files of one format and checks each that loads."""
+    """Read ``count`` damaged files of one format and check those that load."""
     data = WRITERS[name](_tensors())
     other = WRITERS["legacy" if name != "legacy" else "zip"](_tensors())
     assert _read(path, data, "not damaged") is not None
@@ -144,13 +144,13 @@ def _is_sound(file: WeightFile, damaged: bytes, what: str) -> None:
 
 
 def _is_unchanged(file: WeightFile, _: bytes, what: str) -> None:
-    """Of a format with checksums: what was damaged does not matter, or it is refused."""
+    """Check that a file of a format with checksums loads only if its tensors are undamaged."""
     assert list(file.tensors) == list(_tensors()), what
     assert all(torch.equal(file.tensors[k], v) for k, v in _tensors().items()), what
 
 
 class _Recorded:
-    """Stands for what numpy would create: numpy itself is not safe with damaged pickles."""
+    """Placeholder for numpy's objects, because numpy is not safe with damaged pickles."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -166,7 +166,7 @@ class _Recorded:
 
 
 class _Recorder(pickle._Unpickler):
-    """The standard library's unpickler, in Python: the C one may take gigabytes."""
+    """Pure-Python unpickler; the C implementation may allocate gigabytes."""
 
     def find_class(self, module, name):
         plain = (module, name) == ("_codecs", "encode")
@@ -177,7 +177,7 @@ def _is_what_python_reads(file: WeightFile, damaged: bytes, what: str) -> None:
     _is_sound(file, damaged, what)
     try:
         tree = _Recorder(io.BytesIO(damaged), encoding="latin1").load()
-    except (pickle.UnpicklingError, ValueError):  # it minds frames' ends and leading zeros
+    except (pickle.UnpicklingError, ValueError):  # it is stricter about frames and leading zeros
         return
     arrays = next((value for value in tree.values() if isinstance(value, dict)), tree)
     for name, tensor in file.tensors.items():
@@ -191,7 +191,7 @@ _CHECKS = {
     "pkl protocol 0": _is_what_python_reads,
 }
 
-# Of Python's own pickletools, about names with backslashes in them.
+# Warning of Python's pickletools about names with backslashes.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 
 _COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
@@ -220,7 +220,7 @@ def test_a_zip_whose_checksums_were_made_to_fit_loads_as_it_says_or_is_refused(c
             assert sum(t.nbytes for t in file.tensors.values()) <= 4 * path.stat().st_size + 2**20
 
 
-# Files that are whole, and say something else than they should.
+# Undamaged files with wrong content.
 
 
 def _rename(tensors: dict, rng: np.random.Generator) -> dict:

@@ -1,4 +1,4 @@
-"""Every file of weights is read by its content, and every broken one says what to do."""
+"""Tests that weight files are read by content, and that errors state the remedy."""
 
 import dataclasses
 import gzip
@@ -113,7 +113,7 @@ def test_plain_values_beside_the_tensors_are_kept(tmp_path):
     assert read_tensors(tmp_path / "a").metadata == {"senet_transfer": own, "format": "pt"}
 
 
-# Broken files. Each says which file it is, and what to do.
+# Broken files. The error names the file and states the remedy.
 
 PAGE = "<!DOCTYPE html><html><head><title>Google Drive &amp; quota\n exceeded</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\n"
@@ -134,7 +134,7 @@ BROKEN = {
     "empty zip": (b"PK\x05\x06" + bytes(18), "known format"),
     "header only": (b"\x10\0\0\0\0\0\0\0{", "damaged"),
     "lying header": (b"\xff\xff\xff\x05\0\0\0\0{}", "damaged"),
-    "list": (pickle.dumps([1, 2]), "a list.*Expected is a dictionary"),
+    "list": (pickle.dumps([1, 2]), "a list.*Expected a dictionary"),
     "one array": (pickle.dumps(np.ones(3)), "a single tensor"),
     "no tensors": (pickle.dumps({"epoch": 3}), r"no model tensors inside \(found: 'epoch'\)"),
     "no layers": (b"\x0a\x03net", "no layer in it has blobs"),
@@ -226,7 +226,7 @@ def test_an_expected_hash_is_verified_whole_or_by_its_beginning(tmp_path):
     for expected in (digest, digest[:8], digest[:10].upper()):
         assert "sha256" in read_tensors(path, sha256=expected).verified
     wrong = "0" if digest[0] != "0" else "1"
-    with pytest.raises(UserError, match="as it was asked for"):
+    with pytest.raises(UserError, match="was requested"):
         read_tensors(path, sha256=wrong + digest[1:8])
     for nonsense in ("", digest[:7], "xyz" * 4):
         with pytest.raises(UserError, match="8 to 64 hexadecimal digits"):
@@ -266,7 +266,7 @@ def test_what_was_verified_is_stated(tmp_path):
         assert read_tensors(tmp_path / kind).verified == expected
 
 
-# Values, where there is no checksum.
+# Checks of values, for files without a checksum.
 
 
 @pytest.mark.parametrize(

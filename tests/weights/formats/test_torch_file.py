@@ -1,10 +1,11 @@
-"""Files of torch.save: read as torch.load(weights_only=True) reads them, and checked better."""
+"""Tests of files of torch.save, compared with torch.load(weights_only=True)."""
 
 import collections
 import io
 import pickle
 import struct
 import tarfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -13,7 +14,11 @@ import torch
 
 from senet_transfer.errors import UserError
 from senet_transfer.weights.formats.reader import read_tensors
-from tests.weights.file_writers import python2_torch_file, tar_torch_file
+from tests.weights.file_writers import (
+    NEXT_TO_A_TORCH_MODEL,
+    python2_torch_file,
+    tar_torch_file,
+)
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -93,6 +98,99 @@ def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
     }
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("name", NEXT_TO_A_TORCH_MODEL)
+def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zipped, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(
+        {"epoch": 3, "args": NEXT_TO_A_TORCH_MODEL[name](), "model": _tensors()},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
+    file = read_tensors(path)
+    _assert_same(file.tensors, torch.load(path, weights_only=False)["model"])
+    assert file.metadata == {"epoch": 3}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.nn.Linear(2, 2),
+        {"model": torch.nn.Linear(2, 2), "statistics": {"mean": torch.ones(2)}},
+        {"ema": None, "model": torch.nn.DataParallel(torch.nn.Linear(2, 2))},
+        {"state_dict": {"w": torch.ones(2), "layer": torch.nn.Linear(2, 2)}},
+    ],
+)
+def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"torch\.nn\..*whole model object.*state_dict"):
+        read_tensors(tmp_path / "a.pth")
+
+
+def _weights_only() -> dict[str, object]:
+    """Return values that ``torch.load(weights_only=True)`` accepts."""
+    warnings.simplefilter("ignore")  # torch's, of quantized and nested tensors and typed storages
+    attributed = torch.ones(2)
+    attributed.note = "text"
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.is_shared = True
+    matrix = torch.eye(3)
+    return {
+        "complex": 1 + 2j,
+        "bytes": b"ab",
+        "bytearray": bytearray(b"ab"),
+        "set": {1, "a", (2, 3)},
+        "Counter": collections.Counter("aab"),
+        "OrderedDict": collections.OrderedDict(a=1),
+        "keys": {None: 1, 2.5: 2, (1, "a"): 3, torch.float32: 4, torch.ones(2): 5},
+        "dtypes": [torch.float32, torch.complex64, torch.uint16, torch.float8_e5m2, torch.qint8],
+        "device": torch.device("cuda:1"),
+        "Size": torch.Size([1, 2]),
+        "layout": torch.sparse_coo,
+        "scheme": torch.per_tensor_affine,
+        "complex tensor": torch.ones(2, dtype=torch.complex64),
+        "complex tensors": [torch.ones(2, dtype=torch.complex128)] * 2,
+        "uint16": torch.ones(3, dtype=torch.uint16),
+        "float8": torch.ones(3, dtype=torch.float8_e4m3fn),
+        "sparse": matrix.to_sparse(),
+        "sparse csr": matrix.to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(matrix, 1.0, 0, torch.quint8),
+        "quantized int32": torch.quantize_per_tensor(matrix, 1.0, 0, torch.qint32),
+        "quantized 4 bits": torch.quantize_per_channel(
+            matrix, torch.ones(3), torch.zeros(3), 0, torch.quint4x2
+        ),
+        "meta": torch.ones(2, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "attributed": attributed,
+        "parameter": parameter,
+        "untyped storage": torch.ones(2).untyped_storage(),
+        "storage": torch.FloatStorage([1.0, 2.0]),
+        "buffer": torch.nn.Buffer(torch.ones(2)),
+    }
+
+
+with warnings.catch_warnings():
+    _WEIGHTS_ONLY = _weights_only()
+# In torch's legacy format, torch can't load what is in an untyped storage.
+_ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
+
+
+@pytest.mark.parametrize(
+    ("name", "zipped"),
+    [(n, z) for n in _WEIGHTS_ONLY for z in (True, False) if z or n not in _ONLY_ZIPPED],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch: sparse, quantized, nested and typed storages
+def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
+    path = tmp_path / "a.pth"
+    content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    expected = torch.load(path, weights_only=True)["model"]
+    _assert_same(read_tensors(path).tensors, expected)
+
+
 def test_python_2_files_are_read(tmp_path):
     tensors = {f"module.{name}": tensor for name, tensor in _tensors().items()}
     tensors.pop("module.bfloat16")
@@ -130,7 +228,7 @@ def test_loaded_tensors_outlive_the_file(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"a": torch.ones(1000)}, path)
     tensors = read_tensors(path).tensors
-    path.write_bytes(b"")  # pages mapped from a file that is cut kill the process on access
+    path.write_bytes(b"")  # access to mapped pages of a truncated file kills the process
     assert tensors["a"].sum() == 1000
 
 
@@ -150,7 +248,7 @@ def test_only_the_model_s_tensors_are_read_into_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("view", [("1", 2, 3), ("1", 4, 3), ("1", -1, 3), ("1", 0, 2**62)])
 def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
-    # torch before 0.4 wrote parts of a storage so; torch.load still reads them.
+    # torch before 0.4 wrote views of a storage this way; torch.load still reads them.
     path = tmp_path / "a.pth"
     storage = _Storage("FloatStorage", "0", 6)
     storage.identity = (*storage.identity, view)
@@ -174,7 +272,7 @@ def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
 
 
 def _places(path, name: str) -> range:
-    """Where a record's bytes lie in a zip."""
+    """Return the position of a record's bytes in a zip file."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         info = next(i for i in archive.infolist() if i.filename.endswith(name))
         file.seek(info.header_offset + 26)
@@ -250,7 +348,7 @@ def test_a_torchscript_program_is_refused(tmp_path):
         read_tensors(tmp_path / "a.pt")
 
 
-# Files that lie about themselves. A tensor larger than its data makes torch.load make up the rest.
+# Inconsistent files. If a tensor is larger than its data, torch.load returns arbitrary values.
 
 
 class _Storage:
@@ -290,14 +388,14 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
         (0, (1000,), (1,), 4, 4),  # larger than its data
         (1, (4,), (1,), 4, 4),
         (0, (2, 2), (3, 1), 4, 4),
-        (0, (4,), (1,), 1000, 4),  # data that is not there
+        (0, (4,), (1,), 1000, 4),  # missing data
         (0, (4,), (1,), 2**40, 4),
         (0, (4,), (1,), 4, 8),
         (0, (-4,), (1,), 4, 4),
         (0, (4,), (-1,), 4, 4),
         (-1, (2,), (1,), 4, 4),
         (0, (4,), (), 4, 4),
-        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes of one number
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes, from one number by strides of 0
         (0, (1,) * 40, (1,) * 40, 4, 4),
         (0, (4.0,), (1,), 4, 4),
     ],
@@ -378,7 +476,7 @@ def test_tensors_that_are_not_dense_are_refused_by_name(kind, tmp_path):
 
 
 def _rezipped(path, change) -> None:
-    """Writes a sound zip file again, after ``change`` was made to its directory."""
+    """Rewrite a valid zip file after ``change`` modified its directory."""
     tensor = _Rebuilt(_Storage("FloatStorage", "0", 250), 0, (250,), (1,))
     _zip(path, {"w": tensor}, {"data/0": bytes(1000)})
     assert list(read_tensors(path).tensors) == ["w"]

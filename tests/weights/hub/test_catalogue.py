@@ -1,4 +1,4 @@
-"""Published weights by name: well-formed, and loaded through the doors that paths go through."""
+"""Tests of the catalogue of published weights, and of loading by name."""
 
 import hashlib
 import os
@@ -72,7 +72,7 @@ def test_timm_and_pretrainedmodels_state_the_same_files():
     names |= {name: f"legacy_{name.partition('/')[2]}.in1k" for name in legacy}
     for name, theirs in names.items():
         stated = timm_models.get_pretrained_cfg(theirs).url
-        # Of networks that it has moved to the Hub alone, it states none any more.
+        # timm no longer states addresses for networks that are only on the Hub.
         assert CATALOGUE[name].url == stated or (not stated and "inception" in name)
 
     stated = pytest.importorskip("pretrainedmodels").pretrained_settings
@@ -90,7 +90,7 @@ def test_names_are_listed_by_pattern():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A server with a timm file, in the catalogue as timm/test and cadene/wrong."""
+    """Serve a timm file that the catalogue lists as timm/test and cadene/wrong."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
     digest = hashlib.sha256(body).hexdigest()[:8]
@@ -131,7 +131,7 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
 
 
 def test_what_the_user_says_of_the_family_counts(published):
-    with pytest.raises(UserError, match="no file of the family cadene"):
+    with pytest.raises(UserError, match="not of the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
     backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
     assert backbone.weights_source["family"] == "timm_legacy"
@@ -172,9 +172,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(name):
 def test_a_misspelt_publisher_is_answered_like_a_missing_file():
     cfg = get_senet_config()
     cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
-    with pytest.raises(UserError, match="no such file.*a name like this: cadene/se_resnet50"):
+    with pytest.raises(UserError, match="no such file.*a similar name: cadene/se_resnet50"):
         check_run(cfg, eval_only=False, resume=False)
-    with pytest.raises(UserError, match="no weight file .*cadene/se_resnet50.* of the catalogue"):
+    with pytest.raises(UserError, match="no weight file .*in the catalogue: .*cadene/se_resnet50"):
         apply_file_geometry(cfg)
 
 

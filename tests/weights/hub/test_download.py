@@ -1,4 +1,4 @@
-"""Downloading from a server on this machine, which does all that real ones do."""
+"""Tests of downloads from a local server that simulates failures of real ones."""
 
 import hashlib
 import multiprocessing
@@ -43,7 +43,7 @@ def test_a_file_comes_whole_and_once(site, tmp_path):
 
 def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capfd):
     url = site.add("a.pth", BODY)
-    # Forked, so that they need not import everything anew.
+    # Forked, so that the modules need not be imported again.
     context = multiprocessing.get_context("fork")
     arguments = (url, tmp_path / "a.pth", HASH)
     processes = [context.Process(target=fetch, args=arguments) for _ in range(4)]
@@ -54,7 +54,7 @@ def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capf
     assert [process.exitcode for process in processes] == [0] * 4
     assert len(site.asked) == 1
     assert (tmp_path / "a.pth").read_bytes() == BODY
-    assert "%|" not in capfd.readouterr().err  # no progress bar where nobody looks
+    assert "%|" not in capfd.readouterr().err  # no progress bar if stderr is not a terminal
 
 
 @pytest.mark.parametrize("ranges", [True, False])

@@ -4,7 +4,7 @@ const COLOURS = ["#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599
 const colour = (run) => COLOURS[run % COLOURS.length];
 const dashes = (run) => ["", "6 3", "2 3", "8 3 2 3"][Math.floor(run / COLOURS.length) % 4];
 
-/** Makes an element. Text is set as text, never as HTML. */
+/** Creates an HTML element. Text is always set as text, never as HTML. */
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -16,7 +16,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** The same in SVG. */
+/** Creates an SVG element. */
 function svg(tag, attributes = {}, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -31,7 +31,7 @@ const short = (value) => {
   return size !== 0 && size < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 };
 
-/** Round numbers that cut a range into about as many parts. */
+/** Returns round numbers that divide a range into about the given number of parts. */
 function ticks(low, high, parts) {
   const raw = (high - low) / parts || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -41,10 +41,10 @@ function ticks(low, high, parts) {
   return found;
 }
 
-/** The size of a chart's picture and the margins of what is drawn in it, in pixels. */
+/** The size of a chart and the margins of its plot area in pixels. */
 const FRAME = { width: 480, height: 260, left: 46, right: 10, top: 10, bottom: 30 };
 
-/** The range of points along an axis (0 across, 1 up), with some room. */
+/** Returns the range of points along an axis (0: horizontal, 1: vertical), with some padding. */
 function extent(points, axis) {
   let [low, high] = [Infinity, -Infinity];
   for (const point of points) {
@@ -55,7 +55,7 @@ function extent(points, axis) {
   return [low - room, high + room];
 }
 
-/** From values to pixels, and from a share of the picture's width to the value there. */
+/** Returns functions from values to pixels, and from a fraction of the chart's width to a value. */
 function scales([[x0, x1], [y0, y1]]) {
   const { width, height, left, right, top, bottom } = FRAME;
   const [across, up] = [width - left - right, height - top - bottom];
@@ -66,7 +66,7 @@ function scales([[x0, x1], [y0, y1]]) {
   };
 }
 
-/** The grid, the numbers at both axes, and what the lower one counts. */
+/** Draws the grid, the tick labels of both axes, and the label of the horizontal axis. */
 function axes([[x0, x1], [y0, y1]], { x, y }, across) {
   const { width, height, left, right, bottom } = FRAME;
   const made = ticks(y0, y1, 5).flatMap((at) => [
@@ -74,7 +74,7 @@ function axes([[x0, x1], [y0, y1]], { x, y }, across) {
     svg("text", { x: left - 5, y: y(at) + 4, "text-anchor": "end" }, short(at)),
   ]);
   for (const at of ticks(x0, x1, 6)) {
-    // A word at the very edge would be cut in its middle.
+    // Align the last label to the right, so that it isn't cut off at the edge.
     const anchor = x(at) > width - right - 14 ? "end" : "middle";
     const place = anchor === "end" ? width : x(at);
     made.push(svg("text", { x: place, y: height - bottom + 15, "text-anchor": anchor }, short(at)));
@@ -83,7 +83,7 @@ function axes([[x0, x1], [y0, y1]], { x, y }, across) {
   return made;
 }
 
-/** The line of a run, with a dot at each point where they are few. */
+/** Draws the line of a run, with a dot at each point if there are only a few. */
 function trace({ run, points }, { x, y }) {
   const way = points.map((point, place) => `${place ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`);
   const path = svg("path", {
@@ -93,7 +93,7 @@ function trace({ run, points }, { x, y }) {
   return [path, ...dots.map((point) => svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 2.5, fill: colour(run), "data-run": run }))];
 }
 
-/** Makes the text that says, while the pointer is over a drawing, which points are nearest to it. */
+/** Creates the text that shows the points nearest to the pointer while it is over the chart. */
 function readout(drawing, lines, { x, valueAt }) {
   const cursor = svg("line", { class: "grid", y1: FRAME.top, y2: FRAME.height - FRAME.bottom, visibility: "hidden" });
   const text = element("div", { class: "readout" });
@@ -114,17 +114,17 @@ function readout(drawing, lines, { x, valueAt }) {
 }
 
 /**
- * Draws lines over a common axis.
+ * Draws a chart with several lines.
  * @param {{title: string, across: string, lines: {name: string, run: number, points: number[][]}[],
  *   range?: number[][], diagonal?: boolean}} options
- *   range: [[left, right], [bottom, top]]; by default that of the points.
+ *   range: [[left, right], [bottom, top]]; default: the range of the points.
  */
 function chart({ title, across, lines, range, diagonal = false }) {
   const clean = lines.map((line) => ({ ...line, points: line.points.filter((point) => point[1] !== null) }));
   const all = clean.flatMap((line) => line.points);
   const box = element("div", { class: "chart" }, element("h3", {}, title));
   if (!all.length) {
-    box.append(element("p", { class: "quiet" }, "nothing yet"));
+    box.append(element("p", { class: "quiet" }, "no data yet"));
     return box;
   }
   const drawn = range ?? [extent(all, 0), extent(all, 1)];
@@ -144,7 +144,7 @@ function chart({ title, across, lines, range, diagonal = false }) {
 const hidden = new Set();
 const shown = (run) => !hidden.has(run);
 
-/** Check boxes that show and hide the runs' lines in all charts of the page. */
+/** Creates check boxes that show and hide the lines of each run in all charts. */
 function legend(names) {
   return names.map((name, run) =>
     element(
@@ -168,7 +168,7 @@ function legend(names) {
   );
 }
 
-/** The colour of a run. */
+/** Creates a colour swatch for a run. */
 function key(run) {
   const made = element("i", { class: "key" });
   made.style.background = colour(run);

@@ -2,14 +2,14 @@
 
 const PAGE = 24;
 
-/** A drop-down list of [value, text]. */
+/** Creates a drop-down list from pairs of [value, text]. */
 function choice(label, entries, onchange) {
   const list = element("select", { "aria-label": label, onchange });
   for (const [value, text] of entries) list.append(element("option", { value }, text));
   return list;
 }
 
-/** Shows cards in portions, with a button for more. */
+/** Returns a function that shows cards page by page, with a button that adds the next page. */
 function portions(cards, more) {
   let rest = [];
   const next = () => {
@@ -24,7 +24,7 @@ function portions(cards, more) {
   };
 }
 
-/** Hits, detections and objects of an image, of one class (-1: all) and from a score on. */
+/** Counts the hits, detections and objects in an image for a class (-1: all) and a minimum score. */
 function count(image, run, wanted, least) {
   const objects = image.truth.filter((box) => wanted < 0 || box[4] === wanted);
   const found = (image.found[run] ?? []).filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted));
@@ -33,7 +33,7 @@ function count(image, run, wanted, least) {
   return { objects: objects.length, found: found.length, hits, f1: both ? (2 * hits) / both : 1 };
 }
 
-/** A picture with boxes: [left, top, width, height, class name, style]. */
+/** Draws an image with boxes: [left, top, width, height, class name, style]. */
 function panel(image, caption, boxes) {
   const size = Math.max(image.width, image.height) / 20;
   const drawing = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}` });
@@ -47,7 +47,7 @@ function panel(image, caption, boxes) {
   return element("figure", {}, drawing, element("figcaption", {}, caption));
 }
 
-/** The place of a gallery's cards, and a function that shows a sentence and cards there. */
+/** Creates the container of a gallery's cards, and a function that shows a message and cards in it. */
 function board() {
   const said = element("p", { class: "quiet", role: "status" });
   const cards = element("div", { class: "cards" });
@@ -60,7 +60,7 @@ function board() {
   return { cards, parts: [said, cards, more], show };
 }
 
-/** The lists of a gallery's orders, and of its classes as [place, name]. */
+/** Creates the drop-down lists of sort orders and of classes, given as [index, name]. */
 function orderAndClass(state, orders, classes, draw) {
   return [
     choice("order", orders, (event) => {
@@ -74,7 +74,7 @@ function orderAndClass(state, orders, classes, draw) {
   ];
 }
 
-/** The objects of an image, each marked where one of the runs hasn't found it. */
+/** Draws the objects in an image, marking those that at least one of the runs missed. */
 function objectsPanel(image, classes, { runs, wanted, least }) {
   const taken = [...runs].map((run) => {
     const hits = (image.found[run] ?? []).filter((box) => box[5] >= least && box[6] >= 0);
@@ -86,7 +86,7 @@ function objectsPanel(image, classes, { runs, wanted, least }) {
   return panel(image, "ground truth", boxes);
 }
 
-/** What a run has detected in an image. */
+/** Draws the detections of a run in an image. */
 function foundPanel(image, classes, run, name, { wanted, least }) {
   const boxes = (image.found[run] ?? [])
     .filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted))
@@ -95,7 +95,7 @@ function foundPanel(image, classes, run, name, { wanted, least }) {
   return panel(image, `${name}: ${hits} hits of ${objects} objects, ${found - hits} false, F1 ${f1.toFixed(2)}`, boxes);
 }
 
-/** The images with something to see, in the order that is asked for. */
+/** Returns the images with objects or detections of the selected class, in the selected order. */
 function sortedImages(images, { runs, wanted, least, order }) {
   const kept = [];
   for (const image of images) {
@@ -109,7 +109,7 @@ function sortedImages(images, { runs, wanted, least, order }) {
   return kept.map(([image]) => image);
 }
 
-/** A slider for the least score. */
+/** Creates a slider for the minimum score. */
 function scoreControl(state, draw) {
   const score = element("output", {}, "0.50");
   return element("label", {}, "score from ", element("input", {
@@ -122,7 +122,7 @@ function scoreControl(state, draw) {
   }), " ", score);
 }
 
-/** A check box for a run that can be shown beside others. */
+/** Creates a check box that shows or hides a run's detections. */
 function runControl(state, run, name, draw) {
   return element("label", {}, element("input", {
     type: "checkbox", checked: state.runs.has(run),
@@ -134,7 +134,7 @@ function runControl(state, run, name, draw) {
   }), " ", key(run), name);
 }
 
-/** The gallery of one data set's detections. */
+/** Creates the gallery of the detections in one data set. */
 function detectionGallery(gallery, names) {
   const { images, total, classes } = gallery;
   const state = { wanted: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
@@ -144,7 +144,7 @@ function detectionGallery(gallery, names) {
     const panels = element("div", { class: "panels" }, objectsPanel(image, classes, state), ...found);
     return element("div", { class: "card" }, element("p", {}, image.name), panels);
   };
-  const part = images.length < total ? ` Of the data set's ${total} images the page has the ${images.length} worst and best.` : "";
+  const part = images.length < total ? ` The page contains the ${images.length} worst and best of the data set's ${total} images.` : "";
   const draw = () => {
     const kept = sortedImages(images, state);
     cards.style.setProperty("--panels", 1 + state.runs.size);
@@ -157,7 +157,7 @@ function detectionGallery(gallery, names) {
   return [element("h3", {}, gallery.data), controls, ...parts];
 }
 
-/** Images of one class that are taken for another. */
+/** Creates a card with images of one class that were classified as another. */
 function confusedCard({ label, taken, count, of, examples }, { classes, images }) {
   const pictures = examples.map(([place, probability]) => {
     const picture = images[place] ? [element("img", { src: images[place], alt: classes[label] })] : [];
@@ -168,12 +168,12 @@ function confusedCard({ label, taken, count, of, examples }, { classes, images }
   return element(
     "div",
     { class: "card" },
-    element("p", {}, from, " taken for ", to, element("br"), share),
+    element("p", {}, from, " classified as ", to, element("br"), share),
     element("div", { class: "examples" }, ...pictures),
   );
 }
 
-/** The gallery of one data set's confused classes. */
+/** Creates the gallery of confused classes of one data set. */
 function confusionGallery(gallery, names) {
   const state = { run: gallery.runs[0], wanted: -1, order: "count" };
   const { parts, show } = board();
@@ -181,12 +181,12 @@ function confusionGallery(gallery, names) {
   const draw = () => {
     const kept = gallery.pairs.filter((pair) => pair.run === state.run && (state.wanted < 0 || pair.label === state.wanted || pair.taken === state.wanted));
     kept.sort((a, b) => value[state.order](b) - value[state.order](a));
-    const sentence = kept.length ? `${kept.length} pairs of classes.` : "No images are taken for another class.";
+    const sentence = kept.length ? `${kept.length} pairs of classes.` : "All images are classified correctly.";
     show(sentence, kept.map((pair) => () => confusedCard(pair, gallery)));
   };
   const involved = [...new Set(gallery.pairs.flatMap((pair) => [pair.label, pair.taken]))].sort((a, b) => a - b);
   const classes = involved.map((place) => [place, gallery.classes[place]]);
-  const orders = [["count", "most images first"], ["share", "largest share first"], ["sure", "surest first"]];
+  const orders = [["count", "most images first"], ["share", "largest share first"], ["sure", "most confident first"]];
   const controls = element("div", { class: "controls" }, ...orderAndClass(state, orders, classes, draw));
   if (gallery.runs.length > 1) {
     controls.append(choice("run", gallery.runs.map((run) => [run, names[run]]), (event) => {

@@ -2,7 +2,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
-/** The curves of a metric, by run. */
+/** Draws the curves of a metric for all runs. */
 const curve = (metric) =>
   chart({
     title: metric,
@@ -10,7 +10,7 @@ const curve = (metric) =>
     lines: Object.entries(DATA.curves[metric]).map(([run, points]) => ({ name: DATA.runs[run], run: Number(run), points })),
   });
 
-/** Loss, rate and the main figure of each evaluation; any other by choice. */
+/** Draws the loss, the learning rate and the main evaluation metrics; others can be selected. */
 function curves() {
   const place = document.getElementById("charts");
   const known = Object.keys(DATA.curves).sort();
@@ -24,14 +24,14 @@ function curves() {
       for (const run of hidden) for (const line of made.querySelectorAll(`[data-run="${run}"]`)) line.style.display = "none";
       more.replaceChildren(made);
     };
-    place.append(element("div", {}, choice("another curve", others.map((name) => [name, name]), (event) => draw(event.target.value)), more));
+    place.append(element("div", {}, choice("another metric", others.map((name) => [name, name]), (event) => draw(event.target.value)), more));
     draw(others[0]);
   }
   if (!known.length) place.append(element("p", {}, "Nothing is logged yet."));
   if (DATA.runs.length > 1) document.getElementById("legend").append(...legend(DATA.runs));
 }
 
-/** How often predictions are right, by their probability. */
+/** Draws the reliability diagram of each run and lists the expected calibration errors. */
 function calibration(gallery) {
   const lines = Object.entries(gallery.calibration).map(([run, points]) => ({ name: DATA.runs[run], run: Number(run), points }));
   const said = Object.entries(gallery.ece).map(([run, error]) => `${DATA.runs[run]} ${error.toFixed(2)}%`);

@@ -96,7 +96,7 @@ def _blob(message: Any) -> np.ndarray:
 
 
 class _MismatchError(ValueError):
-    """A layer's blobs do not fit its type and parameters."""
+    """Error for blobs that do not fit the type and parameters of their layer."""
 
 
 def caffe_tensors(

@@ -1,4 +1,4 @@
-"""A layer of a Caffe network and its geometry."""
+"""Layers of Caffe networks and their geometry."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ class CaffeLayer:
 
     @property
     def eps(self) -> float:
-        """The constant that a BatchNorm layer adds to the variance."""
+        """Return the constant that a BatchNorm layer adds to the variance."""
         eps = self.params.get("batch_norm_param", {}).get("eps", DEFAULT_EPS)
         # The shortest decimal of the float32: 1e-5, not 9.99999974e-06.
         return float(str(np.float32(eps)))
@@ -48,7 +48,7 @@ class CaffeLayer:
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a Convolution or Pooling layer, with defaults filled in.
+    """Geometry of a Convolution or Pooling layer, with defaults filled in.
 
     Attributes:
         kernel: (height, width) in pixels; (0, 0) for global pooling.

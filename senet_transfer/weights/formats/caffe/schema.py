@@ -73,7 +73,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "inner_product_param": (17, "InnerProductParameter"),
         "pooling_param": (19, "PoolingParameter"),
     },
-    # Complete, so that an unknown field tells that the file is not Caffe's.
+    # Complete, so that an unknown field shows that the file is not a Caffe file.
     "NetParameter": {
         "name": (1, "string"),
         "layers": (2, "V1LayerParameter*"),
@@ -131,7 +131,7 @@ def _net_parameter() -> Any:
                 field.type_name = f".caffe.{kind}"
             else:
                 field.type = getattr(field, f"TYPE_{kind.upper()}")
-    # A pool of its own: the default one may hold Caffe's full definition.
+    # A separate pool, because the default pool may contain Caffe's full definition.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))

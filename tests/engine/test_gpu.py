@@ -1,0 +1,81 @@
+"""Tests of networks and runs on a CUDA GPU, run by `make test-gpu`."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from senet_transfer import create_backbone
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
+from senet_transfer.data.shapes.class_folders import make_shape_classes
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
+
+DEVICE = "cuda"
+
+pytestmark = pytest.mark.gpu
+
+half_precision = pytest.mark.parametrize("amp", ["False", "True"], ids=["float32", "AMP"])
+
+
+def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the features of a backbone and the gradients of their mean squares, on the CPU."""
+    features = model(images)
+    sum(feature.square().mean() for feature in features.values()).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {name: gradient for name, gradient in found.items() if gradient is not None}
+    return {name: tensor.detach().cpu() for name, tensor in {**features, **found}.items()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
+def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
+    torch.manual_seed(0)
+    stages = ["res2", "res3", "res4", "res5"]
+    on_cpu = create_backbone(name, out_features=stages, norm=norm).double()
+    on_gpu = copy.deepcopy(on_cpu).to(DEVICE, memory_format=layout)
+    images = torch.randn(2, 3, 96, 64, dtype=torch.double)
+    expected = outputs_and_gradients(on_cpu, images)
+    found = outputs_and_gradients(on_gpu, images.to(DEVICE, memory_format=layout))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-7, atol=1e-9, msg=key)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [value for value, _ in trainer.storage.history("total_loss").values()]
+
+
+@half_precision
+def test_a_detector_trains_is_evaluated_and_resumes(command, tmp_path, amp):
+    options = {"MODEL.DEVICE": DEVICE, "SOLVER.AMP.ENABLED": amp, "SOLVER.STEPS": "()"}
+    trainer = Trainer(setup(command(**options, **{"SOLVER.MAX_ITER": "3"})))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert next(trainer.model.parameters()).device.type == DEVICE
+    assert all(map(math.isfinite, losses(trainer)))
+    assert "bbox" in trainer.results
+
+    trainer = Trainer(setup(command("--resume", **options, **{"SOLVER.MAX_ITER": "4"})))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 3
+    trainer.train()
+    assert (tmp_path / "run" / "model_final.pth").is_file()
+
+
+@half_precision
+def test_a_classifier_trains_and_is_evaluated(shapes, tmp_path, amp):
+    name = make_shape_classes(shapes, tmp_path / "classes")
+    words = ["--config-file", "configs/instant/places365_se_r152.yaml"]
+    words += ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
+    words += ["MODEL.RESNETS.DEPTH", "50", "MODEL.DEVICE", DEVICE, "SOLVER.AMP.ENABLED", amp]
+    words += ["OUTPUT_DIR", str(tmp_path / "run")]
+    trainer = Trainer(setup(run_options(argument_parser().parse_args(words))))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert next(trainer.model.parameters()).device.type == DEVICE
+    assert all(map(math.isfinite, losses(trainer)))
+    assert "classification" in trainer.results

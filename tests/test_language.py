@@ -1,0 +1,86 @@
+"""The language of the documents: none of the words and phrases that CONTRIBUTING.md rules out."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Globs of the files that are checked.
+CHECKED = (
+    "README.md",
+    "CHANGELOG.md",
+    "datasets/README.md",
+    "tools/README.md",
+    "docs/**/*.md",
+    "docs/**/*.py",
+    "mkdocs.yml",
+    "tests/test_readme.py",
+    "tests/test_documents.py",
+    "tests/documents/*.py",
+)
+# Words and whole phrases that are hard to understand or mean something else in this field, as
+# regular expressions, with what to write instead.
+AVOIDED = {
+    r"(?<!--)trunks?": "backbone",
+    r"likewise": "the same, or repeat it",
+    r"beside": "next to, compared with",
+    r"borne": "tolerated, supported",
+    r"(instant )?twins?": "counterpart, smoke-test config",
+    r"(that|which) (is|are) none|(is|are) no number": "non-finite, invalid",
+    r"whole or not( at all| there)?|wholly or not": "atomic, completely",
+    r"(is|are|be|was|were|been|when) told|told (to|by)": "is reported, is asked",
+    r"with the remedy": "with an error that says how to fix it",
+    r"(is|are|was|were|be) taken up|takes up what": "resumes",
+    r"(is|are|was|were|be) taken for": "is detected as",
+    r"(run|job|training) (goes|go|went) on": "continues",
+    r"a (folder|image|line|row|file|recipe|shard) an? (class|image|file|run|step|model|task)": (
+        "one folder per class"
+    ),
+    r"(images|bytes|steps|batches) a (second|step|GPU)|a second a (node|GPU)": "images per second",
+    r"the very (bits|batch|step)": "exactly the same bits",
+}
+
+
+def prose(path: Path) -> str:
+    """Return the text of a file; of Markdown, without code and without the targets of links."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = re.sub(r"^```.*?^```", _blank_lines, text, flags=re.M | re.S)
+        text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", text)
+    return text
+
+
+def _blank_lines(match: re.Match) -> str:
+    return "\n" * match[0].count("\n")
+
+
+def found_in(text: str) -> list[str]:
+    """Return what to change in a text: the line, the words, what to write instead."""
+    return [
+        f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write: {instead}"
+        for pattern, instead in AVOIDED.items()
+        for match in re.finditer(rf"\b(?:{pattern})\b", text.replace("\n", " "), re.IGNORECASE)
+    ]
+
+
+FILES = sorted({path for pattern in CHECKED for path in ROOT.glob(pattern)})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_has_none_of_the_words_to_avoid(path):
+    assert not found_in(prose(path))
+
+
+def test_every_glob_finds_a_file():
+    for pattern in CHECKED:
+        assert list(ROOT.glob(pattern)), pattern
+
+
+def test_words_are_found_across_lines_and_not_in_code(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("One `trunk`, and\n```sh\nx --trunk\n```\na folder\na class, and a trunk.\n")
+    assert [line.split(";")[0] for line in found_in(prose(page))] == [
+        "line 6: 'trunk'",
+        "line 5: 'a folder a class'",
+    ]
