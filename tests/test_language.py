@@ -6,19 +6,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Globs of the files that are checked.
+# Patterns of the files that are checked.
 CHECKED = (
-    "README.md",
-    "CHANGELOG.md",
-    "datasets/README.md",
-    "tools/README.md",
+    "*.md",
+    "*.toml",
+    "Makefile",
+    "configs/**/*.yaml",
+    "configs/*.md",
+    "datasets/*.md",
+    "datasets/*.py",
     "docs/**/*.md",
     "docs/**/*.py",
     "mkdocs.yml",
-    "tests/test_readme.py",
-    "tests/test_documents.py",
-    "tests/documents/*.py",
+    "senet_transfer/**/*.py",
+    "senet_transfer/**/*.js",
+    "senet_transfer/**/*.html",
+    "tests/**/*.py",
+    "tools/**/*.md",
+    "tools/**/*.py",
 )
+# What the words name: the list itself, and names that files and users of version 0.1 have.
+NAMES = {
+    "CONTRIBUTING.md": r"^\| .* \| .* \|$",
+    "senet_transfer/_moved.py": r"senet_transfer\.backbones\.trunk",
+    "senet_transfer/engine/trainer.py": r'"images a step"',
+    "tests/faults/test_jobs.py": r"images a step 4 before",
+    "tests/tools/test_benchmark.py": r'"trunk"',
+    "tools/benchmark.py": r'"trunk"',
+    "tools/benchmark/networks.py": r"``trunk``",
+}
 # Words and whole phrases that are hard to understand or mean something else in this field, as
 # regular expressions, with what to write instead.
 AVOIDED = {
@@ -48,6 +64,8 @@ def prose(path: Path) -> str:
     if path.suffix == ".md":
         text = re.sub(r"^```.*?^```", _blank_lines, text, flags=re.M | re.S)
         text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", text)
+    if names := NAMES.get(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""):
+        text = re.sub(names, "", text, flags=re.M)
     return text
 
 
@@ -64,7 +82,14 @@ def found_in(text: str) -> list[str]:
     ]
 
 
-FILES = sorted({path for pattern in CHECKED for path in ROOT.glob(pattern)})
+FILES = sorted(
+    {
+        path
+        for pattern in CHECKED
+        for path in ROOT.glob(pattern)
+        if path != Path(__file__) and "configs" not in path.relative_to(ROOT).parts[1:]
+    }
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

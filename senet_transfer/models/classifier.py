@@ -48,8 +48,8 @@ class Classifier(nn.Module):
                 f"A classifier expects one feature map, but the backbone returns "
                 f"{', '.join(shapes)}. Build the backbone with a single name in out_features."
             )
-        whole = type(num_classes) is int and num_classes >= 1
-        if not whole or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        valid = type(num_classes) is int and num_classes >= 1
+        if not valid or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise UserError(
                 f"num_classes is {num_classes!r}, expected an integer >= 1; "
                 f"dropout is {dropout!r}, expected a number >= 0 and < 1."

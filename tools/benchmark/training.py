@@ -149,7 +149,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
         }
         with engine_loop(name, data_file, batch_size=batch_size, device=device) as (steps, _):
             found = compare(
-                f"Training ResNet-110, {batch_size} images a step: {STEPS} steps",
+                f"Training ResNet-110, {batch_size} images per step: {STEPS} steps",
                 {**plain, "this engine": steps},
                 baseline="plain loop",
                 control="plain loop again",

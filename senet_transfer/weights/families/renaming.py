@@ -240,6 +240,6 @@ def canonical(name: str, prefix: str) -> str:
     return name.removeprefix(prefix)
 
 
-def is_beside_backbone(name: str, prefix: str) -> bool:
+def is_outside_backbone(name: str, prefix: str) -> bool:
     """Return whether a name belongs to a detector's FPN, proposal generator or heads."""
     return not name.startswith((prefix, _RES5, *CLASSIFIER))

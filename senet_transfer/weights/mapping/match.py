@@ -100,7 +100,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
         result.initialised[name] = "SE layers: the file has none"
     elif classifier and not any(other.startswith("linear.") for other in source.tensors):
         result.initialised[name] = "classifier: the file has none"
-    elif name in target.beside and not source.detector:
+    elif name in target.outside and not source.detector:
         result.initialised[name] = "detector parts outside the backbone: the file has none"
     else:
         result.missing.append(target.own_names[name])
@@ -113,7 +113,7 @@ def _other_classes(source: Source, target: Target, name: str) -> str | None:
         return None
     if name.startswith("linear."):
         return f"classifier: {len(found)} classes in the file, {len(expected)} in the model"
-    if name in target.beside and _PREDICTORS.fullmatch(name):
+    if name in target.outside and _PREDICTORS.fullmatch(name):
         return "predictors for another number of classes"
     return None
 
@@ -141,7 +141,7 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
         return f"the backbone ends before {known_stage[1]}"
     if name.startswith(CLASSIFIER) and not any(n.startswith(CLASSIFIER) for n in target.tensors):
         return "classifier: the model has none"
-    if source.detector and not target.beside and not name.startswith(("stem.", "res")):
+    if source.detector and not target.outside and not name.startswith(("stem.", "res")):
         return "detector parts: the model is not a detector"
     return None
 

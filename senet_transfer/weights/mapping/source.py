@@ -161,7 +161,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         architecture=architecture,
         geometry=geometry,
         preprocessing=preprocessing,
-        detector=any(names.is_beside_backbone(ours, prefix) for ours in known.values()),
+        detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
     )
 
 

@@ -26,7 +26,7 @@ class Target:
         backbone: The backbone of the model, or the model itself if it is a backbone.
         tensors: Parameters and buffers, by the same names as in :class:`~.source.Source`.
         own_names: The model's name of each tensor.
-        beside: The names of the tensors outside the backbone and the classifier.
+        outside: The names of the tensors outside the backbone and the classifier.
         architecture: The architecture of the backbone; None if it is unknown.
         geometry: The geometry of the backbone.
     """
@@ -35,7 +35,7 @@ class Target:
     backbone: nn.Module
     tensors: dict[str, Tensor]
     own_names: dict[str, str]
-    beside: frozenset[str]
+    outside: frozenset[str]
     architecture: Architecture | None
     geometry: Geometry
 
@@ -98,8 +98,8 @@ def target_of(model: nn.Module) -> Target:
         backbone=backbone,
         tensors=tensors,
         own_names=own_names,
-        beside=frozenset(
-            ours for ours, name in own_names.items() if names.is_beside_backbone(name, prefix)
+        outside=frozenset(
+            ours for ours, name in own_names.items() if names.is_outside_backbone(name, prefix)
         ),
         architecture=Architecture.of(tensors),
         geometry=built_geometry(backbone, _stages(model, backbone)),

@@ -49,9 +49,9 @@ def loader(folder):
 def assert_same(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert [image["image_id"] for image in one] == [image["image_id"] for image in other]
-        for image, twin in zip(one, other, strict=True):
-            assert torch.equal(image["image"], twin["image"])
-            boxes, others = image["instances"].gt_boxes, twin["instances"].gt_boxes
+        for image, again in zip(one, other, strict=True):
+            assert torch.equal(image["image"], again["image"])
+            boxes, others = image["instances"].gt_boxes, again["instances"].gt_boxes
             assert torch.equal(boxes.tensor, others.tensor)
 
 
