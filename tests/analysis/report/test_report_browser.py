@@ -127,7 +127,7 @@ def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compare
     said = loss.locator(".readout").inner_text()
     assert "scenes: " in said
     assert "other" not in said
-    page.get_by_label("another curve").select_option("time")
+    page.get_by_label("another metric").select_option("time")
     assert page.get_by_role("heading", name="time").count() == 1
 
 
