@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from senet_transfer.data.detection.loader import seed_generators
-from senet_transfer.engine import signals as interruption
+from senet_transfer.engine import signals
 from senet_transfer.engine.checkpoints.checkpoint_history import verify_checkpoint
 from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
 from senet_transfer.engine.solver import PlateauLR, lower_is_better
@@ -371,4 +371,4 @@ class GracefulStop(HookBase):
                 "Stopped after iteration %d, checkpoint saved. Continue with --resume.",
                 self.trainer.iter,
             )
-            raise SystemExit(interruption.STATUS)
+            raise SystemExit(signals.STATUS)

@@ -9,7 +9,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from senet_transfer.engine import signals as interruption
+from senet_transfer.engine import signals
 from senet_transfer.errors import RunError, UserError
 from senet_transfer.utils.atomic_io import write_json
 
@@ -64,7 +64,7 @@ class StepGuard:
         """
         mistake = str(error) if isinstance(error, UserError) else ""
         fault = str(error) if isinstance(error, FloatingPointError) else ""
-        told = comm.all_gather((mistake, fault, interruption.requested()))
+        told = comm.all_gather((mistake, fault, signals.requested()))
         mistakes, faults, requests = zip(*told, strict=True)
         self.stops = any(requests)
         if any(mistakes):

@@ -34,8 +34,8 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
-from senet_transfer.evaluation.evaluator import ClassificationEvaluator
 from senet_transfer.utils.private_api import limit_history
 
 # Number of values of each metric that are kept for smoothing.

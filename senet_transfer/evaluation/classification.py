@@ -20,7 +20,7 @@ from senet_transfer.data.classification.loader import (
 )
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
-from senet_transfer.evaluation.evaluator import TOP, ClassificationEvaluator
+from senet_transfer.evaluation.classification_evaluator import TOP, ClassificationEvaluator
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.utils.progress import progress
 

@@ -11,8 +11,8 @@ from senet_transfer import UserError, create_backbone, list_models
 from senet_transfer.analysis.excitations.figures import papers_blocks
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of, watched
 from senet_transfer.analysis.excitations.statistics import GateStatistics
-from senet_transfer.data.classification.class_sample import ClassSample, draw
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.classification.subsets import ClassSample, draw
 from senet_transfer.data.detection.crops import CocoCrops, square_around
 from senet_transfer.data.images.decode import decode_exact
 from senet_transfer.models.empty import built_empty

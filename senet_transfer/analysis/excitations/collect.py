@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from senet_transfer.analysis.excitations.gates import gates_of, watched
 from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.data.base import ClassificationDataset
-from senet_transfer.data.classification.class_sample import ClassSample, draw
 from senet_transfer.data.classification.loader import Batch, build_classification_eval_loader
+from senet_transfer.data.classification.subsets import ClassSample, draw
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation

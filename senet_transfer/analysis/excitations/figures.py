@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from senet_transfer.analysis.excitations.collect import Excitations
 from senet_transfer.analysis.excitations.gates import stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
-from senet_transfer.data.classification.class_sample import draw
+from senet_transfer.data.classification.subsets import draw
 
 # A colour-blind safe palette (Okabe and Ito), dark enough on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

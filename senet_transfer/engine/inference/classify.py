@@ -11,7 +11,7 @@ from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.engine.inference.inputs import check_all_read, make_output_folder
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.results import write_results
-from senet_transfer.evaluation.evaluator import TOP
+from senet_transfer.evaluation.classification_evaluator import TOP
 from senet_transfer.utils.progress import progress
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from senet_transfer import UserError
-from senet_transfer.evaluation.evaluator import ClassificationEvaluator
+from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 
 
 def evaluated(logits, labels, expected=None, batch=7, **options):
