@@ -133,5 +133,5 @@ def test_two_processes_on_the_cpu_train_evaluate_and_resume(
 def test_sync_bn_in_several_cpu_processes_is_refused(command, monkeypatch):
     cfg = setup(command(**{"MODEL.RESNETS.NORM": "SyncBN"}))
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="SyncBN needs GPUs, and this run has 2 processes"):
+    with pytest.raises(UserError, match="SyncBN needs GPUs, but this run has 2 processes"):
         check_run(cfg, eval_only=False, resume=False)

@@ -52,19 +52,10 @@ def test_a_run_saves_resumes_and_goes_on_where_it_was(command, tmp_path):
     assert "total_loss" in metrics(run)[0]
 
 
-# Convolutions in float16 are slow on a CPU.
-TINY = {
-    "INPUT.MIN_SIZE_TRAIN": "(32,)",
-    "INPUT.MAX_SIZE_TRAIN": "48",
-    "INPUT.MIN_SIZE_TEST": "32",
-    "INPUT.MAX_SIZE_TEST": "48",
-}
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.long
 def test_mixed_precision_trains_and_resumes_on_any_device(command, dtype, tmp_path):
-    amp = {**TINY, "SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
     trainer = train(command(**{**amp, "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
@@ -206,8 +197,8 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
 
 @pytest.mark.long
 def test_mixed_precision_can_be_turned_on_at_a_resume(command):
-    train(command(**{**TINY, "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
-    amp = {**TINY, "SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
+    train(command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
     train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
 
 

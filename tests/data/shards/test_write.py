@@ -297,7 +297,7 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
 
 def test_tolerated_broken_images_are_left_out_and_recorded(broken, tmp_path, prepare, capsys):
     assert prepare(broken, tmp_path / "out", "--skip-broken", "4", "--verify") == 0
-    assert "left out 4 bad images" in capsys.readouterr().out
+    assert "skipped 4 bad images" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["samples"] == 20
     recorded = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}
@@ -343,7 +343,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda folder: usage)
     assert prepare(val, tmp_path / "out") == 2
-    assert "0.0 GB free, expected" in capsys.readouterr().err
+    assert "0.0 GB of free space; expected" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
