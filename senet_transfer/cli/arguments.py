@@ -103,7 +103,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of Detectron2's own parser, whose import would take seconds."""
+    """Add the arguments of Detectron2's parser, without importing it, which takes seconds."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")

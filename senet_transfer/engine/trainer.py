@@ -165,7 +165,7 @@ class Trainer(DefaultTrainer):
         super().before_train()
 
     def after_train(self) -> None:
-        """Run the hooks; after an interruption, only flush the writers of metrics."""
+        """Run the hooks, or only flush the metric writers if training was interrupted."""
         if self.iter >= self.max_iter:
             super().after_train()
             return

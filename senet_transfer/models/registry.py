@@ -117,7 +117,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_entry(name: str) -> ModelEntry:
-    """Return the registered model with a name.
+    """Return the registered model with the given name.
 
     Raises:
         UserError: if there is no model with this name.
@@ -156,7 +156,7 @@ def build_backbone(
         entry: the registered model.
         source: weight file that determines the network's geometry. Its weights are not loaded here.
         out_features: names of the stages to return; None returns the last one.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         overrides: further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
             prefix ``se_``.
 

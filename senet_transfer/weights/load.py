@@ -156,7 +156,7 @@ def _check_norms(source: Source, target: Target) -> None:
 
 
 def _check_geometry(source: Source, target: Target) -> None:
-    """Raise UserError if geometry or preprocessing differ; tensor shapes do not show this."""
+    """Raise UserError if the file's geometry or preprocessing differs from the model's."""
     found = source.geometry.contradictions(target.geometry)
     pixels = target.pixels()
     if pixels and source.preprocessing:

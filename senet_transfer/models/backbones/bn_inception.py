@@ -83,7 +83,7 @@ class InceptionBlock(CNNBlockBase):
             double: channels of the 1x1 and of each 3x3 convolution of the third branch.
             projection: channels of the 1x1 convolution after the pool; 0 for no convolution.
             pool: type of the pool, "avg" or "max".
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a module without SE.
         """
         outputs = one + three[1] + double[1] + (projection or in_channels)

@@ -101,7 +101,7 @@ class PreActBlock(GatedBlock):
             bottleneck_channels: width of the 3x3 convolution of a bottleneck, in which the first
                 1x1 convolution has the stride; None builds a block of two 3x3 convolutions.
             stride: stride of the block.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a block without SE.
             projection: whether a shortcut that changes shape is a 1x1 convolution; otherwise it
                 is a :class:`PaddedShortcut`.
@@ -197,7 +197,7 @@ def preact_parts(
         blocks: number of blocks per stage.
         in_channels: channels of the image.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         bottleneck: whether the blocks are bottlenecks, whose 3x3 convolution has a quarter of the
             stage's channels.
         projection: see :class:`PreActBlock`.

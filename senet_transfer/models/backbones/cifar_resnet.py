@@ -47,7 +47,7 @@ def build_cifar_resnet(
         block: "basic" or "bottleneck"; None uses bottlenecks for depth 164 and 1001, and basic
             blocks for other depths.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         in_channels: channels of the image.
         out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.

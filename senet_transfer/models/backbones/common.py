@@ -54,7 +54,7 @@ def make_conv(
         kernel: kernel size, or its height and width.
         stride: stride in pixels.
         groups: number of groups.
-        norm: Detectron2's name of a norm; None for no norm.
+        norm: Name of a Detectron2 norm, such as "BN"; None for no norm.
         relu: whether to add a ReLU.
         pad: whether to pad the feature map by half the kernel size; otherwise it is not padded.
         bias: whether the convolution has a bias.

@@ -118,7 +118,7 @@ class MixedBlock(CNNBlockBase):
             branches: convolutions of each branch.
             projection: channels of the 1x1 convolution after an average pool; 0 builds a module of
                 stride 2 with a max pool instead.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             pad: whether layers of stride 2 are padded.
         """
         outputs = sum(layers[-1][1] for layers in branches) + (projection or in_channels)
@@ -160,7 +160,7 @@ class InceptionResidualBlock(GatedBlock):
                 to ``channels``.
             scale: factor of the residual in the sum.
             relu: whether a ReLU follows the sum.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a block without SE.
         """
         super().__init__(channels, channels, 1)
@@ -197,7 +197,7 @@ def build_inception_resnet_v2(
         padding: "valid" as in the published network, or "same" for feature maps that are aligned
             with the image.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         in_channels: channels of the image.
         out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.

@@ -56,7 +56,7 @@ class SeparableBlock(CNNBlockBase):
             in_channels: channels of the input.
             out_channels: channels of the output.
             stride: stride of the depthwise convolution.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)

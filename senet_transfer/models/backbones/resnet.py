@@ -57,7 +57,7 @@ def build_resnet(
         res2_out_channels: channels of the output of res2, which double in each later stage; None
             is 256, or 64 for depth 18 and 34.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         in_channels: channels of the image.
         out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.

@@ -132,7 +132,7 @@ class _ShakeBlock(GatedBlock, ABC):
             out_channels: channels of the output.
             stride: stride of the block.
             even: see :class:`~senet_transfer.layers.ShakeMix`.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)
@@ -219,7 +219,7 @@ def build_shake_shake26(
     Args:
         width: channels of res2, an even number; they double in each later stage.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         in_channels: channels of the image.
         out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.

@@ -52,7 +52,7 @@ class ShuffleUnit(GatedBlock):
             num_groups: number of groups of the pointwise convolutions.
             first_groups: number of groups of the first pointwise convolution; None is the same as
                 ``num_groups``.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a unit without SE.
         """
         super().__init__(in_channels, out_channels, stride)

@@ -42,7 +42,7 @@ class VGGBlock(CNNBlockBase):
             in_channels: channels of the input.
             out_channels: channels of the output.
             pool: whether the block starts with a 2x2 max pool of stride 2.
-            norm: Detectron2's name of a norm.
+            norm: Name of a Detectron2 norm, such as "BN".
             se: the SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, 2 if pool else 1)

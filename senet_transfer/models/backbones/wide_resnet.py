@@ -38,7 +38,7 @@ def build_wide_resnet(
         depth: number of layers, 6n + 4. As in the paper, it includes convolutions of shortcuts.
         width: the factor k; the stages have 16k, 32k and 64k channels.
         se: the SE variant; None builds the plain network.
-        norm: Detectron2's name of a norm.
+        norm: Name of a Detectron2 norm, such as "BN".
         in_channels: channels of the image.
         out_features: names of the stages to return; None returns the last one.
         freeze_at: number of stages to freeze, counted from the stem.

@@ -25,20 +25,21 @@ from senet_transfer.weights.families.geometry import Geometry
 
 @dataclass(frozen=True)
 class Family:
-    """Family of weight files.
+    """Family of weight files with the same tensor names and conventions, such as timm's.
 
     Attributes:
         name: The name that users type.
         title: A description, for messages.
         detect: The detection function, which takes a file's tensors and metadata.
-        rename: Function from a name in the file to this project's; None for an unknown name.
+        rename: Function that maps a tensor's name in the file to the name used in this project.
+            It returns None for unknown names.
         geometry: Function from an architecture to its geometry in this family. Fields that do not
             apply to the network are None.
         preprocessing: Function from an architecture to its preprocessing; None if it is unknown.
         affine_norms: Whether the norms' statistics are folded into their weights and biases. Such
             files need frozen norms.
-        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, if some
-            names have another meaning there.
+        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, in which some
+            names have a different meaning.
         background: The networks whose published classifiers have 1001 classes, of which the first
             is the background; it is dropped.
     """
