@@ -38,8 +38,8 @@ class Family:
         preprocessing: Function from an architecture to its preprocessing; None if it is unknown.
         affine_norms: Whether the norms' statistics are folded into their weights and biases. Such
             files need frozen norms.
-        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, in which some
-            names have a different meaning.
+        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, in which
+            some names have a different meaning.
         background: The networks whose published classifiers have 1001 classes, of which the first
             is the background; it is dropped.
     """
