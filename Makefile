@@ -80,8 +80,6 @@ container: ## build the container image senet_transfer with Docker
 	docker build --tag senet_transfer .
 
 docs: $(READY) ## build the documentation into site/, and check its links
-	@$(PY) -c "import material, mkdocs, mkdocstrings" 2>/dev/null || \
-		$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "Built: site/index.html; with search: $(PY) -m http.server --directory site"
 
@@ -97,7 +95,7 @@ $(READY): pyproject.toml constraints.txt tools/install_detectron2.py
 	$(if $(TORCH_INDEX),grep -Ev '^cuda|^nvidia|^triton' constraints.txt > $(CONSTRAINTS))
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --upgrade pip
 	$(PY) -m pip install -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev,docs]'
 	$(PY) tools/install_detectron2.py
 	$(PY) -W ignore -c "import torchvision, detectron2.modeling"
 	@touch $@
