@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS := 2
 TRAINING_TESTS := $(addprefix tests/engine/classification/test_,small_images.py training.py) \
-	$(addprefix tests/engine/test_,commands.py repeated_runs.py train_step.py trainer.py)
+	$(addprefix tests/engine/test_,commands.py train_step.py trainer.py)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 # The pins of CUDA packages apply only to the default build of torch.
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)

@@ -74,6 +74,12 @@ def test_public_ci_runs_the_checks_of_the_projects_own():
     assert coverage.startswith(test.strip())
 
 
+def test_the_training_tests_that_are_repeated_with_narrower_instructions_exist():
+    paths = re.findall(r"tests/\S+\.py", _make("--dry-run", "test-narrow").stdout)
+    assert len(paths) > 3
+    assert all((ROOT / path).is_file() for path in paths)
+
+
 def test_public_ci_covers_every_python_that_the_package_supports():
     (versions,) = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', _text("pyproject.toml"))
     expected = [f"3.{minor}" for minor in range(int(versions[0]), int(versions[1]))]
