@@ -58,7 +58,7 @@ def run(
     try:
         with passed_to_children() if num_gpus > 1 else contextlib.nullcontext():
             launch_processes(
-                _guarded,
+                _run_spawned,
                 num_gpus,
                 num_machines=num_machines,
                 machine_rank=machine_rank,
@@ -113,6 +113,13 @@ def _run_under_torchrun(main: Callable[[Any], object], argument: Any) -> None:
     try:
         _guarded(main, argument)
     finally:
+        dist.destroy_process_group()
+
+
+def _run_spawned(main: Callable[[Any], object], argument: Any) -> None:
+    _guarded(main, argument)
+    # Otherwise the threads of the process group may still run at exit and abort the process.
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
