@@ -50,7 +50,7 @@ demo demo-instant: $(READY)
 test: $(READY) ## run the tests except slow ones and fault injection
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
 
-test-fast: $(READY) ## run within a minute the tests that neither train, start processes nor take a second
+test-fast: $(READY) ## run the tests that neither train, start processes nor take a second
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not long"
 
 test-narrow: $(READY) ## run the training tests with AVX2 only, available on every x86-64 server
