@@ -188,7 +188,7 @@ def test_a_box_head_is_counted_for_every_box():
     ("arguments", "said"),
     [
         ({}, "No model is specified"),
-        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give one of them"),
+        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give only one"),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
         ({"weights": "missing.pth"}, "no weight file"),

@@ -21,7 +21,7 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), FROZEN, "FrozenBN and MODEL.WEIGHTS is empty.*NORM GN"),
         (("--resume",), {}, "nothing to resume.*OUTPUT_DIR"),
         (("--eval-only",), {}, "random weights"),
-        ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*no such file"),
+        ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*does not exist"),
         ((), {"DATASETS.TRAIN": "('owm',)"}, "owm.*--dataset"),
         ((), {"MODEL.META_ARCHITECTURE": "RetinaNet", "TEST.AUG.ENABLED": "True"}, "augmentation"),
         ((), {"MODEL.SE.RATIOS": "8"}, "Did you mean MODEL.SE.RATIO or"),
@@ -37,7 +37,7 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), {"SOLVER.CHECKPOINT_PERIOD": "0"}, "CHECKPOINT_PERIOD is 0, expected 1 or more"),
         ((), {"SOLVER.CHECKPOINTS_KEPT": "1"}, "CHECKPOINTS_KEPT is 1.*at least 2"),
         ((), {"DATASETS.TRAIN": "()"}, "DATASETS.TRAIN is empty"),
-        ((), {"DATASETS.TRAIN": "(1,)"}, "expected names of data sets"),
+        ((), {"DATASETS.TRAIN": "(1,)"}, "expected data set names"),
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_rate_that_is_not_scaled_to_the_batch_is_warned_of(command, caplog, ra
     logging.getLogger("senet_transfer").propagate = True
     with caplog.at_level(logging.WARNING):
         setup(command(**{"SOLVER.BASE_LR": rate}))
-    assert any("linear rule" in record.message for record in caplog.records) == warned
+    assert any("scaled linearly" in record.message for record in caplog.records) == warned
 
 
 def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
@@ -122,7 +122,7 @@ def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
 
 def test_the_c4_head_that_would_drop_the_gates_is_refused(command):
     keys = {"MODEL.BACKBONE.NAME": "build_senet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
-    with pytest.raises(UserError, match="Set it to SENetRes5ROIHeads"):
+    with pytest.raises(UserError, match="Set MODEL.ROI_HEADS.NAME to SENetRes5ROIHeads"):
         setup(command(**keys))
 
 

@@ -296,11 +296,11 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     [
         (["--model", "resnet18"], "no weights to evaluate"),
         (["--data", "."], "No model is specified"),
-        (["--weights", "{weights}"], "no data to evaluate on"),
-        (["--model", "a", "--config-file", "b"], "Give one of them"),
-        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
+        (["--weights", "{weights}"], "no evaluation data"),
+        (["--model", "a", "--config-file", "b"], "Give only one of them"),
+        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected ImageClassifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "neither --weights"),
-        (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
+        (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
             "no data set /no/such",
