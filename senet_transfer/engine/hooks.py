@@ -20,6 +20,7 @@ from senet_transfer.data.detection.loader import seed_generators
 from senet_transfer.engine import signals
 from senet_transfer.engine.checkpoints.checkpoint_history import verify_checkpoint
 from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
+from senet_transfer.engine.nonfinite_guard import StepGuard
 from senet_transfer.engine.solver import PlateauLR, lower_is_better
 from senet_transfer.errors import UserError
 
@@ -96,6 +97,13 @@ class Resources(HookBase):
     memory in MiB or, on a CPU, the peak memory of this process excluding data loader workers.
     """
 
+    def __init__(self, device: torch.device):
+        """
+        Args:
+            device: The device of the model.
+        """
+        self.device = device
+
     def before_train(self) -> None:
         """Record the start time."""
         self.start = time.perf_counter()
@@ -104,14 +112,14 @@ class Resources(HookBase):
         """Log both values."""
         self.trainer.storage.put_scalars(
             elapsed_seconds=time.perf_counter() - self.start,
-            peak_memory_mb=_peak_memory() / 2**20,
+            peak_memory_mb=_peak_memory(self.device) / 2**20,
             smoothing_hint=False,
         )
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
@@ -150,14 +158,17 @@ class ModelEMA(HookBase):
     its random initialisation.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, guard: StepGuard | None = None):
         """
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
+            guard: A guard that may have halted the run on the device before the host knows it. The
+                average then doesn't change any more.
         """
         self.model = model
         self.decay = decay
+        self.guard = guard
         self.steps = 0
         self.average: dict[str, Tensor] = {}
 
@@ -171,11 +182,17 @@ class ModelEMA(HookBase):
         """Update the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in self._tensors().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - decay)
-            else:
-                self.average[name].copy_(value)
+        pairs = [(self.average[name], value) for name, value in self._tensors().items()]
+        floats = [pair for pair in pairs if pair[1].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[1].is_floating_point()]
+        averages, values = map(list, zip(*floats, strict=True))
+        if self.guard and self.guard.deferred:
+            # If the run is halted, each average is its own new value. The products are exact.
+            values = torch._foreach_mul(values, 1 - self.guard.halted)
+            torch._foreach_add_(values, torch._foreach_mul(averages, self.guard.halted))
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        if counts:
+            torch._foreach_copy_(*map(list, zip(*counts, strict=True)))
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.model.state_dict()
@@ -192,8 +209,8 @@ class ModelEMA(HookBase):
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self._tensors().items():
-            tensor.copy_(values[name])
+        tensors = self._tensors()
+        torch._foreach_copy_(list(tensors.values()), [values[name] for name in tensors])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""

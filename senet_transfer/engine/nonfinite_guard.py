@@ -1,21 +1,58 @@
-"""Guard that skips training steps with a non-finite loss or gradient on all ranks."""
+"""Guard that skips training steps with a non-finite loss or gradient on all ranks.
+
+Reading a value from a GPU makes the host wait until the GPU has computed it. The guard therefore
+decides on the device whether a step is skipped, and the host reads the decisions of several steps
+together. Once more steps were skipped than are allowed, all later steps are skipped as well, until
+the host reads the decisions and raises the error.
+"""
 
 import logging
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from senet_transfer.engine import signals
 from senet_transfer.errors import RunError, UserError
 from senet_transfer.utils.atomic_io import write_json
+from senet_transfer.utils.private_api import cpu_group
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 20
+
+
+@dataclass
+class Step:
+    """Values of a training step that the host has not read yet, and what describes the step.
+
+    Attributes:
+        iteration: The number of the iteration.
+        data_time: The seconds spent waiting for the batch.
+        batch: The keys and labels, or the file names and ids, of this process's images.
+        seed: The seed of the step, which determines all of its random numbers.
+        problem: The error that the model raised, or "".
+        losses: The names of this process's losses.
+        gradients: The names of the parameters that have gradients.
+        values: A float64 tensor on the device: 1 if the step was skipped because of its own values,
+            otherwise 0; 1 if its gradients were checked, otherwise 0; then the losses.
+        norms: The norms of the gradients, on the device.
+    """
+
+    iteration: int
+    data_time: float
+    batch: Any
+    seed: int
+    problem: str = ""
+    losses: list[str] = field(default_factory=list)
+    gradients: list[str] = field(default_factory=list)
+    values: Tensor = field(default_factory=lambda: torch.zeros(2))
+    norms: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 class StepGuard:
@@ -25,33 +62,53 @@ class StepGuard:
 
     Attributes:
         stops: True if any process has received a request to stop.
-        skipped: The number of steps skipped so far because of non-finite values.
+        skipped: The number of steps skipped because of non-finite values, as read by the host.
+        halted: 1 on the device if more steps were skipped than are allowed, otherwise 0.
     """
 
-    def __init__(self, model: nn.Module, *, max_skips: int = 0, output_dir: str = ""):
+    def __init__(
+        self, model: nn.Module, *, max_skips: int = 0, output_dir: str = "", deferred: bool = False
+    ):
         """
         Args:
             model: The model to train.
             max_skips: The number of steps to skip before ending the run with an error.
             output_dir: The folder for reports about skipped steps, which help to reproduce them.
                 If empty, no reports are written.
+            deferred: If True, no method except :meth:`report` reads a value from the device.
         """
         self.model = model
-        self.max_skips, self.output_dir = max_skips, output_dir
-        self.stops, self.skipped = False, 0
+        self.max_skips, self.output_dir, self.deferred = max_skips, output_dir, deferred
+        self.stops = False
+        device = next(model.parameters()).device
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = 0
         # By the time a step is skipped, its forward pass has updated the batch norm buffers.
-        self._buffers = [buffer for buffer in model.buffers() if max_skips]
+        buffers = [*model.buffers()] if deferred or max_skips else []
+        types = {buffer.dtype for buffer in buffers}
+        self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in types]
         self._before: list[Tensor] = []
+
+    @property
+    def skipped(self) -> int:
+        return self._skipped
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._skipped = count
+        self._count.fill_(count)
+        self.halted = (self._count > self.max_skips).float()
 
     def remember(self) -> None:
         """Copy the model's buffers so that they can be restored if the step is skipped."""
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._before = [_joined(buffers) for buffers in self._buffers]
 
     def agree(self, error: Exception | None) -> str:
-        """Gather the errors of all processes, so that all of them react in the same way.
+        """Exchange the errors of all processes, so that all of them react in the same way.
 
         All processes must call this method outside other collective operations: before the
-        forward pass of a batch, and before its gradients are reduced.
+        forward pass of a batch, and before its gradients are reduced. The messages are exchanged
+        only if there is an error.
 
         Args:
             error: The error raised in this process, or None.
@@ -65,9 +122,15 @@ class StepGuard:
         """
         mistake = str(error) if isinstance(error, UserError) else ""
         fault = str(error) if isinstance(error, FloatingPointError) else ""
-        told = comm.all_gather((mistake, fault, signals.requested()))
-        mistakes, faults, requests = zip(*told, strict=True)
-        self.stops = any(requests)
+        flags = [error is not None, signals.requested()]
+        if comm.get_world_size() > 1:
+            shared = torch.tensor(flags, dtype=torch.uint8)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=cpu_group())
+            flags = list(map(bool, shared))
+        failed, self.stops = flags
+        if not failed:
+            return ""
+        mistakes, faults = zip(*comm.all_gather((mistake, fault)), strict=True)
         if any(mistakes):
             if isinstance(error, UserError):
                 stop = error
@@ -77,50 +140,90 @@ class StepGuard:
             raise stop
         return next(filter(None, faults), "")
 
-    def check(self, losses: dict[str, Tensor], scale: float) -> str:
-        """Check that the losses and gradients are finite in all processes.
+    @torch.no_grad()
+    def check(self, step: Step, losses: dict[str, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Check on the device that the losses and gradients are finite in all processes.
+
+        If they are not, restore the model's buffers. All processes must call this method together.
 
         Args:
+            step: The step's description, whose values are set.
             losses: This process's losses by name.
-            scale: The loss scale, or 1 without a gradient scaler. If the scale is above 1, the
-                gradients are not checked: scaled gradients may overflow, and the scaler then skips
-                the step and reduces the scale.
+            scale: The loss scale, or 1 without a gradient scaler. If the scale is above 1, only the
+                losses are checked: scaled gradients may overflow, and the scaler then skips the
+                step and reduces the scale.
 
         Returns:
-            A description of the non-finite value on the lowest rank that found one, or "" if all
-            values are finite.
+            Two boolean tensors: whether the step is skipped, and whether the gradients overflow.
         """
-        bad = [f"{name} is {loss:g}" for name, loss in losses.items() if not math.isfinite(loss)]
-        if not bad and scale <= 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            # The total norm is cheap to check: on a CPU, the maximum over many small gradients
-            # takes ten times as long. Because the squares can overflow even if all gradients are
-            # finite, a non-finite norm is followed by a check of each gradient.
-            finite = torch.nn.utils.get_total_norm(gradients).isfinite()
-            if not finite and (names := self._bad_gradients()):
-                bad.append(f"{len(names)} gradients are not finite, such as that of {names[0]}")
-        if bad and comm.get_world_size() > 1:
-            bad.append(f"in process {comm.get_rank()}")
-        return next(filter(None, comm.all_gather(", ".join(bad))), "")
+        device = self._count.device
+        values = [loss.reshape(()).to(device, non_blocking=True) for loss in losses.values()]
+        step.losses = list(losses)
+        found = torch.stack(values).double() if values else self._count.new_zeros(0).double()
+        step.gradients, step.norms = self._norms()
+        overflow = ~step.norms.isfinite().all()
+        checked = scale <= 1
+        bad = ~found.isfinite().all() | (overflow & checked)
+        if step.problem:
+            bad = torch.ones_like(bad)
+        if comm.get_world_size() > 1:
+            bad = bad.int()
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+            bad = bad.bool()
+        skip = bad | (self._count > self.max_skips)
+        counted = bad & (self._count <= self.max_skips)
+        self._count += counted
+        self.halted = (self._count > self.max_skips).float()
+        step.values = torch.cat([torch.stack([counted, checked]).double(), found])
+        if self.deferred or skip:
+            self._restore(skip)
+        return skip, overflow
 
-    def refuse(self, problem: str, iteration: int, batch: Any) -> None:
-        """Skip a step: restore the model's buffers, and write a report for reproducing the step.
+    def _norms(self) -> tuple[list[str], Tensor]:
+        """Return the parameters with gradients, and norms that are finite if the gradients are."""
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        if not named:
+            return [], self.halted.new_zeros(0)
+        names, gradients = zip(*named, strict=True)
+        if not self.deferred:
+            # On a CPU, the sum of squares takes a tenth of the time of the maximum, but it can
+            # overflow even if all values are finite.
+            norms = torch.stack(torch._foreach_norm(gradients, 2))
+            if norms.isfinite().all():
+                return list(names), norms
+        return list(names), torch.stack(torch._foreach_norm(gradients, math.inf))
+
+    def _restore(self, skip: Tensor) -> None:
+        """Restore the model's buffers if ``skip`` is True."""
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            values = torch.where(skip, before, _joined(buffers))
+            parts = values.split([buffer.numel() for buffer in buffers])
+            shaped = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, shaped)
+
+    def report(self, step: Step, values: list[float]) -> None:
+        """Log a skipped step, and write a report for reproducing it.
+
+        All processes must call this method together.
 
         Args:
-            problem: A description of the non-finite value.
-            iteration: The number of the skipped iteration.
-            batch: This process's batch.
+            step: The skipped step.
+            values: The step's values, as read by the host.
 
         Raises:
             RunError: If more than ``max_skips`` steps have been skipped.
         """
-        self.skipped += 1
-        said = f"Iteration {iteration}: {problem}. The step was skipped."
+        self._skipped += 1
+        finite = zip(step.gradients, step.norms.isfinite().tolist(), strict=True)
+        names = [name for name, good in finite if not good]
+        problem = next(filter(None, comm.all_gather(_problem(step, values, names))), "")
+        said = f"Iteration {step.iteration}: {problem}. The step was skipped."
         if self.output_dir:
-            path = Path(self.output_dir, f"nonfinite_{iteration:07d}_rank{comm.get_rank()}.json")
-            write_json(path, self._report(problem, iteration, batch))
+            name = f"nonfinite_{step.iteration:07d}_rank{comm.get_rank()}.json"
+            path = Path(self.output_dir, name)
+            write_json(path, _report(problem, step, names))
             said += f" {path} lists its batch."
-        if self.skipped > self.max_skips:
+        if self._skipped > self.max_skips:
             raise RunError(
                 f"{said} Resuming from the last checkpoint with --resume will reach the same "
                 "non-finite value again. The usual cause is a learning rate that is too high for "
@@ -128,33 +231,46 @@ class StepGuard:
                 "SOLVER.CLIP_GRADIENTS. To skip up to K such steps, set SOLVER.MAX_NONFINITE_STEPS "
                 "to K."
             )
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, self._before, strict=True):
-                buffer.copy_(value)
-        logger.warning("%s (%d of at most %d skipped.)", said, self.skipped, self.max_skips)
-
-    def _bad_gradients(self) -> list[str]:
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        return [name for name, gradient in named if not gradient.isfinite().all()]
-
-    def _report(self, problem: str, iteration: int, batch: Any) -> dict[str, Any]:
-        return {
-            "problem": problem,
-            "iteration": iteration,
-            "rank": comm.get_rank(),
-            "processes": comm.get_world_size(),
-            # The seed of this step, which determines all of its random numbers.
-            "torch_seed": torch.initial_seed(),
-            "nonfinite_gradients": self._bad_gradients()[:_LISTED],
-            "batch": _names(batch),
-        }
+        logger.warning("%s (%d of at most %d skipped.)", said, self._skipped, self.max_skips)
 
 
-def _names(batch: Any) -> Any:
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _problem(step: Step, values: list[float], gradients: list[str]) -> str:
+    """Return a description of this process's non-finite values, or "" if all are finite."""
+    if step.problem:
+        return step.problem
+    _, checked, *losses = values
+    named = zip(step.losses, losses, strict=True)
+    bad = [f"{name} is {loss:g}" for name, loss in named if not math.isfinite(loss)]
+    if not bad and gradients and checked:
+        bad.append(f"{len(gradients)} gradients are not finite, such as that of {gradients[0]}")
+    if bad and comm.get_world_size() > 1:
+        bad.append(f"in process {comm.get_rank()}")
+    return ", ".join(bad)
+
+
+def _report(problem: str, step: Step, gradients: list[str]) -> dict[str, Any]:
+    batch = step.batch
+    if isinstance(batch, dict):
+        batch = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in batch.items()}
+    return {
+        "problem": problem,
+        "iteration": step.iteration,
+        "rank": comm.get_rank(),
+        "processes": comm.get_world_size(),
+        "torch_seed": step.seed,
+        "nonfinite_gradients": gradients[:_LISTED],
+        "batch": batch,
+    }
+
+
+def describe_batch(batch: Any) -> Any:
     """Return the keys and labels, or the file names and ids, of a batch's images."""
     if isinstance(batch, dict):
-        batch = {key: value for key, value in batch.items() if key in ("key", "index", "label")}
-        return {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in batch.items()}
+        return {key: value for key, value in batch.items() if key in ("key", "index", "label")}
     if isinstance(batch, list):
         return [{key: image.get(key) for key in ("file_name", "image_id")} for image in batch]
     return None

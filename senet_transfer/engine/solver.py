@@ -9,9 +9,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import GradientClipType, get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -94,6 +95,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer, SGD or AdamW, with Detectron2's parameter groups.
 
     The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``.
+    On a GPU, the optimizer is fused, so that it can skip a step without waiting for the host.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` is unknown, or if both the backbone and the biases have
@@ -116,16 +118,55 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=lambda name: factor if name.startswith("backbone.") else 1.0,
     )
-    options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    options: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    fused = next(model.parameters()).device.type == "cuda"
+    optimizer: Optimizer
     if solver.OPTIMIZER == "SGD":
+        options |= {"fused": True} if fused else {"foreach": True}
         optimizer = torch.optim.SGD(
-            groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True, **options
+            groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options
         )
+        if fused:
+            fill_momentum(optimizer)
     elif solver.OPTIMIZER == "AdamW":
-        optimizer = torch.optim.AdamW(groups, **options)
+        optimizer = torch.optim.AdamW(groups, fused=fused or None, **options)
     else:
         raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected SGD or AdamW.")
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    if solver.CLIP_GRADIENTS.ENABLED:
+        clip = _gradient_clipper(solver.CLIP_GRADIENTS)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: clip(optimizer))
+    return optimizer
+
+
+def fill_momentum(optimizer: torch.optim.SGD) -> None:
+    """Set the momentum buffers to zero, with which the first step is the same as without buffers.
+
+    If fused SGD skips the first step, it leaves buffers that it creates uninitialised.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:
+    """Return a function that clips each gradient by itself, as Detectron2's optimizers do."""
+    limit, order = options.CLIP_VALUE, options.NORM_TYPE
+    by_norm = GradientClipType(options.CLIP_TYPE) is GradientClipType.NORM
+
+    @torch.no_grad()
+    def clip(optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        if not by_norm:
+            clip_grad_value_(parameters, limit)
+        elif gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, order))
+            # The norm of a norm, as in clip_grad_norm_ for a single tensor.
+            norms = torch.linalg.vector_norm(norms[:, None], order, dim=1)
+            torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
+
+    return clip
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:

@@ -1,4 +1,8 @@
-"""Training step with mixed precision and gradient accumulation, on CPU and GPU."""
+"""Training step with mixed precision and gradient accumulation, on CPU and GPU.
+
+On a GPU, a step reads no values from the device, because the host would have to wait for them. The
+losses of several steps are read together.
+"""
 
 import contextlib
 import time
@@ -12,8 +16,9 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from senet_transfer.engine.nonfinite_guard import StepGuard
+from senet_transfer.engine.nonfinite_guard import Step, StepGuard, describe_batch
 from senet_transfer.errors import UserError
+from senet_transfer.utils.private_api import scaler_state, skips_on_device
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,6 +39,7 @@ class StepTrainer(SimpleTrainer):
         micro_batches: int = 1,
         max_skips: int = 0,
         output_dir: str = "",
+        reads_after: Callable[[int], bool] | None = None,
     ):
         """
         Args:
@@ -50,6 +56,9 @@ class StepTrainer(SimpleTrainer):
                 with an error.
             output_dir: The folder for reports about skipped steps. If empty, no reports are
                 written.
+            reads_after: Returns whether losses are read from the device, logged and checked after
+                an iteration. None reads them after each iteration. Without a fused optimizer, which
+                can skip a step on the device, the argument is ignored.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid.
@@ -65,10 +74,18 @@ class StepTrainer(SimpleTrainer):
             raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}; expected 1 or more.")
         self.dtype = None if dtype is None else _DTYPES[dtype]
         self.micro_batches = micro_batches
-        self.guard = StepGuard(model, max_skips=max_skips, output_dir=output_dir)
+        self._reads_after = reads_after if skips_on_device(optimizer) else None
+        self.guard = StepGuard(
+            model,
+            max_skips=max_skips,
+            output_dir=output_dir,
+            deferred=self._reads_after is not None,
+        )
+        self._unread: list[Step] = []
         self.grad_scaler = torch.amp.GradScaler(
             self.device_type, enabled=self.dtype == torch.float16
         )
+        self._one = torch.ones((), device=next(model.parameters()).device)
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
         """Replace the data loader with the one returned by ``data_loader_builder``."""
@@ -86,6 +103,7 @@ class StepTrainer(SimpleTrainer):
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
         batch, data_time = self._next_batch()
+        step = Step(self.iter, data_time, describe_batch(batch), torch.initial_seed())
         *parts, last = split_batch(batch, self.micro_batches)
         raised: Exception | None = None
         try:
@@ -95,17 +113,52 @@ class StepTrainer(SimpleTrainer):
             loss = self._loss(last, totals)
         except (UserError, FloatingPointError) as error:  # Detectron2's RPN raises the latter.
             raised = error
-        problem = self.guard.agree(raised)
-        if not problem:
+        step.problem = self.guard.agree(raised)
+        if not step.problem:
             self.grad_scaler.scale(loss).backward()
             self.after_backward()
-            problem = self.guard.check(totals, self.grad_scaler.get_scale())
-        if problem:
-            self.guard.refuse(problem, self.iter, batch)
+        skip, overflow = self.guard.check(step, totals, self.grad_scaler.scale(self._one))
+        if not step.problem:
+            self._update(skip, overflow)
+        self._unread.append(step)
+        if self._reads_after is None or self._reads_after(self.iter) or self.guard.stops:
+            self.read()
+
+    def _update(self, skip: torch.Tensor, overflow: torch.Tensor) -> None:
+        """Update the parameters and the gradient scale unless ``skip`` is True."""
+        if not self.guard.deferred:
+            if not skip:
+                self.grad_scaler.step(self.optimizer)
+                self.grad_scaler.update()
             return
-        self.write_metrics(totals, data_time, self.iter)
-        self.grad_scaler.step(self.optimizer)
+        state = scaler_state(self.grad_scaler)
+        before = [tensor.clone() for tensor in state]
+        self.grad_scaler.unscale_(self.optimizer)
+        # A fused optimizer leaves parameters and state unchanged if this attribute is 1.
+        self.optimizer.found_inf = (skip | overflow).float()
+        self.optimizer.step()
         self.grad_scaler.update()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(torch.where(skip, value, tensor))
+
+    def read(self) -> None:
+        """Read the values of all steps since the last call, and log or report them.
+
+        All processes must call this method together.
+
+        Raises:
+            RunError: If more than ``max_skips`` steps had non-finite values.
+        """
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        rows = torch.cat([step.values for step in steps]).cpu()
+        for step, row in zip(steps, rows.split([len(step.values) for step in steps]), strict=True):
+            if row[0]:
+                self.guard.report(step, row.tolist())
+            else:
+                losses = dict(zip(step.losses, row[2:], strict=True))
+                self.write_metrics(losses, step.data_time, step.iteration)
 
     def _next_batch(self) -> tuple[Any, float]:
         """Return the next batch and the seconds spent waiting for it.
@@ -153,7 +206,7 @@ class StepTrainer(SimpleTrainer):
             UserError: If the optimizer's parameter groups differ from those in the checkpoint.
         """
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, "optimizer": self._implemented(state_dict)})
         except ValueError as error:
             raise UserError(
                 "The optimizer state in the checkpoint does not match this run's optimizer "
@@ -164,6 +217,16 @@ class StepTrainer(SimpleTrainer):
         # The state is empty or missing if the run was started without a scaler.
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)
+
+    def _implemented(self, state_dict: dict) -> dict:
+        """Return a checkpoint's optimizer state with this optimizer's implementation.
+
+        A checkpoint from a CPU would otherwise replace a GPU's fused optimizer.
+        """
+        own = self.optimizer.param_groups[0]
+        options = {key: own[key] for key in ("foreach", "fused") if key in own}
+        saved = state_dict["optimizer"]
+        return {**saved, "param_groups": [{**group, **options} for group in saved["param_groups"]]}
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:

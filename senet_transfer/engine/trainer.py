@@ -5,6 +5,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ from senet_transfer.utils.private_api import limit_history
 
 # Number of values of each metric that are kept for smoothing.
 _HISTORY = 400
+
+# Number of iterations between two writes of metrics, the default of Detectron2's PeriodicWriter.
+_WRITE_PERIOD = 20
+
+# Devices that the host waits for when it reads a value. A CPU's values are read after each step.
+_ASYNCHRONOUS = ("cuda",)
 
 # Hook names in version 0.1 checkpoints, and their current names.
 _HOOK_NAMES = {"WeightAverage": "ModelEMA"}
@@ -81,6 +88,7 @@ class Trainer(DefaultTrainer):
             optimizer = self.build_optimizer(cfg, model)
         with config_errors("data loader"):
             data_loader = self.build_train_loader(cfg, self.step_seed.seed)
+        self._device = next(model.parameters()).device
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -90,6 +98,7 @@ class Trainer(DefaultTrainer):
             micro_batches=cfg.SOLVER.MICRO_BATCHES,
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
+            reads_after=partial(_reads_after, cfg) if self._device.type in _ASYNCHRONOUS else None,
         )
         with config_errors("schedule"):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -171,6 +180,9 @@ class Trainer(DefaultTrainer):
             super().after_train()
             return
         self.storage.iter = self.iter
+        # Reading the losses is a collective operation, which could hang if a process has failed.
+        if comm.get_world_size() == 1:
+            self._trainer.read()
         for writer in self.periodic_writers:
             # On a full disk, an OSError here would hide the error that ended the run.
             with contextlib.suppress(OSError):
@@ -275,7 +287,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
-            self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY)
+            self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY, self._trainer.guard)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
@@ -299,7 +311,7 @@ class Trainer(DefaultTrainer):
         return super().build_writers()
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, [self.step_seed, hooks.Resources()]
+        cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device)]
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:
@@ -320,6 +332,14 @@ class Trainer(DefaultTrainer):
         with self.average.in_place() if self.average else contextlib.nullcontext():
             self.results = self.test(self.cfg, self.model)
         return self.results
+
+
+def _reads_after(cfg: CfgNode, iteration: int) -> bool:
+    """Return whether the losses are needed after an iteration, to log, save or evaluate."""
+    done = iteration + 1
+    periods = (_WRITE_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+    due = any(period > 0 and done % period == 0 for period in periods)
+    return due or done == cfg.SOLVER.MAX_ITER
 
 
 def _distribute(model: nn.Module) -> nn.Module:

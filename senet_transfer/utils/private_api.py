@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.engine.hooks import PeriodicWriter
     from detectron2.utils.events import EventStorage
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.amp import GradScaler
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
 
 def intercepts_operators() -> bool:
@@ -60,6 +63,34 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
     from collections import OrderedDict
 
     state._metadata = OrderedDict(metadata)
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer skips a step if its attribute ``found_inf`` is a tensor of 1.
+
+    torch 2.11 to 2.14: ``_step_supports_amp_scaling``, which is true of fused optimizers.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def scaler_state(scaler: GradScaler) -> list[Tensor]:
+    """Return the tensors that ``update`` of a gradient scaler changes in place.
+
+    torch 2.11 to 2.14: ``_scale`` and ``_growth_tracker``, which the first call of ``scale`` sets.
+    """
+    if not scaler.is_enabled():
+        return []
+    return [tensor for tensor in (scaler._scale, scaler._growth_tracker) if tensor is not None]
+
+
+def cpu_group() -> ProcessGroup:
+    """Return the process group of all ranks for tensors on the CPU.
+
+    Detectron2 0.6 to 0.7: ``_get_global_gloo_group``, which its ``comm.all_gather`` uses.
+    """
+    from detectron2.utils import comm
+
+    return comm._get_global_gloo_group()
 
 
 def inductor_freezing() -> AbstractContextManager[None]:

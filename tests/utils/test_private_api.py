@@ -15,6 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,3 +245,46 @@ def test_the_default_trainer_runs_the_steps_of_the_trainer_that_ours_sets():
     super(DefaultTrainer, trainer).train(0, 2)
     assert noted.steps == 2
     assert model.weight.item() == pytest.approx(before - 0.2)
+
+
+def test_only_fused_optimizers_skip_a_step_on_the_device():
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        for fused in (True, False):
+            parameter = nn.Parameter(torch.ones(3))
+            optimizer = kind([parameter], lr=0.1, fused=fused)
+            assert private_api.skips_on_device(optimizer) == fused
+            if fused:
+                parameter.grad = torch.full((3,), torch.nan)
+                optimizer.found_inf = torch.ones(())
+                optimizer.step()
+                assert torch.equal(parameter, torch.ones(3))
+
+
+def test_the_tensors_of_a_gradient_scaler_are_its_state():
+    assert private_api.scaler_state(torch.amp.GradScaler("cpu", enabled=False)) == []
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    for value in (1.0, torch.nan, 1.0, 1.0, 1.0):
+        scaler.scale((parameter * value).sum()).backward()
+        state = private_api.scaler_state(scaler)
+        before = [tensor.clone() for tensor in state]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        found = scaler.state_dict()
+        assert [tensor.item() for tensor in state] == [found["scale"], found["_growth_tracker"]]
+        assert [tensor.item() for tensor in before] != [tensor.item() for tensor in state]
+
+
+def test_the_cpu_group_has_all_processes(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        group = private_api.cpu_group()
+        assert torch.distributed.get_world_size(group) == 1
+        assert torch.distributed.get_backend(group) == "gloo"
+    finally:
+        torch.distributed.destroy_process_group()
+        comm._get_global_gloo_group.cache_clear()

@@ -1,0 +1,181 @@
+"""Tests that count how often a training step waits for the device to read a value.
+
+On a CPU, the operators are counted that copy a value from a GPU to the host. The trainers read
+losses every 20 steps, as on a GPU.
+"""
+
+import copy
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
+from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
+from senet_transfer.data.shapes.class_folders import make_shape_classes
+from senet_transfer.engine import solver
+from senet_transfer.engine import trainer as trainer_module
+from senet_transfer.engine.setup import setup
+from senet_transfer.engine.train_step import StepTrainer
+from senet_transfer.engine.trainer import Trainer
+
+aten = torch.ops.aten
+
+# Operators whose result, or its shape, the host needs.
+_READING = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten.unique_dim,
+    aten._unique2,
+}
+_METHODS = ("cpu", "numpy", "tolist")
+
+
+class Waits(TorchDispatchMode):
+    """Counter of the operators and methods that read from a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in _READING:
+            self.found[function.overloadpacket.__name__] += 1
+        # An index that is a mask is converted with nonzero.
+        if function.overloadpacket in (aten.index, aten.index_put_):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            self.found["mask"] += bool(masks)
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def counting(self):
+        self.found.clear()
+        with ExitStack() as stack:
+            stack.enter_context(self)
+            for name in _METHODS:
+                method = getattr(torch.Tensor, name)
+
+                def counted(*args, name=name, method=method, **kwargs):
+                    self.found[name] += 1
+                    return method(*args, **kwargs)
+
+                stack.enter_context(mock.patch.object(torch.Tensor, name, counted))
+            yield
+
+
+class FusedTrainer(Trainer):
+    """Trainer with the optimizer of a GPU."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        optimizer = super().build_optimizer(cfg, model)
+        group = optimizer.defaults | {"foreach": False, "fused": True}
+        keys = ("lr", "momentum", "weight_decay", "nesterov", "fused")
+        groups = [{"params": group["params"]} for group in optimizer.param_groups]
+        fused = torch.optim.SGD(groups, **{key: group[key] for key in keys})
+        solver.fill_momentum(fused)
+        return fused
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    """Make trainers treat the CPU as a device to wait for."""
+    monkeypatch.setattr(trainer_module, "_ASYNCHRONOUS", ("cpu",))
+
+
+def waits_of_steps(trainer, steps):
+    """Return the waits of each of a trainer's steps, including its hooks'."""
+    waits, found = Waits(), []
+    with EventStorage() as trainer.storage:
+        trainer.start_iter = 0
+        trainer.before_train()
+        for trainer.iter in range(steps):
+            with waits.counting():
+                trainer.before_step()
+                trainer.run_step()
+                trainer.after_step()
+            found.append(dict(+waits.found))
+    return found
+
+
+_OPTIONS = {
+    "MODEL.DEVICE": "cpu",
+    "SOLVER.EPOCHS": "None",
+    "SOLVER.STEPS": "()",
+    "SOLVER.MAX_ITER": "45",
+    "SOLVER.CHECKPOINT_PERIOD": "100",
+    "SOLVER.EMA.ENABLED": "True",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": "True",
+    "SOLVER.IMS_PER_BATCH": "4",
+    "TEST.EVAL_PERIOD": "0",
+    "DATALOADER.NUM_WORKERS": "0",
+}
+
+
+def classifier(config, data, tmp_path, **options):
+    words = ["--config-file", f"configs/instant/{config}.yaml"]
+    keys = {**_OPTIONS, "OUTPUT_DIR": str(tmp_path / "run"), **options}
+    keys |= {"DATASETS.TRAIN": f"('{data}',)", "DATASETS.TEST": f"('{data}',)"}
+    words += [word for item in keys.items() for word in item]
+    trainer = FusedTrainer(setup(run_options(argument_parser().parse_args(words))))
+    trainer.resume_or_load(resume=False)
+    return trainer
+
+
+def cifar(folder):
+    """Write a small data set of CIFAR's kind, and return its folder."""
+    images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
+    data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
+    for split in ("train", "test"):
+        save_images(data, split_file(folder / "images", split), "test")
+    return folder / "images"
+
+
+def assert_waits_only_every_20th(found):
+    assert [step for step, waits in enumerate(found) if waits] == [19, 39, 44]
+
+
+@pytest.mark.long
+def test_a_classifier_waits_only_in_every_20th_step(shapes, tmp_path, asynchronous):
+    name = make_shape_classes(shapes, tmp_path / "classes")
+    trainer = classifier("places365_se_r152", name, tmp_path, **{"MODEL.RESNETS.DEPTH": "50"})
+    assert_waits_only_every_20th(waits_of_steps(trainer, 45))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["", "float16"])
+def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, dtype):
+    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype} if dtype else {}
+    trainer = classifier("cifar10_se_resnet20", cifar(tmp_path), tmp_path, **amp)
+    assert_waits_only_every_20th(waits_of_steps(trainer, 45))
+
+
+@pytest.mark.long
+def test_a_detector_waits_as_often_as_with_detectron2s_trainer(command, asynchronous):
+    trainer = Trainer(setup(command(**{"SOLVER.CLIP_GRADIENTS.ENABLED": "False"})))
+    trainer.resume_or_load(resume=False)
+    batch, found = next(iter(trainer._trainer.data_loader)), []
+    for kind, options in (
+        (SimpleTrainer, {}),
+        (StepTrainer, {"reads_after": lambda iteration: False}),
+    ):
+        model = copy.deepcopy(trainer.model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)
+        own, waits = kind(model, iter([batch] * 3), optimizer, **options), Waits()
+        with EventStorage(), mock.patch.object(kind, "write_metrics"):
+            for own.iter in range(3):
+                torch.manual_seed(own.iter)
+                with waits.counting():
+                    own.run_step()
+                found.append(+waits.found)
+    assert found[:3] == found[3:]
+    assert all(found)
