@@ -1,4 +1,4 @@
-"""Config keys of this project, and loading and validation of configs."""
+"""Additional config keys, and loading and validation of configs."""
 
 from senet_transfer.config.defaults import (
     META_ARCHITECTURE,

@@ -31,7 +31,7 @@ BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure training in 1 and 2 processes, memory by input size, and waiting in evaluation."""
+    """Measure training with 1 and 2 processes, peak memory, and waiting time in evaluation."""
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)

@@ -93,7 +93,7 @@ def collect_excitations(
     workers: int = 0,
     quiet: bool = False,
 ) -> Excitations:
-    """Collect statistics of the gates in a model's backbone on a sample of images of each class.
+    """Collect gate statistics for a model's backbone on a sample of images from each class.
 
     The classes in the data set can differ from the model's classes.
 

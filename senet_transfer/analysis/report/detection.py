@@ -122,7 +122,9 @@ def _gallery(
 def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     register_datasets(run.cfg.DATASETS.get("REGISTER", []))
     if name not in DatasetCatalog:
-        raise UserError(f"the data set {name} isn't registered. Register it as for training.")
+        raise UserError(
+            f"the data set {name} isn't registered. Register it in the same way as for training."
+        )
     try:
         images = DatasetCatalog.get(name)
     except OSError as error:
