@@ -142,8 +142,8 @@ def test_a_config_file_runs_no_code(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds NoneType"),
-        ("[1]", "holds list"),
+        ("", "contains a NoneType"),
+        ("[1]", "contains a list"),
         ("_BASE_: c.yaml", "includes itself as its _BASE_"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
-        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.output())
+        stopped = re.findall(r"Stopped after iteration (\d+) and saved a checkpoint", run.output())
         assert run.last_iteration() == int(stopped[0])
     else:
         assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
