@@ -87,7 +87,7 @@ def _prepare_cifar(args: argparse.Namespace) -> None:
     if output is None:
         if source is not None:
             raise UserError(
-                "--source requires --output, the output folder, such as datasets/cifar10."
+                "--source requires --output. Give the output folder, such as datasets/cifar10."
             )
         output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
     if source is None:

@@ -128,7 +128,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise a UserError if the file is for a registered model and does not match its tensors."""
+    """Raise a UserError if the file is for a registered model but doesn't match its tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export and TorchScript, with a comparison with the eager network."""
+"""Export to ONNX, torch.export and TorchScript, checked against the eager network."""
 
 import json
 import logging

@@ -191,7 +191,7 @@ def _shufflenet_macs(groups: int, width: int) -> int:
     return macs
 
 
-# Functions that explain differences from the paper, by the name of the baseline network.
+# Functions that explain differences from the paper, keyed by baseline network.
 _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
     "inception_resnet_v2": _inception_resnet_v2,
     "shufflenet_g3": _shufflenet_g3,

@@ -84,9 +84,10 @@ class Summary:
 class GateStatistics:
     """Statistics of one block's gate, accumulated from batches in any order.
 
-    Once all images of a class have been processed, the class is merged into a few arrays of shape
-    ``(C,)``. If the images are sorted by class, memory use therefore doesn't grow with the number
-    of classes. Separate means and standard deviations are kept only for the classes to plot.
+    Once all images of a class have been processed, the class's sums are merged into the totals over
+    all classes. If the images are sorted by class, memory use therefore doesn't grow with the
+    number of classes. Means and standard deviations per class are kept only for the classes to
+    plot.
 
     Attributes:
         kept: Statistics of each class to plot, by label, once all its images have been processed.
