@@ -225,13 +225,15 @@ class StepGuard:
             said += f" {path} lists its batch."
         if self._skipped > self.max_skips:
             raise RunError(
-                f"{said} Resuming from the last checkpoint with --resume will reach the same "
-                "non-finite value again. The usual cause is a learning rate that is too high for "
+                f"{said} Resuming with --resume repeats the steps since the last checkpoint and "
+                "ends in the same way. The usual cause is a learning rate that is too high for "
                 "the batch size: reduce SOLVER.BASE_LR, use a longer warm-up, or set "
                 "SOLVER.CLIP_GRADIENTS. To skip up to K such steps, set SOLVER.MAX_NONFINITE_STEPS "
                 "to K."
             )
-        logger.warning("%s (%d of at most %d skipped.)", said, self._skipped, self.max_skips)
+        logger.warning(
+            "%s Steps skipped so far: %d of at most %d.", said, self._skipped, self.max_skips
+        )
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

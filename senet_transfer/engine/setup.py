@@ -88,7 +88,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Start logging and seed as Detectron2's ``default_setup`` does, but write files atomically."""
+    """Log and seed in the same way as Detectron2's default setup, but write files atomically."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -147,7 +147,7 @@ def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
     try:
         before = load_config(path)
     except UserError as error:
-        logger.warning("Can't compare the config with the start of the run: %s", error)
+        logger.warning("Can't compare the config with the run's original config: %s", error)
         return
     check_changes(cfg, before)
 

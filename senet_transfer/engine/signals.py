@@ -68,7 +68,7 @@ def _watch(reader: socket.socket, process: int) -> None:
             if first is None:
                 first = now
                 _requested.set()
-                message = "finishing the step and saving before stopping; repeat to stop now"
+                message = "saving a checkpoint after this step; repeat to stop immediately"
                 print(f"{name} in process {process}: {message}.", file=sys.stderr, flush=True)
             elif now - first > _SAME_REQUEST:
                 os._exit(128 + number[0])

@@ -83,7 +83,7 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
             node, _, leaf = key.rpartition(".")
             config_value(counted, node)[leaf] = iterations(epochs)
     logger.info(
-        "%g epochs of %d images, %d images per step: %d iterations.",
+        "Training for %g epochs of %d images with %d images per step takes %d iterations.",
         cfg.SOLVER.EPOCHS, images, cfg.SOLVER.IMS_PER_BATCH, counted.SOLVER.MAX_ITER,
     )  # fmt: skip
     if cfg.is_frozen():
@@ -193,7 +193,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a lower value of a metric is better, which is true of errors and losses."""
+    """Return whether lower values of a metric are better, as for errors and losses."""
     return metric.rpartition("/")[2].endswith(("error", "loss"))
 
 
@@ -261,7 +261,7 @@ class PlateauLR(LRMultiplier):
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 group["lr"] = rate
             logger.info(
-                "%s has stopped improving: reducing the learning rate (reduction %d).",
+                "%s has stopped improving. Reducing the learning rate (reduction %d).",
                 self.metric,
                 self.drops,
             )

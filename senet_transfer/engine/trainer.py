@@ -39,7 +39,7 @@ from senet_transfer.evaluation.classification_evaluator import ClassificationEva
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.utils.private_api import limit_history
 
-# Number of values of each metric that are kept for smoothing.
+# Number of values to keep per metric for smoothing.
 _HISTORY = 400
 
 # Number of iterations between two writes of metrics, the default of Detectron2's PeriodicWriter.
@@ -76,7 +76,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's constructor is not called because it always uses Detectron2's
         # checkpointer, CUDA for mixed precision, and one GPU per process.
         TrainerBase.__init__(self)
-        with config_errors("division of the work"):
+        with config_errors("scaled config"):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
@@ -170,7 +170,7 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """Run the hooks, and limit the metric history, which has a million values in Detectron2."""
+        """Run the hooks, and keep fewer past metric values than Detectron2's limit of a million."""
         limit_history(self.storage, _HISTORY)
         super().before_train()
 

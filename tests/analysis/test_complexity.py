@@ -133,8 +133,8 @@ def test_a_cell_that_is_off_is_told():
         quiet=True,
     )
     assert not right.reasons
-    assert less.reasons == ["off's GFLOPs: unexplained difference."]
-    assert more.reasons == ["off's Params: unexplained difference."]
+    assert less.reasons == ["off: unexplained difference in GFLOPs."]
+    assert more.reasons == ["off: unexplained difference in Params."]
 
 
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():

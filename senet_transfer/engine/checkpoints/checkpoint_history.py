@@ -30,7 +30,7 @@ def sum_file(path: Path) -> Path:
 
 
 def write_sum(path: Path) -> None:
-    """Write a file's SHA-256 checksum to a file next to it."""
+    """Write the checksum file for ``path``."""
     write_text(sum_file(path), f"{file_sha256(path)}  {path.name}\n")
 
 

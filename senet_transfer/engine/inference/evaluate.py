@@ -127,8 +127,8 @@ def _check(found: ModelSource) -> None:
     if not is_classification(found.cfg):
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {found.config_file} is "
-            f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier, a classifier. To "
-            "evaluate a detector, use tools/train_net.py --eval-only."
+            f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To evaluate a "
+            "detector, use tools/train_net.py --eval-only."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(

@@ -321,5 +321,5 @@ def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
     words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]
     with pytest.raises(UserError, match="crop=0"):
         evaluate(*words, "--crop", "0")
-    with pytest.raises(UserError, match="The device is 'gpu', expected cuda or cpu"):
+    with pytest.raises(UserError, match="The device is 'gpu'; expected cuda or cpu"):
         evaluate(*words, "--device", "gpu")
