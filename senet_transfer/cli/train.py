@@ -17,12 +17,14 @@ def command(words: list[str] | None = None) -> None:
     args: argparse.Namespace = parser().parse_args(words)
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
+        from senet_transfer.config.load import load_config
         from senet_transfer.engine.launch import run
         from senet_transfer.engine.train import main
 
     run(
         main,
         run_options(args),
+        device=lambda: load_config(args.config_file, list(args.opts)).MODEL.DEVICE,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

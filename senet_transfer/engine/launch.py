@@ -4,8 +4,8 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ def run(
     main: Callable[[Any], object],
     argument: Any,
     *,
+    device: Callable[[], str] = lambda: "cuda",
     num_gpus: int = 1,
     num_machines: int = 1,
     machine_rank: int = 0,
@@ -33,7 +34,7 @@ def run(
 
     Under torchrun, the processes already exist, and the rank and world size are read from the
     environment. Otherwise, Detectron2 starts ``num_gpus`` processes on this machine. If there are
-    no GPUs, they share the CPU.
+    no GPUs, or if ``MODEL.DEVICE`` is "cpu", they share the CPU.
 
     The exit status is 2 for a :class:`UserError` and 1 for a :class:`RunError`; both are printed
     without a traceback. It is 1 for any other error, and 75 (``signals.STATUS``) after a graceful
@@ -42,6 +43,7 @@ def run(
     Args:
         main: A module-level function, so that it can be pickled.
         argument: Any object that can be pickled.
+        device: Returns ``MODEL.DEVICE``. It is called only if there are several processes.
         num_gpus: The number of processes on each machine.
         num_machines: The number of machines.
         machine_rank: The index of this machine, from 0.
@@ -49,14 +51,20 @@ def run(
             machine.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        _run_under_torchrun(main, argument)
+        _run_under_torchrun(main, argument, device)
         return
+    spawns = num_gpus * num_machines > 1
     try:
-        _check_processes(num_gpus, num_machines, dist_url)
+        on_cpu = spawns and _is_cpu(device)
+        _check_processes(num_gpus, num_machines, dist_url, on_cpu=on_cpu)
     except UserError as error:
         exit_with(error)
     try:
-        with passed_to_children() if num_gpus > 1 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if num_gpus > 1:
+                stack.enter_context(passed_to_children())
+            if on_cpu:
+                stack.enter_context(_without_gpus())
             launch_processes(
                 _run_spawned,
                 num_gpus,
@@ -71,16 +79,37 @@ def run(
         sys.exit(max(error.exit_code, 1))
 
 
-def _check_processes(num_gpus: int, num_machines: int, dist_url: str) -> None:
+def _is_cpu(device: Callable[[], str]) -> bool:
+    return device().partition(":")[0] == "cpu"
+
+
+@contextlib.contextmanager
+def _without_gpus() -> Iterator[None]:
+    """Hide the GPUs from processes that are started inside the context.
+
+    Detectron2 otherwise gives each process a GPU, even if its model runs on the CPU.
+    """
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _check_processes(num_gpus: int, num_machines: int, dist_url: str, *, on_cpu: bool) -> None:
     if num_gpus < 1 or num_machines < 1:
         raise UserError(
             f"--num-gpus is {num_gpus} and --num-machines is {num_machines}; expected 1 or more "
             "for both. --num-gpus is the number of processes per machine, with or without GPUs."
         )
-    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if not on_cpu and torch.cuda.is_available() and num_gpus > gpus:
         raise UserError(
-            f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()} GPUs. "
-            "Reduce --num-gpus."
+            f"--num-gpus is {num_gpus}, but this machine has {gpus} GPUs. Reduce --num-gpus, or "
+            "set MODEL.DEVICE to cpu."
         )
     if num_machines > 1 and (dist_url == "auto" or "127.0.0.1" in dist_url):
         raise UserError(
@@ -97,8 +126,13 @@ def run_single(main: Callable[[Any], object], argument: Any) -> None:
         exit_with(error)
 
 
-def _run_under_torchrun(main: Callable[[Any], object], argument: Any) -> None:
-    has_gpu = torch.cuda.is_available()
+def _run_under_torchrun(
+    main: Callable[[Any], object], argument: Any, device: Callable[[], str]
+) -> None:
+    try:
+        has_gpu = torch.cuda.is_available() and not _is_cpu(device)
+    except UserError as error:
+        exit_with(error)
     # Launchers such as SLURM or Kubernetes may set only RANK and WORLD_SIZE. In that case, each
     # process runs on a separate machine or in a separate container.
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -142,7 +176,7 @@ def _guarded(main: Callable[[Any], object], argument: Any) -> None:
         )
 
 
-def exit_with(error: UserError | RunError) -> None:
+def exit_with(error: UserError | RunError) -> NoReturn:
     """Print an error and exit with its status.
 
     If all processes raise the same error, only the main process prints it.

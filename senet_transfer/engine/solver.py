@@ -158,7 +158,7 @@ def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:
     def clip(optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-        if not by_norm:
+        if gradients and not by_norm:
             clip_grad_value_(parameters, limit)
         elif gradients:
             norms = torch.stack(torch._foreach_norm(gradients, order))

@@ -1,12 +1,16 @@
 """Tests of schedules, parameter groups and epochs against simple reference code."""
 
+import copy
 import math
 
 import pytest
 import torch
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from senet_transfer import UserError, create_classifier
+from senet_transfer.config import get_senet_config
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.solver import (
     build_lr_scheduler,
@@ -199,3 +203,28 @@ def test_norms_and_biases_can_be_left_out_of_the_decay():
 def test_two_rates_for_the_backbones_biases_are_refused():
     with pytest.raises(UserError, match="BIAS_LR_FACTOR is 2"):
         groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.BIAS_LR_FACTOR": "2.0"})
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_gradients_are_clipped_as_by_detectron2_to_the_last_bit(kind, order):
+    cfg = get_senet_config()
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = order
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.7
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2))
+    theirs = copy.deepcopy(own)
+    optimizers = [build_optimizer(cfg, own), build_detectron2_optimizer(cfg, theirs)]
+    for scale in (0.01, 1.0, 100.0):
+        images = torch.randn(4, 5) * scale
+        for model, optimizer in zip((own, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            # Detectron2 fails to clip by value if a parameter has no gradient.
+            used = model if kind == "value" else model[0]
+            used(images).square().sum().backward()
+            optimizer.step()
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(own.state_dict()[name], value)

@@ -149,3 +149,27 @@ def test_finite_gradients_are_no_fault_however_large(net):
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 1e30)
     assert verdict(net, scale=1.0) == (False, False)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [(True, False), (False, True)])
+def test_a_run_resumes_with_the_optimizer_of_its_own_device(net, kind, fused):
+    trainers = []
+    for uses_fused in fused:
+        options = {"fused": True} if uses_fused else {"foreach": True}
+        options |= {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        model = copy.deepcopy(net)
+        trainers.append(StepTrainer(model, batches(), kind(model.parameters(), lr=0.1, **options)))
+    first, second = trainers
+    with EventStorage():
+        first.iter = 0
+        first.run_step()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        second.model.load_state_dict(first.model.state_dict())
+        second._next_batch()
+        for trainer in trainers:
+            trainer.iter = 1
+            trainer.run_step()
+    assert bool(second.optimizer.param_groups[0]["fused"]) == fused[1]
+    for found, value in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-7)

@@ -5,8 +5,10 @@ losses every 20 steps, as on a GPU.
 """
 
 import copy
+import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from unittest import mock
 
 import pytest
@@ -37,6 +39,8 @@ _READING = {
     aten.unique_dim,
     aten._unique2,
 }
+STEPS = 22
+
 _METHODS = ("cpu", "numpy", "tolist")
 
 
@@ -86,19 +90,35 @@ class FusedTrainer(Trainer):
         return fused
 
 
+class CudaWaits:
+    """Counter of the operations for which PyTorch waits for a GPU."""
+
+    @contextmanager
+    def counting(self):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self.found = Counter("synchronizing CUDA" in str(each.message) for each in caught)
+        del self.found[False]
+
+
 @pytest.fixture
 def asynchronous(monkeypatch):
     """Make trainers treat the CPU as a device to wait for."""
     monkeypatch.setattr(trainer_module, "_ASYNCHRONOUS", ("cpu",))
 
 
-def waits_of_steps(trainer, steps):
-    """Return the waits of each of a trainer's steps, including its hooks'."""
-    waits, found = Waits(), []
+def waits_of_steps(trainer, waits):
+    """Return the waits of each of a trainer's steps, including those of its hooks."""
+    found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
         trainer.before_train()
-        for trainer.iter in range(steps):
+        for trainer.iter in range(STEPS):
             with waits.counting():
                 trainer.before_step()
                 trainer.run_step()
@@ -111,7 +131,7 @@ _OPTIONS = {
     "MODEL.DEVICE": "cpu",
     "SOLVER.EPOCHS": "None",
     "SOLVER.STEPS": "()",
-    "SOLVER.MAX_ITER": "45",
+    "SOLVER.MAX_ITER": str(STEPS),
     "SOLVER.CHECKPOINT_PERIOD": "100",
     "SOLVER.EMA.ENABLED": "True",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "True",
@@ -121,12 +141,12 @@ _OPTIONS = {
 }
 
 
-def classifier(config, data, tmp_path, **options):
+def classifier(kind, config, data, tmp_path, **options):
     words = ["--config-file", f"configs/instant/{config}.yaml"]
     keys = {**_OPTIONS, "OUTPUT_DIR": str(tmp_path / "run"), **options}
     keys |= {"DATASETS.TRAIN": f"('{data}',)", "DATASETS.TEST": f"('{data}',)"}
     words += [word for item in keys.items() for word in item]
-    trainer = FusedTrainer(setup(run_options(argument_parser().parse_args(words))))
+    trainer = kind(setup(run_options(argument_parser().parse_args(words))))
     trainer.resume_or_load(resume=False)
     return trainer
 
@@ -141,41 +161,90 @@ def cifar(folder):
 
 
 def assert_waits_only_every_20th(found):
-    assert [step for step, waits in enumerate(found) if waits] == [19, 39, 44]
+    assert [step for step, waits in enumerate(found) if waits] == [19, STEPS - 1], found
+
+
+def places(kind, shapes, tmp_path, **options):
+    name = make_shape_classes(shapes, tmp_path / "classes")
+    small = {"MODEL.BACKBONE.ARCH": "se_resnet18", "INPUT.CLASSIFICATION.CROP": "32"}
+    trainer = classifier(kind, "places365_se_r152", name, tmp_path, **small, **options)
+    # The batches come from worker processes, which have nothing to wait for.
+    batches = list(islice(trainer._trainer.data_loader, STEPS))
+    if torch.cuda.is_available():
+        batches = [{**batch, "image": batch["image"].pin_memory()} for batch in batches]
+    trainer._trainer.data_loader = batches
+    return trainer
+
+
+def cifar_network(kind, tmp_path, dtype, **options):
+    options |= {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8"}
+    if dtype:
+        options |= {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype}
+    return classifier(kind, "cifar10_se_resnet20", cifar(tmp_path), tmp_path, **options)
 
 
 @pytest.mark.long
 def test_a_classifier_waits_only_in_every_20th_step(shapes, tmp_path, asynchronous):
-    name = make_shape_classes(shapes, tmp_path / "classes")
-    trainer = classifier("places365_se_r152", name, tmp_path, **{"MODEL.RESNETS.DEPTH": "50"})
-    assert_waits_only_every_20th(waits_of_steps(trainer, 45))
+    trainer = places(FusedTrainer, shapes, tmp_path)
+    assert_waits_only_every_20th(waits_of_steps(trainer, Waits()))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["", "float16"])
 def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, dtype):
-    amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": dtype} if dtype else {}
-    trainer = classifier("cifar10_se_resnet20", cifar(tmp_path), tmp_path, **amp)
-    assert_waits_only_every_20th(waits_of_steps(trainer, 45))
+    trainer = cifar_network(FusedTrainer, tmp_path, dtype)
+    assert_waits_only_every_20th(waits_of_steps(trainer, Waits()))
+
+
+def waits_of_detectors(trainer, kind, waits, **options):
+    """Return the waits of three steps with a trainer of Detectron2's kind on the same batch."""
+    batch = next(iter(trainer._trainer.data_loader))
+    model = copy.deepcopy(trainer.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)
+    own, found = kind(model, iter([batch] * 3), optimizer, **options), []
+    with EventStorage(), mock.patch.object(kind, "write_metrics"):
+        for own.iter in range(3):
+            torch.manual_seed(own.iter)
+            with waits.counting():
+                own.run_step()
+            found.append(+waits.found)
+    return found
+
+
+def detector(command, **options):
+    trainer = Trainer(setup(command(**options)))
+    trainer.resume_or_load(resume=False)
+    return trainer
 
 
 @pytest.mark.long
 def test_a_detector_waits_as_often_as_with_detectron2s_trainer(command, asynchronous):
-    trainer = Trainer(setup(command(**{"SOLVER.CLIP_GRADIENTS.ENABLED": "False"})))
-    trainer.resume_or_load(resume=False)
-    batch, found = next(iter(trainer._trainer.data_loader)), []
-    for kind, options in (
-        (SimpleTrainer, {}),
-        (StepTrainer, {"reads_after": lambda iteration: False}),
-    ):
-        model = copy.deepcopy(trainer.model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)
-        own, waits = kind(model, iter([batch] * 3), optimizer, **options), Waits()
-        with EventStorage(), mock.patch.object(kind, "write_metrics"):
-            for own.iter in range(3):
-                torch.manual_seed(own.iter)
-                with waits.counting():
-                    own.run_step()
-                found.append(+waits.found)
-    assert found[:3] == found[3:]
+    trainer = detector(command)
+    expected = waits_of_detectors(trainer, SimpleTrainer, Waits())
+    found = waits_of_detectors(trainer, StepTrainer, Waits(), reads_after=lambda iteration: False)
+    assert found == expected
+    assert all(found)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_classifier_waits_only_in_every_20th_step(shapes, tmp_path):
+    trainer = places(Trainer, shapes, tmp_path, **{"MODEL.DEVICE": "cuda"})
+    assert_waits_only_every_20th(waits_of_steps(trainer, CudaWaits()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["", "float16", "bfloat16"])
+def test_on_a_gpu_a_cifar_network_waits_only_in_every_20th_step(tmp_path, dtype):
+    trainer = cifar_network(Trainer, tmp_path, dtype, **{"MODEL.DEVICE": "cuda"})
+    assert_waits_only_every_20th(waits_of_steps(trainer, CudaWaits()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_detector_waits_as_often_as_with_detectron2s_trainer(command):
+    trainer = detector(command, **{"MODEL.DEVICE": "cuda"})
+    expected = waits_of_detectors(trainer, SimpleTrainer, CudaWaits())
+    found = waits_of_detectors(
+        trainer, StepTrainer, CudaWaits(), reads_after=lambda iteration: False
+    )
+    assert found == expected
     assert all(found)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from senet_transfer.data.cifar.in_memory import ImageArrays
-from senet_transfer.data.cifar.transforms import CifarAugment
+from senet_transfer.data.cifar.transforms import CifarAugment, to_device
 from senet_transfer.errors import UserError
 
 # Makes the random numbers of the order independent of those of the augmentation.
@@ -93,7 +93,8 @@ class CifarTrainLoader:
     def batch(self, iteration: int) -> dict[str, Tensor]:
         """Return the batch of this process in an iteration."""
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        index = torch.from_numpy(self.indices(iteration)[rows]).to(self.labels.device)
+        device = self.labels.device
+        index = to_device(torch.from_numpy(self.indices(iteration)[rows]), device)
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:
             draws = self.augment.draw(
@@ -101,10 +102,11 @@ class CifarTrainLoader:
                 seed=self.seed,
                 iteration=iteration,
                 side=self.images.shape[-1],
-            ).part(self.rank, self.batch_size)
+            )
+            draws = draws.part(self.rank, self.batch_size).to(device)
             batch["image"] = self.augment.move(batch["image"], draws)
             if self.augment.cutout:
-                batch["cutout"] = draws.centre.to(self.labels.device)
+                batch["cutout"] = draws.centre
         return batch
 
 

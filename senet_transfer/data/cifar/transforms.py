@@ -24,6 +24,13 @@ PADDINGS = ("zero", "reflect")
 _STREAM = 1
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy values to a device, without waiting for the copy to a GPU."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Draws:
     """Random augmentation parameters of N images.
@@ -42,6 +49,12 @@ class Draws:
         """Return the parameters for the `size` images of one process."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
+
+    def to(self, device: torch.device) -> "Draws":
+        """Return the parameters on a device; see :func:`to_device`."""
+        return Draws(
+            *(to_device(values, device) for values in (self.flip, self.offset, self.centre))
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ class CifarAugment:
         """
         count, channels, side = images.shape[:3]
         pixel = torch.arange(side, device=images.device)
-        flip, offset = draws.flip.to(images.device), draws.offset.to(images.device)
+        draws = draws.to(images.device)
+        flip, offset = draws.flip, draws.offset
         rows = offset[:, :1] + pixel
         # Flips the crop instead of the image. The distribution is the same, because the offsets
         # are distributed symmetrically.

@@ -107,6 +107,7 @@ def build_train_loader(
         # Creating an iterator draws a random number. A separate generator keeps this from
         # advancing PyTorch's global one.
         generator=torch.Generator(),
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
     )
     return RaisingLoader(loader)
 

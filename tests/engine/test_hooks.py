@@ -1,0 +1,55 @@
+"""Tests of hooks without a run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from senet_transfer.engine import hooks
+
+
+def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 3 * 2**20)
+    logged = {}
+    for name in ("cpu", "cuda"):
+        hook = hooks.Resources(torch.device(name))
+        with EventStorage() as storage:
+            hook.trainer = SimpleNamespace(storage=storage)
+            hook.before_train()
+            hook.after_step()
+        logged[name], _ = storage.latest()["peak_memory_mb"]
+    assert logged["cuda"] == 3
+    assert logged["cpu"] > 50  # PyTorch itself takes more.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(dtype)
+    guard = SimpleNamespace(deferred=deferred, halted=torch.zeros(()))
+    average = hooks.ModelEMA(model, 0.9, guard)
+    average.before_train()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(1, 21):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        model(torch.randn(4, 3, dtype=dtype))
+        average.after_step()
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name].lerp_(value, 1 - min(0.9, (1 + step) / (10 + step)))
+            else:
+                expected[name].copy_(value)
+            assert torch.equal(average.average[name], expected[name])
+            assert average.average[name].dtype == value.dtype
+    if deferred:
+        guard.halted.fill_(1)
+        with torch.no_grad():
+            model[0].weight += 1
+        average.after_step()
+        assert torch.equal(average.average["0.weight"], expected["0.weight"])
