@@ -23,6 +23,7 @@ from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
 from senet_transfer.engine.nonfinite_guard import StepGuard
 from senet_transfer.engine.solver import PlateauLR, lower_is_better
 from senet_transfer.errors import UserError
+from senet_transfer.utils.private_api import copy_all, lerp_all
 
 BEST_NAME = "model_best"
 AVERAGE_NAME = "model_ema"
@@ -185,14 +186,11 @@ class ModelEMA(HookBase):
         pairs = [(self.average[name], value) for name, value in self._tensors().items()]
         floats = [pair for pair in pairs if pair[1].is_floating_point()]
         counts = [pair for pair in pairs if not pair[1].is_floating_point()]
-        averages, values = map(list, zip(*floats, strict=True))
-        if self.guard and self.guard.deferred:
-            # If the run is halted, each average is its own new value. The products are exact.
-            values = torch._foreach_mul(values, 1 - self.guard.halted)
-            torch._foreach_add_(values, torch._foreach_mul(averages, self.guard.halted))
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        halted = self.guard.halted if self.guard and self.guard.deferred else None
+        averages, values = zip(*floats, strict=True)
+        lerp_all(averages, values, 1 - decay, halted)
         if counts:
-            torch._foreach_copy_(*map(list, zip(*counts, strict=True)))
+            copy_all(*zip(*counts, strict=True))
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.model.state_dict()
@@ -210,7 +208,7 @@ class ModelEMA(HookBase):
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         tensors = self._tensors()
-        torch._foreach_copy_(list(tensors.values()), [values[name] for name in tensors])
+        copy_all(list(tensors.values()), [values[name] for name in tensors])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""

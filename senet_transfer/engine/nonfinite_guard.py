@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from senet_transfer.engine import signals
 from senet_transfer.errors import RunError, UserError
 from senet_transfer.utils.atomic_io import write_json
-from senet_transfer.utils.private_api import cpu_group
+from senet_transfer.utils.private_api import copy_all, cpu_group, norms_of
 
 logger = logging.getLogger(__name__)
 
@@ -188,10 +188,10 @@ class StepGuard:
         if not self.deferred:
             # On a CPU, the sum of squares takes a tenth of the time of the maximum, but it can
             # overflow even if all values are finite.
-            norms = torch.stack(torch._foreach_norm(gradients, 2))
+            norms = norms_of(gradients, 2)
             if norms.isfinite().all():
                 return list(names), norms
-        return list(names), torch.stack(torch._foreach_norm(gradients, math.inf))
+        return list(names), norms_of(gradients, math.inf)
 
     def _restore(self, skip: Tensor) -> None:
         """Restore the model's buffers if ``skip`` is True."""
@@ -199,7 +199,7 @@ class StepGuard:
             values = torch.where(skip, before, _joined(buffers))
             parts = values.split([buffer.numel() for buffer in buffers])
             shaped = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
-            torch._foreach_copy_(buffers, shaped)
+            copy_all(buffers, shaped)
 
     def report(self, step: Step, values: list[float]) -> None:
         """Log a skipped step, and write a report for reproducing it.

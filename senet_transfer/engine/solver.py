@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from senet_transfer.config import config_value, get_senet_config
 from senet_transfer.errors import UserError
+from senet_transfer.utils.private_api import multiply_all, norms_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +162,10 @@ def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:
         if gradients and not by_norm:
             clip_grad_value_(parameters, limit)
         elif gradients:
-            norms = torch.stack(torch._foreach_norm(gradients, order))
+            norms = norms_of(gradients, order)
             # The norm of a norm, as in clip_grad_norm_ for a single tensor.
             norms = torch.linalg.vector_norm(norms[:, None], order, dim=1)
-            torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
+            multiply_all(gradients, (limit / (norms + 1e-6)).clamp(max=1.0))
 
     return clip
 

@@ -8,7 +8,7 @@ a test fails if an upgrade changes a private API. Importing this module imports 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,62 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
     from collections import OrderedDict
 
     state._metadata = OrderedDict(metadata)
+
+
+def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Return the norm of each tensor, ``(N,)``, computed in few kernels.
+
+    torch 2.11 to 2.14: ``torch._foreach_norm``.
+    """
+    import torch
+
+    return torch.stack(torch._foreach_norm(tensors, order))
+
+
+def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each tensor, in place, by one of the factors ``(N,)``.
+
+    torch 2.11 to 2.14: ``torch._foreach_mul_``.
+    """
+    import torch
+
+    torch._foreach_mul_(tensors, factors.unbind())
+
+
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into its target, in few kernels.
+
+    torch 2.11 to 2.14: ``torch._foreach_copy_``.
+    """
+    import torch
+
+    torch._foreach_copy_(targets, values)
+
+
+def lerp_all(
+    targets: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weight: float,
+    held: Tensor | None = None,
+) -> None:
+    """Interpolate each target, in place, towards its value, in few kernels.
+
+    torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul`` and
+    ``torch._foreach_add_``.
+
+    Args:
+        targets: the tensors to change.
+        values: finite tensors of the same shapes and types.
+        weight: the weight of the values, 0-1.
+        held: a number on the device: 1 to leave the targets unchanged, otherwise 0.
+    """
+    import torch
+
+    if held is not None:
+        # A held target is interpolated towards itself. Products with 0 and 1 are exact.
+        values = torch._foreach_mul(values, 1 - held)
+        torch._foreach_add_(values, torch._foreach_mul(targets, held))
+    torch._foreach_lerp_(targets, values, weight)
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

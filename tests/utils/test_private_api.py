@@ -247,6 +247,24 @@ def test_the_default_trainer_runs_the_steps_of_the_trainer_that_ours_sets():
     assert model.weight.item() == pytest.approx(before - 0.2)
 
 
+def test_functions_of_many_tensors_do_as_those_of_one():
+    torch.manual_seed(0)
+    targets = [torch.randn(3, 4), torch.randn(5), torch.randn(())]
+    values, expected = [torch.randn_like(t) for t in targets], [t.clone() for t in targets]
+    for order in (2, np.inf):
+        assert private_api.norms_of(targets, order).tolist() == [t.norm(order) for t in targets]
+    private_api.lerp_all(targets, values, 0.3)
+    expected = [target.lerp(value, 0.3) for target, value in zip(expected, values, strict=True)]
+    private_api.lerp_all(targets, values, 0.7, held=torch.zeros(()))
+    expected = [target.lerp(value, 0.7) for target, value in zip(expected, values, strict=True)]
+    private_api.lerp_all(targets, values, 0.7, held=torch.ones(()))
+    private_api.multiply_all(targets, torch.tensor([0.5, 1.5, 3.0]))
+    expected = [t * factor for t, factor in zip(expected, (0.5, 1.5, 3.0), strict=True)]
+    assert all(map(torch.equal, targets, expected))
+    private_api.copy_all(targets, values)
+    assert all(map(torch.equal, targets, values))
+
+
 def test_only_fused_optimizers_skip_a_step_on_the_device():
     for kind in (torch.optim.SGD, torch.optim.AdamW):
         for fused in (True, False):
