@@ -26,11 +26,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # The table's groups: how the names of their configs begin.
 TASKS = {
     "COCO": ("faster_rcnn_", "mask_rcnn_", "retinanet_"),
-    "Places365, and folders of your own": ("places365_", "finetune_"),
+    "Places365 and your own images": ("places365_", "finetune_"),
     "CIFAR": ("cifar10_", "cifar100_"),
     "Demos": ("demo_",),
 }
-COLUMNS = "| config | what | command | expected | hardware |\n|---|---|---|---|---|"
+COLUMNS = "| config | description | command | expected result | hardware |\n|---|---|---|---|---|"
 
 
 def header(path):
