@@ -49,7 +49,7 @@ def snapshot(folder):
 
 
 def rasterised(annotation, image):
-    """Return the polygons of an annotation in pycocotools' run-length encoding."""
+    """Convert an annotation's polygons to pycocotools' run-length encoding."""
     parts = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
     return coco_mask.merge(parts)
 
@@ -193,7 +193,7 @@ def test_a_hole_is_left_out_of_the_polygons():
 
 
 def test_any_mask_has_valid_polygons_that_cover_it():
-    """Check polygons of arbitrary masks, including scattered pixels and thin lines and holes."""
+    """Check polygons of arbitrary masks, such as scattered pixels, thin lines and holes."""
     rng = np.random.default_rng(0)
     for density in np.linspace(0.02, 0.98, 60):
         mask = rng.random((12, 14)) < density

@@ -1,4 +1,4 @@
-"""Tests of CIFAR's distributions and of the prepared file."""
+"""Tests of reading CIFAR's official archives and of the prepared file."""
 
 import io
 import os

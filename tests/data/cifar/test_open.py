@@ -23,7 +23,7 @@ from tests.data.cifar.cifar_files import (
 
 @pytest.fixture
 def tree(tmp_path):
-    """Write four images per class and split, in a lossless format to compare pixels."""
+    """Write four images per class and split, losslessly so that pixels can be compared."""
     root = tmp_path / "tree"
     random = np.random.RandomState(0)
     for split in ("train", "test"):

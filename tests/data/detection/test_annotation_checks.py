@@ -219,7 +219,7 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("annotations.1.bbox", [-0.5, -0.5, 64.6, 48.5]),  # tools round
+        ("annotations.1.bbox", [-0.5, -0.5, 64.6, 48.5]),  # rounded by annotation tools
         ("annotations.1.iscrowd", False),
         ("annotations.1.ignore", 0),
         ("annotations.1.segmentation", []),

@@ -66,7 +66,7 @@ def test_an_unknown_name_gets_the_nearest_ones_and_the_way_to_register(ask):
 
 @pytest.fixture
 def coco_root(tmp_path, monkeypatch):
-    """Redirect Detectron2's own COCO data sets to a folder, as if imported with another root."""
+    """Redirect Detectron2's built-in COCO data sets to a folder, as DETECTRON2_DATASETS would."""
     monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
     for name in ("coco_2017_train", "coco_2017_val"):
         values = vars(MetadataCatalog.get(name))

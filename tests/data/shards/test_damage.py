@@ -202,7 +202,7 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
     with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000\.tar has sha256"):
         verify(shards, workers=2)
     agree(shards)
-    if where != "image":  # a flipped bit in an image can be another valid image
+    if where != "image":  # an image with a flipped bit may still be valid
         with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000"):
             verify(shards)
 

@@ -31,11 +31,12 @@ class Server:
     """A local HTTP server that can break connections and records requests.
 
     Attributes:
-        address: address of its root.
-        requests: requested paths.
-        ranges: whether it supports range requests.
-        break_after: bytes of a tar file after which a connection is closed; None for never.
-        breaks: number of connections that will be broken.
+        address: Address of the root.
+        requests: Requested paths, in order.
+        ranges: Whether range requests are supported.
+        break_after: Number of bytes of a tar file after which a connection is closed; None for
+            never.
+        breaks: Number of connections that are still to be broken.
     """
 
     def __init__(self, folder: Path):
@@ -301,7 +302,7 @@ def test_the_place_in_the_cache_differs_by_address_and_content(make_shards, tmp_
     assert len(places) == 4
 
 
-# An object store.
+# Object stores.
 
 
 MOTO = """

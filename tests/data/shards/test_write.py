@@ -347,7 +347,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to read-only folders")
 def test_a_folder_that_cannot_be_written_is_said(val, tmp_path, prepare, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     assert prepare(val, tmp_path / "out") == 2
@@ -363,7 +363,7 @@ def test_numbers_that_make_no_sense_are_refused(val, tmp_path, prepare, capsys, 
     assert wrong[0].strip("-") in capsys.readouterr().err
 
 
-# A plain folder.
+# Shards of a folder with one subfolder per class.
 
 
 def test_prepare_folder_takes_the_classes_of_other_shards(tmp_path, capsys):
