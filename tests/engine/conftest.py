@@ -1,4 +1,4 @@
-"""Fixtures: a small data set of rendered shapes in COCO's format, and runs on it."""
+"""Fixtures: a small data set of rendered shapes, and commands that train on it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests that converted files give the original outputs, here and in the project that reads them."""
+"""Tests that converted files give the original outputs, also in the target project."""
 
 import json
 import pickle
@@ -53,7 +53,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build the same network with other weights, to load a file into."""
+    """Build the same network with different weights, to load a file into."""
     return peer(package, name, seed=7)
 
 
@@ -195,7 +195,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
     ],
 )
 def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
-    # All tensors would fit in each of these cases: only the checks find the difference.
+    # In each of these cases all tensors would fit, so only the checks detect the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
     with pytest.raises(UserError, match=words):
         convert_file(tmp_path / "own.pth", tmp_path / "out.pth", to=to)
@@ -210,7 +210,7 @@ def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
 
 
 def published_bgr(model, tmp_path) -> Path:
-    """Write a weight file whose metadata state BGR images."""
+    """Write a weight file whose metadata specifies BGR images."""
     path = save(model, tmp_path / "tv.pth")
     ours = create_classifier("resnet18", weights=path)
     ours.backbone.preprocessing = Preprocessing(format="BGR")

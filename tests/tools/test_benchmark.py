@@ -30,7 +30,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """Check that a machine that becomes ten times slower doesn't change a ratio."""
+    """Check that ratios do not change if the machine becomes ten times slower."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")
@@ -71,7 +71,7 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
     layer = nn.Linear(4, 8)
     x = torch.randn(16, 4)
     held = []
-    # Saved are the layer's input and the output of the sigmoid, but not the weight.
+    # The layer's input and the sigmoid's output are saved, but not the weight.
     forward = lambda: held.append(layer(x).sigmoid())  # noqa: E731
     assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
 

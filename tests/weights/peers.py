@@ -118,7 +118,7 @@ def geometry_options(model: Classifier) -> dict[str, object]:
 
 
 def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Check networks of another geometry, which have the same tensors but other outputs.
+    """Check networks with a different geometry, which have the same tensors but other outputs.
 
     ``load_weights`` must raise an error for each. ``load_state_dict`` accepts the tensors; the
     outputs must then differ from the peer's, which shows that the comparison detects such errors.

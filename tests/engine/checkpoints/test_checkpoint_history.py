@@ -1,4 +1,4 @@
-"""Tests of the list of checkpoints: keeping, falling back, deleting and verifying."""
+"""Tests of the checkpoint history: keeping, falling back, deleting and verifying."""
 
 import logging
 

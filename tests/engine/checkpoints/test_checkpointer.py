@@ -76,7 +76,7 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
 
 
 def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
-    """Detectron2's own checkpointer would train from random weights in this case."""
+    """Check a case in which Detectron2's checkpointer would continue with random weights."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
     checkpointer = Checkpointer(create_classifier("resnet18"))

@@ -1,4 +1,4 @@
-"""Fixtures: a small tree of images with one folder per class, and training commands on it."""
+"""Fixtures: images in one folder per class, and commands that train on them."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Link the validation set, or its first images, to where a test may change it."""
+    """Link the validation set, or its first images, into a folder that a test may change."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))
@@ -71,7 +71,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """Return torchvision's ResNet-18 with a classifier that fits half of the scenes."""
+    """Return torchvision's ResNet-18 with a linear layer fitted to half of the images."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)

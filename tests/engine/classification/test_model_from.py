@@ -1,4 +1,4 @@
-"""Tests of finding and building models: precedence of files, and reads per weight file."""
+"""Tests of finding and building models: file precedence, and reading each file once."""
 
 import shutil
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Tests of training runs: output files, exact resuming, and independence of process counts."""
+"""Tests of training runs: output files, exact resuming and several processes."""
 
 import json
 import math

@@ -51,12 +51,12 @@ def aligned(name: str) -> dict[str, str]:
 
 CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
 
-# They have more of the blocks that the networks with 50 layers have.
+# These networks have more blocks of the same types as those with 50 layers.
 DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_32x4d"))]
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return parameters of a test, of which the deeper networks and others are slow."""
+    """Return test parameters, with the deeper networks and those in ``slow`` marked as slow."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -71,13 +71,13 @@ def stages_of(name: str) -> list[str]:
 
 @functools.cache
 def structure(name: str, **options: object) -> Backbone:
-    """Return a backbone without values: its modules, and the shapes of its parameters."""
+    """Return a backbone on the meta device: modules and parameter shapes without values."""
     with torch.device("meta"):
         return create_backbone(name, **options)
 
 
 def with_all_stages(name: str, **options: object) -> Backbone:
-    """Return the structure of a backbone whose feature maps have exactly its strides."""
+    """Return the structure of a backbone that outputs all stages, aligned with the image."""
     return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 
 

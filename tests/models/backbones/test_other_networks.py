@@ -189,7 +189,7 @@ def test_the_small_networks_compute_their_papers_tables(name, stated, placement)
 
 
 def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Add hooks to modules of another network that gate their output with a backbone's weights."""
+    """Add hooks that apply a backbone's gates to the outputs of another network's modules."""
     state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:
@@ -208,7 +208,7 @@ def randomise_gates(backbone: nn.Module) -> None:
 
 @pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Compare outputs; a file of the plain network must fill all of a backbone but the gates."""
+    """Compare outputs; the plain network's file must fill the backbone except for its gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}

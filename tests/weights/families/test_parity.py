@@ -1,4 +1,4 @@
-"""Comparison of networks of installable packages with this project's, loaded from their files."""
+"""Tests of loaded weights against the networks of installable packages."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ SLOW_PEERS = [
 )
 @pytest.mark.long
 def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
-    # Loading into an existing model, and networks of a wrong geometry, are checked too.
+    # This also checks loading into an existing model, and networks with a wrong geometry.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     expected = outputs_of_peer(model, images())

@@ -1,4 +1,4 @@
-"""Tests that weight files are read by content, and that errors state the remedy."""
+"""Tests that file formats are detected by content, and that errors state how to fix them."""
 
 import dataclasses
 import gzip
@@ -113,7 +113,7 @@ def test_plain_values_beside_the_tensors_are_kept(tmp_path):
     assert read_tensors(tmp_path / "a").metadata == {"senet_transfer": own, "format": "pt"}
 
 
-# Broken files. The error names the file and states the remedy.
+# Broken files. The error names the file and states how to fix the problem.
 
 PAGE = "<!DOCTYPE html><html><head><title>Google Drive &amp; quota\n exceeded</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\n"
@@ -165,7 +165,7 @@ def test_a_missing_file_a_folder_and_a_device_say_so(tmp_path):
         read_tensors(tmp_path / ("x" * 300))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
 def test_a_file_without_permission_says_so(tmp_path):
     _write(tmp_path / "a.pth", "pth")
     (tmp_path / "a.pth").chmod(0)

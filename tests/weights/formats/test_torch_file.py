@@ -395,7 +395,7 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
         (0, (4,), (-1,), 4, 4),
         (-1, (2,), (1,), 4, 4),
         (0, (4,), (), 4, 4),
-        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes, from one number by strides of 0
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes: one number repeated by strides of 0
         (0, (1,) * 40, (1,) * 40, 4, 4),
         (0, (4.0,), (1,), 4, 4),
     ],
