@@ -1,4 +1,4 @@
-"""Tests of the modules that importing the package loads, and of the registration of models."""
+"""Tests of the modules that are loaded with the package, and of model registration."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests of the names, values and statistics of gates, and of the sampling of images."""
+"""Tests of gate names, values and statistics, and of image sampling."""
 
 import json
 

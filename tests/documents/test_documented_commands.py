@@ -66,7 +66,7 @@ class _ParsedError(Exception):
 def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
     """Parse a command with its script's own parser; return None if it has no parser."""
     script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
-    assert script.is_file(), f"there is no {words[0]}"
+    assert script.is_file(), f"{words[0]} does not exist"
     if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
         return None
 

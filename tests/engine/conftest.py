@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """Return a function from flags and config overrides to the options of a small run."""
+    """Return a function that parses the options of a small run with flags and overrides."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}

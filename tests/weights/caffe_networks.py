@@ -13,7 +13,7 @@ from tests.weights.caffe_writer import CaffeNet
 
 @dataclass(frozen=True)
 class Design:
-    """Options in which the authors' networks differ."""
+    """Architecture options of the authors' networks."""
 
     blocks: tuple[int, ...]
     groups: int = 1

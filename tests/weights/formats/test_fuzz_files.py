@@ -115,7 +115,7 @@ def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
         assert time.process_time() - start < _CPU_SECONDS, what
     assert str(path) in message, what
     assert len(message) < 1000, what
-    assert message.isprintable(), what  # no control characters from the file
+    assert message.isprintable(), what  # the message contains no control characters from the file
     return None
 
 

@@ -63,7 +63,7 @@ def test_a_weight_file_is_immutable(tmp_path):
         read_tensors(tmp_path / "a.pth").format = "pkl"
 
 
-# The usual wrappers.
+# Common wrappers around a state dict.
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 def _weights_only() -> dict[str, object]:
     """Return values that ``torch.load(weights_only=True)`` accepts."""
-    warnings.simplefilter("ignore")  # torch's, of quantized and nested tensors and typed storages
+    warnings.simplefilter("ignore")  # about quantized and nested tensors and typed storages
     attributed = torch.ones(2)
     attributed.note = "text"
     parameter = torch.nn.Parameter(torch.ones(2))
@@ -174,7 +174,7 @@ def _weights_only() -> dict[str, object]:
 
 with warnings.catch_warnings():
     _WEIGHTS_ONLY = _weights_only()
-# In torch's legacy format, torch can't load what is in an untyped storage.
+# torch cannot load these values from its legacy format, because they use untyped storages.
 _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
 
 
@@ -182,7 +182,9 @@ _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
     ("name", "zipped"),
     [(n, z) for n in _WEIGHTS_ONLY for z in (True, False) if z or n not in _ONLY_ZIPPED],
 )
-@pytest.mark.filterwarnings("ignore")  # of torch: sparse, quantized, nested and typed storages
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # about sparse, quantized and nested tensors and typed storages
 def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
     path = tmp_path / "a.pth"
     content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
