@@ -182,9 +182,8 @@ _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
     ("name", "zipped"),
     [(n, z) for n in _WEIGHTS_ONLY for z in (True, False) if z or n not in _ONLY_ZIPPED],
 )
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # about sparse, quantized and nested tensors and typed storages
+# Warnings about sparse, quantized and nested tensors and typed storages.
+@pytest.mark.filterwarnings("ignore")
 def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
     path = tmp_path / "a.pth"
     content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
