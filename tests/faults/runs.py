@@ -45,8 +45,8 @@ class Work:
     """A small training run.
 
     Attributes:
-        folder: The run's OUTPUT_DIR.
-        words: The arguments of the command line, except OUTPUT_DIR.
+        folder: Output folder of the run.
+        words: Command-line arguments of the run, except OUTPUT_DIR.
     """
 
     folder: Path

@@ -238,11 +238,11 @@ class CaffeNet:
         )
 
     def write(self, prototxt: Path, caffemodel: Path, *, for_opencv: bool = False) -> None:
-        """Write the definition and the weights.
+        """Write the definition and the weights to files.
 
         Args:
-            prototxt: The file of the definition.
-            caffemodel: The file of the weights.
+            prototxt: Path of the definition.
+            caffemodel: Path of the weights.
             for_opencv: Exchange the last two inputs of every Axpy in the definition. OpenCV's
                 importer applies the gate to the third input, whereas the authors' layer applies it
                 to the second. (OpenCV also supports only one image per batch there.)

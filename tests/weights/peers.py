@@ -139,14 +139,14 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
 def check_peer(
     model: nn.Module, stages: list, path: Path, ours: str, family: str, **overrides: object
 ) -> Classifier:
-    """Load a file and compare the outputs with those of the network that it was saved from.
+    """Load a file and compare the outputs of the model with those of the original network.
 
     Args:
-        model: The network that the file was saved from.
-        stages: The modules of that network whose outputs are res2 to res5.
-        path: The file.
-        ours: The name of this project's model to load the file into.
-        family: The family that must be detected.
+        model: The original network, from which the file was saved.
+        stages: Modules of the original network whose outputs are res2 to res5.
+        path: Path of the weight file.
+        ours: Name of this project's model that loads the file.
+        family: Weight family that must be detected.
         overrides: Options of this project's model.
     """
     expected = outputs_of_peer(model, images(), stages)
