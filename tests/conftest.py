@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.documents.warm import WarmPython
 from tests.processes import ROOT
@@ -70,3 +71,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def zero_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Initialise networks with zeros, which is faster than with random numbers.
+
+    It is for tests that write or load all weights that they depend on.
+    """
+
+    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return nn.init.zeros_(tensor)
+
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, fill)

@@ -40,7 +40,7 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Run ``python WORDS``, where WORDS is a script or ``-c CODE`` with arguments."""
+        """Run ``python WORDS``, where WORDS start with a script, ``-c CODE`` or ``-m MODULE``."""
         printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -57,6 +57,10 @@ def _become(words: list[str], printed: list[str]) -> None:
     if words[0] == "-c":
         sys.argv[:], sys.path[0] = ["-c", *words[2:]], ""
         exec(words[1], {"__name__": "__main__"})
+        return
+    if words[0] == "-m":
+        sys.argv[:], sys.path[0] = words[1:], ""
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
     sys.argv[:], sys.path[0] = words, os.path.dirname(words[0])
     runpy.run_path(words[0], run_name="__main__")

@@ -33,6 +33,7 @@ from tests.weights.peers import (
 )
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("zero_initial_weights")
 
 # Package, its model name, this project's model name, the target format, the file suffix.
 ROUND_TRIPS = [

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmark import Comparison, Ratio, compare, saved_bytes
 from benchmark.memory import highest_sum, peak_bytes
-from tests.processes import ROOT, call
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
@@ -87,12 +87,11 @@ def test_the_peak_is_what_was_occupied_at_once():
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
 
 
-@pytest.mark.long
-def test_the_command_starts_without_the_packages_for_export():
+def test_a_part_starts_without_the_packages_for_export(run_python):
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
-    line += "sys.path[0] = 'tools'; "
+    line += "sys.path[0] = 'tools'; import benchmark.networks, benchmark.inference; "
     line += "runpy.run_path('tools/benchmark.py', run_name='__main__')"
-    done = call(sys.executable, "-c", line, "--help")
+    done = run_python("-c", line, "--help")
     assert done.returncode == 0, done.stderr
 
 

@@ -224,6 +224,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("whole", [True, False], ids=["classifier", "backbone"])
+@pytest.mark.usefixtures("zero_initial_weights")
 def test_own_files_say_what_they_are(suffix, whole, tmp_path):
     # The file contains geometry and preprocessing, which are restored with the weights.
     path = tmp_path / f"own{suffix}"
