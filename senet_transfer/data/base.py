@@ -16,10 +16,10 @@ class RawSample:
     """An encoded image with its label.
 
     Attributes:
-        key: name of the sample, unique in its data set. It is never used as a path.
-        label: index of the class.
-        data: the encoded image.
-        origin: the file or shard that the image was read from, for messages.
+        key: Name of the sample, unique in its data set. It is never used as a path.
+        label: Index of the class.
+        data: The encoded image.
+        origin: The file or shard that the image was read from, for messages.
     """
 
     key: str
@@ -44,9 +44,9 @@ class ClassificationDataset(ABC):
     """Labelled images in a fixed order, grouped into units that are read in one go.
 
     Attributes:
-        classes: names of the classes, indexed by label.
-        unit_sizes: number of samples in each unit, int64 `(U,)`.
-        origin: path or address of the data set, for messages.
+        classes: Names of the classes, indexed by label.
+        unit_sizes: Number of samples in each unit, int64 `(U,)`.
+        origin: Path or address of the data set, for messages.
     """
 
     def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):

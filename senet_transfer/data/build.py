@@ -33,11 +33,11 @@ def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> Non
     """Open the config's data sets and write their absolute paths and classes into the config.
 
     Args:
-        cfg: the config, which is changed in place.
-        eval_only: open only the data sets of ``DATASETS.TEST``.
+        cfg: The config, which is changed in place.
+        eval_only: Open only the data sets of ``DATASETS.TEST``.
 
     Raises:
-        UserError: a data set is missing or damaged, or the data sets have different classes.
+        UserError: If a data set is missing or damaged, or the data sets have different classes.
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
@@ -93,11 +93,11 @@ def find_dataset(name: str) -> str:
     """Return the absolute path of a data set.
 
     Args:
-        name: path relative to the working directory or to ``$DETECTRON2_DATASETS``, name of a
+        name: Path relative to the working directory or to ``$DETECTRON2_DATASETS``, name of a
             prepared data set such as ``cifar10_train``, or remote address, returned unchanged.
 
     Raises:
-        UserError: the data set does not exist.
+        UserError: If the data set does not exist.
     """
     if not isinstance(name, str):
         raise UserError(
@@ -213,12 +213,12 @@ def train_loader(
     """Build the training loader of this process.
 
     Args:
-        cfg: the config.
-        seed: seed of the run; the same in all processes.
-        start_iter: the first iteration to deliver.
+        cfg: The config.
+        seed: Seed of the run; the same in all processes.
+        start_iter: The first iteration to deliver.
 
     Raises:
-        UserError: the sampler is not supported, or the data cannot be opened.
+        UserError: If the sampler is not supported, or the data cannot be opened.
     """
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:

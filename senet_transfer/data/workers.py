@@ -20,7 +20,7 @@ class ErrorsAsValues:
     """Wrapper of a function that returns a UserError instead of raising it.
 
     Args:
-        function: the function to wrap; it takes one argument.
+        function: The function to wrap; it takes one argument.
     """
 
     def __init__(self, function: Callable[[Any], Any]):
@@ -37,7 +37,7 @@ class RaisingLoader:
     """Wrapper of a data loader that raises the errors which workers return as values.
 
     Args:
-        loader: yields batches. A UserError may be a whole batch, or an item of a batch that is a
+        loader: Yields batches. A UserError may be a whole batch, or an item of a batch that is a
             list.
     """
 

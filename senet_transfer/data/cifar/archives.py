@@ -82,14 +82,14 @@ def download_cifar(name: str, root: Path) -> Path:
     """Download the python version with torchvision, which verifies and unpacks it.
 
     Args:
-        name: a key of :data:`DOWNLOADS`.
-        root: folder for the archive and the unpacked files. Verified files there are kept.
+        name: A key of :data:`DOWNLOADS`.
+        root: Folder for the archive and the unpacked files. Verified files there are kept.
 
     Returns:
         The folder of the unpacked files.
 
     Raises:
-        UserError: the data can't be downloaded or written, or has another checksum.
+        UserError: If the data can't be downloaded or written, or has another checksum.
     """
     dataset = DOWNLOADS[name]
     try:
@@ -107,15 +107,15 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
     """Read an archive or a folder with the files of an official distribution.
 
     Args:
-        path: tar archive, compressed or not, or the folder it was unpacked to, or its parent.
-        verify: raise an error for an archive with another checksum than the official one, and for
+        path: Tar archive, compressed or not, or the folder it was unpacked to, or its parent.
+        verify: Raise an error for an archive with another checksum than the official one, and for
             data with another number of images.
 
     Returns:
         The splits by name, or None for an archive or folder with other files.
 
     Raises:
-        UserError: the data is damaged, fails the verification, or holds a pickle that could
+        UserError: If the data is damaged, fails the verification, or holds a pickle that could
             execute code.
     """
     files = _read_folder(path) if path.is_dir() else _read_archive(path)
@@ -218,7 +218,7 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: in
     """Return the content of a regular file in an archive.
 
     Raises:
-        UserError: the file has more than ``max_bytes`` bytes.
+        UserError: If the file has more than ``max_bytes`` bytes.
     """
     if member.size > max_bytes:
         raise UserError(

@@ -24,15 +24,16 @@ def read_image_splits(folder: Path, *, quiet: bool = False) -> dict[str, ImageAr
     """Read a folder that has a folder or an archive for each split.
 
     Args:
-        folder: holds `train` and `test`, or `train.tar.xz` and `test.tar.xz`, or other archives,
+        folder: Holds `train` and `test`, or `train.tar.xz` and `test.tar.xz`, or other archives,
             with one folder per class in each.
-        quiet: show no progress bars.
+        quiet: Show no progress bars.
 
     Returns:
         The splits by name, or None for a folder without splits.
 
     Raises:
-        UserError: an image can't be read or has another size, or the classes of the splits differ.
+        UserError: If an image can't be read or has another size, or the classes of the splits
+            differ.
     """
     paths = {split: split_path(folder, split) for split in SPLITS}
     if not any(paths.values()):
@@ -66,11 +67,11 @@ def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
     """Read the images of one split, sorted by class and file name.
 
     Args:
-        path: folder or archive with one folder per class.
-        quiet: show no progress bar.
+        path: Folder or archive with one folder per class.
+        quiet: Show no progress bar.
 
     Raises:
-        UserError: there are no images, or one can't be read or has another size.
+        UserError: If there are no images, or one can't be read or has another size.
     """
     files = _in_folder(path) if path.is_dir() else _in_archive(path)
     found = [

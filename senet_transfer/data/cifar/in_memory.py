@@ -35,11 +35,11 @@ class ImageArrays:
     Attributes:
         images: uint8 RGB `(N, 3, 32, 32)`.
         labels: int64 `(N,)`.
-        classes: names of the classes, indexed by label.
-        origin: path of the data, for messages.
+        classes: Names of the classes, indexed by label.
+        origin: Path of the data, for messages.
 
     Raises:
-        UserError: shapes or types are wrong, or a label has no class.
+        UserError: If shapes or types are wrong, or a label has no class.
     """
 
     images: Tensor
@@ -84,12 +84,12 @@ def save_images(data: ImageArrays, path: Path, source: str) -> None:
     """Write a prepared split atomically.
 
     Args:
-        data: the images and labels of the split.
-        path: the file to write.
-        source: name of the source, stored in the file's metadata.
+        data: The images and labels of the split.
+        path: The file to write.
+        source: Name of the source, stored in the file's metadata.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: If the file can't be written.
     """
     tensors = {"images": data.images.contiguous(), "labels": data.labels.contiguous()}
     about = {
@@ -117,10 +117,10 @@ def load_images(path: str | Path) -> ImageArrays:
     """Load a prepared split.
 
     Args:
-        path: the file, as returned by :func:`split_file`.
+        path: The file, as returned by :func:`split_file`.
 
     Raises:
-        UserError: the file does not exist, is damaged or has another format.
+        UserError: If the file does not exist, is damaged or has another format.
     """
     path = Path(path)
     if not path.is_file():

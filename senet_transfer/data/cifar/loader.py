@@ -44,17 +44,17 @@ class CifarTrainLoader:
     ):
         """
         Args:
-            data: the training data.
-            batch_size: number of images per iteration in this process.
-            seed: seed of the order and the augmentation, 0 or more.
-            augment: the augmentation; None for none.
-            start_iter: the first iteration to deliver.
-            rank: rank of this process.
-            world_size: number of processes.
-            device: device on which the data is kept (150 MB for CIFAR) and augmented.
+            data: The training data.
+            batch_size: Number of images per iteration in this process.
+            seed: Seed of the order and the augmentation, 0 or more.
+            augment: The augmentation; None for none.
+            start_iter: The first iteration to deliver.
+            rank: Rank of this process.
+            world_size: Number of processes.
+            device: Device on which the data is kept (150 MB for CIFAR) and augmented.
 
         Raises:
-            UserError: an argument is out of range.
+            UserError: If an argument is out of range.
         """
         _check_share(batch_size, rank, world_size)
         if seed < 0 or start_iter < 0:
@@ -115,7 +115,7 @@ class CifarEvalLoader:
     ``"index"``, the images' indices in the data set.
 
     Attributes:
-        expected: number of images for this process.
+        expected: Number of images for this process.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class CifarEvalLoader:
     ):
         """
         Args:
-            data: the data to evaluate on.
-            batch_size: number of images per batch; the last batch may be smaller.
-            rank: rank of this process.
-            world_size: number of processes.
-            device: device of the batches.
+            data: The data to evaluate on.
+            batch_size: Number of images per batch; the last batch may be smaller.
+            rank: Rank of this process.
+            world_size: Number of processes.
+            device: Device of the batches.
 
         Raises:
-            UserError: an argument is out of range.
+            UserError: If an argument is out of range.
         """
         _check_share(batch_size, rank, world_size)
         start, end = (len(data) * part // world_size for part in (rank, rank + 1))

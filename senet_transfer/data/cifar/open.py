@@ -43,13 +43,13 @@ def open_cifar(
     they are resized.
 
     Args:
-        path: file, folder or address.
+        path: File, folder or address.
         split: "train" or "test"; used if the path does not determine the split.
-        classes: expected names of the classes, in the order of their labels.
-        cache_dir: folder for local copies of remote shards.
+        classes: Expected names of the classes, in the order of their labels.
+        cache_dir: Folder for local copies of remote shards.
 
     Raises:
-        UserError: the data is of none of these kinds, is damaged, or has other classes.
+        UserError: If the data is of none of these kinds, is damaged, or has other classes.
     """
     data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split)
     if data is None:
@@ -108,7 +108,7 @@ def decode_all(dataset: ClassificationDataset) -> ImageArrays:
     """Decode all images of a data set, resized and cropped to 32x32 pixels as in evaluation.
 
     Raises:
-        UserError: an image can't be decoded, or the data set is empty.
+        UserError: If an image can't be decoded, or the data set is empty.
     """
     view = EvalTransform(resize=SIDE, crop=SIDE)
     images, labels = [], []

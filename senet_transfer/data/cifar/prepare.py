@@ -19,17 +19,17 @@ def read_source(
     """Read CIFAR or similar data in any supported form.
 
     Args:
-        source: an official archive (binary or python version), a folder to which one was unpacked,
+        source: An official archive (binary or python version), a folder to which one was unpacked,
             or a folder with a folder or archive for each split, `train` and `test`, that holds one
             folder per class.
-        verify: as for :func:`~senet_transfer.data.cifar.archives.read_official`.
-        quiet: show no progress bars.
+        verify: As for :func:`~senet_transfer.data.cifar.archives.read_official`.
+        quiet: Show no progress bars.
 
     Returns:
         The splits by name, "train" and "test".
 
     Raises:
-        UserError: the data has another form, is damaged or fails the verification.
+        UserError: If the data has another form, is damaged or fails the verification.
     """
     if not source.exists():
         raise UserError(f"There is no {source}. Name an archive or a folder.")
@@ -51,16 +51,16 @@ def prepare_cifar(
     """Write the prepared files of a data set, or keep those that exist.
 
     Args:
-        source: as for :func:`read_source`.
-        output: folder for `train.safetensors` and `test.safetensors`.
-        verify: as for :func:`read_source`.
-        quiet: show no progress bars.
+        source: As for :func:`read_source`.
+        output: Folder for `train.safetensors` and `test.safetensors`.
+        verify: As for :func:`read_source`.
+        quiet: Show no progress bars.
 
     Returns:
         The output folder.
 
     Raises:
-        UserError: the source can't be read, or the folder holds another data set.
+        UserError: If the source can't be read, or the folder holds another data set.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     splits = read_source(source, verify=verify, quiet=quiet)

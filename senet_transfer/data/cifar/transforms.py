@@ -29,9 +29,9 @@ class Draws:
     """Random augmentation parameters of N images.
 
     Attributes:
-        flip: whether an image is flipped, bool `(N,)`.
-        offset: top and left of the crop in the padded image, in pixels, int64 `(N, 2)`.
-        centre: row and column of the centre of Cutout's square, in pixels, int64 `(N, 2)`.
+        flip: Whether an image is flipped, bool `(N,)`.
+        offset: Top and left of the crop in the padded image, in pixels, int64 `(N, 2)`.
+        centre: Row and column of the centre of Cutout's square, in pixels, int64 `(N, 2)`.
     """
 
     flip: Tensor
@@ -49,13 +49,13 @@ class CifarAugment:
     """Augmentation of the CIFAR recipes.
 
     Attributes:
-        flip: probability of a horizontal flip, 0-1.
-        pad: number of pixels added on each side before cropping to the original size, 0-31.
+        flip: Probability of a horizontal flip, 0-1.
+        pad: Number of pixels added on each side before cropping to the original size, 0-31.
         padding: "zero" or "reflect".
-        cutout: side of Cutout's square in pixels, an even number; 0 disables Cutout.
+        cutout: Side of Cutout's square in pixels, an even number; 0 disables Cutout.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: If a value is out of range.
     """
 
     flip: float = 0.5
@@ -79,10 +79,10 @@ class CifarAugment:
         """Draw the parameters for a batch.
 
         Args:
-            images: number of images in the batch of all processes together.
-            seed: seed of the run, 0 or more.
-            iteration: iteration of the batch, 0 or more.
-            side: side of the images, in pixels.
+            images: Number of images in the batch of all processes together.
+            seed: Seed of the run, 0 or more.
+            iteration: Iteration of the batch, 0 or more.
+            side: Side of the images, in pixels.
         """
         rng = np.random.default_rng((seed, iteration, _STREAM))
         flip = rng.random(images) < self.flip
@@ -95,7 +95,7 @@ class CifarAugment:
 
         Args:
             images: `(N, C, S, S)`, of any type and on any device.
-            draws: parameters of these images.
+            draws: Parameters of these images.
 
         Returns:
             The augmented images, with the shape, type and device of the input.

@@ -41,8 +41,8 @@ class ClassificationLoader:
     """Iterator over batches that raises the UserErrors of worker processes.
 
     Attributes:
-        skips: counts of the samples seen and skipped on this rank.
-        expected: number of samples that one pass delivers on this rank; None for an infinite
+        skips: Counts of the samples seen and skipped on this rank.
+        expected: Number of samples that one pass delivers on this rank; None for an infinite
             loader.
     """
 
@@ -91,23 +91,23 @@ def build_classification_train_loader(
     not change.
 
     Args:
-        dataset: the training data.
-        batch_size: number of images per iteration on this rank.
-        transform: called with the encoded image and a random generator, which depends only on the
+        dataset: The training data.
+        batch_size: Number of images per iteration on this rank.
+        transform: Called with the encoded image and a random generator, which depends only on the
             seed, the epoch and the key of the sample.
-        seed: seed of the order and the augmentation; the same on all ranks.
-        rank: rank of this process.
-        world_size: number of processes.
-        num_workers: number of worker processes of this rank; 0 loads in this process.
-        start_iter: the first iteration to deliver.
-        class_aware: draw a class, then one of its images, instead of iterating over all images.
-        shuffle_block: number of samples of a shard that are permuted together. Larger blocks need
+        seed: Seed of the order and the augmentation; the same on all ranks.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_workers: Number of worker processes of this rank; 0 loads in this process.
+        start_iter: The first iteration to deliver.
+        class_aware: Draw a class, then one of its images, instead of iterating over all images.
+        shuffle_block: Number of samples of a shard that are permuted together. Larger blocks need
             more memory.
-        max_skip_ratio: tolerated fraction of broken images, 0-1.
-        pin_memory: use pinned memory for faster copies to a GPU.
+        max_skip_ratio: Tolerated fraction of broken images, 0-1.
+        pin_memory: Use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: an argument is out of range or the data set is empty. Iterating also raises it
+        UserError: If an argument is out of range or the data set is empty. Iterating also raises it
             for damaged data.
     """
     place = _Place(rank, world_size, num_workers)
@@ -138,16 +138,16 @@ def build_classification_eval_loader(
     because skipping it would change the metrics. The number of delivered images is checked.
 
     Args:
-        dataset: the data to evaluate on.
-        batch_size: number of images per batch.
-        transform: called with the encoded image.
-        rank: rank of this process.
-        world_size: number of processes.
-        num_workers: number of worker processes of this rank; 0 loads in this process.
-        pin_memory: use pinned memory for faster copies to a GPU.
+        dataset: The data to evaluate on.
+        batch_size: Number of images per batch.
+        transform: Called with the encoded image.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_workers: Number of worker processes of this rank; 0 loads in this process.
+        pin_memory: Use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: an argument is out of range or the data set is empty. Iterating also raises it
+        UserError: If an argument is out of range or the data set is empty. Iterating also raises it
             for damaged data.
     """
     place = _Place(rank, world_size, num_workers)

@@ -65,10 +65,10 @@ class ShardDataset(ClassificationDataset):
     ):
         """
         Args:
-            manifest: manifest of the shards.
-            base: path or address of their folder.
-            storage: options for reading remote files.
-            cache: cache for local copies of remote shards; None reads them without copying.
+            manifest: Manifest of the shards.
+            base: Path or address of their folder.
+            storage: Options for reading remote files.
+            cache: Cache for local copies of remote shards; None reads them without copying.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
@@ -150,18 +150,18 @@ def open_dataset(
     - a folder with one folder per class.
 
     Args:
-        path: the folder, file or address.
-        split: split of Places365 ("val", "train_standard" or "train_challenge"), used if the path
+        path: The folder, file or address.
+        split: Split of Places365 ("val", "train_standard" or "train_challenge"), used if the path
             does not determine it.
-        size: image size of Places365, "256" or "large"; None for the one that exists, preferably
+        size: Image size of Places365, "256" or "large"; None for the one that exists, preferably
             256.
-        classes: expected names of the classes, in the order of their labels. For a folder with one
+        classes: Expected names of the classes, in the order of their labels. For a folder with one
             folder per class, some may have no images.
-        cache_dir: folder for local copies of remote shards.
-        storage: options for reading remote files.
+        cache_dir: Folder for local copies of remote shards.
+        storage: Options for reading remote files.
 
     Raises:
-        UserError: the data does not exist, has another format, is damaged or has other classes.
+        UserError: If the data does not exist, has another format, is damaged or has other classes.
     """
     storage = storage or RemoteOptions()
     text = str(path)
@@ -225,7 +225,7 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official distribution of Places365; return None for other data.
 
     Raises:
-        UserError: the folder may contain either train split, and `split` is neither of them.
+        UserError: If the folder may contain either train split, and `split` is neither of them.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [

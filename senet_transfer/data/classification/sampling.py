@@ -28,11 +28,11 @@ def unit_positions(
     """Yield the infinite sequence of a consumer's units.
 
     Args:
-        sizes: number of samples in each unit, `(U,)`.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip.
+        sizes: Number of samples in each unit, `(U,)`.
+        seed: Seed of the order.
+        consumer: Index of the consumer, 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip.
 
     Yields:
         The epoch, the unit, and the number of samples to skip at the start of the unit.
@@ -73,12 +73,12 @@ def train_stream(
     """Yield the infinite sequence of a consumer's samples, with the epoch of each.
 
     Args:
-        dataset: the training data.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip, because they were delivered before.
-        block: number of samples of a shard that are permuted together; 1 keeps their order.
+        dataset: The training data.
+        seed: Seed of the order.
+        consumer: Index of the consumer, 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip, because they were delivered before.
+        block: Number of samples of a shard that are permuted together; 1 keeps their order.
     """
     positions = unit_positions(
         dataset.unit_sizes, seed=seed, consumer=consumer, consumers=consumers, start=start
@@ -114,12 +114,12 @@ def class_aware_stream(
     number of completed passes over the images of its class.
 
     Args:
-        dataset: the training data. Its samples are read one by one, which is slow for remote data
+        dataset: The training data. Its samples are read one by one, which is slow for remote data
             without a cache.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip.
+        seed: Seed of the order.
+        consumer: Index of the consumer, 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)
@@ -153,7 +153,7 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
     """Yield the samples `[first, end)` of the data set in order.
 
     Raises:
-        UserError: the data contains fewer samples than its manifest states.
+        UserError: If the data contains fewer samples than its manifest states.
     """
     position = 0
     delivered = 0

@@ -14,12 +14,12 @@ class SkipCounter:
     def __init__(self, workers: int, max_ratio: float):
         """
         Args:
-            workers: number of worker processes; 0 counts in the main process.
-            max_ratio: tolerated fraction of broken samples, 0-1, of the samples seen, or of 1000 if
+            workers: Number of worker processes; 0 counts in the main process.
+            max_ratio: Tolerated fraction of broken samples, 0-1, of the samples seen, or of 1000 if
                 fewer were seen.
 
         Raises:
-            UserError: `max_ratio` is out of range.
+            UserError: If `max_ratio` is out of range.
         """
         if not 0 <= max_ratio <= 1:
             raise UserError(f"max_skip_ratio={max_ratio}; expected 0 to 1.")

@@ -13,10 +13,10 @@ class ClassSample(SingleImages):
     def __init__(self, dataset: ClassificationDataset, images_per_class: int, *, seed: int = 0):
         """
         Args:
-            dataset: the data set, which is sampled uniformly and without replacement.
-            images_per_class: number of images of each class. A class with fewer images contributes
+            dataset: The data set, which is sampled uniformly and without replacement.
+            images_per_class: Number of images of each class. A class with fewer images contributes
                 all of them.
-            seed: random seed. The sample of a class depends only on the seed and the class.
+            seed: Random seed. The sample of a class depends only on the seed and the class.
         """
         labels = dataset.labels()
         order = np.argsort(labels, kind="stable")

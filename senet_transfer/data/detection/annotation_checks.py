@@ -39,13 +39,13 @@ def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = Fal
     """Read and check an annotation file, and check that its images exist.
 
     Args:
-        json_file: annotation file in COCO's instances format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without usable annotations, such as for a test set whose ground
+        json_file: Annotation file in COCO's instances format.
+        image_dir: Folder that the `file_name`s in the file are relative to.
+        allow_empty: Accept a file without usable annotations, such as for a test set whose ground
             truth is not public.
 
     Raises:
-        UserError: if the file is invalid. The message names the file and the first invalid entry.
+        UserError: If the file is invalid. The message names the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
     data = read_json_object(json_file)

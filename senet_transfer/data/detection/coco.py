@@ -31,11 +31,11 @@ class CocoDataset:
     kept consistent with the catalog.
 
     Attributes:
-        name: name of the data set in the catalogs.
-        json_file: annotation file in COCO format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without objects.
-        summary: summary of the file when it was last read; None if it has not been read.
+        name: Name of the data set in the catalogs.
+        json_file: Annotation file in COCO format.
+        image_dir: Folder that the `file_name`s in the file are relative to.
+        allow_empty: Accept a file without objects.
+        summary: Summary of the file when it was last read; None if it has not been read.
     """
 
     name: str
@@ -49,7 +49,7 @@ class CocoDataset:
         """Load the data set with Detectron2's loader.
 
         Raises:
-            UserError: if the annotation file has changed and is no longer valid.
+            UserError: If the annotation file has changed and is no longer valid.
         """
         self.refresh()
         return load_coco_json(self.json_file, self.image_dir, self.name)
@@ -58,7 +58,7 @@ class CocoDataset:
         """Read and check the annotation file, unless it is unchanged since the last call.
 
         Raises:
-            UserError: if the file is invalid. The metadata are not changed then.
+            UserError: If the file is invalid. The metadata are not changed then.
         """
         state = _file_state(self.json_file)
         if state is not None and state == self._state:
@@ -118,14 +118,14 @@ def register_coco_dataset(
     replaces the earlier registration.
 
     Args:
-        name: name of the data set for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: annotation file in COCO's instances format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without objects, such as for a test set whose ground truth is
-            not public.
+        name: Name of the data set for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        json_file: Annotation file in COCO's instances format.
+        image_dir: Folder that the `file_name`s in the file are relative to.
+        allow_empty: Accept a file without objects, such as for a test set whose ground truth is not
+            public.
 
     Raises:
-        UserError: if the file or the folder is invalid, or the name belongs to a data set that was
+        UserError: If the file or the folder is invalid, or the name belongs to a data set that was
             not registered with this function. Existing registrations are not changed then.
     """
     if not isinstance(name, str) or not name.strip():
@@ -152,14 +152,14 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
     """Register the data sets in the config key `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
-        entries: a list of `[name, annotation file, image folder]`. In paths, `~` and `$VARS` are
+        entries: A list of `[name, annotation file, image folder]`. In paths, `~` and `$VARS` are
             expanded. Relative paths are relative to the working directory.
 
     Returns:
         The names in `entries`.
 
     Raises:
-        UserError: if an entry has another form, a file or folder is invalid, or a name is already
+        UserError: If an entry has another form, a file or folder is invalid, or a name is already
             used.
     """
     register_shapes()

@@ -25,12 +25,12 @@ class CocoCrops(SingleImages):
     def __init__(self, json_file: str, image_dir: str, *, min_side: float = 16):
         """
         Args:
-            json_file: annotation file in COCO's instances format.
-            image_dir: folder of its images.
-            min_side: minimum side of a box, in pixels.
+            json_file: Annotation file in COCO's instances format.
+            image_dir: Folder of its images.
+            min_side: Minimum side of a box, in pixels.
 
         Raises:
-            UserError: the annotation file is invalid, or contains no such object.
+            UserError: If the annotation file is invalid, or contains no such object.
         """
         summary = read_coco_summary(json_file, image_dir)
         content = read_json_object(json_file)
@@ -71,9 +71,9 @@ def square_around(
     """Return the square around a box, shifted and cropped to fit into the image.
 
     Args:
-        box: x, y, width and height in pixels, as in COCO.
-        width: width of the image in pixels.
-        height: height of the image in pixels.
+        box: X, y, width and height in pixels, as in COCO.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         Left, top, right and bottom in whole pixels, inside the image.

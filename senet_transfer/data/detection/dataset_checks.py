@@ -27,13 +27,13 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
     """Return the class names of a run's data sets, which must be the same for all.
 
     Args:
-        names: names of registered data sets, all of `DATASETS.TRAIN` and `DATASETS.TEST`.
+        names: Names of registered data sets, all of `DATASETS.TRAIN` and `DATASETS.TEST`.
 
     Returns:
         The class names in the order of the model's outputs; empty if there are no data sets.
 
     Raises:
-        UserError: if a name is unknown, a data set has no classes, or two have different ones.
+        UserError: If a name is unknown, a data set has no classes, or two have different ones.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -61,11 +61,11 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
     """Check that the files of a run's data sets exist and are valid, without loading images.
 
     Args:
-        names: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
-        evaluated: the data sets that COCO's metric will be computed on.
+        names: All of `DATASETS.TRAIN` and `DATASETS.TEST`.
+        evaluated: The data sets that COCO's metric will be computed on.
 
     Raises:
-        UserError: if a name is unknown, a file is missing or invalid, or a data set cannot be used
+        UserError: If a name is unknown, a file is missing or invalid, or a data set cannot be used
             for evaluation. For missing files, the message explains how to get them.
     """
     names = [names] if isinstance(names, str) else list(names)
@@ -103,7 +103,7 @@ def check_segmentations(names: Sequence[str]) -> None:
     """Check that all objects have the segmentations that a mask head requires.
 
     Raises:
-        UserError: if objects of a data set of this project have no segmentation.
+        UserError: If objects of a data set of this project have no segmentation.
     """
     for name in names:
         dataset = registered_entry(name)

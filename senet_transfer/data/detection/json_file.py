@@ -14,7 +14,7 @@ def read_json_object(path: str) -> dict:
     """Load a JSON file that contains an object.
 
     Raises:
-        UserError: if the file is missing, unreadable, truncated, or has other content.
+        UserError: If the file is missing, unreadable, truncated, or has other content.
     """
     problem = sniff_json(path)
     if problem:

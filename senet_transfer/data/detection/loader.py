@@ -60,7 +60,7 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
     """Seed the CPU's generators inside the context, and restore their states after it.
 
     Args:
-        entropy: integers from which the seed is derived.
+        entropy: Integers from which the seed is derived.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # torch.manual_seed would also seed GPUs, whose state is not restored.
@@ -79,10 +79,10 @@ def build_train_loader(
     """Build the training loader of this process, which yields lists of mapped images endlessly.
 
     Args:
-        cfg: the config, with Detectron2's keys for data sets, sampler and grouping.
-        mapper: function that maps the dictionary of an image.
-        seed: seed of the order and the augmentation; the same in all processes.
-        start_iter: the first iteration to deliver.
+        cfg: The config, with Detectron2's keys for data sets, sampler and grouping.
+        mapper: Function that maps the dictionary of an image.
+        seed: Seed of the order and the augmentation; the same in all processes.
+        start_iter: The first iteration to deliver.
     """
     # Detectron2's samplers draw a seed if none is given.
     with seeded_rng(seed):
@@ -117,9 +117,9 @@ def build_test_loader(
     """Build Detectron2's loader of a data set for evaluation.
 
     Args:
-        cfg: the config, with Detectron2's keys for data loading.
-        dataset_name: name of a registered data set.
-        mapper: function that maps the dictionary of an image.
+        cfg: The config, with Detectron2's keys for data loading.
+        dataset_name: Name of a registered data set.
+        mapper: Function that maps the dictionary of an image.
     """
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
     loader.worker_init_fn = init_worker
@@ -181,10 +181,10 @@ class PlannedBatches(Sampler[list[Place]]):
     ):
         """
         Args:
-            sampler: yields an infinite sequence of image indices, the same each time.
-            batch_size: number of images per step in this process.
-            is_wide: returns the group of an image; None to disable grouping.
-            start_iter: index of the first batch to yield.
+            sampler: Yields an infinite sequence of image indices, the same each time.
+            batch_size: Number of images per step in this process.
+            is_wide: Returns the group of an image; None to disable grouping.
+            start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
         self.start_iter = start_iter

@@ -45,10 +45,10 @@ class CheckedDatasetMapper(DatasetMapper):
     """Detectron2's `DatasetMapper` with errors that name the broken image and how to fix it.
 
     Args:
-        is_train: map annotations in addition to images.
-        annotation_files: dictionary from an image folder to the annotation files that list its
+        is_train: Map annotations in addition to images.
+        annotation_files: Dictionary from an image folder to the annotation files that list its
             images, for messages.
-        **kwargs: arguments of `DatasetMapper`.
+        **kwargs: Arguments of `DatasetMapper`.
     """
 
     @configurable
@@ -79,7 +79,7 @@ class CheckedDatasetMapper(DatasetMapper):
         """Map the dictionary of an image in the same way as `DatasetMapper`.
 
         Raises:
-            UserError: if the image cannot be read, or its size differs from the dictionary's.
+            UserError: If the image cannot be read, or its size differs from the dictionary's.
         """
         dataset_dict = copy.deepcopy(dataset_dict)  # modified below
         image = self._read(dataset_dict)
@@ -143,7 +143,7 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     """Read a complete image with 8 bits per channel, rotated according to its EXIF orientation.
 
     Args:
-        path: file in any format that Pillow supports.
+        path: File in any format that Pillow supports.
         image_format: "BGR", "RGB", or another format of Detectron2's `read_image`.
 
     Returns:
@@ -151,8 +151,8 @@ def read_image(path: str, image_format: str) -> np.ndarray:
         format "YUV-BT.601".
 
     Raises:
-        UserError: if the image has 32-bit pixels.
-        Exception: any exception that Pillow raises for a missing, broken or truncated file.
+        UserError: If the image has 32-bit pixels.
+        Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with _no_truncated_images(), PathManager.open(path, "rb") as file:
         image: Image.Image = Image.open(file)

@@ -27,7 +27,7 @@ def decode_exact(data: bytes) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
     Raises:
-        BrokenImageError: the data is truncated, damaged, too large or not an image.
+        BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     try:
         with warnings.catch_warnings():
@@ -67,15 +67,15 @@ def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
     """Decode an image for training.
 
     Args:
-        data: an image in any format that `decode_exact` supports.
-        min_size: allow decoding a JPEG at a half, a quarter or an eighth of its size if both
-            sides keep at least this many pixels. This is faster, but changes the pixels.
+        data: An image in any format that `decode_exact` supports.
+        min_size: Allow decoding a JPEG at a half, a quarter or an eighth of its size if both sides
+            keep at least this many pixels. This is faster, but changes the pixels.
 
     Returns:
         uint8 RGB `(H, W, 3)`.
 
     Raises:
-        BrokenImageError: the data is truncated, damaged, too large or not an image.
+        BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     if size := jpeg_size(data):
         # Decoding at other fractions takes longer than at full size.

@@ -23,14 +23,14 @@ def open_folder(
     folder is a class of its own, such as `dogs/husky`.
 
     Args:
-        root: the folder that contains the class folders.
-        classes: names of the classes in the order of their labels, for a folder without images of
-            some classes or that must have the same labels as another one; None for the sorted
-            paths of the class folders.
-        skip_empty: the maximum number of empty files, which are left out. More are an error.
+        root: The folder that contains the class folders.
+        classes: Names of the classes in the order of their labels, for a folder without images of
+            some classes or that must have the same labels as another one; None for the sorted paths
+            of the class folders.
+        skip_empty: The maximum number of empty files, which are left out. More are an error.
 
     Raises:
-        UserError: there are no images, images outside the class folders, or folders that are not
+        UserError: If there are no images, images outside the class folders, or folders that are not
             in `classes`.
     """
     root = Path(root)

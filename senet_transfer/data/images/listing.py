@@ -18,13 +18,13 @@ class Images:
     """Labelled images in a folder or an uncompressed tar archive.
 
     Attributes:
-        root: the folder or the archive.
-        names: paths relative to the folder.
+        root: The folder or the archive.
+        names: Paths relative to the folder.
         labels: int32 `(N,)`, indices into `classes`.
-        classes: names of the classes.
-        sizes: sizes of the files in bytes, int64 `(N,)`.
-        offsets: byte offsets of the images in the archive, int64 `(N,)`; None for a folder.
-        missing: names of listed images that do not exist and were left out.
+        classes: Names of the classes.
+        sizes: Sizes of the files in bytes, int64 `(N,)`.
+        offsets: Byte offsets of the images in the archive, int64 `(N,)`; None for a folder.
+        missing: Names of listed images that do not exist and were left out.
     """
 
     root: Path
@@ -42,7 +42,7 @@ class Images:
         """Read one image.
 
         Raises:
-            UserError: the image cannot be read, or its size has changed since it was listed.
+            UserError: If the image cannot be read, or its size has changed since it was listed.
         """
         offset = None if self.offsets is None else int(self.offsets[index])
         name = self.names[index]
@@ -82,16 +82,16 @@ def find_listed_images(
     """Find every listed image in a folder or an archive.
 
     Args:
-        root: a folder, or a tar archive with all members in one folder, as in Places365.
-        names: paths relative to that folder.
-        labels: labels of the images, `(N,)`.
-        classes: names of the classes.
-        complete: raise an error for images that are not listed.
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        root: A folder, or a tar archive with all members in one folder, as in Places365.
+        names: Paths relative to that folder.
+        labels: Labels of the images, `(N,)`.
+        classes: Names of the classes.
+        complete: Raise an error for images that are not listed.
+        skip_missing: The maximum number of missing images, which are left out. More are an error.
 
     Raises:
-        UserError: listed images are missing or empty, or unlisted ones exist with `complete`. The
-            message names the first of them.
+        UserError: If listed images are missing or empty, or unlisted ones exist with `complete`.
+            The message names the first of them.
     """
     archived = not root.is_dir()
     found = _archive_members(root) if archived else _folder_files(root, names, complete)

@@ -43,13 +43,13 @@ def open_places365(
     """Find the images and labels of a split.
 
     Args:
-        source: folder with the lists, and with the folders or archives of images.
-        split: one of `SPLITS`.
+        source: Folder with the lists, and with the folders or archives of images.
+        split: One of `SPLITS`.
         size: "256" or "large".
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        skip_missing: The maximum number of missing images, which are left out. More are an error.
 
     Raises:
-        UserError: a list is missing or damaged, or the images do not match the list.
+        UserError: If a list is missing or damaged, or the images do not match the list.
     """
     source = Path(source)
     if split not in SPLITS or size not in SIZES:
@@ -75,13 +75,13 @@ def open_places365_images(
     """Find a split's images and labels, given the paths of the images and of the lists.
 
     Args:
-        images: folder or archive with the images.
-        lists: folder with the lists.
-        split: one of `SPLITS`.
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        images: Folder or archive with the images.
+        lists: Folder with the lists.
+        split: One of `SPLITS`.
+        skip_missing: The maximum number of missing images, which are left out. More are an error.
 
     Raises:
-        UserError: a list is missing or damaged, or the images do not match the list.
+        UserError: If a list is missing or damaged, or the images do not match the list.
     """
     classes = read_categories(_read_list(lists, CATEGORIES), str(lists / CATEGORIES))
     where = lists / list_name(split)
@@ -102,7 +102,7 @@ def read_categories(text: str, where: str) -> list[str]:
     """Parse the list of classes, with one name and label per line.
 
     Raises:
-        UserError: a line has another form, or the labels are not 0 to N-1.
+        UserError: If a line has another form, or the labels are not 0 to N-1.
     """
     names, labels = read_list(text, where, None)
     if sorted(labels) != list(range(len(names))):
@@ -121,8 +121,8 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
         The paths without a leading slash, and the labels, int32 `(N,)`.
 
     Raises:
-        UserError: lines have another form, a label out of range, a path outside of the folder, or
-            a path that was listed before. The message names the first of them.
+        UserError: If lines have another form, a label out of range, a path outside of the folder,
+            or a path that was listed before. The message names the first of them.
     """
     names, labels, bad, seen = [], [], [], set()
     for number, line in enumerate(text.splitlines(), 1):

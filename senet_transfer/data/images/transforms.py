@@ -34,12 +34,12 @@ class TrainTransform:
     Follows Szegedy et al. 2015, with the sampling of torchvision's RandomResizedCrop.
 
     Attributes:
-        size: side of the output, in pixels.
-        scale: smallest and largest area of the crop, as a fraction of the image's area.
-        ratio: smallest and largest aspect ratio (width / height) of the crop.
-        flip: probability of a horizontal flip.
+        size: Side of the output, in pixels.
+        scale: Smallest and largest area of the crop, as a fraction of the image's area.
+        ratio: Smallest and largest aspect ratio (width / height) of the crop.
+        flip: Probability of a horizontal flip.
         interpolation: "bilinear" or "bicubic", antialiased.
-        draft: allow decoding a JPEG at a half, a quarter or an eighth of its size if the crop stays
+        draft: Allow decoding a JPEG at a half, a quarter or an eighth of its size if the crop stays
             at least as large as the output. This is faster for large images, but changes the
             pixels.
     """
@@ -75,7 +75,7 @@ class TrainTransform:
         """Return a crop, uint8 RGB `(3, size, size)`.
 
         Raises:
-            BrokenImageError: the image cannot be decoded.
+            BrokenImageError: If the image cannot be decoded.
         """
         pixels, (top, left, height, width) = self._decoded(data, rng)
         # PyTorch resizes contiguous images with interleaved channels 1.5 times as fast.
@@ -138,8 +138,8 @@ class EvalTransform:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
             both sides to `resize` and crops the centre; "ten_crop" resizes the short side to
             `resize` and crops the corners and the centre, and the same from the mirrored image.
-        resize: size after resizing, in pixels.
-        crop: side of the crop, in pixels.
+        resize: Size after resizing, in pixels.
+        crop: Side of the crop, in pixels.
         interpolation: "bilinear" or "bicubic".
     """
 
@@ -166,7 +166,7 @@ class EvalTransform:
         """Return uint8 RGB `(3, crop, crop)`, or `(10, 3, crop, crop)` for mode "ten_crop".
 
         Raises:
-            BrokenImageError: the image cannot be decoded.
+            BrokenImageError: If the image cannot be decoded.
         """
         size = [self.resize] * (2 if self.mode == "squash" else 1)
         image = F.resize(decode_exact(data), size, interpolation=_interpolation(self.interpolation))

@@ -21,15 +21,15 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
     The output folder is created atomically. An existing folder is kept unchanged.
 
     Args:
-        shapes: folder of the shapes data set.
-        output_dir: folder to create.
-        split: split of the shapes data set.
+        shapes: Folder of the shapes data set.
+        output_dir: Folder to create.
+        split: Split of the shapes data set.
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: If the folder cannot be written.
     """
     if output_dir.exists():
         logger.info("%s already exists", output_dir)

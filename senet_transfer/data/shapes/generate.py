@@ -47,17 +47,17 @@ def make_shapes(
     COCO format, and the settings in `shapes.json`.
 
     Args:
-        output_dir: folder to create. An existing folder must be empty or contain this data set.
-        seed: random seed, 0 or more.
-        train: number of training images.
-        val: number of validation images.
-        quiet: show no progress bar.
+        output_dir: Folder to create. An existing folder must be empty or contain this data set.
+        seed: Random seed, 0 or more.
+        train: Number of training images.
+        val: Number of validation images.
+        quiet: Show no progress bar.
 
     Returns:
         `output_dir` as a path.
 
     Raises:
-        UserError: the folder contains something else or cannot be written, or a number is out of
+        UserError: If the folder contains something else or cannot be written, or a number is out of
             range. An existing folder is not changed.
     """
     _check_numbers(seed, train, val)
@@ -99,7 +99,7 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
     """Return True if the folder contains the data set, False if it is empty or does not exist.
 
     Raises:
-        UserError: the folder contains anything else.
+        UserError: If the folder contains anything else.
     """
     if not target.exists():
         return False

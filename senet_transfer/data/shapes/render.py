@@ -35,9 +35,9 @@ class ShapeObject:
     """One annotated shape of an image.
 
     Attributes:
-        category: one of `SHAPE_CLASSES`.
-        mask: the visible pixels of the shape, bool (H, W).
-        visible: fraction of the complete shape that `mask` covers, 0-1. Parts that are occluded by
+        category: One of `SHAPE_CLASSES`.
+        mask: The visible pixels of the shape, bool (H, W).
+        visible: Fraction of the complete shape that `mask` covers, 0-1. Parts that are occluded by
             other shapes or outside the image are not visible.
     """
 
@@ -65,9 +65,9 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
     The image depends only on the three arguments, not on the size of the data set.
 
     Args:
-        seed: seed of the data set, 0 or more.
-        split: one of `SHAPE_SPLITS`.
-        index: number of the image in its split, from 1. It is also the image's COCO id and file
+        seed: Seed of the data set, 0 or more.
+        split: One of `SHAPE_SPLITS`.
+        index: Number of the image in its split, from 1. It is also the image's COCO id and file
             name.
 
     Returns:

@@ -23,7 +23,7 @@ class ShardCache:
     def __init__(self, folder: str | Path):
         """
         Args:
-            folder: folder of the copies, created if it does not exist. It grows to the size of the
+            folder: Folder of the copies, created if it does not exist. It grows to the size of the
                 data that is read and is never cleaned up. It can be deleted between runs.
         """
         self.folder = Path(folder)
@@ -37,7 +37,7 @@ class ShardCache:
         """Return the path of the local copy of a shard, and create the copy if necessary.
 
         Raises:
-            UserError: the shard cannot be read or written, or does not match the manifest.
+            UserError: If the shard cannot be read or written, or does not match the manifest.
         """
         path = self.path(url, shard)
         if self._is_present(path, shard):

@@ -26,11 +26,11 @@ class Shard:
     """One tar file.
 
     Attributes:
-        name: name of the file, in the folder of the manifest.
-        samples: number of images.
-        bytes: size of the file in bytes.
+        name: Name of the file, in the folder of the manifest.
+        samples: Number of images.
+        bytes: Size of the file in bytes.
         sha256: SHA-256 checksum of the file, in hexadecimal.
-        class_counts: number of images by label; labels without images are left out.
+        class_counts: Number of images by label; labels without images are left out.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Manifest:
     """Contents of a folder of shards.
 
     Attributes:
-        classes: names of the classes, indexed by label.
-        shards: the shards in order.
-        split: name of the split, such as `val` or `train_standard`.
-        seed: seed of the global shuffle.
-        plan: hash of everything that determines the bytes of the shards. Equal plans result in
+        classes: Names of the classes, indexed by label.
+        shards: The shards in order.
+        split: Name of the split, such as `val` or `train_standard`.
+        seed: Seed of the global shuffle.
+        plan: Hash of everything that determines the bytes of the shards. Equal plans result in
             equal shards.
-        skipped: broken images that were left out, with the reason.
+        skipped: Broken images that were left out, with the reason.
     """
 
     classes: list[str]
@@ -90,11 +90,11 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
     """Read and check the manifest of a folder of shards.
 
     Args:
-        base: path or address of the folder.
-        storage: options for reading remote files.
+        base: Path or address of the folder.
+        storage: Options for reading remote files.
 
     Raises:
-        UserError: the manifest is missing, damaged or inconsistent.
+        UserError: If the manifest is missing, damaged or inconsistent.
     """
     where = join(base, MANIFEST)
     try:
@@ -138,7 +138,7 @@ def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
     """Return the index of a shard, int64 (N, 3) with offset, size and label of each image.
 
     Raises:
-        UserError: the index is damaged, or belongs to another shard.
+        UserError: If the index is damaged, or belongs to another shard.
     """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)

@@ -30,10 +30,10 @@ class RemoteOptions:
     """Options for reading remote files.
 
     Attributes:
-        options: arguments of the fsspec file system, such as `{"anon": True}` for a public bucket.
-        retries: number of retries after a failed read.
-        backoff: seconds before the first retry; doubled for each further one, up to a minute.
-        timeout: seconds without an http(s) response after which a read fails.
+        options: Arguments of the fsspec file system, such as `{"anon": True}` for a public bucket.
+        retries: Number of retries after a failed read.
+        backoff: Seconds before the first retry; doubled for each further one, up to a minute.
+        timeout: Seconds without an http(s) response after which a read fails.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def check_scheme(url: str) -> str | None:
     """Return the scheme of an address, or None for a local path.
 
     Raises:
-        UserError: the scheme is not allowed, such as `pipe:`.
+        UserError: If the scheme is not allowed, such as `pipe:`.
     """
     match = _SCHEME.match(url)
     if match is None or match[1].lower() == "file":
@@ -65,7 +65,7 @@ def is_remote(url: str) -> bool:
     """Return True for a remote address and False for a local path.
 
     Raises:
-        UserError: the scheme is not allowed.
+        UserError: If the scheme is not allowed.
     """
     return check_scheme(url) is not None
 
@@ -79,7 +79,7 @@ def join(base: str, name: str) -> str:
     """Return the address of a file in a folder.
 
     Raises:
-        UserError: `name`, which is read from a manifest, is not a plain file name.
+        UserError: If `name`, which is read from a manifest, is not a plain file name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(
@@ -96,13 +96,13 @@ def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> Bi
     After a broken connection, reading of a remote file is resumed at the same byte.
 
     Args:
-        url: a local path or an address.
-        storage: options for reading remote files.
-        size: size of the file in bytes, if known. An earlier end of the stream is treated as a
+        url: A local path or an address.
+        storage: Options for reading remote files.
+        size: Size of the file in bytes, if known. An earlier end of the stream is treated as a
             broken connection.
 
     Raises:
-        UserError: the file does not exist, or its scheme is not allowed.
+        UserError: If the file does not exist, or its scheme is not allowed.
     """
     if not is_remote(url):
         try:
@@ -122,7 +122,7 @@ def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> byte
     """Read `size` bytes at `offset`.
 
     Raises:
-        UserError: the file cannot be read, or is too short.
+        UserError: If the file cannot be read, or is too short.
     """
     if not is_remote(url):
         with open_stream(url, storage) as stream:
@@ -144,7 +144,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     """Return the fsspec file system for an address.
 
     Raises:
-        UserError: the package that implements its scheme is not installed.
+        UserError: If the package that implements its scheme is not installed.
     """
     scheme = check_scheme(url) or "file"
     try:
@@ -171,10 +171,10 @@ class ResumingReader(io.RawIOBase):
     def __init__(self, url: str, storage: RemoteOptions, size: int | None = None, start: int = 0):
         """
         Args:
-            url: address of the file.
-            storage: options for reading remote files.
-            size: size of the complete file in bytes; None if unknown.
-            start: offset of the first byte to read.
+            url: Address of the file.
+            storage: Options for reading remote files.
+            size: Size of the complete file in bytes; None if unknown.
+            start: Offset of the first byte to read.
         """
         self.url = url
         self.storage = storage

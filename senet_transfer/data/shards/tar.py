@@ -82,14 +82,14 @@ def read_shard(
     """Yield the samples of a shard in order, and check them.
 
     Args:
-        stream: the tar archive, which is read sequentially.
-        url: path or address of the shard, for messages.
-        samples: expected number of samples, from the manifest.
-        num_classes: number of classes.
+        stream: The tar archive, which is read sequentially.
+        url: Path or address of the shard, for messages.
+        samples: Expected number of samples, from the manifest.
+        num_classes: Number of classes.
 
     Raises:
-        UserError: the archive is damaged, contains another number of samples, or has a member that
-            is not the image, label or JSON of a sample.
+        UserError: If the archive is damaged, contains another number of samples, or has a member
+            that is not the image, label or JSON of a sample.
     """
     count = 0
     try:

@@ -20,15 +20,15 @@ def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
     """Check the SHA-256, sample count, labels and images of all shards in a local folder.
 
     Args:
-        folder: folder with shards and a manifest.
-        workers: number of processes.
-        quiet: show no progress bar.
+        folder: Folder with shards and a manifest.
+        workers: Number of processes.
+        quiet: Show no progress bar.
 
     Returns:
         The number of images.
 
     Raises:
-        UserError: shards are damaged. The message lists all of them with the error.
+        UserError: If shards are damaged. The message lists all of them with the error.
     """
     folder = Path(folder)
     manifest = load_manifest(str(folder))

@@ -49,14 +49,14 @@ class ShardPlan:
     """The planned contents of one shard.
 
     Attributes:
-        name: name of the shard's file.
-        plan: hash of the plan of all shards.
-        root: folder or archive of the images.
-        names: names of the images, in order.
-        indices: indices of the images in the source's list, `(n,)`.
-        labels: labels of the images, `(n,)`.
-        sizes: sizes of the images in bytes, `(n,)`.
-        offsets: offsets of the images in the archive, `(n,)`; None for a folder.
+        name: Name of the shard's file.
+        plan: Hash of the plan of all shards.
+        root: Folder or archive of the images.
+        names: Names of the images, in order.
+        indices: Indices of the images in the source's list, `(n,)`.
+        labels: Labels of the images, `(n,)`.
+        sizes: Sizes of the images in bytes, `(n,)`.
+        offsets: Offsets of the images in the archive, `(n,)`; None for a folder.
     """
 
     name: str
@@ -87,18 +87,18 @@ def convert(
     `manifest.json`.
 
     Args:
-        images: the images to convert.
-        output: the output folder, created if it does not exist.
-        split: prefix of the shards' names.
-        seed: seed of the global shuffle, 0 or more.
-        shard_mb: approximate size of a shard, in 10^6 bytes.
-        workers: number of processes.
-        skip_broken: the maximum number of broken images, which are left out and recorded in the
+        images: The images to convert.
+        output: The output folder, created if it does not exist.
+        split: Prefix of the shards' names.
+        seed: Seed of the global shuffle, 0 or more.
+        shard_mb: Approximate size of a shard, in 10^6 bytes.
+        workers: Number of processes.
+        skip_broken: The maximum number of broken images, which are left out and recorded in the
             manifest. More are an error.
-        quiet: show no progress bar.
+        quiet: Show no progress bar.
 
     Raises:
-        UserError: images are broken, the folder contains shards of another plan, another run is
+        UserError: If images are broken, the folder contains shards of another plan, another run is
             writing to it, the disk is full, or an argument is out of range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
@@ -232,7 +232,7 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
     """Return the content of the JSON files of all complete shards, by shard name.
 
     Raises:
-        UserError: the folder contains shards of another plan.
+        UserError: If the folder contains shards of another plan.
     """
     for path in output.glob(".*.tmp"):
         path.unlink()  # left by a run that was killed; the lock excludes concurrent runs
@@ -304,7 +304,7 @@ def _only_writer(output: Path) -> Iterator[None]:
     """Lock the folder inside the context.
 
     Raises:
-        UserError: another run has locked the folder.
+        UserError: If another run has locked the folder.
     """
     with open(output / ".lock", "w") as lock:
         for attempt in range(20):
