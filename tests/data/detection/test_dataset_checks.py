@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_listed(coco_root, data):
     json_file.write_text(json.dumps(data)[:-5])
     with pytest.raises(UserError) as caught:
         check_datasets_on_disk("coco_2017_val")
-    assert "instances_val2017.json is cut off" in str(caught.value)
+    assert "instances_val2017.json is truncated" in str(caught.value)
     assert "val2017/ (empty)" in str(caught.value)
     assert "(missing)" not in str(caught.value)
     json_file.write_text(json.dumps(data))
