@@ -1,1 +1,1 @@
-"""Tar shards: writing, reading and verifying them, locally or remotely."""
+"""Writing, verification, and local or remote reading of tar shards."""

@@ -194,7 +194,7 @@ def test_shards_of_other_settings_are_not_mixed(val, tmp_path, prepare, capsys):
     prepare(val, tmp_path / "out")
     before = shard_bytes(tmp_path / "out")
     assert prepare(val, tmp_path / "out", "--seed", "1") == 2
-    assert "other images or settings" in capsys.readouterr().err
+    assert "different images or settings" in capsys.readouterr().err
     assert shard_bytes(tmp_path / "out") == before
 
 
@@ -203,7 +203,7 @@ def test_two_runs_cannot_write_to_one_folder(val, tmp_path, prepare, capsys, mon
     (tmp_path / "out").mkdir()
     with convert_module._only_writer(tmp_path / "out"):
         assert prepare(val, tmp_path / "out") == 2
-    assert "another run is writing" in capsys.readouterr().err
+    assert "Another run is writing" in capsys.readouterr().err
 
 
 # Invalid input.
@@ -330,7 +330,7 @@ def test_a_full_disk_stops_with_the_reason_and_the_next_run_goes_on(val, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
-    assert "cannot write shards to" in capsys.readouterr().err
+    assert "Cannot write shards to" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.tar"))
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert prepare(val, tmp_path / "out", "--shard-mb", "0.04") == 0
@@ -351,7 +351,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 def test_a_folder_that_cannot_be_written_is_said(val, tmp_path, prepare, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     assert prepare(val, tmp_path / "out") == 2
-    assert "cannot write shards to" in capsys.readouterr().err
+    assert "Cannot write shards to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
