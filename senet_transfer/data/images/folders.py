@@ -27,7 +27,7 @@ def open_folder(
         classes: Class names in label order. Required if some classes have no images, or if the
             labels must match those of a different folder. None to use the sorted paths of the class
             folders.
-        skip_empty: Maximum number of empty files to leave out. More raise an error.
+        skip_empty: Maximum number of empty files to leave out. A larger number raises an error.
 
     Raises:
         UserError: If the folder contains no images, images outside of class folders, or class

@@ -87,7 +87,8 @@ def find_listed_images(
         labels: Image labels, `(N,)`.
         classes: Class names.
         complete: Raise an error if there are images that are not listed.
-        skip_missing: Maximum number of missing images to leave out. More raise an error.
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
         UserError: If too many listed images are missing or empty, or if `complete` is set and there
@@ -99,7 +100,7 @@ def find_listed_images(
     if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
             f"{len(missing)} of {len(names)} listed images are empty or missing from {root}: "
-            f"{first_of(missing)}. Expected every listed image. Unpack the archive again, or use "
+            f"{first_of(missing)}. Expected all listed images. Unpack the archive again, or use "
             "the matching list."
         )
     if complete and not set(found).issubset(names):

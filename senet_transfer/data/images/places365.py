@@ -46,7 +46,8 @@ def open_places365(
         source: Folder with the lists and the image folders or archives.
         split: One of `SPLITS`.
         size: Image size, "256" or "large".
-        skip_missing: Maximum number of missing images to leave out. More raise an error.
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
         UserError: If a list is missing or damaged, or the images do not match the list.
@@ -81,7 +82,8 @@ def open_places365_images(
         images: Folder or archive with the images.
         lists: Folder with the lists.
         split: One of `SPLITS`.
-        skip_missing: Maximum number of missing images to leave out. More raise an error.
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
         UserError: If a list is missing or damaged, or the images do not match the list.

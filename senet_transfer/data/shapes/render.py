@@ -189,7 +189,7 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
 def _arrange(
     rng: np.random.Generator, categories: list[str], height: int, width: int
 ) -> list[_Layer]:
-    """Place shapes in order from bottom to top."""
+    """Place shapes one after the other, from bottom to top."""
     layers: list[_Layer] = []
     for category in categories:
         overlap = rng.random() < OVERLAPPING

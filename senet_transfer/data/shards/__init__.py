@@ -1,1 +1,1 @@
-"""Writing, verification, and local or remote reading of tar shards."""
+"""Tar shards: writing, verification, and reading from local or remote storage."""

@@ -93,8 +93,8 @@ def convert(
         seed: Random seed of the global shuffle, 0 or more.
         shard_mb: Approximate size of each shard, in 10^6 bytes.
         workers: Number of worker processes.
-        skip_broken: Maximum number of broken images to leave out and record in the manifest. More
-            raise an error.
+        skip_broken: Maximum number of broken images to leave out and record in the manifest. A
+            larger number raises an error.
         quiet: Do not show a progress bar.
 
     Raises:
@@ -258,8 +258,8 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
                 "contents of this one."
             )
         name = entry.get("name")
-        # A shard from which broken images were left out is written again, because the images may
-        # have been restored.
+        # Shards without their broken images are written again, because the images may have been
+        # restored.
         if name in known and not entry["skipped"]:
             shard = parse_shard(entry)
             tar = output / shard.name

@@ -101,7 +101,9 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
     data = (folder / split).read_bytes()
     (folder / split).write_bytes(data.replace(b"x.png", b"y.png"))
     assert len(read_source(folder)["test"]) == 5
-    assert caplog.messages == [f"{folder}: the MD5 checksum of {split} differs from that of the official file"]
+    assert caplog.messages == [
+        f"{folder}: the MD5 checksum of {split} differs from that of the official file"
+    ]
 
 
 @pytest.mark.parametrize(

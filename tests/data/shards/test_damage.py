@@ -78,7 +78,9 @@ def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shard
     path = first_shard(shards)
     cut = members(path)[10][0]  # the header of a label, after complete samples
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"val-000000\.tar is damaged: found 5 samples, .* lists 12"):
+    with pytest.raises(
+        UserError, match=r"val-000000\.tar is damaged: found 5 samples, .* lists 12"
+    ):
         use(shards)
 
 

@@ -132,7 +132,10 @@ def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
         ({f"{SIDE}.PADDING": "edge"}, r"'edge'"),
         ({f"{SIDE}.TEST_RESIZE": "36"}, r"are \(32, 36, 32\)"),
         ({f"{SIDE}.TEST_MODE": "ten_crop"}, r"ten_crop"),
-        ({"DATASETS.TRAIN": "('cifar100_train',)"}, r"Data set cifar100/train.safetensors not found"),
+        (
+            {"DATASETS.TRAIN": "('cifar100_train',)"},
+            r"Data set cifar100/train.safetensors not found",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(small, options, message):
