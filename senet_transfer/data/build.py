@@ -133,7 +133,7 @@ def find_dataset(name: str) -> str:
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
     """Open the training data set."""
     # The path of a complete Places365 folder does not determine the split, so the smaller train
-    # split is the default. The path of an image folder selects the other one.
+    # split is the default. The path of an image folder selects the other split.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 

@@ -255,7 +255,7 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """Return the samples, from a given batch on, of the worker that builds this batch."""
+        """Return a worker's sample stream, starting with the batch of an iteration."""
         turn, worker = divmod(iteration, self.place.processes)
         row = {
             "seed": self.order.seed,

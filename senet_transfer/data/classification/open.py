@@ -182,7 +182,7 @@ def open_dataset(
 
 
 def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
-    """Raise a UserError if a data set's classes are not the expected ones; None skips the check."""
+    """Raise a UserError if a data set's classes differ from `expected`; None skips the check."""
     if expected is None or list(found) == list(expected):
         return
     wrong = [

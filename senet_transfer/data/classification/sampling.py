@@ -146,7 +146,7 @@ def class_aware_stream(
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
-    """Return a consumer's range `[first, end)` of samples when they are divided evenly."""
+    """Return the range `[first, end)` of a consumer's samples when they are divided evenly."""
     return total * consumer // consumers, total * (consumer + 1) // consumers
 
 

@@ -14,7 +14,8 @@ class ClassSample(SingleImages):
         """
         Args:
             dataset: Data set to sample from, uniformly and without replacement.
-            images_per_class: Number of images per class. All images of smaller classes are used.
+            images_per_class: Number of images per class. If a class has fewer images, all of them
+                are used.
             seed: Random seed. The images chosen for a class depend only on the seed and the class.
         """
         labels = dataset.labels()

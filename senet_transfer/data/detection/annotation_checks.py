@@ -378,6 +378,6 @@ def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
         hint = f" The image folder contains {bare}, so the folder in the file_names is wrong."
     raise UserError(
         f"{len(missing)} of the {len(names)} images listed in {json_file} are not in {image_dir}, "
-        f"such as {', '.join(missing[:3])}.{hint} Expected all file_names to be relative to that "
-        "folder. Pass the correct image folder, or remove these images from the file."
+        f"for example {', '.join(missing[:3])}.{hint} Expected all file_names to be relative to "
+        "that folder. Pass the correct image folder, or remove these images from the file."
     )

@@ -146,7 +146,7 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a predicate for image indices that is True for images that are wider than high.
+    """Return a predicate on image indices that is True for images wider than they are high.
 
     Detectron2 groups images by this criterion.
     """

@@ -170,8 +170,8 @@ def _check(manifest: Manifest, content: dict[str, Any], base: str, where: str) -
         if sum(shard.class_counts.values()) != shard.samples or outside or shard.samples < 1:
             raise UserError(
                 f"{where} is inconsistent: {shard.name} has {shard.samples} samples, "
-                f"{sum(shard.class_counts.values())} labels and the invalid labels {outside[:5]}. "
-                "Prepare the data again."
+                f"{sum(shard.class_counts.values())} labels and the invalid labels {outside[:5]}; "
+                "expected one valid label per sample. Prepare the data again."
             )
     if not manifest.shards or manifest.samples != content["samples"]:
         raise UserError(

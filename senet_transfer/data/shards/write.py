@@ -275,7 +275,7 @@ def _check_space(output: Path, pending: list[ShardPlan]) -> None:
     if free < needed:
         raise UserError(
             f"{output} has {free / 1e9:.1f} GB of free space; expected {needed / 1e9:.1f} GB for "
-            f"{len(pending)} shards. Free space, or choose a folder on another disk."
+            f"{len(pending)} shards. Free space, or choose a folder on a different disk."
         )
 
 

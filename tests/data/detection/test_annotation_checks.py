@@ -249,9 +249,11 @@ def test_a_name_with_dots_stays_inside_the_folder(data, files):
 def test_missing_images_are_counted(data, files):
     path, images = files(data)
     (images / "b.png").unlink()
-    with pytest.raises(UserError, match=r"1 of the 3 images listed .* such as b\.png"):
+    with pytest.raises(UserError, match=r"1 of the 3 images listed .* for example b\.png"):
         register_coco_dataset("mine", path, images)
-    with pytest.raises(UserError, match=r"3 of the 3 images.* such as a\.png, b\.png, sub/c\.png"):
+    with pytest.raises(
+        UserError, match=r"3 of the 3 images.* for example a\.png, b\.png, sub/c\.png"
+    ):
         register_coco_dataset("mine", path, path.parent)
 
 
