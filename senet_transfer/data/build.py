@@ -227,9 +227,10 @@ def train_loader(
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
         raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; expected one of "
-            f"{', '.join(samplers)} for a classifier"
-            f"{' with INPUT.CLASSIFICATION.AUGMENT pad_crop' if in_memory(cfg) else ''}."
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, which is not supported "
+            "for a "
+            f"classifier{' with INPUT.CLASSIFICATION.AUGMENT pad_crop' if in_memory(cfg) else ''}; "
+            f"expected one of: {', '.join(samplers)}."
         )
     share = {
         "batch_size": cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),

@@ -105,7 +105,7 @@ def save_images(data: ImageArrays, path: Path, source: str) -> None:
             save_file(tensors, partial, {_METADATA: json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"Cannot write {path}: {error}. Free disk space or choose another folder."
+            f"Cannot write {path}: {error}. Free disk space or choose a different folder."
         ) from error
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def read_source(
     source: Path, *, verify: bool = True, quiet: bool = False
 ) -> dict[str, ImageArrays]:
-    """Read CIFAR or similar data in any supported form.
+    """Read CIFAR or similar data in any supported format.
 
     Args:
         source: Official archive (binary or Python version), the folder it was unpacked to, or a

@@ -155,7 +155,7 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
         value = image.get(key)
         if type(value) is not int or value <= 0:
             found = f"has {key} {value!r}" if key in image else f"has no `{key}`"
-            return found, "the image's size in pixels, as positive integers"
+            return found, "a positive integer (the image size in pixels)"
     return None
 
 

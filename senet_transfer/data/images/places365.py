@@ -139,7 +139,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
             continue
         name, label = match[1].lstrip("/"), int(match[2])
         if num_classes is not None and label >= num_classes:
-            bad.append(f"line {number}: label {label} of {name} is not below {num_classes}")
+            bad.append(f"line {number}: label {label} of {name} is not less than {num_classes}")
         elif ".." in name.split("/"):
             bad.append(f"line {number}: {name} is outside of the image folder")
         elif name in seen:

@@ -63,7 +63,7 @@ def make_shapes(
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
-    # Resolved so that a symbolic link to a folder on another disk is kept.
+    # Resolved so that a symbolic link to a folder on a different disk is kept.
     target = output_dir.resolve()
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:

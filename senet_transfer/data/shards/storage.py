@@ -258,7 +258,7 @@ class ResumingReader(io.RawIOBase):
         while remaining:
             data = file.read(min(remaining, 1 << 20))
             if not data:
-                raise ConnectionError("the stream ended before the byte at which to resume")
+                raise ConnectionError("the stream ended before the position from which to resume")
             remaining -= len(data)
         return file
 
