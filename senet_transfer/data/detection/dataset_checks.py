@@ -52,9 +52,9 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         one, other = ("missing" if part is None else repr(part) for part in pair)
         raise UserError(
             f"The data sets '{first}' and '{name}' have different classes ({len(expected)} and "
-            f"{len(found)}): class {index} is {one} in the first and {other} in the second. All "
-            "data sets of a run must have the same classes in the same order (sorted by category "
-            "id). Use the same `categories` in their annotation files."
+            f"{len(found)} in total): class {index} is {one} in the first and {other} in the "
+            "second. All data sets of a run must have the same classes in the same order (sorted "
+            "by category id). Use the same `categories` in their annotation files."
         )
     return expected
 
