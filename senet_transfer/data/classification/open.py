@@ -263,8 +263,8 @@ def _some_shards(
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise UserError(
-            f"The manifest of {base} does not list the shards {first_of(unknown, 5)}. Pass shards "
-            "that are listed, or the whole folder."
+            f"The manifest of {base} does not list the shards {first_of(unknown, 5)}. Pass only "
+            "listed shards, or the whole folder."
         )
     part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)
     return ShardDataset(part, base, storage, cache)

@@ -130,7 +130,8 @@ def _classes(name: str) -> list[str]:
         if os.path.exists(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
-        # Data sets registered with Detectron2's own function get their classes when loaded.
+        # Data sets registered with Detectron2's own function get their class names when they are
+        # loaded.
         problems = _missing_paths(name)
         if problems:
             raise UserError(_explain_missing({name: problems}))
@@ -227,7 +228,7 @@ link an existing copy: ln -s /path/to/coco {os.path.join(_root_path(), "coco")}"
 
 
 def _root_path() -> str:
-    # Detectron2 reads the variable only on import, and registers COCO below that folder.
+    # Detectron2 reads $DETECTRON2_DATASETS only on import, and registers COCO below that folder.
     images = MetadataCatalog.get("coco_2017_train").image_root
     return os.path.abspath(os.path.join(images, "..", ".."))
 

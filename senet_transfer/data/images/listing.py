@@ -64,8 +64,8 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
         raise UserError(f"Cannot read {name} in {root}: {error}. Restore the file.") from error
     if len(data) != size:
         raise UserError(
-            f"{name} in {root} is {len(data)} bytes; expected {size} as when it was listed. Do "
-            "not change the source while it is being read, and run again."
+            f"{name} in {root} is {len(data)} bytes; expected {size}, the size when it was "
+            "listed. Run again, and do not change the source in the meantime."
         )
     return data
 

@@ -286,10 +286,9 @@ def _too_many_broken(
     with atomic_file(output / "broken.txt") as stream:
         stream.write("".join(line + "\n" for line in lines).encode())
     return UserError(
-        f"{len(skipped)} images in {root} are missing or cannot be decoded; expected at most "
-        f"{tolerated}. The first are {first_of(lines)}; all are listed in "
-        f"{output / 'broken.txt'}. Restore them and run again, or leave them out with "
-        f"--skip-broken {len(skipped)}."
+        f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
+        f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. "
+        f"Restore them and run again, or leave them out with --skip-broken {len(skipped)}."
     )
 
 

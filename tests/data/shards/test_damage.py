@@ -212,7 +212,7 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda content: content.pop("format"), "not a manifest"),
+        (lambda content: content.pop("format"), "not a shard manifest"),
         (lambda content: content.update(version=99), "version 99"),
         (lambda content: content.pop("shards"), "damaged: KeyError"),
         (lambda content: content.update(samples=25), "states 25 samples"),

@@ -236,8 +236,8 @@ def test_lists_are_found_in_the_archive_they_come_in(val, tmp_path, prepare):
         ("Places365_val_00000003.jpg 4", "line 25: label 4 of Places365_val_00000003.jpg"),
         ("Places365_val_00000003.jpg 1", "line 25: Places365_val_00000003.jpg is listed twice"),
         ("Places365_val_00000003.jpg", "line 25: 'Places365_val_00000003.jpg' is not a path and"),
-        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg is outside of the folder"),
-        ("Places365_val_00000099.jpg 1", "1 of 25 listed images are not in"),
+        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg is outside of the image folder"),
+        ("Places365_val_00000099.jpg 1", "1 of 25 listed images are empty or missing from"),
     ],
 )
 def test_a_bad_line_of_the_list_is_named(val, tmp_path, prepare, capsys, line, complaint):
@@ -289,7 +289,7 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
     offenders(capsys.readouterr().err, "2 of 24 listed images", "00000012.jpg", "00000015.jpg")
     assert prepare(broken, tmp_path / "out", *arguments, "3") == 2
     message = capsys.readouterr().err
-    offenders(message, "4 images of", "expected at most 3", "--skip-broken 4", "broken.txt")
+    offenders(message, "4 images in", "Expected at most 3", "--skip-broken 4", "broken.txt")
     offenders(message, *(f"Places365_val_{number:08d}.jpg" for number in (3, 9, 12, 15)))
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "manifest.json").exists()
