@@ -1,10 +1,10 @@
 """Data loaders for image classification.
 
 Worker processes build complete uint8 batches, with a random crop and flip for each image. On each
-rank, worker `b % num_workers` builds batch `b`, which is the worker's own batch number `b //
-num_workers`. Each worker is a consumer in the sense of `sampling`: consumer `rank * num_workers +
-worker` of `world_size * num_workers`. A batch therefore depends only on its index, and a run that
-is resumed with the same seed, ranks, workers and batch size gets the same batches as an
+rank, worker `b % num_workers` builds batch `b` as its own batch number `b // num_workers`. The
+workers of all ranks are the `world_size * num_workers` consumers in `sampling`, and each worker has
+the consumer index `rank * num_workers + worker`. A batch therefore depends only on its index, and a
+run that is resumed with the same seed, ranks, workers and batch size gets the same batches as an
 uninterrupted run.
 
 The rank and the world size are arguments because worker processes cannot query them.
