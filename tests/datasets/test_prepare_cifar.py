@@ -19,5 +19,5 @@ def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(
     assert (tmp_path / "out" / "test.safetensors").is_file()
     failed = run("--source", tmp_path / "absent", "--output", tmp_path / "out")
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: There is no")
+    assert failed.stderr.startswith(f"error: {tmp_path / 'absent'} does not exist")
     assert "Traceback" not in failed.stderr

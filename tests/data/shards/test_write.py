@@ -185,7 +185,7 @@ def test_shards_of_other_settings_are_not_mixed(val, tmp_path, prepare, capsys):
     prepare(val, tmp_path / "out")
     before = shard_bytes(tmp_path / "out")
     assert prepare(val, tmp_path / "out", "--seed", "1") == 2
-    assert "other images or settings" in capsys.readouterr().err
+    assert "different images or settings" in capsys.readouterr().err
     assert shard_bytes(tmp_path / "out") == before
 
 
@@ -194,7 +194,7 @@ def test_two_runs_cannot_write_to_one_folder(val, tmp_path, prepare, capsys, mon
     (tmp_path / "out").mkdir()
     with convert_module._only_writer(tmp_path / "out"):
         assert prepare(val, tmp_path / "out") == 2
-    assert "another run is writing" in capsys.readouterr().err
+    assert "Another run is writing" in capsys.readouterr().err
 
 
 # Invalid input.
@@ -227,8 +227,8 @@ def test_lists_are_found_in_the_archive_they_come_in(val, tmp_path, prepare):
         ("Places365_val_00000003.jpg 4", "line 25: label 4 of Places365_val_00000003.jpg"),
         ("Places365_val_00000003.jpg 1", "line 25: Places365_val_00000003.jpg is listed twice"),
         ("Places365_val_00000003.jpg", "line 25: 'Places365_val_00000003.jpg' is not a path and"),
-        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg is outside of the folder"),
-        ("Places365_val_00000099.jpg 1", "1 of 25 listed images are not in"),
+        ("../../etc/x.jpg 1", "line 25: ../../etc/x.jpg is outside of the image folder"),
+        ("Places365_val_00000099.jpg 1", "1 of 25 listed images are empty or missing from"),
     ],
 )
 def test_a_bad_line_of_the_list_is_named(val, tmp_path, prepare, capsys, line, complaint):
@@ -280,7 +280,7 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
     offenders(capsys.readouterr().err, "2 of 24 listed images", "00000012.jpg", "00000015.jpg")
     assert prepare(broken, tmp_path / "out", *arguments, "3") == 2
     message = capsys.readouterr().err
-    offenders(message, "4 images of", "expected at most 3", "--skip-broken 4", "broken.txt")
+    offenders(message, "4 images in", "Expected at most 3", "--skip-broken 4", "broken.txt")
     offenders(message, *(f"Places365_val_{number:08d}.jpg" for number in (3, 9, 12, 15)))
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -321,7 +321,7 @@ def test_a_full_disk_stops_with_the_reason_and_the_next_run_goes_on(val, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
-    assert "cannot write shards to" in capsys.readouterr().err
+    assert "Cannot write shards to" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.tar"))
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert prepare(val, tmp_path / "out", "--shard-mb", "0.04") == 0
@@ -342,7 +342,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 def test_a_folder_that_cannot_be_written_is_said(val, tmp_path, prepare, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     assert prepare(val, tmp_path / "out") == 2
-    assert "cannot write shards to" in capsys.readouterr().err
+    assert "Cannot write shards to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
         (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
-            "no data set /no/such",
+            "Data set /no/such not found",
         ),
         (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
         (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),
