@@ -1,9 +1,10 @@
 """Runner that forks one process with all imports for each Python script.
 
 Most documented commands need one second, after importing torch and Detectron2 for four seconds.
-Here, the imports happen only once. test_startup.py and test_commands.py test new processes.
+Here, the imports happen only once, also for the processes of `--num-gpus 2`. test_startup.py and test_commands.py test new processes.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -68,10 +69,13 @@ def _become(words: list[str], printed: list[str]) -> None:
 
 def main() -> None:
     """Run the script in each input line and print its exit status."""
+    import torch.multiprocessing as mp
+
     import senet_transfer.analysis.report
     import senet_transfer.engine.inference.evaluate
     import senet_transfer.engine.train  # noqa: F401
 
+    mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
     for line in sys.stdin:
         child = os.fork()
         if not child:

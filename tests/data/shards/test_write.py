@@ -116,6 +116,7 @@ def test_real_images_convert_and_verify(shared_data, tmp_path, prepare, capsys):
 
 # Interruption.
 
+
 def run_and_kill(arguments, output, shards):
     """Run the preparation and kill it with SIGKILL after a given number of further shards."""
     before = len(list(output.glob("*.tar"))) if output.exists() else 0
