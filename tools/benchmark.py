@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Benchmark this project against common alternatives.
 
-In each round every candidate runs once. A ratio is the median over the rounds, with its 95%
-confidence interval. A second instance of the baseline serves as control.
+In each round, every candidate runs once. Ratios are medians over the rounds, with 95% confidence
+intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
 """
@@ -33,16 +33,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    add("--seconds", type=float, default=20.0, help="approximate duration of a comparison (20)")
-    add("--device", default="cpu", help="cpu or cuda: device of the networks (cpu)")
-    add("--profile", action="store_true", help="show where time and memory go")
+    add("--seconds", type=float, default=20.0, help="approximate seconds per comparison (20)")
+    add("--device", default="cpu", help="device for the networks, cpu or cuda (cpu)")
+    add("--profile", action="store_true", help="profile the time and memory of each candidate")
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the parts, print each result as it arrives, and write the JSON file."""
+    """Run the benchmark, print each result when it is available, and write the JSON file."""
     from benchmark import networks, report
     from senet_transfer.errors import check_choice
     from senet_transfer.utils.progress import progress

@@ -133,8 +133,8 @@ def test_a_cell_that_is_off_is_told():
         quiet=True,
     )
     assert not right.reasons
-    assert less.reasons == ["off's GFLOPs: unexplained difference."]
-    assert more.reasons == ["off's Params: unexplained difference."]
+    assert less.reasons == ["off: unexplained difference in GFLOPs."]
+    assert more.reasons == ["off: unexplained difference in Params."]
 
 
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
@@ -188,7 +188,7 @@ def test_a_box_head_is_counted_for_every_box():
     ("arguments", "said"),
     [
         ({}, "No model is specified"),
-        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give one of them"),
+        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give only one"),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
         ({"weights": "missing.pth"}, "no weight file"),

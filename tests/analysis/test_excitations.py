@@ -245,7 +245,7 @@ def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
     ("options", "stages", "said"),
     [
         ((), [5], "have no gates"),
-        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected some of 2, 3"),
+        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected any of: 2, 3"),
     ],
 )
 def test_stages_without_gates_are_refused(options, stages, said):
@@ -282,7 +282,7 @@ def test_a_json_needs_its_images():
 
 
 @pytest.mark.long
-def test_a_detectors_gates_are_watched_on_crops(tmp_path):
+def test_a_detectors_gates_are_captured_on_crops(tmp_path):
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
     save_weights(build_model(cfg), tmp_path / "model.pth")

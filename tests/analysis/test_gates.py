@@ -9,7 +9,7 @@ from PIL import Image
 
 from senet_transfer import UserError, create_backbone, list_models
 from senet_transfer.analysis.excitations.figures import papers_blocks
-from senet_transfer.analysis.excitations.gates import gates_of, stage_of, watched
+from senet_transfer.analysis.excitations.gates import capture_gates, gates_of, stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.classification.subsets import ClassSample, draw
@@ -56,7 +56,7 @@ def test_a_network_without_gates_is_refused():
         {"se_squeeze": "max", "se_excitation": "tanh", "se_placement": "post"},
     ],
 )
-def test_watched_values_are_the_gates_that_act(options):
+def test_captured_values_are_the_gates_that_act(options):
     torch.manual_seed(0)
     backbone = create_backbone("se_cifar_resnet8", **options).eval()
     for module in backbone.modules():
@@ -67,7 +67,7 @@ def test_watched_values_are_the_gates_that_act(options):
     gates = gates_of(backbone)
     for module in gates.values():
         module.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0].clone()}))
-    with torch.no_grad(), watched(gates) as values:
+    with torch.no_grad(), capture_gates(gates) as values:
         backbone(torch.randn(3, 3, 8, 8))
     assert set(values) == set(gates)
     for name, module in gates.items():
@@ -83,10 +83,10 @@ def stated_gate(module, x):
     return {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[module.excitation](out).mean(2)
 
 
-def test_nothing_is_watched_any_more_afterwards():
+def test_nothing_is_captured_any_more_afterwards():
     backbone = create_backbone("se_cifar_resnet8").eval()
     gates = gates_of(backbone)
-    with watched(gates) as values:
+    with capture_gates(gates) as values:
         pass
     backbone(torch.randn(1, 3, 8, 8))
     assert not values

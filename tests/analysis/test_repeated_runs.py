@@ -72,7 +72,7 @@ def test_a_run_that_fails_says_where_its_log_is(options, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "senet_transfer.analysis.repeated_runs.subprocess.run", lambda *_, **__: failed
     )
-    with pytest.raises(UserError, match=r"ended with status 2 .*log.txt"):
+    with pytest.raises(UserError, match=r"ended with exit status 2 .*log.txt"):
         run_once(CONFIG, options, tmp_path / "run")
 
 

@@ -1,7 +1,8 @@
 """Runner that forks one process with all imports for each Python script.
 
 Most documented commands need one second, after importing torch and Detectron2 for four seconds.
-Here, the imports happen only once, also for the processes of `--num-gpus 2`. test_startup.py and test_commands.py test new processes.
+Here, the imports happen only once, also for the processes of `--num-gpus 2`. test_startup.py and
+test_commands.py test new processes.
 """
 
 import functools

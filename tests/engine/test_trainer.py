@@ -154,7 +154,7 @@ def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
     files = sorted(str(path) for path in folder.glob("*.jpg"))
     assert find_images([str(folder)]) == files
     assert find_images([str(folder / "*.jpg"), files[0]]) == files
-    with pytest.raises(UserError, match="matches no image"):
+    with pytest.raises(UserError, match="No image matches"):
         find_images([str(folder / "*.png")])
 
 

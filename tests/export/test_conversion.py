@@ -283,7 +283,7 @@ def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
         engine_convert, "examine", lambda p, f: other if Path(p).name == "out.pth" else real(p, f)
     )
     with pytest.raises(
-        UserError, match="does not give the same outputs as .*largest difference of logits"
+        UserError, match="does not give the same outputs as .*largest difference in logits"
     ):
         convert_file(path, tmp_path / "out.pth", check=True)
 
@@ -311,7 +311,7 @@ def test_the_command_line(tmp_path, run_python):
     command = ("tools/convert_weights.py", path, tmp_path / "out.safetensors")
     done = run_python(*command, "--check")
     assert done.returncode == 0, done.stderr
-    checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
+    checked = "Checked: largest difference in logits: 0 (0 of the largest value)"
     assert checked in done.stdout
     assert "Detected as" in done.stdout
     quiet = run_python(*command, "--check", "--force", "--quiet")

@@ -259,7 +259,10 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
     ("arguments", "words"),
     [
         (["--model", "se_resnet18", "--output", "model.h5"], "Expected one of: .onnx, .pt2, .ts"),
-        (["--model", "se_resnet18", "--output", "missing/model.ts"], "There is no folder"),
+        (
+            ["--model", "se_resnet18", "--output", "missing/model.ts"],
+            "folder missing does not exist",
+        ),
         (["--output", "model.ts"], "No model is specified"),
         (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (

@@ -107,7 +107,7 @@ def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
     folders = [write_run(tmp_path / name / "run", [], []) for name in ("a", "b")]
     assert [run.name for run in load_runs(folders)] == ["a/run", "b/run"]
     assert find_runs([tmp_path / "a", tmp_path / "b" / "run", tmp_path / "a"]) == folders
-    with pytest.raises(UserError, match="has no config.yaml"):
+    with pytest.raises(UserError, match="contains no config.yaml"):
         find_runs([tmp_path])
     (tmp_path / "a" / "run" / "config.yaml").write_text("[")
     with pytest.raises(UserError, match="can't be read"):

@@ -108,7 +108,7 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "--source needs --output"), (["--download", "cifar10"], "not allowed with")],
+    [([], "--source requires --output"), (["--download", "cifar10"], "not allowed with")],
 )
 def test_a_source_needs_an_output_folder_and_no_download(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -289,7 +289,7 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
 
 def test_tolerated_broken_images_are_left_out_and_recorded(broken, tmp_path, prepare, capsys):
     assert prepare(broken, tmp_path / "out", "--skip-broken", "4", "--verify") == 0
-    assert "skipped 4 bad images" in capsys.readouterr().out
+    assert "skipped 4 unreadable images" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["samples"] == 20
     recorded = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}

@@ -296,11 +296,11 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     [
         (["--model", "resnet18"], "no weights to evaluate"),
         (["--data", "."], "No model is specified"),
-        (["--weights", "{weights}"], "no data to evaluate on"),
-        (["--model", "a", "--config-file", "b"], "Give one of them"),
-        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
+        (["--weights", "{weights}"], "no evaluation data"),
+        (["--model", "a", "--config-file", "b"], "Give only one of them"),
+        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected ImageClassifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "neither --weights"),
-        (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
+        (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
             "Data set /no/such not found",
@@ -321,5 +321,5 @@ def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
     words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]
     with pytest.raises(UserError, match="crop=0"):
         evaluate(*words, "--crop", "0")
-    with pytest.raises(UserError, match="The device is 'gpu', expected cuda or cpu"):
+    with pytest.raises(UserError, match="The device is 'gpu'; expected cuda or cpu"):
         evaluate(*words, "--device", "gpu")

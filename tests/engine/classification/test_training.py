@@ -233,7 +233,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
-    with pytest.raises(UserError, match="optimizer does not fit this run's"):
+    with pytest.raises(UserError, match="does not match this run's optimizer"):
         other.resume_or_load(resume=True)
 
 
