@@ -277,6 +277,6 @@ def _with_file_options(
         if (tuple(given) if key == "se_stages" else given) != value:
             raise UserError(
                 f"{key}={given!r} contradicts {source.path}: the network of this file, detected as "
-                f"{source.taken_for}, has {value!r}. Remove the option, or use other weights."
+                f"{source.detected_as}, has {value!r}. Remove the option, or use other weights."
             )
     return {**overrides, **stated}

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield an empty temporary file that replaces ``path`` atomically when the block ends.
 
     If the block raises an exception, the temporary file is deleted and an existing file at ``path``
@@ -46,8 +46,8 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for atomic writing in binary mode; see :func:`whole_file`."""
-    with whole_file(path) as partial, open(partial, "wb") as stream:
+    """Open a file for atomic writing in binary mode; see :func:`atomic_path`."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
         yield stream
 
 

@@ -126,7 +126,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
     """
     if source.unknown:
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has {len(source.unknown)} tensors "
+            f"{source.path}, detected as {source.detected_as}, has {len(source.unknown)} tensors "
             f"that the family does not have ({first_of(source.unknown, 4)}) and that can't be "
             "converted. Remove them from the file if they are not needed."
         )
@@ -244,8 +244,8 @@ def _check_expressible(source: Source, form: Format) -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, can't be converted to {form.title}:\n"
-            f"{lines}\nConvert it to senet_transfer or detectron2 instead."
+            f"{source.path}, detected as {source.detected_as}, can't be converted to "
+            f"{form.title}:\n{lines}\nConvert it to senet_transfer or detectron2 instead."
         )
 
 

@@ -117,7 +117,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     if cfg.MODEL.WEIGHTS_PIN:
         raise UserError(
             f"MODEL.WEIGHTS_PIN keeps the config's values, but {source.path}, detected as "
-            f"{source.taken_for}, was trained with others:\n{table}\nSet the keys to the file's "
+            f"{source.detected_as}, was trained with others:\n{table}\nSet the keys to the file's "
             "values, or MODEL.WEIGHTS_PIN to False."
         )
     frozen = cfg.is_frozen()
@@ -127,7 +127,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         config_value(cfg, node)[leaf] = change.after
     if frozen:
         cfg.freeze()
-    logger.info("Config keys set from %s (%s):\n%s", source.path, source.taken_for, table)
+    logger.info("Config keys set from %s (%s):\n%s", source.path, source.detected_as, table)
     return changes
 
 

@@ -149,7 +149,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 def _check_norms(source: Source, target: Target) -> None:
     if source.family.affine_norms and not target.has_frozen_norms:
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has norms without statistics, which "
+            f"{source.path}, detected as {source.detected_as}, has norms without statistics, which "
             "can't be trained. Build the model with norm='FrozenBN' (MODEL.RESNETS.NORM), or use "
             "weights with statistics."
         )
@@ -164,7 +164,7 @@ def _check_geometry(source: Source, target: Target) -> None:
     if found:
         lines = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has the same tensor shapes as the "
+            f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
             f"model, but its network gives other outputs:\n{lines}\nBuild the model with the "
             "file's values (weights= in create_backbone and create_classifier, MODEL.WEIGHTS in a "
             "config). If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
-from senet_transfer.utils.atomic_io import whole_file
+from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.hashing import tensors_sha256
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry
@@ -112,7 +112,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_path(path) as partial:
             yield partial
     # If the disk is full, torch raises a RuntimeError and safetensors a SafetensorError.
     except (OSError, RuntimeError, SafetensorError) as error:

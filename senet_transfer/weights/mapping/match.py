@@ -160,7 +160,7 @@ def check_match(result: Match, source: Source, target: Target) -> None:
         return
     lines = "\n".join(f"  {line}" for line in [*filter(None, wrong), *problems])
     raise UserError(
-        f"{source.path}, detected as {source.taken_for}, does not fit the model, which is "
+        f"{source.path}, detected as {source.detected_as}, does not fit the model, which is "
         f"unchanged:\n{lines}\nUse a file for this network, or build the network of this file. If "
         "the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )

@@ -57,7 +57,7 @@ class Source:
     detector: bool
 
     @property
-    def taken_for(self) -> str:
+    def detected_as(self) -> str:
         """Return the name and title of the family, for messages."""
         return f"{self.family.name} ({self.family.title})"
 
