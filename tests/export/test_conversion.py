@@ -221,7 +221,7 @@ def published_bgr(model, tmp_path) -> Path:
 def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(
-        UserError, match="stem_pool is not stated.*\n.*does not state the preprocessing"
+        UserError, match="stem_pool is not specified.*\n.*does not specify the preprocessing"
     ):
         convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
 
@@ -244,7 +244,7 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     assert convert_file(path, tmp_path / "r50.safetensors", check=True).relative < 1e-6
-    assert "FrozenBN only" in caplog.text
+    assert "only with FrozenBN" in caplog.text
     backbone = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
     outputs = outputs_of_ours(backbone.eval(), images())
     assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
@@ -266,7 +266,7 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match="can't be written: .*No space left"):
+        with pytest.raises(UserError, match="Cannot write .*No space left"):
             convert_file(path, out, force=True)
     assert out.read_bytes() == b"mine"
     assert sorted(tmp_path.iterdir()) == before
