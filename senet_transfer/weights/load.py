@@ -34,8 +34,8 @@ class LoadReport:
         initialised: Names of the model's tensors that keep their initial values, with the reasons.
         ignored: Names of the file's tensors that were not used, with the reasons.
         notes: Other changes to the tensors, as sentences.
-        geometry: Geometry of the file's network. Fields that are None are unknown and were assumed
-            to equal the model's.
+        geometry: Geometry of the file's network. Unknown fields are None, and were assumed to equal
+            the model's.
         preprocessing: Preprocessing that the model expects after loading.
     """
 

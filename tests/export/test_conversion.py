@@ -230,7 +230,7 @@ def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_pat
     state = peer("torchvision", "resnet18").state_dict()
     del state["layer4.1.bn2.running_var"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="1 missing in the file"):
+    with pytest.raises(UserError, match="1 missing from the file"):
         convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
     state = {**peer("torchvision", "resnet18").state_dict(), "aux.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "x.pth")

@@ -385,7 +385,7 @@ def test_a_name_that_acts_on_the_machine_rejects_the_file_anywhere(name, inside,
     module, name = name.split()
     call = f"c{module}\n{name}\n".encode() + b"U\x07touch x\x85R"
     (tmp_path / "a.pkl").write_bytes(_MODEL + inside % call + b"u.")
-    with pytest.raises(UserError, match=f"{module}[.]{name}`, code that runs on this machine"):
+    with pytest.raises(UserError, match=f"{module}[.]{name}`, which can run code on this machine"):
         read_tensors(tmp_path / "a.pkl")
     assert not Path("x").exists()
 

@@ -250,7 +250,7 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
         ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
         ("cifar_resnet21", {}, "depth is 21.* 6n . 2 layers.*is 20"),
-        ("wrn17_8", {}, "6n . 4 layers.*The nearest depth is 16"),
+        ("wrn17_8", {}, "6n . 4 layers.*The nearest valid depth is 16"),
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
 )
@@ -289,7 +289,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
-        words = "32 groups, but the network has layers of (16|24|80) channels"
+        words = "multiple of 32 channels, but the network has layers with (16|24|80) channels"
         with pytest.raises(UserError, match=words):
             create_backbone(name, norm=norm)
         return

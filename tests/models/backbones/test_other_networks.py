@@ -315,13 +315,17 @@ def test_images_of_odd_sides_are_taken(name, side):
         ("se_vgg16_bn", {"se_stages": (5,)}, "SE in stages 2, 3, 4"),
         ("se_bn_inception", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
         ("se_shufflenet_g3", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
-        ("se_inception_resnet_v2", {"se_relu_before": True}, "doesn't support it"),
+        ("se_inception_resnet_v2", {"se_relu_before": True}, "not by Inception-ResNet-v2"),
         ("se_mobilenet", {"se_ratio": 65}, "expected 1 to 64"),
         ("inception_resnet_v2", {"padding": "full"}, "expected one of: valid, same"),
         ("vgg16_bn", {"padding": "same"}, "has no option 'padding'"),
         ("mobilenet", {"stem_pool": "ceil"}, "has no option 'stem_pool'"),
         ("bn_inception", {"stride_in_1x1": True}, "has no option 'stride_in_1x1'"),
-        ("shufflenet_g3", {"norm": "GN"}, "32 groups, but the network has layers of 24 channels"),
+        (
+            "shufflenet_g3",
+            {"norm": "GN"},
+            "multiple of 32 channels, but the network has layers with 24 channels",
+        ),
     ],
 )
 def test_options_that_make_no_sense_for_these_networks_are_refused(name, overrides, words):

@@ -261,7 +261,7 @@ def test_numbers_that_contradict_their_layer_are_refused(layer, expected):
 
 def test_a_layer_that_is_there_twice_is_refused():
     layer = CaffeLayer("s", "Scale", blobs=(np.ones(2), np.ones(2)))
-    with pytest.raises(UserError, match="two layers 's'"):
+    with pytest.raises(UserError, match="two layers named 's'"):
         caffe_tensors([layer, layer])
 
 
@@ -291,7 +291,10 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
     ("blob", "expected"),
     [
         (b"\x2a\x06" + bytes(6), "a known format"),  # one and a half packed floats
-        (b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03", r"2 values, but the shape \(3,\)"),
+        (
+            b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03",
+            r"2 values, which does not match its shape \(3,\)",
+        ),
         (b"\x2a\x08" + bytes(8) + b"\x3a\x0c\x0a\x0a" + b"\xff" * 9 + b"\x01", r"shape \(-1,\)"),
         (
             b"\x2a\x04" + bytes(4) + b"\x3a\x23\x0a\x21" + b"\x01" * 33,

@@ -136,7 +136,7 @@ BROKEN = {
     "lying header": (b"\xff\xff\xff\x05\0\0\0\0{}", "damaged"),
     "list": (pickle.dumps([1, 2]), "a list.*Expected a dictionary"),
     "one array": (pickle.dumps(np.ones(3)), "a single tensor"),
-    "no tensors": (pickle.dumps({"epoch": 3}), r"no model tensors inside \(found: 'epoch'\)"),
+    "no tensors": (pickle.dumps({"epoch": 3}), r"contains no model tensors \(found: 'epoch'\)"),
     "no layers": (b"\x0a\x03net", "its layers contain no blobs"),
 }
 
@@ -180,7 +180,7 @@ def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
     data = path.read_bytes()
     for end in {*range(0, len(data), 7), *range(64), *range(len(data) - 64, len(data))}:
         path.write_bytes(data[:end])
-        with pytest.raises(UserError, match="/a: "):
+        with pytest.raises(UserError, match="/a[: ]"):
             read_tensors(path)
 
 
@@ -275,7 +275,7 @@ def test_what_was_verified_is_stated(tmp_path):
 )
 def test_impossible_values_are_named(name, value):
     tensors = {"fine": torch.ones(3), name: torch.tensor([1.0, value])}
-    with pytest.raises(UserError, match=f"weights: impossible values in {name} "):
+    with pytest.raises(UserError, match=f"weights contains invalid values: {name} "):
         check_values(tensors)
     with pytest.raises(UserError, match="and 3 more"):
         check_values({f"{i}.{name}": tensors[name] for i in range(8)}, "file.pkl")
@@ -304,5 +304,5 @@ def test_impossible_values_are_looked_for_where_nothing_else_was_verified(kind, 
         path.write_bytes(pickle.dumps({"w": tensors["w"].numpy()}))
     else:
         safetensors.torch.save_file(tensors, path)
-    with pytest.raises(UserError, match=r"/a: impossible values in w \(not finite\)"):
+    with pytest.raises(UserError, match=r"/a contains invalid values: w \(non-finite\)"):
         read_tensors(path)

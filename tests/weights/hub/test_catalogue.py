@@ -131,7 +131,7 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
 
 
 def test_what_the_user_says_of_the_family_counts(published):
-    with pytest.raises(UserError, match="not of the family cadene"):
+    with pytest.raises(UserError, match="does not belong to the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
     backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
     assert backbone.weights_source["family"] == "timm_legacy"
