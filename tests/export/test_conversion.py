@@ -184,8 +184,13 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "options", "to", "words"),
     [
-        ("se_resnet18", {}, "torchvision", "network is se_resnet18. torchvision has resnet101"),
-        ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, 'pad'"),
+        (
+            "se_resnet18",
+            {},
+            "torchvision",
+            "network is se_resnet18, but torchvision supports only resnet101",
+        ),
+        ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, but 'pad'"),
         ("resnet50", {"stride_in_1x1": True}, "torchvision", "stride_in_1x1 is True in the file"),
         ("se_resnet18", {}, "timm", r"\(\(2, 3, 4, 5\), 16, 1, True\) in the file, .*16, 8, True"),
         ("se_resnet18", {"stem_pool": "ceil"}, "timm_legacy", "se_relu_before is False"),
@@ -205,7 +210,7 @@ def test_what_the_other_project_can_not_express_is_refused(ours, options, to, wo
 def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
     model = randomise(published.PlainClassifier(18))
     path = published_bgr(model, tmp_path)
-    with pytest.raises(UserError, match="format BGR for the file's network, RGB"):
+    with pytest.raises(UserError, match="format is BGR for the file's network and RGB"):
         convert_file(path, tmp_path / "out.pth", to="torchvision")
 
 
@@ -290,9 +295,9 @@ def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("out", "to", "words"),
     [
-        ("x.bin", None, "saved as .pth or .safetensors, not '.bin'"),
-        ("x.pth", "detectron2", "saved as .pkl, not '.pth'"),
-        ("x.pkl", "timm", "saved as .pth or .safetensors, not '.pkl'"),
+        ("x.bin", None, "have the suffix .pth or .safetensors, not '.bin'"),
+        ("x.pth", "detectron2", "have the suffix .pkl, not '.pth'"),
+        ("x.pkl", "timm", "have the suffix .pth or .safetensors, not '.pkl'"),
         ("x.pth", "keras", "can't be converted to 'keras'"),
     ],
 )

@@ -211,14 +211,14 @@ def test_bad_arguments_are_refused_by_name(name):
 def check_bad_arguments(name: str) -> None:
     with pytest.raises(UserError, match="has no option 'freeze_to'.*freeze_at"):
         create_backbone(name, freeze_to=2)
-    with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
+    with pytest.raises(UserError, match="The norm is 'BatchNorm'; expected one of"):
         create_backbone(name, norm="BatchNorm")
     with pytest.raises(UserError, match="out_features"):
         create_backbone(name, out_features=["res6"])
     with pytest.raises(UserError, match="freeze_at is 7"):
         create_backbone(name, freeze_at=7)
     if is_residual(name):
-        with pytest.raises(UserError, match="The stem pool is 'same', expected one of: pad, ceil"):
+        with pytest.raises(UserError, match="The stem pool is 'same'; expected one of: pad, ceil"):
             create_backbone(name, stem_pool="same")
 
 
@@ -248,7 +248,7 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
         ("cifar_resnet32", {"block": "bottleneck"}, "depth is 32.* 9n . 2 layers.*is 29"),
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
-        ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
+        ("cifar_resnet110", {"freeze_at": 5}, "0 .freeze nothing. to 4"),
         ("cifar_resnet21", {}, "depth is 21.* 6n . 2 layers.*is 20"),
         ("wrn17_8", {}, "6n . 4 layers.*The nearest valid depth is 16"),
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
@@ -263,13 +263,13 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
     ("name", "overrides", "words"),
     [
         (["resnet18"], {}, "There is no model"),
-        (5, {}, "There is no model 5"),
-        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected an integer"),
-        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected an integer >= 1"),
-        ("resnet18", {"in_channels": True}, "in_channels is True, expected an integer"),
-        ("resnet18", {"out_features": 5}, "out_features is 5, expected a list"),
+        (5, {}, "There is no model called 5"),
+        ("resnet18", {"in_channels": "3"}, "in_channels is '3'; expected an integer"),
+        ("resnet18", {"in_channels": 0}, "in_channels is 0; expected an integer >= 1"),
+        ("resnet18", {"in_channels": True}, "in_channels is True; expected an integer"),
+        ("resnet18", {"out_features": 5}, "out_features is 5; expected a list"),
         ("resnet18", {"out_features": [["res2"]]}, "expected a list of names"),
-        ("resnet18", {"weights": 5}, "weights are 5, expected a path"),
+        ("resnet18", {"weights": 5}, "weights are 5; expected a path"),
         ("resnet18", {"freeze_at": 2.0}, "freeze_at is 2.0"),
         ("resnet18", {"freeze_at": [2]}, "freeze_at is .2."),
         ("resnet50", {"num_groups": "2"}, "num_groups is '2'"),
