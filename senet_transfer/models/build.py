@@ -54,8 +54,8 @@ def backbone_name(cfg: CfgNode) -> str:
     """Return the name of the backbone that a config specifies.
 
     If the config describes a ResNet or ResNeXt, this is the network's name, such as
-    ``"se_resnext50_32x4d"``. The name is not validated, so there may be no registered model called
-    this.
+    ``"se_resnext50_32x4d"``. The name is not validated, so a registered model with this name may
+    not exist.
     """
     has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
     if name:

@@ -35,7 +35,7 @@ class Classifier(nn.Module):
             backbone: Backbone that returns one feature map.
             num_classes: Number of classes.
             dropout: Dropout probability before the linear layer, in [0, 1).
-            neck: Function that builds a module that replaces the pooling; see
+            neck: Function that builds a replacement for the pooling; see
                 :class:`~senet_transfer.models.registry.ModelEntry`.
 
         Raises:

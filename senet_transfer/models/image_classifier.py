@@ -49,7 +49,7 @@ class ImageClassifier(Classifier):
             num_classes: Number of classes.
             preprocessing: Preprocessing that the backbone requires.
             dropout: Dropout probability before the linear layer, in [0, 1).
-            neck: Function that builds a module that replaces the pooling; see :class:`Classifier`.
+            neck: Function that builds a replacement for the pooling; see :class:`Classifier`.
             label_smoothing: Label smoothing of the loss, in [0, 1).
             mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If

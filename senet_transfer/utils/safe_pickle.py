@@ -38,7 +38,8 @@ _RUNS_CODE = re.compile(
     r"|_?pickle|cPickle|marshal|urllib|webbrowser|commands|bdb|pdb|pydoc|timeit"
     r"|torch[.](hub|load|serialization[.]load))\b"
 )
-# Names in those modules that only contain values, which training scripts often save with a model.
+# Exceptions to these modules: classes of plain values, which training scripts often save with a
+# model.
 _HOLDS_VALUES = re.compile(
     r"pathlib[.](_local[.])?(Pure)?(Posix|Windows)?Path|types[.]SimpleNamespace|functools[.]partial"
     r"|_?io[.](Bytes|String)IO|_operator[.]getitem"  # the last name creates typing.Dict[str, int]

@@ -7,7 +7,7 @@ def first_of(names: Iterable[str], limit: int = 20) -> str:
     """Join the first names with commas, and add the number of remaining names.
 
     Args:
-        names: Names in the order in which to list them.
+        names: Names to list, in order.
         limit: Maximum number of names in the text.
 
     Returns:

@@ -147,7 +147,8 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         _write_foreign(source, path, FORMATS[to], metadata)
         if "linear.weight" not in source.tensors:
             notes.append(
-                "The file has no classifier. Load it with strict=False or into a backbone."
+                "The file has no classifier. Load it with strict=False, or into a model without a "
+                "classifier."
             )
         return notes
     # Keep a detector's full tensor names, which include the submodules.

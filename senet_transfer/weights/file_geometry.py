@@ -77,7 +77,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
     Raises:
         UserError: If the file can't be read, or its family is unknown.
     """
-    # MODEL.WEIGHTS_FAMILY applies only to MODEL.WEIGHTS. A checkpoint contains its own family.
+    # MODEL.WEIGHTS_FAMILY applies only to MODEL.WEIGHTS. A checkpoint specifies its own family.
     is_other = weights is not None and weights != cfg.MODEL.WEIGHTS
     family = None if is_other else cfg.MODEL.WEIGHTS_FAMILY or None
     name = cfg.MODEL.WEIGHTS if weights is None else weights

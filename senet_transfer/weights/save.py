@@ -50,7 +50,7 @@ def own_metadata(
     preprocessing: Preprocessing | None,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the metadata of a network, given its description instead of a built model."""
+    """Return the metadata of a network from its description, without building a model."""
     metadata = {
         "version": _VERSION,
         "model": architecture.name if architecture else "",

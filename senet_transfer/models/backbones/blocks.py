@@ -171,9 +171,9 @@ class ResNetStem(BasicStem):
             in_channels: Number of image channels.
             out_channels: Number of output channels; the output has stride 4.
             norm: Detectron2 norm name, such as "BN".
-            pool: "pad" for a padding of 1 on every side (torchvision, Detectron2), or "ceil" for no
-                padding and a last window that is clipped at the edge (the authors' Caffe files and
-                files converted from them).
+            pool: Border handling of the max pool: "pad" for a padding of 1 on every side
+                (torchvision, Detectron2), or "ceil" for no padding and a last window that is
+                clipped at the edge (the authors' Caffe files and files converted from them).
         """
         super().__init__(in_channels, out_channels, norm=norm)
         check_choice("The stem pool", pool, STEM_POOLS)

@@ -9,7 +9,7 @@ the concatenated branches of each module. All ten modules have a gate, including
 2. With r = 16 and 1000 classes, the gates add 646,398 parameters to the plain network's 11,285,224.
 
 Modules are assigned to stages by the resolution of their output: 3a and 3b are in res3, 3c to 4d in
-res4, 4e to 5b in res5. Stage res2 consists of two plain convolutions and has no gate.
+res4, and 4e to 5b in res5. Stage res2 consists of two plain convolutions and has no gate.
 """
 
 import torch

@@ -107,8 +107,8 @@ class PreActBlock(GatedBlock):
             se: SE variant; None for a block without SE.
             projection: Whether a shortcut that changes the shape is a 1x1 convolution. Otherwise,
                 it is a :class:`PaddedShortcut`.
-            shared: Whether the shortcut starts after the first norm and ReLU; None means only if it
-                changes the shape.
+            shared: Whether the shortcut starts after the first norm and ReLU; if None, it does so
+                only if it changes the shape.
 
         Raises:
             UserError: If the block does not support the SE placement.

@@ -196,8 +196,8 @@ def build_inception_resnet_v2(
     """Build Inception-ResNet-v2, whose features "stem" and "res2" both have stride 4.
 
     Args:
-        padding: "valid" as in the published network, or "same" for feature maps that are aligned
-            with the image.
+        padding: Padding of convolutions and pools: "valid", as in the published network, or "same",
+            which aligns feature maps with the image.
         se: SE variant; None builds the plain network.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.

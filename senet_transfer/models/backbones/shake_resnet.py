@@ -151,7 +151,7 @@ class _ShakeBlock(GatedBlock, ABC):
 
     @abstractmethod
     def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
-        """Build the shortcut of a block that changes shape."""
+        """Build the shortcut of a block that changes the shape."""
 
     def freeze(self) -> CNNBlockBase:
         """Freeze the block as in Detectron2, and mix its branches as in evaluation."""
@@ -193,7 +193,7 @@ class ShakeBottleneckBlock(_ShakeBlock):
 
 
 class FinalReLU(CNNBlockBase):
-    """Final ReLU of Shake-Shake 26, as a block in its last stage; other blocks end with the sum."""
+    """Final ReLU of Shake-Shake 26, as a block in its last stage, after residual sums."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 1)

@@ -153,7 +153,7 @@ def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
 
 
 class _SEFields(TypedDict):
-    """The fields of :class:`Architecture` that describe SE."""
+    """Fields of :class:`Architecture` that describe SE."""
 
     se_stages: tuple[int, ...]
     se_ratio: int

@@ -4,8 +4,8 @@ Each function maps a tensor name in a file of its family to this project's name,
 family has no such name. The backbone's names are ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
 ``res2.0.se.fc1.weight``, ... The classifier's names are ``linear.weight`` and ``linear.bias``, and
-``neck.fc1.weight`` etc. for hidden layers before it. Networks other than ResNets are handled in
-:mod:`~.renaming_other`.
+``neck.fc1.weight`` etc. for hidden layers before ``linear``. Networks other than ResNets are
+handled in :mod:`~.renaming_other`.
 """
 
 import re

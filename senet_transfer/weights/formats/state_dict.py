@@ -129,8 +129,8 @@ def _leaves(
     tree: dict, depth: int = _MAX_DEPTH, prefix: str = "", budget: list[int] | None = None
 ) -> Iterator[tuple[str, _Source | Placeholder]]:
     """Yield the tensors and placeholders in nested dictionaries, with their joined keys."""
-    # A dictionary can contain another one many times, so the number of entries is limited, not only
-    # the depth.
+    # A dictionary can contain another one many times, so both the depth and the number of entries
+    # are limited.
     budget = [_MAX_ENTRIES] if budget is None else budget
     for key, value in tree.items():
         budget[0] -= 1

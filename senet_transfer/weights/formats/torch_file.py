@@ -150,7 +150,9 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
             'torch.save(torch.jit.load("file").state_dict(), "weights.pth").'
         )
     if any(info.compress_type != zipfile.ZIP_STORED for info in records):
-        raise UserError(f"{path} was repacked with compression, which torch.save does not use.")
+        raise UserError(
+            f"{path} was repacked with compression, which is not supported. Use the original file."
+        )
     if any(info.compress_size != info.file_size for info in records):
         raise ValueError("a record has two different sizes")
     if sum(info.file_size for info in records) > path.stat().st_size:

@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 TIMEOUT = 30.0  # seconds without receiving any data
-PAUSE = 2.0  # seconds before the second attempt; longer before each further one
-# Time in seconds that other processes wait for a download, enough for a large file on a slow line.
+PAUSE = 2.0  # seconds before the second attempt; later pauses are longer
+# Time in seconds that other processes wait for a download, enough for a large file on a slow
+# connection.
 LOCK_TIMEOUT = 2 * 3600
 _CHUNK = 2**20
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -60,7 +61,7 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
     download leaves no files behind.
 
     Args:
-        url: URL with the scheme https, or http for this machine.
+        url: URL, which must use HTTPS, or HTTP on this machine.
         path: Path of the file to create.
         sha256: SHA-256 in hexadecimal, or its first digits; None if it is unknown.
         hint: Text to append to error messages.
@@ -121,14 +122,14 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
         if sha256 and not found.startswith(sha256):
             raise _DownloadError(
                 f"the received file ({partial.stat().st_size:,} bytes) has the SHA-256 {found}, "
-                f"but its publisher gives {sha256}..."
+                f"but its publisher specifies {sha256}..."
             )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if sha256 is None:
         logger.warning(
-            "%s was not verified, because its publisher gives no hash. Its SHA-256 is %s.",
+            "%s was not verified, because its publisher provides no hash. Its SHA-256 is %s.",
             path,
             found,
         )

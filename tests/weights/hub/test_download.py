@@ -80,7 +80,9 @@ def test_a_transfer_that_keeps_breaking_leaves_nothing(site, tmp_path):
 
 
 def test_a_wrong_hash_leaves_nothing(site, tmp_path):
-    with pytest.raises(UserError, match="has the SHA-256 .*but its publisher gives 12345678..."):
+    with pytest.raises(
+        UserError, match="has the SHA-256 .*but its publisher specifies 12345678..."
+    ):
         fetch(site.add("a.pth", BODY), tmp_path / "a.pth", "12345678")
     assert _left(tmp_path) == []
 
@@ -135,7 +137,7 @@ def test_a_server_that_falls_silent_is_given_up(site, tmp_path, monkeypatch):
 
 def test_a_file_without_a_hash_is_called_unverified(site, tmp_path, caplog):
     fetch(site.add("a.pth", BODY), tmp_path / "a.pth", None)
-    assert "not verified, because its publisher gives no hash" in caplog.text
+    assert "not verified, because its publisher provides no hash" in caplog.text
     assert HASH in caplog.text
 
 
