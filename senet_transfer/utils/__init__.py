@@ -1,1 +1,1 @@
-"""Utilities used throughout the package, which depend only on its errors."""
+"""Utilities used throughout the package, which depend only on :mod:`senet_transfer.errors`."""

@@ -51,8 +51,8 @@ def verify_sha256(path: Path, expected: str | None) -> list[str]:
     if expected is not None:
         if not re.fullmatch("[0-9a-fA-F]{8,64}", expected):
             raise UserError(
-                f"sha256 is {expected!r}; expected 8 to 64 hexadecimal digits, which are the "
-                f"SHA-256 of {path} or its first digits."
+                f"sha256 is {expected!r}; expected 8 to 64 hexadecimal digits: the SHA-256 of "
+                f"{path}, or its first digits."
             )
         stated.append((expected.lower(), "was requested"))
     listing = path.with_name(path.name + ".sha256")

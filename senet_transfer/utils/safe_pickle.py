@@ -242,7 +242,7 @@ class _PlainUnpickler(_Unpickler):
     dispatch[pickle.FRAME[0]] = load_frame
 
     def load_frozenset(self) -> None:
-        # Load a plain set, which can't be an element of a set: comparing nested sets takes
+        # Load frozensets as plain sets, so that sets can't be nested: comparing nested sets takes
         # exponential time.
         self.append(set(self.pop_mark()))
 

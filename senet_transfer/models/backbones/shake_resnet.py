@@ -193,7 +193,7 @@ class ShakeBottleneckBlock(_ShakeBlock):
 
 
 class FinalReLU(CNNBlockBase):
-    """Final ReLU of Shake-Shake 26, as a block in its last stage, after residual sums."""
+    """Final ReLU of Shake-Shake 26, in a separate block because residual blocks end with a sum."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 1)

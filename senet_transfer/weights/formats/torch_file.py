@@ -108,8 +108,8 @@ def read_zip(path: Path) -> Checkpoint:
         byteorder = f"{root}/byteorder"
         if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
             raise UserError(
-                f"{path} was saved on a big-endian machine, which is not supported. Save it on a "
-                "little-endian machine."
+                f"{path} was saved on a big-endian machine, which is not supported. Save it again "
+                "on a little-endian machine."
             )
         damaged = archive.testzip()
         if damaged is not None:
@@ -168,7 +168,7 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
         raise ValueError("the version of the legacy format is not 1001")
     if load_plain(stream, path).get("little_endian") is not True:
         raise UserError(
-            f"{path} was saved on a big-endian machine, which is not supported. Save it on a "
+            f"{path} was saved on a big-endian machine, which is not supported. Save it again on a "
             "little-endian machine."
         )
     storages = _Storages()

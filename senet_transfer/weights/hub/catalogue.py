@@ -16,7 +16,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.weights.hub.download import check_sha256, fetch
 
-# This project's network names, by the publishers' names.
+# Mapping from publishers' network names to this project's, if they differ.
 _RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
