@@ -191,7 +191,7 @@ def test_a_box_head_is_counted_for_every_box():
         ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give only one"),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
-        ({"weights": "missing.pth"}, "no weight file"),
+        ({"weights": "missing.pth"}, "weight file .*does not exist"),
     ],
 )
 def test_what_is_no_model_is_refused_in_words(arguments, said):

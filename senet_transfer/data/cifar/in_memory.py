@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from senet_transfer.errors import UserError
-from senet_transfer.utils.atomic_io import whole_file
+from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.hashing import tensors_sha256
 
 SIDE = 32
@@ -101,7 +101,7 @@ def save_images(data: ImageArrays, path: Path, source: str) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_path(path) as partial:
             save_file(tensors, partial, {_METADATA: json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -226,7 +226,7 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path, run_pytho
     line[line.index(weights)] = "no/such.pth"
     done = run_python(*line)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: There is no weight file")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The weight file")
 
 
 def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_path):

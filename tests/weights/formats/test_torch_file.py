@@ -339,7 +339,7 @@ def test_other_archives_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="compression"):
         read_tensors(tmp_path / "c.pth")
     np.savez(tmp_path / "a.npz", w=np.ones(2))
-    with pytest.raises(UserError, match="not one of torch.save"):
+    with pytest.raises(UserError, match="not written by torch.save"):
         read_tensors(tmp_path / "a.npz")
 
 
