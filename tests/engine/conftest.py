@@ -5,14 +5,14 @@ import pytest
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
 from senet_transfer.data.shapes.generate import make_shapes
+from tests.small_networks import SE_RESNEXT50
 
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
     "MODEL.BACKBONE.FREEZE_AT": "0",
+    **SE_RESNEXT50,
     "MODEL.RESNETS.NORM": "BN",
-    "MODEL.RESNETS.DEPTH": "18",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
     "MODEL.FPN.OUT_CHANNELS": "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": "20",
