@@ -34,7 +34,7 @@ DESIGNS = {
 
 
 class _Random:
-    """Generator of random values that keep the signal's scale through many blocks."""
+    """Generator of random weights that preserve the scale of the activations in deep networks."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)

@@ -187,7 +187,7 @@ class _Place:
         return self.world_size * self.processes
 
     def consumer(self, worker: int) -> int:
-        """Return the consumer index of a worker on this rank."""
+        """Return the index of a worker of this rank among the reader processes of all ranks."""
         return self.rank * self.processes + worker
 
 

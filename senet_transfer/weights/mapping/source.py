@@ -121,8 +121,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
         differs = what_differs(file.tensors)
         hint = f" Its network is not supported: {differs}." if differs else ""
         raise UserError(
-            f"{file.path} contains {len(file.tensors)} tensors, whose names match no known family "
-            f"({first_of(file.tensors, 4)}).{hint} The known families are {', '.join(FAMILIES)}."
+            f"{file.path} contains {len(file.tensors)} tensors, whose names (such as "
+            f"{first_of(file.tensors, 4)}) match no known family.{hint} The known families are {', '.join(FAMILIES)}."
         )
     return found
 

@@ -276,11 +276,12 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
 
 
 @pytest.mark.long
-def test_padding_changes_what_lies_at_the_border_alone():
+def test_padding_changes_only_values_near_the_border():
     """Check that the same weights work for classification and, with padding, for detection.
 
-    Each unpadded convolution shifts the feature map by one pixel. If the first 3 rows and columns
-    of the image are cropped, both paddings sample the same grid, 3 pixels of stride 4 apart.
+    Without padding, the outermost positions of the feature map are lost. If the first 3 rows and
+    columns of the image are cropped, the remaining positions are those of the padded network,
+    offset by 3, and only those near the border have other values.
     """
     valid = create_backbone("inception_resnet_v2", out_features=["res2"])
     same = create_backbone("inception_resnet_v2", out_features=["res2"], padding="same")
