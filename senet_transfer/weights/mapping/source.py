@@ -122,7 +122,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
         hint = f" Its network is not supported: {differs}." if differs else ""
         raise UserError(
             f"{file.path} contains {len(file.tensors)} tensors, whose names (such as "
-            f"{first_of(file.tensors, 4)}) match no known family.{hint} The known families are {', '.join(FAMILIES)}."
+            f"{first_of(file.tensors, 4)}) match no known family.{hint} The known families are "
+            f"{', '.join(FAMILIES)}."
         )
     return found
 
