@@ -84,7 +84,7 @@ def convert_file(
     logger.info("Reading %s (%s)", path, _size(path))
     source = examine(path, family)
     _check_complete(source)
-    logger.info("Detected as %s%s", source.taken_for, _network(source))
+    logger.info("Detected as %s%s", source.detected_as, _network(source))
     for note in write_converted(source, out, to):
         logger.info(note)
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)

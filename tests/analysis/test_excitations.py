@@ -45,7 +45,7 @@ def shaken(name: str, *options: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Write a folder like that of a training run, with weights and config."""
+    """Write the weights and config of a training run to a folder."""
     folder = tmp_path_factory.mktemp("run")
     cfg, model = shaken("se_cifar_resnet8")
     save_weights(model, folder / "model.pth")
@@ -93,7 +93,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert [line.split()[0] for line in said.splitlines() if line.startswith("SE_")] == blocks
     for name in (*(f"blocks/{block}" for block in blocks), "figure6", "blocks"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            # A plot that isn't empty has more colours than its background and frame.
+            # Unless the plot is empty, it has more colours than its background and frame.
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
     with open(tmp_path / "gates.csv") as file:
         rows = list(csv.DictReader(file))

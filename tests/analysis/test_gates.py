@@ -1,4 +1,4 @@
-"""Tests of the names, values and statistics of gates, and of the sampling of images."""
+"""Tests of gate names, values and statistics, and of image sampling."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_captured_values_are_the_gates_that_act(options):
 
 
 def stated_gate(module, x):
-    """Compute Equations 2 and 3 and their variants at each position after the squeeze."""
+    """Compute Equations 2 and 3 and their variants separately for each position."""
     x = x.flatten(2)
     squeezed = {"avg": x.mean(2, keepdim=True), "max": x.amax(2, keepdim=True), "none": x}
     hidden = (module.fc1.weight @ squeezed[module.squeeze] + module.fc1.bias[:, None]).clamp(min=0)
@@ -93,7 +93,7 @@ def test_nothing_is_captured_any_more_afterwards():
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Return random gates and labels of classes with different numbers of images, one empty."""
+    """Return random gates and labels; classes differ in size, and one is empty."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]
@@ -128,7 +128,7 @@ def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
     assert summary.saturated == pytest.approx((gates > 0.95).mean())
     assert summary.closed == pytest.approx((gates < 0.05).mean())
     assert summary.mean == pytest.approx(gates.mean())
-    # The textbook formulas of the analysis of variance with random effects.
+    # Textbook formulas for a random-effects analysis of variance.
     number = np.array([(labels == label).sum() for label in there])
     deviations = gates - means[np.searchsorted(there, labels)]
     mean_square = (deviations**2).sum(0) / (len(labels) - len(there))

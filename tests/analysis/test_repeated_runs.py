@@ -31,7 +31,13 @@ def options(tmp_path):
 
 
 @pytest.mark.long
-def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
+def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(
+    options, tmp_path, run_python, monkeypatch
+):
+    monkeypatch.setattr(
+        "senet_transfer.analysis.repeated_runs.subprocess.run",
+        lambda command, **_: run_python(*command[1:]),
+    )
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)
     assert found["classification"]["images"] == 8

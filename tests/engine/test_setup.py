@@ -205,7 +205,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
 
 
 def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
-    """A run restarted by a launcher is resumed without changing its options."""
+    """Check that the options are unchanged, so that a launcher can restart the run."""
     run = command()
     before = replace(run)
     cfg = setup(run)

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp
     torch.save({"model": state}, path)
     with pytest.raises(UserError) as error:
         Checkpointer(trainer.model).load(str(path))
-    assert f"missing in the file: {removed}" in str(error.value)
+    assert f"missing from the file: {removed}" in str(error.value)
     assert "unexpected: extra.weight" in str(error.value)
     assert str(path) in str(error.value)
 

@@ -22,7 +22,7 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return pairs of a kind of data, in turn, and a seed."""
+    """Return pairs of kind of data and seed, with alternating kinds."""
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 

@@ -26,7 +26,7 @@ def build(cfg):
 
 
 def small(cfg):
-    """Reduce the work of the detector's heads."""
+    """Configure the detector's heads to be fast."""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
@@ -156,7 +156,7 @@ def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
 
 
 def test_detectron2s_own_c4_head_would_drop_the_gates():
-    """Check the reason for ``SENetRes5ROIHeads``."""
+    """Check that ``SENetRes5ROIHeads`` is needed."""
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
     assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
 

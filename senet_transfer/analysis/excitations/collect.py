@@ -73,7 +73,7 @@ def choose_classes(
     missing = [name for name in names if name not in there]
     if missing:
         raise UserError(
-            f"{sample.origin} has no images of the classes {', '.join(missing)}. Classes with "
+            f"{sample.origin} has no images of {', '.join(missing)}. Classes with "
             f"images: {first_of(there)}."
         )
     return {there[name]: name for name in names}

@@ -85,7 +85,7 @@ def test_a_download_that_fails_or_has_another_checksum_is_an_error(change, serve
         path.write_bytes(content[:-100])
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"can't be downloaded to .*--source"):
+    with pytest.raises(UserError, match=r"Cannot download .*--source"):
         archives.download_cifar(name, tmp_path / "root")
     assert not (tmp_path / "root" / archives.DOWNLOADS[name].base_folder).exists()
     path.write_bytes(content)
@@ -101,7 +101,9 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
     data = (folder / split).read_bytes()
     (folder / split).write_bytes(data.replace(b"x.png", b"y.png"))
     assert len(read_source(folder)["test"]) == 5
-    assert caplog.messages == [f"{folder}: {split} is not the official file, by its md5"]
+    assert caplog.messages == [
+        f"{folder}: the MD5 checksum of {split} differs from that of the official file"
+    ]
 
 
 @pytest.mark.parametrize(

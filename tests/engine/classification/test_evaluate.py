@@ -42,7 +42,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Link the validation set, or its first images, to where a test may change it."""
+    """Link the validation set, or its first images, into a folder that a test may change."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))
@@ -71,7 +71,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """Return torchvision's ResNet-18 with a classifier that fits half of the scenes."""
+    """Return torchvision's ResNet-18 with a linear layer fitted to half of the images."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)
@@ -226,7 +226,7 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path, run_pytho
     line[line.index(weights)] = "no/such.pth"
     done = run_python(*line)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: There is no weight file")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The weight file")
 
 
 def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_path):
@@ -303,7 +303,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
         (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
-            "no data set /no/such",
+            "Data set /no/such not found",
         ),
         (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
         (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),

@@ -1,4 +1,4 @@
-"""Tests of training runs: output files, exact resuming, and independence of process counts."""
+"""Tests of training runs: output files, exact resuming and several processes."""
 
 import json
 import math
@@ -194,8 +194,8 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "overrides", "message"),
     [
-        ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
-        ((), {"DATASETS.TRAIN": "()"}, "expected one, a folder of shards"),
+        ((), {"DATASETS.TRAIN": "('no/such',)"}, "Data set no/such not found.*DETECTRON2_DATASETS"),
+        ((), {"DATASETS.TRAIN": "()"}, "expected exactly one: a folder of shards"),
         ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (
             (),
