@@ -99,6 +99,11 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, use deterministic algorithms where PyTorch has them (slower)",
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="print only warnings; the log is written to log.txt"
     )
     return parser

@@ -42,6 +42,7 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
         datasets=tuple(map(tuple, args.dataset)),
         resume=args.resume,
         eval_only=args.eval_only,
+        deterministic=args.deterministic,
         quiet=args.quiet,
     )
 

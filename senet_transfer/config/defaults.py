@@ -29,12 +29,30 @@ def config_value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
+# Keys that accept "auto" as well as True and False.
+AUTO_KEYS = (
+    "SOLVER.AMP.ENABLED",
+    "SOLVER.TF32",
+    "MODEL.CLASSIFIER.CHANNELS_LAST",
+    "CUDNN_BENCHMARK",
+)
+
+
+def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:
+    """Set the value of a key such as ``SOLVER.BASE_LR``."""
+    node, _, leaf = key.rpartition(".")
+    (config_value(cfg, node) if node else cfg)[leaf] = value
+
+
 def add_senet_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place.
 
     Detectron2's defaults are not changed, so that its configs keep their meaning. The recipes
     override them in ``configs/base``.
     """
+    # Use deterministic algorithms on a GPU where PyTorch has them, which takes time and memory. The
+    # flag --deterministic sets this key. It has no effect on a CPU, where a run is exact anyway.
+    cfg.DETERMINISTIC = False
     _add_model_config(cfg)
     _add_data_config(cfg)
     _add_solver_config(cfg)
@@ -107,6 +125,9 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # The data type for SOLVER.AMP.ENABLED, "float16" or "bfloat16". If empty, it is float16 on a
     # GPU and bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = ""
+    # True or False: allow TF32 in products and convolutions of float32 on a GPU, or not. "auto":
+    # allow it. None: PyTorch's defaults, which allow it in convolutions only.
+    cfg.SOLVER.TF32 = None
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
     cfg.SOLVER.MICRO_BATCHES = 1

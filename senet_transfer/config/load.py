@@ -10,7 +10,13 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.defaults import (
+    AUTO_KEYS,
+    config_items,
+    config_value,
+    get_senet_config,
+    set_config_value,
+)
 from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
@@ -31,7 +37,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     if config_file:
         config_file = find_config(config_file)
         _check_config_file(config_file)
-        with _merge_errors(config_file):
+        with _merge_errors(config_file), _accepts_auto(cfg):
             _merge_file(cfg, config_file)
     merge_options(cfg, options)
     return cfg
@@ -52,10 +58,29 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
-        with _merge_errors("the command line"):
+        with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+
+
+@contextlib.contextmanager
+def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
+    """Accept "auto" for the keys in ``AUTO_KEYS`` that yacs otherwise restricts to True and False.
+
+    Raises:
+        ValueError: If one of these keys is set to another value.
+    """
+    before = {key: config_value(cfg, key) for key in AUTO_KEYS}
+    for key in before:
+        set_config_value(cfg, key, None)  # yacs accepts any type for a value of None
+    yield
+    for key, old in before.items():
+        value = config_value(cfg, key)
+        if value is None:
+            set_config_value(cfg, key, old)
+        elif not isinstance(value, bool) and value != "auto":
+            raise ValueError(f"{key} is {value!r}; expected True, False or auto")
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:

@@ -27,6 +27,7 @@ from senet_transfer.data.detection.dataset_checks import (
 )
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.resume import check_changes
+from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import UserError
 from senet_transfer.weights import apply_file_geometry
@@ -51,6 +52,7 @@ class RunOptions:
         datasets: COCO-format data sets to register, each as (name, JSON file, image folder).
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
+        deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
     """
 
@@ -59,6 +61,7 @@ class RunOptions:
     datasets: Sequence[Sequence[str]] = ()
     resume: bool = False
     eval_only: bool = False
+    deterministic: bool = False
     quiet: bool = False
 
 
@@ -102,7 +105,9 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
         history.write_text(Path(cfg.OUTPUT_DIR, "environment.txt"), environment)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not options.eval_only:
-        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        apply_settings(cfg)
+        said = ", ".join(f"{key} {value}" for key, value in settings(cfg).items())
+        logger.info("Numerical settings on %s: %s", cfg.MODEL.DEVICE, said)
 
 
 def resumes(cfg: CfgNode, options: RunOptions) -> bool:
@@ -129,6 +134,9 @@ def _prepare(options: RunOptions) -> CfgNode:
     if resume and not options.resume:
         logger.warning("The launcher has restarted this command. Resuming the run.")
     use_available_device(cfg, logger)
+    cfg.DETERMINISTIC = cfg.DETERMINISTIC or options.deterministic
+    before = _config_of_start(cfg, logger) if resume and not eval_only else None
+    resolve_auto(cfg, before)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *map(list, options.datasets)]
     if is_classification(cfg):
         use_classification_datasets(cfg, eval_only=eval_only)
@@ -137,19 +145,18 @@ def _prepare(options: RunOptions) -> CfgNode:
     check_run(cfg, eval_only=eval_only, resume=resume)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     apply_file_geometry(cfg, resumed)
-    if resume and not eval_only:
-        _compare_with_begun(cfg, logger)
+    if before:
+        check_changes(cfg, before)
     return cfg
 
 
-def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+def _config_of_start(cfg: CfgNode, logger: logging.Logger) -> CfgNode | None:
+    """Return the config with which the run to resume was started, or None if it can't be read."""
     try:
-        before = load_config(path)
+        return load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
     except UserError as error:
-        logger.warning("Can't compare the config with the run's original config: %s", error)
-        return
-    check_changes(cfg, before)
+        logger.warning("Can't compare the config with the start of the run: %s", error)
+        return None
 
 
 def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:

@@ -33,6 +33,7 @@ from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine.numerics import settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -145,14 +146,22 @@ class Trainer(DefaultTrainer):
             verify_results(self.cfg, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, including the batch size and number of processes."""
-        return {**super().state_dict(), "divided": self._division()}
+        """Return the state for a checkpoint, with the batch size, processes and numerics."""
+        own = {"divided": self._division(), "numerics": settings(self.cfg)}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from a checkpoint, and warn if the run can't be resumed exactly."""
         hooks_state = state_dict.get("hooks", {})
         renamed = {_HOOK_NAMES.get(name, name): state for name, state in hooks_state.items()}
         super().load_state_dict({**state_dict, "hooks": renamed})
+        numerics = settings(self.cfg)
+        saved = {**numerics, **state_dict.get("numerics", {})}
+        if changed := [key for key in numerics if numerics[key] != saved[key]]:
+            logger.warning(
+                "Resumed approximately: the numerical settings have changed: %s.",
+                ", ".join(f"{key} {saved[key]} before, {numerics[key]} now" for key in changed),
+            )
         now = self._division()
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:

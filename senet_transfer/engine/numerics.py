@@ -1,0 +1,56 @@
+"""Numerical settings of a run: precision, memory format and determinism.
+
+The keys in ``AUTO_KEYS`` accept "auto", which stands for the faster setting on a GPU, and for the
+setting that changes no number on a CPU. A run replaces it by True or False when it starts, and
+saves that, so that a resumed run has the same settings.
+"""
+
+import os
+
+import torch
+from detectron2.config import CfgNode
+
+from senet_transfer.config import AUTO_KEYS, config_value, is_classification, set_config_value
+
+
+def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
+    """Replace "auto" in a config, in place.
+
+    Args:
+        cfg: The config, with a device that exists.
+        before: The config with which the run to resume was started, whose values are taken.
+    """
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    choices = {
+        "SOLVER.AMP.ENABLED": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        "SOLVER.TF32": on_gpu,
+        "MODEL.CLASSIFIER.CHANNELS_LAST": on_gpu,
+        # The shapes of a detector's images change, and cuDNN would time its kernels for each.
+        "CUDNN_BENCHMARK": on_gpu and is_classification(cfg) and not cfg.DETERMINISTIC,
+    }
+    chooses_type = cfg.SOLVER.AMP.ENABLED == "auto" and not cfg.SOLVER.AMP.DTYPE
+    for key in AUTO_KEYS:
+        if config_value(cfg, key) == "auto":
+            set_config_value(cfg, key, config_value(before, key) if before else choices[key])
+    if chooses_type and cfg.SOLVER.AMP.ENABLED:
+        # In contrast to float16, bfloat16 needs no gradient scaling.
+        cfg.SOLVER.AMP.DTYPE = before.SOLVER.AMP.DTYPE if before else "bfloat16"
+
+
+def settings(cfg: CfgNode) -> dict[str, object]:
+    """Return the numerical settings of a run by config key."""
+    keys = (*AUTO_KEYS, "SOLVER.AMP.DTYPE", "DETERMINISTIC")
+    return {key: config_value(cfg, key) for key in keys}
+
+
+def apply_settings(cfg: CfgNode) -> None:
+    """Apply the settings that are global in PyTorch."""
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.SOLVER.TF32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = cfg.SOLVER.TF32
+        torch.backends.cudnn.allow_tf32 = cfg.SOLVER.TF32
+    # On a CPU, a run is exact anyway.
+    if cfg.DETERMINISTIC and cfg.MODEL.DEVICE.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
