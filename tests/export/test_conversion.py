@@ -151,7 +151,7 @@ def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
     DetectionCheckpointer(again).load(str(tmp_path / "whole.pkl"))
     state = again.state_dict()
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(UserError, match="of a detector"):
+    with pytest.raises(UserError, match="contains a detector"):
         convert_file(tmp_path / "whole.pth", tmp_path / "t.pth", to="timm_legacy")
 
 
@@ -260,7 +260,7 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     out = tmp_path / "out.pth"
     out.write_bytes(b"mine")
-    with pytest.raises(UserError, match="out.pth exists.*--force"):
+    with pytest.raises(UserError, match="out.pth already exists.*--force"):
         convert_file(path, out)
     with pytest.raises(UserError, match="exists"):
         convert_file(path, path)

@@ -84,7 +84,7 @@ def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours,
 
 def test_the_same_network_under_another_name_is_refused(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
-    with pytest.raises(UserError, match="The file is resnet18, the model is resnet34"):
+    with pytest.raises(UserError, match="The file contains resnet18, but the model is resnet34"):
         create_classifier("resnet34", weights=path)
 
 

@@ -75,7 +75,7 @@ def test_bn_inception_whose_convolutions_have_biases(tmp_path):
     assert (pixels.format, pixels.mean, pixels.std) == ("BGR", (104.0, 117.0, 128.0), (1.0,) * 3)
     assert (pixels.resize, pixels.crop) == (256, 224)
 
-    with pytest.raises(UserError, match="The file is bn_inception, the model is resnet18"):
+    with pytest.raises(UserError, match="The file contains bn_inception, but the model is resnet18"):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
@@ -111,7 +111,7 @@ def test_this_projects_own_files_come_back(name, bare, tmp_path):
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
     other = "se_resnet18" if name.startswith("se_") else "resnet18"
-    with pytest.raises(UserError, match=rf"The file is {name}, the model is {other}"):
+    with pytest.raises(UserError, match=rf"The file contains {name}, but the model is {other}"):
         load_and_expect_no_change(create_backbone(other), path)
 
 

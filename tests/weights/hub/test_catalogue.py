@@ -172,7 +172,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name):
 def test_a_misspelt_publisher_is_answered_like_a_missing_file():
     cfg = get_senet_config()
     cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
-    with pytest.raises(UserError, match="no such file.*a similar name: cadene/se_resnet50"):
+    with pytest.raises(UserError, match="does not exist.*a similar name: cadene/se_resnet50"):
         check_run(cfg, eval_only=False, resume=False)
     with pytest.raises(
         UserError, match="weight file .*does not exist.*in the catalogue: .*cadene/se_resnet50"
