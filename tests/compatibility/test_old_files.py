@@ -7,7 +7,6 @@ not depend on the layout of the package.
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ from tests.compatibility.inputs import (
     parse_options,
     tensor_sums,
 )
-from tests.processes import call
 
 WEIGHTS = FIXTURES / "weights"
 HELP = sorted((FIXTURES / "help").glob("*.txt"))
@@ -162,11 +160,11 @@ def test_every_old_config_key_keeps_its_default():
 
 
 @pytest.fixture(scope="module")
-def interface(tmp_path_factory) -> dict:
+def interface(tmp_path_factory, run_python) -> dict:
     """Return the names that a fresh process can't import, and all help texts."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
-    done = call(sys.executable, script, FIXTURES / "public_names.json", output)
+    done = run_python(script, FIXTURES / "public_names.json", output)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
 

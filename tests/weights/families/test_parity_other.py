@@ -75,7 +75,7 @@ def test_bn_inception_whose_convolutions_have_biases(tmp_path):
     assert (pixels.format, pixels.mean, pixels.std) == ("BGR", (104.0, 117.0, 128.0), (1.0,) * 3)
     assert (pixels.resize, pixels.crop) == (256, 224)
 
-    with pytest.raises(UserError, match="The file contains bn_inception, but the model is resnet18"):
+    with pytest.raises(UserError, match="contains bn_inception, but the model is resnet18"):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
