@@ -133,6 +133,7 @@ def test_an_old_config_of_a_detector_keeps_its_values_and_builds(expected):
 
 
 @pytest.mark.parametrize("place", ["senet_transfer", "senet_transfer.backbones.registry"])
+@pytest.mark.long
 def test_an_old_lazy_config_builds_its_backbone(place, expected, tmp_path):
     recorded = "_target_: senet_transfer.create_backbone"
     text = (FIXTURES / "lazy_config.yaml").read_text()
@@ -169,6 +170,7 @@ def interface(tmp_path_factory, run_python) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.long
 def test_every_old_public_name_is_importable_from_its_old_module(interface):
     assert sum(len(names) for names in read_json("public_names.json").values()) > 60
     assert interface["missing"] == {}

@@ -155,6 +155,7 @@ SMALL = [
         ),
     ],
 )
+@pytest.mark.long
 def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
     # A classifier may have a neck before its linear layer, such as VGG's hidden layers.
     options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
@@ -187,6 +188,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+@pytest.mark.long
 def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     backbone = create_backbone("se_cifar_resnet8")
     preprocessing = Preprocessing(resize=32, crop=32)
@@ -200,6 +202,7 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     assert 0 <= export_network(model, path, **options) < 1e-5
 
 
+@pytest.mark.long
 def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, monkeypatch):
     def wrong(model: nn.Module) -> nn.Module:
         model = deploy(model)
@@ -273,6 +276,7 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
         ),
     ],
 )
+@pytest.mark.long
 def test_what_makes_no_sense_is_refused(arguments, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["tools/export.py", *arguments])
