@@ -5,6 +5,9 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
+# Keys whose value is "auto", True or False.
+AUTO_KEYS = ("MODEL.SE.FUSED",)
+
 
 def get_senet_config() -> CfgNode:
     """Return Detectron2's default config with this project's keys."""
@@ -73,6 +76,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.DIVISOR = 1
     # Apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
+    # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
+    # "auto" (on a GPU), True (an error on other devices) or False.
+    cfg.MODEL.SE.FUSED = "auto"
 
     # The family of the file in MODEL.WEIGHTS (a key of `senet_transfer.weights.FAMILIES`), needed
     # if several families share its tensor names, such as "torchvision_v2". Empty: detected.

@@ -10,7 +10,12 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.defaults import (
+    AUTO_KEYS,
+    config_items,
+    config_value,
+    get_senet_config,
+)
 from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
@@ -31,7 +36,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     if config_file:
         config_file = find_config(config_file)
         _check_config_file(config_file)
-        with _merge_errors(config_file):
+        with _merge_errors(config_file), _auto_keys(cfg):
             _merge_file(cfg, config_file)
     merge_options(cfg, options)
     return cfg
@@ -52,7 +57,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
-        with _merge_errors("the command line"):
+        with _merge_errors("the command line"), _auto_keys(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
@@ -125,6 +130,33 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
         f"{word}.0" if key in floats and str(word).lstrip("-").isdigit() else word
         for key, word in zip([None, *options], options, strict=False)
     ]
+
+
+@contextlib.contextmanager
+def _auto_keys(cfg: CfgNode) -> Iterator[None]:
+    """Allow "auto", True and False for some keys, although yacs compares types with the default's.
+
+    Raises:
+        ValueError: if such a key has another value at the end.
+    """
+    before = {key: config_value(cfg, key) for key in AUTO_KEYS}
+    for key in AUTO_KEYS:
+        _set(cfg, key, None)  # yacs accepts any type in place of None.
+    try:
+        yield
+    finally:
+        for key in AUTO_KEYS:
+            value = config_value(cfg, key)
+            _set(cfg, key, before[key] if value is None else value)
+    for key in AUTO_KEYS:
+        value = config_value(cfg, key)
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError(f"{key} is {value!r}, expected 'auto', True or False")
+
+
+def _set(cfg: CfgNode, key: str, value: object) -> None:
+    *parents, name = key.split(".")
+    config_value(cfg, ".".join(parents))[name] = value
 
 
 @contextlib.contextmanager
