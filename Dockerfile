@@ -1,14 +1,14 @@
-# An image with the `senet` program for one or more NVIDIA GPUs; the host needs the NVIDIA Container
-# Toolkit. Build it with `make container`. To run it in the current folder, as the current user:
+# Container image with the `senet` program for one or more NVIDIA GPUs. The host needs the NVIDIA Container
+# Toolkit. Build the image with `make container`. To run it in the current folder as the current user:
 #
 #   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" --volume "$PWD:/workspace" \
 #     senet_transfer train --config-file faster_rcnn_se_r50 --num-gpus 8
 #
-# The base has only the CUDA runtime: torch brings its own cuBLAS, cuDNN and NCCL.
+# The base image has only the CUDA runtime, because torch includes cuBLAS, cuDNN and NCCL.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
-# The compiler and Python's headers are for torch.compile, which builds kernels at run time.
-# The versions of the packages are those of the base's Ubuntu release.
+# torch.compile needs the compiler and Python's headers to build kernels at run time.
+# The package versions are those of the base image's Ubuntu release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
@@ -28,7 +28,7 @@ RUN python3 -m venv /opt/venv \
 
 RUN useradd --uid 10001 senet && install --directory --owner senet /workspace
 USER 10001
-# A user that `docker run --user` names has no account here, and needs these for caches.
+# The user of `docker run --user` has no account in the image. Caches need these variables.
 ENV HOME=/tmp USER=senet
 WORKDIR /workspace
 ENTRYPOINT ["senet"]

@@ -1,12 +1,12 @@
-# Every target runs `make setup` first if needed, so each one works in a fresh clone. `make setup`
+# All targets work in a fresh clone, because they run `make setup` first if it is needed. `make setup`
 # installs the package, Detectron2 and all dependencies into .venv and changes nothing else.
 #
-#   PYTHON=...       the interpreter to create .venv with (3.11 to 3.13); to change it, delete .venv
-#   TORCH_INDEX=...  the address of a package index with another build of torch and torchvision (an
-#                    older CUDA, ROCm, CPU only; see the "get started" page of the PyTorch site), for
-#                    the first `make setup`. It must contain both packages in the versions of
-#                    constraints.txt. A torch and a torchvision of different builds fail with
-#                    "operator torchvision::nms does not exist".
+#   PYTHON=...       the interpreter that creates .venv (3.11 to 3.13). To change it later, delete .venv.
+#   TORCH_INDEX=...  the address of a package index with a different build of torch and torchvision (an
+#                    older CUDA, ROCm, CPU only; see the "get started" page of the PyTorch website), for
+#                    the first `make setup`. The index must have both packages in the versions listed
+#                    in constraints.txt. If torch and torchvision are of different builds, imports fail
+#                    with "operator torchvision::nms does not exist".
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +15,7 @@ WORKERS := 2
 TRAINING_TESTS := $(addprefix tests/engine/classification/test_,small_images.py training.py) \
 	$(addprefix tests/engine/test_,commands.py train_step.py trainer.py)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
-# The pins of CUDA packages apply only to the default build of torch.
+# The pinned versions of the CUDA packages only apply to the default build of torch.
 CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -25,7 +25,7 @@ CONSTRAINTS := $(if $(TORCH_INDEX),$(VENV)/constraints.txt,constraints.txt)
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
-setup: $(READY) ## install everything into .venv; repeated only if versions change
+setup: $(READY) ## install everything into .venv; does nothing if it is up to date
 	@echo "Ready: source $(VENV)/bin/activate"
 
 demo: ## train a small SE detector on rendered shapes and draw its predictions
@@ -50,10 +50,10 @@ demo demo-instant: $(READY)
 test: $(READY) ## run the tests except slow ones and fault injection
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
 
-test-fast: $(READY) ## run the tests that neither train, start processes nor take a second
+test-fast: $(READY) ## run quick tests: no training, no processes, under a second each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not long"
 
-test-narrow: $(READY) ## run the training tests with AVX2 only, available on every x86-64 server
+test-narrow: $(READY) ## run the training tests with AVX2, which every x86-64 server supports
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest \
 		-n $(WORKERS) --dist worksteal -m "not slow and not faults" $(TRAINING_TESTS)
 
@@ -63,10 +63,10 @@ test-slow: $(READY) ## run all tests except fault injection
 test-faults: $(READY) ## run fault injection: kill runs, fill disks, damage and fuzz files
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
-test-gpu: $(READY) ## run the tests that need a CUDA GPU; they are skipped without one
+test-gpu: $(READY) ## run the tests that need a CUDA GPU, or skip them if there is none
 	$(PY) -m pytest -m gpu -rs
 
-coverage: $(READY) ## run `make test` with line and branch coverage; writes coverage.xml
+coverage: $(READY) ## run `make test` and write line and branch coverage to coverage.xml
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults" \
 		--cov --cov-report=term --cov-report=xml
 
@@ -83,12 +83,12 @@ docs: $(READY) ## build the documentation into site/, and check its links
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "Built: site/index.html; with search: $(PY) -m http.server --directory site"
 
-bench: $(READY) ## compare with the usual alternatives; into output/benchmark.json
+bench: $(READY) ## compare with common alternatives; write output/benchmark.json
 	$(PY) tools/benchmark.py --output output/benchmark.json
 
-# The stamp file is written last, so that the next call repeats an interrupted setup. pip is upgraded
-# first because old versions lack --build-constraint. Detectron2 is installed after torch. The imports
-# at the end detect incompatible packages immediately.
+# The stamp file is written last, so that an interrupted setup is repeated by the next call. pip is
+# upgraded first because old versions do not support --build-constraint. Detectron2 is installed after
+# torch, which its build needs. The imports at the end detect incompatible packages immediately.
 $(READY): pyproject.toml constraints.txt tools/install_detectron2.py
 	@$(MAKE_VENV)
 	@echo "Installing into $(VENV); the first time this downloads about 3 GB and uses 6 GB of disk space."

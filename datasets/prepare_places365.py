@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write Places365, as downloaded from its site, to shards for training and evaluation.
+"""Convert Places365, as downloaded from its website, to shards for training and evaluation.
 
     python datasets/prepare_places365.py --source DIR --split val --output datasets/places365/val
 
 DIR contains the lists (`places365_val.txt`, `categories_places365.txt` and so on, or their archive)
-and the images: either the archive (`val_256.tar`, `train_256_places365standard.tar`), which doesn't
-need to be unpacked, or the unpacked folder. An interrupted run is resumed.
+and the images: either the archive (`val_256.tar`, `train_256_places365standard.tar`), which does
+not need to be unpacked, or the unpacked folder. An interrupted conversion is resumed.
 """
 
 from senet_transfer.cli.data import prepare

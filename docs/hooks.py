@@ -1,7 +1,8 @@
-"""Hooks of MkDocs: the documents outside `docs/`, and links that work on the site and on GitHub.
+"""MkDocs hooks that add the documents outside `docs/` and adapt links to the site.
 
-A document links to others by relative paths in the repository, as GitHub shows them. Here each
-such path becomes that of the page on the site. A link to a file that is no page is left out.
+Documents link to each other by relative paths in the repository, which work on GitHub. The hooks
+replace each path with that of the page on the site. Links to files without a page become plain
+text.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-# Documents of the repository, and the pages that they are on the site.
+# Documents outside docs/, with their pages on the site.
 OUTSIDE = {
     "README.md": "index.md",
     "datasets/README.md": "data-sets.md",
@@ -24,11 +25,11 @@ OUTSIDE = {
 
 
 def relinked(markdown: str, document: str) -> str:
-    """Return a document's text with the links of the site.
+    """Return the text of a document with links to the pages of the site.
 
     Args:
-        markdown: the text.
-        document: its path in the repository.
+        markdown: Text of the document.
+        document: Path of the document in the repository.
     """
 
     def link(match: re.Match) -> str:
@@ -54,11 +55,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Set the links of a page."""
+    """Replace the links of a page."""
     outside = {page: document for document, page in OUTSIDE.items()}
     return relinked(markdown, outside.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
 
 def on_page_content(html, page, config, files):
-    """Leave out Sphinx's role names, which stand before code in docstrings."""
+    """Remove the Sphinx role names in front of code in docstrings."""
     return re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)

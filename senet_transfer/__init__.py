@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
-        "senet_transfer needs Detectron2, which is not installed and can't be installed by its "
-        "name from the package index. In a clone of this project run `python "
+        "senet_transfer requires Detectron2, which is not installed. It can't be installed by name "
+        "from the package index. In a clone of this project, run `python "
         "tools/install_detectron2.py`, or build Detectron2 from its official source."
     )
 

@@ -1,6 +1,6 @@
-"""Deprecated import paths of version 0.1, which emit a DeprecationWarning until version 0.3.
+"""Import paths from version 0.1, which are deprecated and will be removed in version 0.3.
 
-An object imported by its old path is the same object as the one imported by its new path.
+Importing an old path emits a DeprecationWarning and gives the same objects as the new path.
 """
 
 import importlib
@@ -46,7 +46,7 @@ MOVED = {
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import hook that forwards modules with old names to the modules that replaced them."""
+    """Import hook that redirects old module names to the modules that replaced them."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname not in MOVED:
@@ -75,6 +75,6 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Make the old module names importable."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        # This finder must come first: an updated clone may still have a folder of old byte code
-        # under the old name, which the default finders would import as an empty package.
+        # This finder must come first: an updated clone may still contain a folder of stale bytecode
+        # under an old name, which the default finders would import as an empty package.
         sys.meta_path.insert(0, MovedFinder())

@@ -6,12 +6,12 @@ class UserError(Exception):
 
     The message states the invalid value, what was expected and how to fix it. Commands print the
     message without a traceback and exit with status 2. The constructor takes a single string, so
-    that the exception can be pickled and sent from a data loader's worker process.
+    that the exception can be pickled and sent to the main process by a data loader worker.
 
     Attributes:
         on_all_ranks: True if every process of a job raises the same error, so that only the main
             process needs to print it.
-        exit_status: exit status of a command that fails with this error.
+        exit_status: Exit status of a command that fails with this error.
     """
 
     on_all_ranks = False
@@ -32,4 +32,4 @@ class RunError(Exception):
 def check_choice(name: str, value: object, choices: tuple[str, ...] | dict[str, object]) -> None:
     """Raise UserError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise UserError(f"{name} is {value!r}, expected one of: {', '.join(choices)}.")
+        raise UserError(f"{name} is {value!r}; expected one of: {', '.join(choices)}.")

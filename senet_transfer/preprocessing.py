@@ -1,4 +1,4 @@
-"""Preprocessing of images for a model."""
+"""Image preprocessing parameters and normalisation."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,12 @@ class Preprocessing:
     """Parameters for converting an image to a model's input. The defaults are torchvision's.
 
     Attributes:
-        format: the channel order of the model's input, "RGB" or "BGR".
-        mean: the mean to subtract, one value per channel in the order of ``format``, in 0-255
-            units.
-        std: the standard deviation to divide by, in the same order and units.
-        resize: the length in pixels to which the shorter side is resized for classification.
-        crop: the side length in pixels of the center crop for classification.
-        interpolation: the interpolation used for resizing, "bilinear" or "bicubic".
+        format: Channel order of the model's input, "RGB" or "BGR".
+        mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
+        std: Standard deviation to divide by, in the same order and units.
+        resize: Length in pixels to which the shorter side is resized for classification.
+        crop: Side length in pixels of the center crop for classification.
+        interpolation: Interpolation mode for resizing, "bilinear" or "bicubic".
     """
 
     format: str = "RGB"
@@ -32,22 +31,23 @@ class Preprocessing:
         return torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
 
 
-# Mean and std of the training images. Images are neither resized nor cropped.
+# Mean and std of the training images, which are neither resized nor cropped.
 CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), resize=32, crop=32)
 CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), resize=32, crop=32)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") -> Tensor:
-    """Normalise RGB images and reorder their channels for a model.
+    """Normalise RGB images and reorder their channels as a model expects.
 
     Args:
-        images: RGB images ``(N, 3, H, W)`` in 0-255 units, uint8 or of the dtype of ``mean``.
-        mean: mean ``(3, 1, 1)``, in the channel order of ``format``.
-        std: standard deviation ``(3, 1, 1)``, in the channel order of ``format``.
-        format: the channel order of the model's input, "RGB" or "BGR".
+        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
+        mean: Mean ``(3, 1, 1)``, in the channel order of ``format``.
+        std: Standard deviation ``(3, 1, 1)``, in the channel order of ``format``.
+        format: Channel order of the model's input, "RGB" or "BGR".
 
     Returns:
-        Images of the same shape and of the dtype of ``mean``, in the channel order of ``format``.
+        Normalised images of the same shape, in the dtype of ``mean`` and the channel order of
+        ``format``.
     """
     if format == "BGR":
         images = images.flip(1)

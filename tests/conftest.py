@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.documents.warm import WarmPython
 from tests.processes import ROOT
@@ -19,7 +20,7 @@ LONG_FIXTURES = {"bucket", "interface", "resumed", "run_python", "train", "train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that `make test-fast` leaves out because of what they need."""
+    """Mark tests with slow fixtures as `long`, so that `make test-fast` skips them."""
     for item in items:
         if LONG_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.long)
@@ -36,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real data next to the checkout, which contains `coco128/` and others.
+    """Return the folder of real data next to the checkout, which contains `coco128/`, for example.
 
     Tests that use it are skipped if the folder is missing. In CI they fail instead.
     """
@@ -52,9 +53,10 @@ def shared_data() -> Path:
 def run_python(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Return a function that runs ``python WORDS`` in the root of the source.
+    """Return a function that runs ``python WORDS`` in the root of the repository.
 
-    It forks a process that has imported torch and Detectron2, which takes seconds in a new one.
+    Importing torch and Detectron2 takes seconds. Therefore the function forks a process that has
+    already imported them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = tmp_path_factory.mktemp("processes") / "printed"
@@ -69,3 +71,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def zero_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Initialise networks with zeros, which is faster than with random numbers.
+
+    It is for tests that write or load all weights that they depend on.
+    """
+
+    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return nn.init.zeros_(tensor)
+
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, fill)

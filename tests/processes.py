@@ -1,4 +1,4 @@
-"""Commands in subprocesses."""
+"""Helper that runs commands in subprocesses."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Configs of small networks for tests of other parts of the package."""
+"""Configs of small networks, for tests of the data, engine and other parts."""
 
 # Less than a million parameters, so that checkpoints are small.
 SE_RESNEXT50 = {

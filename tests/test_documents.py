@@ -1,8 +1,8 @@
-"""The claims of all documents: paths, links, the tables of configs, worked examples.
+"""Tests of all documents: paths, links, the tables of configs and worked examples.
 
     python tests/test_documents.py
 
-writes the tables of configs from the headers of the configs.
+updates the tables in configs/README.md from the headers of the configs.
 """
 
 import re
@@ -23,14 +23,14 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-# The table's groups: how the names of their configs begin.
+# Titles of the tables, with the prefixes of the config names in each.
 TASKS = {
     "COCO": ("faster_rcnn_", "mask_rcnn_", "retinanet_"),
-    "Places365, and folders of your own": ("places365_", "finetune_"),
+    "Places365 and your own images": ("places365_", "finetune_"),
     "CIFAR": ("cifar10_", "cifar100_"),
     "Demos": ("demo_",),
 }
-COLUMNS = "| config | what | command | expected | hardware |\n|---|---|---|---|---|"
+COLUMNS = "| config | description | command | expected result | hardware |\n|---|---|---|---|---|"
 
 
 def header(path):
@@ -54,7 +54,7 @@ def row(path):
 
 
 def tables():
-    """Yield the tables of configs, one per task, a baseline above its SE counterpart."""
+    """Yield one table of configs per task, with each baseline above its SE counterpart."""
     for title, beginnings in TASKS.items():
         found = [path for path in CONFIGS if path.name.startswith(beginnings)]
         found.sort(key=lambda path: (path.stem.replace("_se_", "_"), len(path.stem)))
@@ -78,7 +78,7 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 @pytest.fixture
 def own_things():
-    """Remove what the page registers."""
+    """Remove everything that the page registers."""
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)
@@ -132,7 +132,7 @@ def test_every_tool_has_a_section():
 
 
 def anchors(text):
-    """Return the anchors of a document's headings, by GitHub's rule."""
+    """Return the anchors of a document's headings, according to GitHub's rules."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -1,4 +1,4 @@
-"""The language of the documents: none of the words and phrases that CONTRIBUTING.md rules out."""
+"""Tests that documents and code contain none of the words that CONTRIBUTING.md advises against."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Patterns of the files that are checked.
+# Patterns of the files to check.
 CHECKED = (
     "*.md",
     "*.toml",
@@ -25,7 +25,7 @@ CHECKED = (
     "tools/**/*.md",
     "tools/**/*.py",
 )
-# What the words name: the list itself, and names that files and users of version 0.1 have.
+# Allowed uses of these words: the list itself, and names that users of version 0.1 depend on.
 NAMES = {
     "CONTRIBUTING.md": r"^\| .* \| .* \|$",
     "senet_transfer/_moved.py": r"senet_transfer\.backbones\.trunk",
@@ -35,8 +35,8 @@ NAMES = {
     "tools/benchmark.py": r'"trunk"',
     "tools/benchmark/networks.py": r"``trunk``",
 }
-# Words and whole phrases that are hard to understand or mean something else in this field, as
-# regular expressions, with what to write instead.
+# Words and phrases that are hard to understand or have a different meaning in this field, as
+# regular expressions, with their replacements.
 AVOIDED = {
     r"(?<!--)trunks?": "backbone",
     r"likewise": "the same, or repeat it",
@@ -59,7 +59,7 @@ AVOIDED = {
 
 
 def prose(path: Path) -> str:
-    """Return the text of a file; of Markdown, without code and without the targets of links."""
+    """Return the text of a file; code and link targets are removed from Markdown."""
     text = path.read_text()
     if path.suffix == ".md":
         text = re.sub(r"^```.*?^```", _blank_lines, text, flags=re.M | re.S)
@@ -74,7 +74,7 @@ def _blank_lines(match: re.Match) -> str:
 
 
 def found_in(text: str) -> list[str]:
-    """Return what to change in a text: the line, the words, what to write instead."""
+    """Return the words to change in a text, with their lines and replacements."""
     return [
         f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write: {instead}"
         for pattern, instead in AVOIDED.items()

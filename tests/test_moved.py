@@ -1,13 +1,11 @@
 """Tests of the deprecated import paths of version 0.1, which work for one more release."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
 
 from senet_transfer._moved import MOVED
-from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -21,7 +19,7 @@ def test_an_old_path_warns_and_gives_the_very_objects_of_the_new_one(old):
     assert all(getattr(module, name) is getattr(current, name) for name in names)
 
 
-def test_old_statements_run_as_they_are_written_and_the_warning_names_their_line():
+def test_old_statements_run_as_they_are_written_and_the_warning_names_their_line(run_python):
     code = (
         "from senet_transfer.backbones import create_backbone, list_models\n"
         "from senet_transfer.backbones.registry import register_with_se\n"
@@ -35,7 +33,6 @@ def test_old_statements_run_as_they_are_written_and_the_warning_names_their_line
         "import senet_transfer.backbones.vgg as vgg\n"
         "print(vgg.VGGBlock.__module__)\n"
     )
-    command = [sys.executable, "-W", "always::DeprecationWarning", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python("-c", f"import warnings; warnings.simplefilter('always'); exec({code!r})")
     assert done.stdout == "senet_transfer.models.backbones.vgg\n"
     assert "<string>:1: DeprecationWarning: senet_transfer.backbones has moved" in done.stderr

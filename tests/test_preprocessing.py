@@ -1,4 +1,4 @@
-"""Normalisation of images."""
+"""Tests of image normalisation."""
 
 import pytest
 import torch

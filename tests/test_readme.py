@@ -1,4 +1,4 @@
-"""The promises of the README and of the pages in docs/."""
+"""Tests of the claims in the README and in the pages of docs/."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read(document: str) -> str:
-    """Return the text of a document."""
+    """Read a document."""
     return (ROOT / document).read_text()
 
 
@@ -24,7 +24,7 @@ def python_blocks(document: str) -> list[str]:
 
 
 def rows(document: str) -> list[list[str]]:
-    """Return the cells of the table rows of a document, without the tables' heads."""
+    """Return the cells of all table rows in a document, without the separator rows."""
     lines = [line for line in read(document).splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 

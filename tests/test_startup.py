@@ -1,4 +1,4 @@
-"""Tests of the modules that importing the package loads, and of the registration of models."""
+"""Tests of the modules that are loaded with the package, and of model registration."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ HEAVY = {
 
 
 def modules_after(code: str) -> set[str]:
-    """Return the names of the modules that are loaded after running code in a new process."""
+    """Run code in a new process and return the names of the modules loaded by then."""
     code = f"import sys, json\n{code}\nprint(json.dumps(list(sys.modules)))"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -45,8 +45,8 @@ def imports(name: str, *, when_loaded: bool) -> set[str]:
     """Return the modules of the package that a module imports.
 
     Args:
-        name: the module's dotted name.
-        when_loaded: whether to ignore imports inside functions and those for type checkers.
+        name: Dotted name of the module.
+        when_loaded: Whether to ignore imports inside functions and those for type checkers.
     """
     tree = ast.parse(MODULES[name].read_text())
     nodes = list(_outside_functions(tree)) if when_loaded else list(ast.walk(tree))
@@ -156,8 +156,8 @@ def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
     """Return the private attributes and modules of other libraries that a module uses.
 
     Args:
-        tree: syntax tree of the module.
-        own: private names that the package itself defines.
+        tree: Syntax tree of the module.
+        own: Private names that the package itself defines.
     """
     found = []
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Public CI, the hooks before a commit and the container image use what exists and is tested."""
+"""Tests that CI workflows, pre-commit hooks and the container image only use tested commands."""
 
 import fnmatch
 import re
@@ -13,7 +13,7 @@ from tests.processes import ROOT, call
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
-# Commands that are no target of the Makefile, and what covers them.
+# Commands that are not Makefile targets, with the test that covers each or the reason for none.
 OTHER_COMMANDS = {
     "docker run --rm senet_transfer --version": "test_senet_prints_its_version_without_torch",
     "pipx run build": "test_a_source_distribution_builds_the_same_wheel",
@@ -37,12 +37,12 @@ def steps(workflow: dict) -> list[dict]:
 
 
 def _make(*words: str) -> subprocess.CompletedProcess:
-    # As outside of `make test`, which would make this a make inside a make.
+    # Run as if outside `make test`, because make behaves differently inside make.
     return call("make", "--no-print-directory", *words, MAKEFLAGS="", MAKELEVEL="0")
 
 
 def commands() -> list[str]:
-    """Return every command of all workflows."""
+    """Return the commands of all workflows."""
     found = [step["run"] for path in WORKFLOWS for step in steps(load(path)) if "run" in step]
     return [line.strip() for text in found for line in text.splitlines() if line.strip()]
 
@@ -114,7 +114,7 @@ def test_the_code_of_pull_requests_never_runs_on_a_machine_with_a_gpu_of_ones_ow
     ids=lambda path: path.name,
 )
 def test_no_address_of_a_host_is_built_in(path):
-    # Packages come from wherever pip and Docker are configured to look.
+    # Packages come from the sources that are configured for pip and Docker.
     assert not re.findall(r"://|\b[\w-]+\.(?:com|dev|io|net|org)\b", path.read_text())
 
 
@@ -175,7 +175,7 @@ def test_what_the_image_copies_exists_and_is_not_ignored():
 
 
 def test_the_image_runs_senet_as_a_user_without_privileges():
-    final = dict(instructions())  # The last of each kind counts.
+    final = dict(instructions())  # Only the last instruction of each kind takes effect.
     assert int(final["USER"]) > 0
     assert final["ENTRYPOINT"] == '["senet"]'
     assert final["FROM"].startswith("nvidia/cuda:")

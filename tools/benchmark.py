@@ -1,41 +1,28 @@
 #!/usr/bin/env python
 """Benchmark this project against common alternatives.
 
-In each round every candidate runs once. A ratio is the median over the rounds, with its 95%
-confidence interval. A second instance of the baseline serves as control.
+In each round, every candidate runs once. Ratios are medians over the rounds, with 95% confidence
+intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
 """
 
 import argparse
+import importlib
 import sys
 
-from benchmark import (
-    coco,
-    detector,
-    inference,
-    inputs,
-    networks,
-    report,
-    scaling,
-    startup,
-    training,
-)
-from senet_transfer.engine.launch import run_single
-from senet_transfer.errors import check_choice
-from senet_transfer.utils.progress import progress
-
+# The part's module in this folder's `benchmark` package, and its function.
 PARTS = {
-    "block": networks.measure_block,
-    "trunk": networks.measure_backbone,
-    "inference": inference.measure_inference,
-    "detector": detector.measure_detector,
-    "loader": inputs.measure_loader,
-    "coco-eval": coco.measure_coco,
-    "scaling": scaling.measure_scaling,
-    "startup": startup.measure_startup,
-    "engine": training.measure_engine,
-    "augment": training.measure_augment,
+    "block": ("networks", "measure_block"),
+    "trunk": ("networks", "measure_backbone"),
+    "inference": ("inference", "measure_inference"),
+    "detector": ("detector", "measure_detector"),
+    "loader": ("inputs", "measure_loader"),
+    "coco-eval": ("coco", "measure_coco"),
+    "scaling": ("scaling", "measure_scaling"),
+    "startup": ("startup", "measure_startup"),
+    "engine": ("training", "measure_engine"),
+    "augment": ("training", "measure_augment"),
 }
 
 
@@ -46,23 +33,29 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    add("--seconds", type=float, default=20.0, help="approximate duration of a comparison (20)")
-    add("--device", default="cpu", help="cpu or cuda: device of the networks (cpu)")
-    add("--profile", action="store_true", help="show where time and memory go")
+    add("--seconds", type=float, default=20.0, help="approximate seconds per comparison (20)")
+    add("--device", default="cpu", help="device for the networks, cpu or cuda (cpu)")
+    add("--profile", action="store_true", help="profile the time and memory of each candidate")
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the parts, print each result as it arrives, and write the JSON file."""
+    """Run the benchmark, print each result when it is available, and write the JSON file."""
+    from benchmark import networks, report
+    from senet_transfer.errors import check_choice
+    from senet_transfer.utils.progress import progress
+
     for part in args.parts:
         check_choice("The part", part, PARTS)
     options = networks.Options(seconds=args.seconds, device=args.device, profile=args.profile)
     found = {}
     for part in args.parts or PARTS:
         found[part] = []
-        bar = progress(PARTS[part](options), desc=part, unit="comparison", quiet=args.quiet)
+        module, function = PARTS[part]
+        measure = getattr(importlib.import_module(f"benchmark.{module}"), function)
+        bar = progress(measure(options), desc=part, unit="comparison", quiet=args.quiet)
         for row in bar:
             bar.clear()
             print(row, flush=True)
@@ -72,4 +65,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_single(main, parser().parse_args())
+    arguments = parser().parse_args()
+    from senet_transfer.engine.launch import run_single
+
+    run_single(main, arguments)

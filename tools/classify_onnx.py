@@ -13,10 +13,10 @@ from PIL import Image
 
 
 def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
-    """Load an image, resize its short side and crop its centre.
+    """Load an image, resize its shorter side and take the central crop.
 
     Returns:
-        Float32 pixels in [0, 255], ``(3, size, size)``.
+        Pixels in [0, 255], float32 ``(3, size, size)``.
     """
     image = Image.open(image_file).convert("RGB")
     scale = preprocessing["resize"] / min(image.size)
@@ -31,7 +31,7 @@ def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
 def main(model_file: str, *image_files: str) -> None:
     """Print the top five classes of each image."""
     session = onnxruntime.InferenceSession(model_file, providers=["CPUExecutionProvider"])
-    # The network itself applies mean, std and the order of channels.
+    # The exported network includes the channel order and the normalisation.
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing, classes = (json.loads(metadata[key]) for key in ("preprocessing", "classes"))
     size = session.get_inputs()[0].shape[-1]

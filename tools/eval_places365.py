@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a classifier on Places365's validation set; see --help."""
+"""Evaluate a classifier on the Places365 validation set; see --help for examples."""
 
 from senet_transfer.cli.evaluate import command_places365
 

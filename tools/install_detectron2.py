@@ -1,20 +1,20 @@
-"""Install Detectron2 into the environment of the running Python, as `make setup` does.
+"""Install Detectron2 into the current Python environment (used by `make setup`).
 
     python tools/install_detectron2.py                # from the package index
     python tools/install_detectron2.py --wheel FILE   # from a local file
 
-A Detectron2 that can already be imported, such as a build of the official source, is kept.
+If Detectron2 can already be imported, for example because it was built from source, it is kept.
 
-The package index has no package of Detectron2's own name. The wheel `sal-detectron2` contains the
-official source of April 2024 (commit a59f05630), built for Python 3.10. Its Python code runs on
-later versions. Its compiled operators don't, but this project doesn't need them. Four parts of the
-wheel would cause problems and are removed or corrected:
+The package index has no package called detectron2. The wheel `sal-detectron2` contains the official
+source of April 2024 (commit a59f05630), built for Python 3.10. Its Python code also runs on later
+Python versions. Its compiled operators do not, but this project doesn't need them. Four parts of
+the wheel would cause problems and are removed or corrected:
 
-- the top-level package `tools`, which would shadow other packages of that name;
+- the top-level package `tools`, which would shadow other packages called tools;
 - the operators compiled for Python 3.10;
-- the requirements numpy<2, which the code doesn't need, and black, which only one method of its
-  lazy configs imports: pip would report both as conflicts at every later installation;
-- the tag of Python 3.10, for the same reason.
+- the requirements numpy<2, which the code doesn't need, and black, which is imported by only one
+  method of the lazy configs: pip would report both as conflicts in every later installation;
+- the tag for Python 3.10, for the same reason.
 """
 
 import argparse
@@ -38,26 +38,26 @@ PIP_OPTIONS = ["--no-deps", "--only-binary=:all:", "--python-version", "3.10"]
 STAGING_PREFIX = ".detectron2-incoming-"
 
 HELP = f"""
-To install it, do one of these:
-  - Run this again with access to the package index (configure a proxy or mirror in pip).
-  - Download the wheel on another machine, copy it to this one, and run:
+To install Detectron2, do one of the following:
+  - Run this script again with access to the package index (configure a proxy or mirror in pip).
+  - Download the wheel on another machine, copy it to this machine, and install it:
         pip download {" ".join(PIP_OPTIONS)} sal-detectron2=={VERSION}
         {sys.executable} tools/install_detectron2.py --wheel FILE
-  - Build the official source (needs a C++ compiler, and torch installed first):
+  - Build Detectron2 from source (this requires a C++ compiler and an existing torch installation):
         {sys.executable} -m pip install --no-build-isolation \\
             git+https://github.com/facebookresearch/detectron2
 """
 
 
 class InstallError(Exception):
-    """Failed installation of Detectron2, with a message that describes the attempt."""
+    """Error raised if Detectron2 can't be installed."""
 
 
 def find_installed() -> str | None:
-    """Return the version and folder of the installed Detectron2, or None."""
+    """Return the version and folder of Detectron2, or None if it isn't installed."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec("detectron2")
-    if spec is None or spec.origin is None:  # no origin: an ordinary folder with this name
+    if spec is None or spec.origin is None:  # An ordinary folder called detectron2 has no origin.
         return None
     # Read the file because importing it requires torch and takes seconds.
     source = Path(spec.origin).read_text(encoding="utf-8")
@@ -66,17 +66,17 @@ def find_installed() -> str | None:
 
 
 def check_environment() -> None:
-    """Raise an error for the operating system's own Python, as pip does."""
+    """Raise an error if Python is managed by the operating system, as pip does."""
     marker = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     if sys.prefix == sys.base_prefix and marker.exists():
         raise InstallError(
-            f"{sys.executable} belongs to the operating system.\nUse the Python of a virtual "
-            "environment instead: `make setup` creates one in .venv."
+            f"{sys.executable} is managed by the operating system.\nUse Python in a virtual "
+            "environment. `make setup` creates one in .venv."
         )
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel with pip into `folder`, pinned by its hash."""
+    """Download the wheel into `folder` with pip, and verify its hash."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"sal-detectron2=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--require-hashes"]
@@ -92,19 +92,19 @@ def download(folder: Path) -> Path:
 
 
 def check_hash(wheel: Path, expected: str) -> None:
-    """Raise an error if the file is missing or isn't the tested wheel."""
+    """Raise an error if the file is missing or is not the tested wheel."""
     if not wheel.is_file():
         raise InstallError(f"Tried: the wheel {wheel}\nThis file does not exist.")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
             f"Tried: the wheel {wheel}\nExpected sal-detectron2 {VERSION}, sha256 {expected},\n"
-            f"found sha256 {found}. The file is another release or damaged."
+            f"found sha256 {found}. The file is a different release or is corrupted."
         )
 
 
 def unpack(wheel: Path, staging: Path) -> Path:
-    """Extract the files to install into `staging` and return the `.dist-info` folder."""
+    """Extract the required files into `staging`, and return the `.dist-info` folder."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             top = name.partition("/")[0]
@@ -128,7 +128,7 @@ def unpack(wheel: Path, staging: Path) -> Path:
 
 
 def write_record(root: Path, record: Path) -> None:
-    """Write the RECORD file, which lists every file below `root` for `pip uninstall`."""
+    """Write the RECORD file, which lists all files in `root` for `pip uninstall`."""
     record.unlink(missing_ok=True)
     rows = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
@@ -141,17 +141,17 @@ def write_record(root: Path, record: Path) -> None:
 
 
 def install(wheel: Path, target: Path) -> None:
-    """Install the package of `wheel` into `target` atomically.
+    """Install the package in `wheel` into `target` atomically.
 
-    All files are prepared in a temporary folder in `target` and then renamed. The package is
-    renamed last, so that a package that can be imported is complete.
+    All files are extracted to a temporary folder in `target` and then moved. The package is moved
+    last, so that it can only be imported when it is complete.
     """
-    for leftover in target.glob(f"{STAGING_PREFIX}*"):  # left by a killed process
+    for leftover in target.glob(f"{STAGING_PREFIX}*"):  # Left by a killed process.
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=target) as staging:
         info = unpack(wheel, Path(staging))
         goal = target / info.name
-        if goal.exists():  # left by a process killed before it renamed the package
+        if goal.exists():  # Left by a process that was killed before it moved the package.
             shutil.rmtree(goal)
         try:
             os.rename(info, goal)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None, target: Path | None = None, sha256: str 
     parser = argparse.ArgumentParser(
         description="Install Detectron2 unless it is already installed."
     )
-    parser.add_argument("--wheel", type=Path, help=f"a local file of sal-detectron2 {VERSION}")
+    parser.add_argument("--wheel", type=Path, help=f"a local wheel of sal-detectron2 {VERSION}")
     args = parser.parse_args(argv)
     if there := find_installed():
         print(f"Detectron2 is already installed: {there}")
@@ -182,9 +182,10 @@ def main(argv: list[str] | None = None, target: Path | None = None, sha256: str 
         return 1
     except OSError as error:
         print(
-            f"Detectron2 is not installed: {error}\nThis Python's packages are in {target}. Make "
-            "sure that this folder is writable, or use a virtual environment (`make setup` creates "
-            "one).\nIf it contains a detectron2 that cannot be imported, remove it.",
+            f"Detectron2 is not installed: {error}\nPython packages are installed in {target}. "
+            "Make sure that this folder is writable, or use a virtual environment (`make setup` "
+            "creates one).\nIf the folder contains a detectron2 that cannot be imported, remove "
+            "it.",
             file=sys.stderr,
         )
         return 1

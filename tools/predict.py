@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predict on images with a checkpoint of tools/train_net.py; see --help."""
+"""Run a trained detector or classifier on images; see --help."""
 
 from senet_transfer.cli.predict import command
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write an HTML report of training runs; see --help for examples."""
+"""Create an HTML report on training runs; see --help for examples."""
 
 from senet_transfer.cli.report import command
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a config with several seeds; see --help for examples."""
+"""Train with several seeds; see --help for examples."""
 
 from senet_transfer.cli.sweep import command
 

@@ -1,4 +1,4 @@
-"""The paper's ablations (section 6) as a small grid of runs, on any classifier's config."""
+"""The paper's ablations (section 6) as a small grid of runs, for any classifier config."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +33,7 @@ _KEYS = {
     "bias": "MODEL.SE.BIAS",
 }
 
-# Top-1 error of SE-ResNet-50 on ImageNet in percent, by axis and value (paper, Tables X to XVI);
+# Top-1 error of SE-ResNet-50 on ImageNet in percent, by axis and value (paper, Tables X to XVI).
 # None if the paper reports no value.
 PAPER: dict[str, dict[str, float | None]] = {
     "ratio": {"2": 22.29, "4": 22.25, "8": 22.26, "16": 22.28, "32": 22.72},
@@ -50,16 +50,17 @@ _PAPER_STANDARD, _PAPER_PLAIN = 22.28, 23.30
 
 @dataclass(frozen=True)
 class Variant:
-    """A network of the ablation grid.
+    """A network in the ablation grid.
 
     Attributes:
-        axis: The axis that is varied. Empty for the network as configured and for the network
-            without SE.
-        value: The value on the axis, or ``"standard"`` or ``"no SE"`` if ``axis`` is empty.
+        axis: The varied option. Empty for the network as configured and for the network without
+            SE.
+        value: The option's value, or ``"standard"`` or ``"no SE"`` if ``axis`` is empty.
         options: Alternating keys and values that override the config.
-        paper: The paper's top-1 error of SE-ResNet-50 on ImageNet, in percent.
-        cost: The cost of the network. None if it can't be built.
-        refused: The reason why the network can't be built.
+        paper: The paper's top-1 error for SE-ResNet-50 on ImageNet in percent. None if the paper
+            reports no value.
+        cost: The network's cost. None if it can't be built.
+        refused: The reason why the network can't be built. Empty if it can be built.
     """
 
     axis: str
@@ -71,37 +72,37 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Name of the variant's folder inside the grid's output folder."""
+        """Name of the variant's subfolder in the output folder."""
         return f"{self.axis}_{self.value}" if self.axis else self.value.replace(" ", "_")
 
 
 def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()) -> list[Variant]:
-    """Build the variants of a config's network, each differing in one key of ``MODEL.SE``.
+    """Build the ablation variants of a network, each of which changes one key in ``MODEL.SE``.
 
     Args:
-        config_file: The config file of a classifier.
+        config_file: A classifier's config file.
         options: Alternating keys and values that override the config for all variants.
-        axes: Keys of :data:`PAPER`. Empty selects all axes.
+        axes: The axes to vary, which are keys of :data:`PAPER`. If empty, all axes are varied.
 
     Returns:
-        The network as configured, the network without SE, and the variants of each axis. A variant
-        equal to the configured network is not repeated. A variant that can't be built, such as
-        "3x3" in basic blocks, has the reason in ``refused``.
+        The network as configured, the network without SE, and the variants for each axis. Variants
+        equal to the configured network are omitted. If a variant can't be built, such as "3x3" in
+        basic blocks, ``refused`` contains the reason.
 
     Raises:
-        UserError: If an axis is unknown, or the config isn't that of a classifier with SE.
+        UserError: If an axis is unknown, or if the config does not describe a classifier with SE.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
-        raise UserError(f"The axis {unknown[0]!r} is unknown, expected some of {', '.join(PAPER)}.")
+        raise UserError(f"The axis {unknown[0]!r} is unknown; expected any of: {', '.join(PAPER)}.")
     options = (*options, "MODEL.SE.ENABLED", "True")
     cfg = model_config(config_file=config_file, options=list(options))
     if not is_classification(cfg):
         raise UserError(
-            f"{config_file} configures a {cfg.MODEL.META_ARCHITECTURE}, expected a classifier "
-            "(MODEL.META_ARCHITECTURE ImageClassifier)."
+            f"MODEL.META_ARCHITECTURE in {config_file} is {cfg.MODEL.META_ARCHITECTURE}; expected "
+            "ImageClassifier."
         )
-    # A training run reads the number of classes from its data, which may not exist yet.
+    # Training takes the number of classes from the data, which may not exist yet.
     with suppress(UserError):
         use_classification_datasets(cfg)
     options = ("MODEL.CLASSIFIER.NUM_CLASSES", str(cfg.MODEL.CLASSIFIER.NUM_CLASSES), *options)
@@ -146,22 +147,22 @@ def run_grid(
     output_dir: str | Path,
     **arguments: Any,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train every variant that can be built with every seed, skipping finished runs.
+    """Train each variant with each seed, except variants that can't be built and finished runs.
 
     Args:
         config_file: The config file that was passed to :func:`grid`.
         variants: The variants returned by :func:`grid`.
-        seeds: Values of ``SEED``.
-        output_dir: The folder that contains all runs. Finished runs in it are kept, interrupted
+        seeds: The values for ``SEED``.
+        output_dir: The parent folder of all runs. Finished runs in it are kept, and interrupted
             runs are resumed.
-        arguments: Keyword arguments of :func:`senet_transfer.analysis.repeated_runs.run_once`.
+        arguments: Keyword arguments for :func:`senet_transfer.analysis.repeated_runs.run_once`.
 
     Returns:
         A mapping from :attr:`Variant.folder` to the results of the variant's runs.
     """
     results = {}
-    # Train all variants with one seed before the next seed, so that an interrupted grid can
-    # already be compared.
+    # Train all variants with one seed before starting the next seed, so that the variants can be
+    # compared even if the grid is interrupted.
     for done in range(1, len(seeds) + 1):
         for variant in variants:
             if variant.cost is not None:
@@ -174,10 +175,10 @@ def run_grid(
 def grid_table(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]] | None = None
 ) -> str:
-    """Format a table of the variants with their cost, their measured errors and the paper's errors.
+    """Format a table of the variants with their cost, measured error and error in the paper.
 
-    The number in brackets is the variant's rank by error among the variants of its axis and the
-    network as configured.
+    The number in brackets is the variant's rank by error among all variants of the same axis and
+    the network as configured.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]
@@ -211,7 +212,7 @@ def _error(found: tuple[float, float] | None) -> str:
     if found is None:
         return ""
     mean, deviation = found
-    # The deviation of a single run is nan, which is not equal to itself.
+    # The standard deviation of a single run is NaN, which is not equal to itself.
     return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
 
 
@@ -224,7 +225,7 @@ def _place(variant: Variant, values: dict[str, float], ranked: bool) -> str:
 def write_grid(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]], output_dir: str | Path
 ) -> str:
-    """Write the data of the table to ``ablation.json``.
+    """Write the table's data to ``ablation.json``.
 
     Returns:
         The path of the file.

@@ -1,7 +1,7 @@
 """Training runs that are skipped if finished and resumed if interrupted.
 
-A run has a config, options that override it, and its own folder. The folder contains the config
-that the run was started with in ``run.json`` and, after training, the results in ``results.json``.
+Each run has a config, options that override it, and a separate folder. The folder contains the
+original config in ``run.json`` and, after training, the results in ``results.json``.
 """
 
 import json
@@ -39,23 +39,26 @@ def run_once(
     flags: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train as ``tools/train_net.py`` does, unless the run is already finished.
+    """Train in the same way as ``tools/train_net.py``, unless the run is already finished.
 
     Args:
         config_file: The config file, as for ``--config-file``.
         options: Alternating keys and values that override the config.
-        output_dir: The folder of this run only. It replaces ``OUTPUT_DIR``.
-        flags: Other command-line arguments, such as ``("--num-gpus", "8")``. They aren't part of
-            the run's identity: an interrupted run can be resumed with other flags.
-        quiet: Write the log to ``log.txt`` only.
+        output_dir: The run's folder, which must not be shared with other runs. It overrides
+            ``OUTPUT_DIR``.
+        flags: Other command-line arguments, such as ``("--num-gpus", "8")``. They don't identify
+            the run: an interrupted run can be resumed with different flags.
+        quiet: If True, write the log only to ``log.txt``.
 
     Returns:
-        The content of ``results.json``: metrics by task, such as ``{"classification":
+        The contents of ``results.json``: metrics by task, such as ``{"classification":
         {"top1_error": 6.4, ...}}``, and ``{"training": {"iterations", "seconds_per_iteration"}}``.
-        The seconds exclude evaluation and checkpointing, and start at the last resumption.
+        The time excludes evaluation and checkpointing, and is measured since the run was last
+        resumed.
 
     Raises:
-        UserError: If the config is invalid, the folder contains another run, or training failed.
+        UserError: If the config is invalid, if the folder contains a different run, or if training
+            failed.
     """
     output_dir = Path(output_dir)
     options = [*options, "OUTPUT_DIR", str(output_dir)]
@@ -63,35 +66,35 @@ def run_once(
     _check_same(output_dir, config)
     found = finished(output_dir)
     if found is not None:
-        logger.info("%s is finished already.", output_dir)
+        logger.info("The run in %s is already finished.", output_dir)
         return found
     resume = ["--resume"] if checkpoints(output_dir) else []
     command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", config_file]
-    # Run in a separate process because Detectron2's loggers and registries are global.
+    # Use a separate process because Detectron2's loggers and registries are global.
     status = subprocess.run(
         [*command, *flags, *resume, *options], stdout=subprocess.DEVNULL if quiet else None
     ).returncode
     found = finished(output_dir)
     if status or found is None:
         raise UserError(
-            f"The run in {output_dir} ended with status {status} before it finished. See its log, "
-            f"{output_dir / 'log.txt'}. Repeat the command to resume the run."
+            f"The run in {output_dir} ended with exit status {status} before it finished. See the "
+            f"log in {output_dir / 'log.txt'}. Repeat the command to resume the run."
         )
     return found
 
 
 def finished(output_dir: str | Path) -> dict[str, Any] | None:
-    """Return the results of a finished training run, or None if it isn't finished."""
+    """Return a training run's results, or None if the run isn't finished."""
     path = Path(output_dir) / RESULTS
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    # An evaluation also writes a file with this name.
+    # Evaluation without training also writes a file with this name.
     return found if "training" in found else None
 
 
 def _check_same(output_dir: Path, config: dict[str, str]) -> None:
-    """Record the config of a new run, or raise an error if the folder contains another run."""
+    """Record the config of a new run, or raise an error if the folder contains a different run."""
     record = output_dir / _RECORD
     if record.is_file():
         begun = json.loads(record.read_text())
@@ -99,15 +102,15 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
         if other:
             first = sorted(other)[0]
             raise UserError(
-                f"{output_dir} contains a run that differs in {first_of(sorted(other), 5)}: "
-                f"{first} was {begun.get(first)} and is {config.get(first)}. Choose another output "
-                "folder, or delete this one."
+                f"{output_dir} contains a run with a different config. It differs in "
+                f"{first_of(sorted(other), 5)}: {first} was {begun.get(first)} and is now "
+                f"{config.get(first)}. Choose a different output folder, or delete this one."
             )
         return
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(
             f"{output_dir} contains files but no {_RECORD}, so its run can't be identified. Choose "
-            "another output folder, or empty this one."
+            "a different output folder, or empty this one."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, config)
@@ -120,14 +123,14 @@ def run_seeds(
     output_dir: str | Path,
     **arguments: Any,
 ) -> dict[int, dict[str, Any]]:
-    """Train a config with several seeds, one after the other, in ``output_dir/seed<N>``.
+    """Train with several seeds, one after another, in ``output_dir/seed<N>``.
 
     Args:
         config_file: The config file.
-        seeds: Values of ``SEED``.
+        seeds: The values for ``SEED``.
         options: Alternating keys and values that override the config.
-        output_dir: The folder that contains all runs.
-        arguments: Keyword arguments of :func:`run_once`.
+        output_dir: The parent folder of all runs.
+        arguments: Keyword arguments for :func:`run_once`.
 
     Returns:
         The results by seed.
@@ -140,9 +143,9 @@ def run_seeds(
 
 
 def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Return the mean and standard deviation of each metric that all runs have.
+    """Return the mean and standard deviation of each metric reported by all runs.
 
-    The deviation is the sample standard deviation (divided by n - 1). It is nan for a single run.
+    It is the sample standard deviation (divided by n - 1), which is NaN for a single run.
     """
     rows = [metrics(result) for result in results]
     summary = {}
@@ -159,7 +162,7 @@ def seeds_report(
 ) -> str:
     """Format the results of :func:`run_seeds` as a table with one row per metric.
 
-    The paper's result is added below the table if it reports one for the model and data set.
+    If the paper reports a result for the model and data set, it is added below the table.
     """
     cfg = load_config(config_file, list(options))
     rows = {seed: metrics(result) for seed, result in results.items()}

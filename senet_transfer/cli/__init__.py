@@ -1,1 +1,1 @@
-"""Command-line parsers and commands, which the program ``senet`` and the scripts in tools/ run."""
+"""Commands and argument parsers for the ``senet`` program and the scripts in tools/."""

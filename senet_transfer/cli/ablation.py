@@ -1,4 +1,4 @@
-"""Train the paper's variants of SE on your data, and compare the results with the paper's.
+"""Train the SE variants in the paper on your data, and compare the results with the paper.
 
     python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --list
     python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --seeds 0 1 2 \\
@@ -7,9 +7,9 @@
         --output output/flowers_ablation DATASETS.TRAIN "('flowers/train',)" \\
         DATASETS.TEST "('flowers/val',)"
 
-Each variant differs from the config's network in one key of MODEL.SE. Each run has its own folder.
+Each variant changes one key in MODEL.SE of the configured network. Each run has a separate folder.
 After an interruption, repeat the command: finished runs are not trained again, and an unfinished
-run is resumed. The paper's networks have MODEL.SE.BIAS False.
+run is resumed. The networks in the paper have MODEL.SE.BIAS False.
 """
 
 import argparse
@@ -22,25 +22,25 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--config-file", required=True, help="config of a classifier")
+    add("--config-file", required=True, help="config file of a classifier")
     add(
         "--axes",
         nargs="+",
         choices=ABLATION_AXES,
         default=[],
-        help="properties to vary; default: all",
+        help="SE options to vary; default: all",
     )
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds of each variant (0)")
-    add("--output", default="output/ablation", help="folder of all runs (output/ablation)")
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds for each variant (0)")
+    add("--output", default="output/ablation", help="parent folder of all runs (output/ablation)")
     add("--list", action="store_true", help="only show the variants and their complexity")
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
-    add("--quiet", action="store_true", help="write the logs of the runs only to their log.txt")
+    add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the missing runs and print the table of results."""
+    """Train the unfinished runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.ablation import grid, grid_table, run_grid, write_grid

@@ -1,4 +1,4 @@
-"""Argument parsers that several commands share, including that of training."""
+"""Argument parsers shared by several commands, including the parser for training."""
 
 import argparse
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 from senet_transfer.utils.import_hook import without_script_warnings
 
-# Copies of constants in the package, whose import would take seconds. A test compares them.
+# Copies of constants in the package, because importing them would take seconds. A test compares
+# them with the originals.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
@@ -46,7 +47,7 @@ Examples:
 Train the paper's detector on COCO with 8 GPUs:
     python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
 
-The same under torchrun, which sets rank and world size:
+The same with torchrun, which sets the rank and world size:
     torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
 
 Resume after an interruption, or evaluate:
@@ -54,20 +55,21 @@ Resume after an interruption, or evaluate:
     python tools/train_net.py --config-file output/config.yaml --eval-only \\
         MODEL.WEIGHTS output/model_final.pth
 
-Your own data in COCO's format (the classes are read from the JSON):
+Train on your own data in COCO format (the classes are read from the JSON files):
     python tools/train_net.py --config-file configs/finetune_detector.yaml \\
         --dataset my_train train.json images/ --dataset my_val val.json images/
 
-Exit status: 0 success; 1 failure; 2 invalid arguments, config or files; 75 stopped by SIGTERM or
-Ctrl-C after saving a checkpoint (a second signal stops immediately, with 128 plus its number).
+Exit status: 0 for success; 1 for an error; 2 for invalid arguments, config or files; 75 if SIGTERM
+or Ctrl-C stopped the run after it saved a checkpoint. A second signal stops the run immediately,
+with status 128 plus the signal number.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser with config options (``opts``), KEY VALUE pairs, as the last argument.
+    """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
-    Unlike argparse's own parser, it accepts flags after the config options, because users often
-    append ``--resume`` to their previous command.
+    Unlike argparse's standard parser, it accepts flags after the config options, because users
+    often append ``--resume`` to their previous command.
     """
 
     def __init__(self, **options: Any):
@@ -76,7 +78,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # typeshed has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse flags before, after and between the config's options."""
+        """Parse flags before, after and between the config options."""
         words = list(sys.argv[1:] if args is None else args)
         pairs: list[str] = []
         while True:
@@ -92,7 +94,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of training: Detectron2's arguments, --dataset and --quiet."""
+    """Return the parser for training, with Detectron2's arguments, --dataset and --quiet."""
     parser = Parser(epilog=_EPILOG)
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
@@ -103,16 +105,16 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of Detectron2's parser, without importing it, which takes seconds."""
+    """Add the arguments of Detectron2's parser without importing Detectron2, which is slow."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
-    add("--num-gpus", type=int, default=1, help="processes on each machine, one per GPU (1)")
+    add("--num-gpus", type=int, default=1, help="number of processes per machine, one per GPU (1)")
     add("--num-machines", type=int, default=1, help="number of machines (1)")
     add("--machine-rank", type=int, default=0, help="index of this machine, from 0")
-    # As in Detectron2, the port depends on the user id, so that a leftover process of the same
-    # user's earlier job causes the error "address already in use".
+    # As in Detectron2, the port depends on the user id, so that a process left by the same user's
+    # earlier job causes the error "address already in use".
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
     address = f"tcp://127.0.0.1:{port}"
     add("--dist-url", default=address, help="address of the first machine, tcp://HOST:PORT")
@@ -120,8 +122,8 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Run a command in this process; a UserError ends it with a message and exit status 2."""
-    # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
+    """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
+    # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run_single
 
@@ -129,23 +131,23 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--dataset NAME JSON FOLDER``, which may be repeated."""
+    """Add the argument ``--dataset NAME JSON FOLDER``, which can be repeated."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
-        help="register a data set in COCO's format under a name, for use in DATASETS.TRAIN and "
-        "DATASETS.TEST; may be repeated",
+        help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
+        "DATASETS.TEST; can be repeated",
     )
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that run a model on images, and the config options."""
+    """Add the arguments shared by commands that run a model on images, and the config options."""
     add = parser.add_argument
-    add("--batch-size", type=int, default=32, help="images per batch (32)")
-    add("--workers", type=int, default=2, help="processes that read and decode images (2)")
-    add("--device", default="", help="such as cpu or cuda:1; default: a GPU if available")
+    add("--batch-size", type=int, default=32, help="number of images per batch (32)")
+    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--device", default="", help="device, such as cpu or cuda:1; default: a GPU if available")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

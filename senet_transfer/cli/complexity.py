@@ -1,4 +1,4 @@
-"""Count a model's parameters, multiply-accumulates and activations, and the share of SE in them.
+"""Count a model's parameters, multiply-accumulates and activations, in total and for SE gates.
 
     python tools/complexity.py --model se_resnet50
     python tools/complexity.py --model resnet50 --model "se_resne*" --size 320
@@ -6,7 +6,7 @@
     python tools/complexity.py --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
     python tools/complexity.py --weights output/model_final.pth
 
-Compare all Params and GFLOPs values of the paper with this project's:
+Compare all Params and GFLOPs values in the paper with this project's networks:
     python tools/complexity.py --paper
 """
 
@@ -20,10 +20,15 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", action="append", default=[], help="model name or pattern; may be repeated")
+    add("--model", action="append", default=[], help="model name or pattern; can be repeated")
     add("--config-file", default="", help="config of a classifier or detector, instead of --model")
-    add("--weights", default="", help="checkpoint whose model is counted")
-    add("--size", type=int, nargs="+", help="image size in pixels: height and width, or one side")
+    add("--weights", default="", help="checkpoint of the model to count")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        help="image size in pixels: height and width, or one side length",
+    )
     add("--paper", action="store_true", help="compare with all values in the paper")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -44,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.size and len(args.size) > 2:
         raise UserError(
-            f"--size has {len(args.size)} numbers, expected a height and a width, or one side."
+            f"--size has {len(args.size)} numbers; expected height and width, or one side length."
         )
     size = (args.size[0], args.size[-1]) if args.size else None
     names = [found for name in args.model for found in list_models(name) or [name]]
@@ -55,13 +60,13 @@ def main(args: argparse.Namespace) -> None:
         notes += reports[-1].notes
     if cfg.MODEL.WEIGHTS and not args.weights:
         notes.append(
-            f"Counted with the config's geometry. A run uses the geometry of {cfg.MODEL.WEIGHTS}; "
-            "give that file as --weights to count with it."
+            f"The counts are for the geometry in the config. A run uses the geometry in "
+            f"{cfg.MODEL.WEIGHTS}; to count with that geometry, pass this file as --weights."
         )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]
         rows.append(cost_row("all", reports[0].total))
-        print(f"An image of {reports[0].size[0]} x {reports[0].size[1]} pixels:")
+        print(f"For an image of {reports[0].size[0]} x {reports[0].size[1]} pixels:")
     else:
         rows = [
             cost_row(f"{name}, {found.size[0]} x {found.size[1]}", found.total)
@@ -80,8 +85,8 @@ def _print_paper(args: argparse.Namespace) -> None:
 
     if args.model or args.config_file or args.weights or args.size or args.opts:
         raise UserError(
-            "--paper has fixed models and sizes, and can't be combined with --model, "
-            "--config-file, --weights, --size or config options. Remove them."
+            "--paper uses fixed models and sizes. Remove --model, --config-file, --weights, --size "
+            "and config options."
         )
     rows, reasons = paper_rows(compare_with_paper(quiet=args.quiet))
     right = ("left", "left", *["right"] * 6, "left")

@@ -1,4 +1,4 @@
-"""Convert a weight file of any family to this project's format, or to another project's."""
+"""Convert a weight file of any family to the format of this project or another project."""
 
 import argparse
 import logging
@@ -29,17 +29,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to",
         choices=WEIGHT_TARGETS,
-        help="format of OUT; default: senet_transfer, or detectron2 for a .pkl",
+        help="format of OUT; default: detectron2 for .pkl, otherwise senet_transfer",
     )
     parser.add_argument(
         "--family",
         choices=WEIGHT_FAMILIES,
-        help="family of IN, if its tensor names fit several families",
+        help="weight family of IN, if its tensor names match several families",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check that the networks of both files give the same outputs",
+        help="check that both files' networks give the same outputs",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--quiet", action="store_true", help="print only warnings")

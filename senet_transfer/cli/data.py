@@ -1,4 +1,4 @@
-"""``senet data``: prepare data sets for training and evaluation."""
+"""``senet data``: preparation of data sets for training and evaluation."""
 
 import argparse
 import logging
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def _places365_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert Places365 to WebDataset shards.", source="folder with lists and images"
+        "Convert Places365 to WebDataset shards.", source="folder with the lists and images"
     )
     parser.add_argument("--split", choices=PLACES365_SPLITS, required=True)
-    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="size of the images")
+    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="image size")
     return parser
 
 
@@ -38,10 +38,12 @@ def _prepare_places365(args: argparse.Namespace) -> None:
 
 def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert a tree of images to WebDataset shards.", source="folder with one folder per class"
+        "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
     )
-    parser.add_argument("--name", default="images", help="prefix of the shards' names")
-    parser.add_argument("--classes-from", type=Path, help="shards whose classes and labels to use")
+    parser.add_argument("--name", default="images", help="prefix for the shard names")
+    parser.add_argument(
+        "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
+    )
     return parser
 
 
@@ -65,13 +67,13 @@ def _cifar_parser() -> argparse.ArgumentParser:
     add(
         "--output",
         type=Path,
-        help="folder to write, such as datasets/cifar10; with --download the default is "
+        help="output folder, such as datasets/cifar10; default with --download: "
         "$DETECTRON2_DATASETS/cifar10 or cifar100",
     )
     add(
         "--any-checksum",
         action="store_true",
-        help="accept data in the official layout with another checksum or number of images",
+        help="accept data in the official layout with a different checksum or number of images",
     )
     add("--quiet", action="store_true", help="no progress bars while reading")
     return parser
@@ -85,7 +87,7 @@ def _prepare_cifar(args: argparse.Namespace) -> None:
     if output is None:
         if source is not None:
             raise UserError(
-                "--source needs --output, the folder to write, such as datasets/cifar10."
+                "--source requires --output. Give the output folder, such as datasets/cifar10."
             )
         output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
     if source is None:
@@ -96,12 +98,12 @@ def _prepare_cifar(args: argparse.Namespace) -> None:
 def _shapes_parser() -> argparse.ArgumentParser:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     parser = argparse.ArgumentParser(
-        description="Render the shapes data set, in COCO's format.",
+        description="Render the shapes data set in COCO format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", type=Path, default=root / "shapes", help="folder to create")
-    add("--seed", type=int, default=0, help="seed of the random images")
+    add("--output", type=Path, default=root / "shapes", help="output folder")
+    add("--seed", type=int, default=0, help="seed for the random images")
     add("--train", type=int, default=400, help="number of training images")
     add("--val", type=int, default=100, help="number of validation images")
     add("--quiet", action="store_true", help="no progress bar")
@@ -119,18 +121,23 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
-    """Return a parser with the arguments of every command that writes shards."""
+    """Return a parser with the arguments shared by all commands that write shards."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--source", type=Path, required=True, help=source)
-    add("--output", type=Path, required=True, help="folder for the shards of this split")
-    add("--seed", type=int, default=0, help="seed of the global shuffle")
+    add("--output", type=Path, required=True, help="output folder for the shards of this split")
+    add("--seed", type=int, default=0, help="seed for the global shuffle")
     add("--workers", type=int, default=2, help="number of processes")
-    add("--shard-mb", type=float, default=200, help="approximate size of a shard in MB")
-    add("--skip-broken", type=int, default=0, help="skip and record up to this many bad images")
-    add("--verify", action="store_true", help="read all shards back and verify them")
+    add("--shard-mb", type=float, default=200, help="approximate shard size in MB")
+    add(
+        "--skip-broken",
+        type=int,
+        default=0,
+        help="maximum number of unreadable images to skip and record",
+    )
+    add("--verify", action="store_true", help="read all written shards and verify them")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -140,8 +147,8 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
 
     Args:
         images: The images to write.
-        split: The prefix of the shards' names.
-        args: The parsed arguments of :func:`_shards_parser`.
+        split: The prefix for the shard names.
+        args: The arguments parsed by :func:`_shards_parser`.
     """
     from senet_transfer.data.shards.verify import verify
     from senet_transfer.data.shards.write import convert
@@ -158,14 +165,14 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
     )
     print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
     if manifest.skipped:
-        print(f"skipped {len(manifest.skipped)} bad images, which are listed in manifest.json")
+        print(f"skipped {len(manifest.skipped)} unreadable images, listed in manifest.json")
     if args.verify:
         verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Preparation of a data set: its argument parser and its main function."""
+    """Argument parser and main function for preparing a data set."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
@@ -180,21 +187,21 @@ PREPARATIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the argument parser, which leaves the options to the parser of each data set."""
+    """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare a data set. NAME --help shows its options."
+        description="Prepare a data set. To show its options, use NAME --help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the data set")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
     return parser
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments of a data set's preparation and run it.
+    """Parse the arguments for a data set and prepare it.
 
     Args:
         name: One of :data:`PREPARATIONS`.
-        words: The arguments, or None for those of this process.
+        words: The arguments. If None, the command-line arguments are used.
     """
     preparation = PREPARATIONS[name]
     args = preparation.parser().parse_args(words)

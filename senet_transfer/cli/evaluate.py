@@ -1,6 +1,6 @@
-"""Evaluate a classifier: top-1 and top-5 error, the worst and the most confused classes.
+"""Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
-Evaluate on ImageNet's validation set (one folder per class), next to the published errors:
+Evaluate on the ImageNet validation set (one folder per class), and print published errors:
     python tools/eval_classifier.py --model se_resnet50 --weights se_resnet50.pth \\
         --data imagenet/val --output results.json
 
@@ -15,12 +15,13 @@ from typing import Any
 from senet_transfer.cli.arguments import EVAL_MODES, Parser, add_running_arguments, run_command
 
 _PLACES365 = """\
-Evaluate a classifier on Places365's validation set, and compare it with the paper's Table VI.
+Evaluate a classifier on the Places365 validation set, and compare it with Table VI of the paper.
 
     %(prog)s --model se_resnet152 --weights FILE --data datasets/places365/val --output results.json
 
---data is a folder of shards written by datasets/prepare_places365.py, the folder with the lists and
-val_256 or val_large, one of these two image folders, or the archive val_256.tar next to the lists.
+--data is one of: a folder of shards written by datasets/prepare_places365.py; the folder that
+contains the lists and val_256 or val_large; the folder val_256 or val_large; or the archive
+val_256.tar next to the lists.
 """
 
 
@@ -30,24 +31,24 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="", help="a name in senet_transfer.list_models()")
     add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
-    add("--family", default="", help="family of the weights, if their tensor names fit several")
+    add("--family", default="", help="weight family, if the tensor names match several families")
     add(
         "--config-file",
         default="",
-        help="config, instead of --model; default: the config.yaml next to the weights",
+        help="config file, instead of --model; default: the config.yaml next to the weights",
     )
     add(
         "--data", default="", help="shards, a folder or an archive; default: the config's "
         "DATASETS.TEST",
     )  # fmt: skip
     add("--output", default="", help="JSON file to write")
-    add("--crop-mode", choices=EVAL_MODES, help="default: the config's, or short_side")
-    add("--resize", type=int, help="pixels to resize to; default: the model's")
-    add("--crop", type=int, help="pixels to crop to; default: the model's")
+    add("--crop-mode", choices=EVAL_MODES, help="default: the mode in the config, or short_side")
+    add("--resize", type=int, help="resize size in pixels; default: the model's size")
+    add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
         "--predictions",
         default="",
-        help="CSV file to write: key, label and the five most probable classes of each image",
+        help="CSV file to write, with the key, label and five most probable classes of each image",
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add_running_arguments(parser)
@@ -58,8 +59,8 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
     """Evaluate the classifier, print the results and return them.
 
     Args:
-        args: The parsed arguments of :func:`parser`.
-        published: Published results on the same data to print next to them.
+        args: The arguments parsed by :func:`parser`.
+        published: Published results on the same data to print for comparison.
     """
     from senet_transfer.engine.inference.evaluate import run_evaluation
     from senet_transfer.engine.model_from import find_model

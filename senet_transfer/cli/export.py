@@ -1,12 +1,12 @@
-"""Export a model with folded batch norms, and compare its outputs with the original model's.
+"""Export a model with folded batch norms, and compare its outputs with the original model.
 
     python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
     python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
     python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
 
-The suffix of the output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
-Classifiers and backbones can be exported to all formats, detectors only to TorchScript.
-tools/classify_onnx.py runs a classifier without torch.
+The suffix of --output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
+Classifiers and backbones can be exported to all formats, but detectors only to TorchScript.
+tools/classify_onnx.py runs an exported classifier without torch.
 """
 
 import argparse
@@ -21,23 +21,28 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--weights", default="", help="a checkpoint or weight file; default: random weights")
     add("--model", default="", help="a name in senet_transfer.list_models()")
-    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
+    add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
     add("--backbone", "--trunk", action="store_true", help="export only the backbone")
-    add("--size", type=int, nargs="+", help="size in pixels: one side, or height and width (224)")
-    add("--image", default="", help="image with which a detector is traced")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        help="image size in pixels: one side length, or height and width; default: the test crop",
+    )
+    add("--image", default="", help="image for tracing a detector")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export the model, and print the comparison and the file."""
+    """Export the model, and print the result of the comparison and the file size."""
     from senet_transfer.engine.model_from import find_model
     from senet_transfer.export.write import export_model, format_of
     from senet_transfer.utils.progress import no_bars
 
-    format_of(args.output)  # An invalid name is an error before the weights are read.
+    format_of(args.output)  # Reject an invalid name before reading the weights.
     with no_bars(args.quiet):
         found = find_model(args.model, args.config_file, args.weights, options=args.opts)
         loaded = found.build("cpu")

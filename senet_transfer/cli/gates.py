@@ -1,4 +1,4 @@
-"""Analyse the gates of an SE network: the paper's Figures 6 and 7 on any labelled images.
+"""Analyse the gates of an SE network: Figures 6 and 7 of the paper for any labelled images.
 
     python tools/analyze_excitations.py --weights output/model_best.pth --data flowers/val \\
         --output output/gates
@@ -7,12 +7,13 @@
     python tools/analyze_excitations.py --weights output/model_final.pth \\
         --data annotations.json --images images/ --output output/gates
 
---data is a tree with one folder per class, shards, Places365 or, with --images, a JSON in COCO's
-format, whose objects are cropped. 50 images of each class are used. The output folder contains one
-figure per block (blocks/), the blocks shown in the paper (figure6.png), an overview of all blocks
-(blocks.png), and the values (gates.csv, blocks.csv). One line per block is printed:
+--data can be an image folder with one folder per class, shards, Places365 or, with --images, a JSON
+file in COCO format, whose objects are cropped. By default, 50 images of each class are used. The
+output folder contains one figure per block (blocks/), the blocks shown in the paper (figure6.png),
+an overview of all blocks (blocks.png), and the values (gates.csv, blocks.csv). One line per block
+is printed, with these columns:
 
-    mean      mean of all gates
+    mean      mean gate value
     > 0.95    fraction of open gates
     < 0.05    fraction of closed gates
     between   standard deviation of the class means, corrected for sampling noise
@@ -20,8 +21,8 @@ figure per block (blocks/), the blocks shown in the paper (figure6.png), an over
     ratio     between / within: how class-specific the gates are
     "open" or "constant" marks a block whose gates have little effect and might be removed
 
---prune-stage 5 also removes the gates of stage 5, evaluates the classifier on all of --data with
-and without them, and writes the network without them to OUTPUT/pruned.
+With --prune-stage 5, the classifier is evaluated on all images in --data with and without the gates
+of stage 5, and the network without these gates is written to OUTPUT/pruned.
 """
 
 import argparse
@@ -34,23 +35,29 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", required=True, help="weights of an SE classifier or detector")
-    add("--model", default="", help="model name, if neither a config nor the weights specify it")
-    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
+    add("--model", default="", help="model name, unless a config or the weights specify it")
+    add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--data", required=True, help="labelled images")
-    add("--images", default="", help="folder of images, if --data is a JSON in COCO's format")
-    add("--output", required=True, help="folder for figures and tables")
+    add("--images", default="", help="image folder, if --data is a JSON file in COCO format")
+    add("--output", required=True, help="output folder for figures and tables")
     add("--classes", nargs="+", help="classes to plot; default: a random selection")
     add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
     add("--images-per-class", type=int, default=50, help="number of images per class (50)")
     add("--channels", type=int, default=50, help="number of channels per figure (50)")
-    add("--seed", type=int, default=0, help="seed that selects images, classes and channels (0)")
-    add("--prune-stage", type=int, nargs="+", default=[], help="stages whose gates are removed")
+    add("--seed", type=int, default=0, help="seed for selecting images, classes and channels (0)")
+    add(
+        "--prune-stage",
+        type=int,
+        nargs="+",
+        default=[],
+        help="stages from which to remove the gates",
+    )
     add_running_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Analyse the gates, and print the results and the files written."""
+    """Analyse the gates, and print the results and the paths of the files."""
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
@@ -73,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         quiet=args.quiet,
     )
     excitations = found.excitations
-    print(f"{excitations.images} images of {excitations.classes} classes of {dataset.origin}")
+    print(f"{excitations.images} images of {excitations.classes} classes from {dataset.origin}")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -1,4 +1,4 @@
-"""``senet``: one program for all commands.
+"""``senet``: a single program for all commands.
 
 senet train --config-file faster_rcnn_se_r50 --num-gpus 8
 senet predict --weights output/model_final.pth --input photos --output predictions
@@ -11,24 +11,24 @@ import sys
 
 from senet_transfer import __version__
 
-# Name of the command -> module of senet_transfer.cli and description.
+# Maps each command to its module in senet_transfer.cli and its description.
 COMMANDS = {
     "train": ("train", "train or evaluate a detector or classifier from a config"),
     "eval": ("evaluate", "evaluate a classifier: errors, worst and most confused classes"),
-    "predict": ("predict", "detect objects in images, or classify them"),
+    "predict": ("predict", "run object detection or classification on images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
-    "convert": ("convert", "convert a weight file between the formats of projects"),
-    "report": ("report", "create an HTML report of runs"),
+    "convert": ("convert", "convert weight files between formats"),
+    "report": ("report", "create an HTML report on training runs"),
     "data": ("data", "prepare a data set"),
     "complexity": ("complexity", "count parameters and multiply-accumulates"),
     "gates": ("gates", "analyse the gates of an SE network"),
     "sweep": ("sweep", "train a config with several seeds"),
-    "ablation": ("ablation", "train the paper's variants of SE"),
+    "ablation": ("ablation", "train the SE variants in the paper"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the argument parser, which leaves the arguments to the parser of each command."""
+    """Return the argument parser; each command has a separate parser for its arguments."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"    {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below"
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments for the command")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Predict on images with a trained checkpoint.
+"""Run a trained detector or classifier on images.
 
-With a detector, the detections are drawn on the images and written as a JSON in COCO's format. With
-a classifier, the five most probable classes of each image are printed and written as a JSON.
+A detector's detections are drawn on the images and written to a JSON file in COCO format. For a
+classifier, the five most probable classes of each image are printed and written to a JSON file.
 """
 
 import argparse
@@ -14,12 +14,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="a checkpoint of a trained model")
-    add("--config-file", default="", help="config; default: the config.yaml next to the weights")
-    add("--input", nargs="+", required=True, help="image files, folders of images, or patterns")
-    add("--output", required=True, help="folder for the drawings and the JSON")
-    add("--threshold", type=float, default=0.5, help="minimum score, 0-1 (0.5)")
-    add("--limit", type=int, help="predict only on the first LIMIT images")
+    add("--weights", required=True, help="a trained model's checkpoint")
+    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add("--input", nargs="+", required=True, help="image files, folders or patterns")
+    add("--output", required=True, help="output folder for the drawings and the JSON file")
+    add("--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (0.5)")
+    add("--limit", type=int, help="use only the first LIMIT images")
     add("--tta", action="store_true", help="use test-time augmentation")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -27,14 +27,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict on the images, and print the results and the paths written."""
+    """Run the model on the images, and print the results and the paths of the files."""
     from senet_transfer.config import is_classification
     from senet_transfer.engine.inference.classify import classify_images
     from senet_transfer.engine.inference.detect import predict_images
     from senet_transfer.engine.inference.inputs import find_images, load_trained
 
     if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, expected 1 or more.")
+        raise UserError(f"--limit is {args.limit}; expected 1 or more.")
     images = find_images(args.input)[: args.limit]
     options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
     loaded = load_trained(args.weights, args.config_file, options)

@@ -1,10 +1,10 @@
-"""Create an HTML report of runs: results and the paper's, curves, classes, images and configs.
+"""Create an HTML report on runs: results compared with the paper, curves, images and configs.
 
     python tools/report.py output/demo
     python tools/report.py output/demo output/other --output compared.html
 
 A RUN is the output folder of a finished or unfinished run of tools/train_net.py, or a folder that
-contains such folders. The report is a single file, which any browser shows without a network.
+contains such folders. The report is a single file that can be viewed offline in any browser.
 """
 
 import argparse
@@ -20,15 +20,19 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folder of a run, or of several"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run's output folder, or a folder that contains runs",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="HTML file; default: report.html in the run, or next to the first of several runs",
+        help="HTML file; default: report.html in the run's folder, or in the parent folder of the "
+        "first run if there are several",
     )
     parser.add_argument(
-        "--images", type=int, default=240, help="maximum number of images with detections (240)"
+        "--images", type=int, default=240, help="maximum number of detection images (240)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -39,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.analysis.report import find_runs, load_runs, write_report
 
     if args.images < 0:
-        raise UserError(f"--images is {args.images}, expected 0 or more.")
+        raise UserError(f"--images is {args.images}; expected 0 or more.")
     folders = find_runs(args.runs)
     place = folders[0] if len(folders) == 1 else folders[0].resolve().parent
     output = args.output or place / "report.html"

@@ -1,9 +1,9 @@
-"""Train a config with several seeds; print the mean, standard deviation and the paper's result.
+"""Train with several seeds, and print the mean, standard deviation and the result in the paper.
 
     python tools/run_seeds.py --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
 
-Each seed has its own folder. After an interruption, repeat the command: finished runs are not
+Each seed has a separate folder. After an interruption, repeat the command: finished runs are not
 trained again, and an unfinished run is resumed.
 """
 
@@ -17,17 +17,17 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--config-file", required=True, help="config to train")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (0 1 2)")
-    add("--output", required=True, help="folder of all runs")
+    add("--config-file", required=True, help="config file to train with")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)")
+    add("--output", required=True, help="parent folder of all runs")
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
-    add("--quiet", action="store_true", help="write the logs of the runs only to their log.txt")
+    add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the missing runs and print the table of results."""
+    """Train the unfinished runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.repeated_runs import run_seeds, seeds_report

@@ -1,4 +1,4 @@
-"""``senet train``: train or evaluate a model from a config."""
+"""``senet train``: training and evaluation of a model from a config."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ __all__ = ["command", "parser", "run_options"]
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
     args: argparse.Namespace = parser().parse_args(words)
-    # Imported only now: --help and mistakes in the arguments need neither torch nor Detectron2.
+    # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run
         from senet_transfer.engine.train import main
@@ -31,7 +31,7 @@ def command(words: list[str] | None = None) -> None:
 
 
 def run_options(args: argparse.Namespace) -> "RunOptions":
-    """Convert parsed arguments to the options of a run."""
+    """Convert parsed arguments to run options."""
     from senet_transfer.engine.setup import RunOptions
 
     return RunOptions(

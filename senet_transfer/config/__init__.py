@@ -1,4 +1,4 @@
-"""The project's config keys, and loading and validation of configs."""
+"""Additional config keys, and loading and validation of configs."""
 
 from senet_transfer.config.defaults import (
     META_ARCHITECTURE,

@@ -1,4 +1,4 @@
-"""Loading of configs from files, from names of this project's configs, and from options."""
+"""Loading of configs from files, built-in config names and command-line options."""
 
 import contextlib
 import difflib
@@ -24,13 +24,13 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load this project's defaults, merge a config file into them, then apply the options.
 
     Args:
-        config_file: a YAML file, or the name of one of this project's configs. If it is empty, only
-            the defaults are used.
-        options: alternating keys and values, as on a command line.
+        config_file: A YAML file, or the name of one of this project's configs. If empty, only the
+            defaults are used.
+        options: Alternating keys and values, as on the command line.
 
     Raises:
-        UserError: if the file is missing or malformed, a key is unknown, or a value has the wrong
-            type.
+        UserError: If the file is missing or malformed, if a key is unknown, or if a value has the
+            wrong type.
     """
     cfg = get_senet_config()
     if config_file:
@@ -43,14 +43,14 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 
 
 def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
-    """Set config keys in place from alternating keys and values, as on a command line.
+    """Set config keys in place from alternating keys and values, as on the command line.
 
     Raises:
-        UserError: if a key is unknown or a value has the wrong type.
+        UserError: If a key is unknown, or if a value has the wrong type.
     """
     if len(options) % 2:
         raise UserError(
-            f"Config options must be pairs of KEY VALUE, found {len(options)} words: "
+            f"Config options must be KEY VALUE pairs, but there are {len(options)} words: "
             f"{' '.join(options)}. Quote values that contain spaces."
         )
     if options:
@@ -64,25 +64,25 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:
-    """Raise UserError if a key with a default is None, which yacs accepts for every type."""
+    """Raise a UserError if a key with a default is None, which yacs accepts for all types."""
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
         if default is not None and not isinstance(default, str) and values.get(key) is None:
             raise UserError(
-                f"{key} is None, expected a value of the type of its default, {default!r}. Set a "
-                "value, or remove the key from the config."
+                f"{key} is None; expected a value of the same type as its default, {default!r}. "
+                "Set a value, or remove the key from the config."
             )
 
 
 def find_config(name: str) -> str:
-    """Return the path of a config file, given its path or the name of one of this project's.
+    """Return the path of a config, given its path or the name of one of this project's configs.
 
     Args:
-        name: a path, or a name such as "faster_rcnn_se_r50". If no file has this path, a prefix
-            "configs/" and a suffix ".yaml" are ignored.
+        name: A path, or a name such as "faster_rcnn_se_r50". If no file has this path, the prefix
+            "configs/" and the suffix ".yaml" are ignored.
 
     Raises:
-        UserError: if neither a file nor a config of this project has this name.
+        UserError: If neither a file nor one of this project's configs has this name.
     """
     if os.path.exists(name) or name.endswith(".py"):
         return name
@@ -115,15 +115,15 @@ def _check_config_file(path: str) -> None:
         raise UserError(f"The config file {path} is not plain YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"The config file {path} holds {type(content).__name__}, expected keys such as "
-            "MODEL and SOLVER with values below them."
+            f"The config file {path} contains a {type(content).__name__}; expected a mapping with "
+            "keys such as MODEL and SOLVER."
         )
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
-    """Return the options with integers for keys of type float written as floats.
+    """Return the options, with integer values for float keys converted to floats.
 
-    yacs rejects an integer for such a key because its type differs from the default's.
+    yacs rejects an integer for a float key because the type differs from that of the default.
     """
     floats = {key for key, value in config_items(cfg) if isinstance(value, float)}
     return [
@@ -161,16 +161,17 @@ def _set(cfg: CfgNode, key: str, value: object) -> None:
 
 @contextlib.contextmanager
 def _merge_errors(source: str) -> Iterator[None]:
-    """Convert errors that Detectron2 and yacs raise while merging a config to UserError."""
+    """Convert errors raised by Detectron2 and yacs while merging a config to a UserError."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {source} can't be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"The config file {source} is not YAML: {error}") from error
+        raise UserError(f"The config file {source} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise UserError(
-            f"The config file {source} includes itself as its _BASE_. Set _BASE_ to another file."
+            f"The config file {source} includes itself as its _BASE_. Set _BASE_ to a different "
+            "file."
         ) from error
     except (
         ValueError,
@@ -190,10 +191,10 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     """Merge a YAML file and its ``_BASE_`` files into a config.
 
     Raises:
-        UserError: if a key does not exist.
+        UserError: If a key does not exist.
     """
     try:
-        # By default Detectron2 falls back to an unsafe YAML loader, which runs code from YAML tags.
+        # By default, Detectron2 falls back to an unsafe YAML loader, which runs code in YAML tags.
         cfg.merge_from_file(path, allow_unsafe=False)
     except KeyError as error:
         unknown = next(_unknown_keys(cfg, cfg.load_yaml_with_base(path)), None)
@@ -203,7 +204,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def _unknown_keys(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys in a file's content that do not exist in a config."""
+    """Yield the dotted keys in a file's contents that do not exist in the config."""
     for key, value in content.items():
         if key not in cfg:
             if not cfg.is_new_allowed():
@@ -232,6 +233,6 @@ def _explain_unknown(cfg: CfgNode, key: str) -> str:
     hint = (
         f"Did you mean {' or '.join(near)}?"
         if near
-        else "Neither Detectron2 nor this project defines it."
+        else "It is defined by neither Detectron2 nor this project."
     )
     return f"There is no config key {key}. {hint}"

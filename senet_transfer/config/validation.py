@@ -1,6 +1,6 @@
-"""Checks of the types and ranges of config values.
+"""Type and range checks for config values.
 
-Without these checks, an invalid value would be noticed late or not at all.
+Without these checks, invalid values would be detected late or not at all.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Minimum and maximum, both inclusive. Detectron2 divides by some of these values.
+# Minimum and maximum, both inclusive. Some of the values are used as divisors in Detectron2.
 RANGES = {
     "DATALOADER.MAX_SKIP_RATIO": (0, 1),
     "DATALOADER.NUM_WORKERS": (0, 256),
@@ -64,7 +64,7 @@ RANGES = {
 }
 
 
-# Example elements for lists whose default is empty and so does not show the element type.
+# Example elements for lists with an empty default, from which the type can't be inferred.
 _ELEMENTS: dict[str, Any] = {
     "DATASETS.CATEGORY_IDS": 1,
     "DATASETS.CLASSES": "name",
@@ -81,10 +81,10 @@ _KINDS = {bool: "True or False", int: "a number", float: "a number", str: "text"
 
 
 def check_elements(cfg: CfgNode) -> None:
-    """Raise UserError if the elements of a list in a config differ in type from the default's.
+    """Raise a UserError if a list contains elements of a different type than the default list.
 
-    yacs compares the types of lists, but not of their elements. If the default is a list of lists,
-    such as Detectron2's anchors, a list of any depth is accepted.
+    yacs checks that a value is a list, but does not check its elements. If the default is a list of
+    lists, such as Detectron2's anchor sizes, lists of any depth are accepted.
     """
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
@@ -97,7 +97,7 @@ def check_elements(cfg: CfgNode) -> None:
         wrong = [element for element in elements if not _is_like(element, example)]
         if example is not None and wrong:
             kind = _KINDS[type(example)]
-            raise UserError(f"{key} is {value!r}: expected {kind}, found {wrong[0]!r}.")
+            raise UserError(f"{key} is {value!r}; expected {kind}, found {wrong[0]!r}.")
 
 
 def _leaves(value: list | tuple) -> Iterator[Any]:
@@ -116,7 +116,7 @@ def _is_like(value: Any, example: Any) -> bool:
     return isinstance(value, type(example))
 
 
-# Lists whose first element Detectron2 reads.
+# Lists whose first element is used by Detectron2.
 _NOT_EMPTY = (
     "MODEL.RETINANET.IOU_THRESHOLDS",
     "MODEL.ROI_HEADS.IOU_THRESHOLDS",
@@ -128,36 +128,37 @@ def check_ranges(cfg: CfgNode) -> None:
     """Check that numbers are finite and within their range, and that required lists are not empty.
 
     Raises:
-        UserError: if a value is invalid. The message names the key, its value and its range.
+        UserError: If a value is invalid. The message includes the key, the value and the valid
+            range.
     """
     values = dict(config_items(cfg))
     for key, (least, most) in RANGES.items():
         value = values[key]
-        # Keys whose default is None accept None as a value with its own meaning.
+        # None is a valid value for keys whose default is None.
         if value is None:
             continue
         if not isinstance(value, int | float) or not (least <= value <= most and value < math.inf):
             limits = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
-            raise UserError(f"{key} is {value!r}, expected {limits}.")
+            raise UserError(f"{key} is {value!r}; expected {limits}.")
     for key in _NOT_EMPTY:
         if not values[key]:
-            raise UserError(f"{key} is {values[key]!r}, expected at least one number.")
+            raise UserError(f"{key} is {values[key]!r}; expected at least one number.")
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
-            "SOLVER.CHECKPOINTS_KEPT is 1, expected 0 (keep all) or at least 2: if the only "
-            "checkpoint is damaged, there is no earlier one to resume from."
+            "SOLVER.CHECKPOINTS_KEPT is 1; expected 0 (keep all) or at least 2. If the only "
+            "checkpoint were corrupted, there would be no earlier checkpoint to resume from."
         )
 
 
 @contextlib.contextmanager
 def config_errors(what: str) -> Iterator[None]:
-    """Convert errors that Detectron2 and torch raise while building from a config to UserError.
+    """Convert errors raised by Detectron2 and torch while building from a config to a UserError.
 
-    Programming errors, such as AttributeError and TypeError, are not caught. The traceback of a
-    converted error is written to the log.
+    Errors that indicate bugs, such as AttributeError and TypeError, are not converted. The
+    traceback of a converted error is written to the log.
 
     Args:
-        what: the name of the object that is built, for the message.
+        what: The name of the object to build, for the error message.
     """
     try:
         yield
@@ -166,5 +167,5 @@ def config_errors(what: str) -> Iterator[None]:
         raise UserError(
             f"The {what} can't be built from this config: {type(error).__name__}: {error}. "
             "Compare the keys that you changed with Detectron2's config reference and "
-            "senet_transfer/config/defaults.py; log.txt contains the traceback."
+            "senet_transfer/config/defaults.py. The traceback is in log.txt."
         ) from error

@@ -1,4 +1,4 @@
-"""Interface of classification data sets, and the encoded samples they return."""
+"""Interface for classification data sets and the encoded samples that they return."""
 
 import re
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Leaves room for an extension: names of tar members are limited to 100 bytes.
+# Tar member names are limited to 100 bytes. The remaining bytes are for a file extension.
 MAX_KEY = 80
 
 
@@ -16,10 +16,10 @@ class RawSample:
     """An encoded image with its label.
 
     Attributes:
-        key: name of the sample, unique in its data set. It is never used as a path.
-        label: index of the class.
-        data: the encoded image.
-        origin: the file or shard that the image was read from, for messages.
+        key: Sample name, unique within its data set. It is never used as a path.
+        label: Class index.
+        data: Encoded image.
+        origin: File or shard from which the image was read; used in messages.
     """
 
     key: str
@@ -29,11 +29,11 @@ class RawSample:
 
 
 def make_key(name: str, index: int) -> str:
-    """Return the key of an image, made from its path and its index in the list of images.
+    """Build a unique sample key from an image's path and its index in the image list.
 
-    Webdataset treats everything after the first dot of a name as the extension, and a slash as a
-    folder separator, so a key contains neither. Different paths can be mapped to the same text; the
-    index makes the key unique.
+    Webdataset treats everything after the first dot of a name as the extension and a slash as a
+    folder separator, so keys contain neither. Different paths may map to the same text; the index
+    keeps keys unique.
     """
     stem = re.sub(r"\.[A-Za-z0-9]+$", "", name.strip("/"))
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
@@ -41,12 +41,12 @@ def make_key(name: str, index: int) -> str:
 
 
 class ClassificationDataset(ABC):
-    """Labelled images in a fixed order, grouped into units that are read in one go.
+    """Labelled images in a fixed order, grouped into units that are read sequentially.
 
     Attributes:
-        classes: names of the classes, indexed by label.
-        unit_sizes: number of samples in each unit, int64 `(U,)`.
-        origin: path or address of the data set, for messages.
+        classes: Class names, indexed by label.
+        unit_sizes: Number of samples per unit, int64 `(U,)`.
+        origin: Path or address of the data set; used in messages.
     """
 
     def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
@@ -64,7 +64,7 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yield the encoded samples of a unit in order, starting after the first `skip`."""
+        """Yield a unit's encoded samples in order, leaving out the first `skip`."""
 
     @abstractmethod
     def labels(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class ClassificationDataset(ABC):
 
 
 class SingleImages(ClassificationDataset):
-    """A data set in which every image is a unit."""
+    """Data set in which each image is a unit."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

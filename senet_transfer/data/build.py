@@ -1,6 +1,6 @@
-"""Classification data sets, transforms and loaders built from a config.
+"""Builders of classification data sets, transforms and loaders from a config.
 
-No other module reads the config keys for classification data.
+All config keys for classification data are read in this module.
 """
 
 import functools
@@ -30,30 +30,30 @@ AUGMENTS = ("region", "pad_crop")
 
 
 def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Open the config's data sets and write their absolute paths and classes into the config.
+    """Open the data sets in the config, and store their absolute paths and classes in it.
 
     Args:
-        cfg: the config, which is changed in place.
-        eval_only: open only the data sets of ``DATASETS.TEST``.
+        cfg: Config, modified in place.
+        eval_only: Open only the data sets in ``DATASETS.TEST``.
 
     Raises:
-        UserError: a data set is missing or damaged, or the data sets have different classes.
+        UserError: If a data set is missing or damaged, or the data sets have different classes.
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset are for data in COCO format. For a classifier, set "
-            "the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
+            "DATASETS.REGISTER and --dataset only support detection data in COCO format. For a "
+            "classifier, set the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
-            f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected one, a folder of "
-            "shards or a folder with one folder per class. Name a single data set."
+            f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected exactly one: a "
+            "folder of shards, or a folder with one folder per class. Set it to a single data set."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
-        raise UserError("DATASETS.TEST is empty; expected the path of a data set to evaluate on.")
-    # Absolute paths make the saved config valid in any working directory. With eval_only, the
-    # training data may be absent.
+        raise UserError("DATASETS.TEST is empty; expected the path of an evaluation data set.")
+    # Absolute paths keep the saved config valid in any working directory. With eval_only, the
+    # training data may be missing.
     if not eval_only:
         cfg.DATASETS.TRAIN = tuple(find_dataset(name) for name in cfg.DATASETS.TRAIN)
     cfg.DATASETS.TEST = tuple(find_dataset(name) for name in cfg.DATASETS.TEST)
@@ -68,24 +68,25 @@ def _check_augment(cfg: CfgNode) -> None:
     options = cfg.INPUT.CLASSIFICATION
     check_choice("INPUT.CLASSIFICATION.AUGMENT", options.AUGMENT, AUGMENTS)
     if in_memory(cfg):
-        # Called for its checks: CifarAugment validates the other options of pad_crop.
+        # Called only for validation: CifarAugment checks the other pad_crop options.
         small_augment(cfg)
         sizes = (options.CROP, options.TEST_RESIZE, options.TEST_CROP)
         if set(sizes) != {SIDE} or options.TEST_MODE == "ten_crop":
             raise UserError(
-                f"INPUT.CLASSIFICATION: CROP, TEST_RESIZE and TEST_CROP are {sizes} and TEST_MODE "
-                f"is {options.TEST_MODE}; AUGMENT pad_crop requires sizes of {SIDE} pixels and one "
-                f"view. Set all three to {SIDE} and TEST_MODE to short_side, or AUGMENT to region."
+                f"INPUT.CLASSIFICATION: CROP, TEST_RESIZE and TEST_CROP are {sizes}, and "
+                f"TEST_MODE is {options.TEST_MODE}; AUGMENT pad_crop requires sizes of {SIDE} "
+                f"pixels and a TEST_MODE with a single view. Set all three sizes to {SIDE} and "
+                "TEST_MODE to short_side, or set AUGMENT to region."
             )
     elif options.CUTOUT:
         raise UserError(
-            f"INPUT.CLASSIFICATION.CUTOUT is {options.CUTOUT} and AUGMENT is region, which does "
-            "not support Cutout. Set CUTOUT to 0, or AUGMENT to pad_crop."
+            f"INPUT.CLASSIFICATION.CUTOUT is {options.CUTOUT}, but AUGMENT is region, which does "
+            "not support Cutout. Set CUTOUT to 0 or AUGMENT to pad_crop."
         )
 
 
 def in_memory(cfg: CfgNode) -> bool:
-    """Return True if the config's data sets consist of small images and are kept in memory."""
+    """Return True if the config's data sets are small images that are kept in memory."""
     return cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"
 
 
@@ -93,15 +94,17 @@ def find_dataset(name: str) -> str:
     """Return the absolute path of a data set.
 
     Args:
-        name: path relative to the working directory or to ``$DETECTRON2_DATASETS``, name of a
-            prepared data set such as ``cifar10_train``, or remote address, returned unchanged.
+        name: Path relative to the working directory or to ``$DETECTRON2_DATASETS``, the name of a
+            prepared data set such as ``cifar10_train``, or a remote address, which is returned
+            unchanged.
 
     Raises:
-        UserError: the data set does not exist.
+        UserError: If the data set does not exist.
     """
     if not isinstance(name, str):
         raise UserError(
-            f"DATASETS.TRAIN and DATASETS.TEST contain {name!r}; expected paths or names."
+            f"DATASETS.TRAIN or DATASETS.TEST contains {name!r}; expected the path or name of a "
+            "data set."
         )
     if is_remote(name):
         return name
@@ -110,36 +113,37 @@ def find_dataset(name: str) -> str:
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
     for place in places:
-        # The last component of a path can be a glob pattern that selects shards.
+        # The last path component may be a glob pattern that selects shards.
         if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
             return place
     if cifar is not None:
         remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
     else:
         remedy = (
-            "Name a folder of shards, an official distribution of Places365 or CIFAR, or a folder "
-            "with one folder per class"
+            "Expected a folder of shards, an official distribution of Places365 or CIFAR, or a "
+            "folder with one folder per class"
         )
     raise UserError(
-        f"There is no data set {name}: looked for {' and '.join(dict.fromkeys(places))}. {remedy}. "
-        "datasets/README.md describes the layouts; $DETECTRON2_DATASETS is the root of all data."
+        f"Data set {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
+        "datasets/README.md describes the supported layouts; $DETECTRON2_DATASETS is the root of "
+        "all data."
     )
 
 
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
-    """Open the data set to train on."""
-    # A folder with all of Places365 does not determine the split; the smaller train split is the
-    # default. Naming the folder of images selects the other one.
+    """Open the training data set."""
+    # The path of a complete Places365 folder does not determine the split, so the smaller train
+    # split is the default. The path of an image folder selects the other split.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 
 def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageArrays:
-    """Open a data set to evaluate on, by its name in ``DATASETS.TEST``."""
+    """Open an evaluation data set by its name in ``DATASETS.TEST``."""
     return _open(cfg, name, "test" if in_memory(cfg) else "val")
 
 
 def inference_dir(cfg: CfgNode, name: str) -> str:
-    """Return the folder for predictions on a data set of ``DATASETS.TEST``.
+    """Return the prediction folder of a data set in ``DATASETS.TEST``.
 
     The path is relative to the output folder.
     """
@@ -154,13 +158,13 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
         return _open_once(name, split, classes, cfg.DATALOADER.CACHE_DIR, in_memory(cfg))
     except UserError as error:
         known = "" if not cfg.DATASETS.CLASSES else (
-            " (The expected classes are those of DATASETS.CLASSES in the config, or of "
+            " (The expected classes are specified by DATASETS.CLASSES in the config, or by "
             "DATASETS.TRAIN.)"
         )  # fmt: skip
-        raise UserError(f"The data set {name}: {error}{known}") from error
+        raise UserError(f"Cannot open data set {name}: {error}{known}") from error
 
 
-# Listing a million files is slow, and a run opens its data sets several times.
+# Cached because a run opens its data sets several times, and listing a million files is slow.
 @functools.lru_cache(maxsize=8)
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: bool
@@ -168,15 +172,15 @@ def _open_once(
     open_any = open_cifar if whole else open_dataset
     if is_prepared(name) and not whole:
         raise UserError(
-            "reading a prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT "
-            "pad_crop. Set it, and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
+            "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
+            "AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
             "configs/base/cifar10."
         )
     return open_any(name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None)
 
 
 def train_transform(cfg: CfgNode) -> TrainTransform:
-    """Build the training transform that ``INPUT.CLASSIFICATION`` describes."""
+    """Build the training transform specified in ``INPUT.CLASSIFICATION``."""
     options = cfg.INPUT.CLASSIFICATION
     return TrainTransform(
         size=options.CROP,
@@ -189,7 +193,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
 
 
 def eval_transform(cfg: CfgNode) -> EvalTransform:
-    """Build the evaluation transform that ``INPUT.CLASSIFICATION`` describes."""
+    """Build the evaluation transform specified in ``INPUT.CLASSIFICATION``."""
     options = cfg.INPUT.CLASSIFICATION
     return EvalTransform(
         mode=options.TEST_MODE,
@@ -200,7 +204,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
 
 
 def small_augment(cfg: CfgNode) -> CifarAugment:
-    """Build the augmentation of small images (``AUGMENT`` "pad_crop")."""
+    """Build the augmentation for small images (``AUGMENT: "pad_crop"``)."""
     options = cfg.INPUT.CLASSIFICATION
     return CifarAugment(
         flip=options.FLIP, pad=options.PAD, padding=options.PADDING, cutout=options.CUTOUT
@@ -210,22 +214,23 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
 def train_loader(
     cfg: CfgNode, seed: int, start_iter: int = 0
 ) -> ClassificationLoader | CifarTrainLoader:
-    """Build the training loader of this process.
+    """Build this process's training loader.
 
     Args:
-        cfg: the config.
-        seed: seed of the run; the same in all processes.
-        start_iter: the first iteration to deliver.
+        cfg: Config of the run.
+        seed: Random seed of the run; must be the same in all processes.
+        start_iter: Iteration to start from.
 
     Raises:
-        UserError: the sampler is not supported, or the data cannot be opened.
+        UserError: If the sampler is not supported or the data cannot be opened.
     """
     samplers = SAMPLERS[:1] if in_memory(cfg) else SAMPLERS
     if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
         raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}; expected one of "
-            f"{', '.join(samplers)} for a classifier"
-            f"{' with INPUT.CLASSIFICATION.AUGMENT pad_crop' if in_memory(cfg) else ''}."
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, which is not supported "
+            "for a "
+            f"classifier{' with INPUT.CLASSIFICATION.AUGMENT pad_crop' if in_memory(cfg) else ''}; "
+            f"expected one of: {', '.join(samplers)}."
         )
     share = {
         "batch_size": cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
@@ -251,7 +256,7 @@ def train_loader(
 
 
 def test_loader(cfg: CfgNode, name: str) -> ClassificationLoader | CifarEvalLoader:
-    """Build the evaluation loader of this process over its share of a data set."""
+    """Build the evaluation loader for this process's share of a data set."""
     share = {
         "batch_size": max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         "rank": comm.get_rank(),

@@ -1,8 +1,8 @@
-"""Start-up and error handling of the worker processes of data loaders.
+"""Start-up and error handling of data loader workers.
 
-PyTorch re-raises a worker's exception with the worker's traceback in its message. The message of a
-UserError is meant for users, so a worker returns the error as a value and the main process raises
-it unchanged.
+PyTorch adds the worker's traceback to the message of an exception that it re-raises. UserError
+messages are meant for users, so workers return these errors as values, and the main process raises
+them unchanged.
 """
 
 import os
@@ -17,10 +17,10 @@ from senet_transfer.errors import UserError
 
 
 class ErrorsAsValues:
-    """Wrapper of a function that returns a UserError instead of raising it.
+    """Function wrapper that returns a UserError instead of raising it.
 
     Args:
-        function: the function to wrap; it takes one argument.
+        function: Function of one argument to wrap.
     """
 
     def __init__(self, function: Callable[[Any], Any]):
@@ -34,11 +34,11 @@ class ErrorsAsValues:
 
 
 class RaisingLoader:
-    """Wrapper of a data loader that raises the errors which workers return as values.
+    """Data loader wrapper that raises the UserErrors that workers return as values.
 
     Args:
-        loader: yields batches. A UserError may be a whole batch, or an item of a batch that is a
-            list.
+        loader: Data loader to wrap. A batch, or an item of a batch that is a list, may be a
+            UserError.
     """
 
     def __init__(self, loader: Iterable[Any]):
@@ -60,12 +60,13 @@ class RaisingLoader:
 def init_worker(_worker: int) -> None:
     """Limit the worker to one thread and let only the main process terminate it.
 
-    Schedulers send SIGINT or SIGTERM to all processes of a job. The main process needs its workers
-    to finish the current step before it saves a checkpoint. SIGTERM can't be ignored, because the
-    main process sends it to terminate the workers; so the worker checks which process sent it.
+    Job schedulers send SIGINT or SIGTERM to all processes of a job, but the main process needs its
+    workers until it has finished the current step and saved a checkpoint. Workers cannot ignore
+    SIGTERM, because the main process also uses it to stop them, so they check which process sent
+    it.
     """
     torch.set_num_threads(1)
-    # The file descriptor is inherited; signals of a worker must not wake up the main process.
+    # Workers inherit the wakeup file descriptor, but their signals must not wake the main process.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):

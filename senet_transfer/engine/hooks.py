@@ -1,4 +1,4 @@
-"""Hooks of the training loop."""
+"""Hooks for the training loop."""
 
 import contextlib
 import logging
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer(HookBase):
-    """Timer of the training steps since the start of the process. It must be the first hook.
+    """Timer for the training steps run by this process. It must be the first hook.
 
-    The time of evaluation and saving is not included.
+    The time spent on evaluation and on saving checkpoints is not included.
 
     Attributes:
-        seconds: The total time of the steps in seconds.
-        steps: The number of steps.
+        seconds: The total time of all steps in seconds.
+        steps: The number of timed steps.
     """
 
     def __init__(self) -> None:
@@ -51,31 +51,32 @@ class StepTimer(HookBase):
         self._start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Add the time of the step."""
+        """Add the step's time to the total."""
         self.seconds += time.perf_counter() - self._start
         self.steps += 1
 
 
 class StepSeed(HookBase):
-    """Hook that seeds all random generators before each step.
+    """Hook that seeds all random number generators before each step.
 
-    It makes a resumed run draw the same random numbers as an uninterrupted one.
+    As a result, a resumed run draws the same random numbers as an uninterrupted run.
 
     Attributes:
-        seed: The seed of the run, which also determines the order and augmentation of the data.
+        seed: The run's seed, which also determines the order and augmentation of the data.
     """
 
     def __init__(self, seed: int):
         """
         Args:
-            seed: The config's ``SEED``, the same in all processes. Each process combines it with
-                its rank. If it is negative, a random seed is drawn, which checkpoints store.
+            seed: The value of ``SEED`` in the config, which is the same in all processes. Each
+                process combines it with its rank. If it is negative, a random seed is drawn and
+                stored in the checkpoints.
         """
         self._from_config = seed >= 0
         self.seed = seed if self._from_config else comm.shared_random_seed()
 
     def before_step(self) -> None:
-        """Seed all generators from the seed, the iteration and the rank."""
+        """Seed all generators with a combination of the seed, the iteration and the rank."""
         seed_generators(self.seed, self.trainer.iter, comm.get_rank())
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,16 +84,16 @@ class StepSeed(HookBase):
         return {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the seed of a checkpoint, unless the config sets one."""
+        """Restore the seed from a checkpoint, unless the config specifies one."""
         if not self._from_config:
             self.seed = state["seed"]
 
 
 class Resources(HookBase):
-    """Hook that logs the elapsed time and the peak memory.
+    """Hook that logs the elapsed time and the peak memory usage.
 
-    ``elapsed_seconds`` is the time since training started. ``peak_memory_mb`` is the peak GPU
-    memory in MiB or, on a CPU, that of this process without the data loader's workers.
+    ``elapsed_seconds`` is the time since the start of training. ``peak_memory_mb`` is the peak GPU
+    memory in MiB or, on a CPU, the peak memory of this process excluding data loader workers.
     """
 
     def before_train(self) -> None:
@@ -115,22 +116,22 @@ def _peak_memory() -> int:
 
 
 class FrozenStatistics(HookBase):
-    """Hook that freezes the statistics of batch norms in the last iterations.
+    """Hook that freezes the batch norm statistics during the last iterations.
 
-    The norms then normalise by their running statistics and don't update them.
+    Frozen norms use their running statistics for normalisation and don't update them.
     """
 
     def __init__(self, model: nn.Module, iterations: int):
         """
         Args:
             model: The model whose batch norms are frozen.
-            iterations: The number of iterations at the end of the run.
+            iterations: The number of final iterations during which they are frozen.
         """
         self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
 
     def before_step(self) -> None:
-        """Put the norms into evaluation mode, which an evaluation may have reset."""
+        """Put the norms into evaluation mode; a preceding evaluation may have reset the mode."""
         if self.trainer.iter >= self.trainer.max_iter - self.iterations:
             for norm in self.norms:
                 norm.eval()
@@ -144,15 +145,16 @@ class FrozenStatistics(HookBase):
 class ModelEMA(HookBase):
     """Exponential moving average (EMA) of a model's weights and running statistics.
 
-    After step t the average is ``d * average + (1 - d) * weights`` with
-    ``d = min(decay, (1 + t) / (10 + t))``, so that a short run forgets its random start.
+    After step t, the average becomes ``d * average + (1 - d) * weights`` with
+    ``d = min(decay, (1 + t) / (10 + t))``. The smaller decay in early steps lets a short run forget
+    its random initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """
         Args:
-            model: The trained model, without a wrapper for distributed training.
-            decay: The upper limit of the decay, 0-1.
+            model: The model to average, without a wrapper for distributed training.
+            decay: The maximum decay, between 0 and 1.
         """
         self.model = model
         self.decay = decay
@@ -180,7 +182,7 @@ class ModelEMA(HookBase):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replace the model's weights by the average inside the context."""
+        """Temporarily replace the model's weights with the average."""
         own = {k: v.detach().clone() for k, v in self._tensors().items()}
         self._write(self.average)
         try:
@@ -198,7 +200,7 @@ class ModelEMA(HookBase):
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.steps = state["steps"]
         self.average = {
             name: state["average"][name].to(tensor.device, copy=True)
@@ -207,7 +209,7 @@ class ModelEMA(HookBase):
 
 
 class _AfterEvaluation(HookBase, ABC):
-    """Base class of hooks that use a metric after each evaluation by Detectron2's EvalHook."""
+    """Base class for hooks that use a metric after each evaluation by Detectron2's EvalHook."""
 
     def __init__(self, period: int, metric: str):
         self.period = period
@@ -230,17 +232,17 @@ class _AfterEvaluation(HookBase, ABC):
             self._observe(value)
             return
         logger.warning(
-            "The evaluation has no finite metric %r. Available metrics: %s.",
+            "The evaluation returned no finite value for the metric %r. Available metrics: %s.",
             self.metric, ", ".join(sorted(self.trainer.storage.latest())),
         )  # fmt: skip
 
     @abstractmethod
     def _observe(self, value: float) -> None:
-        """Handle the metric's value, which is finite, after an evaluation."""
+        """Process the metric's value, which is finite, after an evaluation."""
 
 
 class Plateau(_AfterEvaluation):
-    """Hook that passes the results of evaluations to a :class:`PlateauLR` schedule."""
+    """Hook that passes evaluation results to a :class:`PlateauLR` schedule."""
 
     def __init__(self, period: int, schedule: PlateauLR):
         """
@@ -258,8 +260,8 @@ class Plateau(_AfterEvaluation):
 class BestModel(_AfterEvaluation):
     """Hook that saves the model with the best metric to ``model_best.pth``.
 
-    Detectron2's BestCheckpointer forgets the best value when a run is resumed, and makes its file
-    the checkpoint to resume from. This hook stores the best value in the file instead.
+    Detectron2's BestCheckpointer loses the best value when a run is resumed, and marks its file as
+    the checkpoint to resume from. This hook stores the best value in the file and does not mark it.
     """
 
     def __init__(
@@ -274,7 +276,7 @@ class BestModel(_AfterEvaluation):
             period: The number of iterations between evaluations.
             metric: The name under which the metric is logged.
             checkpointer: The checkpointer that saves the model.
-            average: The averaged weights, if they are evaluated instead of the model's own.
+            average: The averaged weights, if they are evaluated in place of the model's weights.
         """
         super().__init__(period, metric)
         self.checkpointer = checkpointer
@@ -282,17 +284,17 @@ class BestModel(_AfterEvaluation):
         self.best: float | None = None
 
     def before_train(self) -> None:
-        """Read the best value so far from the saved model if the run is resumed."""
+        """When resuming, read the best value so far from ``model_best.pth``."""
         path = Path(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
         if self.trainer.start_iter == 0 or not path.is_file():
             return
         if problem := verify_checkpoint(path):
-            logger.error("The best model so far is damaged and will be replaced: %s", problem)
+            logger.error("The best model so far is corrupted and will be replaced: %s", problem)
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved.get("metric") == self.metric:
             self.best = saved["value"]
-            logger.info("Best %s so far: %.4f, in %s.", self.metric, self.best, path)
+            logger.info("Best %s so far: %.4f, saved in %s.", self.metric, self.best, path)
 
     def _observe(self, value: float) -> None:
         sign = 1 if lower_is_better(self.metric) else -1
@@ -314,13 +316,13 @@ class AverageSaver(HookBase):
         """
         Args:
             average: The averaged weights to save.
-            checkpointer: The checkpointer of the same model.
+            checkpointer: The checkpointer for the same model.
         """
         self.average = average
         self.checkpointer = checkpointer
 
     def after_train(self) -> None:
-        """Save the averaged model, unless training was interrupted."""
+        """Save the averaged model unless training was interrupted."""
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             with self.average.in_place():
                 self.checkpointer.save(AVERAGE_NAME, iteration=self.trainer.iter - 1)
@@ -329,12 +331,11 @@ class AverageSaver(HookBase):
 class CheckpointSaver(PeriodicCheckpointer):
     """PeriodicCheckpointer that also saves before a graceful shutdown.
 
-    It runs in all processes, so that a failed save in the main process ends the run in all of
-    them.
+    It runs in all processes: if saving fails in the main process, all processes stop.
     """
 
     def after_step(self) -> None:
-        """Save periodically, after the last iteration, and before a graceful shutdown.
+        """Save a checkpoint periodically, after the last iteration and before a graceful shutdown.
 
         Raises:
             UserError: In all processes, if the checkpoint can't be written.
@@ -351,7 +352,8 @@ class CheckpointSaver(PeriodicCheckpointer):
                 self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
         except UserError as error:
             problem = str(error)
-        # All processes wait here for the file: after SIGTERM, the machine may be gone soon.
+        # All processes wait here until the file is written: after SIGTERM, the machine may be
+        # reclaimed soon.
         if problem := "".join(comm.all_gather(problem)):
             failure = UserError(problem)
             failure.on_all_ranks = True
@@ -359,16 +361,16 @@ class CheckpointSaver(PeriodicCheckpointer):
 
 
 class GracefulStop(HookBase):
-    """Graceful shutdown on SIGTERM or Ctrl-C after a step. It must be the last hook."""
+    """Hook for a graceful shutdown after SIGTERM or Ctrl-C. It must be the last hook."""
 
     def after_step(self) -> None:
         """Exit with status 75 if any process received a signal during this step.
 
-        The checkpoint of this step has been saved by then.
+        By then, :class:`CheckpointSaver` has saved a checkpoint.
         """
         if self.trainer.stops and self.trainer.iter + 1 < self.trainer.max_iter:
             logger.warning(
-                "Stopped after iteration %d, checkpoint saved. Continue with --resume.",
+                "Stopped after iteration %d and saved a checkpoint. Continue with --resume.",
                 self.trainer.iter,
             )
             raise SystemExit(signals.STATUS)

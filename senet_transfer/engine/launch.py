@@ -1,4 +1,4 @@
-"""Launcher of commands in one or several processes, and their exit status."""
+"""Launcher that runs a command in one or more processes and sets its exit status."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from senet_transfer.engine.signals import passed_to_children
 from senet_transfer.errors import RunError, UserError
 
-# Errors of the disk, which are not bugs and need no traceback.
+# Disk errors. They are not bugs and need no traceback.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
@@ -31,21 +31,21 @@ def run(
 ) -> None:
     """Call ``main(argument)`` in every process of the job, and exit if it fails.
 
-    Under torchrun, the processes exist already, and rank and world size are taken from the
-    environment. Otherwise Detectron2 starts ``num_gpus`` processes on this machine, which share
-    the CPU if there are no GPUs.
+    Under torchrun, the processes already exist, and the rank and world size are read from the
+    environment. Otherwise, Detectron2 starts ``num_gpus`` processes on this machine. If there are
+    no GPUs, they share the CPU.
 
-    The exit status is 2 for a :class:`UserError` and 1 for a :class:`RunError`, whose messages are
-    printed without a traceback. It is 1 for any other error, and 75 (``signals.STATUS``) after a
-    graceful shutdown.
+    The exit status is 2 for a :class:`UserError` and 1 for a :class:`RunError`; both are printed
+    without a traceback. It is 1 for any other error, and 75 (``signals.STATUS``) after a graceful
+    shutdown.
 
     Args:
-        main: A module-level function, which can be pickled.
+        main: A module-level function, so that it can be pickled.
         argument: Any object that can be pickled.
         num_gpus: The number of processes on each machine.
         num_machines: The number of machines.
         machine_rank: The index of this machine, from 0.
-        dist_url: The address of the first machine, ``tcp://HOST:PORT``, or "auto" for a single
+        dist_url: The address of the first machine (``tcp://HOST:PORT``), or "auto" for a single
             machine.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -67,15 +67,15 @@ def run(
             )
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:
-            print(f"error: {error}; the others were terminated.", file=sys.stderr, flush=True)
+            print(f"error: {error}. The other processes were stopped.", file=sys.stderr, flush=True)
         sys.exit(max(error.exit_code, 1))
 
 
 def _check_processes(num_gpus: int, num_machines: int, dist_url: str) -> None:
     if num_gpus < 1 or num_machines < 1:
         raise UserError(
-            f"--num-gpus is {num_gpus} and --num-machines is {num_machines}, expected 1 or more "
-            "of both. --num-gpus is the number of processes per machine, with or without GPUs."
+            f"--num-gpus is {num_gpus} and --num-machines is {num_machines}; expected 1 or more "
+            "for both. --num-gpus is the number of processes per machine, with or without GPUs."
         )
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(
@@ -84,13 +84,13 @@ def _check_processes(num_gpus: int, num_machines: int, dist_url: str) -> None:
         )
     if num_machines > 1 and (dist_url == "auto" or "127.0.0.1" in dist_url):
         raise UserError(
-            f"--num-machines is {num_machines}, but --dist-url is {dist_url}, which other "
-            "machines can't reach. Set it to the address of the first machine: tcp://HOST:PORT."
+            f"--num-machines is {num_machines}, but --dist-url is {dist_url}, which other machines "
+            "can't reach. Set --dist-url to the address of the first machine: tcp://HOST:PORT."
         )
 
 
 def run_single(main: Callable[[Any], object], argument: Any) -> None:
-    """Call ``main(argument)`` in this process, with the exit status of :func:`run`."""
+    """Call ``main(argument)`` in this process; errors set the same exit status as :func:`run`."""
     try:
         main(argument)
     except (UserError, RunError) as error:
@@ -99,13 +99,13 @@ def run_single(main: Callable[[Any], object], argument: Any) -> None:
 
 def _run_under_torchrun(main: Callable[[Any], object], argument: Any) -> None:
     has_gpu = torch.cuda.is_available()
-    # Launchers such as SLURM or Kubernetes may set only RANK and WORLD_SIZE. Each process then
-    # runs on a separate machine or in a separate container.
+    # Launchers such as SLURM or Kubernetes may set only RANK and WORLD_SIZE. In that case, each
+    # process runs on a separate machine or in a separate container.
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if has_gpu:
         torch.cuda.set_device(local_rank)
     store, rank, processes = next(dist.rendezvous("env://"))
-    # torchrun's store survives a restart and still contains the addresses of the old processes.
+    # torchrun's store outlives a restart and still contains the addresses of the old processes.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if has_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
@@ -118,14 +118,14 @@ def _run_under_torchrun(main: Callable[[Any], object], argument: Any) -> None:
 
 def _run_spawned(main: Callable[[Any], object], argument: Any) -> None:
     _guarded(main, argument)
-    # Otherwise the threads of the process group may still run at exit and abort the process.
+    # Otherwise, the process group's threads may still be running at exit and abort the process.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _guarded(main: Callable[[Any], object], argument: Any) -> None:
     if comm.get_world_size() > 1:
-        # Set the variables that libraries such as WebDataset read, whichever launcher was used.
+        # Libraries such as WebDataset read these variables, which not all launchers set.
         os.environ["RANK"] = str(comm.get_rank())
         os.environ["WORLD_SIZE"] = str(comm.get_world_size())
     try:
@@ -137,13 +137,16 @@ def _guarded(main: Callable[[Any], object], argument: Any) -> None:
             raise
         exit_with(
             RunError(
-                f"A file can't be written: {error}. Free disk space, then continue with --resume."
+                f"Writing a file failed: {error}. Free disk space, then continue with --resume."
             )
         )
 
 
 def exit_with(error: UserError | RunError) -> None:
-    """Print an error, only in the main process if all raise it, and exit with its status."""
+    """Print an error and exit with its status.
+
+    If all processes raise the same error, only the main process prints it.
+    """
     if comm.is_main_process() or not error.on_all_ranks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_status)

@@ -1,4 +1,4 @@
-"""One path from a name, a config file or a weight file to a model."""
+"""Construction of models from a model name, a config file or a weight file."""
 
 import logging
 import os
@@ -35,9 +35,9 @@ class LoadedModel:
     """A model in evaluation mode.
 
     Attributes:
-        model: The model, on the device of the config.
-        cfg: The config of the model.
-        family: The family of its weight file; empty with random weights.
+        model: The model, on the device specified in the config.
+        cfg: The model's config.
+        family: The weight file's family. Empty if the weights are random.
     """
 
     model: nn.Module
@@ -46,12 +46,12 @@ class LoadedModel:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Format, size and normalisation of the images that the model expects."""
+        """Image format, size and normalisation that the model expects."""
         return preprocessing_of(self.cfg)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; empty if they are unknown."""
+        """Class names, or an empty list if they are unknown."""
         return list(self.cfg.DATASETS.CLASSES)
 
 
@@ -60,10 +60,10 @@ class ModelSource:
     """Description of a model that has not been built yet.
 
     Attributes:
-        cfg: The config, whose ``MODEL.WEIGHTS`` is the weight file.
-        source: The contents of the weight file, or of the checkpoint to load instead, if it has
-            been read already.
-        config_file: The file that the config was read from; empty for a model given by its name.
+        cfg: The config. ``MODEL.WEIGHTS`` is the weight file.
+        source: The contents of the weight file, or of the checkpoint to load in its place. None if
+            the file has not been read yet.
+        config_file: The file from which the config was read. Empty for a model specified by name.
     """
 
     cfg: CfgNode
@@ -74,12 +74,12 @@ class ModelSource:
         """Build the model with the geometry of its weight file, and load all of its weights.
 
         Args:
-            device: The device, such as "cpu" or "cuda:1", or empty for ``MODEL.DEVICE``. The CPU
-                is used if there are no GPUs.
+            device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
+                there are no GPUs, the model is built on the CPU.
 
         Raises:
-            UserError: If the file can't be read or does not fit the model, including its number of
-                classes, or if the device does not exist.
+            UserError: If the weight file can't be read or does not match the model (including the
+                number of classes), or if the device does not exist.
         """
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -105,13 +105,13 @@ def find_model(
     """Find the config and the weights of a model.
 
     Args:
-        model: A name in :func:`senet_transfer.list_models`, for the classifier that
-            ``create_classifier`` builds.
-        config_file: A config file, instead of a name.
-        weights: A weight file, whose geometry overrides the config's, or empty for
-            ``MODEL.WEIGHTS``. If only this argument is given, the model is that of the
-            ``config.yaml`` next to the file or, without one, that described by the file.
-        family: The family of ``weights``, if its tensor names fit several.
+        model: A name in :func:`senet_transfer.list_models`. The model is the classifier built by
+            ``create_classifier``.
+        config_file: A config file, as an alternative to ``model``.
+        weights: A weight file, whose geometry overrides the config. If empty, ``MODEL.WEIGHTS`` is
+            used. If neither ``model`` nor ``config_file`` is given, the model is specified by the
+            ``config.yaml`` next to the weight file or, without one, by the weight file's metadata.
+        family: The family of ``weights``, if its tensor names match several families.
         options: Alternating keys and values that override the config.
 
     Raises:
@@ -119,7 +119,7 @@ def find_model(
             invalid.
     """
     if model and config_file:
-        raise UserError("--model and --config-file both specify the model. Give one of them.")
+        raise UserError("Both --model and --config-file are given. Give only one of them.")
     if not model:
         config_file = config_file or config_next_to(weights)
     family = family or dict(zip(options[::2], options[1::2], strict=False)).get(
@@ -132,7 +132,7 @@ def find_model(
         merge_options(cfg, list(options))
     if weights:
         if family or weights != cfg.MODEL.WEIGHTS:
-            # The config's family applies to the weights that its training started from.
+            # The family in the config applies to the weights from which training started.
             cfg.MODEL.WEIGHTS_FAMILY = family
         cfg.MODEL.WEIGHTS = weights
     return ModelSource(cfg, source, config_file)
@@ -147,10 +147,10 @@ def config_next_to(weights: str) -> str:
 def model_config(
     model: str = "", config_file: str = "", weights: str = "", options: Sequence[str] = ()
 ) -> CfgNode:
-    """Return the config of a model whose complexity is counted.
+    """Return a model's config for complexity analysis.
 
-    The arguments are those of :func:`find_model`. The file in the config's ``MODEL.WEIGHTS`` is
-    not read.
+    The arguments are the same as those of :func:`find_model`. The file in ``MODEL.WEIGHTS`` is not
+    read.
     """
     found = find_model(model, config_file, weights, options=options)
     if weights:
@@ -159,7 +159,7 @@ def model_config(
 
 
 def build_to_count(cfg: CfgNode) -> nn.Module:
-    """Build the config's model on the CPU with all weights zero, without initialising it."""
+    """Build the model on the CPU with all weights set to zero, skipping random initialisation."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -169,16 +169,16 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
 
 
 def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None]:
-    """Return the config of the classifier that ``create_classifier`` builds, and its weights."""
+    """Return the config and the weights of the classifier built by ``create_classifier``."""
     if name:
-        model_entry(name)  # An unknown name is an error before a large file is read.
+        model_entry(name)  # Reject an unknown name before reading a large file.
     source = examine(*local_weights(weights, family or None)) if weights else None
     architecture = source.architecture if source else None
     name = name or (architecture.name if architecture else "")
     if not name:
         raise UserError(
             "No model is specified. Give --model NAME (see senet_transfer.list_models()), "
-            "--config-file, or --weights with a checkpoint that describes its network."
+            "--config-file, or --weights with a checkpoint that contains a model description."
         )
     preprocessing = (source.preprocessing if source else None) or model_entry(name).preprocessing
     cfg = get_senet_config()
@@ -195,7 +195,7 @@ def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None
     cfg.INPUT.CLASSIFICATION.TEST_CROP = preprocessing.crop
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
     if preprocessing.resize == SIDE:
-        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation of CIFAR.
+        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation for CIFAR.
     if architecture and architecture.classes:
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = architecture.classes
     for option, value in (source.options() if source else {}).items():

@@ -1,4 +1,4 @@
-"""Skipping of training steps with a non-finite loss or gradient, on all ranks together."""
+"""Guard that skips training steps with a non-finite loss or gradient on all ranks."""
 
 import logging
 import math
@@ -19,9 +19,9 @@ _LISTED = 20
 
 
 class StepGuard:
-    """Agreement of all processes on whether to apply or to skip an optimizer step.
+    """Guard that makes all processes either apply or skip an optimizer step.
 
-    Detectron2 checks the loss only in the main process and only after the step.
+    In contrast, Detectron2 checks the loss in the main process only, and after the update.
 
     Attributes:
         stops: True if any process has received a request to stop.
@@ -31,36 +31,37 @@ class StepGuard:
     def __init__(self, model: nn.Module, *, max_skips: int = 0, output_dir: str = ""):
         """
         Args:
-            model: The model that is trained.
-            max_skips: The number of steps that may be skipped before the run is ended.
-            output_dir: The folder for reports with which a skipped step can be reproduced. If
-                empty, no reports are written.
+            model: The model to train.
+            max_skips: The number of steps to skip before ending the run with an error.
+            output_dir: The folder for reports about skipped steps, which help to reproduce them.
+                If empty, no reports are written.
         """
         self.model = model
         self.max_skips, self.output_dir = max_skips, output_dir
         self.stops, self.skipped = False, 0
-        # The forward pass of a skipped step has already updated the batch norms' buffers.
+        # By the time a step is skipped, its forward pass has updated the batch norm buffers.
         self._buffers = [buffer for buffer in model.buffers() if max_skips]
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
-        """Copy the model's buffers, so that they can be restored if the step is skipped."""
+        """Copy the model's buffers so that they can be restored if the step is skipped."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def agree(self, error: Exception | None) -> str:
-        """Share the error of each process with all processes.
+        """Gather the errors of all processes, so that all of them react in the same way.
 
-        It must be called where no process is inside another collective operation: before the
+        All processes must call this method outside other collective operations: before the
         forward pass of a batch, and before its gradients are reduced.
 
         Args:
             error: The error raised in this process, or None.
 
         Returns:
-            A description of the non-finite value in the lowest rank that has one, or "".
+            A description of the non-finite value on the lowest rank that found one, or "" if all
+            values are finite.
 
         Raises:
-            UserError: In all processes, if any process has passed a UserError.
+            UserError: In all processes, if any process passes a UserError.
         """
         mistake = str(error) if isinstance(error, UserError) else ""
         fault = str(error) if isinstance(error, FloatingPointError) else ""
@@ -77,23 +78,24 @@ class StepGuard:
         return next(filter(None, faults), "")
 
     def check(self, losses: dict[str, Tensor], scale: float) -> str:
-        """Check that the losses and the gradients of all processes are finite.
+        """Check that the losses and gradients are finite in all processes.
 
         Args:
-            losses: The losses of this process by name.
-            scale: The scale of the gradients, or 1 without a gradient scaler. Gradients are not
-                checked if it is above 1: a scaled gradient may overflow, for which the scaler
-                itself skips the step and reduces the scale.
+            losses: This process's losses by name.
+            scale: The loss scale, or 1 without a gradient scaler. If the scale is above 1, the
+                gradients are not checked: scaled gradients may overflow, and the scaler then skips
+                the step and reduces the scale.
 
         Returns:
-            A description of the non-finite value in the lowest rank that has one, or "".
+            A description of the non-finite value on the lowest rank that found one, or "" if all
+            values are finite.
         """
         bad = [f"{name} is {loss:g}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not bad and scale <= 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            # The total norm is a cheap test: on a CPU, the maximum over many small gradients takes
-            # ten times as long. Its squares may overflow although all gradients are finite, hence
-            # the second check.
+            # The total norm is cheap to check: on a CPU, the maximum over many small gradients
+            # takes ten times as long. Because the squares can overflow even if all gradients are
+            # finite, a non-finite norm is followed by a check of each gradient.
             finite = torch.nn.utils.get_total_norm(gradients).isfinite()
             if not finite and (names := self._bad_gradients()):
                 bad.append(f"{len(names)} gradients are not finite, such as that of {names[0]}")
@@ -102,12 +104,12 @@ class StepGuard:
         return next(filter(None, comm.all_gather(", ".join(bad))), "")
 
     def refuse(self, problem: str, iteration: int, batch: Any) -> None:
-        """Skip a step: restore the model's buffers and write a report to reproduce it.
+        """Skip a step: restore the model's buffers, and write a report for reproducing the step.
 
         Args:
             problem: A description of the non-finite value.
-            iteration: The iteration of the step.
-            batch: The batch of this process.
+            iteration: The number of the skipped iteration.
+            batch: This process's batch.
 
         Raises:
             RunError: If more than ``max_skips`` steps have been skipped.
@@ -120,15 +122,18 @@ class StepGuard:
             said += f" {path} lists its batch."
         if self.skipped > self.max_skips:
             raise RunError(
-                f"{said} The last checkpoint was saved earlier; --resume repeats the step bit for "
-                "bit. The usual cause is a learning rate that is too high for the batch size: "
-                "reduce SOLVER.BASE_LR, warm up longer, or set SOLVER.CLIP_GRADIENTS. To skip up "
-                "to K such steps, set SOLVER.MAX_NONFINITE_STEPS K."
+                f"{said} Resuming with --resume repeats the steps since the last checkpoint and "
+                "ends in the same way. The usual cause is a learning rate that is too high for "
+                "the batch size: reduce SOLVER.BASE_LR, use a longer warm-up, or set "
+                "SOLVER.CLIP_GRADIENTS. To skip up to K such steps, set SOLVER.MAX_NONFINITE_STEPS "
+                "to K."
             )
         with torch.no_grad():
             for buffer, value in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(value)
-        logger.warning("%s (%d of at most %d skipped.)", said, self.skipped, self.max_skips)
+        logger.warning(
+            "%s Steps skipped so far: %d of at most %d.", said, self.skipped, self.max_skips
+        )
 
     def _bad_gradients(self) -> list[str]:
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
@@ -140,7 +145,7 @@ class StepGuard:
             "iteration": iteration,
             "rank": comm.get_rank(),
             "processes": comm.get_world_size(),
-            # The seed of the step, from which all of its random numbers follow.
+            # The seed of this step, which determines all of its random numbers.
             "torch_seed": torch.initial_seed(),
             "nonfinite_gradients": self._bad_gradients()[:_LISTED],
             "batch": _names(batch),
@@ -148,7 +153,7 @@ class StepGuard:
 
 
 def _names(batch: Any) -> Any:
-    """Return the keys, labels or file names that identify the images of a batch."""
+    """Return the keys and labels, or the file names and ids, of a batch's images."""
     if isinstance(batch, dict):
         batch = {key: value for key, value in batch.items() if key in ("key", "index", "label")}
         return {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Results of commands as JSON files."""
+"""JSON files with the results of commands."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ from senet_transfer.utils.atomic_io import write_json
 
 
 def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> None:
-    """Write results with :func:`~senet_transfer.utils.atomic_io.write_json`.
+    """Write results as JSON with :func:`~senet_transfer.utils.atomic_io.write_json`.
 
-    The write is atomic because the file's presence marks a run as finished.
+    The write is atomic because the existence of the file marks a run as finished.
 
     Raises:
         UserError: If the file can't be written.
@@ -18,11 +18,11 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
     try:
         write_json(path, results, indent=indent)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Choose another path.") from error
+        raise UserError(f"{path} can't be written: {error}. Choose a different path.") from error
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a run's results by name, such as ``classification/top1_error``."""
+    """Return the numbers in a run's results by name, such as ``classification/top1_error``."""
     return {
         f"{task}/{name}": float(value)
         for task, values in results.items()

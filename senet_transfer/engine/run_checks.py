@@ -1,4 +1,4 @@
-"""Checks of a config before a run starts."""
+"""Config checks before the start of a run."""
 
 import difflib
 import logging
@@ -28,9 +28,9 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     """Check that a run can start, and warn about settings that are probably wrong.
 
     Args:
-        cfg: The config of the run.
-        eval_only: True if the run only evaluates.
-        resume: True if the run is resumed.
+        cfg: The run's config.
+        eval_only: True for a run that evaluates without training.
+        resume: True for a run that resumes from a checkpoint.
 
     Raises:
         UserError: If the run can't succeed. The message states the invalid value and how to fix
@@ -39,8 +39,8 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if resume and not history.checkpoints(cfg.OUTPUT_DIR):
         tag = os.path.join(cfg.OUTPUT_DIR, history.TAG)
         raise UserError(
-            f"There is nothing to resume: {tag} does not exist or names no checkpoint. Set "
-            "OUTPUT_DIR to the output folder of the run to resume, or start a new run without "
+            f"There is nothing to resume: {tag} does not exist or contains no checkpoint name. "
+            "Set OUTPUT_DIR to the output folder of the run to resume, or start a new run without "
             "--resume."
         )
     if not resume:
@@ -56,7 +56,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Raise UserError if ``TEST.AUG`` is enabled for a model that doesn't support it."""
+    """Raise a UserError if ``TEST.AUG`` is enabled for a model that doesn't support it."""
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(
             "TEST.AUG.ENABLED is True, but Detectron2's test-time augmentation only supports "
@@ -75,12 +75,13 @@ def _check_names(cfg: CfgNode) -> None:
     values = dict(config_items(cfg))
     for key, registry in registries.items():
         known = [name for name, _ in registry]
-        # Detectron2 handles this name without a registry.
+        # Detectron2 accepts this name although it is not in a registry.
         if values[key] not in (*known, "PrecomputedProposals"):
             near = difflib.get_close_matches(str(values[key]), known, n=3) or sorted(known)
             raise UserError(
-                f"{key} is {values[key]!r}, which is not registered. Similar or available names: "
-                f"{', '.join(near)}. If another project registers it, import that project first."
+                f"{key} is {values[key]!r}, which is not a registered name. Similar or available "
+                f"names: {', '.join(near)}. If the name is registered by another project, import "
+                "that project first."
             )
     c4 = cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
     of_ours = cfg.MODEL.BACKBONE.NAME == "build_senet_backbone"
@@ -89,7 +90,8 @@ def _check_names(cfg: CfgNode) -> None:
         if entry.has_se and 5 in cfg.MODEL.SE.STAGES:
             raise UserError(
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which always builds a res5 stage without "
-                "SE blocks, but the backbone has SE blocks. Set it to SENetRes5ROIHeads."
+                "SE blocks, but the backbone has SE blocks. Set MODEL.ROI_HEADS.NAME to "
+                "SENetRes5ROIHeads."
             )
 
 
@@ -101,9 +103,9 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         near = nearest_names(weights)
         hint = f" Published weights with a similar name: {near[0]}." if near else ""
         raise UserError(
-            f"MODEL.WEIGHTS is {weights}, but there is no such file "
-            f"({os.path.abspath(weights)}). Set MODEL.WEIGHTS to the path of a pretrained file. To "
-            "train from scratch, use MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
+            f"MODEL.WEIGHTS is {weights}, but this file does not exist "
+            f"({os.path.abspath(weights)}). Set MODEL.WEIGHTS to the path of a pretrained weight "
+            "file. To train from scratch, use MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
             f"MODEL.BACKBONE.FREEZE_AT 0.{hint}"
         )
     if weights:
@@ -111,20 +113,20 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     if eval_only:
         raise UserError(
             "MODEL.WEIGHTS is empty, so --eval-only would evaluate random weights. Set "
-            "MODEL.WEIGHTS to a checkpoint, or add --resume to evaluate the last checkpoint in "
+            "MODEL.WEIGHTS to a checkpoint, or add --resume to evaluate the newest checkpoint in "
             "OUTPUT_DIR."
         )
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         raise UserError(
-            "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but a frozen norm needs "
-            "the statistics of pretrained weights. Set MODEL.WEIGHTS to a file, or train from "
-            "scratch with MODEL.RESNETS.NORM GN (or BN with at least 8 images per process) and "
+            "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but frozen batch norms "
+            "need pretrained statistics. Set MODEL.WEIGHTS to a weight file, or train from scratch "
+            "with MODEL.RESNETS.NORM GN (or BN with at least 8 images per process) and "
             "MODEL.BACKBONE.FREEZE_AT 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(
-            "MODEL.BACKBONE.FREEZE_AT is %d and MODEL.WEIGHTS is empty: the frozen stages keep "
-            "their random weights. To train from scratch, set it to 0.",
+            "MODEL.BACKBONE.FREEZE_AT is %d and MODEL.WEIGHTS is empty, so the frozen stages keep "
+            "their random weights. To train from scratch, set MODEL.BACKBONE.FREEZE_AT to 0.",
             cfg.MODEL.BACKBONE.FREEZE_AT,
         )
 
@@ -135,14 +137,14 @@ def _check_numbers(cfg: CfgNode) -> None:
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which can't be divided evenly "
-            f"among {processes} processes. Set it to a multiple of {processes}."
+            f"among {processes} processes. Set SOLVER.IMS_PER_BATCH to a multiple of {processes}."
         )
     share = cfg.SOLVER.IMS_PER_BATCH // processes
     if cfg.SOLVER.MICRO_BATCHES < 1 or share % cfg.SOLVER.MICRO_BATCHES:
         raise UserError(
-            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but the {share} images per "
-            "process and step can't be divided into that many equal parts. Set it to a divisor of "
-            f"{share}."
+            f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but the batch of {share} images "
+            "per process can't be split into that many equal parts. Set SOLVER.MICRO_BATCHES to a "
+            f"divisor of {share}."
         )
 
 
@@ -162,14 +164,15 @@ def _check_solver(cfg: CfgNode) -> None:
     check_epochs(cfg)
     if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
         raise UserError(
-            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but only classifiers can be trained by epochs. "
-            "For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the iterations."
+            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but a schedule in epochs is only supported for "
+            "classifiers. For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the "
+            "number of iterations."
         )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
     evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
         raise UserError(
-            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which needs evaluations during "
+            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which requires evaluation during "
             "training. Set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
         )
 
@@ -181,10 +184,10 @@ def _warn_of_learning_rate(cfg: CfgNode) -> None:
     scaled = reference * cfg.SOLVER.IMS_PER_BATCH
     if not 0.5 <= cfg.SOLVER.BASE_LR / scaled <= 2:
         logger.warning(
-            "SOLVER.BASE_LR is %g at %d images per step, but this recipe's learning rate scaled to "
-            "that batch size (linear rule) is %g. A rate that is too high often causes NaN. "
-            "Consider SOLVER.BASE_LR %g, and scale the number of iterations inversely to the batch "
-            "size.",
+            "SOLVER.BASE_LR is %g with %d images per step, but this recipe's learning rate scaled "
+            "linearly to that batch size is %g. A learning rate that is too high often causes NaN "
+            "losses. Consider SOLVER.BASE_LR %g, and scale the number of iterations inversely with "
+            "the batch size.",
             cfg.SOLVER.BASE_LR,
             cfg.SOLVER.IMS_PER_BATCH,
             scaled,

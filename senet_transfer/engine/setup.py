@@ -1,4 +1,4 @@
-"""Preparation of a run: config, logging, data sets, device and checks."""
+"""Setup of a run: config, logging, data sets, device and checks."""
 
 import logging
 import os
@@ -36,22 +36,22 @@ _RECORDED = (
     "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
 )  # fmt: skip
 
-# Environment variables with the number of times that a launcher has restarted the command.
+# Environment variables in which launchers count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a training or evaluation run.
+    """Options for a training or evaluation run.
 
     Attributes:
         config_file: A YAML file, or the name of one of this project's configs. If empty, the
             default config is used.
-        options: Alternating config keys and values that override those of the file.
-        datasets: Data sets in COCO's format to register, each as name, JSON file and image folder.
+        options: Alternating config keys and values that override the config file.
+        datasets: COCO-format data sets to register, each as (name, JSON file, image folder).
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
-        eval_only: If True, evaluate ``MODEL.WEIGHTS`` instead of training.
-        quiet: If True, print only warnings; the full log is written to ``log.txt``.
+        eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
+        quiet: If True, print only warnings. The full log is always written to ``log.txt``.
     """
 
     config_file: str = ""
@@ -63,14 +63,13 @@ class RunOptions:
 
 
 def setup(options: RunOptions) -> CfgNode:
-    """Prepare a run: load the config, start logging, register data sets and check everything.
+    """Set up a run: load the config, start logging, register data sets and check everything.
 
-    The full config, the command line and the versions of all packages are written to the output
-    folder.
+    The full config, the command line and the package versions are written to the output folder.
 
     Args:
-        options: The options of the run. A run that a launcher has restarted after a failure is
-            resumed even if ``resume`` is False, see :func:`resumes`.
+        options: The run's options. If a launcher has restarted the run after a failure, the run is
+            resumed even if ``resume`` is False; see :func:`resumes`.
 
     Returns:
         The frozen config.
@@ -89,7 +88,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Do the same as Detectron2's ``default_setup``, but write files atomically."""
+    """Log and seed in the same way as Detectron2's default setup, but write files atomically."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -107,17 +106,18 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
 
 
 def resumes(cfg: CfgNode, options: RunOptions) -> bool:
-    """Return whether a run continues from a checkpoint.
+    """Return whether a run resumes from a checkpoint.
 
-    A run is resumed if ``options.resume`` is set. A training run is also resumed if torchrun or
-    SLURM has restarted it after a failure and there is a checkpoint. All processes of a job must
-    call this function together.
+    A run resumes if ``options.resume`` is set. A training run also resumes if torchrun or SLURM
+    has restarted it after a failure and a checkpoint exists. All processes of a job must call this
+    function together.
     """
     if options.resume or options.eval_only:
         return options.resume
     counts = (os.environ.get(name, "") for name in _RESTARTS)
     again = any(count.isdigit() and int(count) > 0 for count in counts)
-    # The main process decides: on a shared file system, others may see a new checkpoint later.
+    # The main process decides: on a shared file system, other processes may not see a new
+    # checkpoint yet.
     return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
 
 
@@ -127,7 +127,7 @@ def _prepare(options: RunOptions) -> CfgNode:
     logger = _start_logging(cfg, quiet=options.quiet)
     resume = resumes(cfg, options)
     if resume and not options.resume:
-        logger.warning("The launcher has restarted this command: resuming the run.")
+        logger.warning("The launcher has restarted this command. Resuming the run.")
     use_available_device(cfg, logger)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *map(list, options.datasets)]
     if is_classification(cfg):
@@ -147,7 +147,7 @@ def _compare_with_begun(cfg: CfgNode, logger: logging.Logger) -> None:
     try:
         before = load_config(path)
     except UserError as error:
-        logger.warning("Changes of the config since the start of the run are unknown: %s", error)
+        logger.warning("Can't compare the config with the run's original config: %s", error)
         return
     check_changes(cfg, before)
 
@@ -159,13 +159,13 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
         return _logger("senet_transfer", cfg, quiet=quiet)
     except OSError as error:
         raise UserError(
-            f"The output folder {cfg.OUTPUT_DIR} can't be written: {error}. "
+            f"Can't write to the output folder {cfg.OUTPUT_DIR}: {error}. "
             "Set OUTPUT_DIR to a writable folder."
         ) from error
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return Detectron2's logger, which writes to ``log.txt`` and, unless quiet, the terminal."""
+    """Return Detectron2's logger; if ``quiet``, print only warnings to the terminal."""
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     if quiet:
         for handler in logger.handlers:
@@ -175,51 +175,51 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
-    """Set ``MODEL.DEVICE`` to "cpu" if the config asks for a GPU on a machine without GPUs.
+    """Set ``MODEL.DEVICE`` to "cpu" if it is a GPU and the machine has no GPUs.
 
     Raises:
-        UserError: If ``MODEL.DEVICE`` is invalid, or this GPU does not exist.
+        UserError: If ``MODEL.DEVICE`` is invalid, or if it is a GPU that does not exist.
     """
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE, logger)
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """Return the device name, or "cpu" with a warning if it is a GPU and there are no GPUs.
+    """Return the device name, or warn and return "cpu" if a GPU is named and there are no GPUs.
 
     Raises:
-        UserError: If the name is invalid, or this GPU does not exist.
+        UserError: If the name is invalid, or if it is a GPU that does not exist.
     """
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"The device is {name!r}, expected cuda or cpu (MODEL.DEVICE).") from error
+        raise UserError(f"The device is {name!r}; expected cuda or cpu (MODEL.DEVICE).") from error
     if device.type != "cuda":
         return name
     if not torch.cuda.is_available():
         logger.warning(
-            "No GPU is available: running on the CPU, with %d threads.", torch.get_num_threads()
+            "No GPU is available. Running on the CPU with %d threads.", torch.get_num_threads()
         )
         return "cpu"
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"The device is {name}, but there are only {torch.cuda.device_count()} GPUs, which are "
+            f"The device is {name}, but this machine has only {torch.cuda.device_count()} GPUs, "
             "numbered from 0. Set MODEL.DEVICE to one of them."
         )
     return name
 
 
 def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:
-    """Register and check the config's data sets, and set the config's classes to theirs.
+    """Register and check the config's data sets, and copy their classes to the config.
 
     Args:
         cfg: The config, which is changed in place.
         eval_only: If True, ignore ``DATASETS.TRAIN``.
-        keep_classes: If True, the classes in the config are those of a trained model, and the
-            data sets must have the same.
+        keep_classes: If True, the classes in the config belong to a trained model, and the data
+            sets must have the same classes.
 
     Raises:
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
-            from those of the other data sets or of the model.
+            from those of the other data sets or the model.
     """
     registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
     # Store absolute paths, so that the saved config works from any folder.
@@ -229,14 +229,14 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise UserError(
-            f"DATASETS.{needed} is empty. Set it to a tuple of data set names, such as "
+            f"DATASETS.{needed} is empty. Set it to a tuple of data set names such as "
             "\"('coco_2017_val',)\"."
         )
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     if not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"DATASETS.TRAIN and DATASETS.TEST have {names!r}, expected names of data sets, such "
-            "as 'coco_2017_val'."
+            f"DATASETS.TRAIN and DATASETS.TEST contain {names!r}; expected data set names such as "
+            "'coco_2017_val'."
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
     classes = dataset_classes(names)
@@ -245,8 +245,9 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     trained = list(cfg.DATASETS.CLASSES)
     if keep_classes and trained and trained != classes:
         raise UserError(
-            f"The model was trained on the classes {trained}, but {names[0]} has {classes}. "
-            "Evaluation and resuming need data with the same classes, with ids in the same order."
+            f"The model was trained on the classes {trained}, but {names[0]} has the classes "
+            f"{classes}. To evaluate the model or resume its training, use data with the same "
+            "classes, with category ids in the same order."
         )
     cfg.DATASETS.CLASSES = classes
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])

@@ -1,8 +1,8 @@
 """Graceful shutdown on SIGTERM and Ctrl-C: finish the step, save a checkpoint, exit with status 75.
 
-Schedulers send SIGTERM to a job before they take its machine, and users press Ctrl-C. A signal
-handler can't save a checkpoint in the middle of a step. Therefore a separate thread, which a long
-step doesn't block, receives the signal, and the training loop checks for it after each step.
+Schedulers send SIGTERM to a job before they reclaim its machine, and users press Ctrl-C. Because a
+signal handler can't save a checkpoint in the middle of a step, a separate thread receives the
+signal, even during a long step, and the training loop checks for it after each step.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from types import FrameType
 STATUS = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# On Ctrl-C, a process receives SIGINT from the terminal and again from torchrun. Both within this
-# time are one request.
+# On Ctrl-C, a process receives SIGINT from the terminal and again from torchrun. Signals that
+# arrive within this time count as one request.
 _SAME_REQUEST = 1.0  # seconds
 
 _requested = threading.Event()
@@ -34,7 +34,7 @@ def requested() -> bool:
 
 @contextlib.contextmanager
 def stop_at_step_end() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into requests to stop after the current step.
+    """Treat SIGTERM and SIGINT as requests to stop after the current step.
 
     A second signal ends the process immediately. This context manager must be entered in the main
     thread.
@@ -43,8 +43,8 @@ def stop_at_step_end() -> Iterator[None]:
     writer.setblocking(False)
     _requested.clear()
     threading.Thread(target=_watch, args=(reader, os.getpid()), daemon=True).start()
-    # A Python handler only runs when the main thread returns from its library calls, but the
-    # signal's number is written to the socket immediately.
+    # A Python signal handler runs only after the main thread has returned from library code,
+    # whereas the signal number is written to the socket immediately.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -60,7 +60,7 @@ def stop_at_step_end() -> Iterator[None]:
 def _watch(reader: socket.socket, process: int) -> None:
     first = None
     with reader:
-        # Every signal that has a Python handler arrives here, such as SIGCHLD.
+        # All signals with a Python handler arrive here, including others such as SIGCHLD.
         while number := reader.recv(1):
             if number[0] not in SIGNALS:
                 continue
@@ -68,7 +68,7 @@ def _watch(reader: socket.socket, process: int) -> None:
             if first is None:
                 first = now
                 _requested.set()
-                message = "finishing this step, then saving and stopping; repeat to stop now"
+                message = "saving a checkpoint after this step; repeat to stop immediately"
                 print(f"{name} in process {process}: {message}.", file=sys.stderr, flush=True)
             elif now - first > _SAME_REQUEST:
                 os._exit(128 + number[0])
@@ -76,7 +76,7 @@ def _watch(reader: socket.socket, process: int) -> None:
 
 @contextlib.contextmanager
 def passed_to_children() -> Iterator[None]:
-    """Forward SIGTERM and SIGINT to this process's children inside the context."""
+    """Forward SIGTERM and SIGINT to the child processes while the context is active."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
         for child in active_children():

@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedules, and schedules in epochs."""
+"""Optimizers, learning rate schedules, and conversion of epochs to iterations."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Config keys in iterations, and the keys in epochs that override them.
+# Config keys in iterations, and the corresponding keys in epochs, which override them.
 _IN_EPOCHS = {
     "SOLVER.WARMUP_ITERS": "SOLVER.WARMUP_EPOCHS",
     "SOLVER.FROZEN_BN_ITERS": "SOLVER.FROZEN_BN_EPOCHS",
@@ -30,13 +30,13 @@ _IN_EPOCHS = {
 
 
 def check_epochs(cfg: CfgNode) -> None:
-    """Check that a config doesn't specify both epochs and iterations.
+    """Check that the config doesn't specify the schedule in both epochs and iterations.
 
-    If ``SOLVER.EPOCHS`` is None, the other keys in epochs have no effect, so that a recipe in
-    epochs can be changed to iterations with this key only.
+    If ``SOLVER.EPOCHS`` is None, the other keys in epochs are ignored. Setting this one key is
+    therefore enough to switch a recipe from epochs to iterations.
 
     Raises:
-        UserError: If both are specified, or if a number of epochs is not above 0.
+        UserError: If both are specified, or if a number of epochs is not positive.
     """
     if cfg.SOLVER.EPOCHS is None:
         return
@@ -44,25 +44,25 @@ def check_epochs(cfg: CfgNode) -> None:
         value = config_value(cfg, key)
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(
-                f"{key} is {value!r}, expected a number of epochs above 0, such as 90 or 0.5."
+                f"{key} is {value!r}; expected a positive number of epochs, such as 90 or 0.5."
             )
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
         if config_value(cfg, key) != config_value(defaults, key):
             raise UserError(
                 f"{key} is {config_value(cfg, key)} and SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}, "
-                "but only one of them can be set. For a schedule in iterations, set SOLVER.EPOCHS "
-                f"to None; for a schedule in epochs, remove {key}."
+                "but only one of the two can be set. For a schedule in iterations, set "
+                f"SOLVER.EPOCHS to None; for a schedule in epochs, remove {key}."
             )
 
 
 def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
-    """Return a copy of a config with epochs converted to iterations.
+    """Return a copy of the config with epochs converted to iterations.
 
     The number of iterations is ``ceil(epochs * images / SOLVER.IMS_PER_BATCH)``.
 
     Args:
-        cfg: The config, which is returned unchanged if ``SOLVER.EPOCHS`` is None.
+        cfg: The config. If ``SOLVER.EPOCHS`` is None, it is returned unchanged.
         images: The number of images in the training set.
     """
     if cfg.SOLVER.EPOCHS is None:
@@ -70,7 +70,7 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
 
     def iterations(epochs: float) -> int:
         # Numbers such as 0.1 are not exact in floating point. Without rounding, the error could
-        # add an iteration.
+        # add one iteration.
         return math.ceil(round(epochs * images / cfg.SOLVER.IMS_PER_BATCH, 6))
 
     counted = cfg.clone()
@@ -82,7 +82,7 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
             node, _, leaf = key.rpartition(".")
             config_value(counted, node)[leaf] = iterations(epochs)
     logger.info(
-        "%g epochs of %d images, %d images per step: %d iterations.",
+        "Training for %g epochs of %d images with %d images per step takes %d iterations.",
         cfg.SOLVER.EPOCHS, images, cfg.SOLVER.IMS_PER_BATCH, counted.SOLVER.MAX_ITER,
     )  # fmt: skip
     if cfg.is_frozen():
@@ -91,22 +91,21 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build ``SOLVER.OPTIMIZER``: SGD or AdamW, with Detectron2's parameter groups.
+    """Build the optimizer, SGD or AdamW, with Detectron2's parameter groups.
 
-    The learning rate of the parameters of ``backbone`` is multiplied by
-    ``SOLVER.BACKBONE_MULTIPLIER``.
+    The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``.
 
     Raises:
-        UserError: If the optimizer is unknown, or if both the backbone and the biases have
+        UserError: If ``SOLVER.OPTIMIZER`` is unknown, or if both the backbone and the biases have
             learning rates that differ from ``SOLVER.BASE_LR``.
     """
     solver = cfg.SOLVER
     factor = solver.BACKBONE_MULTIPLIER
     if factor != 1 and solver.BIAS_LR_FACTOR != 1:
-        # Detectron2 would give all biases, also those of the backbone, the same learning rate.
+        # Detectron2 would use the same learning rate for all biases, including the backbone's.
         raise UserError(
             f"SOLVER.BACKBONE_MULTIPLIER is {factor:g} and SOLVER.BIAS_LR_FACTOR is "
-            f"{solver.BIAS_LR_FACTOR:g}, which can't be combined. Set one of them to 1."
+            f"{solver.BIAS_LR_FACTOR:g}, but only one of the two can differ from 1."
         )
     groups = get_default_optimizer_params(
         model,
@@ -125,12 +124,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     elif solver.OPTIMIZER == "AdamW":
         optimizer = torch.optim.AdamW(groups, **options)
     else:
-        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, expected SGD or AdamW.")
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected SGD or AdamW.")
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """Build ``SOLVER.LR_SCHEDULER_NAME``: a schedule of Detectron2 or "WarmupPlateauLR"."""
+    """Build the learning rate schedule: a Detectron2 schedule or "WarmupPlateauLR"."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return build_detectron2_scheduler(cfg, optimizer)
@@ -153,14 +152,14 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a metric is an error or a loss, judged by its name."""
+    """Return whether lower values of a metric are better, as for errors and losses."""
     return metric.rpartition("/")[2].endswith(("error", "loss"))
 
 
 class PlateauLR(LRMultiplier):
     """Schedule that reduces the learning rate when a metric stops improving.
 
-    It follows torch's ReduceLROnPlateau, but is a schedule of Detectron2, so that it works with
+    It works like torch's ReduceLROnPlateau, but subclasses Detectron2's LRMultiplier to support
     warm-up, hooks and checkpoints. :meth:`observe` must be called after each evaluation.
     """
 
@@ -178,13 +177,13 @@ class PlateauLR(LRMultiplier):
     ):
         """
         Args:
-            optimizer: The optimizer, with the base learning rates.
-            multiplier: The warm-up: a function from the finished fraction of the run, 0-1, to a
-                factor of the learning rate.
-            max_iter: The number of iterations of the run.
+            optimizer: The optimizer, with its base learning rates.
+            multiplier: The warm-up: a function that maps the completed fraction of the run,
+                between 0 and 1, to a learning rate multiplier.
+            max_iter: The number of iterations in the run.
             metric: The name under which the metric is logged.
-            factor: The factor, 0-1, by which the learning rate is reduced.
-            patience: The number of evaluations without improvement that are tolerated.
+            factor: The multiplier, between 0 and 1, for each reduction of the learning rate.
+            patience: The number of evaluations without improvement to tolerate.
             threshold: The minimum change, in the metric's units, that counts as an improvement.
             max_drops: The maximum number of reductions.
 
@@ -193,9 +192,10 @@ class PlateauLR(LRMultiplier):
         """
         if not 0 < factor < 1 or patience < 0 or threshold < 0 or max_drops < 1:
             raise UserError(
-                f"WarmupPlateauLR: SOLVER.GAMMA is {factor}, expected a number between 0 and 1; or "
-                f"SOLVER.PLATEAU has PATIENCE {patience}, THRESHOLD {threshold} and MAX_DROPS "
-                f"{max_drops}, expected 0 or more, 0 or more, and 1 or more."
+                f"WarmupPlateauLR has an invalid option. SOLVER.GAMMA is {factor}; expected a "
+                f"number between 0 and 1. SOLVER.PLATEAU.PATIENCE is {patience}; expected 0 or "
+                f"more. SOLVER.PLATEAU.THRESHOLD is {threshold}; expected 0 or more. "
+                f"SOLVER.PLATEAU.MAX_DROPS is {max_drops}; expected 1 or more."
             )
         self.metric = metric
         self.sign = 1 if lower_is_better(metric) else -1
@@ -206,7 +206,10 @@ class PlateauLR(LRMultiplier):
         super().__init__(optimizer, multiplier, max_iter)
 
     def observe(self, value: float) -> None:
-        """Record the metric of an evaluation; a reduction takes effect at the next step."""
+        """Record the metric after an evaluation, and reduce the learning rate on a plateau.
+
+        The reduced rate takes effect at the next step.
+        """
         value *= self.sign
         if value < self.best - self.threshold:
             self.best, self.bad = value, 0
@@ -217,7 +220,7 @@ class PlateauLR(LRMultiplier):
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 group["lr"] = rate
             logger.info(
-                "%s has stopped improving: reducing the learning rate (reduction %d).",
+                "%s has stopped improving. Reducing the learning rate (reduction %d).",
                 self.metric,
                 self.drops,
             )

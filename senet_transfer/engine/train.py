@@ -1,4 +1,4 @@
-"""Entry point of training and evaluation runs."""
+"""Entry point for training and evaluation runs."""
 
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ RESULTS = "results.json"
 
 
 def main(options: RunOptions) -> None:
-    """Train or evaluate, and write ``OUTPUT_DIR/results.json`` at the end.
+    """Train or evaluate a model, and write the results to ``OUTPUT_DIR/results.json``.
 
-    This function must be called in every process of the job, see
+    This function must be called in every process of the job; see
     :func:`~senet_transfer.engine.launch.run`.
 
     Args:
-        options: The options of the run.
+        options: The run's options.
 
     Raises:
         UserError: If the run can't start with these options.
-        RunError: If the run fails for another reason than a bug, such as a non-finite loss.
+        RunError: If the run fails for a reason other than a bug, such as a non-finite loss.
     """
     with no_bars(options.quiet):
         with read_once():
@@ -42,9 +42,9 @@ def main(options: RunOptions) -> None:
         results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
-        if options.quiet:  # otherwise they are in the log
+        if options.quiet:  # Otherwise, the log includes them.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
-        if options.eval_only:  # Trainer.train verifies those of a training run
+        if options.eval_only:  # Trainer.train verifies the results of a training run.
             verify_results(cfg, results)
 
 
@@ -55,7 +55,7 @@ def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
 
 
 def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
-    """Return the model to evaluate, after checking that all of its weights are loaded."""
+    """Build the model to evaluate, and check that all of its weights are loaded."""
     checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
     return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
 

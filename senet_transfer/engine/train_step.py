@@ -37,18 +37,19 @@ class StepTrainer(SimpleTrainer):
     ):
         """
         Args:
-            model: The model, which takes a batch and returns a dict of losses.
+            model: The model. It takes a batch and returns a dict of losses.
             data_loader: An infinite iterable of batches. A batch is a list, or a dict of values of
                 equal length.
-            optimizer: The optimizer of the model's parameters.
-            dtype: The type of autocast, "float16" or "bfloat16", or None to disable it. If empty,
-                it is float16 on a GPU and bfloat16 on a CPU, which has no fast float16. Gradients
-                are scaled with float16.
-            micro_batches: The number of equal parts that a batch is split into. Their gradients
-                are accumulated to those of the mean loss.
-            max_skips: The number of steps with non-finite values that may be skipped before the
-                run is ended.
-            output_dir: The folder for reports about skipped steps, or empty to write none.
+            optimizer: The optimizer for the model's parameters.
+            dtype: The autocast dtype, "float16" or "bfloat16", or None to disable autocast. An
+                empty string selects float16 on a GPU and bfloat16 on a CPU, where float16 is slow.
+                With float16, the loss is scaled.
+            micro_batches: The number of equal parts into which each batch is split. Their
+                gradients are accumulated, which gives the gradient of the mean loss.
+            max_skips: The number of steps with non-finite values to skip before ending the run
+                with an error.
+            output_dir: The folder for reports about skipped steps. If empty, no reports are
+                written.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid.
@@ -59,9 +60,9 @@ class StepTrainer(SimpleTrainer):
         if dtype == "":
             dtype = "float16" if self.device_type == "cuda" else "bfloat16"
         if dtype is not None and dtype not in _DTYPES:
-            raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}, expected float16 or bfloat16.")
+            raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}; expected float16 or bfloat16.")
         if micro_batches < 1:
-            raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}, expected 1 or more.")
+            raise UserError(f"SOLVER.MICRO_BATCHES is {micro_batches}; expected 1 or more.")
         self.dtype = None if dtype is None else _DTYPES[dtype]
         self.micro_batches = micro_batches
         self.guard = StepGuard(model, max_skips=max_skips, output_dir=output_dir)
@@ -70,16 +71,16 @@ class StepTrainer(SimpleTrainer):
         )
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
-        """Replace the data loader by the one that ``data_loader_builder`` returns."""
+        """Replace the data loader with the one returned by ``data_loader_builder``."""
         super().reset_data_loader(data_loader_builder)
         self._batches = None
 
     def run_step(self) -> None:
-        """Run a training step, but skip the update if a value is non-finite in any process.
+        """Run one training step; skip the update if any process has a non-finite value.
 
         Raises:
-            UserError: If data can't be read in any process.
-            RunError: If more steps than allowed had non-finite values.
+            UserError: If any process can't read its data.
+            RunError: If more than ``max_skips`` steps had non-finite values.
         """
         self.optimizer.zero_grad()
         self.guard.remember()
@@ -92,7 +93,7 @@ class StepTrainer(SimpleTrainer):
                 with self._gradients_stay_here():
                     self.grad_scaler.scale(self._loss(part, totals)).backward()
             loss = self._loss(last, totals)
-        except (UserError, FloatingPointError) as error:  # the latter from Detectron2's RPN
+        except (UserError, FloatingPointError) as error:  # Detectron2's RPN raises the latter.
             raised = error
         problem = self.guard.agree(raised)
         if not problem:
@@ -120,13 +121,13 @@ class StepTrainer(SimpleTrainer):
         except UserError as error:
             problem = error
         seconds = time.perf_counter() - start
-        # The forward pass may contain collective operations, which would hang if one process had no
+        # The forward pass may contain collective operations, which would hang if any process had no
         # batch.
         self.guard.agree(problem)
         return batch, seconds
 
     def _loss(self, part: Any, totals: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return a micro-batch's contribution to the total loss, and add its losses to totals."""
+        """Return a micro-batch's share of the total loss, and add its losses to ``totals``."""
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
             losses = self.model(part)
         losses = {name: loss / self.micro_batches for name, loss in losses.items()}
@@ -135,49 +136,49 @@ class StepTrainer(SimpleTrainer):
         return sum(losses.values())
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
-        # Gradients are reduced across processes once per step, with the last micro-batch.
+        # Gradients are reduced across processes once per step, during the last micro-batch.
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict:
-        """Return the state of the optimizer and the gradient scaler, and the skipped steps."""
+        """Return the optimizer and gradient scaler states and the number of skipped steps."""
         own = {"grad_scaler": self.grad_scaler.state_dict(), "skipped": self.guard.skipped}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore the state of a checkpoint.
+        """Restore the state from a checkpoint.
 
         Raises:
-            UserError: If the optimizer's parameter groups differ from those of the checkpoint.
+            UserError: If the optimizer's parameter groups differ from those in the checkpoint.
         """
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise UserError(
-                f"The checkpoint's optimizer does not fit this run's ({error}). Set the learning "
-                "rates and weight decays of SOLVER to their values at the start of the run, or "
-                "start a new run with MODEL.WEIGHTS."
+                "The optimizer state in the checkpoint does not match this run's optimizer "
+                f"({error}). Set the learning rates and weight decays in SOLVER to the values with "
+                "which the run was started, or start a new run with MODEL.WEIGHTS."
             ) from error
         self.guard.skipped = state_dict.get("skipped", 0)
-        # The state is empty or absent if the run was started without a scaler.
+        # The state is empty or missing if the run was started without a scaler.
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split a batch, which is a list or a dict of values of equal length, into equal parts.
+    """Split a batch, either a list or a dict of values of equal length, into equal parts.
 
     Raises:
-        UserError: If the batch can't be divided evenly.
+        UserError: If the batch size is not divisible by ``parts``.
     """
     if parts == 1:
         return [batch]
     size = len(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
     if size % parts:
         raise UserError(
-            f"SOLVER.MICRO_BATCHES is {parts}, but the {size} images per process and step can't be "
-            f"divided into that many equal parts. Set it to a divisor of {size}."
+            f"SOLVER.MICRO_BATCHES is {parts}, but the batch of {size} images per process can't be "
+            f"split into that many equal parts. Set SOLVER.MICRO_BATCHES to a divisor of {size}."
         )
     step = size // parts
     cuts = [slice(first, first + step) for first in range(0, size, step)]

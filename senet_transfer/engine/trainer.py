@@ -1,4 +1,4 @@
-"""Trainer for detection and classification, based on Detectron2's DefaultTrainer."""
+"""Trainer for detectors and classifiers, based on Detectron2's DefaultTrainer."""
 
 import contextlib
 import logging
@@ -38,25 +38,26 @@ from senet_transfer.evaluation.classification_evaluator import ClassificationEva
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.utils.private_api import limit_history
 
-# Number of values of each metric that are kept for smoothing.
+# Number of values to keep per metric for smoothing.
 _HISTORY = 400
 
-# Hook names in checkpoints of version 0.1, and their current names.
+# Hook names in version 0.1 checkpoints, and their current names.
 _HOOK_NAMES = {"WeightAverage": "ModelEMA"}
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trainer of detectors and classifiers.
+    """Trainer for detectors and classifiers.
 
-    It differs from Detectron2's DefaultTrainer as follows: it also trains classifiers; images are
-    checked against their JSON entries; checkpoints are loaded strictly; mixed precision and
-    several processes also work on a CPU; evaluation can add test-time augmentation; and the solver
-    has the additional options in ``senet_transfer/config/defaults.py``.
+    It extends Detectron2's DefaultTrainer as follows: it also trains classifiers; it checks images
+    against their entries in the annotation file; it loads checkpoints strictly; it supports mixed
+    precision and multiple processes on a CPU; it can repeat the evaluation with test-time
+    augmentation; and it has the additional solver options of
+    ``senet_transfer/config/defaults.py``.
 
     Attributes:
-        results: The metrics of the last evaluation by task; empty before the first.
+        results: The metrics of the last evaluation, by task. Empty before the first evaluation.
         periodic_writers: The hooks that write metrics.
     """
 
@@ -65,10 +66,10 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: The config, as returned by :func:`senet_transfer.engine.setup.setup`.
         """
-        # The constructor of DefaultTrainer is not called, because it always uses Detectron2's
+        # DefaultTrainer's constructor is not called because it always uses Detectron2's
         # checkpointer, CUDA for mixed precision, and one GPU per process.
         TrainerBase.__init__(self)
-        with config_errors("division of the work"):
+        with config_errors("scaled config"):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if is_classification(cfg):
             images = len(classification.open_train_dataset(cfg))
@@ -109,14 +110,14 @@ class Trainer(DefaultTrainer):
 
     @property
     def stops(self) -> bool:
-        """True if the run has to stop after this step."""
+        """True if the run must stop after this step."""
         return self._trainer.guard.stops
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the newest checkpoint and the next batch, or load initial weights.
+        """Resume from the newest checkpoint, at the batch that follows it, or load initial weights.
 
-        A new run removes the list of checkpoints of an earlier run in the same folder, so that it
-        can only be resumed from its own.
+        A new run deletes the checkpoint list left by an earlier run in the same folder, so that it
+        can be resumed only from its own checkpoints.
         """
         super().resume_or_load(resume=resume)
         if comm.is_main_process():
@@ -135,11 +136,11 @@ class Trainer(DefaultTrainer):
             verify_results(self.cfg, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, including how the work was divided."""
+        """Return the state for a checkpoint, including the batch size and number of processes."""
         return {**super().state_dict(), "divided": self._division()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint, and warn if resuming is not exact to the bit."""
+        """Restore the state from a checkpoint, and warn if the run can't be resumed exactly."""
         hooks_state = state_dict.get("hooks", {})
         renamed = {_HOOK_NAMES.get(name, name): state for name, state in hooks_state.items()}
         super().load_state_dict({**state_dict, "hooks": renamed})
@@ -147,8 +148,8 @@ class Trainer(DefaultTrainer):
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
             logger.warning(
-                "Resumed approximately: %s. Weights and schedule continue exactly, but the order "
-                "of the data and the random numbers differ from those of an uninterrupted run.",
+                "Resumed approximately: %s. The weights and the schedule continue exactly, but the "
+                "data order and the random numbers differ from those of an uninterrupted run.",
                 ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed),
             )
 
@@ -160,29 +161,29 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """Run the hooks, and limit the history of metrics, of which Detectron2 keeps a million."""
+        """Run the hooks, and keep fewer past metric values than Detectron2's limit of a million."""
         limit_history(self.storage, _HISTORY)
         super().before_train()
 
     def after_train(self) -> None:
-        """Run the hooks, or only flush the metric writers if training was interrupted."""
+        """Run the hooks or, if training was interrupted, only flush the metric writers."""
         if self.iter >= self.max_iter:
             super().after_train()
             return
         self.storage.iter = self.iter
         for writer in self.periodic_writers:
-            # On a full disk, this would replace the error that ended the run.
+            # On a full disk, an OSError here would hide the error that ended the run.
             with contextlib.suppress(OSError):
                 writer.after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Build the config's optimizer."""
+        """Build the optimizer from the config."""
         return solver.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """Build the config's learning rate schedule."""
+        """Build the learning rate schedule from the config."""
         return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
@@ -193,8 +194,8 @@ class Trainer(DefaultTrainer):
 
         Args:
             cfg: The config.
-            seed: The seed of the order and the augmentation; random if None.
-            start_iter: The iteration whose batch is the first.
+            seed: The seed for the data order and augmentation. If None, it is random.
+            start_iter: The iteration whose batch is loaded first.
         """
         if seed is None:
             seed = comm.shared_random_seed()
@@ -207,7 +208,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
     ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
-        """Build the data loader of an evaluation data set, which checks all images."""
+        """Build the data loader for an evaluation data set; it checks all images."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
@@ -217,13 +218,13 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """Build the evaluator of a data set.
+        """Build the evaluator for a data set.
 
-        A detector is evaluated with COCO's metrics, and a classifier with top-1 and top-5 error.
-        A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
+        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
-            UserError: If Detectron2 evaluates the detection data set with other metrics.
+            UserError: If the detection data set is registered with metrics other than COCO's.
         """
         if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
@@ -235,13 +236,13 @@ class Trainer(DefaultTrainer):
         if kind != "coco":
             raise UserError(
                 f"The evaluator_type of the data set {dataset_name} is {kind!r}, but only 'coco' "
-                "is supported. Register the data set in COCO's format."
+                "is supported. Register the data set in COCO format."
             )
         return FastCOCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
-            # Detectron2 converts a data set without a JSON file to one. A cached file of an earlier
-            # run may be of different data.
+            # Detectron2 writes a JSON file for a data set that has none. A cached file from an
+            # earlier run may describe different data.
             allow_cached_coco=False,
         )
 
@@ -250,7 +251,8 @@ class Trainer(DefaultTrainer):
         """Evaluate on ``DATASETS.TEST``, and again with test-time augmentation if it is enabled.
 
         Returns:
-            Detectron2's nested results. Tasks with test-time augmentation end in ``_TTA``.
+            Nested results in Detectron2's format. The names of tasks evaluated with test-time
+            augmentation end in ``_TTA``.
         """
         results = cls.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
@@ -269,7 +271,7 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase]:
-        """Build Detectron2's hooks and those that the config enables."""
+        """Build Detectron2's hooks and the additional hooks enabled in the config."""
         cfg = self.cfg
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
@@ -286,13 +288,13 @@ class Trainer(DefaultTrainer):
             evaluation.append(evaluate)
         if isinstance(self.scheduler, solver.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
-            # A checkpoint must include the schedule's reaction to the evaluation at the same step.
+            # A checkpoint must include the schedule state after the evaluation at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]
-        # As in Detectron2, the checkpoint is saved before an evaluation, which might fail.
+        # As in Detectron2, the checkpoint is saved before the evaluation, which might fail.
         return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *last]
 
     def build_writers(self) -> list[EventWriter]:
-        """Build Detectron2's writers, after removing an incomplete line from metrics.json."""
+        """Remove an incomplete last line from metrics.json, and build Detectron2's writers."""
         history.drop_torn_line(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
         return super().build_writers()
 

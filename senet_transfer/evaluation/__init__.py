@@ -1,1 +1,1 @@
-"""Evaluation of detectors and classifiers, and published results to compare with."""
+"""Evaluation of detectors and classifiers, and published results for comparison."""

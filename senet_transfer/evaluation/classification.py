@@ -1,4 +1,4 @@
-"""Evaluation of a classifier on labelled images: errors, confusions and predictions."""
+"""Evaluation of classifiers on labelled images: errors, confusion matrix and predictions."""
 
 import csv
 import time
@@ -29,15 +29,15 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of an evaluation.
+    """Results of a classifier evaluation.
 
     Attributes:
-        images: The number of images.
+        images: Number of images.
         top1_error: Top-1 error in percent.
         top5_error: Top-5 error in percent.
         seconds: Duration of the evaluation in seconds.
-        waited: The part of ``seconds`` spent waiting for images to be read and decoded.
-        classes: Names of the classes, indexed by label.
+        waited: Time spent waiting for images to be read and decoded, in seconds.
+        classes: Class names, indexed by label.
         confusion: Confusion matrix: the number of images by label and prediction, ``(C, C)``.
         predictions: One row per image, in the order of the data. Empty unless requested.
     """
@@ -52,7 +52,7 @@ class Evaluation:
     predictions: list[dict[str, Any]]
 
     def worst_classes(self, count: int = _SHOWN) -> list[dict[str, Any]]:
-        """Return the ``count`` classes with the highest top-1 error, which is in percent."""
+        """Return the ``count`` classes with the highest top-1 error (in percent)."""
         totals = self.confusion.sum(1)
         found: list[dict[str, Any]] = [
             {
@@ -66,7 +66,7 @@ class Evaluation:
         return sorted(found, key=lambda row: (-row["top1_error"], row["class"]))[:count]
 
     def most_confused(self, count: int = _SHOWN) -> list[dict[str, Any]]:
-        """Return the ``count`` pairs of classes that are confused most often."""
+        """Return the ``count`` most frequently confused pairs of classes."""
         wrong = self.confusion.clone().fill_diagonal_(0)
         number = int((wrong > 0).sum())
         order = wrong.flatten().argsort(descending=True, stable=True)[: min(count, number)]
@@ -80,7 +80,7 @@ class Evaluation:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Return the results as a dict for JSON."""
+        """Return the results as a JSON-serialisable dict."""
         return {
             "images": self.images,
             "top1_error": self.top1_error,
@@ -93,9 +93,9 @@ class Evaluation:
         }
 
     def write_predictions(self, path: str) -> None:
-        """Write a CSV file with one row per image: key, label, class name, top classes and logits.
+        """Write a CSV file with one row per image: key, label, class name and top classes.
 
-        The logits are written only if they were kept.
+        If the logits were kept, they are also written.
 
         Raises:
             UserError: If the file can't be written.
@@ -115,7 +115,7 @@ class Evaluation:
                     best = [row["key"], label, self.classes[label], *row["top"]]
                     writer.writerow(best + logits)
         except OSError as error:
-            raise UserError(f"The predictions {path} can't be written: {error}.") from error
+            raise UserError(f"Cannot write predictions to {path}: {error}.") from error
 
 
 def evaluate_classifier(
@@ -129,20 +129,20 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a classifier on all images of a data set, in this process.
+    """Evaluate a classifier on all images of a data set, in this process only.
 
     Args:
-        model: The classifier, on the device to run on.
+        model: The classifier, on the device to use.
         dataset: A data set with the same number of classes as the model.
         transform: The evaluation transform.
-        batch_size: Number of images per batch.
-        workers: Number of processes that read and decode images.
-        keep_predictions: Return the top classes of each image.
-        keep_logits: Return the logits and top classes of each image.
-        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read and decode images.
+        keep_predictions: If True, return the top classes of each image.
+        keep_logits: If True, return the logits and top classes of each image.
+        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: If the number of classes differs, or an image is missing or damaged.
+        UserError: If the number of classes differs, or if an image is missing or corrupted.
     """
     _check_classes(model, dataset)
     loader = _loader(model, dataset, transform, batch_size, workers)
@@ -171,7 +171,7 @@ def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | Imag
     if has != dataset.num_classes:
         raise UserError(
             f"The model has {has} classes, but {dataset.origin} has {dataset.num_classes}. "
-            "Evaluate the model on data with the classes that it was trained on."
+            "Evaluate the model on data with the same classes as the training data."
         )
 
 
@@ -199,13 +199,13 @@ def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
         raise UserError(
             f"{data.origin} contains images of {SIDE}x{SIDE} pixels, but the evaluation transform "
             f"resizes to {transform.resize} and crops to {transform.crop} pixels "
-            f"({transform.mode}). Use a network for images of this size, without --resize, --crop "
+            f"({transform.mode}). Use a network for images of this size, and omit --resize, --crop "
             "and --crop-mode."
         )
 
 
 class _Shown:
-    """A loader with a progress bar that counts images and measures the time spent waiting."""
+    """Data loader wrapper that shows a progress bar and measures the time spent waiting."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader

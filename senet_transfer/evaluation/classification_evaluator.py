@@ -1,4 +1,4 @@
-"""Detectron2 evaluator of top-1 and top-5 error."""
+"""Detectron2 evaluator for the top-1 and top-5 error."""
 
 import json
 import os
@@ -19,9 +19,9 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     Attributes:
         confusion: Confusion matrix: the number of images by label and prediction, int64
-            ``(C, C)``. It covers all processes after :meth:`evaluate`, on the main process.
-        predictions: With ``keep_logits`` or ``keep_predictions``, one row per image in the order of
-            the data.
+            ``(C, C)``. After :meth:`evaluate`, the main process has the sum over all processes.
+        predictions: One row per image, in the order of the data. Empty unless predictions or
+            logits are kept.
     """
 
     def __init__(
@@ -35,10 +35,11 @@ class ClassificationEvaluator(DatasetEvaluator):
     ):
         """
         Args:
-            num_classes: The number of classes of the model and the data.
-            expected: The number of images in the data set, to check that each one was evaluated.
-            keep_predictions: Keep the key, label and top classes of each image.
-            keep_logits: Keep the logits of each image in addition.
+            num_classes: The number of classes in the model and the data.
+            expected: The number of images in the data set. It is used to check that all images
+                were evaluated.
+            keep_predictions: If True, keep the key, label and top classes of each image.
+            keep_logits: If True, also keep the logits of each image.
             output_dir: The folder for ``predictions.json``, which contains one list per column:
                 ``index`` (in the data set), ``label``, ``top`` (the top classes) and
                 ``probability`` (of the best class, in [0, 1]). If empty, the file isn't written.
@@ -57,12 +58,12 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
-        """Add a batch of the evaluation loader and its logits ``(N, C)``."""
+        """Add the labels and logits ``(N, C)`` of a batch from the evaluation loader."""
         logits, labels = outputs.float().cpu(), inputs["label"].cpu()
         if logits.shape[1] != self.num_classes:
             raise UserError(
                 f"The model has {logits.shape[1]} classes, but the data has {self.num_classes}. "
-                "Evaluate the model on data with the classes that it was trained on."
+                "Evaluate the model on data with the same classes as the training data."
             )
         finite = logits.isfinite().all(1)
         if not finite.all():
@@ -70,9 +71,9 @@ class ClassificationEvaluator(DatasetEvaluator):
                 key for key, good in zip(inputs["key"], finite.tolist(), strict=True) if not good
             ]
             raise UserError(
-                f"The logits of {len(keys)} images are not finite, the first of {keys[0]}. "
-                "Training diverged, or the model was not loaded with the options that it was "
-                "trained with."
+                f"The logits of {len(keys)} images are not finite; the first image is {keys[0]}. "
+                "Either training diverged, or the model was built with options that differ from "
+                "those in training."
             )
         best = logits.topk(min(TOP, self.num_classes)).indices
         found = torch.zeros(len(labels), TOP, dtype=torch.int64)
@@ -97,14 +98,14 @@ class ClassificationEvaluator(DatasetEvaluator):
             self.predictions.append(entry)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Combine the counts of all processes.
+        """Sum the counts over all processes.
 
         Returns:
-            ``{"classification": {"top1_error", "top5_error", "images"}}`` with errors in percent on
-            the main process, None on the others.
+            On the main process, ``{"classification": {"top1_error", "top5_error", "images"}}`` with
+            errors in percent. On other processes, None.
 
         Raises:
-            UserError: If the number of evaluated images isn't the size of the data set.
+            UserError: If the number of evaluated images differs from the size of the data set.
         """
         parts = comm.gather((self.hits, self.confusion, self.predictions))
         if not comm.is_main_process():
@@ -116,8 +117,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         images = int(self.confusion.sum())
         if images != self.expected:
             raise UserError(
-                f"Evaluation saw {images} images, expected {self.expected}. The data changed "
-                "during evaluation, or several processes evaluated the same images."
+                f"{images} images were evaluated; expected {self.expected}. Either the data "
+                "changed during the evaluation, or several processes evaluated the same images."
             )
         if self.output_dir:
             self._write()
@@ -141,4 +142,4 @@ class ClassificationEvaluator(DatasetEvaluator):
             with open(path, "w") as file:
                 json.dump(columns, file, separators=(",", ":"))
         except OSError as error:
-            raise UserError(f"The predictions {path} can't be written: {error}.") from error
+            raise UserError(f"Cannot write predictions to {path}: {error}.") from error

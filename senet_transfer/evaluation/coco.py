@@ -1,4 +1,4 @@
-"""COCO metrics computed in C++: Detectron2's evaluator with faster-coco-eval.
+"""Detectron2's COCO evaluator with faster-coco-eval, which computes the metrics in C++.
 
 The results are identical to those of pycocotools, which is used if faster-coco-eval isn't
 installed.
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator with faster-coco-eval, about eight times as fast."""
+    """Detectron2's COCOEvaluator with faster-coco-eval, which is about eight times as fast."""
 
     def __init__(self, *arguments: Any, **options: Any):
-        """Accept the arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``."""
+        """Take the same arguments as Detectron2's COCOEvaluator, except ``use_fast_impl``."""
         super().__init__(*arguments, use_fast_impl=False, **options)
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         if faster_coco_eval is None:
-            logger.info("faster-coco-eval is not installed: using pycocotools, which is slower.")
+            logger.info("faster-coco-eval is not installed. Using pycocotools, which is slower.")
             super()._eval_predictions(predictions, img_ids)
             return
         truth = faster_coco_eval.COCO()
         truth.dataset = self._coco_api.dataset
         truth.createIndex()
-        # Replace the class in Detectron2's module: its own fast implementation isn't part of every
-        # build and rounds differently.
+        # Replace the class in Detectron2's module. Detectron2's fast implementation is not
+        # included in every build and rounds differently.
         with (
             no_garbage_collection(),
             _replaced(self, "_coco_api", truth),
@@ -47,10 +47,10 @@ class FastCOCOEvaluator(COCOEvaluator):
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection within the context.
+    """Disable garbage collection while the context is active.
 
-    An evaluation creates half a million small dicts. Scanning them for cycles takes a third of its
-    time and finds none.
+    An evaluation creates half a million small dicts without reference cycles. Scanning them for
+    cycles would take a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Published top-1 and top-5 errors in percent, for comparison."""
+"""Published top-1 and top-5 errors for comparison."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class Published:
     """A published single-crop result.
 
     Attributes:
-        name: The name of the network.
+        name: Network name.
         top1_error: Top-1 error in percent.
         top5_error: Top-5 error in percent. None if it wasn't published.
-        source: The publication.
+        source: Publication and table.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Published:
 
 _TABLE_VI = "Squeeze-and-Excitation Networks, Table VI"
 
-# Results on the validation set of Places365.
+# Results on the Places365 validation set.
 PLACES365 = (
     Published("ResNet-152", 41.15, 11.61, _TABLE_VI),
     Published("SE-ResNet-152", 40.37, 11.01, _TABLE_VI),
@@ -34,7 +34,7 @@ PLACES365 = (
 _AUTHORS = "the authors' released networks"
 _CADENE = "the table of pretrainedmodels"
 
-# Results on the validation set of ImageNet, by weight family and model name.
+# Results on the ImageNet validation set, by weight family and model name.
 IMAGENET = {
     ("caffe", "se_resnet50"): Published("SE-ResNet-50", 22.37, 6.36, _AUTHORS),
     ("caffe", "se_resnet101"): Published("SE-ResNet-101", 21.75, 5.72, _AUTHORS),
@@ -66,7 +66,7 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
         ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
     ):
         source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
-        # The authors of the baseline published its result before Cutout existed.
+        # The result of the baseline was published before Cutout.
         bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
         note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
         found[data, model] = Published(bare, plain, None, source + note)
@@ -74,7 +74,7 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
     return found
 
 
-# Results on the test sets of CIFAR, by data set and model name.
+# Results on the CIFAR test sets, by data set and model name.
 CIFAR = _tables_iv_and_v()
 
 
@@ -83,7 +83,7 @@ def published_on_cifar(dataset: str, model: str) -> Published | None:
 
     Args:
         dataset: The name or path of the data set, as in a config.
-        model: The name of the model.
+        model: The model name.
     """
     name = cifar_name(dataset)
     return None if name is None else CIFAR.get((name, model))

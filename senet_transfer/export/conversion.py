@@ -1,4 +1,4 @@
-"""Conversion of weight files, with a check that both files give the same outputs."""
+"""Conversion of weight files, with an optional comparison of both files' outputs."""
 
 import logging
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from senet_transfer.weights.mapping.target import target_of
 
 logger = logging.getLogger(__name__)
 
-# Relative to the largest output. Equal weights should give equal outputs in any file format.
+# Relative to the largest output. Equal weights should give equal outputs for all file formats.
 TOLERANCE = 1e-6
 
 
@@ -30,10 +30,10 @@ class FileDifference:
     """Difference between two weight files.
 
     Attributes:
-        of: The compared values: "logits" or "res5" on random images, or "tensors" if this project
-            has no model for the file (a detector, for example).
-        absolute: The largest absolute difference.
-        relative: ``absolute`` divided by the largest absolute value.
+        of: Compared values: "logits" or "res5" on random images, or "tensors" if this project has
+            no model for the file, for example if it is for a detector.
+        absolute: Maximum absolute difference.
+        relative: Maximum absolute difference divided by the maximum absolute value.
     """
 
     of: str
@@ -42,7 +42,7 @@ class FileDifference:
 
     def __str__(self) -> str:
         return (
-            f"largest difference of {self.of}: {self.absolute:.3g} "
+            f"largest difference in {self.of}: {self.absolute:.3g} "
             f"({self.relative:.3g} of the largest value)"
         )
 
@@ -56,43 +56,45 @@ def convert_file(
     force: bool = False,
     check: bool = False,
 ) -> FileDifference | None:
-    """Convert a weight file of any family to this project's format or to another project's.
+    """Convert a weight file of any family to the format of this project or another project.
 
     Args:
         weights: The path of the file, or a name in the catalogue.
         out: The path of the new file. If ``to`` is None, ``.pth`` and ``.safetensors`` select this
-            project's format and ``.pkl`` selects Detectron2's.
+            project's format and ``.pkl`` selects Detectron2's format.
         to: One of ``senet_transfer.weights.convert.TARGETS``.
-        family: The family of the file. Required only if several families use its tensor names.
+        family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
         check: If True, compare the outputs of both files' networks.
 
     Returns:
-        The result of the comparison; None if ``check`` is False.
+        The result of the comparison, or None if ``check`` is False.
 
     Raises:
-        UserError: The file can't be read, or can't be converted to this format; or, with
-            ``check``, the outputs differ.
+        UserError: If the file can't be read or converted to this format, or, with ``check``, if
+            the outputs differ.
     """
     out = Path(out)
     to = target_for(out, to)
     if out.exists() and not force:
-        raise UserError(f"{out} exists. Choose another name, or replace it with --force.")
+        raise UserError(
+            f"{out} already exists. Choose a different name, or replace it with --force."
+        )
     path, family = local_weights(weights, family)
     logger.info("Reading %s (%s)", path, _size(path))
     source = examine(path, family)
     _check_complete(source)
-    logger.info("Detected as %s%s", source.taken_for, _network(source))
+    logger.info("Detected as %s%s", source.detected_as, _network(source))
     for note in write_converted(source, out, to):
         logger.info(note)
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)
     if not check:
         return None
-    logger.info("Comparing")
+    logger.info("Comparing the outputs of both files")
     comparison = compare_files(source, examine(out, family_of(to)))
     if not comparison.relative <= TOLERANCE:
         raise UserError(
-            f"{out} does not give the same outputs as {path}: {comparison}. Don't use it."
+            f"{out} does not give the same outputs as {path}: {comparison}. Don't use the new file."
         )
     return comparison
 
@@ -109,7 +111,7 @@ def _network(source: Source) -> str:
 
 
 def _registered(source: Source) -> Architecture | None:
-    """Return the file's architecture if it is a registered model; None for a detector."""
+    """Return the file's architecture, or None if it is a detector or not a registered model."""
     arch = source.architecture
     if arch is None or source.detector or arch.name not in list_models():
         return None
@@ -117,7 +119,7 @@ def _registered(source: Source) -> Architecture | None:
 
 
 def _model(source: Source, architecture: Architecture) -> nn.Module:
-    """Build the network that a file is for, with a classifier if the file has one."""
+    """Build the network for a weight file, with a classifier if the file contains one."""
     entry = model_entry(architecture.name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
     if architecture.classes:
@@ -126,7 +128,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise UserError if the file is for a registered model and lacks some of its tensors."""
+    """Raise a UserError if the file is for a registered model but doesn't match its tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):
@@ -136,12 +138,12 @@ def _check_complete(source: Source) -> None:
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
-    """Compare the outputs of two files' networks, or their tensors if no model is registered."""
+    """Compare the outputs of two files' networks, or the tensors if no model is registered."""
     known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
     if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))
-    # Random images: on them, networks of different geometry give different outputs, even if all
-    # tensor shapes are equal.
+    # Use random images, for which networks of different geometry give different outputs even if
+    # all tensor shapes are equal.
     images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     outputs = []
     for source, architecture in known:
@@ -153,7 +155,7 @@ def compare_files(first: Source, second: Source) -> FileDifference:
 
 
 def _comparable(source: Source) -> dict[str, torch.Tensor]:
-    # Detectron2's files omit num_batches_tracked.
+    # Detectron2's files don't contain num_batches_tracked.
     return {k: v for k, v in source.tensors.items() if not k.endswith(".num_batches_tracked")}
 
 
@@ -162,12 +164,12 @@ def _difference(
 ) -> FileDifference:
     if first.keys() != second.keys():
         only = first_of(sorted(first.keys() ^ second.keys()), 4)
-        raise UserError(f"The files have different tensors ({only}). Don't use the new file.")
+        raise UserError(f"The files contain different tensors ({only}). Don't use the new file.")
     absolute = largest = 0.0
     for name, value in first.items():
         if value.numel():
             difference = (value.double() - second[name].double()).abs().max().item()
-            # NaN is kept, and every later comparison with NaN is False, so the check fails.
+            # Once the difference is NaN, it remains NaN, so that the caller's check fails.
             absolute = difference if not difference <= absolute else absolute
             largest = max(largest, value.double().abs().max().item())
     return FileDifference(of, absolute, absolute / largest if largest else absolute)

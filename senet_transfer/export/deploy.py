@@ -1,4 +1,4 @@
-"""Inference-only networks, with batch norms folded into the preceding convolutions."""
+"""Inference-only networks with batch norms folded into the preceding convolutions."""
 
 import copy
 
@@ -12,18 +12,19 @@ FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 
 
 def deploy(model: nn.Module) -> nn.Module:
-    """Return a copy of a network that is faster and for inference only.
+    """Return a faster copy of a network for inference only.
 
-    Batch norms, frozen or not, are folded into the convolutions before them. A norm that precedes
-    its convolution, as in pre-activation networks, is not folded. The squeeze of an SE block that
-    follows a 1x1 convolution is computed from that convolution's input, which has fewer channels.
+    Batch norms, including frozen ones, are folded into the preceding convolutions. Norms that
+    precede their convolution, as in pre-activation networks, are not folded. If an SE block follows
+    a 1x1 convolution, its squeeze is computed from the convolution's input, which has fewer
+    channels.
 
     Args:
         model: A backbone, a classifier or a detector. It is not modified.
 
     Returns:
-        A network in evaluation mode with the same outputs up to rounding. Its parameters do not
-        require gradients, and their names differ from the model's.
+        The network in evaluation mode, with the same outputs except for rounding. Its parameters
+        do not require gradients, and their names differ from those of ``model``.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():

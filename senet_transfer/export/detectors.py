@@ -13,28 +13,28 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.formats import quiet
 
-# Largest differences allowed: boxes in pixels, scores in [0, 1].
+# Maximum allowed differences in boxes (in pixels) and scores (in [0, 1]).
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 
 
 def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
-    """Export a detector with folded batch norms, and compare the exported file with it.
+    """Export a detector with folded batch norms, and compare the exported file with the detector.
 
     The exported module takes one image of any size, uint8 or float32 ``(3, H, W)`` in 0-255. The
-    caller resizes it and orders its channels as in the detector's training. The outputs are
-    tensors, whose names are listed in the extra file ``outputs``: boxes in pixels of that image,
-    scores, classes, 28x28 masks (Mask R-CNN only), and the image size.
+    caller must resize the image and order its channels as in training. The outputs are tensors,
+    whose names are listed in the extra file ``outputs``: boxes in pixels, scores, classes, 28x28
+    masks (Mask R-CNN only), and the image size.
 
     Args:
         model: A Detectron2 meta-architecture.
         path: The file to write.
-        image: The image to trace with. A crop of it is used for the comparison.
+        image: The image for tracing. A crop of it is used for the comparison.
 
     Returns:
-        The number of objects detected in that crop.
+        The number of objects detected in the crop.
 
     Raises:
-        UserError: The exported file and the detector detect different objects.
+        UserError: If the exported file and the detector detect different objects.
     """
     model = model.eval().cpu()
     adapter = TracingAdapter(deploy(model), [{"image": image}], _infer)
@@ -64,7 +64,7 @@ def _compare(path: str | Path, expected: Instances, found: Instances) -> None:
         same = same and torch.equal(found.pred_classes, expected.pred_classes)
     if not same:
         raise UserError(
-            f"{path} detects {len(found)} objects in a crop of the image, and they differ from "
-            f"the {len(expected)} objects that the model detects. Objects with nearly equal scores "
-            "may be returned in another order: try another image."
+            f"{path} detects {len(found)} objects in a crop of the image, which differ from the "
+            f"{len(expected)} objects detected by the model. The reason may be that objects with "
+            "nearly equal scores are sorted differently. Try a different image."
         )

@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export and TorchScript, each compared with the eager network."""
+"""Export to ONNX, torch.export and TorchScript, checked against the eager network."""
 
 import json
 import logging
@@ -17,17 +17,18 @@ from senet_transfer.preprocessing import Preprocessing, normalise
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
 
-# Relative to the largest output: float32 rounding depends on the order of operations.
+# Relative to the largest output. The outputs differ because float32 rounding depends on the order
+# of operations.
 TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """Backbone or classifier that takes RGB images in 0-255 and normalises them itself."""
+    """Backbone or classifier that includes the normalisation and takes RGB images in 0-255."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
         Args:
-            network: A network that takes normalised images and returns a tensor or a dict of
+            network: The network. It takes normalised images and returns a tensor or a dict of
                 tensors.
             preprocessing: The channel order, mean and std that the network expects.
         """
@@ -53,29 +54,29 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
 ) -> float:
-    """Export a backbone or classifier with folded batch norms, and compare the file with it.
+    """Export a network with folded batch norms, and compare the exported file with the network.
 
-    The batch size is dynamic; height and width are fixed.
+    The batch size is dynamic. The height and width are fixed.
 
     Args:
-        network: A network that takes normalised images. A classifier returns logits, a backbone
-            returns a dict of feature maps.
+        network: A classifier that returns logits, or a backbone that returns a dict of feature
+            maps. It takes normalised images.
         path: The file to write.
         form: A key of :data:`FORMATS`.
         preprocessing: The preprocessing that the network expects. The normalisation becomes part
-            of the exported network, and all of it is written to the file's metadata.
-        size: The height and width of the images, in pixels.
-        classes: The class names, for the metadata.
+            of the exported network, and all settings are written to the file's metadata.
+        size: The image height and width in pixels.
+        classes: The class names for the metadata.
 
     Returns:
-        The largest difference from the eager network, relative to its largest output.
+        The maximum difference from the eager network's outputs, relative to the largest output.
 
     Raises:
-        UserError: The format is unknown, its packages are missing, or the outputs of the exported
-            file differ from the network's.
+        UserError: If the format is unknown, if a required package is missing, or if the exported
+            file's outputs differ from the network's outputs.
     """
     if form not in FORMATS:
-        raise UserError(f"The format is {form!r}, expected one of: {', '.join(FORMATS)}.")
+        raise UserError(f"The format is {form!r}; expected one of: {', '.join(FORMATS)}.")
     names = ["logits"]
     with torch.no_grad():
         found = network.eval()(torch.zeros(1, 3, *size, device=_device(network)))
@@ -100,7 +101,7 @@ def _device(network: nn.Module) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the exporters' warnings about their own internals."""
+    """Suppress warnings from the exporters about their internals."""
     exporter = logging.getLogger("torch.onnx")
     before = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -122,8 +123,8 @@ def _write_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"ONNX export needs the package {error.name}, which is not installed. Run pip install "
-            "'senet_transfer[export]'."
+            f"ONNX export requires the package {error.name}, which is not installed. Run pip "
+            "install 'senet_transfer[export]'."
         ) from error
     program = torch.onnx.export(
         model,
@@ -171,7 +172,7 @@ def _check(path: str | Path, eager: nn.Module, run: Run, images: Tensor) -> floa
     if not worst <= TOLERANCE:
         raise UserError(
             f"{path} does not give the same outputs as the network: the largest difference is "
-            f"{worst:.1e} of the largest output, expected at most {TOLERANCE:.0e}. Use another "
+            f"{worst:.1e} of the largest output; expected at most {TOLERANCE:.0e}. Use a different "
             "format."
         )
     return worst

@@ -1,4 +1,4 @@
-"""Export of any model, in the format that the file name selects."""
+"""Export of any model in the format selected by the file name."""
 
 import os
 from collections.abc import Sequence
@@ -30,18 +30,19 @@ def export_model(
 
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, on the CPU, in evaluation mode.
-        cfg: The config of the model.
-        output: The file to write; its suffix is one of :data:`FORMATS`.
+        cfg: The model's config.
+        output: The file to write. Its suffix must be one of :data:`FORMATS`.
         backbone_only: If True, export only the backbone, which returns feature maps.
-        size: The side of square images, or height and width, in pixels. None uses the test crop.
-        image: The path of an image to trace a detector with.
+        size: The side length of square images, or the height and width, in pixels. If None, the
+            test crop size is used.
+        image: The path of an image for tracing a detector.
 
     Returns:
-        A sentence that reports the comparison with the eager model.
+        A sentence with the result of the comparison with the eager model.
 
     Raises:
-        UserError: The arguments are inconsistent, or the outputs of the exported file differ from
-            the model's.
+        UserError: If the arguments are inconsistent, or if the exported file's outputs differ from
+            the model's outputs.
     """
     form = format_of(output)
     if is_classification(cfg) or backbone_only:
@@ -49,7 +50,7 @@ def export_model(
         size = tuple(size or [preprocessing.crop])
         if len(size) > 2 or any(side < 1 for side in size):
             raise UserError(
-                f"--size is {list(size)}, expected one side, or height and width, in pixels."
+                f"--size is {list(size)}; expected one side length, or height and width, in pixels."
             )
         worst = export_network(
             model.backbone if backbone_only else model,
@@ -62,43 +63,44 @@ def export_model(
         return f"Compared with the eager network: the largest relative difference is {worst:.1e}."
     if form != "torchscript":
         raise UserError(
-            f"{output} selects the format {form}, but a detector can only be exported to "
-            "TorchScript. Name a .ts file, or export only the backbone with --backbone."
+            f"{output} selects the format {form}, but detectors can only be exported to "
+            "TorchScript. Choose a name that ends in .ts, or export only the backbone with "
+            "--backbone."
         )
     if not image:
         raise UserError(
-            "A detector is exported by tracing, which needs an image. Pass one that shows objects "
-            "with --image."
+            "A detector is exported by tracing, which requires an image. Use --image to specify an "
+            "image that shows objects."
         )
     found = export_detector(model, output, _read_image(image, cfg))
     return f"Compared with the eager detector: both detect the same {found} objects."
 
 
 def format_of(output: str) -> str:
-    """Return the key of :data:`FORMATS` that the suffix of an output file selects.
+    """Return the key of :data:`FORMATS` selected by the suffix of an output file.
 
     Raises:
-        UserError: The suffix is unknown, or the folder of the file does not exist.
+        UserError: If the suffix is unknown, or if the file's folder does not exist.
     """
     suffix = os.path.splitext(output)[1]
     forms = {value: key for key, value in FORMATS.items()}
     if suffix not in forms:
         raise UserError(
-            f"{output} ends in {suffix!r}, which selects no export format. Expected one of: "
-            f"{', '.join(forms)}."
+            f"{output} ends in {suffix!r}, which is not the suffix of an export format. Expected "
+            f"one of: {', '.join(forms)}."
         )
     if not os.path.isdir(os.path.dirname(output) or "."):
-        raise UserError(f"There is no folder {os.path.dirname(output)}. Create it first.")
+        raise UserError(f"The folder {os.path.dirname(output)} does not exist. Create it first.")
     return forms[suffix]
 
 
 def _read_image(path: str, cfg: CfgNode) -> Tensor:
-    """Read an image as Detectron2's evaluation does."""
+    """Read and resize an image in the same way as Detectron2's evaluation."""
     try:
         image = detection_utils.read_image(path, cfg.INPUT.FORMAT)
     except OSError as error:
         raise UserError(
-            f"{path} can't be read as an image: {error}. Choose another image."
+            f"{path} can't be read as an image: {error}. Choose a different image."
         ) from error
     resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     image = resize.get_transform(image).apply_image(image)

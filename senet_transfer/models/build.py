@@ -20,10 +20,10 @@ from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, mo
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
-    """Return the model that a config names or describes, and the options to build it with.
+    """Return the model that a config specifies, and the options for building it.
 
     Raises:
-        UserError: if keys contradict each other or are not supported by the model.
+        UserError: If config keys contradict each other or are not supported by the model.
     """
     entry = _named_entry(cfg) if cfg.MODEL.BACKBONE.ARCH else _described_entry(cfg)
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
@@ -52,10 +52,11 @@ def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
 
 
 def backbone_name(cfg: CfgNode) -> str:
-    """Return the name of the backbone that a config names or describes.
+    """Return the name of the backbone that a config specifies.
 
-    A config that describes a ResNet or ResNeXt gets the name of that network, such as
-    ``"se_resnext50_32x4d"``. The name is not validated: there may be no registered model for it.
+    If the config describes a ResNet or ResNeXt, this is the network's name, such as
+    ``"se_resnext50_32x4d"``. The name is not validated, so a registered model with this name may
+    not exist.
     """
     has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
     if name:
@@ -84,7 +85,7 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
         raise UserError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, expected 64 for "
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; expected 64 for "
             f"ResNet-{resnets.DEPTH}. Set it to 64, or set MODEL.BACKBONE.ARCH to the name of the "
             "network."
         )
@@ -106,7 +107,8 @@ def _described_entry(cfg: CfgNode) -> ModelEntry:
 def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build a backbone without FPN from a config.
 
-    It returns the feature maps of ``MODEL.RESNETS.OUT_FEATURES``, or the last one if that is empty.
+    The backbone returns the feature maps listed in ``MODEL.RESNETS.OUT_FEATURES``, or only the last
+    one if the list is empty.
     """
     entry, options = backbone_from_config(cfg)
     backbone = build_backbone(
@@ -126,13 +128,13 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a backbone with Detectron2's FPN, levels p2 to p6 (Faster R-CNN and Mask R-CNN)."""
+    """Build a backbone and an FPN with levels p2 to p6, for Faster R-CNN and Mask R-CNN."""
     return _fpn(cfg, build_senet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a backbone with Detectron2's FPN, with p6 and p7 computed from res5 (RetinaNet)."""
+    """Build a backbone and an FPN with levels p6 and p7 computed from res5, for RetinaNet."""
     backbone = build_senet_backbone(cfg, input_shape)
     _check_fpn_features(backbone, ["res5"])
     top = LastLevelP6P7(backbone.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
@@ -142,9 +144,9 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(
-            "MODEL.BACKBONE.PADDING is 'valid', expected 'same' or empty for an FPN: it adds "
-            "feature maps of two resolutions pixel by pixel, and without padding they are not "
-            "aligned. Set it to 'same'."
+            "MODEL.BACKBONE.PADDING is 'valid'; expected 'same' or empty for an FPN. An FPN adds "
+            "feature maps of two resolutions pixel by pixel, and they are not aligned without "
+            "padding. Set it to 'same'."
         )
     _check_fpn_features(backbone, cfg.MODEL.FPN.IN_FEATURES)
     check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
@@ -166,8 +168,8 @@ def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
     doubling = all(b == 2 * a for a, b in zip(strides, strides[1:], strict=False))
     if not missing and names and not doubling:
         raise UserError(
-            f"The input features of the FPN, {list(names)}, have the strides {strides}, expected "
-            "each stride to be twice the previous one. Set MODEL.FPN.IN_FEATURES to consecutive "
+            f"The input features of the FPN, {list(names)}, have the strides {strides}, but each "
+            "stride must be twice the previous one. Set MODEL.FPN.IN_FEATURES to consecutive "
             "stages from fine to coarse, without dilation (MODEL.RESNETS.RES5_DILATION 1)."
         )
     if missing or not names:
@@ -189,7 +191,7 @@ class SENetRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
         # Build the whole backbone and keep only its last stage. A separate description of this
-        # stage could get out of step with the backbone's.
+        # stage could get out of sync with the backbone.
         entry, options = backbone_from_config(cfg)
         backbone = build_backbone(entry, out_features=["res5"], **{**options, "freeze_at": 0})
         return backbone.res5, backbone.output_shape()["res5"].channels

@@ -1,4 +1,4 @@
-"""Image classifiers: a backbone with a linear layer on its last feature map."""
+"""Image classifiers, which add a linear layer to a backbone's last feature map."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from senet_transfer.weights.mapping.source import Source
 
 
 class Classifier(nn.Module):
-    """Classifier with global average pooling, dropout and a linear layer on a backbone."""
+    """Classifier that adds global average pooling, dropout and a linear layer to a backbone."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class Classifier(nn.Module):
     ):
         """
         Args:
-            backbone: a backbone that returns one feature map.
-            num_classes: number of classes.
-            dropout: dropout probability before the linear layer, in [0, 1).
-            neck: function that builds a module to use instead of the pooling; see
+            backbone: Backbone that returns one feature map.
+            num_classes: Number of classes.
+            dropout: Dropout probability before the linear layer, in [0, 1).
+            neck: Function that builds a replacement for the pooling; see
                 :class:`~senet_transfer.models.registry.ModelEntry`.
 
         Raises:
-            UserError: if the backbone returns several feature maps or a value is invalid.
+            UserError: If the backbone returns several feature maps or a value is invalid.
         """
         super().__init__()
         shapes = backbone.output_shape()
@@ -51,8 +51,8 @@ class Classifier(nn.Module):
         valid = type(num_classes) is int and num_classes >= 1
         if not valid or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise UserError(
-                f"num_classes is {num_classes!r}, expected an integer >= 1; "
-                f"dropout is {dropout!r}, expected a number >= 0 and < 1."
+                f"num_classes is {num_classes!r} (expected an integer >= 1), and dropout is "
+                f"{dropout!r} (expected a number >= 0 and < 1)."
             )
         ((self.feature, shape),) = shapes.items()
         self.backbone = backbone
@@ -88,22 +88,22 @@ def create_classifier(
     """Build a classifier by name.
 
     Args:
-        name: a model name; see :func:`senet_transfer.list_models`.
-        num_classes: number of classes.
-        weights: path of a weight file of any family, or a name from ``list_catalogue()``. If the
-            number of classes in the file differs from ``num_classes``, its linear layer is not
-            loaded, and the log reports that the new one is untrained.
-        family: family of the file, needed if its tensor names match several families.
-        dropout: dropout probability before the linear layer, in [0, 1); None uses the network's
+        name: Model name; see :func:`senet_transfer.list_models`.
+        num_classes: Number of classes.
+        weights: Path of a weight file of any family, or a name from ``list_catalogue()``. If the
+            number of classes in the file differs from ``num_classes``, the linear layer is not
+            loaded, and the log reports that it is untrained.
+        family: Family of the file, required only if several families use the same tensor names.
+        dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's
             default.
-        overrides: options of the network; see :func:`senet_transfer.create_backbone`.
+        overrides: Network options; see :func:`senet_transfer.create_backbone`.
 
     Returns:
         A module that maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``. Its
         attribute ``preprocessing`` describes the preprocessing that it requires.
 
     Raises:
-        UserError: if a name or option is unknown, a value is invalid, the file does not fit the
+        UserError: If a name or option is unknown, a value is invalid, the file does not fit the
             network, or an option contradicts the file.
     """
     entry = model_entry(name)
@@ -130,12 +130,12 @@ def build_classifier(
     """Build the classifier of a registered model; see :func:`create_classifier`.
 
     Args:
-        entry: the registered model.
-        num_classes: number of classes.
-        source: weight file that determines the network's geometry. Its weights are not loaded here.
-        dropout: dropout probability before the linear layer, in [0, 1); None uses the network's
+        entry: Registered model.
+        num_classes: Number of classes.
+        source: Weight file that determines the network's geometry. Its weights are not loaded.
+        dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's
             default.
-        overrides: options of :func:`~senet_transfer.models.registry.build_backbone`.
+        overrides: Options of :func:`~senet_transfer.models.registry.build_backbone`.
     """
     return Classifier(
         build_backbone(entry, source, **overrides),

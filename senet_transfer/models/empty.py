@@ -1,4 +1,4 @@
-"""Models without memory for their weights, for counting parameters or inspecting shapes."""
+"""Models without allocated weights, for counting parameters or inspecting shapes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def built_empty() -> Iterator[None]:
 
 
 def fill_empty(model: nn.Module) -> nn.Module:
-    """Allocate the weights of a model from :func:`built_empty` on the CPU, filled with zeros."""
+    """Allocate the weights of a :func:`built_empty` model on the CPU and fill them with zeros."""
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

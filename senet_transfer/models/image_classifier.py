@@ -45,34 +45,36 @@ class ImageClassifier(Classifier):
     ):
         """
         Args:
-            backbone: a backbone that returns one feature map.
-            num_classes: number of classes.
-            preprocessing: preprocessing that the backbone requires.
-            dropout: dropout probability before the linear layer, in [0, 1).
-            neck: see :class:`Classifier`.
-            label_smoothing: label smoothing of the loss, in [0, 1).
-            mixup: alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
-            cutmix: alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
+            backbone: Backbone that returns one feature map.
+            num_classes: Number of classes.
+            preprocessing: Preprocessing that the backbone requires.
+            dropout: Dropout probability before the linear layer, in [0, 1).
+            neck: Function that builds a replacement for the pooling; see :class:`Classifier`.
+            label_smoothing: Label smoothing of the loss, in [0, 1).
+            mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
+            cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
                 both are enabled, one of the two is drawn for each batch.
-            cutout: side length in pixels of the square that is set to zero around the centres in
-                the batch's entry ``cutout``; 0 disables Cutout.
-            channels_last: whether images and weights use the channels-last memory format.
+            cutout: Side length in pixels of the squares that are set to zero, whose centres are in
+                the batch's ``cutout`` entry; 0 disables Cutout.
+            channels_last: Whether images and weights use the channels-last memory format.
 
         Raises:
-            UserError: if the backbone returns several feature maps or a value is invalid.
+            UserError: If the backbone returns several feature maps or a value is invalid.
         """
         super().__init__(backbone, num_classes=num_classes, dropout=dropout, neck=neck)
         if not 0 <= label_smoothing < 1 or mixup < 0 or cutmix < 0:
             raise UserError(
-                f"label_smoothing is {label_smoothing}, expected a number >= 0 and < 1; mixup "
-                f"is {mixup} and cutmix is {cutmix}, expected numbers >= 0 (MODEL.CLASSIFIER)."
+                f"label_smoothing is {label_smoothing} (expected a number >= 0 and < 1), mixup is "
+                f"{mixup} and cutmix is {cutmix} (expected numbers >= 0). Set them in "
+                "MODEL.CLASSIFIER."
             )
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
         self.cutout = cutout
         self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
-        # Not persistent, so that checkpoints have the same tensors as those of any classifier.
+        # Not persistent, so that checkpoints contain the same tensors as those of a plain
+        # Classifier.
         mean, std = preprocessing.channel_values()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -81,7 +83,7 @@ class ImageClassifier(Classifier):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the arguments of the constructor for a config."""
+        """Return the constructor arguments for a config."""
         options = cfg.MODEL.CLASSIFIER
         dropout, neck = options.DROPOUT, None
         if cfg.MODEL.BACKBONE.NAME == _BACKBONE_BUILDER:
@@ -89,7 +91,7 @@ class ImageClassifier(Classifier):
             cfg.defrost()
             # An empty list selects the last stage. Detectron2's default is res4.
             cfg.MODEL.RESNETS.OUT_FEATURES = []
-            # Detectors need aligned feature maps, but the published classifiers are not padded.
+            # Detectors need aligned feature maps, but the published classifiers do not use padding.
             cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
             entry, _ = backbone_from_config(cfg)
             dropout = entry.dropout if dropout is None else dropout
@@ -122,17 +124,17 @@ class ImageClassifier(Classifier):
         """Classify a batch.
 
         Args:
-            batch: a dict, whose entries other than these are ignored, or a tensor of normalised
-                images ``(N, 3, H, W)``, as exporters pass it:
+            batch: Tensor of normalised images ``(N, 3, H, W)``, as passed by exporters, or a dict
+                with these entries (others are ignored):
 
-                - ``image``: uint8 RGB images ``(N, 3, H, W)``, or in evaluation
-                  ``(N, V, 3, H, W)`` with V views of each image.
-                - ``label``: int64 class indices ``(N,)``, in training only.
-                - ``cutout``: int64 centres ``(N, 2)`` of the squares, in training with Cutout.
+                - ``image``: uint8 RGB images ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)``
+                  with V views of each image.
+                - ``label``: int64 class indices ``(N,)``, only in training.
+                - ``cutout``: int64 centres ``(N, 2)`` of the squares, only in training with Cutout.
 
         Returns:
-            In training, a dict with the loss; in evaluation, logits ``(N, num_classes)``, averaged
-            over the views of an image. For a tensor, always logits.
+            A dict with the loss in training mode. In evaluation mode, or if ``batch`` is a tensor,
+            logits ``(N, num_classes)``, which are averaged over the views of each image.
         """
         if isinstance(batch, Tensor):
             return super().forward(batch)
@@ -158,7 +160,7 @@ class ImageClassifier(Classifier):
 
 
 def preprocessing_of(cfg: CfgNode) -> Preprocessing:
-    """Return the preprocessing of images for testing a classifier, from a config."""
+    """Return the test-time preprocessing of a classifier from a config."""
     image = cfg.INPUT.CLASSIFICATION
     return Preprocessing(
         format=cfg.INPUT.FORMAT,
@@ -171,7 +173,7 @@ def preprocessing_of(cfg: CfgNode) -> Preprocessing:
 
 
 def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
-    """Return the enabled ones of MixUp and CutMix, given their alphas."""
+    """Return the MixUp and CutMix modules that are enabled by a positive alpha."""
     mixes = [(MixUp, mixup), (CutMix, cutmix)]
     return nn.ModuleList(
         mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0
@@ -179,9 +181,9 @@ def _mixes(num_classes: int, mixup: float, cutmix: float) -> nn.ModuleList:
 
 
 def wrap_classifier(classifier: Classifier) -> ImageClassifier:
-    """Wrap a classifier from ``create_classifier`` so that it takes batches of a data loader.
+    """Wrap a classifier from ``create_classifier`` so that it accepts data loader batches.
 
-    The result shares its modules with the given classifier.
+    The returned model shares its modules with the given classifier.
     """
     wrapped = ImageClassifier(
         backbone=classifier.backbone,

@@ -1,4 +1,4 @@
-"""Registry of models by name, and construction of registered models."""
+"""Model registry, and construction of registered models by name."""
 
 import difflib
 import fnmatch
@@ -21,7 +21,7 @@ from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
 
-# Types of a builder's arguments, as they are called in error messages.
+# Descriptions of argument types in error messages.
 _KINDS = {int: "an integer >= 1", str: "a string", bool: "True or False", NoneType: "None"}
 
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -34,16 +34,16 @@ class ModelEntry:
     """Registered model, which can be built by name.
 
     Attributes:
-        name: the name of the model.
-        build: the function that builds its backbone. It takes only keyword arguments, which
-            include ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
-        fixed: the arguments of ``build`` that the name determines.
-        has_se: whether the backbone has SE.
-        dropout: default dropout probability before the linear layer of a classifier.
-        preprocessing: the preprocessing for training from scratch.
-        neck: a function that builds the module between the last feature map and the linear layer
-            of a classifier. It takes the number of channels of the feature map and ``dropout``;
-            the module has an attribute ``out_channels``. None is global average pooling.
+        name: Name of the model.
+        build: Function that builds the backbone. It takes only keyword arguments, which include
+            ``se: SEOptions | None``, ``norm``, ``out_features`` and ``freeze_at``.
+        fixed: Arguments of ``build`` that are determined by the model name.
+        has_se: Whether the backbone has SE.
+        dropout: Default dropout probability before a classifier's linear layer.
+        preprocessing: Preprocessing for training from scratch.
+        neck: Function that builds the module between a classifier's last feature map and its linear
+            layer. It takes the number of channels of the feature map and ``dropout``. The module
+            must have an attribute ``out_channels``. None uses global average pooling.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ModelEntry:
     neck: Callable[..., nn.Module] | None = None
 
     def options(self) -> list[str]:
-        """Return the names of the arguments of ``build`` that the model's name does not fix."""
+        """Return the names of the ``build`` arguments that the model name does not determine."""
         found = inspect.signature(self.build).parameters.items()
         named = [name for name, option in found if option.kind is not option.VAR_KEYWORD]
         return [name for name in named if name not in self.fixed and name != "se"]
@@ -63,7 +63,7 @@ class ModelEntry:
 
 _MODELS: dict[str, ModelEntry] = {}
 
-# Keys are patterns of names, whose named groups are integer arguments of `build`.
+# Keys are name patterns, whose named groups are integer arguments of `build`.
 _FAMILIES: dict[str, ModelEntry] = {}
 
 
@@ -96,14 +96,14 @@ def register_family(
 ) -> None:
     """Register all models whose name, without the prefix ``se_``, matches a pattern.
 
-    :func:`list_models` does not list them, because their number is unlimited.
+    :func:`list_models` does not include these models, because their number is unlimited.
 
     Args:
-        pattern: a regular expression for the whole name, such as ``"wrn(?P<depth>[0-9]+)"``. Its
+        pattern: Regular expression for the whole name, such as ``"wrn(?P<depth>[0-9]+)"``. Its
             named groups match integers that are passed to ``build`` as keyword arguments.
-        build: see :class:`ModelEntry`.
-        preprocessing: see :class:`ModelEntry`.
-        fixed: see :class:`ModelEntry`.
+        build: See :class:`ModelEntry`.
+        preprocessing: See :class:`ModelEntry`.
+        fixed: See :class:`ModelEntry`.
     """
     _FAMILIES[pattern] = ModelEntry(pattern, build, fixed, False, preprocessing=preprocessing)
 
@@ -118,17 +118,18 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_entry(name: str) -> ModelEntry:
-    """Return the registered model with the given name.
+    """Return the registered model called ``name``.
 
     Raises:
-        UserError: if there is no model with this name.
+        UserError: If there is no model with this name.
     """
     entry = (_MODELS.get(name) or _family_entry(name)) if isinstance(name, str) else None
     if entry is None:
         near = difflib.get_close_matches(str(name), _MODELS, n=4, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
-            f"There is no model {name!r}. {hint}senet_transfer.list_models() lists all models."
+            f"There is no model called {name!r}. {hint}Call senet_transfer.list_models() for a "
+            "list of all models."
         )
     return entry
 
@@ -152,20 +153,20 @@ def build_backbone(
     fused: str | bool = "auto",
     **overrides: Any,
 ) -> Backbone:
-    """Build the backbone of a registered model, with the attribute ``preprocessing``.
+    """Build the backbone of a registered model, and set its ``preprocessing`` attribute.
 
     Args:
-        entry: the registered model.
-        source: weight file that determines the network's geometry. Its weights are not loaded here.
-        out_features: names of the stages to return; None returns the last one.
-        norm: Name of a Detectron2 norm, such as "BN".
+        entry: Registered model.
+        source: Weight file that determines the network's geometry. Its weights are not loaded.
+        out_features: Names of the stages to return; None returns the last one.
+        norm: Detectron2 norm name, such as "BN".
         fused: "auto", True or False; see :func:`create_backbone`.
-        overrides: further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
+        overrides: Further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
             prefix ``se_``.
 
     Raises:
-        UserError: if the model does not have an option, an option contradicts the file, or a value
-            is invalid.
+        UserError: If the model does not support an option, an option contradicts the file, or a
+            value is invalid.
     """
     overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
@@ -200,14 +201,14 @@ def build_backbone(
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
-    """Raise UserError if an argument has another type than annotated or is an integer below 1."""
+    """Raise UserError if an argument has the wrong type or is an integer below 1."""
     hints = get_type_hints(build)
     hints.pop("freeze_at", None)  # 0 is valid; `build_backbone` in builder.py checks it
     for name in hints.keys() & arguments:
         value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)
         if type(value) not in kinds or (type(value) is int and value < 1):
             words = " or ".join(_KINDS[kind] for kind in kinds)
-            raise UserError(f"{name} is {value!r}, expected {words}.")
+            raise UserError(f"{name} is {value!r}; expected {words}.")
 
 
 def create_backbone(
@@ -229,17 +230,17 @@ def create_backbone(
     use ``padding="same"`` for detectors.
 
     Args:
-        name: a model name; see :func:`list_models`.
-        weights: path of a weight file of any family, or a name from ``list_catalogue()``; see
+        name: Model name; see :func:`list_models`.
+        weights: Path of a weight file of any family, or a name from ``list_catalogue()``; see
             :func:`senet_transfer.load_weights`.
-        family: family of the file, needed if its tensor names match several families.
-        out_features: names of the stages to return, from "stem" and "res2" to "res5"; None returns
+        family: Family of the file, required only if several families use the same tensor names.
+        out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
             the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
-        fused: whether norms, gates, sums and ReLUs of residual blocks are computed by fused Triton
+        fused: Whether norms, gates, sums and ReLUs of residual blocks are computed by fused Triton
             kernels: "auto" uses them on a GPU, False never, and True raises an error on other
-            devices. Weights and checkpoints do not depend on it.
-        overrides: options of the network, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
+            devices. Weights and checkpoints do not depend on this option.
+        overrides: Network options, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
             ``freeze_at=2``, ``se_ratio=8`` and ``se_placement="pre"``.
 
     Returns:
@@ -247,7 +248,7 @@ def create_backbone(
         attribute ``preprocessing`` describes the preprocessing that it requires.
 
     Raises:
-        UserError: if a name or option is unknown, a value is invalid, the file does not fit the
+        UserError: If a name or option is unknown, a value is invalid, the file does not fit the
             network, or an option contradicts the file.
     """
     entry = model_entry(name)
@@ -274,10 +275,10 @@ def examine_weights(weights: str | Path | None, family: str | None) -> Source | 
 def _with_file_options(
     entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return ``overrides`` extended by the options of the network in a weight file.
+    """Return ``overrides`` extended with the options of the network in a weight file.
 
     Raises:
-        UserError: if an override contradicts the file.
+        UserError: If an override contradicts the file.
     """
     if source is None:
         return overrides
@@ -287,7 +288,7 @@ def _with_file_options(
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:
             raise UserError(
-                f"{key}={given!r} contradicts {source.path}: the network of this file, detected as "
-                f"{source.taken_for}, has {value!r}. Remove the option, or use other weights."
+                f"{key}={given!r} contradicts {source.path}, detected as {source.detected_as}, "
+                f"whose network has {value!r}. Remove the option, or use different weights."
             )
     return {**overrides, **stated}

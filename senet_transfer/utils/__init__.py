@@ -1,1 +1,1 @@
-"""Utilities for all other parts of the package; they import only its errors."""
+"""Utilities used throughout the package, which depend only on :mod:`senet_transfer.errors`."""

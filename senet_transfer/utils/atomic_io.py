@@ -1,4 +1,4 @@
-"""Atomic writing of files: a file appears under its name only when it is complete and on disk."""
+"""Atomic file writing: a file appears under its final name only when it is complete and on disk."""
 
 import json
 import math
@@ -11,20 +11,21 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file that replaces ``path`` atomically when the block ends.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that atomically replaces ``path`` when the block ends.
 
-    If the block raises an exception, the temporary file is deleted and an existing file at ``path``
-    stays unchanged. The parent folder must exist.
+    If the block raises an exception, the temporary file is deleted and any existing file at
+    ``path`` is left unchanged. The parent folder must exist.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: If the file can't be written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        # Sync the content before the rename: a crash could otherwise leave the name without it.
+        # Sync the content before renaming. Otherwise, a crash could leave an incomplete file under
+        # the final name.
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         # mkstemp and safetensors create files that only their owner can read.
@@ -46,13 +47,13 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for atomic writing in binary mode; see :func:`whole_file`."""
-    with whole_file(path) as partial, open(partial, "wb") as stream:
+    """Open a file for atomic writing in binary mode; see :func:`atomic_path`."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
         yield stream
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync a folder, so that renames of its files survive a crash."""
+    """Sync a folder, so that file renames in it survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,16 +64,16 @@ def _sync_folder(folder: Path) -> None:
 def write_json(
     path: str | Path, value: Any, *, indent: int | None = 2, sort_keys: bool = False
 ) -> None:
-    """Write a value as JSON, atomically. NaN and infinity, which JSON does not have, become null.
+    """Write a value as JSON atomically. NaN and infinity, which JSON can't represent, become null.
 
     Args:
-        path: the path of the file.
-        value: a JSON value: numbers, strings, lists and dicts.
-        indent: the number of spaces per level; None writes a single line.
-        sort_keys: sort the keys of dicts, so that equal values give the same bytes.
+        path: Path of the file.
+        value: JSON-serialisable value, made of numbers, strings, lists and dicts.
+        indent: Number of spaces per level; None writes a single line.
+        sort_keys: Whether to sort dict keys, so that equal values produce identical bytes.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: If the file can't be written.
     """
     text = json.dumps(nonfinite_to_null(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
     with atomic_file(Path(path)) as stream:

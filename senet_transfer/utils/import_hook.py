@@ -1,4 +1,4 @@
-"""Import of Detectron2 without warnings, and actions that run after a module is imported."""
+"""Import helpers: suppression of a known warning, and actions that run after an import."""
 
 import contextlib
 import importlib.abc
@@ -14,7 +14,7 @@ from senet_transfer.utils.private_api import is_initializing
 
 @contextlib.contextmanager
 def without_script_warnings() -> Iterator[None]:
-    """Hide the deprecation warning of ``torch.jit.script``, which Detectron2's import triggers."""
+    """Suppress the ``torch.jit.script`` deprecation warning that importing Detectron2 triggers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
         yield
@@ -26,8 +26,8 @@ def after_import(name: str, action: Callable[[], object]) -> None:
     If the module is already imported, the action runs immediately.
 
     Args:
-        name: the dotted name of the module.
-        action: a function without arguments.
+        name: Dotted name of the module.
+        action: Function to call, without arguments.
     """
     module = sys.modules.get(name)
     if module is not None and not is_initializing(module):
@@ -37,7 +37,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finder that delegates the search for one module and adds an action after its execution."""
+    """Meta path finder that runs an action after the given module is executed."""
 
     def __init__(self, name: str, action: Callable[[], object]):
         self.name, self.action = name, action
@@ -53,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Wrapper of a module's loader that runs an action after the module is executed."""
+    """Loader wrapper that runs an action after the module is executed."""
 
     def __init__(self, loader: importlib.abc.Loader, action: Callable[[], object]):
         self.loader, self.action = loader, action

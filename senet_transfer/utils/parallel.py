@@ -1,4 +1,4 @@
-"""Parallel processing of many files in several processes."""
+"""Parallel processing of tasks in several processes."""
 
 import multiprocessing
 import os
@@ -18,20 +18,22 @@ def run_parallel(
     """Yield ``(task, function(task, argument))`` for each task, in the order of completion.
 
     Args:
-        function: a module-level function, so that it can be pickled.
-        tasks: the tasks. At most twice as many as there are workers are submitted at a time,
-            because all of them at once could fill the memory.
-        argument: the second argument of every call.
-        workers: the number of processes.
+        function: Function to call; it must be defined at module level, so that it can be pickled.
+        tasks: Tasks to process. At most ``2 * workers`` tasks are submitted at a time, because
+            submitting all of them at once could exhaust memory.
+        argument: Second argument of every call.
+        workers: Number of processes.
 
     Raises:
-        UserError: if a process was killed. Exceptions of the function are raised unchanged.
+        UserError: If a process is killed. Exceptions raised by the function are passed on
+            unchanged.
     """
     remaining = iter(tasks)
     waiting: dict[Future, Any] = {}
     pool = ProcessPoolExecutor(
         min(workers, len(tasks)),
-        # Spawning an interpreter takes seconds, and forking is safe while no threads are running.
+        # Fork, because spawning an interpreter takes seconds. Forking is safe while no threads are
+        # running.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_end_with_parent,
         initargs=(os.getpid(),),
@@ -46,15 +48,15 @@ def run_parallel(
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, most likely because the memory ran out. Use fewer "
-            "workers; completed files are kept."
+            "A worker process was killed, most likely because memory ran out. Use fewer workers; "
+            "completed files are kept."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _end_with_parent(parent: int) -> None:
-    """Exit this process when its parent has ended, including when the parent was killed."""
+    """Exit this process as soon as its parent process has ended, even if the parent was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:

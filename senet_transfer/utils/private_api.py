@@ -1,8 +1,9 @@
-"""Functions that wrap private APIs of other libraries, with the versions they were tested on.
+"""Wrappers for private APIs of other libraries, with the versions they were tested with.
 
 No other module of the package reads or writes a private attribute of torch, fvcore, Detectron2 or
-Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so that
-a test fails if an upgrade changes a private API. Importing this module imports no library.
+Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so that a
+test fails if an upgrade changes a private API. Importing this module does not import any of these
+libraries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def intercepts_operators() -> bool:
     """Return whether a functorch transform or a dispatch mode intercepts operators.
 
-    torch 2.11 to 2.14: ``torch._C._are_functorch_transforms_active`` and
+    Private API (torch 2.11 to 2.14): ``torch._C._are_functorch_transforms_active`` and
     ``torch.utils._python_dispatch._get_current_dispatch_mode``.
     """
     import torch
@@ -35,8 +36,10 @@ def intercepts_operators() -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has forward, forward-pre, backward or backward-pre hooks.
 
-    torch 2.11 to 2.14: ``_forward_hooks``, ``_forward_pre_hooks``, ``_backward_hooks`` and
-    ``_backward_pre_hooks`` of ``torch.nn.Module``. Global hooks are ignored.
+    Global hooks are ignored.
+
+    Private API (torch 2.11 to 2.14): ``_forward_hooks``, ``_forward_pre_hooks``,
+    ``_backward_hooks`` and ``_backward_pre_hooks`` of ``torch.nn.Module``.
     """
     return bool(
         module._forward_hooks
@@ -47,15 +50,17 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
-    """Attach metadata to a state dict, next to the versions of modules that ``torch.save`` keeps.
+    """Attach metadata to a state dict, in the attribute that usually contains module versions.
 
-    ``load_state_dict`` ignores entries whose names are not names of modules.
+    ``torch.save`` stores this attribute, and ``load_state_dict`` ignores entries that are not named
+    after a module.
 
-    torch 2.11 to 2.14: the attribute ``_metadata`` of the result of ``state_dict()``.
+    Private API (torch 2.11 to 2.14): attribute ``_metadata`` of a state dict.
 
     Args:
-        state: an ``OrderedDict``, because a plain dict can't have attributes.
-        metadata: entries by name.
+        state: State dict. It must be an ``OrderedDict``, because a plain dict can't have
+            attributes.
+        metadata: Metadata entries by name.
     """
     from collections import OrderedDict
 
@@ -67,7 +72,7 @@ def inductor_freezing() -> AbstractContextManager[None]:
 
     This has the same effect as the environment variable ``TORCHINDUCTOR_FREEZING=1``.
 
-    torch 2.11 to 2.14: ``torch._inductor.config``.
+    Private API (torch 2.11 to 2.14): ``torch._inductor.config``.
     """
     import torch._inductor.config
 
@@ -79,11 +84,11 @@ def limit_history(storage: EventStorage, length: int) -> None:
 
     Metrics that already have a value are not affected.
 
-    Detectron2 0.6 to 0.7: ``_history``, a ``defaultdict``, of ``EventStorage``.
+    Private API (Detectron2 0.6 to 0.7): ``EventStorage._history``, a ``defaultdict``.
 
     Args:
-        storage: the event storage of a run.
-        length: the number of most recent values to keep for each metric.
+        storage: Event storage of a run.
+        length: Number of most recent values to keep per metric.
     """
     from fvcore.common.history_buffer import HistoryBuffer
 
@@ -91,9 +96,9 @@ def limit_history(storage: EventStorage, length: int) -> None:
 
 
 def set_write_period(writer: PeriodicWriter, period: int) -> None:
-    """Set the number of iterations between two writes of a ``PeriodicWriter``.
+    """Set the number of iterations between writes of a ``PeriodicWriter``.
 
-    Detectron2 0.6 to 0.7: ``_period`` of ``PeriodicWriter``.
+    Private API (Detectron2 0.6 to 0.7): ``PeriodicWriter._period``.
     """
     writer._period = period
 
@@ -101,8 +106,8 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 def end_failed_load(checkpointer: DetectionCheckpointer) -> None:
     """Reset a checkpointer after a failed load, so that it can load again.
 
-    Detectron2 0.6 to 0.7: ``_parsed_url_during_load`` of ``DetectionCheckpointer``. ``load``
-    requires it to be None at its start, but resets it only if it succeeds.
+    Private API (Detectron2 0.6 to 0.7): ``DetectionCheckpointer._parsed_url_during_load``. ``load``
+    requires this attribute to be None, but resets it only after a successful load.
     """
     checkpointer._parsed_url_during_load = None
 
@@ -110,6 +115,6 @@ def end_failed_load(checkpointer: DetectionCheckpointer) -> None:
 def is_initializing(module: ModuleType) -> bool:
     """Return whether a module in ``sys.modules`` is still being executed.
 
-    CPython 3.11 to 3.13: ``_initializing`` of a module's spec.
+    Private API (CPython 3.11 to 3.13): ``_initializing`` of a module spec.
     """
     return getattr(module.__spec__, "_initializing", False)

@@ -14,9 +14,10 @@ def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **optio
     """Return a progress bar on stderr, which is shown only if stderr is a terminal.
 
     Args:
-        items: the items to iterate over; None for a bar that is advanced by its ``update`` method.
-        quiet: whether to hide the bar on a terminal too.
-        options: further arguments of tqdm, such as ``total``, ``unit`` and ``desc``.
+        items: Items to iterate over; None returns a bar that is advanced with its ``update``
+            method.
+        quiet: Whether to hide the bar even if stderr is a terminal.
+        options: Further tqdm arguments, such as ``total``, ``unit`` and ``desc``.
     """
     # With disable=None, tqdm shows the bar only on a terminal.
     return tqdm(items, disable=True if quiet or _QUIET.get() else None, **options)
@@ -24,12 +25,12 @@ def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **optio
 
 @contextmanager
 def no_bars(quiet: bool = True) -> Iterator[None]:
-    """Hide all progress bars that are created within the block.
+    """Hide all progress bars created within the block.
 
-    Commands use this context. Long-running functions also have an argument ``quiet``.
+    Commands use this context manager. Long-running functions also have a ``quiet`` argument.
 
     Args:
-        quiet: False leaves the bars as they are.
+        quiet: Whether to hide the bars; False has no effect.
     """
     token = _QUIET.set(quiet or _QUIET.get())
     try:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
-    """Return the first names separated by commas, and the number of the remaining ones.
+    """Join the first names with commas, and add the number of remaining names.
 
     Args:
-        names: the names, in the order in which to list them.
-        limit: the maximum number of names in the text.
+        names: Names to list, in order.
+        limit: Maximum number of names in the text.
 
     Returns:
         Text such as ``"a, b, and 3 more"``.
@@ -19,7 +19,7 @@ def first_of(names: Iterable[str], limit: int = 20) -> str:
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """Return untrusted text as a short, printable, single line for a message."""
+    """Convert untrusted text to a short, printable, single line for a message."""
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."

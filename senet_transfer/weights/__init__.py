@@ -1,7 +1,7 @@
-"""Loading and saving of weight files of all supported families, with checks of their contents.
+"""Loading, checking and saving of weight files of all supported families.
 
-The package works on tensors and modules and imports no network class, so that the backbones can
-import it.
+The package operates on tensors and modules and imports no network classes, so that the backbones
+can import it.
 """
 
 from senet_transfer.weights.families.registry import FAMILIES

@@ -1,4 +1,4 @@
-"""Conversion of weights to the names and file formats of other projects."""
+"""Conversion of weights to the tensor names and file formats of other projects."""
 
 import json
 import pickle
@@ -25,8 +25,8 @@ from senet_transfer.weights.load import pixel_contradictions
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.save import check_suffix, own_metadata, write_own, written_whole
 
-# Key of the origin in other projects' files. OWN_METADATA can't be used there, because it marks a
-# file with this project's tensor names.
+# Metadata key for the origin of a converted file. OWN_METADATA can't be used here, because it marks
+# files with this project's tensor names.
 MADE_FROM = "made_by_senet_transfer_from"
 
 _OURS, _DETECTRON2 = "senet_transfer", "detectron2"
@@ -44,12 +44,12 @@ class Format:
     """File format of another project.
 
     Attributes:
-        title: The project's name, for messages.
-        family: The family that its files are read as.
-        rename: Function from this project's tensor names to the other project's.
-        networks: The networks that the project has, by this project's model names.
-        rename_deep: Same as ``rename``, for networks with a stem of three convolutions.
-        basic_divisor: The divisor that hidden SE widths are rounded to in networks of basic blocks.
+        title: Project name, for messages.
+        family: Weight family of its files.
+        rename: Function that maps this project's tensor names to the other project's.
+        networks: Networks that the other project supports, by this project's model names.
+        rename_deep: Same as ``rename``, for networks with a three-convolution stem.
+        basic_divisor: In networks with basic blocks, hidden SE widths are multiples of this number.
     """
 
     title: str
@@ -93,42 +93,44 @@ TARGETS = (_OURS, _DETECTRON2, *FORMATS)
 
 
 def target_for(path: Path, to: str | None) -> str:
-    """Return the target of a conversion: ``to``, or the default of the path's suffix.
+    """Return the conversion target: ``to``, or the default for the path's suffix.
 
     Raises:
-        UserError: The target is unknown, or its files do not have this suffix.
+        UserError: If the target is unknown or does not support this suffix.
     """
     to = to or (_DETECTRON2 if path.suffix == ".pkl" else _OURS)
     if to not in TARGETS:
-        raise UserError(f"Weights can't be converted to {to!r}. Known: {', '.join(TARGETS)}.")
+        raise UserError(
+            f"Weights can't be converted to {to!r}; expected one of: {', '.join(TARGETS)}."
+        )
     check_suffix(path, (".pkl",) if to == _DETECTRON2 else (".pth", ".safetensors"))
     return to
 
 
 def family_of(to: str) -> str:
-    """Return the family that a file written by :func:`write_converted` is read as."""
+    """Return the weight family of the files that :func:`write_converted` writes for a target."""
     return FORMATS[to].family if to in FORMATS else _OURS
 
 
 def write_converted(source: Source, path: Path, to: str) -> list[str]:
-    """Write the tensors of a file and their origin in the format of a target project.
+    """Write a file's tensors and their origin in the target project's format.
 
     Args:
-        source: The examined file.
-        path: The new file; its suffix must be valid for the target, see :func:`target_for`.
-        to: One of :data:`TARGETS`.
+        source: Examined weight file.
+        path: Path of the new file. Its suffix must be valid for the target; see :func:`target_for`.
+        to: Conversion target, one of :data:`TARGETS`.
 
     Returns:
-        Notes for the user about the new file, in sentences.
+        Notes for the user about the new file, as sentences.
 
     Raises:
-        UserError: The target project has no equivalent network, or the file can't be written.
+        UserError: If the target project has no equivalent network, or the file can't be written.
     """
     if source.unknown:
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has {len(source.unknown)} tensors "
-            f"that the family does not have ({first_of(source.unknown, 4)}) and that can't be "
-            "converted. Remove them from the file if they are not needed."
+            f"{source.path}, detected as {source.detected_as}, contains {len(source.unknown)} "
+            f"tensors that are not part of this family ({first_of(source.unknown, 4)}) and can't "
+            "be converted. Remove them from the file if they are not needed."
         )
     origin = {
         "family": source.family.name,
@@ -138,15 +140,18 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
     metadata = own_metadata(source.architecture, source.geometry, source.preprocessing, origin)
     notes = [f"{note[0].upper()}{note[1:]}." for note in source.notes]
     if source.family.affine_norms:
-        notes.append("Its norms have no running statistics: use it with FrozenBN only.")
+        notes.append(
+            "The norms in the file have no running statistics. Use the file only with FrozenBN."
+        )
     if to in FORMATS:
         _write_foreign(source, path, FORMATS[to], metadata)
         if "linear.weight" not in source.tensors:
             notes.append(
-                "It has no classifier: load it with strict=False, or into a model without one."
+                "The file has no classifier. Load it with strict=False, or into a model without a "
+                "classifier."
             )
         return notes
-    # A detector keeps its full names, which contain the part that a tensor belongs to.
+    # Keep a detector's full tensor names, which include the submodules.
     tensors = {
         source.original[name] if source.detector else name: tensor
         for name, tensor in source.tensors.items()
@@ -161,7 +166,8 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
 def _write_detectron2(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, heuristics: bool
 ) -> None:
-    # As in Detectron2's model zoo: no num_batches_tracked, and numpy arrays (no bfloat16).
+    # As in Detectron2's model zoo, omit num_batches_tracked and store numpy arrays, which do not
+    # support bfloat16.
     tensors = {
         name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         for name, tensor in tensors.items()
@@ -170,7 +176,7 @@ def _write_detectron2(
     content = {
         "model": {name: tensor.contiguous().numpy() for name, tensor in tensors.items()},
         "__author__": "senet_transfer",
-        # Makes Detectron2 match a backbone's names with the suffixes of a detector's names.
+        # Allow Detectron2 to match a backbone's names with the suffixes of a detector's names.
         "matching_heuristics": heuristics,
         OWN_METADATA: {**metadata, OWN_HASH: tensors_sha256(tensors)},
     }
@@ -179,7 +185,7 @@ def _write_detectron2(
 
 
 def _keys_for_detectron2(source: Source) -> list[str]:
-    """Return notes on the config keys that Detectron2 needs, because its files do not have them."""
+    """Return notes on the config keys that must be set in Detectron2."""
     notes, keys = [], []
     if source.geometry.stride_in_1x1 is not None:
         keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {source.geometry.stride_in_1x1}")
@@ -191,9 +197,9 @@ def _keys_for_detectron2(source: Source) -> list[str]:
     arch = source.architecture
     if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool == "ceil"):
         notes.append(
-            "Detectron2's own backbones lack SE, the deep stem and the ceil pool, and Detectron2 "
-            "ignores unknown tensors without an error: load this file into a backbone of "
-            "senet_transfer."
+            "Detectron2's own backbones do not support SE, the deep stem or the ceil-mode stem "
+            "pool, and Detectron2 ignores unknown tensors without an error. Load this file into a "
+            "senet_transfer backbone."
         )
     return notes
 
@@ -221,7 +227,8 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
         theirs = rename(name)
         if theirs is None:
             raise UserError(
-                f"{source.path}: {form.title} has no tensor that corresponds to {name}."
+                f"{source.path} can't be converted: {form.title} has no tensor that corresponds to "
+                f"{name}. Convert it to senet_transfer or detectron2 instead."
             )
         if ".se.fc" in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]  # the other projects use 1x1 convolutions
@@ -234,18 +241,20 @@ def _check_expressible(source: Source, form: Format) -> None:
     arch = source.architecture
     problems = []
     if source.detector:
-        problems.append(f"The file is of a detector, and {form.title} has only its backbone.")
+        problems.append(
+            f"The file contains a detector, of which {form.title} supports only the backbone."
+        )
     if arch is None or arch.name not in form.networks:
         name = arch.name if arch else "unknown"
         networks = ", ".join(sorted(form.networks))
-        problems.append(f"The file's network is {name}. {form.title} has {networks}.")
+        problems.append(f"The file's network is {name}, but {form.title} supports only {networks}.")
     else:
         problems += _problems(source, arch, form)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, can't be converted to {form.title}:\n"
-            f"{lines}\nConvert it to senet_transfer or detectron2 instead."
+            f"{source.path}, detected as {source.detected_as}, can't be converted to "
+            f"{form.title}:\n{lines}\nConvert it to senet_transfer or detectron2 instead."
         )
 
 
@@ -254,11 +263,11 @@ def _problems(source: Source, arch: Architecture, form: Format) -> list[str]:
     family = FAMILIES[form.family]
     for name, theirs in family.geometry(arch).options().items():
         if (ours := getattr(source.geometry, name)) != theirs:
-            said = "not stated" if ours is None else repr(ours)
-            problems.append(f"{name} is {said} in the file, {theirs!r} in {form.title}.")
+            said = "not specified" if ours is None else repr(ours)
+            problems.append(f"{name} is {said} in the file, but {theirs!r} in {form.title}.")
     expected = family.preprocessing(arch)
     if source.preprocessing is None:
-        problems.append("The file does not state the preprocessing that its network expects.")
+        problems.append("The file does not specify the preprocessing that its network expects.")
     elif expected:
         problems += pixel_contradictions(source.preprocessing, expected)
     if arch.se_stages:
@@ -267,7 +276,7 @@ def _problems(source: Source, arch: Architecture, form: Format) -> list[str]:
         theirs = ((2, 3, 4, 5), 16, divisor, True)
         if found != theirs:
             problems.append(
-                "Its SE layers (stages, ratio, divisor of the widths, biases) are "
-                f"{found} in the file, {theirs} in {form.title}."
+                f"The SE options (stages, ratio, width divisor, biases) are {found} in the file, "
+                f"but {theirs} in {form.title}."
             )
     return problems

@@ -1,4 +1,4 @@
-"""Transfer of a weight file's geometry and preprocessing to a config."""
+"""Transfer of geometry and preprocessing from a weight file to a config."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from senet_transfer.weights.mapping.source import Source, examine
 
 logger = logging.getLogger(__name__)
 
-# Config keys of the options that Source.options() returns.
+# Config keys for the options returned by Source.options().
 OPTION_KEYS = {
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
     "stem_pool": "MODEL.RESNETS.STEM_POOL",
@@ -31,7 +31,7 @@ OPTION_KEYS = {
 
 @dataclass(frozen=True)
 class Change:
-    """Change of a config key to the value of a weight file."""
+    """Change of a config key to the value from a weight file."""
 
     key: str
     before: Any
@@ -39,47 +39,45 @@ class Change:
 
 
 def local_weights(name: str, family: str | None = None) -> tuple[str, str | None]:
-    """Return the local path of the file that ``MODEL.WEIGHTS`` names, and its family.
+    """Return the local path and the family of the weight file called ``name``.
 
     Args:
-        name: A path, a name in the catalogue or a URL. The latter two are downloaded to a cache.
-        family: The family given by the user. None uses the catalogue's, or leaves it undetermined.
+        name: Path, catalogue name or URL, as in ``MODEL.WEIGHTS``. For a catalogue name or a URL,
+            the file is downloaded to a cache.
+        family: Family given by the user; None uses the catalogue's, if there is one.
 
     Raises:
-        UserError: The file does not exist or can't be downloaded.
+        UserError: If the file does not exist or can't be downloaded.
     """
     place, family = locate_weights(name, family)
     try:
         path = PathManager.get_local_path(str(place))
     except Exception as error:  # the handlers of URL schemes raise various types
-        raise UserError(
-            f"The weights {name} can't be downloaded: {error}. Check the address."
-        ) from error
+        raise UserError(f"Cannot download the weights {name}: {error}. Check the URL.") from error
     if not os.path.isfile(path):
         near = nearest_names(name)
         hint = f" Similar names in the catalogue: {', '.join(near)}." if near else ""
         raise UserError(
-            f"There is no weight file {name} ({os.path.abspath(path)}). Set MODEL.WEIGHTS to the "
-            f"path of an existing file.{hint}"
+            f"The weight file {name} ({os.path.abspath(path)}) does not exist. Set MODEL.WEIGHTS "
+            f"to the path of an existing file.{hint}"
         )
     return path, family
 
 
 def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source | None:
-    """Examine the weight file of a config.
+    """Examine the weight file that a config specifies.
 
     Args:
-        cfg: The config.
-        weights: The file to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed
-            run.
+        cfg: Config that specifies the weight file.
+        weights: File to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
 
     Returns:
-        The examined file; None for an empty name.
+        The examined file, or None if the name is empty.
 
     Raises:
-        UserError: The file can't be read, or its family is unknown.
+        UserError: If the file can't be read, or its family is unknown.
     """
-    # MODEL.WEIGHTS_FAMILY describes MODEL.WEIGHTS only. A checkpoint states its own family.
+    # MODEL.WEIGHTS_FAMILY applies only to MODEL.WEIGHTS. A checkpoint specifies its own family.
     is_other = weights is not None and weights != cfg.MODEL.WEIGHTS
     family = None if is_other else cfg.MODEL.WEIGHTS_FAMILY or None
     name = cfg.MODEL.WEIGHTS if weights is None else weights
@@ -87,24 +85,24 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
 
 
 def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
-    """Set the config keys that the network of the weight file needs.
+    """Set the config keys that the network in a weight file requires.
 
-    Call this before building the model. The keys are the stride placement, stem pool, channel
-    order, mean and std, and those of the SE layers: biases, rounding of the hidden widths, and a
-    ReLU before the gate. Changes are logged as a table. With ``MODEL.WEIGHTS_PIN`` the config is
+    Call this before building the model. The keys describe the stride placement, the stem pool, the
+    channel order, the mean and std, and the SE layers (biases, rounding of the hidden widths, ReLU
+    before the gate). Changes are logged as a table. If ``MODEL.WEIGHTS_PIN`` is True, the config is
     not changed.
 
     Args:
-        cfg: The config, which is changed in place even if it is frozen.
-        weights: The file to use instead of ``MODEL.WEIGHTS`` (such as the last checkpoint of a
-            resumed run), by name or examined. An empty name changes nothing.
+        cfg: Config, which is changed in place even if it is frozen.
+        weights: File to use instead of ``MODEL.WEIGHTS``, such as the last checkpoint of a resumed
+            run, as a name or an examined file. An empty name changes nothing.
 
     Returns:
-        The changes.
+        The changes made to the config.
 
     Raises:
-        UserError: The file can't be read, its family is unknown, or it contradicts a config with
-            ``MODEL.WEIGHTS_PIN``.
+        UserError: If the file can't be read, its family is unknown, or ``MODEL.WEIGHTS_PIN`` is
+            True and the config contradicts the file.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []
@@ -116,9 +114,9 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     )
     if cfg.MODEL.WEIGHTS_PIN:
         raise UserError(
-            f"MODEL.WEIGHTS_PIN keeps the config's values, but {source.path}, detected as "
-            f"{source.taken_for}, was trained with others:\n{table}\nSet the keys to the file's "
-            "values, or MODEL.WEIGHTS_PIN to False."
+            f"MODEL.WEIGHTS_PIN is True, but {source.path}, detected as {source.detected_as}, was "
+            f"trained with different values:\n{table}\nSet these keys to the file's values, or set "
+            "MODEL.WEIGHTS_PIN to False."
         )
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -127,7 +125,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         config_value(cfg, node)[leaf] = change.after
     if frozen:
         cfg.freeze()
-    logger.info("Config keys set from %s (%s):\n%s", source.path, source.taken_for, table)
+    logger.info("Config keys set from %s (%s):\n%s", source.path, source.detected_as, table)
     return changes
 
 
@@ -137,7 +135,7 @@ def _changes(cfg: CfgNode, source: Source) -> list[Change]:
 
 
 def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
-    """Return the config keys that the file determines, with the file's values."""
+    """Return the config keys that the file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
         wanted["INPUT.FORMAT"] = source.preprocessing.format
@@ -146,7 +144,8 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     arch = source.architecture
     if arch and arch.se_stages and arch.se_ratio == cfg.MODEL.SE.RATIO:
         wanted["MODEL.SE.DIVISOR"] = arch.se_divisor
-        # True is never set here: if only the config lacks biases, loading raises an error.
+        # True is never set. If the file has biases but the config does not, loading raises an
+        # error.
         if not arch.se_bias:
             wanted["MODEL.SE.BIAS"] = False
     return wanted

@@ -24,20 +24,19 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report of a load. ``str(report)`` is a summary of a few lines.
+    """Report on loading a weight file into a model. ``str(report)`` is a short summary.
 
     Attributes:
-        path: The file.
-        family: The name of the file's family, given or detected.
-        alternatives: Other families with the same names and shapes, and how they would differ.
-        loaded: The tensors that were loaded from the file, by their names in the model.
-        initialised: The model's tensors that keep their initial values, each with the reason.
-        ignored: The file's tensors that were not used, by their names in the file, each with the
-            reason.
+        path: Path of the file.
+        family: Name of the file's family, given or detected.
+        alternatives: Other families with the same tensor names and shapes, and their differences.
+        loaded: Names of the loaded tensors in the model.
+        initialised: Names of the model's tensors that keep their initial values, with the reasons.
+        ignored: Names of the file's tensors that were not used, with the reasons.
         notes: Other changes to the tensors, as sentences.
-        geometry: The geometry of the file's network. None values are unknown and were assumed to
-            equal the model's.
-        preprocessing: The preprocessing that the model expects after loading.
+        geometry: Geometry of the file's network. Unknown fields are None, and were assumed to equal
+            the model's.
+        preprocessing: Preprocessing that the model expects after loading.
     """
 
     path: str
@@ -76,27 +75,25 @@ def _by_reason(what: str, reasons: dict[str, str]) -> list[str]:
 def load_weights(model: nn.Module, path: str | Path, family: str | None = None) -> LoadReport:
     """Load a weight file of any known family into a model.
 
-    Every tensor of the backbone is loaded, including the norms' statistics, and every tensor of the
-    file is used. The report lists the exceptions: a classifier or a detector's predictors for
-    another number of classes, SE layers if the file has none, and parts of a detector that a
-    backbone's file does not have. The file's geometry must equal the model's. To build a model with
-    the file's geometry, pass ``weights`` to ``create_backbone`` or ``create_classifier``, or use a
-    config.
+    Every tensor of the backbone is loaded, including norm statistics, and every tensor in the file
+    is used. The report lists the exceptions: a classifier or detector predictors for a different
+    number of classes, SE layers if the file has none, and detector parts that a backbone file does
+    not contain. The backbone's ``preprocessing`` is set to the file's. The file's geometry must
+    equal the model's. To build a model with the file's geometry, pass ``weights`` to
+    ``create_backbone`` or ``create_classifier``, or use a config.
 
     Args:
-        model: A backbone, a classifier or a Detectron2 detector with one of this project's
-            backbones.
-        path: The file, or a name of ``list_catalogue()``.
-        family: The file's family, one of ``FAMILIES``. Required only if several families use its
-            tensor names.
+        model: Backbone, classifier, or Detectron2 detector with one of this project's backbones.
+        path: Path of the file, or a name from ``list_catalogue()``.
+        family: Family of the file, one of ``FAMILIES``. Required only if several families use the
+            same tensor names.
 
     Returns:
-        A report of what was loaded, which is logged too. The backbone's ``preprocessing`` is set to
-        the file's.
+        A report on the loaded tensors, which is also logged.
 
     Raises:
-        UserError: The file is missing, damaged, of no known family, or does not fit the model,
-            which is then unchanged.
+        UserError: If the file is missing, damaged, of an unknown family, or does not fit the model,
+            which is then left unchanged.
     """
     return load_source(model, examine(*locate_weights(path, family)))
 
@@ -105,13 +102,12 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     """Load an examined file into a model; see :func:`load_weights`.
 
     Args:
-        model: A backbone, a classifier or a detector.
-        source: The examined file.
-        exact: If True, all tensors must match, including those that depend on the number of
-            classes.
+        model: Backbone, classifier or detector.
+        source: Examined file.
+        exact: Whether all tensors must match, including those that depend on the number of classes.
 
     Raises:
-        UserError: The file does not fit the model, which is then unchanged.
+        UserError: If the file does not fit the model, which is then left unchanged.
     """
     target = target_of(model)
     result = match(source, target, exact=exact)
@@ -129,7 +125,9 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     target.backbone.preprocessing = preprocessing
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
-        notes.append("the file does not state geometry and preprocessing, so the model's are kept")
+        notes.append(
+            "the file specifies neither geometry nor preprocessing, so the model's are kept"
+        )
     report = LoadReport(
         path=source.path,
         family=source.family.name,
@@ -149,9 +147,9 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 def _check_norms(source: Source, target: Target) -> None:
     if source.family.affine_norms and not target.has_frozen_norms:
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has norms without statistics, which "
-            "can't be trained. Build the model with norm='FrozenBN' (MODEL.RESNETS.NORM), or use "
-            "weights with statistics."
+            f"{source.path}, detected as {source.detected_as}, has norms without running "
+            "statistics, which can't be trained. Build the model with norm='FrozenBN' "
+            "(MODEL.RESNETS.NORM), or use weights with running statistics."
         )
 
 
@@ -164,15 +162,15 @@ def _check_geometry(source: Source, target: Target) -> None:
     if found:
         lines = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            f"{source.path}, detected as {source.taken_for}, has the same tensor shapes as the "
-            f"model, but its network gives other outputs:\n{lines}\nBuild the model with the "
-            "file's values (weights= in create_backbone and create_classifier, MODEL.WEIGHTS in a "
-            "config). If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+            f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
+            f"model, but its network computes different outputs:\n{lines}\nBuild the model with "
+            "the file's values (weights= in create_backbone and create_classifier, MODEL.WEIGHTS "
+            "in a config). If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
         )
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Return sentences on differences in channel order, mean and std between file and model."""
+    """Describe how a file's channel order, mean and std differ from a model's, as sentences."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),
@@ -182,14 +180,14 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         theirs, built = getattr(file, name), getattr(model, name)
         if not same_pixels(theirs, built):
             found.append(
-                f"The preprocessing differs: {name} {theirs} for the file's network, {built} "
+                f"The preprocessing differs: {name} is {theirs} for the file's network and {built} "
                 f"for the model ({key})."
             )
     return found
 
 
 def same_pixels(first: str | Sequence[float], second: str | Sequence[float]) -> bool:
-    """Return whether two channel orders, means or stds are equal up to rounding (0.005)."""
+    """Return whether two channel orders, means or stds are equal within 0.005."""
     if isinstance(first, str) or isinstance(second, str):
         return first == second
     return len(first) == len(second) and all(

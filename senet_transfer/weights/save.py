@@ -1,4 +1,4 @@
-"""Saving of this project's own weight files, which describe their network in metadata."""
+"""Saving of weight files in this project's format, with metadata that describes the network."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
-from senet_transfer.utils.atomic_io import whole_file
+from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.hashing import tensors_sha256
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry
@@ -28,7 +28,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
     """Return the metadata of a model: its network, geometry, preprocessing and origin.
 
     Returns:
-        Plain values, for the entry "senet_transfer" of a checkpoint.
+        Plain values, for the "senet_transfer" entry of a checkpoint.
     """
     return _metadata(target_of(model))
 
@@ -50,7 +50,7 @@ def own_metadata(
     preprocessing: Preprocessing | None,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the metadata of a network that is described, not built; None values are omitted."""
+    """Return the metadata of a network from its description, without building a model."""
     metadata = {
         "version": _VERSION,
         "model": architecture.name if architecture else "",
@@ -71,11 +71,11 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     The file is written atomically: first to a temporary file, which is then renamed.
 
     Args:
-        model: A backbone, a classifier or a detector.
-        path: The file; its suffix selects the format.
+        model: Backbone, classifier or detector.
+        path: Path of the file; its suffix selects the format.
 
     Raises:
-        UserError: The suffix is unknown, or the file can't be written.
+        UserError: If the suffix is unknown, or the file can't be written.
     """
     target = target_of(model)
     tensors = {target.own_names[name]: tensor for name, tensor in target.tensors.items()}
@@ -91,7 +91,7 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
         if path.suffix == ".safetensors":
             save_file(tensors, partial, {"format": "pt", OWN_METADATA: json.dumps(metadata)})
         else:
-            with open(partial, "wb") as stream:  # open() states why a file can't be written
+            with open(partial, "wb") as stream:  # open() reports why a file can't be written
                 torch.save({"model": tensors, OWN_METADATA: metadata}, stream)
 
 
@@ -99,22 +99,23 @@ def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors"
     """Raise UserError if a file's suffix is not one of ``suffixes``."""
     if path.suffix not in suffixes:
         raise UserError(
-            f"{path}: weights are saved as {' or '.join(suffixes)}, not {path.suffix!r}."
+            f"{path}: Weight files must have the suffix {' or '.join(suffixes)}, not "
+            f"{path.suffix!r}."
         )
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``, and rename it to ``path`` on success.
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` on success.
 
     Raises:
-        UserError: The file can't be written.
+        UserError: If the file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_path(path) as partial:
             yield partial
     # If the disk is full, torch raises a RuntimeError and safetensors a SafetensorError.
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{path} can't be written: {reason}. Choose another path.") from error
+        raise UserError(f"Cannot write {path}: {reason}. Choose a different path.") from error

@@ -67,7 +67,7 @@ def test_the_configs_own_variant_is_the_standard():
     ("config", "axes", "said"),
     [
         (CONFIG, ["depth"], "axis 'depth' is unknown"),
-        ("configs/faster_rcnn_se_r50.yaml", [], "expected a classifier"),
+        ("configs/faster_rcnn_se_r50.yaml", [], "expected ImageClassifier"),
     ],
 )
 def test_what_has_no_grid_is_refused_in_words(config, axes, said):

@@ -1,4 +1,4 @@
-"""Comparison of counts with hooks on layers, closed formulas and the paper's tables."""
+"""Tests of complexity counts against layer hooks, closed formulas and the paper's tables."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_a_gate_costs_its_layers_the_pooling_and_the_product():
 
 
 def test_ses_share_is_the_papers_formula():
-    """Check Equation 5: 2/r times the sum of N_s C_s^2 parameters, and equally many MACs."""
+    """Check Equation 5: SE adds 2/r * sum(N_s C_s^2) parameters and as many MACs."""
     cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
     stages = ((3, 256, 56), (4, 512, 28), (6, 1024, 14), (3, 2048, 7))
     layers = sum(2 * blocks * width**2 // 16 for blocks, width, _ in stages)
@@ -118,7 +118,7 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
 def test_the_papers_cells_are_ours_or_have_a_reason(rows):
     for one in compare_with_paper(rows, quiet=True):
         assert not any("unexplained" in reason for reason in one.reasons), one.row
-        # Values outside the tolerance have an explanation, others have none.
+        # Only values outside the tolerance have an explanation.
         off = [abs(one.gflops_off or 0) > 0.005, abs(one.parameters_off or 0) > 0.1e6]
         assert len(one.reasons) == sum(off)
 
@@ -133,14 +133,14 @@ def test_a_cell_that_is_off_is_told():
         quiet=True,
     )
     assert not right.reasons
-    assert less.reasons == ["off's GFLOPs: unexplained difference."]
-    assert more.reasons == ["off's Params: unexplained difference."]
+    assert less.reasons == ["off: unexplained difference in GFLOPs."]
+    assert more.reasons == ["off: unexplained difference in Params."]
 
 
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
-    # ShuffleNet paper, Table 1, for 1, 2, 3, 4 and 8 groups.
+    # From Table 1 of the ShuffleNet paper, for 1, 2, 3, 4 and 8 groups.
     stated = {(1, 144): 143, (2, 200): 140, (3, 240): 137, (4, 272): 133, (8, 384): 137}
     for network, millions in stated.items():
         assert abs(_shufflenet_macs(*network) / 1e6 - millions) < 1
@@ -188,10 +188,10 @@ def test_a_box_head_is_counted_for_every_box():
     ("arguments", "said"),
     [
         ({}, "No model is specified"),
-        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give one of them"),
+        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give only one"),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
-        ({"weights": "missing.pth"}, "no weight file"),
+        ({"weights": "missing.pth"}, "weight file .*does not exist"),
     ],
 )
 def test_what_is_no_model_is_refused_in_words(arguments, said):

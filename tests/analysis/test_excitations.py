@@ -45,7 +45,7 @@ def shaken(name: str, *options: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Write a folder like that of a training run, with weights and config."""
+    """Write the weights and config of a training run to a folder."""
     folder = tmp_path_factory.mktemp("run")
     cfg, model = shaken("se_cifar_resnet8")
     save_weights(model, folder / "model.pth")
@@ -93,7 +93,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert [line.split()[0] for line in said.splitlines() if line.startswith("SE_")] == blocks
     for name in (*(f"blocks/{block}" for block in blocks), "figure6", "blocks"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            # A plot that isn't empty has more colours than its background and frame.
+            # Unless the plot is empty, it has more colours than its background and frame.
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
     with open(tmp_path / "gates.csv") as file:
         rows = list(csv.DictReader(file))
@@ -245,7 +245,7 @@ def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
     ("options", "stages", "said"),
     [
         ((), [5], "have no gates"),
-        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected some of 2, 3"),
+        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected any of: 2, 3"),
     ],
 )
 def test_stages_without_gates_are_refused(options, stages, said):
@@ -282,7 +282,7 @@ def test_a_json_needs_its_images():
 
 
 @pytest.mark.long
-def test_a_detectors_gates_are_watched_on_crops(tmp_path):
+def test_a_detectors_gates_are_captured_on_crops(tmp_path):
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
     save_weights(build_model(cfg), tmp_path / "model.pth")

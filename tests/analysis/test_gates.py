@@ -1,4 +1,4 @@
-"""Tests of the names, values and statistics of gates, and of the sampling of images."""
+"""Tests of gate names, values and statistics, and of image sampling."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from senet_transfer import UserError, create_backbone, list_models
 from senet_transfer.analysis.excitations.figures import papers_blocks
-from senet_transfer.analysis.excitations.gates import gates_of, stage_of, watched
+from senet_transfer.analysis.excitations.gates import capture_gates, gates_of, stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.classification.subsets import ClassSample, draw
@@ -56,7 +56,7 @@ def test_a_network_without_gates_is_refused():
         {"se_squeeze": "max", "se_excitation": "tanh", "se_placement": "post"},
     ],
 )
-def test_watched_values_are_the_gates_that_act(options):
+def test_captured_values_are_the_gates_that_act(options):
     torch.manual_seed(0)
     backbone = create_backbone("se_cifar_resnet8", **options).eval()
     for module in backbone.modules():
@@ -67,7 +67,7 @@ def test_watched_values_are_the_gates_that_act(options):
     gates = gates_of(backbone)
     for module in gates.values():
         module.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0].clone()}))
-    with torch.no_grad(), watched(gates) as values:
+    with torch.no_grad(), capture_gates(gates) as values:
         backbone(torch.randn(3, 3, 8, 8))
     assert set(values) == set(gates)
     for name, module in gates.items():
@@ -75,7 +75,7 @@ def test_watched_values_are_the_gates_that_act(options):
 
 
 def stated_gate(module, x):
-    """Compute Equations 2 and 3 and their variants at each position after the squeeze."""
+    """Compute Equations 2 and 3 and their variants separately for each position."""
     x = x.flatten(2)
     squeezed = {"avg": x.mean(2, keepdim=True), "max": x.amax(2, keepdim=True), "none": x}
     hidden = (module.fc1.weight @ squeezed[module.squeeze] + module.fc1.bias[:, None]).clamp(min=0)
@@ -83,17 +83,17 @@ def stated_gate(module, x):
     return {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[module.excitation](out).mean(2)
 
 
-def test_nothing_is_watched_any_more_afterwards():
+def test_nothing_is_captured_any_more_afterwards():
     backbone = create_backbone("se_cifar_resnet8").eval()
     gates = gates_of(backbone)
-    with watched(gates) as values:
+    with capture_gates(gates) as values:
         pass
     backbone(torch.randn(1, 3, 8, 8))
     assert not values
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Return random gates and labels of classes with different numbers of images, one empty."""
+    """Return random gates and labels; classes differ in size, and one is empty."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]
@@ -128,7 +128,7 @@ def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
     assert summary.saturated == pytest.approx((gates > 0.95).mean())
     assert summary.closed == pytest.approx((gates < 0.05).mean())
     assert summary.mean == pytest.approx(gates.mean())
-    # The textbook formulas of the analysis of variance with random effects.
+    # Textbook formulas for a random-effects analysis of variance.
     number = np.array([(labels == label).sum() for label in there])
     deviations = gates - means[np.searchsorted(there, labels)]
     mean_square = (deviations**2).sum(0) / (len(labels) - len(there))

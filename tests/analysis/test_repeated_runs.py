@@ -31,7 +31,13 @@ def options(tmp_path):
 
 
 @pytest.mark.long
-def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
+def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(
+    options, tmp_path, run_python, monkeypatch
+):
+    monkeypatch.setattr(
+        "senet_transfer.analysis.repeated_runs.subprocess.run",
+        lambda command, **_: run_python(*command[1:]),
+    )
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)
     assert found["classification"]["images"] == 8
@@ -66,7 +72,7 @@ def test_a_run_that_fails_says_where_its_log_is(options, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "senet_transfer.analysis.repeated_runs.subprocess.run", lambda *_, **__: failed
     )
-    with pytest.raises(UserError, match=r"ended with status 2 .*log.txt"):
+    with pytest.raises(UserError, match=r"ended with exit status 2 .*log.txt"):
         run_once(CONFIG, options, tmp_path / "run")
 
 

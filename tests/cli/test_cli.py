@@ -1,4 +1,4 @@
-"""Tests of the command lines: the ``senet`` program, parsers, and values of arguments."""
+"""Tests of the command line: the ``senet`` program, its parsers and their values."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ from tests.processes import ROOT, call
 
 
 def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """Return the options, the destination and the accepted values of each argument of a parser."""
+    """Return the option strings, nargs, default and type of each parser argument, by name."""
     return {
         action.dest: (action.option_strings, action.nargs, action.default, action.type)
         for action in parser._actions
@@ -30,7 +30,8 @@ def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 def test_training_takes_every_argument_of_detectron2s_own_parser():
     ours, theirs = facts(argument_parser()), facts(default_argument_parser())
-    theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])  # [] for None
+    # Our default is [] instead of None.
+    theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
     assert set(ours) - set(theirs) == {"dataset", "quiet"}
 
@@ -72,7 +73,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("tools", "datasets")
     for path in (ROOT / folder).glob("*.py")
-    if path.name not in ("install_detectron2.py", "classify_onnx.py", "benchmark.py")
+    if path.name not in ("install_detectron2.py", "classify_onnx.py")
 )
 
 

@@ -41,7 +41,7 @@ def draw_pixels() -> np.ndarray:
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Return a config's keys such as ``SOLVER.BASE_LR`` with their values, tuples as lists."""
+    """Map a config's keys, such as ``SOLVER.BASE_LR``, to their values, with tuples as lists."""
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -56,7 +56,7 @@ def _plain(value: object) -> object:
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """Return what follows each option in a ``--help`` text; a positional follows its own name.
+    """Return the text after each option of a ``--help`` text; positionals map to themselves.
 
     Python 3.13 writes the metavar of ``-s, --long VALUE`` once, earlier versions twice.
     """

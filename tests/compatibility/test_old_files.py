@@ -34,7 +34,7 @@ from tests.processes import call
 WEIGHTS = FIXTURES / "weights"
 HELP = sorted((FIXTURES / "help").glob("*.txt"))
 
-# Relative to the largest value: SIMD units of another width add float32 in another order.
+# Relative to the largest value. The order of float32 additions depends on the SIMD width.
 TOLERANCE = 1e-4
 
 

@@ -43,13 +43,13 @@ def shard_bytes(root: Path) -> dict[str, bytes]:
 
 
 def keys_of_tar(path: Path) -> list[str]:
-    """Return the keys in a shard, read only with tarfile."""
+    """Return a shard's keys, read with only the tarfile module."""
     with tarfile.open(path) as tar:
         return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
 
 
 def command(name):
-    """Return a command of `senet data` as a function from its arguments to its exit status."""
+    """Return a function that runs a `senet data` command and returns its exit status."""
 
     def call(words):
         try:

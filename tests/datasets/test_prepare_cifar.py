@@ -1,21 +1,15 @@
 """Tests of the command that prepares CIFAR."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 
+def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(
+    tmp_path, run_python
+):
+    def run(*arguments: object):
+        return run_python("datasets/prepare_cifar.py", *arguments)
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "datasets" / "prepare_cifar.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / split / "cat" / "a.png")
@@ -25,5 +19,5 @@ def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(t
     assert (tmp_path / "out" / "test.safetensors").is_file()
     failed = run("--source", tmp_path / "absent", "--output", tmp_path / "out")
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: There is no")
+    assert failed.stderr.startswith(f"error: {tmp_path / 'absent'} does not exist")
     assert "Traceback" not in failed.stderr

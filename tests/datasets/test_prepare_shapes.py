@@ -49,7 +49,7 @@ def snapshot(folder):
 
 
 def rasterised(annotation, image):
-    """Return the polygons of an annotation in pycocotools' run-length encoding."""
+    """Convert an annotation's polygons to pycocotools' run-length encoding."""
     parts = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
     return coco_mask.merge(parts)
 
@@ -193,7 +193,7 @@ def test_a_hole_is_left_out_of_the_polygons():
 
 
 def test_any_mask_has_valid_polygons_that_cover_it():
-    """Check polygons of arbitrary masks, including scattered pixels and thin lines and holes."""
+    """Check polygons of arbitrary masks, such as scattered pixels, thin lines and holes."""
     rng = np.random.default_rng(0)
     for density in np.linspace(0.02, 0.98, 60):
         mask = rng.random((12, 14)) < density
@@ -266,7 +266,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
         ("holiday.jpg", "a photograph", "holiday.jpg"),
         ("shapes.json", "{not json", "unreadable shapes.json"),
         ("shapes.json", '{"seed": 7}', "seed 7"),
-        ("shapes.json", "[]", "other settings"),
+        ("shapes.json", "[]", "different settings"),
     ],
 )
 def test_refuses_a_folder_with_something_else_and_keeps_it(tmp_path, name, content, found):
@@ -276,7 +276,7 @@ def test_refuses_a_folder_with_something_else_and_keeps_it(tmp_path, name, conte
     with pytest.raises(UserError, match=found) as caught:
         make_shapes(folder, train=1, val=1)
     assert "expected" in str(caught.value)
-    assert "another folder" in str(caught.value)
+    assert "a different folder" in str(caught.value)
     assert snapshot(tmp_path) == {Path("shapes", name): content.encode()}
 
 
@@ -292,7 +292,7 @@ def test_refuses_a_data_set_of_other_settings(tmp_path, other):
     settings = {"seed": 0, "train": 2, "val": 1}
     make_shapes(tmp_path / "shapes", **settings)
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         make_shapes(tmp_path / "shapes", **settings | other)
     assert snapshot(tmp_path) == before
 

@@ -1,4 +1,4 @@
-"""The shell commands of the documents, and rules that make them short enough for a CPU."""
+"""Shell commands of the documents, and rules that make them fast enough for a CPU."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
-# What no test can run, and the reason. Each is parsed nevertheless: test_documented_commands.py.
+# Commands that no test can run, with the reason. test_documented_commands.py still parses them.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
@@ -31,11 +31,11 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Replacement for something that a CPU can't do in seconds.
+    """Rule that shortens commands which would take too long on a CPU.
 
     Attributes:
-        why: The reason.
-        apply: Maps a command's words to the words that are run.
+        why: Reason for the rule.
+        apply: Function that maps a command's words to the words to run instead.
     """
 
     why: str
@@ -50,7 +50,7 @@ _TRAINS = ("tools/train_net.py", "tools/run_seeds.py", "tools/ablation.py", "sen
 
 
 def _instant(words: list[str]) -> list[str]:
-    """Replace a recipe by its smoke-test config, with the data and the folder of the recipe."""
+    """Replace a recipe with its smoke-test config, but keep its data and output folder."""
     if not any(word in _TRAINS for word in words) or "--config-file" not in words:
         return words
     place = words.index("--config-file") + 1
@@ -98,11 +98,11 @@ RULES = (
 
 @dataclass(frozen=True)
 class Command:
-    """Command of a document.
+    """Shell command in a document.
 
     Attributes:
-        document: The path of the document.
-        text: The command, on one line.
+        document: Path of the document.
+        text: The command on one line.
     """
 
     document: str
@@ -110,12 +110,12 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """Return the words as a shell splits them."""
+        """Split the command into words, as a shell does."""
         return shlex.split(self.text, comments=True)
 
     @property
     def to_run(self) -> list[str]:
-        """Return the words after all rules."""
+        """Return the words of the command after applying all rules."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)
@@ -123,13 +123,13 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Return the part that the commands of all recipes of a task have in common."""
+        """Return the command without the recipe's model and GPU count, the same for each task."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 
     @property
     def reason_not_run(self) -> str | None:
-        """Return why no test runs the command, or None."""
+        """Return the reason why no test runs the command, or None."""
         for pattern, reason in NOT_RUN.items():
             if re.fullmatch(pattern, shlex.join(self.words)):
                 return reason
@@ -137,12 +137,12 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """Return all code of a document: the language of a block, or "inline", and the code."""
+    """Return pairs of language and text for all code in a document; inline code is "inline"."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 
 def commands_in(document: str, text: str) -> list[Command]:
-    """Return a document's commands in order: blocks of sh, and code in sentences and tables."""
+    """Return the commands in a document's ``sh`` blocks and inline code, in order."""
     found = []
     for language, content in code(text):
         joined = re.sub(r"\s*\\\n\s*", " ", content)
@@ -162,8 +162,8 @@ COMMANDS = {document: commands_in(document, text) for document, text in DOCUMENT
 def run_here(document: str) -> list[Command]:
     """Return the commands that the test of a document runs.
 
-    The table of configs has a command for each recipe. test_instant.py runs every recipe; here one
-    command of each form and task is enough.
+    The table of configs contains a command for each recipe. Here, one command per task is enough,
+    because test_instant.py runs every recipe.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

@@ -1,4 +1,4 @@
-"""Folder with small substitutes for the files that the documents name."""
+"""Sandbox folder with small substitutes for the files that the documented commands use."""
 
 import json
 import os
@@ -28,13 +28,13 @@ from tests.documents.commands import ROOT
 from tests.documents.warm import LIMIT, WarmPython
 from tests.weights.caffe_networks import senet
 
-# Linked from the checkout.
+# Files and folders that are linked from the checkout.
 LINKS = ("tools", "configs", "Makefile", "pyproject.toml", "constraints.txt")
 TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment: this Python first, this checkout's package, no other data."""
+    """Return variables that select this Python, this checkout and the sandbox's data."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -56,7 +56,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Write shapes under the names of COCO's classes, as the first of them."""
+    """Write the shapes data set as COCO; its classes become the first COCO classes."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -92,7 +92,7 @@ def _shape_classes(root: Path) -> None:
 
 
 def _places365(root: Path) -> None:
-    """Write three splits as the site has them: lists, a folder, two archives; of 365 classes."""
+    """Write three splits of 365 classes in the original layout: lists, folder and archives."""
     source, rng = root / "SOURCE", np.random.default_rng(0)
     source.mkdir()
     classes = [f"/{'abc'[n % 3]}/class_{n}" for n in range(365)]
@@ -143,7 +143,7 @@ def _cifar(name: str) -> Callable[[Path], None]:
 
 
 def _by_hand(root: Path) -> None:
-    """Write a file that users download by hand, with random weights, to torch.hub's cache."""
+    """Write random weights to torch.hub's cache as a file that users download by hand."""
     path = root / "hub/hub/checkpoints" / load_catalogue()["places365/resnet50"].file
     path.parent.mkdir(parents=True)
     network = torchvision.models.resnet50(num_classes=365)
@@ -182,7 +182,7 @@ def _detector_runs(root: Path) -> None:
 
 
 def _documents(root: Path) -> None:
-    """Copy a script that writes a document, and the document."""
+    """Copy a document and the script that writes it."""
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")
     for name in ("tests/test_documents.py", "CONTRIBUTING.md"):
@@ -191,8 +191,8 @@ def _documents(root: Path) -> None:
     (root / "configs/README.md").write_text("# Configs\n")
 
 
-# A pattern of commands that need a file, its path, and the function that makes it; ordered such
-# that each function finds what it needs.
+# Pattern of the commands that need a file, the file's path, and the function that creates it. Files
+# that a function needs are created by earlier rows.
 STAND_INS = (
     (r"datasets/|tools/|senet train|make demo", "datasets/shapes", _shapes),
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
@@ -219,7 +219,7 @@ STAND_INS = (
 
 
 def made(lines: Iterable[list[str]]) -> set[str]:
-    """Return the paths that commands themselves write to."""
+    """Return the paths that the commands themselves write."""
     return {
         os.path.normpath(value)
         for words in lines
@@ -229,7 +229,7 @@ def made(lines: Iterable[list[str]]) -> set[str]:
 
 
 def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
-    """Make the files that commands need, except those that the commands make."""
+    """Create the files that commands need, except those that the commands write themselves."""
     folder.mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
     for name in LINKS:

@@ -1,4 +1,4 @@
-"""Commands of the documents: their tools accept them, and they write what they promise."""
+"""Tests that documented commands are valid, and that they write the promised files."""
 
 import argparse
 import ast
@@ -29,11 +29,11 @@ from tests.documents.commands import (
 from tests.documents.sandbox import call, environment, make_sandbox
 from tests.documents.warm import WarmPython
 
-# ---- the commands as written
+# ---- parsing the commands as written
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    """Yield all strings of the code: help texts, docstrings and errors."""
+    """Yield the path and text of all strings in the code, such as help texts and docstrings."""
     for part in ("tools", "datasets", "senet_transfer"):
         for path in sorted((ROOT / part).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -42,7 +42,7 @@ def _texts() -> Iterator[tuple[str, str]]:
 
 
 def _headers() -> list[Command]:
-    """Return the commands in the headers of all configs and in the strings of the code."""
+    """Return the commands in config headers and in strings of the code."""
     found = []
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
@@ -60,13 +60,13 @@ HEADERS = _headers()
 
 
 class _ParsedError(Exception):
-    """Ends a script whose command line has been parsed."""
+    """Exception that ends a script after it has parsed its command line."""
 
 
 def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
-    """Return what a script's parser makes of a command line; None if it has no parser."""
+    """Parse a command with its script's own parser; return None if it has no parser."""
     script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
-    assert script.is_file(), f"there is no {words[0]}"
+    assert script.is_file(), f"{words[0]} does not exist"
     if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
         return None
 
@@ -82,7 +82,7 @@ def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
 
 INSTALLED = {"senet-train": "tools/train_net.py", "senet-predict": "tools/predict.py",
              "senet-eval-places365": "tools/eval_places365.py"}  # fmt: skip
-# The commands of `senet`, and the scripts that do the same.
+# Subcommands of `senet`, and the equivalent scripts.
 SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
          "predict": "tools/predict.py", "export": "tools/export.py",
          "convert": "tools/convert_weights.py", "report": "tools/report.py",
@@ -91,7 +91,7 @@ SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
 
 
 def _script(words: list[str]) -> list[str] | None:
-    """Return the script of a command line and its arguments; None if it starts no script."""
+    """Return a command's script and its arguments, or None if it does not run a script."""
     if words[0] == "python":
         return words[1:]
     if words[0] == "torchrun":
@@ -104,7 +104,7 @@ def _script(words: list[str]) -> list[str] | None:
 @pytest.mark.parametrize("command", DOCUMENTED + HEADERS, ids=lambda c: f"{c.document}: {c.text}")
 def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
     words = command.words
-    assert words[0] in PROGRAMS, "no program that the tests know: see tests/documents/commands.py"
+    assert words[0] in PROGRAMS, "add the program to PROGRAMS in tests/documents/commands.py"
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -137,12 +137,12 @@ def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_traini
 def test_no_command_hides_from_these_tests(document):
     text = DOCUMENTS[document]
     kinds = {kind for kind, _ in code(text)}
-    assert kinds <= {"sh", "bash", "python", "text", "inline"}, "name each block's language"
+    assert kinds <= {"sh", "bash", "python", "text", "inline"}, "specify each code block's language"
     assert not re.search(
         r"^\s*\n(    |\t)\s*\S", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
     )
     hidden = [c for kind, c in code(text) if kind == "inline" and re.match(r"[\w.]*/\S+\.py\s", c)]
-    assert not hidden, "begin a command with its program"
+    assert not hidden, "start each command with its program, such as python"
     assert text.replace("```", "").count("`") % 2 == 0
 
 
@@ -161,14 +161,14 @@ def test_commands_are_found_in_blocks_in_sentences_and_in_tables():
     assert found == [["make", "demo"], ["python", "a.py", "--b", "c"], ["torchrun", "x.py"]]
 
 
-# ---- the commands run
+# ---- running the commands
 
 
 MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places365.py")
 
 
 def _promised(words: list[str], printed: str) -> list[str]:
-    """Return the files and folders that a command line or its last printed word names."""
+    """Return the output paths in a command and, if it is a path, the last printed word."""
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])
@@ -177,7 +177,7 @@ def _promised(words: list[str], printed: str) -> list[str]:
 
 
 def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
-    """Run a command; return what is wrong with its result, or None."""
+    """Run a command and describe what is wrong with its result; return None if nothing is."""
     line, start = shlex.join(command.to_run), time.time()
     done = call(command.to_run, folder, python)
     printed = done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without warnings, and its links work on GitHub and there."""
+"""Tests that the documentation site builds without warnings and that its links work."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed: make docs")
+pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed; run `make docs`")
 
 ROOT = Path(__file__).resolve().parents[2]
 

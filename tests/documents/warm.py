@@ -1,9 +1,11 @@
-"""Python scripts in forks of a process that has imported what all of them need.
+"""Runner that forks one process with all imports for each Python script.
 
-Most commands of the documents take a second, after four seconds in which they import torch and
-Detectron2. Here that happens once. test_startup.py and test_commands.py test new processes.
+Most documented commands need one second, after importing torch and Detectron2 for four seconds.
+Here, the imports happen only once, also for the processes of `--num-gpus 2`. test_startup.py and
+test_commands.py test new processes.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -12,17 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT = 300  # seconds that a command may take
+LIMIT = 300  # maximum duration of a command in seconds
 
 
 class WarmPython:
-    """Process that runs one script after the other; a context manager.
+    """Context manager with a process that runs scripts one after the other.
 
     Args:
-        folder: The working folder of the scripts.
-        environment: The environment of the process.
-        printed: Path prefix of the files that hold a script's output until it is returned; None is
-            next to ``folder``.
+        folder: Working folder of the scripts.
+        environment: Environment variables of the process.
+        printed: Path prefix of the temporary files for a script's output; by default, they are next
+            to ``folder``.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):
@@ -40,7 +42,7 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Run ``python WORDS``: a script or ``-c CODE``, with its arguments."""
+        """Run ``python WORDS``, where WORDS start with a script, ``-c CODE`` or ``-m MODULE``."""
         printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -50,7 +52,7 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Continue as ``python WORDS`` would, for at most the time limit."""
+    """Run ``python WORDS`` in this process, for at most the time limit."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -58,16 +60,23 @@ def _become(words: list[str], printed: list[str]) -> None:
         sys.argv[:], sys.path[0] = ["-c", *words[2:]], ""
         exec(words[1], {"__name__": "__main__"})
         return
+    if words[0] == "-m":
+        sys.argv[:], sys.path[0] = words[1:], ""
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv[:], sys.path[0] = words, os.path.dirname(words[0])
     runpy.run_path(words[0], run_name="__main__")
 
 
 def main() -> None:
-    """Answer each line with the exit status of the script that it names."""
+    """Run the script in each input line and print its exit status."""
+    import torch.multiprocessing as mp
+
     import senet_transfer.analysis.report
     import senet_transfer.engine.inference.evaluate
     import senet_transfer.engine.train  # noqa: F401
 
+    mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -1,18 +1,18 @@
-"""Fixtures: a small data set of rendered shapes in COCO's format, and runs on it."""
+"""Fixtures: a small data set of rendered shapes, and commands that train on it."""
 
 import pytest
 
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
 from senet_transfer.data.shapes.generate import make_shapes
+from tests.small_networks import SE_RESNEXT50
 
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
     "MODEL.BACKBONE.FREEZE_AT": "0",
+    **SE_RESNEXT50,
     "MODEL.RESNETS.NORM": "BN",
-    "MODEL.RESNETS.DEPTH": "18",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
     "MODEL.FPN.OUT_CHANNELS": "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": "20",
@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """Return a function from flags and config overrides to the options of a small run."""
+    """Return a function that parses the options of a small run with flags and overrides."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}

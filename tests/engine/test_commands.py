@@ -108,13 +108,11 @@ def test_an_image_broken_for_one_process_of_two_is_named(words, shapes, tmp_path
     ],
 )
 @pytest.mark.long
-def test_two_processes_on_the_cpu_train_evaluate_and_resume(
-    words, first, second, tmp_path, run_python
-):
+def test_two_processes_on_the_cpu_train_evaluate_and_resume(words, first, second, tmp_path):
     def start(launcher, *flags, **overrides):
         if launcher == "spawn":
             spawned = ("--num-gpus", "2", "--dist-url", "auto")
-            return run_python(*words(*spawned, *flags, **overrides))
+            return call(sys.executable, *words(*spawned, *flags, **overrides))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return call(*torchrun, "--nproc-per-node", "2", *words(*flags, **overrides))
 

@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """Return the training data loader of a kind of data."""
+    """Return the training data loader for the given kind of data."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)

@@ -13,7 +13,7 @@ def test_what_json_has_no_word_for_becomes_null(tmp_path):
     write_results(tmp_path / "r.json", results)
 
     def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not valid JSON")
 
     found = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
     assert found == {"bbox": {"AP": 1.5, "APl": None}, "rows": [None, 3, ["a", None]]}

@@ -21,23 +21,23 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), FROZEN, "FrozenBN and MODEL.WEIGHTS is empty.*NORM GN"),
         (("--resume",), {}, "nothing to resume.*OUTPUT_DIR"),
         (("--eval-only",), {}, "random weights"),
-        ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*no such file"),
+        ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*does not exist"),
         ((), {"DATASETS.TRAIN": "('owm',)"}, "owm.*--dataset"),
         ((), {"MODEL.META_ARCHITECTURE": "RetinaNet", "TEST.AUG.ENABLED": "True"}, "augmentation"),
         ((), {"MODEL.SE.RATIOS": "8"}, "Did you mean MODEL.SE.RATIO or"),
         ((), {"MODEL.BACKBONE.NAME": "build_senet_fpn"}, "build_senet_fpn_backbone"),
         ((), {"MODEL.ROI_HEADS.NAME": "StandardHeads"}, "StandardROIHeads"),
         ((), {"MODEL.DEVICE": "gpu"}, "expected cuda or cpu"),
-        ((), {"SOLVER.IMS_PER_BATCH": "0"}, "IMS_PER_BATCH is 0, expected 1"),
-        ((), {"SOLVER.MAX_ITER": "0"}, "MAX_ITER is 0, expected 1"),
-        ((), {"DATALOADER.NUM_WORKERS": "-1"}, "NUM_WORKERS is -1, expected a number from 0"),
-        ((), {"SOLVER.BASE_LR": "-0.1"}, "BASE_LR is -0.1, expected 0 or more"),
+        ((), {"SOLVER.IMS_PER_BATCH": "0"}, "IMS_PER_BATCH is 0; expected 1"),
+        ((), {"SOLVER.MAX_ITER": "0"}, "MAX_ITER is 0; expected 1"),
+        ((), {"DATALOADER.NUM_WORKERS": "-1"}, "NUM_WORKERS is -1; expected a number from 0"),
+        ((), {"SOLVER.BASE_LR": "-0.1"}, "BASE_LR is -0.1; expected 0 or more"),
         ((), {"SOLVER.BASE_LR": "float('nan')"}, "BASE_LR"),
-        ((), {"SOLVER.MOMENTUM": "1.5"}, "MOMENTUM is 1.5, expected a number from 0 to 1"),
-        ((), {"SOLVER.CHECKPOINT_PERIOD": "0"}, "CHECKPOINT_PERIOD is 0, expected 1 or more"),
+        ((), {"SOLVER.MOMENTUM": "1.5"}, "MOMENTUM is 1.5; expected a number from 0 to 1"),
+        ((), {"SOLVER.CHECKPOINT_PERIOD": "0"}, "CHECKPOINT_PERIOD is 0; expected 1 or more"),
         ((), {"SOLVER.CHECKPOINTS_KEPT": "1"}, "CHECKPOINTS_KEPT is 1.*at least 2"),
         ((), {"DATASETS.TRAIN": "()"}, "DATASETS.TRAIN is empty"),
-        ((), {"DATASETS.TRAIN": "(1,)"}, "expected names of data sets"),
+        ((), {"DATASETS.TRAIN": "(1,)"}, "expected data set names"),
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_rate_that_is_not_scaled_to_the_batch_is_warned_of(command, caplog, ra
     logging.getLogger("senet_transfer").propagate = True
     with caplog.at_level(logging.WARNING):
         setup(command(**{"SOLVER.BASE_LR": rate}))
-    assert any("linear rule" in record.message for record in caplog.records) == warned
+    assert any("scaled linearly" in record.message for record in caplog.records) == warned
 
 
 def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
@@ -122,7 +122,7 @@ def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
 
 def test_the_c4_head_that_would_drop_the_gates_is_refused(command):
     keys = {"MODEL.BACKBONE.NAME": "build_senet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
-    with pytest.raises(UserError, match="Set it to SENetRes5ROIHeads"):
+    with pytest.raises(UserError, match="Set MODEL.ROI_HEADS.NAME to SENetRes5ROIHeads"):
         setup(command(**keys))
 
 
@@ -142,8 +142,8 @@ def test_a_config_file_runs_no_code(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds NoneType"),
-        ("[1]", "holds list"),
+        ("", "contains a NoneType"),
+        ("[1]", "contains a list"),
         ("_BASE_: c.yaml", "includes itself as its _BASE_"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
         ("MODEL: {SE: {RATIOS: 8}}", "no config key MODEL.SE.RATIOS. Did you mean MODEL.SE.RATIO"),
         (
             "NOTHING_LIKE_IT: 1",
-            "no config key NOTHING_LIKE_IT. Neither Detectron2 nor",
+            "no config key NOTHING_LIKE_IT. It is defined by neither",
         ),
         ("MODEL: {WEIGHTS: {FILE: x}}", "Expected a value of the same type as the key's default"),
         ("_BASE_: base.yaml\nSEED: 1", "no config key SOLVR. Did you mean SOLVER"),
@@ -205,7 +205,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
 
 
 def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
-    """A run restarted by a launcher is resumed without changing its options."""
+    """Check that the options are unchanged, so that a launcher can restart the run."""
     run = command()
     before = replace(run)
     cfg = setup(run)

@@ -15,7 +15,7 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     with stop_at_step_end():
         assert not requested()
         os.kill(os.getpid(), number)
-        # Ctrl-C arrives from the terminal and from torchrun, which counts as one request.
+        # Both the terminal and torchrun deliver Ctrl-C; together they count as one request.
         os.kill(os.getpid(), number)
         until = time.monotonic() + 5
         while not requested() and time.monotonic() < until:

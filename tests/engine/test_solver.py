@@ -73,9 +73,9 @@ def test_epochs_are_iterations_rounded_up():
     [
         (
             {"SOLVER.EPOCHS": "3", "SOLVER.MAX_ITER": "100"},
-            "SOLVER.MAX_ITER is 100.*only one of them",
+            "SOLVER.MAX_ITER is 100.*only one of the two",
         ),
-        ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*only one of them"),
+        ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*only one of the two"),
         ({"SOLVER.EPOCHS": "-1"}, "SOLVER.EPOCHS is -1"),
         ({"SOLVER.EPOCHS": "many"}, "SOLVER.EPOCHS is 'many'"),
         ({"SOLVER.EPOCHS": "3", "TEST.EVAL_EPOCHS": "0"}, "EVAL_EPOCHS is 0.0"),

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp
     torch.save({"model": state}, path)
     with pytest.raises(UserError) as error:
         Checkpointer(trainer.model).load(str(path))
-    assert f"missing in the file: {removed}" in str(error.value)
+    assert f"missing from the file: {removed}" in str(error.value)
     assert "unexpected: extra.weight" in str(error.value)
     assert str(path) in str(error.value)
 
@@ -154,7 +154,7 @@ def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
     files = sorted(str(path) for path in folder.glob("*.jpg"))
     assert find_images([str(folder)]) == files
     assert find_images([str(folder / "*.jpg"), files[0]]) == files
-    with pytest.raises(UserError, match="matches no image"):
+    with pytest.raises(UserError, match="No image matches"):
         find_images([str(folder / "*.png")])
 
 

@@ -74,14 +74,14 @@ def test_a_second_round_starts_anew():
 
 @pytest.mark.parametrize("expected", [8, 10])
 def test_other_than_the_images_of_the_data_set_is_an_error(expected):
-    with pytest.raises(UserError, match=f"saw 9 images, expected {expected}"):
+    with pytest.raises(UserError, match=f"9 images were evaluated; expected {expected}"):
         evaluated(torch.randn(9, 6), torch.zeros(9, dtype=torch.int64), expected)
 
 
 def test_logits_that_are_not_finite_and_other_classes_are_refused():
     logits = torch.randn(9, 6)
     logits[8, 2] = torch.nan
-    with pytest.raises(UserError, match="not finite, the first of 8"):
+    with pytest.raises(UserError, match="not finite; the first image is 8"):
         evaluated(logits, torch.zeros(9, dtype=torch.int64))
     evaluator = ClassificationEvaluator(5, 9)
     with pytest.raises(UserError, match="has 6 classes, but the data has 5"):

@@ -1,4 +1,4 @@
-"""Tests that converted files give the original outputs, here and in the project that reads them."""
+"""Tests that converted files give the original outputs, also in the target project."""
 
 import json
 import pickle
@@ -33,6 +33,7 @@ from tests.weights.peers import (
 )
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("zero_initial_weights")
 
 # Package, its model name, this project's model name, the target format, the file suffix.
 ROUND_TRIPS = [
@@ -53,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build the same network with other weights, to load a file into."""
+    """Build the same network with different weights, to load a file into."""
     return peer(package, name, seed=7)
 
 
@@ -184,8 +185,13 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "options", "to", "words"),
     [
-        ("se_resnet18", {}, "torchvision", "network is se_resnet18. torchvision has resnet101"),
-        ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, 'pad'"),
+        (
+            "se_resnet18",
+            {},
+            "torchvision",
+            "network is se_resnet18, but torchvision supports only resnet101",
+        ),
+        ("resnet18", {"stem_pool": "ceil"}, "timm", "stem_pool is 'ceil' in the file, but 'pad'"),
         ("resnet50", {"stride_in_1x1": True}, "torchvision", "stride_in_1x1 is True in the file"),
         ("se_resnet18", {}, "timm", r"\(\(2, 3, 4, 5\), 16, 1, True\) in the file, .*16, 8, True"),
         ("se_resnet18", {"stem_pool": "ceil"}, "timm_legacy", "se_relu_before is False"),
@@ -195,7 +201,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
     ],
 )
 def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
-    # All tensors would fit in each of these cases: only the checks find the difference.
+    # In each of these cases all tensors would fit, so only the checks detect the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
     with pytest.raises(UserError, match=words):
         convert_file(tmp_path / "own.pth", tmp_path / "out.pth", to=to)
@@ -205,12 +211,12 @@ def test_what_the_other_project_can_not_express_is_refused(ours, options, to, wo
 def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
     model = randomise(published.PlainClassifier(18))
     path = published_bgr(model, tmp_path)
-    with pytest.raises(UserError, match="format BGR for the file's network, RGB"):
+    with pytest.raises(UserError, match="format is BGR for the file's network and RGB"):
         convert_file(path, tmp_path / "out.pth", to="torchvision")
 
 
 def published_bgr(model, tmp_path) -> Path:
-    """Write a weight file whose metadata state BGR images."""
+    """Write a weight file whose metadata specifies BGR images."""
     path = save(model, tmp_path / "tv.pth")
     ours = create_classifier("resnet18", weights=path)
     ours.backbone.preprocessing = Preprocessing(format="BGR")
@@ -221,7 +227,7 @@ def published_bgr(model, tmp_path) -> Path:
 def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(
-        UserError, match="stem_pool is not stated.*\n.*does not state the preprocessing"
+        UserError, match="stem_pool is not specified.*\n.*does not specify the preprocessing"
     ):
         convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
 
@@ -230,7 +236,7 @@ def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_pat
     state = peer("torchvision", "resnet18").state_dict()
     del state["layer4.1.bn2.running_var"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="1 missing in the file"):
+    with pytest.raises(UserError, match="1 missing from the file"):
         convert_file(tmp_path / "x.pth", tmp_path / "out.pth")
     state = {**peer("torchvision", "resnet18").state_dict(), "aux.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "x.pth")
@@ -244,7 +250,7 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     assert convert_file(path, tmp_path / "r50.safetensors", check=True).relative < 1e-6
-    assert "FrozenBN only" in caplog.text
+    assert "only with FrozenBN" in caplog.text
     backbone = create_classifier("resnet50", weights=tmp_path / "r50.safetensors", norm="FrozenBN")
     outputs = outputs_of_ours(backbone.eval(), images())
     assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
@@ -266,7 +272,7 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match="can't be written: .*No space left"):
+        with pytest.raises(UserError, match="Cannot write .*No space left"):
             convert_file(path, out, force=True)
     assert out.read_bytes() == b"mine"
     assert sorted(tmp_path.iterdir()) == before
@@ -282,7 +288,7 @@ def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
         engine_convert, "examine", lambda p, f: other if Path(p).name == "out.pth" else real(p, f)
     )
     with pytest.raises(
-        UserError, match="does not give the same outputs as .*largest difference of logits"
+        UserError, match="does not give the same outputs as .*largest difference in logits"
     ):
         convert_file(path, tmp_path / "out.pth", check=True)
 
@@ -290,9 +296,9 @@ def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("out", "to", "words"),
     [
-        ("x.bin", None, "saved as .pth or .safetensors, not '.bin'"),
-        ("x.pth", "detectron2", "saved as .pkl, not '.pth'"),
-        ("x.pkl", "timm", "saved as .pth or .safetensors, not '.pkl'"),
+        ("x.bin", None, "have the suffix .pth or .safetensors, not '.bin'"),
+        ("x.pth", "detectron2", "have the suffix .pkl, not '.pth'"),
+        ("x.pkl", "timm", "have the suffix .pth or .safetensors, not '.pkl'"),
         ("x.pth", "keras", "can't be converted to 'keras'"),
     ],
 )
@@ -310,7 +316,7 @@ def test_the_command_line(tmp_path, run_python):
     command = ("tools/convert_weights.py", path, tmp_path / "out.safetensors")
     done = run_python(*command, "--check")
     assert done.returncode == 0, done.stderr
-    checked = "Checked: largest difference of logits: 0 (0 of the largest value)"
+    checked = "Checked: largest difference in logits: 0 (0 of the largest value)"
     assert checked in done.stdout
     assert "Detected as" in done.stdout
     quiet = run_python(*command, "--check", "--force", "--quiet")

@@ -1,4 +1,4 @@
-"""Comparison of folded networks and exported files with the eager networks."""
+"""Tests of folded networks and exported files against the eager networks."""
 
 import json
 import runpy
@@ -64,7 +64,7 @@ def test_deployed_backbones_compute_the_same_without_norms(name, norm):
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9)
     for key, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[key])
-    if "cifar" not in name:  # Whose norms come before the convolutions.
+    if "cifar" not in name:  # In CIFAR networks, norms precede convolutions.
         norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
         assert not any(isinstance(module, norms) for module in deployed.modules())
     assert not any(parameter.requires_grad for parameter in deployed.parameters())
@@ -84,7 +84,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.long
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
-    # Eager, with a gradient to the images, compiled, and with autocast.
+    # Compare eager outputs, gradients of the images, compiled outputs, and outputs with autocast.
     options = {"out_features": ["res3"], "in_channels": 5, **variant}
     backbone = randomised(create_backbone("se_resnet50", **options)).double()
     deployed = deploy(backbone)
@@ -108,7 +108,7 @@ def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(var
 @pytest.fixture(scope="module")
 def classifier() -> nn.Module:
     model = randomised(create_classifier("se_resnet18", num_classes=7))
-    model.linear.weight.data *= 30  # Classes that differ.
+    model.linear.weight.data *= 30  # Make the classes' logits differ.
     return model
 
 
@@ -117,7 +117,7 @@ def classifier() -> nn.Module:
 def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": classifier.preprocessing, "size": (64, 48)}
-    # export_network itself compares the outputs, with another batch size than it traced with.
+    # export_network itself compares the outputs, with a different batch size than in tracing.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
 
@@ -132,7 +132,7 @@ def with_statistics(model: nn.Module, side: int) -> nn.Module:
     return model.eval()
 
 
-# One model per block type. The others have the depth of their papers and are slow.
+# One model per block type. The others are as deep as in their papers, and therefore slow.
 SMALL = [
     "se_resnet18",
     "se_resnet50",
@@ -213,7 +213,7 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
 @pytest.mark.long
 def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
-    # Reads an image file. Its top classes must be those of eval_classifier.py.
+    # Classify an image file; the top classes must be those of eval_classifier.py.
     preprocessing = Preprocessing(
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
     )
@@ -259,7 +259,10 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
     ("arguments", "words"),
     [
         (["--model", "se_resnet18", "--output", "model.h5"], "Expected one of: .onnx, .pt2, .ts"),
-        (["--model", "se_resnet18", "--output", "missing/model.ts"], "There is no folder"),
+        (
+            ["--model", "se_resnet18", "--output", "missing/model.ts"],
+            "folder missing does not exist",
+        ),
         (["--output", "model.ts"], "No model is specified"),
         (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (

@@ -21,7 +21,7 @@ from senet_transfer.data.shards.write import convert
 from tests.faults import runs
 from tests.small_networks import SE_RESNEXT50
 
-# Enables everything that has state in a checkpoint.
+# Options that enable everything with state in a checkpoint.
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
@@ -44,7 +44,7 @@ CLASSIFICATION = {
     "SOLVER.AMP.ENABLED": "True",
     "SOLVER.AMP.DTYPE": "float16",
 }
-# The network for images in memory, which most keys of SMALL don't apply to.
+# Network for images in memory, to which most keys of SMALL do not apply.
 MEMORY = {f"MODEL.RESNETS.{key}": None for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")}
 MEMORY |= {f"MODEL.RESNETS.{key}_OUT_CHANNELS": None for key in ("STEM", "RES2")}
 MEMORY |= {
@@ -113,7 +113,7 @@ def words(disk):
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function from a kind of data to a new run, whose files are deleted after the test."""
+    """Yield a function that prepares a run on a kind of data; delete its files after the test."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)
@@ -121,7 +121,7 @@ def work(words, disk):
 
 @pytest.fixture(scope="session")
 def straight(words, disk):
-    """Return a function from a kind of data to an uninterrupted run and its time in seconds."""
+    """Return a function that gives an uninterrupted run and its seconds for a kind of data."""
     done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
 
     def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:
@@ -142,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """Return a function from a kind of data to a run that was killed after its third checkpoint."""
+    """Return a function that gives a run killed after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

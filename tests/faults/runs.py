@@ -45,8 +45,8 @@ class Work:
     """A small training run.
 
     Attributes:
-        folder: The run's OUTPUT_DIR.
-        words: The arguments of the command line, except OUTPUT_DIR.
+        folder: Output folder of the run.
+        words: Command-line arguments of the run, except OUTPUT_DIR.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class Work:
             time.sleep(0.01)
 
     def started_at(self) -> int:
-        """Return the first iteration of the last start."""
+        """Return the first iteration after the most recent start."""
         return int(re.findall(r"Starting training from iteration (\d+)", self.output())[-1])
 
     def last_iteration(self) -> int:
@@ -146,7 +146,7 @@ def end_of(process: multiprocessing.Process, limit: float = LIMIT) -> int:
     process.join(limit)
     if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"the run hangs, {limit:g} s after it should have ended")
+        raise AssertionError(f"the run did not end within {limit:g} s")
     return process.exitcode
 
 
@@ -154,7 +154,7 @@ def _run(
     words: list[str], log: str, harm: Callable[[], None] | None, environment: dict[str, str]
 ) -> None:
     os.setsid()
-    # The default start method of a script that is started normally.
+    # The default start method in a script that is started normally.
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

@@ -22,7 +22,7 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return pairs of a kind of data, in turn, and a seed."""
+    """Return pairs of kind of data and seed, with alternating kinds."""
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 
@@ -76,7 +76,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
-        stopped = re.findall(r"Stopped after iteration (\d+), checkpoint saved", run.output())
+        stopped = re.findall(r"Stopped after iteration (\d+) and saved a checkpoint", run.output())
         assert run.last_iteration() == int(stopped[0])
     else:
         assert (status, run.last_iteration() + 1) == (0, runs.ITERATIONS)
@@ -90,7 +90,7 @@ def test_a_second_signal_ends_a_run_at_once(work, straight, number):
     process = run.start(harm=harms.slow_steps)
     run.wait_for("Starting training", process)
     os.kill(process.pid, number)
-    run.wait_for("repeat to stop now", process)
+    run.wait_for("repeat to stop immediately", process)
     time.sleep(1.2)
     os.kill(process.pid, number)
     assert runs.end_of(process, limit=10) == 128 + number

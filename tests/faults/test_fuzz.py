@@ -49,7 +49,7 @@ SCRATCH = Path()
 
 
 def fuzz(examples: int) -> settings:
-    """Return hypothesis' settings for the same examples in every run."""
+    """Return hypothesis settings that generate the same examples in every run."""
     return settings(
         max_examples=examples,
         derandomize=True,

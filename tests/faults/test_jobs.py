@@ -79,7 +79,7 @@ def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight)
         os.kill(job.children()[-1], signal.SIGKILL)
         assert job.ends() == 0, job.output()[-3000:]
         output = job.output()
-    assert "The launcher has restarted this command: resuming the run." in output
+    assert "The launcher has restarted this command. Resuming the run." in output
     assert output.count("Starting training from iteration 0") == 1
     run.assert_clean()
     run.assert_ends_as(unbroken)
@@ -130,7 +130,9 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
             # The first child is the resource tracker of `multiprocessing`.
             os.kill(job.children()[-1], signal.SIGKILL)
             assert job.ends(60) == 1
-            assert "terminated with signal SIGKILL; the others were terminated" in job.output()
+            assert (
+                "terminated with signal SIGKILL. The other processes were stopped" in job.output()
+            )
     run.go_on(ranks=2)
     run.assert_ends_as(unbroken)
 

@@ -156,8 +156,8 @@ def test_autocast_joins_what_is_of_two_types():
     [
         ({"ratio": 0}, "ratio"),
         ({"ratio": 33}, "expected 1 to 32"),
-        ({"squeeze": "sum"}, "'sum', expected one of: avg, max, none"),
-        ({"excitation": "gelu"}, "'gelu', expected one of: sigmoid, tanh, relu"),
+        ({"squeeze": "sum"}, "'sum'; expected one of: avg, max, none"),
+        ({"excitation": "gelu"}, "'gelu'; expected one of: sigmoid, tanh, relu"),
     ],
 )
 def test_an_operator_that_makes_no_sense_is_refused(arguments, words):

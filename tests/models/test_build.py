@@ -27,7 +27,7 @@ def build(cfg):
 
 
 def small(cfg):
-    """Reduce the work of the detector's heads."""
+    """Configure the detector's heads to be fast."""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
@@ -129,9 +129,8 @@ def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
     written, given, expected, tmp_path
 ):
     path = tmp_path / "config.yaml"
-    path.write_text(
-        f"MODEL: {{SE: {{FUSED: {written}}}, BACKBONE: {{NAME: build_senet_backbone, ARCH: se_cifar_resnet8}}}}\n"
-    )
+    backbone = "BACKBONE: {NAME: build_senet_backbone, ARCH: se_cifar_resnet8}"
+    path.write_text(f"MODEL: {{SE: {{FUSED: {written}}}, {backbone}}}\n")
     cfg = load_config(str(path), ["MODEL.SE.FUSED", given] if given else [])
     assert expected == cfg.MODEL.SE.FUSED
     (tmp_path / "saved.yaml").write_text(cfg.dump())
@@ -192,7 +191,7 @@ def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
 
 
 def test_detectron2s_own_c4_head_would_drop_the_gates():
-    """Check the reason for ``SENetRes5ROIHeads``."""
+    """Check that ``SENetRes5ROIHeads`` is needed."""
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
     assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
 

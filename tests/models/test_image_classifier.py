@@ -178,7 +178,7 @@ def test_an_exported_classifier_computes_the_same_for_any_batch_size():
             torch.testing.assert_close(exported.module()(inputs), model(inputs))
 
 
-# What is compiled here is what surrounds the backbone; test_matrix.py compiles every backbone.
+# This compiles the code around the backbone; test_matrix.py compiles every backbone.
 QUICK_TO_COMPILE = {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8", "MODEL.RESNETS.NORM": "BN"}
 
 

@@ -87,7 +87,7 @@ def _cases() -> list:
 def test_every_model_computes_the_same_in_every_way(name, way):
     model, x = model_and_images(name)
     if way != "bf16":
-        # The eager network may use another order of operations. Feature maps of deep untrained
+        # The eager network may use a different order of operations. Feature maps of deep untrained
         # backbones have values in the thousands, so compare in float64, which reveals errors.
         model, x = model.double(), x.double()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmark import Comparison, Ratio, compare, saved_bytes
 from benchmark.memory import highest_sum, peak_bytes
-from tests.processes import ROOT, call
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
@@ -30,7 +30,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """Check that a machine that becomes ten times slower doesn't change a ratio."""
+    """Check that ratios do not change if the machine becomes ten times slower."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")
@@ -71,7 +71,7 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
     layer = nn.Linear(4, 8)
     x = torch.randn(16, 4)
     held = []
-    # Saved are the layer's input and the output of the sigmoid, but not the weight.
+    # The layer's input and the sigmoid's output are saved, but not the weight.
     forward = lambda: held.append(layer(x).sigmoid())  # noqa: E731
     assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
 
@@ -87,12 +87,11 @@ def test_the_peak_is_what_was_occupied_at_once():
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
 
 
-@pytest.mark.long
-def test_the_command_starts_without_the_packages_for_export():
+def test_a_part_starts_without_the_packages_for_export(run_python):
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
-    line += "sys.path[0] = 'tools'; "
+    line += "sys.path[0] = 'tools'; import benchmark.networks, benchmark.inference; "
     line += "runpy.run_path('tools/benchmark.py', run_name='__main__')"
-    done = call(sys.executable, "-c", line, "--help")
+    done = run_python("-c", line, "--help")
     assert done.returncode == 0, done.stderr
 
 

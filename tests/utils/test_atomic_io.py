@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from senet_transfer.utils.atomic_io import atomic_file, whole_file, write_json
+from senet_transfer.utils.atomic_io import atomic_file, atomic_path, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -49,7 +49,7 @@ def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path, monkeypat
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(os, "unlink", fail)
-    with pytest.raises(ValueError, match="first"), whole_file(tmp_path / "file"):
+    with pytest.raises(ValueError, match="first"), atomic_path(tmp_path / "file"):
         raise ValueError("first")
 
 
@@ -88,7 +88,7 @@ def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mod
     before = os.umask(umask)
     try:
         write_json(tmp_path / "a.json", {"b": 1})
-        with whole_file(tmp_path / "a.safetensors") as partial:
+        with atomic_path(tmp_path / "a.safetensors") as partial:
             save_file({"x": torch.ones(2)}, partial)
         assert os.umask(umask) == umask
     finally:

@@ -1,4 +1,4 @@
-"""Tests of the private APIs of other libraries that the package uses, via public behaviour."""
+"""Tests that the private APIs used from other libraries still behave as expected."""
 
 import subprocess
 import sys

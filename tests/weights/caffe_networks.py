@@ -13,12 +13,12 @@ from tests.weights.caffe_writer import CaffeNet
 
 @dataclass(frozen=True)
 class Design:
-    """Options in which the authors' networks differ."""
+    """Architecture options of the authors' networks."""
 
     blocks: tuple[int, ...]
     groups: int = 1
-    width: int = 64  # of the 3x3 in stage 2
-    reduce: int = 64  # of the first 1x1 in stage 2
+    width: int = 64  # channels of the 3x3 convolutions in stage 2
+    reduce: int = 64  # channels of the first 1x1 convolutions in stage 2
     stride_in_1x1: bool = True
     deep_stem: bool = False
 
@@ -34,7 +34,7 @@ DESIGNS = {
 
 
 class _Random:
-    """Generator of random values that keep the signal's scale through many blocks."""
+    """Generator of random weights that preserve the scale of the activations in deep networks."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -115,7 +115,7 @@ def _block(net, design, random, stage: int, index: int, x: str, inputs: int) -> 
 
 
 # Widths per module: 1x1; 3x3 and the 1x1 before it; two 3x3 and the 1x1 before them; the 1x1 after
-# the pool. Modules of stride 2 lack the first and the last.
+# the pool. Modules of stride 2 have neither the first nor the last.
 BN_INCEPTION = {
     "3a": (64, 64, 64, 64, 96, 32),
     "3b": (64, 64, 96, 64, 96, 64),

@@ -238,14 +238,14 @@ class CaffeNet:
         )
 
     def write(self, prototxt: Path, caffemodel: Path, *, for_opencv: bool = False) -> None:
-        """Write the definition and the weights.
+        """Write the definition and the weights to files.
 
         Args:
-            prototxt: The file of the definition.
-            caffemodel: The file of the weights.
-            for_opencv: Exchange the last two inputs of every Axpy in the definition, because
-                OpenCV's importer applies the gate to the third, the authors' layer to the second.
-                (OpenCV also supports only one image per batch there.)
+            prototxt: Path of the definition.
+            caffemodel: Path of the weights.
+            for_opencv: Exchange the last two inputs of every Axpy in the definition. OpenCV's
+                importer applies the gate to the third input, whereas the authors' layer applies it
+                to the second. (OpenCV also supports only one image per batch there.)
         """
         Path(prototxt).write_text(self.prototxt(for_opencv=for_opencv))
         Path(caffemodel).write_bytes(self.caffemodel())
@@ -273,7 +273,7 @@ class CaffeNet:
 
         Args:
             legacy_shapes: State shapes in four dimensions (num, channels, height, width).
-            doubles: Store double precision.
+            doubles: Store values in double precision.
             packed: Store each array as a packed field, as Caffe does.
         """
         out = bytearray(_bytes(1, self.name.encode()))

@@ -25,7 +25,7 @@ import yacs.config
 
 
 class Mode(enum.Enum):
-    """Enum of a training script."""
+    """Enum as defined in training scripts."""
 
     TRAIN = "train"
     TEST = "test"
@@ -43,7 +43,7 @@ def _optimizer() -> torch.optim.Optimizer:
     return optimizer
 
 
-# Makers of objects that training scripts save next to a model.
+# Functions that create objects which training scripts save next to a model.
 NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "Namespace": lambda: argparse.Namespace(lr=0.1, out=pathlib.PosixPath("runs/1")),
     "PosixPath": lambda: pathlib.PosixPath("runs/1"),
@@ -70,7 +70,7 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "Generator": lambda: np.random.default_rng(0),
     "module": lambda: torch.nn.CrossEntropyLoss(),
 }
-# The same, for torch.save: they hold tensors.
+# The same for torch.save, with tensors.
 NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
     **NEXT_TO_A_MODEL,
     "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2)),

@@ -118,7 +118,7 @@ def geometry_options(model: Classifier) -> dict[str, object]:
 
 
 def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Check networks of another geometry, which have the same tensors but other outputs.
+    """Check networks with a different geometry, which have the same tensors but other outputs.
 
     ``load_weights`` must raise an error for each. ``load_state_dict`` accepts the tensors; the
     outputs must then differ from the peer's, which shows that the comparison detects such errors.
@@ -130,7 +130,7 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
             continue
         other = {"pad": "ceil", "ceil": "pad", True: False, False: True}[options[name]]
         model = create_classifier(ours, **{**options, name: other}).eval()
-        with pytest.raises(UserError, match=rf"(?s)gives other outputs.*\({name}"):
+        with pytest.raises(UserError, match=rf"(?s)computes different outputs.*\({name}"):
             load_and_expect_no_change(model, path)
         model.load_state_dict(right.state_dict(), strict=True)
         assert worst(expected, outputs_of_ours(model, images())) > 1e-3, name
@@ -139,14 +139,14 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
 def check_peer(
     model: nn.Module, stages: list, path: Path, ours: str, family: str, **overrides: object
 ) -> Classifier:
-    """Load a file and compare the outputs with those of the network that it was saved from.
+    """Load a file and compare the outputs of the model with those of the original network.
 
     Args:
-        model: The network that the file was saved from.
-        stages: The modules of that network whose outputs are res2 to res5.
-        path: The file.
-        ours: The name of this project's model to load the file into.
-        family: The family that must be detected.
+        model: The original network, from which the file was saved.
+        stages: Modules of the original network whose outputs are res2 to res5.
+        path: Path of the weight file.
+        ours: Name of this project's model that loads the file.
+        family: Weight family that must be detected.
         overrides: Options of this project's model.
     """
     expected = outputs_of_peer(model, images(), stages)

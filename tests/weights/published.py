@@ -1,4 +1,4 @@
-"""Networks of projects that can't be installed, in plain PyTorch, after their published code.
+"""Plain-PyTorch networks of projects that can't be installed, based on published code.
 
 Sources: mmpretrain's ``models/backbones/{resnet,seresnet}.py`` and ``models/utils/se_layer.py``;
 moskomule's ``senet/{se_module,se_resnet}.py``; Caffe2's and Detectron's ResNets (MSRA). Module

@@ -10,10 +10,10 @@ class Site:
     """Content and behaviour of the server, and a log of its requests.
 
     Attributes:
-        pages: (status, headers, body) by path.
-        breaks: The number of next responses that are cut off after half of the body.
+        pages: Status, headers and body by path.
+        breaks: Number of upcoming responses that are cut off after half of the body.
         ranges: Whether range requests are supported.
-        asked: the paths and ranges that were asked for, in order.
+        asked: Requested paths and ranges, in order.
     """
 
     def __init__(self, port: int):

@@ -1,7 +1,8 @@
-"""Paired benchmarks, for developers; ``tools/benchmark.py`` is the command line.
+"""Paired benchmarks for developers. The command is ``tools/benchmark.py``.
 
-The folder is not part of the wheel. A script in ``tools/`` imports it as ``benchmark``: Python puts
-the script's folder first in ``sys.path``, and a package precedes a module of the same name.
+This folder is not part of the wheel. Scripts in ``tools/`` import it as ``benchmark``, because
+Python puts a script's folder first in ``sys.path`` and prefers a package to a module of the same
+name.
 """
 
 from benchmark.compare import Comparison, Ratio, compare

@@ -1,4 +1,4 @@
-"""Benchmark ``coco-eval``: COCO metrics by faster-coco-eval compared with pycocotools."""
+"""Benchmark ``coco-eval``: COCO metrics computed by faster-coco-eval and by pycocotools."""
 
 import contextlib
 import copy
@@ -20,9 +20,10 @@ CLASSES, DETECTIONS = 80, 100
 
 
 def draw_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
-    """Return random ground truth and detections for a number of images.
+    """Return random ground truth and detections for the given number of images.
 
-    Each image has about seven objects, as in COCO, and 100 detections, half of them near objects.
+    Each image has about seven objects, as in COCO, and 100 detections, half of which are near
+    objects.
     """
     draw = np.random.default_rng(0)
     annotations: list[dict] = []
@@ -86,7 +87,7 @@ def _keep(results: dict[str, np.ndarray], name: str, way: Callable[[], np.ndarra
 
 
 def measure_coco(options: Options) -> Iterator[Row]:
-    """Time the evaluation of detections and record the largest difference of the metrics."""
+    """Time the evaluation of detections, and record the largest difference between the metrics."""
     for images, rounds, warm_up in ((500, 6, 0), (5000, 1, 0)):
         truth, detections = draw_truth_and_detections(images)
         ways = {
@@ -95,10 +96,10 @@ def measure_coco(options: Options) -> Iterator[Row]:
         }
         results: dict[str, np.ndarray] = {}
         found = compare(
-            f"COCO's metrics, {images} images x {DETECTIONS} detections",
+            f"COCO metrics, {images} images x {DETECTIONS} detections",
             {name: partial(_keep, results, name, way) for name, way in ways.items()},
             baseline="pycocotools",
-            # At the size of COCO val2017, one round of pycocotools takes a minute.
+            # With 5000 images, as in COCO val2017, one round takes a minute with pycocotools.
             seconds=options.seconds,
             min_rounds=rounds,
             warm_up=warm_up,

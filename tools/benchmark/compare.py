@@ -1,10 +1,11 @@
 """Paired timing of candidates, and ratios with 95% confidence intervals.
 
-The speed of a machine drifts by more than the differences to measure. Therefore every round times
-each candidate once, and ratios are computed within a round. Two instances of the same network also
-differ because of their location in memory, so the baseline is built twice and the second instance
-serves as control. Rounds are added until the control's interval is within the tolerance around 1.
-If this isn't reached in time, the comparison is reported as unresolved.
+The speed of a machine drifts by more than the differences to measure. Therefore, each candidate is
+timed once per round, and ratios are computed within each round. Even two instances of the same
+network differ in speed because of their memory locations. Therefore, the baseline is built twice,
+and the second instance serves as the control. Rounds are added until the control's confidence
+interval is within the tolerance around 1. If this does not happen in time, the comparison is
+reported as unresolved.
 """
 
 import gc
@@ -18,16 +19,16 @@ from typing import Any
 
 import torch
 
-# With 11 rounds, the interval excludes the lowest and highest ratio, which may be disturbed.
+# With 11 rounds, the interval excludes the lowest and highest ratios, which may be outliers.
 MIN_ROUNDS = 11
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of the rounds' ratios with its 95% confidence interval.
+    """Median of the ratios in all rounds, with its 95% confidence interval.
 
-    The interval is computed from order statistics. It assumes no distribution, and disturbed rounds
-    widen it less than the interval of a mean.
+    The interval is computed from order statistics. It does not assume a distribution, and outliers
+    affect it less than the confidence interval of a mean.
     """
 
     value: float
@@ -36,7 +37,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: list[float]) -> "Ratio":
-        """Compute the median and its interval; with fewer than 6 values, their range is used."""
+        """Compute the median and its interval, which is the full range for fewer than 6 values."""
         ordered = sorted(ratios)
         skip = _outside(len(ordered))
         return cls(statistics.median(ordered), ordered[skip], ordered[-1 - skip])
@@ -66,11 +67,11 @@ class Comparison:
 
     Attributes:
         what: Description of the comparison.
-        baseline: The candidate in the denominator of all ratios.
-        seconds: Seconds of each candidate, one value per round.
-        control: The candidate that is a second instance of the baseline, or None.
-        tolerance: The largest distance of the control's interval from 1.
-        pairs: Pairs of candidates whose ratio, first over second, is reported in addition.
+        baseline: Candidate in the denominator of all ratios.
+        seconds: Duration of each candidate in seconds, one value per round.
+        control: Candidate that is a second instance of the baseline, or None.
+        tolerance: Maximum distance of the control's interval from 1.
+        pairs: Pairs of candidates whose ratio (first over second) is also reported.
         notes: Additional entries for the JSON file.
     """
 
@@ -83,7 +84,7 @@ class Comparison:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str | None = None) -> Ratio:
-        """Return the ratio of one candidate over another, by default over the baseline."""
+        """Return the ratio of a candidate over another candidate, by default the baseline."""
         below = self.seconds[over or self.baseline]
         return Ratio.of([a / b for a, b in zip(self.seconds[name], below, strict=True)])
 
@@ -93,7 +94,7 @@ class Comparison:
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return medians and interquartile ranges in seconds, and the ratios, for JSON."""
+        """Return medians and interquartile ranges in seconds, and ratios, as a dict for JSON."""
         rows = {}
         for name, values in self.seconds.items():
             low, _, high = statistics.quantiles(values if len(values) > 1 else 2 * values, n=4)
@@ -147,20 +148,21 @@ def compare(
     pairs: Sequence[tuple[str, str]] = (),
     profile: bool = False,
 ) -> Comparison:
-    """Time functions against each other.
+    """Compare the run times of several functions.
 
     Args:
-        what: Description of the comparison.
-        candidates: Functions without arguments, by name.
+        what: The description of the comparison.
+        candidates: The functions to time, by name. They take no arguments.
         baseline: The name of the candidate in the denominator of all ratios.
         control: The name of a candidate that is a second instance of the baseline.
-        seconds: Time budget in seconds, after the warm-up and ``min_rounds``. The comparison ends
-            after half of it if the control is within the tolerance.
-        tolerance: See :class:`Comparison`.
+        seconds: The time budget in seconds, excluding the warm-up. The comparison ends after half
+            of it if the control is within the tolerance. At least ``min_rounds`` are always run.
+        tolerance: The maximum distance of the control's interval from 1.
         warm_up: The number of calls of each candidate before the first round.
-        min_rounds: The smallest number of rounds. A 95% interval needs 6.
-        pairs: See :class:`Comparison`.
-        profile: Profile time and memory of each candidate in one additional call, for the notes.
+        min_rounds: The minimum number of rounds. A 95% interval requires 6.
+        pairs: Pairs of candidates whose ratio (first over second) is also reported.
+        profile: If True, profile the time and memory of each candidate in one additional call, and
+            add the profile to the notes.
     """
     for _ in range(warm_up):
         for function in candidates.values():
@@ -169,7 +171,7 @@ def compare(
     order, shuffle = list(candidates), random.Random(0)
     start = time.perf_counter()
     while True:
-        # Shuffle the order because the previous candidate affects the state of the caches.
+        # Shuffle the order, because each candidate affects the caches for the next one.
         shuffle.shuffle(order)
         for name in order:
             times[name].append(_time(candidates[name]))
@@ -197,7 +199,7 @@ def _profile(function: Callable[[], object]) -> str:
 
 
 def _time(function: Callable[[], object]) -> float:
-    # Collect only the young generations, which contain the garbage of the previous candidate.
+    # Collect only the young generations, which contain the previous candidate's garbage.
     gc.collect(1)
     gc.disable()
     synchronise()
@@ -210,6 +212,6 @@ def _time(function: Callable[[], object]) -> float:
 
 
 def synchronise() -> None:
-    """Wait until all kernels on the GPU, if there is one, have finished."""
+    """Wait until all kernels have finished if there is a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

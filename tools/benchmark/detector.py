@@ -1,4 +1,4 @@
-"""Benchmark ``detector``: a training step of Faster R-CNN with and without SE."""
+"""Benchmark ``detector``: training step of Faster R-CNN with and without SE."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ HEIGHT, WIDTH, IMAGES, PROPOSALS, CLASSES = 320, 480, 2, 128, 80
 
 
 def recipe(se: bool) -> CfgNode:
-    """Return the config of Detectron2's Faster R-CNN R50-FPN, with frozen norms, stem and res2."""
+    """Return a config for Faster R-CNN R50-FPN with frozen norms, stem and res2."""
     cfg = get_senet_config()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.BACKBONE.NAME = "build_senet_fpn_backbone"
@@ -43,8 +43,8 @@ def recipe(se: bool) -> CfgNode:
 def build(se: bool, device: str) -> nn.Module:
     """Build the detector with random weights and fixed proposals.
 
-    With random weights, the proposals and therefore the cost of the ROI heads differ between
-    networks by more than the cost of the gates.
+    If the proposals were predicted with random weights, the cost of the ROI heads would differ
+    between networks by more than the cost of the gates.
     """
     cfg = recipe(se)
     cfg.MODEL.DEVICE = device
@@ -63,7 +63,7 @@ def boxes(count: int, device: str, seed: int) -> Boxes:
 
 
 def proposals(device: str) -> list[Instances]:
-    """Return fixed proposals, which are the same for every network and step."""
+    """Return fixed proposals that are the same for all networks and steps."""
     found = []
     for image in range(IMAGES):
         instances = Instances((HEIGHT, WIDTH))
@@ -98,7 +98,7 @@ def training_step(model: nn.Module, device: str) -> Callable[[], None]:
 
 
 def measure_detector(options: Options) -> Iterator[Row]:
-    """Measure time and peak memory of Faster R-CNN R50-FPN with fixed proposals."""
+    """Measure the step time and peak memory of Faster R-CNN R50-FPN with fixed proposals."""
     names = {"plain": False, "plain again": False, "SE": True}
     with _quiet():
         models = {name: build(se, options.device) for name, se in names.items()}
@@ -114,12 +114,14 @@ def measure_detector(options: Options) -> Iterator[Row]:
             profile=options.profile,
         )
         peaks = {name: peak_bytes(steps[name], options.device) / 1e6 for name in ("plain", "SE")}
-    yield Amounts("Faster R-CNN R50-FPN: peak of a step, over weights", "MB", "plain", peaks)
+    yield Amounts(
+        "Faster R-CNN R50-FPN: peak memory of a step, without weights", "MB", "plain", peaks
+    )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Provide the EventStorage that Detectron2's modules write to during training."""
+    """Provide the EventStorage to which Detectron2's modules write during training."""
     from detectron2.utils.events import EventStorage
 
     with EventStorage():

@@ -1,4 +1,4 @@
-"""Benchmark ``inference``: classifiers in every mode, compared with ResNet-50 and timm."""
+"""Benchmark ``inference``: eager, compiled and ONNX models, compared with ResNet-50 and timm."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measure_inference(options: Options) -> Iterator[Row]:
-    """Measure ResNet-50 and SE-ResNet-50 at 224 px: eager, compiled and, on a CPU, ONNX Runtime."""
+    """Measure ResNet-50 and SE-ResNet-50 at 224 px: eager, compiled and, on a CPU, with ONNX."""
     models, pairs = _models(options.device)
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)
@@ -64,7 +64,7 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
     except ImportError:  # timm is an optional package for development.
         pass
     else:
-        # timm's legacy_seresnet50 has the stride and the pooling of the Caffe files.
+        # timm's legacy_seresnet50 has the same strides and pooling as the Caffe files.
         caffe = create_classifier("se_resnet50", stride_in_1x1=True, stem_pool="ceil")
         models["SE, Caffe's geometry"] = caffe
         models["timm seresnet50"] = timm.create_model("seresnet50")
@@ -79,7 +79,7 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Compile a model with torch's fastest options: channels last and frozen weights.
 
-    The environment variable ``TORCHINDUCTOR_FREEZING=1`` also freezes weights.
+    Weights can also be frozen with the environment variable ``TORCHINDUCTOR_FREEZING=1``.
     """
     last = torch.channels_last
     model = torch.compile(deploy(model).to(memory_format=last), dynamic=False)
@@ -123,16 +123,16 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def _session(model: nn.Module) -> "onnxruntime.InferenceSession":
-    """Export a model as ``tools/export.py`` does and load it with as many threads as torch uses.
+    """Export a model to ONNX, and create a session with the same number of threads as torch.
 
     Raises:
-        UserError: If a package of the extra ``export`` is missing.
+        UserError: If a package in the extra ``export`` is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         preprocessing = Preprocessing()
         export_network(model, path, form="onnx", preprocessing=preprocessing, size=(224, 224))
-        import onnxruntime  # after the export, whose error names the missing package
+        import onnxruntime  # Imported after the export, which reports a missing package.
 
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Benchmark ``loader``: training batches from JPEG, compared with torchvision and webdataset."""
+"""Benchmark ``loader``: JPEG training batches, compared with torchvision and webdataset."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ from senet_transfer.data.shards.tar import ShardWriter
 
 IMAGES, BATCH, SIZE = 256, 32, 224
 
-# Torchvision's augmentation for ImageNet.
+# torchvision's augmentation for ImageNet.
 RECIPE = [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]
 NORMALISE = [
     v2.ToImage(),
@@ -36,7 +36,7 @@ NORMALISE = [
 
 
 def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> None:
-    """Write JPEG images of smooth random colours for two classes, about as large as photographs."""
+    """Write JPEG images of smooth random colours for two classes, as large as photographs."""
     draw = np.random.default_rng(0)
     for index in range(images):
         coarse = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)
@@ -59,7 +59,7 @@ def write_shard(folder: Path, shard: Path) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Limit torch to a single thread, as in a worker of a DataLoader."""
+    """Limit torch to a single thread, as in a DataLoader worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 
 def measure_loader(options: Options) -> Iterator[Row]:
-    """Measure random 224 px crops from images of two sizes in one process, in images/s."""
+    """Measure the loading of random 224 px crops from images of two sizes in one process."""
     for sizes in ((256, 256), (500, 375)):
         with tempfile.TemporaryDirectory() as name, one_thread():
             folder, shard = Path(name) / "images", Path(name) / "shard.tar"
@@ -77,7 +77,7 @@ def measure_loader(options: Options) -> Iterator[Row]:
             write_shard(folder, shard)
             loaders = _loaders(folder, shard)
             found = compare(
-                f"Training batches of {BATCH} from JPEGs of {sizes[0]}x{sizes[1]}, one process",
+                f"Training batches of {BATCH} JPEG images of {sizes[0]}x{sizes[1]}, one process",
                 loaders,
                 baseline="ImageFolder",
                 control="ImageFolder again",
@@ -130,7 +130,7 @@ def _ours(folder: Path) -> Callable[[], None]:
 
 
 def _bare(files: list[bytes]) -> None:
-    """Decode each image and resize a random crop: the minimum that any loader must do."""
+    """Decode each image and resize a random crop, which is the minimum work for any loader."""
     for data in files:
         RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 

@@ -1,4 +1,4 @@
-"""Memory of training: activations saved for the backward pass, and the peak of a step."""
+"""Memory used in training: activations saved for the backward pass, and peak memory of a step."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 
 def saved_bytes(function: Callable[[], object], model: nn.Module) -> int:
-    """Return the number of bytes that autograd saves for the backward pass of a function.
+    """Return the number of bytes saved by autograd for a function's backward pass.
 
     Each storage is counted once with its full size, even if several operators save it or views of
-    it. The input of the model is counted, its parameters and buffers are not.
+    it. The model's input is counted, but its parameters and buffers are not.
 
     Args:
-        function: The forward pass. Its graph must still be alive when it returns.
-        model: The model whose parameters and buffers are not counted.
+        function: The forward pass. It must keep a reference to its output, so that the graph is
+            alive when it returns.
+        model: The model, whose parameters and buffers are not counted.
     """
     own = {_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
-    # Keep references, so that no storage is freed and its address reused.
+    # Keep references so that no storage is freed, because its address could be reused.
     held = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -39,8 +40,9 @@ def _key(tensor: Tensor) -> int:
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """Return the peak number of bytes allocated for tensors while a function runs.
 
-    On a GPU this is the peak of the caching allocator. On a CPU it is computed from the allocations
-    and deallocations in torch's profiler. Memory allocated before the call isn't counted.
+    On a GPU, the peak is reported by the caching allocator. On a CPU, it is computed from the
+    allocations and deallocations recorded by torch's profiler. Memory allocated before the call is
+    not counted.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -61,7 +63,7 @@ def _allocations(profile: torch.profiler.profile) -> Iterable[int]:
 
 
 def highest_sum(steps: Iterable[int]) -> int:
-    """Return the largest partial sum of the steps, at least 0."""
+    """Return the largest partial sum of the steps, or 0 if none is positive."""
     total = highest = 0
     for step in steps:
         total += step

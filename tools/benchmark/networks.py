@@ -1,4 +1,4 @@
-"""Benchmarks ``block`` and ``trunk``: training cost of SE, compared with the network without SE."""
+"""Benchmarks ``block`` and ``trunk``: training cost of networks with and without SE."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ _BLOCKS = {"plain": BottleneckBlock, "plain again": BottleneckBlock, "SE": SEBot
 
 @dataclass(frozen=True)
 class Options:
-    """Command-line options of the benchmark.
+    """Command-line options for the benchmarks.
 
     Attributes:
-        seconds: Approximate duration of one comparison.
-        device: "cpu" or "cuda".
-        profile: Show a profile of time and memory.
+        seconds: Approximate duration of a comparison in seconds.
+        device: Device, "cpu" or "cuda".
+        profile: True to profile time and memory.
     """
 
     seconds: float = 20.0
@@ -36,9 +36,9 @@ class Options:
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """Return a function that runs a forward pass, and a backward pass with fixed gradients.
+    """Return a function that runs a forward and a backward pass.
 
-    The fixed gradients of the outputs avoid the cost of a loss.
+    The backward pass starts from fixed output gradients, which avoids the cost of a loss.
     """
     gradients: list[torch.Tensor] = []
 
@@ -57,13 +57,13 @@ def _outputs(found: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor
 
 
 def saved(model: nn.Module, x: torch.Tensor) -> float:
-    """Return the MB that the forward pass saves for the backward pass."""
+    """Return the memory saved in the forward pass for the backward pass, in MB."""
     outputs = []
     return saved_bytes(lambda: outputs.append(model(x)), model) / 1e6
 
 
 def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """Return the model in training mode, with gates of random weights as after training."""
+    """Return the model in training mode, with random gate weights as in a trained network."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("fc2.weight"):
@@ -72,7 +72,7 @@ def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
 
 
 def measure_block(options: Options) -> Iterator[Row]:
-    """Measure a training step and saved memory of a bottleneck in each stage, at 224 px."""
+    """Measure the step time and saved memory of a bottleneck block in each stage, at 224 px."""
     for norm in ("BN", "FrozenBN"):
         for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
             x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
@@ -84,7 +84,7 @@ def measure_block(options: Options) -> Iterator[Row]:
                 name: training_step(trained(block, options.device), x)
                 for name, block in blocks.items()
             }
-            what = f"res{stage}'s bottleneck, {norm}, batch 8: forward and backward"
+            what = f"Bottleneck in res{stage}, {norm}, batch 8: forward and backward"
             yield compare(
                 what,
                 steps,
@@ -94,23 +94,23 @@ def measure_block(options: Options) -> Iterator[Row]:
                 profile=options.profile,
             )
             kept = {name: saved(blocks[name], x) for name in ("plain", "SE")}
-            yield Amounts(f"res{stage}'s bottleneck, {norm}: kept", "MB", "plain", kept)
+            yield Amounts(f"Bottleneck in res{stage}, {norm}: saved memory", "MB", "plain", kept)
 
 
 def detection_backbone(name: str, device: str = "cpu") -> FPN:
-    """Build the R50-FPN backbone with frozen norms, stem and res2."""
+    """Build an R50-FPN backbone with frozen norms, stem and res2."""
     backbone = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
     fpn = FPN(backbone, STAGES, 256, top_block=LastLevelMaxPool())
     return trained(fpn, device)
 
 
 def measure_backbone(options: Options) -> Iterator[Row]:
-    """Measure the training time in detection and the saved memory of SE-ResNet-50."""
+    """Measure the step time of a detection backbone and the saved memory of SE-ResNet-50."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}
     yield compare(
-        "FPN backbone of detection, frozen norms, 2 x 320x480: forward and backward",
+        "FPN backbone for detection, frozen norms, 2 x 320x480: forward and backward",
         {name: training_step(backbone, images) for name, backbone in backbones.items()},
         baseline="plain",
         control="plain again",
@@ -118,10 +118,10 @@ def measure_backbone(options: Options) -> Iterator[Row]:
         profile=options.profile,
     )
     kept = {name: saved(backbones[name], images) for name in ("plain", "SE")}
-    yield Amounts("FPN backbone of detection, frozen norms: kept", "MB", "plain", kept)
+    yield Amounts("FPN backbone for detection, frozen norms: saved memory", "MB", "plain", kept)
     images = torch.randn(4, 3, 224, 224, device=options.device)
     kept = {
         name: saved(trained(create_classifier(names[name]), options.device), images)
         for name in ("plain", "SE")
     }
-    yield Amounts("Classifier, trained norms, batch 4, 224 px: kept", "MB", "plain", kept)
+    yield Amounts("Classifier, trained norms, batch 4, 224 px: saved memory", "MB", "plain", kept)

@@ -1,4 +1,4 @@
-"""Output of the benchmark as text, and as JSON with a description of the machine."""
+"""Benchmark results as text, and as JSON with a description of the machine."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from benchmark.compare import Comparison
 
 @dataclass(frozen=True)
 class Amounts:
-    """Amounts that are counted instead of timed, with a single value per candidate.
+    """Quantities with a single value per candidate, such as memory.
 
     Attributes:
-        what: Description of the amount.
-        unit: The unit, such as "MB".
-        baseline: The candidate in the denominator of all ratios.
-        values: The value of each candidate.
+        what: Description of the quantity.
+        unit: Unit, such as "MB".
+        baseline: Candidate in the denominator of all ratios.
+        values: Value for each candidate.
     """
 
     what: str
@@ -34,7 +34,7 @@ class Amounts:
         return self.values[name] / self.values[self.baseline]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values and ratios for JSON."""
+        """Return the values and ratios as a dict for JSON."""
         rows = {
             name: {"value": value, "ratio": self.ratio(name)} for name, value in self.values.items()
         }
@@ -54,7 +54,7 @@ Row = Comparison | Amounts
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine: processor, cores, threads, GPU and versions."""
+    """Return a description of the machine: processor, cores, threads, GPU and versions."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,4 @@
-"""Benchmark ``scaling``: more processes, larger images and batches, and data loading time."""
+"""Benchmark ``scaling``: cost of more processes, larger images and batches, and data loading."""
 
 import socket
 import tempfile
@@ -26,12 +26,12 @@ from senet_transfer.evaluation.classification import evaluate_classifier
 from senet_transfer.models import create_classifier
 from senet_transfer.models.image_classifier import wrap_classifier
 
-# Batch size of each process.
+# Batch size per process.
 BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure training in 1 and 2 processes, memory by size and batch, and evaluation's waiting."""
+    """Measure training with 1 and 2 processes, peak memory, and waiting time in evaluation."""
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)
@@ -39,7 +39,7 @@ def measure_scaling(options: Options) -> Iterator[Row]:
 
 
 def _processes(options: Options) -> Comparison:
-    """Time training steps in one process, and in two processes with data parallelism.
+    """Time training steps in one process and in two data-parallel processes.
 
     The number of images per process is the same in both cases.
     """
@@ -51,7 +51,7 @@ def _processes(options: Options) -> Comparison:
         mp.spawn(_process, (address, options.seconds, str(result)), nprocs=2)
         found = torch.load(result, weights_only=True)
     return Comparison(
-        f"SE-ResNet-18, 224 px, a training step of {BATCH} images a process, a thread each",
+        f"SE-ResNet-18, 224 px, training step of {BATCH} images per process, one thread each",
         "1 process",
         found,
         control="1 process again",
@@ -64,7 +64,7 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
     model = trained(create_classifier("se_resnet18"))
     images = torch.randn(BATCH, 3, 224, 224)
     together = training_step(DistributedDataParallel(model), images)
-    if rank:  # Run a step together with rank 0 until it signals the end.
+    if rank:  # Run each step together with rank 0 until rank 0 signals the end.
         while _broadcast_flag():
             together()
     else:
@@ -87,14 +87,14 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
 
 
 def _broadcast_flag(flag: bool = False) -> bool:
-    """Return the flag of rank 0 on every rank; the argument matters only on rank 0."""
+    """Return rank 0's flag on every rank; on other ranks, the argument is ignored."""
     value = torch.tensor(flag)
     dist.broadcast(value, src=0)
     return bool(value)
 
 
 def _memory(options: Options) -> Iterator[Row]:
-    """Measure the peak memory of a step of the detection backbone, in addition to its weights."""
+    """Measure the peak memory of a step of the detection backbone, without its weights."""
     models = {
         "ResNet-50": detection_backbone("resnet50", options.device),
         "SE-ResNet-50": detection_backbone("se_resnet50", options.device),
@@ -106,15 +106,15 @@ def _memory(options: Options) -> Iterator[Row]:
             step = training_step(model, torch.randn(batch, 3, height, width, device=options.device))
             step()
             peaks[f"{batch} x {height}x{width}"] = peak_bytes(step, options.device) / 1e6
-        what = f"FPN backbone of detection, frozen norms, {name}: peak of a step, over weights"
+        what = f"FPN backbone for detection, frozen norms, {name}: peak memory, without weights"
         yield Amounts(what, "MB", "1 x 320x480", peaks)
 
 
 def _evaluation(options: Options) -> Amounts:
-    """Measure an evaluation with one worker process for reading and decoding images."""
+    """Measure an evaluation with one worker process that reads and decodes images."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
-        # Enough images to make the worker's start, of a tenth of a second, negligible.
+        # Use enough images to make the worker's start-up time (0.1 s) negligible.
         draw_images(Path(name), (500, 375), images=1024)
         view = EvalTransform(resize=256, crop=224)
         data = open_dataset(Path(name))

@@ -1,4 +1,4 @@
-"""Benchmark ``startup``: import and start-up times."""
+"""Benchmark ``startup``: import times and start-up times."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def _python(*arguments: str) -> Callable[[], object]:
 def measure_startup(options: Options) -> Iterator[Row]:
     """Time imports in new processes: torch, Detectron2, this package and a command."""
     yield compare(
-        "Start of a process",
+        "Process start-up",
         {
             "import torch": _python("-c", "import torch"),
             "import detectron2.modeling": _python("-c", "import detectron2.modeling"),

@@ -1,8 +1,8 @@
-"""Benchmarks ``engine`` and ``augment``: overhead of the training loop and of augmentation.
+"""Benchmarks ``engine`` and ``augment``: overhead of the training loop and cost of augmentation.
 
-The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks. It writes to the log
-every few steps, more often than in a normal run. It is compared with a loop in plain PyTorch with
-the same batches, loss and optimizer.
+The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks, which writes to the
+log more often than in a normal run. It is compared with a plain PyTorch loop with the same batches,
+loss and optimizer.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def plain_loop(
 def engine_loop(
     name: str, data_file: Path, *, batch_size: int, device: str
 ) -> Iterator[tuple[Callable[[], None], nn.Module]]:
-    """Yield a function that runs :data:`STEPS` steps with this project's engine, and the model."""
+    """Yield a function that runs :data:`STEPS` training steps with the engine, and the model."""
     cfg = get_senet_config()
     cfg.merge_from_list([word for item in _keys(name, data_file).items() for word in item])
     cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = device, batch_size
@@ -129,9 +129,9 @@ def _keys(name: str, data_file: Path) -> dict[str, object]:
 
 
 def measure_engine(options: Options) -> Iterator[Row]:
-    """Measure training of ResNet-110 with this engine and with a plain loop."""
+    """Measure the training of ResNet-110 with the engine and with a plain loop."""
     name = "cifar_resnet110"
-    # The recipe's batch size of 128 would take minutes on a CPU. A smaller batch size increases
+    # The batch size in the recipe, 128, would take minutes on a CPU. A smaller batch size increases
     # the relative overhead of the engine.
     batch_size = 128 if options.device == "cuda" else 32
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +160,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Measure sampling, augmentation and normalisation of batches of 128 CIFAR-sized images."""
+    """Measure the sampling, augmentation and normalisation of batches of 128 images of 32x32."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

@@ -1,1 +1,1 @@
-"""Cost of models: parameters, multiply-accumulates and activations."""
+"""Complexity of models: parameters, multiply-accumulates and activations."""

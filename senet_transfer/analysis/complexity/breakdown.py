@@ -15,13 +15,13 @@ from senet_transfer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Report:
-    """Cost of a model at one image size.
+    """Cost of a model for one image size.
 
     Attributes:
         size: Height and width of the network's input in pixels.
-        parts: The cost of each part, in the order of computation.
-        notes: Sentences that describe how the cost was counted.
-        modules: The cost of each module that processes a whole image, by its name in the model.
+        parts: Cost of each part, in the order of computation.
+        notes: Remarks on how the cost was counted.
+        modules: Cost of each module that processes whole images, by module name.
     """
 
     size: tuple[int, int]
@@ -31,28 +31,28 @@ class Report:
 
     @property
     def total(self) -> Cost:
-        """The cost of all parts together."""
+        """Total cost of all parts."""
         return sum(self.parts.values(), Cost())
 
 
 def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) -> Report:
     """Count the cost of a classifier or detector per image.
 
-    For a two-stage detector this includes the backbone, the FPN, the region proposal network, and
-    the box head applied to the maximum number of proposals (``MODEL.RPN.POST_NMS_TOPK_TEST``).
+    For a two-stage detector, the cost includes the backbone, the FPN, the region proposal network
+    and the box head for the maximum number of proposals (``MODEL.RPN.POST_NMS_TOPK_TEST``).
 
     Args:
         model: The model, on the CPU.
-        cfg: The config of the model.
-        size: Height and width of the image in pixels. None uses the evaluation crop of a
-            classifier, or the largest test image size of a detector. The size of a detector's
-            image is rounded up to the multiple that Detectron2 pads it to.
+        cfg: The model's config.
+        size: The image height and width in pixels. If None, a classifier's evaluation crop or a
+            detector's largest test image size is used. For a detector, the size is rounded up to
+            the multiple to which Detectron2 pads images.
 
     Raises:
-        UserError: If the model is neither a classifier nor a detector, or the size is invalid.
+        UserError: If the model is neither a classifier nor a detector, or if the size is invalid.
     """
     if size and min(size) < 1:
-        raise UserError(f"The image is {size[0]} x {size[1]} pixels, expected 1 or more.")
+        raise UserError(f"The image size is {size[0]} x {size[1]} pixels; expected 1 or more.")
     if isinstance(model, Classifier):
         crop = cfg.INPUT.CLASSIFICATION.TEST_CROP
         return _classifier(model, size or (crop, crop))
@@ -61,13 +61,13 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
         sides = size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         return _detector(model, cfg, tuple(-(-side // step) * step for side in sides))
     raise UserError(
-        f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected ImageClassifier, "
+        f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier, "
         "GeneralizedRCNN or a dense detector such as RetinaNet."
     )
 
 
 class _Whole(nn.Module):
-    """The part of a model that processes a whole image, without preprocessing."""
+    """Wrapper for the part of a model that processes whole images, without preprocessing."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -85,7 +85,7 @@ class _Whole(nn.Module):
 
 
 class _Box(nn.Module):
-    """The part of a detector that processes the pooled features of one region."""
+    """Wrapper for the part of a detector that processes the pooled features of one region."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()
@@ -95,7 +95,7 @@ class _Box(nn.Module):
         heads = self.heads
         if hasattr(heads, "res5"):
             return list(heads.box_predictor(heads.res5(x).mean((2, 3))))
-        if isinstance(heads.box_head, nn.ModuleList):  # a cascade
+        if isinstance(heads.box_head, nn.ModuleList):  # Cascade R-CNN
             stages = zip(heads.box_head, heads.box_predictor, strict=True)
             return [out for head, predict in stages for out in predict(head(x))]
         return list(heads.box_predictor(heads.box_head(x)))
@@ -106,7 +106,7 @@ def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
         return measure(_Whole(model), torch.zeros(1, 3, *size))
     except RuntimeError as error:
         raise UserError(
-            f"The network can't take an image of {size[0]} x {size[1]} pixels: {error}. "
+            f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. "
             "Give a larger --size."
         ) from error
 
@@ -115,8 +115,8 @@ def _classifier(model: Classifier, size: tuple[int, int]) -> Report:
     found = _measure_whole(model, size)
     parts = _stages(model, "backbone", found)
     for name, _ in model.named_children():
-        # Outside the backbone, list only modules with weights: the final linear layer, and the
-        # fully connected layers before it in VGG.
+        # Outside the backbone, list only modules with weights: the final linear layer and, in VGG,
+        # the fully connected layers before it.
         if name != "backbone" and found.modules[f"model.{name}"].parameters:
             parts[name] = found.modules[f"model.{name}"]
     return Report(size, parts, _notes(found), _named(found))
@@ -143,7 +143,7 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
     notes += [f"The box head is counted for {boxes} boxes (MODEL.RPN.POST_NMS_TOPK_TEST)."]
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         notes += [
-            "Mask and keypoint heads run once per detected object: only their parameters count."
+            "Mask and keypoint heads run once per object, so only their parameters are counted."
         ]
     parts["box head"] = head.repeated(boxes)
     return Report(size, parts, [*notes, *_notes(region)], _named(found))
@@ -155,7 +155,7 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """Return the costs by module name, without the prefix of the measuring wrapper."""
+    """Return the costs by module name, without the measuring wrapper's prefix."""
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()
@@ -167,4 +167,4 @@ def _notes(found: Measured) -> list[str]:
     if not found.unknown:
         return []
     names = ", ".join(f"{name} ({times})" for name, times in found.unknown.items())
-    return [f"Operators of unknown cost, not counted: {names}."]
+    return [f"Operators with unknown cost, which were not counted: {names}."]

@@ -1,11 +1,11 @@
-"""Parameters, multiply-accumulates and activations of a model, and SE's share of them.
+"""Counts of parameters, multiply-accumulates and activations, in total and for SE gates only.
 
-The counting rules follow the paper's numbers. Multiply-accumulates (MACs) are counted for
-convolutions, linear layers and matrix products. For SE gates, one MAC per element is added for the
-global pooling and for the multiplication with the feature map; these make the difference between
-the paper's 3.86 and 3.87 GFLOPs, and fvcore doesn't count them. Norms are not counted because they
-can be folded into the preceding convolution. Other pooling, additions, scaling and non-linearities
-are not counted either.
+The counting rules reproduce the paper's numbers. Multiply-accumulates (MACs) are counted for
+convolutions, linear layers and matrix products. For SE gates, one MAC per element is added for
+global pooling and one for the multiplication with the feature map. fvcore doesn't count these, but
+they explain the difference between 3.86 and 3.87 GFLOPs in the paper. Norms are not counted because
+they can be folded into the preceding convolution. Other pooling, additions, scaling and
+non-linearities are not counted either.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Convolutions and matrix products, with fvcore's functions that count them.
+# Convolutions and matrix products, and the fvcore functions that count their MACs.
 _PRODUCTS: dict[str, Handle] = {
     "_convolution": jit_handles.conv_flop_jit,
     "linear": jit_handles.linear_flop_jit,
@@ -31,10 +31,10 @@ _PRODUCTS: dict[str, Handle] = {
     "einsum": jit_handles.einsum_flop_jit,
 }
 
-# Operators in gates other than the above, and whether to count their input or output elements.
+# Other operators in gates, and whether to count the elements of their input or output.
 _GATE = {"mean": "in", "amax": "in", "mul": "out", "addcmul": "out"}
 
-# Operators without cost by these rules, in addition to those that fvcore ignores by itself.
+# Operators without cost under these rules, in addition to those that fvcore ignores by default.
 _FREE = (
     "adaptive_avg_pool2d", "add", "add_", "avg_pool2d", "batch_norm", "channel_shuffle", "clone",
     "div", "group_norm", "lerp", "max_pool2d", "meshgrid", "mul_", "pad", "reciprocal", "rsqrt",
@@ -49,11 +49,12 @@ class Cost:
     """Cost of a module in one forward pass.
 
     Attributes:
-        parameters: Weights and biases, including frozen ones, without running statistics of norms.
-        macs: Multiply-accumulates, by the rules in the module's docstring.
-        activations: Output elements of convolutions and linear layers.
-        se_parameters: The part of ``parameters`` in SE gates.
-        se_macs: The part of ``macs`` in SE gates.
+        parameters: Number of weights and biases, including frozen ones but not the running
+            statistics of norms.
+        macs: Number of multiply-accumulates, counted by the rules at the top of this file.
+        activations: Number of output elements of convolutions and linear layers.
+        se_parameters: Number of parameters in SE gates.
+        se_macs: Number of multiply-accumulates in SE gates.
     """
 
     parameters: int = 0
@@ -69,7 +70,7 @@ class Cost:
         return Cost(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def repeated(self, times: int) -> "Cost":
-        """Return the cost of running the same weights ``times`` times."""
+        """Return the cost of running the module ``times`` times with the same weights."""
         return replace(
             self,
             macs=times * self.macs,
@@ -83,8 +84,8 @@ class Measured:
     """Measured cost of a forward pass.
 
     Attributes:
-        modules: The cost of each module with its submodules, by name. ``""`` is the whole model.
-        unknown: Operators of unknown cost, which were not counted, and how often they ran.
+        modules: Cost of each module including its submodules, by name. ``""`` is the whole model.
+        unknown: Number of calls of each operator with unknown cost. These are not counted.
     """
 
     modules: dict[str, Cost]
@@ -92,7 +93,7 @@ class Measured:
 
     @property
     def total(self) -> Cost:
-        """The cost of the whole model."""
+        """Cost of the whole model."""
         return self.modules[""]
 
 
@@ -101,7 +102,7 @@ def measure(model: nn.Module, *inputs: Tensor) -> Measured:
 
     Args:
         model: Any module. Its gates are the submodules of type :class:`SqueezeExcitation`.
-        inputs: Inputs of the forward pass. The counts are for the whole batch.
+        inputs: Inputs to the forward pass. The counts are for the whole batch.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -147,7 +148,7 @@ def _analysis(model: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCountAnalysis
 
 
 def _with_activations(handle: Handle) -> Handle:
-    """Extend a handle of fvcore to also count the elements of the output."""
+    """Extend an fvcore handle to also count output elements."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         found = handle(inputs, outputs)
@@ -162,7 +163,7 @@ def _with_activations(handle: Handle) -> Handle:
 def _gate_handle(side: str) -> Handle:
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         value = inputs[0] if side == "in" else outputs[0]
-        # Products of scalars are arithmetic on shapes and don't count.
+        # Products of scalars are shape arithmetic, which is not counted.
         return Counter({_GATE_WORK: int(prod(get_shape(value) or [0]))})
 
     return count

@@ -1,9 +1,9 @@
 """Comparison of counted parameters and MACs with the Params and GFLOPs in the paper's tables.
 
-Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. Its GFLOPs are
-multiply-accumulates for one image, and its Params include the running statistics of batch norms.
-The residual networks of Table II have their stride in the first 1x1 convolution of a stage, and
-the ablations of section 6 use gates without biases.
+Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. GFLOPs in the paper
+are multiply-accumulates for one image, and Params include the running statistics of batch norms.
+In Table II, the first 1x1 convolution of each stage of a residual network has the stride. In the
+ablations (section 6), the gates have no biases.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
 from senet_transfer.utils.progress import progress
 
-# Largest differences from the paper's values that need no explanation.
+# Maximum differences from the paper's values that need no explanation.
 GFLOPS_TOLERANCE = 0.005
 PARAMETERS_TOLERANCE = 0.1e6
 
@@ -27,15 +27,15 @@ _ABLATION = (*_STRIDE, "MODEL.SE.BIAS", "False")
 
 @dataclass(frozen=True)
 class Row:
-    """A network in a table of the paper.
+    """A network in one of the paper's tables.
 
     Attributes:
-        table: The number of the table.
-        name: The network's name in the paper.
-        model: The network's name in this project.
+        table: Table number.
+        name: Network name in the paper.
+        model: Network name in this project.
         options: Alternating config keys and values.
         parameters: Number of parameters in millions. None if the table doesn't report it.
-        gflops: Multiply-accumulates in units of 1e9. None if the table doesn't report them.
+        gflops: Number of multiply-accumulates in billions. None if the table doesn't report it.
         side: Side length of the square input image in pixels.
     """
 
@@ -98,14 +98,14 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of the paper and the cost counted for the same network.
+    """A row from one of the paper's tables and the counted cost of the same network.
 
     Attributes:
-        row: The paper's row.
-        parameters: The counted parameters, including the running statistics of norms as in the
-            paper.
-        report: The counted cost.
-        explanation: A possible reason why the paper's GFLOPs differ. Empty if none is known.
+        row: Row from the paper.
+        parameters: Counted number of parameters, including the running statistics of norms as in
+            the paper.
+        report: Counted cost.
+        explanation: Possible reason why the paper's GFLOPs differ. Empty if none is known.
     """
 
     row: Row
@@ -115,31 +115,31 @@ class Compared:
 
     @property
     def parameters_off(self) -> float | None:
-        """Counted minus published parameters. None if the paper doesn't report them."""
+        """Counted minus published number of parameters. None if the paper doesn't report it."""
         stated = self.row.parameters
         return None if stated is None else self.parameters - 1e6 * stated
 
     @property
     def gflops_off(self) -> float | None:
-        """Relative difference of counted and published GFLOPs. None if not reported."""
+        """Relative difference between counted and published GFLOPs. None if not published."""
         stated = self.row.gflops
         return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
 
     @property
     def reasons(self) -> list[str]:
-        """Explanations for each value that differs from the paper by more than the tolerance."""
+        """Explanation for each value that differs from the paper by more than the tolerance."""
         found = []
         if abs(self.gflops_off or 0) > GFLOPS_TOLERANCE:
-            found.append(self.explanation or f"{self.row.name}'s GFLOPs: unexplained difference.")
+            found.append(self.explanation or f"{self.row.name}: unexplained difference in GFLOPs.")
         stated = self.row.parameters
         if stated is not None and abs(self.parameters - 1e6 * stated) > PARAMETERS_TOLERANCE:
             weights = self.report.total.parameters
             close = abs(weights - 1e6 * stated) <= PARAMETERS_TOLERANCE
             found.append(
-                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases; the paper's number "
-                "doesn't include the running statistics of norms."
+                f"{self.row.name} has {weights / 1e6:.2f}M weights and biases. The number in the "
+                "paper doesn't include the running statistics of norms."
                 if close
-                else f"{self.row.name}'s Params: unexplained difference."
+                else f"{self.row.name}: unexplained difference in Params."
             )
         return found
 
@@ -161,25 +161,25 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
     fewer = total - 5 * (each[0] + each[-1])
     return (
         "This is the published network, as in timm and pretrainedmodels. It has "
-        f"{numbers} residual blocks of {', '.join(f'{cost:.3f}' for cost in each)} GMACs each, and "
-        f"{total:.2f} GMACs in total. With 5 blocks of the first and last kind it would have "
-        f"{fewer:.2f}. The paper doesn't state which network it counted."
+        f"{numbers} residual blocks with {', '.join(f'{cost:.3f}' for cost in each)} GMACs each, "
+        f"and {total:.2f} GMACs in total. With 5 blocks each of the first and the last kind, it "
+        f"would have {fewer:.2f} GMACs. The paper doesn't state which of these networks it counted."
     )
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain the difference by the groups of the pointwise convolutions, which set the width."""
+    """Explain the difference by the number of groups in the pointwise convolutions."""
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
         "The ShuffleNet paper (Table 1) reports 140 MFLOPs for 2 groups in the pointwise "
-        "convolutions and 137 for 3 groups, both without the classifier. Counted layer by layer "
-        f"these are {two:.1f} and {three:.1f}. This network has 3 groups and costs "
-        f"{_without_gates(found.total) / 1e6:.1f} MMACs with its classifier."
+        "convolutions and 137 MFLOPs for 3 groups, both without the classifier. Counted layer by "
+        f"layer, they need {two:.1f} and {three:.1f} MMACs. This network has 3 groups and needs "
+        f"{_without_gates(found.total) / 1e6:.1f} MMACs with the classifier."
     )
 
 
 def _shufflenet_macs(groups: int, width: int) -> int:
-    """Return the MACs of a ShuffleNet without its classifier, from Table 1 of its paper."""
+    """Compute the MACs of a ShuffleNet without its classifier from Table 1 of its paper."""
     channels, macs = 24, 24 * 3 * 9 * 112**2
     for level, units in enumerate((4, 8, 4)):
         outputs, places = width * 2**level, (28 // 2**level) ** 2
@@ -191,7 +191,7 @@ def _shufflenet_macs(groups: int, width: int) -> int:
     return macs
 
 
-# Maps a baseline network's name to a function that explains the difference from the paper.
+# Functions that explain differences from the paper, keyed by baseline network.
 _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
     "inception_resnet_v2": _inception_resnet_v2,
     "shufflenet_g3": _shufflenet_g3,
@@ -203,9 +203,9 @@ def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> 
 
     Args:
         rows: The rows to compare with.
-        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
+        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
     """
-    # The same network appears in several tables and is counted only once.
+    # Some networks appear in several tables. Each is counted only once.
     counted: dict[tuple, tuple[int, Report, str]] = {}
     for row in progress(rows, unit="network", quiet=quiet):
         if _network(row) not in counted:

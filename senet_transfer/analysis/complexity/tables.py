@@ -1,4 +1,4 @@
-"""Formatting of costs as table rows."""
+"""Formatting of model costs as table rows."""
 
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.complexity.paper_tables import Compared
@@ -11,7 +11,7 @@ PAPER_HEADERS = (
 
 
 def cost_row(name: str, cost: Cost) -> tuple[str, ...]:
-    """Format a cost as a row for :data:`COST_HEADERS`, with SE's share in percent."""
+    """Format a cost as a row for :data:`COST_HEADERS`, with the share of SE gates in percent."""
     return (
         name,
         f"{cost.parameters:,}",
@@ -27,7 +27,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Format rows for :data:`PAPER_HEADERS`, and the footnotes that their last cells refer to."""
+    """Format rows for :data:`PAPER_HEADERS`, and the footnotes referenced in their last cells."""
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []
     for one in found:

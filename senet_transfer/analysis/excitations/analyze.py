@@ -1,4 +1,4 @@
-"""Analysis of a network's SE gates, from labelled images to figures and tables."""
+"""Analysis of a network's SE gates on labelled images, with figures and tables."""
 
 import os
 from dataclasses import dataclass, field
@@ -30,11 +30,11 @@ from senet_transfer.errors import UserError
 
 @dataclass(frozen=True)
 class GateAnalysis:
-    """Results of an analysis of gates.
+    """Results of a gate analysis.
 
     Attributes:
-        excitations: The statistics of all gates.
-        files: Paths of the figures and tables that were written.
+        excitations: Statistics of all gates.
+        files: Paths of the figures and tables.
         pruned: Evaluations of the network with all gates and of its pruned versions. Empty without
             pruning.
         pruned_file: Path of the best pruned network. Empty without pruning.
@@ -50,13 +50,13 @@ def open_labelled(data: str, images: str = "") -> ClassificationDataset:
     """Open a labelled data set of any supported kind.
 
     Args:
-        data: A path that :func:`~senet_transfer.data.classification.open.open_dataset` accepts, a
-            prepared split of CIFAR (its path, or a name such as "cifar10_test"), or a JSON file in
+        data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a
+            prepared CIFAR split (its path, or a name such as "cifar10_test"), or a JSON file in
             COCO format.
-        images: The image folder of the JSON file.
+        images: The image folder for a JSON file.
 
     Raises:
-        UserError: If the data is missing or damaged.
+        UserError: If the data is missing or corrupted.
     """
     if data.endswith(".json") and os.path.basename(data) != "manifest.json":
         if not images:
@@ -88,34 +88,35 @@ def analyze_gates(
     workers: int = 2,
     quiet: bool = False,
 ) -> GateAnalysis:
-    """Collect the statistics of a model's gates, write figures and tables, and prune.
+    """Collect statistics of a model's gates, write figures and tables, and optionally prune gates.
 
     Args:
         loaded: A classifier or detector with SE.
-        dataset: Labelled images. The classes can differ from the model's.
-        output: The folder to write to.
-        images_per_class: The largest number of images to use per class.
-        classes: Names of the classes to plot. None selects ``num_classes`` of them at random.
+        dataset: Labelled images. Their classes can differ from the model's classes.
+        output: The output folder.
+        images_per_class: The maximum number of images per class.
+        classes: The names of the classes to plot. If None, ``num_classes`` classes are selected at
+            random.
         num_classes: The number of classes to plot if ``classes`` is None.
-        channels: The number of channels in a figure.
-        seed: Seed of the random selection of images, classes and channels.
-        prune_stages: Stages whose gates are removed. The classifier is evaluated with and without
-            these gates, and the network without them is written to ``output/pruned``.
-        batch_size: Number of images per batch.
-        workers: Number of processes that read and decode images.
-        quiet: Show no progress bar.
+        channels: The number of channels per figure.
+        seed: The seed for the random selection of images, classes and channels.
+        prune_stages: The stages from which gates are removed. The classifier is evaluated with and
+            without these gates, and the network without them is written to ``output/pruned``.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read and decode images.
+        quiet: If True, show no progress bar.
 
     Raises:
-        UserError: If the model has no gates, a value is invalid, or a file can't be written.
+        UserError: If the model has no gates, if a value is invalid, or if a file can't be written.
     """
     if channels < 1:
-        raise UserError(f"--channels is {channels}, expected 1 or more.")
+        raise UserError(f"--channels is {channels}; expected 1 or more.")
     try:
         os.makedirs(output, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {output} can't be created: {error}.") from error
+        raise UserError(f"The output folder {output} can't be created: {error}.") from error
     gates_of(backbone_of(loaded.model))
-    # Reject invalid options before the long computation starts.
+    # Reject invalid options before starting the long computation.
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
@@ -145,7 +146,7 @@ def _transform(loaded: LoadedModel) -> EvalTransform:
     expected = loaded.preprocessing
     mode = loaded.cfg.INPUT.CLASSIFICATION.TEST_MODE
     return EvalTransform(
-        # Gates are recorded for a single view per image.
+        # Gates are recorded for a single crop per image.
         mode="short_side" if mode == "ten_crop" else mode,
         resize=expected.resize,
         crop=expected.crop,

@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import FPN
 from torch import Tensor, nn
 
-from senet_transfer.analysis.excitations.gates import gates_of, watched
+from senet_transfer.analysis.excitations.gates import capture_gates, gates_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.classification.loader import Batch, build_classification_eval_loader
@@ -27,10 +27,10 @@ class Excitations:
     """Statistics of a network's gates on a sample of images.
 
     Attributes:
-        blocks: The statistics of each gate, by its name in the paper.
-        drawn: Names of the classes whose individual statistics were kept, by label.
-        images: The number of images in the sample.
-        classes: The number of classes in the sample.
+        blocks: Statistics of each gate, by the gate's name in the paper.
+        drawn: Names of the classes to plot, by label.
+        images: Number of images in the sample.
+        classes: Number of classes in the sample.
     """
 
     blocks: dict[str, GateStatistics]
@@ -40,12 +40,12 @@ class Excitations:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the backbone of a classifier or detector, without an FPN."""
+    """Return the backbone of a classifier or detector, excluding an FPN."""
     return model.backbone.bottom_up if isinstance(model.backbone, FPN) else model.backbone
 
 
 def backbone_input(model: nn.Module, images: Tensor) -> Tensor:
-    """Convert RGB images, uint8 ``(N, 3, H, W)``, to the input of the model's backbone."""
+    """Convert RGB images, uint8 ``(N, 3, H, W)``, to inputs for the model's backbone."""
     if isinstance(model, ImageClassifier):
         return model.normalise(images)
     images = images.to(model.pixel_mean.device)
@@ -59,12 +59,12 @@ def choose_classes(
 
     Args:
         sample: The sample of images.
-        names: Names of the classes. If empty, ``count`` of the classes with images are selected.
+        names: The class names. If empty, ``count`` classes with images are selected at random.
         count: The number of classes to select.
-        seed: Seed of the random selection.
+        seed: The seed for the random selection.
 
     Raises:
-        UserError: If a name isn't a class of the data, or the class has no images.
+        UserError: If a class is not in the data set or has no images.
     """
     with_images = [label for label in range(sample.num_classes) if sample.counts[label]]
     if not names:
@@ -73,8 +73,8 @@ def choose_classes(
     missing = [name for name in names if name not in there]
     if missing:
         raise UserError(
-            f"{sample.origin} has no images of {', '.join(missing)}. Expected some of: "
-            f"{first_of(there)}."
+            f"{sample.origin} has no images of {', '.join(missing)}. Classes with "
+            f"images: {first_of(there)}."
         )
     return {there[name]: name for name in names}
 
@@ -93,29 +93,30 @@ def collect_excitations(
     workers: int = 0,
     quiet: bool = False,
 ) -> Excitations:
-    """Collect statistics of the gates of a model's backbone on a sample of each class.
+    """Collect gate statistics for a model's backbone on a sample of images from each class.
 
-    The classes of the data set can differ from the model's classes.
+    The classes in the data set can differ from the model's classes.
 
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
         dataset: Labelled images.
-        transform: The transform from an image to the view that the backbone processes.
-        images_per_class: The largest number of images to use per class; 50 in the paper.
-        classes: Names of the classes to plot. None selects ``num_classes`` of them at random.
-        num_classes: The number of classes to plot if ``classes`` is None; 4 in the paper.
-        seed: Seed of the random selection of images and classes.
-        batch_size: Number of images per batch.
-        workers: Number of processes that read and decode images.
-        quiet: Show no progress bar. It is also hidden if stderr isn't a terminal.
+        transform: The evaluation transform, which resizes and crops the images.
+        images_per_class: The maximum number of images per class. It is 50 in the paper.
+        classes: The names of the classes to plot. If None, ``num_classes`` classes are selected at
+            random.
+        num_classes: The number of classes to plot if ``classes`` is None. It is 4 in the paper.
+        seed: The seed for the random selection of images and classes.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read and decode images.
+        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: If the model has no gates, a class is unknown, or an image is damaged.
+        UserError: If the model has no gates, if a class is unknown, or if an image is corrupted.
     """
     if images_per_class < 1 or num_classes < 1:
         raise UserError(
-            f"images_per_class is {images_per_class} and num_classes {num_classes}, expected 1 or "
-            "more of both."
+            f"images_per_class is {images_per_class} and num_classes is {num_classes}; expected 1 "
+            "or more for both."
         )
     gates = gates_of(backbone_of(model))
     sample = ClassSample(dataset, images_per_class, seed=seed)
@@ -139,8 +140,8 @@ def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str
 def _batches(
     model: nn.Module, gates: dict[str, SqueezeExcitation], loader: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the labels ``(N,)`` and the gates, by name, of each batch."""
-    with watched(gates) as values:
+    """Yield the labels ``(N,)`` and the gate values, by name, for each batch."""
+    with capture_gates(gates) as values:
         for batch in loader:
             backbone_of(model)(backbone_input(model, batch["image"]))
             yield batch["label"].numpy(), values

@@ -1,4 +1,4 @@
-"""Figures of gates: the paper's Figures 6 and 7, one figure per block, and a summary."""
+"""Figures of gate values: the paper's Figures 6 and 7 for each block, and an overview."""
 
 import os
 from contextlib import AbstractContextManager
@@ -14,13 +14,13 @@ from senet_transfer.analysis.excitations.gates import stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
 from senet_transfer.data.classification.subsets import draw
 
-# A colour-blind safe palette (Okabe and Ito), dark enough on white.
+# A colour-blind safe palette (Okabe and Ito) with enough contrast on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _ALL = "#000000"
 
 
 def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.ndarray:
-    """Select channels uniformly at random, sorted by their mean over all classes."""
+    """Select channels uniformly at random, and sort them by their mean over all classes."""
     mean = block.mean_of_classes
     drawn = np.array(draw(range(len(mean)), count, seed=seed))
     return drawn[np.argsort(mean[drawn], kind="stable")]
@@ -29,7 +29,7 @@ def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.
 def draw_classes(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Plot the mean gate of each class and of all classes by channel, as in Figure 6."""
+    """Plot the mean gate value per channel for each class and for all classes, as in Figure 6."""
     x = np.arange(len(channels))
     for (label, name), colour in zip(drawn.items(), _cycled(len(drawn)), strict=True):
         axes.plot(x, block.kept[label].mean[channels], color=colour, lw=1.2, label=name)
@@ -40,7 +40,7 @@ def draw_classes(
 def draw_spread(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Plot the mean and standard deviation within each of two classes, as in Figure 7."""
+    """Plot the mean and standard deviation per channel for two classes, as in Figure 7."""
     x = np.arange(len(channels))
     for (label, name), colour in list(zip(drawn.items(), COLOURS, strict=False))[:2]:
         kept = block.kept[label]
@@ -51,7 +51,7 @@ def draw_spread(
 
 
 def _style() -> AbstractContextManager[None]:
-    """Return a context manager that sets matplotlib's style for all figures."""
+    """Return a context manager that sets the matplotlib style for all figures."""
     return matplotlib.rc_context(
         {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
     )
@@ -62,10 +62,11 @@ def _cycled(count: int) -> list[str]:
 
 
 def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
-    """Set the limits and labels that all panels share."""
+    """Set the axis limits and labels shared by all panels."""
     axes.set_xlim(0, max(len(channels) - 1, 1))
     low, high = axes.get_ylim()
-    # Show the full range of a sigmoid so that blocks can be compared; other excitations need more.
+    # Show the full range of a sigmoid so that blocks can be compared. Other excitations can exceed
+    # this range.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
     axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
@@ -74,13 +75,13 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
 def write_blocks(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Write one PNG per block with the class means and the spread within two classes.
+    """Write one PNG file per block with the class means and the spread within two classes.
 
     Args:
         found: The statistics returned by :func:`~.collect.collect_excitations`.
-        folder: The folder to write to.
-        channels: The largest number of channels to plot per block; 50 in the paper.
-        seed: Seed of the random selection of channels.
+        folder: The output folder.
+        channels: The maximum number of channels to plot per block. It is 50 in the paper.
+        seed: The seed for the random selection of channels.
 
     Returns:
         The paths of the files.
@@ -108,7 +109,7 @@ def write_overview(
 ) -> list[str]:
     """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    See :func:`write_blocks` for the arguments.
+    The arguments are the same as those of :func:`write_blocks`.
 
     Returns:
         The paths of the files.
@@ -125,9 +126,9 @@ def write_overview(
 def papers_blocks(names: list[str]) -> list[str]:
     """Select the blocks for Figure 6.
 
-    These are the last block of each stage, and all blocks of the last stage (first, middle and
-    last if it has more than four). For a network without stages, up to six evenly spaced blocks
-    are selected.
+    These are the last block of each stage, and all blocks of the last stage. If the last stage has
+    more than four blocks, only the first, middle and last are selected. For a network without
+    stages, up to six evenly spaced blocks are selected.
     """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:
@@ -182,6 +183,6 @@ def _all_blocks(summaries: dict[str, Summary]) -> Figure:
 
 def _save(figure: Figure, folder: str, name: str) -> str:
     path = str(Path(folder, name))
-    # Without the version of matplotlib in the metadata, so that the files are reproducible.
+    # Omit the matplotlib version from the metadata to make the files reproducible.
     figure.savefig(path, dpi=100, metadata={"Software": None})
     return path

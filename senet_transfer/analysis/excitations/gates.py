@@ -1,4 +1,4 @@
-"""Names of a network's gates as in the paper, and recording of their values."""
+"""Gate names as in the paper, and recording of gate values."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
 def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
-    """Return the gates of a backbone by name, in the order of its modules.
+    """Return a backbone's gates by name, in the order of its modules.
 
     Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
-    SE_4_6. The name of a gate in a branch ends with the name of the branch. A gate outside all
-    stages has the name of its module.
+    named SE_4_6. If a gate is in a branch, its name ends with the branch's name. A gate outside all
+    stages is named after its module.
 
     Raises:
         UserError: If the backbone has no gates.
@@ -31,7 +31,7 @@ def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
     if not found:
         raise UserError(
             "The network has no SE, so it has no gates to analyze. Use a checkpoint of an se_... "
-            "network, or of a config with MODEL.SE.ENABLED True."
+            "network or of a network trained with MODEL.SE.ENABLED True."
         )
     return found
 
@@ -47,18 +47,18 @@ def _name(path: str) -> str:
 
 
 def stage_of(name: str) -> int | None:
-    """Return the stage in a gate's name from :func:`gates_of`, or None outside all stages."""
+    """Return the stage number in a gate's name, or None if the gate is outside all stages."""
     match = re.match(r"SE_(\d+)", name)
     return int(match[1]) if match else None
 
 
 @contextmanager
-def watched(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Tensor]]:
-    """Record the values of gates during forward passes.
+def capture_gates(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Tensor]]:
+    """Record gate values during forward passes.
 
     Yields:
-        A dict with each gate's values ``(N, C)`` for the last batch. Gates with spatial positions
-        (``squeeze="none"``) are averaged over the positions.
+        A dict with the values ``(N, C)`` of each gate for the last batch, by gate name. The values
+        of gates without a squeeze (``squeeze="none"``) are averaged over the spatial positions.
     """
     values: dict[str, Tensor] = {}
 

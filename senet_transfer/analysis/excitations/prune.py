@@ -1,9 +1,9 @@
-"""Removal of the gates of a stage, and its effect on accuracy (paper, section 4).
+"""Removal of a stage's gates, and the effect on accuracy (paper, section 4).
 
-Most of SE's parameters are in the last stage, whose gates the paper found could be removed at a
-small loss of accuracy. Without training, a gate can be replaced by 1, or by its mean over the
-analyzed images. The mean is a constant per channel, which is folded into the preceding
-convolution. This is exact for a gate that has the same value for all images.
+Most SE parameters are in the last stage, and the paper found that the gates of this stage could be
+removed with a small loss of accuracy. Without further training, a gate can be replaced by 1 or by
+its mean over the analyzed images. The mean is a constant per channel, which is folded into the
+preceding convolution. This is exact for gates that have the same value for all images.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from senet_transfer.models.backbones.shufflenet import ShuffleUnit
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.weights import save_weights
 
-# Candidate names of the last convolution in the residual branch of each block class. The first
-# name that a block has is used.
+# Candidate names for the last convolution in the residual branch, by block class. The first name
+# found in a block is used.
 _LAST: dict[type[nn.Module], tuple[str, ...]] = {
     SEBasicBlock: ("conv2",),
     SEBottleneckBlock: ("conv3",),
@@ -47,8 +47,8 @@ class Pruned:
 
     Attributes:
         name: Description of the network's gates.
-        model: The network.
-        parameters: The number of parameters of the whole classifier.
+        model: Network that was evaluated.
+        parameters: Number of parameters of the whole classifier.
         top1_error: Top-1 error in percent.
         top5_error: Top-5 error in percent.
     """
@@ -69,20 +69,20 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     if not isinstance(model, ImageClassifier):
         raise UserError(
             f"Gates can only be removed from a classifier, but the model is a "
-            f"{type(model).__name__}. Prune the classifier whose weights the model starts from."
+            f"{type(model).__name__}. Prune the pretrained classifier of this model instead."
         )
     if cfg.MODEL.SE.RELU_BEFORE:
         raise UserError(
             "The gates of this network can't be removed: it has a ReLU before each gate "
-            "(MODEL.SE.RELU_BEFORE), which would be removed with the gate. Use a network without "
-            "MODEL.SE.RELU_BEFORE."
+            "(MODEL.SE.RELU_BEFORE), which would be removed together with the gate. Use a network "
+            "without MODEL.SE.RELU_BEFORE."
         )
     found = {stage_of(name) for name in gates_of(model.backbone)}
     has = sorted(stage for stage in found if stage is not None)
     wrong = [stage for stage in stages if stage not in has]
     if wrong:
         raise UserError(
-            f"The stages {wrong} have no gates, expected some of {', '.join(map(str, has))}."
+            f"The stages {wrong} have no gates; expected any of: {', '.join(map(str, has))}."
         )
     cfg = cfg.clone()
     cfg.defrost()
@@ -98,17 +98,17 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """Build a network without some gates, with the weights of a model that has them.
+    """Build the network without some of its gates, with the other weights of the given model.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
-        model: The model with the gates.
-        scales: The constant ``(C,)`` that replaces each gate, by its name in the paper. None
-            replaces all gates by 1.
+        model: The model with all gates.
+        scales: The constants ``(C,)`` that replace the gates, by the gates' names in the paper. If
+            None, the gates are replaced by 1.
 
     Returns:
-        The network on the model's device in evaluation mode. None if a gate doesn't directly
-        follow a convolution that its scale can be folded into.
+        The network in evaluation mode on the model's device, or None if a gate doesn't directly
+        follow a convolution into which its scale can be folded.
     """
     pruned = build_model(cfg)
     state = pruned.state_dict()
@@ -139,7 +139,7 @@ def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn
 
 
 def _scale_output(conv: nn.Module, scale: torch.Tensor) -> None:
-    """Scale the output channels of a convolution, or of its norm if it has one."""
+    """Scale the output channels of a convolution or, if it has a norm, of the norm."""
     norm = getattr(conv, "norm", None)
     layer = conv if norm is None else norm
     with torch.no_grad():
@@ -158,15 +158,15 @@ def measure_pruning(
     transform: EvalTransform,
     **options: Any,
 ) -> list[Pruned]:
-    """Evaluate a classifier with all gates, with some replaced by 1, and by their means.
+    """Evaluate a classifier with all gates, with some replaced by 1, and with some by their means.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
         model: The model with all gates.
-        found: The statistics of the gates.
-        dataset: The data set to evaluate on. All its images are used.
+        found: The gate statistics.
+        dataset: The evaluation data set. All of its images are used.
         transform: The evaluation transform.
-        options: Keyword arguments of ``evaluate_classifier``.
+        options: Keyword arguments for ``evaluate_classifier``.
 
     Returns:
         The three evaluations, or the first two if the means can't be folded into convolutions.
@@ -187,7 +187,7 @@ def measure_pruning(
 
 
 def pruning_table(rows: list[Pruned]) -> str:
-    """Format a table of errors and parameters, with their differences from the first row."""
+    """Format a table of errors and parameter counts, with the differences from the first row."""
     first = rows[0]
     lines = [
         (
@@ -206,7 +206,7 @@ def pruning_table(rows: list[Pruned]) -> str:
 
 
 def save_pruned(cfg: CfgNode, rows: list[Pruned], folder: str) -> str:
-    """Write the best of the networks without gates, and its config to the same folder.
+    """Save the best network without gates, together with its config.
 
     Returns:
         The path of the checkpoint.

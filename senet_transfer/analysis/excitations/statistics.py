@@ -1,4 +1,4 @@
-"""Statistics of a gate's values by class, in memory independent of the size of the data."""
+"""Statistics of a gate's values by class, using memory independent of the data set size."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CLOSED = 0.05
 
 @dataclass
 class _Sums:
-    """Running sums of one class's gates, as arrays of shape ``(C,)``."""
+    """Running sums of the gate values of one class, as arrays of shape ``(C,)``."""
 
     images: int
     total: np.ndarray
@@ -28,7 +28,7 @@ class _Sums:
     @property
     def scatter(self) -> np.ndarray:
         """Sum of squared distances from the mean."""
-        # The values are of order 1 and the sums in double precision, so cancellation is small.
+        # The values are of order 1 and the sums have double precision, so cancellation is small.
         return np.maximum(self.squares - self.images * self.mean**2, 0)
 
 
@@ -37,9 +37,9 @@ class ClassGates:
     """Statistics of a gate over the images of one class.
 
     Attributes:
-        images: The number of images.
-        mean: Mean per channel, ``(C,)``.
-        std: Standard deviation over the images per channel, ``(C,)``.
+        images: Number of images.
+        mean: Mean of each channel over the images, ``(C,)``.
+        std: Standard deviation of each channel over the images, ``(C,)``.
     """
 
     images: int
@@ -52,10 +52,10 @@ class Summary:
     """Summary statistics of a block's gate. Standard deviations are pooled over channels.
 
     Attributes:
-        channels: The number of channels.
-        mean: The mean of all values.
-        saturated: The fraction of values above 0.95.
-        closed: The fraction of values below 0.05.
+        channels: Number of channels.
+        mean: Mean of all values.
+        saturated: Fraction of values above 0.95.
+        closed: Fraction of values below 0.05.
         between: Standard deviation of the class means, corrected for the sampling of images.
         within: Standard deviation between images of the same class.
     """
@@ -69,34 +69,35 @@ class Summary:
 
     @property
     def specificity(self) -> float:
-        """The ratio of the deviation between classes to that within classes."""
+        """Ratio of the standard deviation between classes to that within classes."""
         return self.between / self.within if self.within else 0.0
 
     @property
     def verdict(self) -> str:
-        """``"open"`` or ``"constant"`` for a gate with little effect, otherwise empty."""
+        """``"open"`` or ``"constant"`` for a gate with little effect, or ``""``."""
         if self.saturated >= 0.9:
             return "open"
-        # A gate with the same value for all images can be folded into a norm or convolution.
+        # If a gate has the same value for all images, it can be folded into a norm or convolution.
         return "constant" if np.hypot(self.between, self.within) < 0.01 else ""
 
 
 class GateStatistics:
     """Statistics of one block's gate, accumulated from batches in any order.
 
-    Once all images of a class have been processed, the class is folded into a few arrays of shape
-    ``(C,)``. If images are sorted by class, memory therefore doesn't grow with the number of
-    classes. Individual means and deviations are kept only for the classes to plot.
+    Once all images of a class have been processed, the class's sums are merged into the totals over
+    all classes. If the images are sorted by class, memory use therefore doesn't grow with the
+    number of classes. Means and standard deviations per class are kept only for the classes to
+    plot.
 
     Attributes:
-        kept: The statistics of each class to plot whose images are complete, by label.
+        kept: Statistics of each class to plot, by label, once all its images have been processed.
     """
 
     def __init__(self, counts: np.ndarray, keep: Iterable[int] = ()):
         """
         Args:
-            counts: The number of images of each class, ``(K,)``.
-            keep: Labels of the classes to plot.
+            counts: The number of images per class, ``(K,)``.
+            keep: The labels of the classes to plot.
         """
         self.counts = counts
         self.keep = set(keep)
@@ -106,7 +107,7 @@ class GateStatistics:
         self._values = self._saturated = self._closed = 0
 
     def update(self, labels: np.ndarray, gates: np.ndarray) -> None:
-        """Add the gate's values ``(N, C)`` of a batch with labels ``(N,)``."""
+        """Add the gate values ``(N, C)`` of a batch with labels ``(N,)``."""
         gates = gates.astype(np.float64)
         if not self._values:
             self._mean_of_classes, self._mean, self._between, self._within = (
@@ -131,7 +132,7 @@ class GateStatistics:
         self._within += sums.scatter
         self._images += sums.images
         self._squared_images += sums.images**2
-        # Update the weighted scatter of the means by West's algorithm.
+        # Update the weighted scatter of the means with West's algorithm.
         distance = sums.mean - self._mean
         self._mean += distance * sums.images / self._images
         self._between += sums.images * distance * (sums.mean - self._mean)
@@ -140,14 +141,15 @@ class GateStatistics:
 
     @property
     def mean_of_classes(self) -> np.ndarray:
-        """The mean of the class means, ``(C,)``, over the classes that have images."""
+        """Mean of the class means, ``(C,)``, over the classes with images."""
         return self._mean_of_classes
 
     def summary(self) -> Summary:
         """Return the summary statistics of all values.
 
-        The two deviations are estimated by a one-way analysis of variance with random effects. A
-        deviation that can't be estimated, with one class or one image per class, is 0.
+        The two standard deviations are estimated by a one-way analysis of variance with random
+        effects. A standard deviation is 0 if it can't be estimated because there is only one class
+        or one image per class.
         """
         classes, images = self._classes, self._images
         within = self._within / (images - classes) if images > classes else 0 * self._within

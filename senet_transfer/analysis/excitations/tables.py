@@ -1,4 +1,4 @@
-"""Statistics of gates as CSV files and as a printed table."""
+"""Gate statistics as CSV files and as a printed table."""
 
 import csv
 import os
@@ -14,7 +14,7 @@ _ALL = "all classes"
 
 
 def block_table(found: Excitations) -> str:
-    """Format a table with the :class:`~.statistics.Summary` of each block."""
+    """Format a table with the :class:`~.statistics.Summary` for each block."""
     rows = []
     for name, block in found.blocks.items():
         one = block.summary()
@@ -83,5 +83,7 @@ def _write(folder: str, name: str, header: tuple[str, ...], rows: Iterable[tuple
             writer.writerow(header)
             writer.writerows(rows)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Choose another --output.") from error
+        raise UserError(
+            f"{path} can't be written: {error}. Choose a different --output."
+        ) from error
     return path

@@ -1,4 +1,4 @@
-"""Confused classes, class errors and calibration of classifiers."""
+"""Confused classes, class errors and calibration of a classifier."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Predictions:
     """A classifier's predictions on a data set.
 
     Attributes:
-        index: Indices of the images in the data set, ``(N,)``.
+        index: Image indices in the data set, ``(N,)``.
         labels: Ground-truth labels, ``(N,)``.
         best: Predicted classes, ``(N,)``.
         probability: Probabilities of the predicted classes in [0, 1], ``(N,)``.
@@ -44,7 +44,7 @@ class Predictions:
         return self.best == self.labels
 
     def class_errors(self, classes: int) -> np.ndarray:
-        """Return the top-1 error of each class in percent, ``(C,)``; nan for empty classes."""
+        """Return the top-1 error of each class in percent, ``(C,)``, or NaN for empty classes."""
         total = np.bincount(self.labels, minlength=classes)
         wrong = np.bincount(self.labels[~self.hit], minlength=classes)
         with np.errstate(invalid="ignore"):
@@ -54,10 +54,10 @@ class Predictions:
         """Compute the reliability diagram and the expected calibration error (ECE).
 
         Returns:
-            A list with the mean probability, the accuracy (both in [0, 1]) and the number of images
-            of each bin that isn't empty, and the ECE in percent. The ECE is the mean over bins of
-            the absolute difference between probability and accuracy, weighted by the number of
-            images (Guo et al. 2017, equation 3).
+            A list with one entry per non-empty bin (mean probability and accuracy, both in [0, 1],
+            and number of images), and the ECE in percent. The ECE is the mean over bins of the
+            absolute difference between probability and accuracy, weighted by the number of images
+            (Guo et al. 2017, equation 3).
         """
         bins = np.minimum((self.probability * BINS).astype(int), BINS - 1)
         points, error = [], 0.0
@@ -73,8 +73,8 @@ class Predictions:
         """Return the confused pairs of classes, most frequent first.
 
         Returns:
-            A list of (label, predicted class, rows). The rows are positions in the arrays above,
-            sorted by decreasing probability.
+            A list of (label, predicted class, rows). The rows are indices into this object's
+            arrays, sorted by decreasing probability.
         """
         wrong = np.flatnonzero(~self.hit)
         wrong = wrong[np.argsort(-self.probability[wrong], kind="stable")]
@@ -86,13 +86,13 @@ class Predictions:
 
 
 def read_predictions(run: Run, name: str) -> Predictions | None:
-    """Read a run's predictions on a data set of ``DATASETS.TEST``.
+    """Read a run's predictions on a data set in ``DATASETS.TEST``.
 
     Returns:
-        The predictions, or None if none were saved.
+        The predictions, or None if no predictions were saved.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: If the file is corrupted.
     """
     path = run.folder / inference_dir(run.cfg, name) / "predictions.json"
     if not path.is_file():
@@ -113,20 +113,20 @@ def read_predictions(run: Run, name: str) -> Predictions | None:
 def confusion_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Collect confused pairs with images, class errors and calibration for each data set.
+    """Collect confused classes with example images, class errors and calibration per data set.
 
     Args:
-        runs: The runs to report.
-        budget: The largest number of images in all galleries together.
-        say: Called with a message if something can't be shown.
-        quiet: Show no progress bar.
+        runs: The runs to report on.
+        budget: The maximum total number of images in all galleries.
+        say: A function that is called with a message if an image can't be shown.
+        quiet: If True, show no progress bar.
 
     Returns:
-        A dict per data set with ``data`` (its name), ``classes``, ``runs`` (indices), ``errors``
-        (percent, by run and class), ``calibration`` and ``ece`` (by run), ``images`` (data URIs, by
-        index) and ``pairs``. Each pair has ``run``, ``label``, ``taken`` (the predicted class),
-        ``count``, ``of`` (the number of images with this label) and ``examples``, a list of image
-        index and probability in percent.
+        One dict per data set with ``data`` (its name), ``classes``, ``runs`` (indices), ``errors``
+        (in percent, by run and class), ``calibration`` and ``ece`` (by run), ``images`` (data URIs,
+        by index) and ``pairs``. Each pair is a dict with ``run``, ``label``, ``taken`` (the
+        predicted class), ``count``, ``of`` (the number of images with this label) and
+        ``examples``, a list of image indices and probabilities in percent.
     """
     groups: dict[tuple[str, tuple[str, ...]], dict[int, Predictions]] = {}
     for position, run in enumerate(runs):

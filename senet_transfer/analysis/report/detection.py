@@ -18,9 +18,9 @@ from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 
-# Detections below this score are not shown.
+# Detections with lower scores are not shown.
 LEAST_SCORE = 0.1
-# Score and IoU thresholds of the F1 by which images are selected for the gallery.
+# Score and IoU thresholds for the F1 score by which images are selected for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
 SIDE = 320
 
@@ -30,10 +30,10 @@ class Found:
     """Detections in an image, sorted by decreasing score.
 
     Attributes:
-        boxes: Boxes as left, top, width and height in pixels, ``(N, 4)``.
+        boxes: Boxes (left, top, width, height) in pixels, ``(N, 4)``.
         scores: Scores in [0, 1], ``(N,)``.
         classes: Class indices, ``(N,)``.
-        matches: Index of the object matched by each detection, or -1, ``(N,)``.
+        matches: Index of the object matched with each detection, or -1, ``(N,)``.
     """
 
     boxes: np.ndarray
@@ -45,19 +45,19 @@ class Found:
 def detection_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Build a gallery for each data set that has saved detections.
+    """Build a gallery for each data set with saved detections.
 
     Args:
-        runs: The runs to report.
-        budget: The largest number of images in all galleries together.
-        say: Called with a message if something can't be shown.
-        quiet: Show no progress bar.
+        runs: The runs to report on.
+        budget: The maximum total number of images in all galleries.
+        say: A function that is called with a message if an image can't be shown.
+        quiet: If True, show no progress bar.
 
     Returns:
-        A dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
-        ``runs`` (indices) and ``images``. Each image has ``name``, ``src`` (a data URI), ``width``,
-        ``height``, ``truth`` (left, top, width, height, class) and ``found`` (by run: the same
-        values, score in percent, match).
+        One dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
+        ``runs`` (indices) and ``images``. Each image is a dict with ``name``, ``src`` (a data URI),
+        ``width``, ``height``, ``truth`` (left, top, width, height and class of each object) and
+        ``found`` (by run: the same values, the score in percent and the match of each detection).
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, run in enumerate(runs):
@@ -122,13 +122,15 @@ def _gallery(
 def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     register_datasets(run.cfg.DATASETS.get("REGISTER", []))
     if name not in DatasetCatalog:
-        raise UserError(f"the data set {name} isn't registered. Register it as for training.")
+        raise UserError(
+            f"the data set {name} isn't registered. Register it in the same way as for training."
+        )
     try:
         images = DatasetCatalog.get(name)
     except OSError as error:
         raise UserError(f"its annotations can't be read ({error}).") from error
     for image in images:
-        # Sort crowds last. The page leaves them out, and the indices of other objects stay valid.
+        # Sort crowds last: the page omits them, and the indices of other objects must stay valid.
         objects = sorted(image.get("annotations", []), key=lambda o: o.get("iscrowd", 0))
         boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYWH_ABS) for o in objects]
         image["boxes"] = np.array(boxes, np.float64).reshape(-1, 4)
@@ -138,7 +140,7 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
 
 
 def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
-    """Read the detections of each image, in the order of the images."""
+    """Read the detections for each image, in the order of ``images``."""
     try:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -152,8 +154,8 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
             continue
         if row["image_id"] not in by_image or row["category_id"] not in to_class:
             raise UserError(
-                f"{path} has a detection in image {row['image_id']} of category "
-                f"{row['category_id']}, which the data set no longer contains. Repeat the "
+                f"{path} contains a detection with image id {row['image_id']} and category id "
+                f"{row['category_id']}, but the data set does not contain both ids. Repeat the "
                 "evaluation."
             )
         by_image[row["image_id"]].append(row)
@@ -170,20 +172,21 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
 
 
 def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
-    """Match detections with objects by COCO's rule at an IoU of 0.5.
+    """Match detections with objects in the same way as COCO at an IoU of 0.5.
 
-    In the order of their scores, detections are matched with the free object of their class that
-    has the highest IoU. Unmatched detections that lie on a crowd are ignored. Dropping detections
-    with low scores doesn't change the matches of the others.
+    In order of decreasing score, each detection is matched with the unmatched object of the same
+    class that has the highest IoU. Detections that match only a crowd are ignored. Omitting
+    detections with low scores doesn't change the matches of the others.
 
     Args:
-        boxes: Boxes as left, top, width and height, sorted by decreasing score, ``(N, 4)``.
-        classes: Class indices, ``(N,)``.
+        boxes: The boxes (left, top, width, height), sorted by decreasing score, ``(N, 4)``.
+        classes: The class indices, ``(N,)``.
         image: A dict with the objects' ``boxes`` ``(M, 4)``, ``classes`` ``(M,)`` and ``crowd``
-            ``(M,)``, 0 or 1.
+            ``(M,)``, which is 0 or 1.
 
     Returns:
-        The index of the matched object, -1 for no match, or -2 for a crowd, ``(N,)``.
+        For each detection, the index of the matched object, -1 for no match, or -2 for a crowd,
+        ``(N,)``.
     """
     matches = np.full(len(boxes), -1)
     if not len(boxes) or not len(image["boxes"]):
@@ -202,7 +205,7 @@ def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, An
 
 
 def _f1(image: dict[str, Any], found: Found) -> float:
-    """Return the F1 score of an image's detections, or 1 without objects and detections."""
+    """Return an image's F1 score, which is 1 if it has neither objects nor detections."""
     shown = found.scores >= SCORE
     hits = int((found.matches[shown] >= 0).sum())
     both = int((image["crowd"] == 0).sum()) + int(shown.sum())
@@ -210,7 +213,7 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 
 
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
-    """Return the indices of all images, or of equally many worst and best if over the budget."""
+    """Return all image indices or, if over the budget, equal numbers of the worst and the best."""
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:
         half = budget - budget // 2
@@ -224,7 +227,7 @@ def _picture(image: dict[str, Any]) -> dict[str, Any] | str:
         pixels = read_image(image["file_name"], "RGB")
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise various exceptions for damaged files
+    except Exception as error:  # Decoders raise various exceptions for corrupted files.
         return f"{name} can't be shown: {error}"
     source, (width, height) = data_uri(pixels, SIDE)
     scale = width / pixels.shape[1]

@@ -1,4 +1,4 @@
-"""Writing of the report as one self-contained HTML file."""
+"""Writer for the report, a single self-contained HTML file."""
 
 import datetime
 import math
@@ -22,13 +22,13 @@ from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import atomic_file, nonfinite_to_null
 
-# Largest number of points in a curve.
+# Maximum number of points per curve.
 MOST_POINTS = 400
 
-# Metrics in the table of results, and their decimals. Other metrics are only in the curves.
+# Metrics in the results table, and their decimal places. Other metrics are shown only as curves.
 _SHOWN = {"AP": 2, "AP50": 2, "AP75": 2, "top1_error": 2, "top5_error": 2, "images": 0}
 
-# Largest number of characters of a config value; the full value is in the run's config.yaml.
+# Maximum length of a config value in characters. The full value is in the run's config.yaml.
 _LONGEST = 240
 
 _NAMES = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
@@ -44,15 +44,15 @@ def write_report(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Write the report of one or several runs.
+    """Write a report on one or more runs.
 
     Args:
         runs: The runs returned by :func:`~.run_folder.load_runs`.
         output: The HTML file, which is written atomically.
-        images: The largest number of detection images, of about 15 KB each. The page can hold four
-            times as many classification images, which are smaller.
-        say: Called with a message if something can't be shown.
-        quiet: Show no progress bars.
+        images: The maximum number of detection images, about 15 KB each. The maximum number of
+            classification images, which are smaller, is four times as high.
+        say: A function that is called with a message if an image can't be shown.
+        quiet: If True, show no progress bars.
 
     Raises:
         UserError: If the file can't be written.
@@ -99,11 +99,11 @@ def _write(output: Path, html: str) -> None:
         with atomic_file(output) as stream:
             stream.write(html.encode())
     except OSError as error:
-        raise UserError(f"The page {output} can't be written: {error}.") from error
+        raise UserError(f"The report {output} can't be written: {error}.") from error
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
-    """Return the thinned curves by metric and run, without the metrics of single classes."""
+    """Return subsampled curves by metric and run, excluding per-class metrics."""
     curves: dict[str, dict[int, list[list[float]]]] = {}
     for position, run in enumerate(runs):
         for name, points in run.curves.items():
@@ -169,7 +169,7 @@ def _version(run: Run, package: str) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """Return one row per data set and task with our results, the paper's and the difference."""
+    """Return one row per data set and task with the run's and the paper's results."""
     rows = []
     kinds = dict.fromkeys((data, task) for data, task, _ in run.results)
     for data, task in kinds:
@@ -196,7 +196,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 
 def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tables of AP or error by class and run, sorted by the worst value of any run."""
+    """Return tables of the AP or error by class and run, sorted by each class's worst value."""
     tables = []
     by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for position, run in enumerate(runs):
@@ -239,7 +239,7 @@ def _class_table(
 
 
 def _figures(run: Run) -> list[Path]:
-    """Return the figures that tools/analyze_excitations.py wrote to the run's folder."""
+    """Return the paths of figures written by tools/analyze_excitations.py to the run's folder."""
     paths = [run.folder / "excitations" / name for name in ("figure6.png", "blocks.png")]
     return [path for path in paths if path.is_file()]
 
@@ -256,9 +256,9 @@ def _excitations(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Return the config keys in which runs differ, with their values by run.
+    """Return the config keys that differ between runs, with their values for each run.
 
-    A single run is compared with the defaults, whose values come first.
+    A single run is compared with the defaults. In this case, the default values come first.
     """
     flat = [config_texts(run.cfg) for run in runs]
     if len(runs) == 1:

@@ -1,4 +1,4 @@
-"""The paper's results for the network and data set of a run."""
+"""The paper's results for a run's network and data set."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ class PaperRow:
     """Published results of one network on one data set.
 
     Attributes:
-        name: The name of the network.
-        values: Values in percent, by Detectron2's name of the metric.
-        source: The publication.
-        note: A limitation of the comparison. Empty if there is none.
+        name: Network name.
+        values: Values in percent, by Detectron2 metric name.
+        source: Publication and table.
+        note: Limitation of the comparison. Empty if there is none.
     """
 
     name: str
@@ -38,17 +38,17 @@ COCO = {
 
 
 def has_gates(cfg: CfgNode) -> bool:
-    """Return True if a config's backbone has SE."""
+    """Return True if the config's backbone has SE."""
     return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
 
 
 def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -> PaperRow | None:
-    """Return the paper's results for a run, or None if it reports none.
+    """Return the paper's results for a run, or None if the paper reports no results for it.
 
     Args:
-        cfg: The config of the run.
-        data: A data set of ``DATASETS.TEST``.
-        task: Detectron2's name of the task: "bbox" or "classification".
+        cfg: The run's config.
+        data: A data set in ``DATASETS.TEST``.
+        task: The task name, "bbox" or "classification".
         images: The number of evaluated images, if known.
     """
     backbone = backbone_name(cfg)

@@ -13,8 +13,8 @@ def data_uri(pixels: np.ndarray, side: int) -> tuple[str, tuple[int, int]]:
     """Encode an image as a data URI.
 
     Args:
-        pixels: RGB image, uint8 ``(H, W, 3)``.
-        side: Largest length of the longer side in pixels. Larger images are scaled down.
+        pixels: The RGB image, uint8 ``(H, W, 3)``.
+        side: The maximum length of the longer side in pixels. Larger images are downscaled.
 
     Returns:
         The data URI of a JPEG image, and the image's width and height.

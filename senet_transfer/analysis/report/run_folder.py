@@ -1,4 +1,4 @@
-"""Reading of the files that training and evaluation write to a run's folder."""
+"""Reader for the files that training and evaluation write to a run's folder."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
-# Detectron2's names of evaluation results: [data set/]task/metric.
+# Names of evaluation results in Detectron2's format: [data set/]task/metric.
 _METRIC = re.compile(r"^(?:(.+)/)?((?:bbox|segm|keypoints|classification)(?:_TTA)?)/([^/].*)$")
 
 Series = list[tuple[int, float]]
@@ -26,19 +26,19 @@ class Run:
     """Contents of a run's folder.
 
     Attributes:
-        folder: The run's folder.
-        name: A short, unique name of the run.
-        cfg: The complete config.
-        curves: Pairs of iteration and value by metric, including evaluation metrics.
+        folder: Path of the run's folder.
+        name: Short, unique name for the run.
+        cfg: Complete config.
+        curves: Pairs of iteration and value for each metric, including evaluation metrics.
         results: Results of the last evaluation by data set ("" if there is only one), task and
             metric.
-        seconds: Total training time in seconds, including the time before resumptions. None if
-            unknown.
+        seconds: Total training time in seconds, including the time before the run was resumed.
+            None if unknown.
         memory_mb: Peak memory in MB. None if unknown.
-        eta_seconds: Estimated time to the end of training in seconds, when the last line of the
-            log was written. None if unknown.
-        command: The command line that started the run.
-        environment: Versions and machine, as text.
+        eta_seconds: Estimated remaining training time in seconds, as of the last logged iteration.
+            None if unknown.
+        command: Command line that started the run.
+        environment: Description of the package versions and the machine.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Run:
     @property
     def iterations(self) -> int:
         """Number of logged training iterations."""
-        # Use the training loss only: evaluation results are logged at the next iteration.
+        # Use only the training loss, because evaluation results are logged at the next iteration.
         points = self.curves.get("total_loss")
         return points[-1][0] + 1 if points else 0
 
@@ -67,7 +67,7 @@ class Run:
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """Return a result of the last evaluation on a data set of ``DATASETS.TEST``, or None."""
+        """Return a result of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]
@@ -75,13 +75,13 @@ class Run:
 
 
 def find_runs(places: Iterable[str | Path]) -> list[Path]:
-    """Find the folders of runs.
+    """Find the folders of training runs.
 
     Args:
-        places: Folders of single runs, or folders that contain runs.
+        places: The folders of single runs, or folders that contain runs.
 
     Raises:
-        UserError: If a folder is not a run and contains none.
+        UserError: If a folder neither is nor contains a run's folder.
     """
     found: dict[Path, None] = {}
     for place in map(Path, places):
@@ -91,13 +91,13 @@ def find_runs(places: Iterable[str | Path]) -> list[Path]:
             below = sorted(path.parent for path in place.glob("*/config.yaml"))
         if not below:
             what = (
-                "has no config.yaml, and neither has any folder in it"
+                "contains no config.yaml, and neither do its subfolders"
                 if place.is_dir()
                 else "is not a folder"
             )
             raise UserError(
-                f"{place} {what}. Expected the OUTPUT_DIR of a run of tools/train_net.py, or a "
-                "folder that contains such folders."
+                f"{place} {what}. Expected the output folder of tools/train_net.py, or a folder "
+                "that contains such folders."
             )
         found |= dict.fromkeys(below)
     return list(found)
@@ -108,7 +108,7 @@ def load_run(folder: Path, name: str = "") -> Run:
 
     Args:
         folder: The run's folder.
-        name: The name of the run. Default: the folder's name.
+        name: The run's name. If empty, the folder name is used.
 
     Raises:
         UserError: If the config can't be read.
@@ -119,8 +119,8 @@ def load_run(folder: Path, name: str = "") -> Run:
         raise UserError(f"{folder / 'config.yaml'} can't be read: {error}.") from error
     if not isinstance(content, dict) or not {"MODEL", "DATASETS"} <= content.keys():
         raise UserError(
-            f"{folder / 'config.yaml'} isn't the config of a run: the sections MODEL and DATASETS "
-            "are required. Expected the config.yaml written by training."
+            f"{folder / 'config.yaml'} isn't a run's config: it must contain the sections MODEL "
+            "and DATASETS. Expected the config.yaml written by training."
         )
     run = Run(folder, name or folder.resolve().name, CfgNode(content))
     _read_metrics(run)
@@ -130,7 +130,7 @@ def load_run(folder: Path, name: str = "") -> Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Load runs and name each by the shortest suffix of its path that makes the names unique."""
+    """Load runs, and name each after the shortest suffix of its path that is unique."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
@@ -140,7 +140,7 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics.json, skipping incomplete lines."""
+    """Yield the parsed lines of a metrics.json file, skipping incomplete lines."""
     if not path.is_file():
         return
     with open(path, errors="replace") as file:
@@ -159,7 +159,7 @@ def _read_metrics(run: Run) -> None:
         iteration = row.pop("iteration")
         for name, value in row.items():
             if isinstance(value, int | float):
-                # A resumed run repeats some iterations. Keep the later value, and its position.
+                # A resumed run repeats some iterations. Keep the later value and its position.
                 values.setdefault(name, {}).pop(iteration, None)
                 values[name][iteration] = float(value)
     step = values.get("time", {})
@@ -179,7 +179,7 @@ def _read_metrics(run: Run) -> None:
 
 
 def _total_seconds(path: Path) -> float:
-    """Return the total time of a run, whose elapsed time restarts at 0 with each resumption."""
+    """Return a run's total time; the elapsed time starts at 0 whenever the run is resumed."""
     before, elapsed = 0.0, 0.0
     for row in _rows(path):
         now = row.get("elapsed_seconds")
@@ -191,7 +191,7 @@ def _total_seconds(path: Path) -> float:
 
 
 def _read_results(run: Run) -> None:
-    """Read the results of ``--eval-only`` if they are newer than the evaluations in training."""
+    """Read the ``--eval-only`` results if they are newer than the evaluations during training."""
     path, metrics = run.folder / "results.json", run.folder / "metrics.json"
     if not path.is_file():
         return
@@ -228,18 +228,18 @@ def _read_environment(run: Run) -> None:
 
 
 def config_texts(cfg: CfgNode) -> dict[str, str]:
-    """Return the values of a config as text, by key."""
+    """Return the config's values as text, by key."""
     return {key: _text(value) for key, value in config_items(cfg)}
 
 
 def data_label(name: str) -> str:
-    """Return a short label of a data set: its name, or the last two parts of its path."""
+    """Return a short label for a data set: its name, or the last two parts of its path."""
     end = "/".join(Path(name).parts[-2:]) if name.startswith("/") or "://" in name else name
     return end.removesuffix(".safetensors")
 
 
 def _text(value: Any) -> str:
-    # Tuples become lists in a YAML file, so treat them as equal.
+    # Tuples are saved as lists in YAML, so both must give the same text.
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_text, value)) + "]"
     if isinstance(value, float) and math.isfinite(value):

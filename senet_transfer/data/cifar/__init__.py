@@ -1,1 +1,1 @@
-"""Small images that are kept in memory, such as CIFAR."""
+"""Data sets of small images that are kept in memory, such as CIFAR."""

@@ -1,8 +1,8 @@
-"""Official distributions of CIFAR-10 and CIFAR-100: python and binary, packed or unpacked.
+"""Official CIFAR-10 and CIFAR-100 distributions: Python and binary versions, packed or unpacked.
 
-torchvision downloads the python version and has the names and checksums of its files. Other data in
-the same form is also read, so a pickle is always loaded by the unpickler that executes nothing:
-see :mod:`senet_transfer.utils.safe_pickle`.
+torchvision downloads the Python version and provides its file names and checksums. Other data in
+the same format is also supported, so pickles are always loaded with the unpickler in
+:mod:`senet_transfer.utils.safe_pickle`, which does not execute code.
 """
 
 import hashlib
@@ -35,20 +35,20 @@ IMAGE_COUNTS = {"train": 50_000, "test": 10_000}
 
 _PIXELS = 3 * SIDE * SIDE
 
-# The largest official file has 155 MB.
+# The largest official file is 155 MB.
 _MAX_BYTES = 400 * 2**20
 
 _REMEDY = (
-    "Download it again. For a data set of your own in the same form, run datasets/prepare_cifar.py "
-    "with --any-checksum."
+    "Download it again. For your own data in the same format, run datasets/prepare_cifar.py with "
+    "--any-checksum."
 )
 
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """Files and checksums of a binary version, with the attributes of torchvision's classes.
+    """Files and checksums of a binary version, with attributes named as in torchvision's classes.
 
-    Each image follows ``meta["label_bytes"]`` bytes, the last of which is the label.
+    Each image is preceded by ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
 
     filename: str
@@ -79,43 +79,45 @@ FORMS: tuple[type[CIFAR10] | BinaryVersion, ...] = (
 
 
 def download_cifar(name: str, root: Path) -> Path:
-    """Download the python version with torchvision, which verifies and unpacks it.
+    """Download the Python version with torchvision, which verifies and unpacks it.
 
     Args:
-        name: a key of :data:`DOWNLOADS`.
-        root: folder for the archive and the unpacked files. Verified files there are kept.
+        name: Key in :data:`DOWNLOADS`.
+        root: Folder for the archive and the unpacked files. Existing files with valid checksums are
+            kept.
 
     Returns:
-        The folder of the unpacked files.
+        The folder with the unpacked files.
 
     Raises:
-        UserError: the data can't be downloaded or written, or has another checksum.
+        UserError: If the data cannot be downloaded or written, or its checksum is wrong.
     """
     dataset = DOWNLOADS[name]
     try:
         dataset(root, download=True)
     except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(
-            f"{dataset.url} can't be downloaded to {root} ({type(error).__name__}: {error}). "
-            f"Remove {root / dataset.base_folder}, if it exists, and try again; or get "
-            f"{dataset.filename} in another way and pass it as --source."
+            f"Cannot download {dataset.url} to {root} ({type(error).__name__}: {error}). Remove "
+            f"{root / dataset.base_folder} if it exists and try again, or obtain "
+            f"{dataset.filename} in a different way and pass it with --source."
         ) from error
     return root / dataset.base_folder
 
 
 def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] | None:
-    """Read an archive or a folder with the files of an official distribution.
+    """Read an official distribution from an archive or folder.
 
     Args:
-        path: tar archive, compressed or not, or the folder it was unpacked to, or its parent.
-        verify: raise an error for an archive with another checksum than the official one, and for
-            data with another number of images.
+        path: Tar archive (compressed or uncompressed), the folder it was unpacked to, or the parent
+            of that folder.
+        verify: Raise an error if an archive's checksum or the number of images differs from the
+            official distribution.
 
     Returns:
-        The splits by name, or None for an archive or folder with other files.
+        Dictionary from split name to images, or None if the archive or folder contains other files.
 
     Raises:
-        UserError: the data is damaged, fails the verification, or holds a pickle that could
+        UserError: If the data is damaged, fails verification, or contains a pickle that could
             execute code.
     """
     files = _read_folder(path) if path.is_dir() else _read_archive(path)
@@ -131,8 +133,8 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         if verify and len(labels) != IMAGE_COUNTS[split]:
             raise UserError(
-                f"{path} has {len(labels):,} {split} images; expected {IMAGE_COUNTS[split]:,} as "
-                f"in the official data. {_REMEDY}"
+                f"{path} contains {len(labels):,} {split} images; expected "
+                f"{IMAGE_COUNTS[split]:,}, as in the official data. {_REMEDY}"
             )
         splits[split] = ImageArrays(
             torch.from_numpy(images).view(-1, 3, SIDE, SIDE),
@@ -146,21 +148,23 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
 def _verify_checksums(
     form: type[CIFAR10] | BinaryVersion, path: Path, files: dict[str, bytes]
 ) -> None:
-    """Raise an error for an archive, and log a warning for unpacked files, with other checksums."""
+    """Verify checksums: raise an error for an archive, log a warning for unpacked files."""
     if path.is_file():
         if (md5 := calculate_md5(path)) != form.tgz_md5:
             raise UserError(
-                f"{path} has the files of {form.filename} and md5 {md5}; expected {form.tgz_md5}, "
-                f"that of the official archive. {_REMEDY}"
+                f"{path} contains the files of {form.filename}, but its MD5 checksum is {md5}; "
+                f"expected {form.tgz_md5}, as for the official archive. {_REMEDY}"
             )
         return
     for name, md5 in _checksums(form).items():
         if md5 not in (None, hashlib.md5(files[name], usedforsecurity=False).hexdigest()):
-            logger.warning("%s: %s is not the official file, by its md5", path, name)
+            logger.warning(
+                "%s: the MD5 checksum of %s differs from that of the official file", path, name
+            )
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return the MD5 checksums, where known, of all files that are read."""
+    """Return the MD5 checksums of all required files by name; None if unknown."""
     return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
 
 
@@ -170,7 +174,7 @@ def _match(names: Iterable[str]) -> type[CIFAR10] | BinaryVersion | None:
 
 
 def _read_folder(path: Path) -> dict[str, bytes]:
-    """Return the official files in a folder or one of its subfolders, by name."""
+    """Read the official files in a folder or one of its subfolders, and return them by name."""
     subfolders = (entry for entry in sorted(path.iterdir()) if entry.is_dir())
     for folder in (path, *subfolders):
         form = _match(entry.name for entry in folder.iterdir() if entry.is_file())
@@ -182,13 +186,13 @@ def _read_folder(path: Path) -> dict[str, bytes]:
         return {name: (folder / name).read_bytes() for name in _checksums(form)}
     except OSError as error:
         raise UserError(
-            f"{folder} can't be read ({type(error).__name__}: {error}). Check its files, or "
-            "unpack the archive again."
+            f"Cannot read {folder} ({type(error).__name__}: {error}). Check its files, or unpack "
+            "the archive again."
         ) from error
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Return the official files in a tar archive, by name."""
+    """Read the official files in a tar archive, and return them by name."""
     wanted = {name for form in FORMS for name in _checksums(form)}
     files: dict[str, bytes] = {}
     with open_tar(path) as archive:
@@ -197,38 +201,38 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             if name in wanted and member.isfile():
                 files[name] = read_member(archive, member, _MAX_BYTES)
             elif not files and name.lower().endswith((".jpg", ".jpeg", ".png")):
-                break  # a tree of images, possibly a large one
+                break  # an archive of images, which may be large
     return files
 
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open a tar archive, and raise :class:`UserError` for what damage or a failing disk raises."""
+    """Open a tar archive, and convert errors inside the context to :class:`UserError`."""
     try:
         with tarfile.open(path) as archive:
             yield archive
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise UserError(
-            f"{path} can't be read to its end ({type(error).__name__}: {error}): it is cut off, "
-            "damaged or no archive. Get it again."
+            f"Cannot read {path} ({type(error).__name__}: {error}): it is truncated, damaged or "
+            "not a tar archive. Download it again."
         ) from error
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> bytes:
-    """Return the content of a regular file in an archive.
+    """Read a regular file in an archive.
 
     Raises:
-        UserError: the file has more than ``max_bytes`` bytes.
+        UserError: If the member is not a regular file, or is larger than ``max_bytes`` bytes.
     """
     if member.size > max_bytes:
         raise UserError(
-            f"{archive.name!s}: {member.name} has {member.size:,} bytes; expected at most "
-            f"{max_bytes:,}. Check the archive."
+            f"{archive.name!s}: {member.name} is {member.size:,} bytes; expected at most "
+            f"{max_bytes:,}. Check that this is the right archive."
         )
     file = archive.extractfile(member)
     if file is None:
         raise UserError(
-            f"{archive.name!s}: {member.name} is not a regular file. Get the archive again."
+            f"{archive.name!s}: {member.name} is not a regular file. Download the archive again."
         )
     return file.read()
 
@@ -239,21 +243,23 @@ def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
     classes = _load_pickle(data, where).get(meta["key"])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{where} has no list {meta['key']!r}. Download the data again.")
+        raise UserError(
+            f"{where} does not contain the list {meta['key']!r}. Download the data again."
+        )
     return classes
 
 
 def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return images, uint8 `(N, 3072)`, and labels, int64 `(N,)`, of one file."""
+    """Parse the images, uint8 `(N, 3072)`, and labels, int64 `(N,)`, in a file."""
     if before := meta.get("label_bytes"):
         record = before + _PIXELS
         if not data or len(data) % record:
             raise UserError(
-                f"{where} has {len(data):,} bytes; expected a multiple of {record:,}, a label and "
-                "an image each. It is cut off or damaged; download it again."
+                f"{where} is {len(data):,} bytes; expected a multiple of {record:,}, the size of "
+                "a label and an image. The file is truncated or damaged. Download it again."
             )
         rows = np.frombuffer(data, np.uint8).reshape(-1, record)
-        # CIFAR-100 has two labels per image; the second is the fine one.
+        # CIFAR-100 has two labels per image; the second is the fine label.
         return rows[:, before:], rows[:, before - 1].astype(np.int64)
     batch = _load_pickle(data, where)
     images, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
@@ -267,28 +273,33 @@ def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, n
     ):
         found = f"{len(labels)} values" if isinstance(labels, list) else type(labels).__name__
         raise UserError(
-            f"{where} has images of shape {array.shape} ({array.dtype}) and labels of {found}; "
-            f"expected uint8 images (N, {_PIXELS}) and a list of N labels. Download the data again."
+            f"{where} contains images of shape {array.shape} ({array.dtype}) and labels "
+            f"({found}); expected uint8 images of shape (N, {_PIXELS}) and a list of N labels. "
+            "Download the data again."
         )
     return array, np.array(labels, np.int64)
 
 
 def _load_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """Return the dictionary in a pickle of Python 2 or 3, with its keys and lists as text."""
+    """Load a dictionary from a Python 2 or 3 pickle, with keys and list items as text."""
     try:
         value = load_plain(io.BytesIO(data), where)
     except UserError as error:
         raise UserError(
-            f"{where} was rejected: it holds more than arrays, lists and text, and loading it "
-            f"could execute code. Nothing was executed. Get the official archive. ({error})"
+            f"{where} was rejected: it contains objects other than arrays, lists and text, and "
+            "loading it could execute code. No code was executed. Download the official archive. "
+            f"({error})"
         ) from error
     except Exception as error:  # damaged bytes raise errors of many types
         raise UserError(
-            f"{where} is no readable pickle ({type(error).__name__}: {error}); it is cut off or "
+            f"Cannot unpickle {where} ({type(error).__name__}: {error}): it is truncated or "
             "damaged. Download the data again."
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{where} holds a {type(value).__name__}; expected a dictionary.")
+        raise UserError(
+            f"{where} contains a {type(value).__name__}; expected a dictionary. Download the data "
+            "again."
+        )
     return {
         str(_text(key)): [_text(item) for item in value] if isinstance(value, list) else value
         for key, value in value.items()

@@ -1,4 +1,4 @@
-"""Small images as files in one folder per class, with a folder or an archive for each split."""
+"""Small image files in one folder per class, with a folder or archive per split."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,23 +16,24 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2")
 
-# Some thousand times the size of a 32x32 image.
+# More than a thousand times the size of a 32x32 image.
 _MAX_BYTES = 8 * 2**20
 
 
 def read_image_splits(folder: Path, *, quiet: bool = False) -> dict[str, ImageArrays] | None:
-    """Read a folder that has a folder or an archive for each split.
+    """Read the images in a folder with one subfolder or archive per split.
 
     Args:
-        folder: holds `train` and `test`, or `train.tar.xz` and `test.tar.xz`, or other archives,
-            with one folder per class in each.
-        quiet: show no progress bars.
+        folder: Folder with `train` and `test` subfolders, or archives such as `train.tar.xz` and
+            `test.tar.xz`, each with one folder per class.
+        quiet: Do not show progress bars.
 
     Returns:
-        The splits by name, or None for a folder without splits.
+        Dictionary from split name to images, or None if the folder contains no splits.
 
     Raises:
-        UserError: an image can't be read or has another size, or the classes of the splits differ.
+        UserError: If an image cannot be read or has the wrong size, or the splits have different
+            classes.
     """
     paths = {split: split_path(folder, split) for split in SPLITS}
     if not any(paths.values()):
@@ -41,21 +42,21 @@ def read_image_splits(folder: Path, *, quiet: bool = False) -> dict[str, ImageAr
     for split, path in paths.items():
         if path is None:
             raise UserError(
-                f"{folder} has no {split} split; expected {split}/ with one folder per class, or "
-                f"{split}.tar.xz. Put it there."
+                f"{folder} contains no {split} split; expected {split}/ with one folder per "
+                f"class, or {split}.tar.xz. Add the missing split."
             )
         splits[split] = read_images(path, quiet=quiet)
     train, test = (set(splits[split].classes) for split in SPLITS)
     if train != test:
         raise UserError(
-            f"{folder}: the classes of the splits differ: only one of them has "
-            f"{sorted(train ^ test)[:5]}. Both need a folder for each class."
+            f"{folder}: the train and test splits have different classes. Only one of them "
+            f"contains {sorted(train ^ test)[:5]}; expected the same class folders in both."
         )
     return splits
 
 
 def split_path(folder: Path, split: str) -> Path | None:
-    """Return the folder or archive of a split, or None if there is none."""
+    """Return the path of a split's folder or archive, or None if neither exists."""
     if (folder / split).is_dir():
         return folder / split
     found = [folder / f"{split}{suffix}" for suffix in _ARCHIVES]
@@ -63,14 +64,14 @@ def split_path(folder: Path, split: str) -> Path | None:
 
 
 def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
-    """Read the images of one split, sorted by class and file name.
+    """Read a split's images, sorted by class and file name.
 
     Args:
-        path: folder or archive with one folder per class.
-        quiet: show no progress bar.
+        path: Folder or archive with one folder per class.
+        quiet: Do not show a progress bar.
 
     Raises:
-        UserError: there are no images, or one can't be read or has another size.
+        UserError: If there are no images, or an image cannot be read or has the wrong size.
     """
     files = _in_folder(path) if path.is_dir() else _in_archive(path)
     found = [
@@ -79,8 +80,8 @@ def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
     ]
     if not found:
         raise UserError(
-            f"{path} contains no images ({', '.join(SUFFIXES)}) in one folder per class. Name the "
-            "parent folder of the splits."
+            f"{path} contains no images ({', '.join(SUFFIXES)}) in one folder per class. Pass the "
+            "folder that contains the splits."
         )
     found.sort(key=lambda row: row[:2])
     classes = sorted({group for group, _, _ in found})
@@ -100,7 +101,7 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, str, bytes]]:
 def _in_archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
     with open_tar(path) as archive:
         for member in archive:
-            # The name only determines the class and the order; nothing is extracted to disk.
+            # The name determines only the class and the order; nothing is extracted to disk.
             name = PurePosixPath(member.name)
             if member.isfile() and name.suffix.lower() in SUFFIXES:
                 yield name.parent.name, name.name, read_member(archive, member, _MAX_BYTES)
@@ -110,10 +111,11 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     try:
         image = decode_exact(data)
     except BrokenImageError as error:
-        raise UserError(f"{where} can't be decoded ({error}). Remove or replace it.") from error
+        raise UserError(f"Cannot decode {where} ({error}). Remove or replace it.") from error
     if image.size != (SIDE, SIDE):
         raise UserError(
-            f"{where} has {image.width}x{image.height} pixels; expected {SIDE}x{SIDE}. Resize the "
-            "images first. For larger images, use tools/train_net.py with a folder or shards."
+            f"{where} is {image.width}x{image.height} pixels; expected {SIDE}x{SIDE}. Resize the "
+            "images first, or train on the larger images with tools/train_net.py and a folder or "
+            "shards."
         )
     return np.asarray(image)

@@ -1,10 +1,10 @@
-"""Data loaders for data sets in memory: infinite for training, one pass for evaluation.
+"""Data loaders for in-memory data sets: infinite for training, one pass for evaluation.
 
-Training iterates over a sequence of random permutations of the data. Each iteration takes the next
-``world_size * batch_size`` images for all processes together; a batch may span two permutations.
-The order depends only on the seed, so a run can be resumed at any iteration, and with another
-number of processes if the total batch size is the same, and gets the same images as an
-uninterrupted run.
+Training iterates over a sequence of random permutations of the data. In each iteration, the
+processes together take the next ``world_size * batch_size`` images; a batch may span two
+permutations. The order depends only on the seed. A run that is resumed at any iteration therefore
+gets the same images as an uninterrupted run, even with a different number of processes, as long as
+the total batch size is the same.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.transforms import CifarAugment
 from senet_transfer.errors import UserError
 
-# Makes the random numbers of the order independent of those of the augmentation.
+# Random stream of the sample order, independent of the stream of the augmentation.
 _STREAM = 0
 
 
@@ -26,8 +26,8 @@ class CifarTrainLoader:
     """Infinite iterator over augmented training batches.
 
     A batch is ``{"image": uint8 (N, 3, 32, 32) RGB, "label": int64 (N,)}`` on the loader's device.
-    With Cutout, it also has ``"cutout"``, the centres of the squares, int64 ``(N, 2)``. The model
-    passes them to :func:`~senet_transfer.layers.cutout.cut_out` after normalisation.
+    With Cutout, it also contains ``"cutout"``, the centres of the squares, int64 ``(N, 2)``. The
+    model passes them to :func:`~senet_transfer.layers.cutout.cut_out` after normalisation.
     """
 
     def __init__(
@@ -44,28 +44,30 @@ class CifarTrainLoader:
     ):
         """
         Args:
-            data: the training data.
-            batch_size: number of images per iteration in this process.
-            seed: seed of the order and the augmentation, 0 or more.
-            augment: the augmentation; None for none.
-            start_iter: the first iteration to deliver.
-            rank: rank of this process.
-            world_size: number of processes.
-            device: device on which the data is kept (150 MB for CIFAR) and augmented.
+            data: Training data.
+            batch_size: Number of images per iteration in this process.
+            seed: Random seed of the order and augmentation, 0 or more.
+            augment: Augmentation to apply; None to disable it.
+            start_iter: Iteration to start from.
+            rank: Rank of this process.
+            world_size: Number of processes.
+            device: Device on which the data is stored (150 MB for CIFAR) and augmented.
 
         Raises:
-            UserError: an argument is out of range.
+            UserError: If an argument is out of range.
         """
         _check_share(batch_size, rank, world_size)
         if seed < 0 or start_iter < 0:
-            raise UserError(f"seed is {seed} and start_iter is {start_iter}; expected 0 or more.")
+            raise UserError(
+                f"seed is {seed} and start_iter is {start_iter}; expected 0 or more for both."
+            )
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.start_iter, self.rank, self.world_size = start_iter, rank, world_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
-        raise TypeError("the training loader is infinite and has no length")
+        raise TypeError("The training loader is infinite and has no length")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         iteration = self.start_iter
@@ -74,7 +76,7 @@ class CifarTrainLoader:
             iteration += 1
 
     def indices(self, iteration: int) -> np.ndarray:
-        """Return the image indices of an iteration, for all processes.
+        """Return the image indices of all processes for an iteration.
 
         The result has shape `(world_size * batch_size,)`.
         """
@@ -91,7 +93,7 @@ class CifarTrainLoader:
         return self._order
 
     def batch(self, iteration: int) -> dict[str, Tensor]:
-        """Return the batch of this process in an iteration."""
+        """Return this process's batch for an iteration."""
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         index = torch.from_numpy(self.indices(iteration)[rows]).to(self.labels.device)
         batch = {"image": self.images[index], "label": self.labels[index]}
@@ -109,13 +111,13 @@ class CifarTrainLoader:
 
 
 class CifarEvalLoader:
-    """Iterator over this process's share of the data, once, in order and without augmentation.
+    """One-pass iterator over this process's share of the data, in order and without augmentation.
 
-    A batch has ``"image"`` and ``"label"`` as in training, ``"key"``, a name for each image, and
-    ``"index"``, the images' indices in the data set.
+    A batch contains ``"image"`` and ``"label"`` as in training, ``"key"``, the image names, and
+    ``"index"``, the image indices in the data set.
 
     Attributes:
-        expected: number of images for this process.
+        expected: Number of images for this process.
     """
 
     def __init__(
@@ -129,14 +131,14 @@ class CifarEvalLoader:
     ):
         """
         Args:
-            data: the data to evaluate on.
-            batch_size: number of images per batch; the last batch may be smaller.
-            rank: rank of this process.
-            world_size: number of processes.
-            device: device of the batches.
+            data: Evaluation data.
+            batch_size: Number of images per batch; the last batch may be smaller.
+            rank: Rank of this process.
+            world_size: Number of processes.
+            device: Device for the batches.
 
         Raises:
-            UserError: an argument is out of range.
+            UserError: If an argument is out of range.
         """
         _check_share(batch_size, rank, world_size)
         start, end = (len(data) * part // world_size for part in (rank, rank + 1))
@@ -162,6 +164,7 @@ class CifarEvalLoader:
 def _check_share(batch_size: int, rank: int, world_size: int) -> None:
     if batch_size < 1 or not 0 <= rank < world_size:
         raise UserError(
-            f"The batch size is {batch_size} and the rank is {rank} of {world_size}; expected a "
-            "batch size of at least 1 and a rank from 0 to the number of processes minus 1."
+            f"The batch size is {batch_size}, the rank is {rank} and the world size is "
+            f"{world_size}; expected a batch size of at least 1 and a rank from 0 to the world "
+            "size minus 1."
         )

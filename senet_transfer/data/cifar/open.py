@@ -1,4 +1,4 @@
-"""Opening data sets of small images in any supported format."""
+"""Functions that open data sets of small images in any supported format."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote, local_path
 from senet_transfer.errors import UserError
 
-# Names of prepared data sets, and their paths relative to $DETECTRON2_DATASETS.
+# Paths of prepared data sets relative to $DETECTRON2_DATASETS, by name.
 NAMES = {
     f"{data}_{split}": f"{data}/{split}.safetensors"
     for data in ("cifar10", "cifar100")
@@ -34,22 +34,25 @@ def open_cifar(
     classes: list[str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> ImageArrays:
-    """Read a whole data set of small images.
+    """Load a data set of small images into memory.
 
-    Supported are a prepared split or the folder of both; an official archive of CIFAR or the folder
-    it was unpacked to; a folder with a folder or archive for each split; and everything that
-    :func:`~senet_transfer.data.classification.open.open_dataset` supports, such as shards and a
-    folder with one folder per class. Only images of this last group may be larger than 32 pixels;
-    they are resized.
+    The supported formats are:
+
+    - a prepared split, or the folder with both prepared splits;
+    - an official CIFAR archive, or the folder it was unpacked to;
+    - a folder with a subfolder or archive per split;
+    - any format supported by :func:`~senet_transfer.data.classification.open.open_dataset`, such as
+      shards or a folder with one folder per class. Only in these formats may images be larger than
+      32x32 pixels; they are resized and cropped.
 
     Args:
-        path: file, folder or address.
-        split: "train" or "test"; used if the path does not determine the split.
-        classes: expected names of the classes, in the order of their labels.
-        cache_dir: folder for local copies of remote shards.
+        path: Path of a file or folder, or a remote address.
+        split: "train" or "test"; ignored if the path determines the split.
+        classes: Expected class names in label order.
+        cache_dir: Folder for local copies of remote shards.
 
     Raises:
-        UserError: the data is of none of these kinds, is damaged, or has other classes.
+        UserError: If the data has an unsupported format, is damaged, or has different classes.
     """
     data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split)
     if data is None:
@@ -60,7 +63,7 @@ def open_cifar(
 
 
 def cifar_name(dataset: str) -> str | None:
-    """Return "cifar10" or "cifar100" for the name or path of its prepared files; else None."""
+    """Return "cifar10" or "cifar100" for a prepared CIFAR file's name or path, otherwise None."""
     for name, place in NAMES.items():
         if dataset == name or dataset.endswith(f"/{place}"):
             return name.partition("_")[0]
@@ -68,12 +71,12 @@ def cifar_name(dataset: str) -> str | None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Return True for the path of a prepared split, a safetensors file."""
+    """Return True if the path is that of a prepared split (a safetensors file)."""
     return str(path).endswith(_PREPARED)
 
 
 def _open_split(path: Path, split: str) -> ImageArrays | None:
-    """Open data in a form that only CIFAR has; return None for anything else."""
+    """Open data in a format specific to small images; return None for other formats."""
     if is_prepared(path):
         return load_images(path)
     folder = path if path.is_dir() else path.parent
@@ -89,7 +92,7 @@ def _open_split(path: Path, split: str) -> ImageArrays | None:
 
 
 class ArrayDataset(SingleImages):
-    """A data set of single images, from images in memory."""
+    """Classification data set backed by images in memory."""
 
     def __init__(self, data: ImageArrays):
         super().__init__(list(data.classes), len(data), data.origin)
@@ -105,10 +108,10 @@ class ArrayDataset(SingleImages):
 
 
 def decode_all(dataset: ClassificationDataset) -> ImageArrays:
-    """Decode all images of a data set, resized and cropped to 32x32 pixels as in evaluation.
+    """Decode all images of a data set, and resize and crop them to 32x32 pixels as in evaluation.
 
     Raises:
-        UserError: an image can't be decoded, or the data set is empty.
+        UserError: If an image cannot be decoded or the data set is empty.
     """
     view = EvalTransform(resize=SIDE, crop=SIDE)
     images, labels = [], []
@@ -118,12 +121,12 @@ def decode_all(dataset: ClassificationDataset) -> ImageArrays:
                 images.append(view(sample.data))
             except BrokenImageError as error:
                 raise UserError(
-                    f"The image {sample.key} in {sample.origin} can't be decoded ({error}). "
-                    "Remove or replace it."
+                    f"Cannot decode image {sample.key} in {sample.origin} ({error}). Remove or "
+                    "replace it."
                 ) from error
             labels.append(sample.label)
     if not images:
-        raise UserError(f"{dataset.origin} contains no images. Choose another data set.")
+        raise UserError(f"{dataset.origin} contains no images. Choose a different data set.")
     where = str(dataset.origin)
     numbers = torch.from_numpy(np.array(labels, np.int64))
     return ImageArrays(torch.stack(images), numbers, dataset.classes, where)

@@ -16,31 +16,33 @@ logger = logging.getLogger(__name__)
 def read_source(
     source: Path, *, verify: bool = True, quiet: bool = False
 ) -> dict[str, ImageArrays]:
-    """Read CIFAR or similar data in any supported form.
+    """Read CIFAR or similar data in any supported format.
 
     Args:
-        source: an official archive (binary or python version), a folder to which one was unpacked,
-            or a folder with a folder or archive for each split, `train` and `test`, that holds one
-            folder per class.
-        verify: as for :func:`~senet_transfer.data.cifar.archives.read_official`.
-        quiet: show no progress bars.
+        source: Official archive (binary or Python version), the folder it was unpacked to, or a
+            folder with `train` and `test` subfolders or archives, each with one folder per class.
+        verify: See :func:`~senet_transfer.data.cifar.archives.read_official`.
+        quiet: Do not show progress bars.
 
     Returns:
-        The splits by name, "train" and "test".
+        Dictionary from split name ("train" or "test") to images.
 
     Raises:
-        UserError: the data has another form, is damaged or fails the verification.
+        UserError: If the data has an unsupported format, is damaged or fails verification.
     """
     if not source.exists():
-        raise UserError(f"There is no {source}. Name an archive or a folder.")
+        raise UserError(
+            f"{source} does not exist; expected an archive or a folder. Check the path."
+        )
     splits = read_official(source, verify=verify)
     if splits is None and source.is_dir():
         splits = read_image_splits(source, quiet=quiet)
     if splits is None:
         raise UserError(
-            f"{source} is neither an official archive of CIFAR-10 or CIFAR-100 (binary or python "
-            "version), packed or unpacked, nor a folder with train and test (or train.tar.xz and "
-            "test.tar.xz) that hold one folder per class. Name one of these."
+            f"{source} has an unsupported format; expected an official CIFAR-10 or CIFAR-100 "
+            "archive (binary or Python version), the folder it was unpacked to, or a folder with "
+            "train and test (or train.tar.xz and test.tar.xz), each with one folder per class. "
+            "Pass one of these."
         )
     return splits
 
@@ -48,23 +50,23 @@ def read_source(
 def prepare_cifar(
     source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
 ) -> Path:
-    """Write the prepared files of a data set, or keep those that exist.
+    """Convert a data set to prepared files. Existing files with the same content are kept.
 
     Args:
-        source: as for :func:`read_source`.
-        output: folder for `train.safetensors` and `test.safetensors`.
-        verify: as for :func:`read_source`.
-        quiet: show no progress bars.
+        source: See :func:`read_source`.
+        output: Folder for `train.safetensors` and `test.safetensors`.
+        verify: See :func:`read_source`.
+        quiet: Do not show progress bars.
 
     Returns:
         The output folder.
 
     Raises:
-        UserError: the source can't be read, or the folder holds another data set.
+        UserError: If the source cannot be read, or the folder contains a different data set.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     splits = read_source(source, verify=verify, quiet=quiet)
-    # Compare both splits before writing one.
+    # Compare both splits before writing either.
     there = {split for split, data in splits.items() if _is_there(split_file(output, split), data)}
     for split, data in splits.items():
         path = split_file(output, split)
@@ -72,7 +74,7 @@ def prepare_cifar(
             save_images(data, path, source.name)
         counts = data.class_counts()
         logger.info(
-            "%s %s: %s images, %s classes of %s to %s images",
+            "%s %s: %s images, %s classes with %s to %s images each",
             path,
             "already exists" if split in there else "written",
             f"{len(data):,}",
@@ -94,8 +96,8 @@ def _is_there(path: Path, data: ImageArrays) -> bool:
     )
     if not same:
         raise UserError(
-            f"{path} contains another data set ({len(found):,} images of {found.num_classes} "
-            f"classes) than the source. Choose another folder, or move the file. It was not "
-            "changed."
+            f"{path} contains a different data set ({len(found):,} images, {found.num_classes} "
+            "classes) than the source. Choose a different folder, or move the file. The file was "
+            "not changed."
         )
     return True

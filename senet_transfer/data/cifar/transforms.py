@@ -1,12 +1,12 @@
-"""Batched augmentation of small images, with random parameters for each image.
+"""Batched augmentation of small images, with separate random parameters for each image.
 
-Horizontal flips and random crops of padded images follow He et al. 2016, section 4.2. Padding is
-zero, or a reflection as in the code of Zagoruyko and Komodakis 2016. The centres of Cutout's
-squares are also drawn here; :func:`~senet_transfer.layers.cutout.cut_out` applies them after the
-model's normalisation.
+Horizontal flips and random crops of padded images follow He et al. 2016, section 4.2. Images are
+padded with zeros, or by reflection as in the code of Zagoruyko and Komodakis 2016. The centres of
+the Cutout squares are also sampled here; :func:`~senet_transfer.layers.cutout.cut_out` erases the
+squares after the model has normalised the images.
 
 The parameters depend only on the seed and the iteration, not on the device or the number of
-processes, so a resumed run gets the same images as an uninterrupted one.
+processes, so a resumed run gets the same images as an uninterrupted run.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from senet_transfer.errors import UserError, check_choice
 
 PADDINGS = ("zero", "reflect")
 
-# Makes the random numbers of the augmentation independent of those of the order.
+# Random stream of the augmentation, independent of the stream of the sample order.
 _STREAM = 1
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random augmentation parameters of N images.
+    """Random augmentation parameters for N images.
 
     Attributes:
-        flip: whether an image is flipped, bool `(N,)`.
-        offset: top and left of the crop in the padded image, in pixels, int64 `(N, 2)`.
-        centre: row and column of the centre of Cutout's square, in pixels, int64 `(N, 2)`.
+        flip: True for each image to flip, bool `(N,)`.
+        offset: Top and left edges of the crops in the padded images, in pixels, int64 `(N, 2)`.
+        centre: Rows and columns of the Cutout squares' centres, in pixels, int64 `(N, 2)`.
     """
 
     flip: Tensor
@@ -39,23 +39,23 @@ class Draws:
     centre: Tensor
 
     def part(self, rank: int, size: int) -> "Draws":
-        """Return the parameters for the `size` images of one process."""
+        """Return the parameters for one process's `size` images."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 
 
 @dataclass(frozen=True)
 class CifarAugment:
-    """Augmentation of the CIFAR recipes.
+    """Augmentation used in the CIFAR recipes.
 
     Attributes:
-        flip: probability of a horizontal flip, 0-1.
-        pad: number of pixels added on each side before cropping to the original size, 0-31.
-        padding: "zero" or "reflect".
-        cutout: side of Cutout's square in pixels, an even number; 0 disables Cutout.
+        flip: Probability of a horizontal flip, 0-1.
+        pad: Number of pixels to add on each side before cropping to the original size, 0-31.
+        padding: Padding mode, "zero" or "reflect".
+        cutout: Side length of the Cutout square in pixels, an even number; 0 disables Cutout.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: If a value is out of range.
     """
 
     flip: float = 0.5
@@ -67,22 +67,23 @@ class CifarAugment:
         check_choice("The padding", self.padding, PADDINGS)
         if not 0 <= self.flip <= 1 or not 0 <= self.pad < 32:
             raise UserError(
-                f"flip is {self.flip} and pad is {self.pad}; expected a probability from 0 to 1, "
-                "and 0 to 31 pixels."
+                f"flip is {self.flip} and pad is {self.pad}; expected a flip probability from 0 "
+                "to 1 and a padding of 0 to 31 pixels."
             )
         if self.cutout < 0 or self.cutout % 2:
             raise UserError(
-                f"The side of Cutout is {self.cutout}; expected an even number of pixels, or 0."
+                f"cutout is {self.cutout}; expected an even number of pixels, or 0 to disable "
+                "Cutout."
             )
 
     def draw(self, images: int, *, seed: int, iteration: int, side: int = 32) -> Draws:
-        """Draw the parameters for a batch.
+        """Sample the augmentation parameters for a batch.
 
         Args:
-            images: number of images in the batch of all processes together.
-            seed: seed of the run, 0 or more.
-            iteration: iteration of the batch, 0 or more.
-            side: side of the images, in pixels.
+            images: Number of images in the batch across all processes.
+            seed: Random seed of the run, 0 or more.
+            iteration: Iteration in which the batch is used, 0 or more.
+            side: Side length of the images, in pixels.
         """
         rng = np.random.default_rng((seed, iteration, _STREAM))
         flip = rng.random(images) < self.flip
@@ -94,17 +95,17 @@ class CifarAugment:
         """Flip, pad and crop images.
 
         Args:
-            images: `(N, C, S, S)`, of any type and on any device.
-            draws: parameters of these images.
+            images: Images of shape `(N, C, S, S)`, of any dtype and on any device.
+            draws: Augmentation parameters for these images.
 
         Returns:
-            The augmented images, with the shape, type and device of the input.
+            The augmented images, with the shape, dtype and device of the input.
         """
         count, channels, side = images.shape[:3]
         pixel = torch.arange(side, device=images.device)
         flip, offset = draws.flip.to(images.device), draws.offset.to(images.device)
         rows = offset[:, :1] + pixel
-        # Flips the crop instead of the image. The distribution is the same, because the offsets
+        # The crop is flipped instead of the image. The distribution is the same because the offsets
         # are distributed symmetrically.
         columns = offset[:, 1:] + torch.where(flip[:, None], side - 1 - pixel, pixel)
         size = side
@@ -119,6 +120,6 @@ class CifarAugment:
 
 
 def _reflect(index: Tensor, side: int) -> Tensor:
-    """Reflect indices outside of the image at its border pixels."""
+    """Reflect out-of-range indices at the image's border pixels."""
     index = index.abs()
     return torch.where(index >= side, 2 * (side - 1) - index, index)

@@ -1,1 +1,1 @@
-"""Classification data: opening, sampling and loading it."""
+"""Opening, sampling and loading of classification data."""

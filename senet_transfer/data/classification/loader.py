@@ -1,12 +1,13 @@
-"""Data loaders for classification.
+"""Data loaders for image classification.
 
-Worker processes build complete uint8 batches, with a random crop and flip for each image. Worker
-`b % num_workers` of a rank builds batch `b` of the rank, as its `b // num_workers`-th batch. It
-reads the samples of consumer `rank * num_workers + worker` of `world_size * num_workers` (see
-`sampling`). The content of a batch therefore depends only on its index, and a run that is resumed
-with the same seed, ranks, workers and batch size gets the same batches as an uninterrupted run.
+Worker processes build complete uint8 batches, with a random crop and flip for each image. On each
+rank, worker `b % num_workers` builds batch `b` as its own batch number `b // num_workers`. The
+workers of all ranks are the `world_size * num_workers` consumers in `sampling`, and each worker has
+the consumer index `rank * num_workers + worker`. A batch therefore depends only on its index, and a
+run that is resumed with the same seed, ranks, workers and batch size gets the same batches as an
+uninterrupted run.
 
-Rank and world size are arguments, because worker processes do not know them.
+The rank and the world size are arguments because worker processes cannot query them.
 """
 
 import logging
@@ -38,12 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class ClassificationLoader:
-    """Iterator over batches that raises the UserErrors of worker processes.
+    """Batch iterator that raises UserErrors from worker processes in the main process.
 
     Attributes:
-        skips: counts of the samples seen and skipped on this rank.
-        expected: number of samples that one pass delivers on this rank; None for an infinite
-            loader.
+        skips: Counter of the samples seen and skipped on this rank.
+        expected: Number of samples per pass on this rank; None for an infinite loader.
     """
 
     def __init__(self, loader: DataLoader, skips: SkipCounter, expected: int | None, batches: int):
@@ -54,7 +54,7 @@ class ClassificationLoader:
 
     def __len__(self) -> int:
         if self.expected is None:
-            raise TypeError("the training loader is infinite and has no length")
+            raise TypeError("The training loader is infinite and has no length")
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -64,8 +64,8 @@ class ClassificationLoader:
             yield batch
         if self.expected is not None and delivered != self.expected:
             raise UserError(
-                f"evaluation delivered {delivered} images on this rank; expected {self.expected}. "
-                "The data changed while it was read. Prepare it again."
+                f"Evaluation loaded {delivered} images on this rank; expected {self.expected}. "
+                "The data changed during evaluation. Prepare it again."
             )
 
 
@@ -87,28 +87,28 @@ def build_classification_train_loader(
     """Build an infinite loader of training batches.
 
     A batch is `{"image": uint8 (N, 3, H, W) RGB, "label": int64 (N,), "key": list[str]}`. A broken
-    image is replaced with the next good one of its batch, so the order of the other samples does
-    not change.
+    image is replaced with the next valid image in its batch, so that the order of the other samples
+    does not change.
 
     Args:
-        dataset: the training data.
-        batch_size: number of images per iteration on this rank.
-        transform: called with the encoded image and a random generator, which depends only on the
-            seed, the epoch and the key of the sample.
-        seed: seed of the order and the augmentation; the same on all ranks.
-        rank: rank of this process.
-        world_size: number of processes.
-        num_workers: number of worker processes of this rank; 0 loads in this process.
-        start_iter: the first iteration to deliver.
-        class_aware: draw a class, then one of its images, instead of iterating over all images.
-        shuffle_block: number of samples of a shard that are permuted together. Larger blocks need
-            more memory.
-        max_skip_ratio: tolerated fraction of broken images, 0-1.
-        pin_memory: use pinned memory for faster copies to a GPU.
+        dataset: Training data.
+        batch_size: Number of images per iteration on this rank.
+        transform: Transform that is called with the encoded image and a random generator that
+            depends only on the seed, the epoch and the sample key.
+        seed: Random seed of the order and augmentation; must be the same on all ranks.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
+        start_iter: Iteration to start from.
+        class_aware: Sample a class, then one of its images, instead of iterating over all images.
+        shuffle_block: Number of samples of a shard that are shuffled together. Larger blocks
+            require more memory.
+        max_skip_ratio: Tolerated fraction of broken images, 0-1.
+        pin_memory: Use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: an argument is out of range or the data set is empty. Iterating also raises it
-            for damaged data.
+        UserError: If an argument is out of range or the data set is empty. Also raised during
+            iteration if the data is damaged.
     """
     place = _Place(rank, world_size, num_workers)
     order = _Order(seed, start_iter, class_aware, shuffle_block)
@@ -130,25 +130,26 @@ def build_classification_eval_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> ClassificationLoader:
-    """Build a loader for evaluation that delivers each image once over all ranks and workers.
+    """Build an evaluation loader that loads each image once across all ranks and workers.
 
-    A batch has the entries of training batches and `index`, the images' indices in the data set,
-    `list[int]`. With ten crops, `image` is `(N, 10, 3, H, W)`. The last batch of a worker may be
-    smaller, and the numbers of images on two ranks may differ by one. A broken image is an error,
-    because skipping it would change the metrics. The number of delivered images is checked.
+    A batch contains the entries of a training batch and `index`, the image indices in the data set
+    (`list[int]`). With ten-crop evaluation, `image` is `(N, 10, 3, H, W)`. The last batch of a
+    worker may be smaller, and the number of images per rank may differ by one. A broken image
+    raises an error, because skipping it would change the metrics. A wrong number of loaded images
+    also raises an error.
 
     Args:
-        dataset: the data to evaluate on.
-        batch_size: number of images per batch.
-        transform: called with the encoded image.
-        rank: rank of this process.
-        world_size: number of processes.
-        num_workers: number of worker processes of this rank; 0 loads in this process.
-        pin_memory: use pinned memory for faster copies to a GPU.
+        dataset: Evaluation data.
+        batch_size: Number of images per batch.
+        transform: Transform that is called with the encoded image.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
+        pin_memory: Use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: an argument is out of range or the data set is empty. Iterating also raises it
-            for damaged data.
+        UserError: If an argument is out of range or the data set is empty. Also raised during
+            iteration if the data is damaged.
     """
     place = _Place(rank, world_size, num_workers)
     _check_batches(dataset, batch_size)
@@ -162,7 +163,7 @@ def build_classification_eval_loader(
 
 @dataclass(frozen=True)
 class _Place:
-    """Rank, world size and number of worker processes; with 0 workers, the rank reads itself."""
+    """Rank, world size and number of workers. With 0 workers, the main process reads the data."""
 
     rank: int
     world_size: int
@@ -177,22 +178,22 @@ class _Place:
 
     @property
     def processes(self) -> int:
-        """Number of processes that read for this rank."""
+        """Number of reader processes on this rank."""
         return max(self.workers, 1)
 
     @property
     def consumers(self) -> int:
-        """Number of processes that read for all ranks."""
+        """Number of reader processes on all ranks."""
         return self.world_size * self.processes
 
     def consumer(self, worker: int) -> int:
-        """Return the index of a worker of this rank among all consumers."""
+        """Return the index of a worker of this rank among the reader processes of all ranks."""
         return self.rank * self.processes + worker
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Parameters of the order of training samples."""
+    """Parameters that determine the order of training samples."""
 
     seed: int
     start_iter: int
@@ -203,8 +204,8 @@ class _Order:
         if self.start_iter < 0 or self.seed < 0 or self.shuffle_block < 1:
             raise UserError(
                 f"start_iter={self.start_iter}, seed={self.seed}, "
-                f"shuffle_block={self.shuffle_block}; expected 0 or more, and a block of at least "
-                "1 sample."
+                f"shuffle_block={self.shuffle_block}; expected a start_iter and seed of at least "
+                "0 and a shuffle_block of at least 1."
             )
 
 
@@ -212,7 +213,7 @@ def _check_batches(dataset: ClassificationDataset, batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; expected at least 1 image per batch.")
     if len(dataset) == 0:
-        raise UserError(f"{dataset.origin} contains no images. Choose another data set.")
+        raise UserError(f"{dataset.origin} contains no images. Choose a different data set.")
 
 
 def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -223,8 +224,8 @@ def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
-        # Creating an iterator draws a random number. A separate generator keeps this from
-        # advancing PyTorch's global one, which would change the first step of a resumed run.
+        # Creating an iterator draws a random number. A separate generator is used because advancing
+        # PyTorch's global generator would change the first step of a resumed run.
         generator=torch.Generator(),
     )
 
@@ -235,7 +236,7 @@ def _as_it_is(batch: Any) -> Any:
 
 @dataclass(eq=False)
 class _TrainBatches(IterableDataset):
-    """Training batches of one worker of one rank."""
+    """Iterable over one worker's training batches."""
 
     dataset: ClassificationDataset
     transform: TrainTransform
@@ -254,7 +255,7 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """Return the samples of the worker that builds a batch, from this batch on."""
+        """Return a worker's sample stream, starting with the batch of an iteration."""
         turn, worker = divmod(iteration, self.place.processes)
         row = {
             "seed": self.order.seed,
@@ -278,7 +279,7 @@ class _TrainBatches(IterableDataset):
                 good.append(place)
             except BrokenImageError as error:
                 last = f"{sample.key} in {sample.origin} ({error})"
-                logger.warning("skipping a broken image: %s", last)
+                logger.warning("Skipping a broken image: %s", last)
         self.skips.count(process, len(samples) - len(good), len(samples))
         if len(good) < len(samples):
             self.skips.check(last)
@@ -288,10 +289,10 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Replace each broken sample with the next good one of the batch, or else the first."""
+        """Replace each broken sample with the batch's next valid one, or else its first."""
         if not good:
             raise UserError(
-                f"all {len(samples)} images of a batch are broken; the last one is {last}. Verify "
+                f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "
                 "the data."
             )
         for place in set(range(len(samples))).difference(good):
@@ -302,7 +303,7 @@ class _TrainBatches(IterableDataset):
 
 @dataclass(eq=False)
 class _EvalBatches(IterableDataset):
-    """Evaluation batches of one worker of one rank."""
+    """Iterable over one worker's evaluation batches."""
 
     dataset: ClassificationDataset
     transform: EvalTransform
@@ -311,7 +312,7 @@ class _EvalBatches(IterableDataset):
     place: _Place
 
     def share(self, worker: int) -> tuple[int, int]:
-        """Return the range `[first, end)` of a worker's samples."""
+        """Return a worker's sample range `[first, end)`."""
         return share(len(self.dataset), self.place.consumer(worker), self.place.consumers)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -333,8 +334,8 @@ class _EvalBatches(IterableDataset):
                 put(self.transform(sample.data), images[place])
             except BrokenImageError as error:
                 raise UserError(
-                    f"cannot decode {sample.key} in {sample.origin}: {error}. Evaluation requires "
-                    "all images. Restore it, or prepare the data again."
+                    f"Cannot decode {sample.key} in {sample.origin}: {error}. Evaluation requires "
+                    "all images. Restore the image, or prepare the data again."
                 ) from error
         self.skips.count(process, 0, len(samples))
         return _collate(images, samples)

@@ -1,7 +1,7 @@
-"""Opening classification data sets: shards, folders and archives behind one interface.
+"""Functions that open shards, folders and archives as classification data sets.
 
-A data set is a sequence of units that are read in one go, each a shard or a single image. This
-module reads the units; `sampling` assigns them to processes.
+A data set is a sequence of units, which are shards or single images. This module reads the units,
+and `sampling` assigns them to processes.
 """
 
 import functools
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageDataset(SingleImages):
-    """A data set of images in a folder or an archive."""
+    """Data set of images in a folder or archive."""
 
     def __init__(self, images: Images):
         super().__init__(images.classes, len(images), str(images.root))
@@ -58,17 +58,18 @@ class ImageDataset(SingleImages):
 
 
 class ShardDataset(ClassificationDataset):
-    """A data set of tar shards with a manifest; each shard is a unit."""
+    """Data set of tar shards with a manifest. Each shard is a unit."""
 
     def __init__(
         self, manifest: Manifest, base: str, storage: RemoteOptions, cache: ShardCache | None = None
     ):
         """
         Args:
-            manifest: manifest of the shards.
-            base: path or address of their folder.
-            storage: options for reading remote files.
-            cache: cache for local copies of remote shards; None reads them without copying.
+            manifest: Shard manifest.
+            base: Path or address of the shard folder.
+            storage: Options for reading remote files.
+            cache: Cache for local copies of remote shards; None to read the shards without copying
+                them.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
@@ -101,8 +102,8 @@ class ShardDataset(ClassificationDataset):
         if header is None or header.size != size:
             found = found if header is None else f"{header.size} bytes"
             raise UserError(
-                f"{url} has no image of {size} bytes at offset {offset}: found {found}. The shard "
-                "does not match its index. Prepare the data again."
+                f"{url} contains no image of {size} bytes at offset {offset}: found {found}. The "
+                "shard does not match its index. Prepare the data again."
             )
         check_member(header.name, url)
         return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
@@ -142,26 +143,26 @@ def open_dataset(
 
     The formats are detected in this order:
 
-    - a folder of shards or its manifest.json, as a local path or an address (`http(s)://`, `s3://`
-      and other object stores);
-    - single shards of such a folder, as the path of a `.tar` file or a glob pattern;
-    - the official distribution of Places365: the folder with the lists, or a folder of images
-      (`val_256`) or archive (`val_256.tar`) next to the lists;
+    - a folder of shards or its manifest.json, given as a local path or a remote address
+      (`http(s)://`, `s3://` and other object stores);
+    - individual shards in such a folder, given as the path of a `.tar` file or a glob pattern;
+    - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
+      or archive (`val_256.tar`) next to the lists;
     - a folder with one folder per class.
 
     Args:
-        path: the folder, file or address.
-        split: split of Places365 ("val", "train_standard" or "train_challenge"), used if the path
-            does not determine it.
-        size: image size of Places365, "256" or "large"; None for the one that exists, preferably
-            256.
-        classes: expected names of the classes, in the order of their labels. For a folder with one
-            folder per class, some may have no images.
-        cache_dir: folder for local copies of remote shards.
-        storage: options for reading remote files.
+        path: Path of a folder or file, or a remote address.
+        split: Places365 split ("val", "train_standard" or "train_challenge"); ignored if the path
+            determines the split.
+        size: Places365 image size, "256" or "large"; None to use the existing size, preferably 256.
+        classes: Expected class names in label order. In a folder with one folder per class, some
+            classes may have no images.
+        cache_dir: Folder for local copies of remote shards.
+        storage: Options for reading remote files.
 
     Raises:
-        UserError: the data does not exist, has another format, is damaged or has other classes.
+        UserError: If the data does not exist, has an unsupported format, is damaged or has
+            different classes.
     """
     storage = storage or RemoteOptions()
     text = str(path)
@@ -181,7 +182,7 @@ def open_dataset(
 
 
 def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
-    """Raise a UserError if a data set has other classes than expected; None skips the check."""
+    """Raise a UserError if a data set's classes differ from `expected`; None skips the check."""
     if expected is None or list(found) == list(expected):
         return
     wrong = [
@@ -190,8 +191,9 @@ def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str
         if one != other
     ]
     raise UserError(
-        f"{path} has {len(found)} classes; expected {len(expected)}. "
-        f"The first that differ: {wrong[:3]}. Prepare it with the same list of classes."
+        f"{path} has {len(found)} classes that differ from the {len(expected)} expected classes. "
+        f"The first differences are {wrong[:3]}. Prepare the data with the expected list of "
+        "classes."
     )
 
 
@@ -207,25 +209,26 @@ def _open_local(
         return _some_shards(str(path.parent), names, storage, None)
     if not path.exists():
         raise UserError(
-            f"{path} does not exist; expected a folder or archive of images, or shards."
+            f"{path} does not exist; expected a folder or archive of images, or shards. Check the "
+            "path."
         )
     dataset = _open_places365(path, split, size)
     if dataset is not None:
         return dataset
     if not path.is_dir():
         raise UserError(
-            f"{path} is neither a shard with {MANIFEST} in the same folder nor an archive of "
-            f"Places365 with {places365.list_name(split)} in the same folder. Create shards with "
-            "datasets/prepare_places365.py or prepare_folder.py."
+            f"{path} has an unsupported format; expected a shard with {MANIFEST} in the same "
+            f"folder, or a Places365 archive with {places365.list_name(split)} in the same "
+            "folder. Create shards with datasets/prepare_places365.py or prepare_folder.py."
         )
     return ImageDataset(open_folder(path, classes))
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:
-    """Open the official distribution of Places365; return None for other data.
+    """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: the folder may contain either train split, and `split` is neither of them.
+        UserError: If the folder may contain either train split, and `split` is neither of them.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [
@@ -240,8 +243,9 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     if known and (not trees or listed):
         if split not in known and len(known) > 1:
             raise UserError(
-                f"{path} may contain the images of {' or '.join(known)}, and the split is {split}; "
-                "expected one of these, because their lists differ. Name the split."
+                f"{path} may contain the images of {' or '.join(known)}, but the split is "
+                f"{split}; expected one of these two, because their lists differ. Specify the "
+                "split."
             )
         split = split if split in known else known[0]
         return ImageDataset(places365.open_places365_images(path, path.parent, split))
@@ -259,8 +263,8 @@ def _some_shards(
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise UserError(
-            f"the manifest of {base} does not list the shards {first_of(unknown, 5)}. Name shards "
-            "that it lists, or the whole folder."
+            f"The manifest of {base} does not list the shards {first_of(unknown, 5)}. Pass only "
+            "listed shards, or the whole folder."
         )
     part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)
     return ShardDataset(part, base, storage, cache)

@@ -1,14 +1,14 @@
-"""Resumable sampling: the order of samples as a function of seed, consumer and sample count.
+"""Resumable sampling: sample order as a function of the seed, consumer and sample count.
 
-Training has C = ranks x workers consumers. The units (shards or single images) of all epochs form
-one infinite sequence; epoch e consists of the positions e*U to (e+1)*U-1, in a random order that
-depends on the seed and e. Consumer c reads the positions g with g % C == c. As a result, all
-consumers get data even with fewer shards than consumers, each epoch is read exactly once by all
-consumers together, and the state of a consumer is determined by the number of samples it has
-delivered. Resuming requires only that number.
+Training uses C = ranks x workers consumers. The U units (shards or single images) of all epochs
+form one infinite sequence: epoch e covers the positions e*U to (e+1)*U-1, in a random order that
+depends on the seed and e. Consumer c reads the positions g with g % C == c. As a result, every
+consumer gets data even if there are fewer shards than consumers, the consumers together read each
+epoch exactly once, and a consumer's state is determined by the number of samples it has read. Only
+this number is required to resume.
 
-Samples of a shard are permuted in blocks. This needs memory for one block of encoded images and
-allows the position of every sample to be computed.
+The samples of a shard are shuffled in blocks. This requires memory for one block of encoded images,
+and the position of every sample can be computed.
 """
 
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ SHUFFLE_BLOCK = 1024
 def unit_positions(
     sizes: np.ndarray, *, seed: int, consumer: int, consumers: int, start: int = 0
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield the infinite sequence of a consumer's units.
+    """Yield a consumer's infinite sequence of units.
 
     Args:
-        sizes: number of samples in each unit, `(U,)`.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip.
+        sizes: Number of samples per unit, `(U,)`.
+        seed: Random seed of the order.
+        consumer: Index of the consumer, from 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip.
 
     Yields:
-        The epoch, the unit, and the number of samples to skip at the start of the unit.
+        The epoch, the unit index, and the number of samples to skip at the start of the unit.
     """
     units = len(sizes)
     uniform = int(sizes[0]) if (sizes == sizes[0]).all() else None
@@ -43,8 +43,8 @@ def unit_positions(
     while True:
         first = (consumer - epoch * units) % consumers
         if uniform is not None:
-            # With units of equal size, epochs are skipped without computing their order. This
-            # matters for folders of millions of images.
+            # If all units have the same size, epochs are skipped without computing their order.
+            # This matters for folders with millions of images.
             total = len(range(first, units, consumers)) * uniform
             if start >= total:
                 start, epoch = start - total, epoch + 1
@@ -70,15 +70,15 @@ def train_stream(
     start: int = 0,
     block: int = SHUFFLE_BLOCK,
 ) -> Iterator[tuple[int, RawSample]]:
-    """Yield the infinite sequence of a consumer's samples, with the epoch of each.
+    """Yield a consumer's infinite sequence of (epoch, sample) pairs.
 
     Args:
-        dataset: the training data.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip, because they were delivered before.
-        block: number of samples of a shard that are permuted together; 1 keeps their order.
+        dataset: Training data.
+        seed: Random seed of the order.
+        consumer: Index of the consumer, from 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip because they have already been read.
+        block: Number of samples of a shard that are shuffled together; 1 keeps their order.
     """
     positions = unit_positions(
         dataset.unit_sizes, seed=seed, consumer=consumer, consumers=consumers, start=start
@@ -94,7 +94,7 @@ def train_stream(
 
 
 def _block_order(size: int, *seed: int) -> np.ndarray:
-    # The units of a folder are single images, for which creating a generator would be slow.
+    # The units of a folder are single images. Creating a generator for each would be slow.
     return np.zeros(1, int) if size == 1 else np.random.default_rng(seed).permutation(size)
 
 
@@ -106,20 +106,20 @@ def class_aware_stream(
     consumers: int,
     start: int = 0,
 ) -> Iterator[tuple[int, RawSample]]:
-    """Yield samples of all classes with equal frequency, with the epoch of each.
+    """Yield (epoch, sample) pairs in which all classes are equally frequent.
 
-    Follows Shen et al. 2016, "Relay backpropagation": draws a class, then one of its images. The
-    list of classes and the list of images of each class are traversed in random order, and
-    shuffled again at their end. Classes without images are left out. The epoch of a sample is the
-    number of completed passes over the images of its class.
+    Samples a class, then one of its images, as in Shen et al. 2016, "Relay backpropagation". The
+    class list and each class's image list are traversed in random order and reshuffled after each
+    pass. Classes without images are skipped. A sample's epoch is the number of completed passes
+    over the images of its class.
 
     Args:
-        dataset: the training data. Its samples are read one by one, which is slow for remote data
+        dataset: Training data. Samples are read one at a time, which is slow for remote data
             without a cache.
-        seed: seed of the order.
-        consumer: index of the consumer, 0 to `consumers` - 1.
-        consumers: number of consumers.
-        start: number of this consumer's samples to skip.
+        seed: Random seed of the order.
+        consumer: Index of the consumer, from 0 to `consumers` - 1.
+        consumers: Number of consumers.
+        start: Number of this consumer's samples to skip.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)
@@ -134,7 +134,8 @@ def class_aware_stream(
             order = np.random.default_rng([seed, turn]).permutation(len(present))
             classes_of = (turn, order)
         which = int(classes_of[1][place])
-        # A class is drawn once per turn, so the turn is also the number of its previous draws.
+        # Each class is drawn once per turn, so the turn is also the class's number of previous
+        # draws.
         begin, end = int(bounds[which]), int(bounds[which + 1])
         epoch, image = divmod(turn, end - begin)
         if orders.get(which, (-1,))[0] != epoch:
@@ -145,15 +146,15 @@ def class_aware_stream(
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
-    """Return the range `[first, end)` of a consumer's samples in evaluation, in equal parts."""
+    """Return the range `[first, end)` of a consumer's samples when they are divided evenly."""
     return total * consumer // consumers, total * (consumer + 1) // consumers
 
 
 def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterator[RawSample]:
-    """Yield the samples `[first, end)` of the data set in order.
+    """Yield the samples of a data set from index `first` to `end - 1`, in order.
 
     Raises:
-        UserError: the data contains fewer samples than its manifest states.
+        UserError: If the data contains fewer samples than stated in its manifest.
     """
     position = 0
     delivered = 0
@@ -163,7 +164,7 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
         skip = max(first - position, 0)
         if skip < size:
             wanted = min(end - position, size) - skip
-            # Without a limit, reading the last sample also checks the end of the shard.
+            # Without a limit, the end of the shard is also checked after the last sample.
             stop = None if skip + wanted == size else wanted
             for sample in islice(dataset.read_unit(unit, skip), stop):
                 delivered += 1
@@ -171,6 +172,6 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
         position += size
     if delivered != max(end - first, 0):
         raise UserError(
-            f"{dataset.origin} delivered {delivered} of the samples {first} to {end - 1}; "
+            f"{dataset.origin} contains only {delivered} of the samples {first} to {end - 1}; "
             f"expected {end - first}. The data is damaged. Prepare it again."
         )

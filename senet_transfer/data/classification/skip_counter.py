@@ -4,25 +4,25 @@ import torch
 
 from senet_transfer.errors import UserError
 
-# Minimum number of samples for the ratio. Otherwise a broken first sample would be a ratio of 1.
+# Minimum denominator of the skip ratio. Otherwise, a broken first sample would give a ratio of 1.
 RATIO_OVER = 1000
 
 
 class SkipCounter:
-    """Counter of samples and broken samples of all workers of a rank, in shared memory."""
+    """Shared-memory counter of samples and broken samples across a rank's workers."""
 
     def __init__(self, workers: int, max_ratio: float):
         """
         Args:
-            workers: number of worker processes; 0 counts in the main process.
-            max_ratio: tolerated fraction of broken samples, 0-1, of the samples seen, or of 1000 if
-                fewer were seen.
+            workers: Number of worker processes; 0 to count in the main process.
+            max_ratio: Tolerated fraction of broken samples, 0-1. It is relative to the number of
+                samples seen, or to 1000 if fewer have been seen.
 
         Raises:
-            UserError: `max_ratio` is out of range.
+            UserError: If `max_ratio` is out of range.
         """
         if not 0 <= max_ratio <= 1:
-            raise UserError(f"max_skip_ratio={max_ratio}; expected 0 to 1.")
+            raise UserError(f"max_skip_ratio={max_ratio}; expected a fraction from 0 to 1.")
         self.max_ratio = max_ratio
         # One row per worker, so that no two processes write to the same element.
         self._counts = torch.zeros(max(workers, 1), 2, dtype=torch.int64).share_memory_()
@@ -38,7 +38,7 @@ class SkipCounter:
         return int(self._counts[:, 1].sum())
 
     def count(self, worker: int, broken: int, total: int) -> None:
-        """Add to the counts of a worker."""
+        """Add to a worker's counts."""
         self._counts[worker, 0] += total
         self._counts[worker, 1] += broken
 
@@ -46,7 +46,7 @@ class SkipCounter:
         """Raise a UserError if too many samples are broken; `last` describes the last one."""
         if self.skipped > self.max_ratio * max(self.seen, RATIO_OVER):
             raise UserError(
-                f"{self.skipped} of {self.seen} images cannot be decoded; at most "
-                f"{self.max_ratio:.2%} are tolerated. The last one is {last}. Verify the data with "
+                f"{self.skipped} of {self.seen} images cannot be decoded; expected at most "
+                f"{self.max_ratio:.2%}. The last one is {last}. Verify the data with "
                 "datasets/prepare_places365.py --verify or prepare_folder.py --verify."
             )

@@ -1,4 +1,4 @@
-"""Random subsets with a fixed seed: of the images of each class, and of any sequence."""
+"""Seeded random subsets of classification data sets and other sequences."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from senet_transfer.data.base import ClassificationDataset, RawSample, SingleIma
 
 
 class ClassSample(SingleImages):
-    """A random subset with a limited number of images of each class, ordered by class."""
+    """Random subset with a limited number of images per class, ordered by class."""
 
     def __init__(self, dataset: ClassificationDataset, images_per_class: int, *, seed: int = 0):
         """
         Args:
-            dataset: the data set, which is sampled uniformly and without replacement.
-            images_per_class: number of images of each class. A class with fewer images contributes
-                all of them.
-            seed: random seed. The sample of a class depends only on the seed and the class.
+            dataset: Data set to sample from, uniformly and without replacement.
+            images_per_class: Number of images per class. If a class has fewer images, all of them
+                are used.
+            seed: Random seed. The images chosen for a class depend only on the seed and the class.
         """
         labels = dataset.labels()
         order = np.argsort(labels, kind="stable")
@@ -33,7 +33,7 @@ class ClassSample(SingleImages):
 
     @property
     def counts(self) -> np.ndarray:
-        """Number of images of each class, `(C,)`."""
+        """Number of images per class, `(C,)`."""
         return np.bincount(self._labels, minlength=self.num_classes)
 
     def labels(self) -> np.ndarray:

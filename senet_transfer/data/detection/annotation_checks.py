@@ -1,9 +1,9 @@
 """Validation of annotation files in COCO format.
 
-Without these checks, an invalid file causes an error hours later, such as a KeyError in the
-evaluator, or only a low AP. A fast check accepts the usual entries, and only the remaining ones
-are examined in detail. This way, checking COCO's own 450 MB takes a fraction of the time of
-`json.load`.
+Without these checks, an invalid file may cause an error hours into training, such as a KeyError in
+the evaluator, or merely a low AP. A fast check accepts regular entries, and only the remaining
+entries are examined in detail. Checking COCO's own 450 MB file therefore takes a fraction of the
+time that `json.load` takes.
 """
 
 import math
@@ -30,22 +30,22 @@ class CocoSummary:
     num_crowd: int = 0
     num_zero_size: int = 0
     num_over_the_edge: int = 0
-    num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, needed by COCO's metric
+    num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
     num_without_segmentation: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
 def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = False) -> CocoSummary:
-    """Read and check an annotation file, and check that its images exist.
+    """Read and validate an annotation file, and check that its images exist.
 
     Args:
-        json_file: annotation file in COCO's instances format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without usable annotations, such as for a test set whose ground
-            truth is not public.
+        json_file: Annotation file in COCO's instances format.
+        image_dir: Folder to which the `file_name` entries are relative.
+        allow_empty: Accept a file without usable annotations, such as that of a test set whose
+            ground truth is not public.
 
     Raises:
-        UserError: if the file is invalid. The message names the file and the first invalid entry.
+        UserError: If the file is invalid. The message names the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
     data = read_json_object(json_file)
@@ -68,13 +68,13 @@ def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = Fal
 
 
 def _section(json_file: str, data: dict, key: str) -> list[dict]:
-    """Return the list `data[key]`, or raise an error unless it is a non-empty list of objects."""
+    """Return `data[key]`; raise an error unless it is a non-empty list of objects."""
     if key not in data:
         found = f"no `{key}` (its keys: {', '.join(map(repr, list(data)[:10])) or 'none'})"
     elif not isinstance(data[key], list):
         found = f"`{key}` of type {type(data[key]).__name__}"
     elif not data[key]:
-        found = f"an empty list of `{key}`"
+        found = f"an empty `{key}` list"
     else:
         for index, item in enumerate(data[key]):
             if type(item) is not dict:
@@ -83,12 +83,13 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
     more = ""
     if key == "annotations":
         more = (
-            " Some images may have no objects, but not all of them. Use allow_empty=True in Python "
-            "to register a test set without ground truth."
+            " Individual images may have no objects, but the file must contain at least one "
+            "annotation. To register a test set without ground truth, use allow_empty=True in "
+            "Python."
         )
     raise UserError(
-        f"{json_file} has {found}; expected a list of `{key}` as in COCO's instances format. "
-        f"Check that this is the right file and how it was exported.{more}"
+        f"{json_file} contains {found}; expected a non-empty `{key}` list, as in COCO's instances "
+        f"format. Check that this is the right file and how it was exported.{more}"
     )
 
 
@@ -112,7 +113,7 @@ def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
 
 
 def _check_images(json_file: str, images: list[dict]) -> dict:
-    """Check all images and return a dictionary from image id to (width, height) in pixels."""
+    """Validate all images, and return a dictionary from image id to (width, height) in pixels."""
     for index, image in enumerate(images):
         try:
             name, width, height = image["file_name"], image["width"], image["height"]
@@ -136,10 +137,10 @@ def _check_images(json_file: str, images: list[dict]) -> dict:
 
 
 def _image_problem(image: dict) -> tuple[str, str] | None:
-    """Return what is wrong with the entry of an image and what was expected; None if valid."""
+    """Return an image entry's problem and the expected value; None if the entry is valid."""
     name = image.get("file_name")
     if type(image.get("id")) is not int:
-        # Strings would work here, but not in every implementation of COCO's metric.
+        # String ids would work here, but not in every implementation of COCO's metric.
         found = f"has id {image['id']!r}" if "id" in image else "has no `id`"
         return found, "a whole number"
     if not isinstance(name, str) or not name.strip():
@@ -154,7 +155,7 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
         value = image.get(key)
         if type(value) is not int or value <= 0:
             found = f"has {key} {value!r}" if key in image else f"has no `{key}`"
-            return found, "the image's size in pixels, as positive integers"
+            return found, "a positive integer (the image size in pixels)"
     return None
 
 
@@ -186,7 +187,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
 def _check_annotations(
     json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
 ) -> None:
-    """Check all annotations, and add counts and warnings of unusual ones to `summary`."""
+    """Validate all annotations, and add counts and warnings for unusual ones to `summary`."""
     id_map, over_the_edge, not_evaluable = summary.id_map, 0, 0
     for index, item in enumerate(annotations):
         if not _is_usual(item, sizes, id_map):
@@ -195,7 +196,7 @@ def _check_annotations(
                 raise _bad(json_file, "annotations", index, item, *problem)
         x, y, w, h = item["bbox"]
         width, height = sizes[item["image_id"]]
-        # With a tolerance of one pixel, because annotation tools round.
+        # The tolerance is one pixel, because annotation tools round coordinates.
         if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
             over_the_edge += 1
         if "area" not in item or "iscrowd" not in item:
@@ -213,14 +214,15 @@ def _check_annotations(
             "annotations",
             0,
             annotations[0],
-            f"has bbox {annotations[0]['bbox']!r}, and all boxes of the file are within 1 pixel",
-            f"{_BOX_FORM}, not fractions of the image's size",
+            f"has bbox {annotations[0]['bbox']!r}, and no box coordinate in the file is greater "
+            "than 1",
+            f"{_BOX_FORM}, not fractions of the image size",
         )
     summary.warnings += _warnings(json_file, summary, any(a["id"] == 0 for a in annotations))
 
 
 def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
-    """Return True for a usual, valid annotation; fast, because there may be a million of them."""
+    """Return True if an annotation passes a fast check for regular, valid annotations."""
     try:
         x, y, w, h = item["bbox"]
         width, height = sizes[item["image_id"]]
@@ -252,7 +254,7 @@ def _is_finite(value: object) -> bool:
 def _is_segmentation(value: object) -> bool:
     """Return True for a segmentation that Detectron2 can load: polygons, RLE or empty."""
     if type(value) is list:
-        # Detectron2 ignores polygons of fewer than three points with a warning.
+        # Detectron2 ignores polygons with fewer than three points and logs a warning.
         return all(
             type(polygon) is list and all(type(part) in (int, float) for part in polygon[:6])
             for polygon in value
@@ -265,7 +267,7 @@ def _is_segmentation(value: object) -> bool:
 
 
 def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
-    """Return what is wrong with an annotation and what was expected; None if it is valid."""
+    """Return an annotation's problem and the expected value; None if the annotation is valid."""
     for key in ("id", "image_id", "category_id", "bbox"):
         if key not in item:
             return f"has no `{key}`", "id, image_id, category_id and bbox"
@@ -283,7 +285,7 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
     if not _is_finite(area):
         return f"has area {area!r}", "a finite number of square pixels"
     if not _is_segmentation(item.get("segmentation")):
-        found = f"has a segmentation that begins {str(item['segmentation'])[:40]!r}"
+        found = f"has a segmentation that begins with {str(item['segmentation'])[:40]!r}"
         return found, "a list of polygons, each a list of numbers, or {counts, size}"
     return _box_problem(item["bbox"], sizes[item["image_id"]])
 
@@ -294,9 +296,9 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
     x, y, w, h = bbox
     if w < 0 or h < 0:
         return f"has bbox {bbox!r} with a negative size", _BOX_FORM
-    # COCO itself has a few boxes with zero width or height. Detectron2's mapper removes them.
+    # COCO itself contains a few boxes with zero width or height. Detectron2's mapper removes them.
     if w > 0 and h > 0 and (x + w <= 0 or y + h <= 0 or x >= size[0] or y >= size[1]):
-        found = f"has bbox {bbox!r} outside of its image of {size[0]}x{size[1]} pixels"
+        found = f"has bbox {bbox!r}, which is outside its image of {size[0]}x{size[1]} pixels"
         return found, f"{_BOX_FORM} relative to the image's top left corner"
     return None
 
@@ -304,7 +306,7 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
 def _some_of(known: Iterable) -> str:
     listed = list(known)
     kind = type(listed[0]).__name__
-    return f"one of its {len(listed)} ids (of type {kind}), such as {listed[:3]!r}"
+    return f"one of the {len(listed)} ids in this list (of type {kind}), such as {listed[:3]!r}"
 
 
 def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]:
@@ -317,17 +319,17 @@ def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]
     if summary.num_over_the_edge:
         found.append(
             f"{summary.num_over_the_edge} of {total} boxes extend beyond their image and are "
-            "clipped. If there are many, the boxes may have the form [x1, y1, x2, y2] instead of "
-            f"{_BOX_FORM}"
+            "clipped. If there are many, the boxes may be in the format [x1, y1, x2, y2] instead "
+            f"of {_BOX_FORM}"
         )
     if has_id_0:
         found.append(
-            "an annotation has id 0, and COCO's metric counts its detection as a false positive; "
-            "number annotations from 1"
+            "an annotation has id 0, so COCO's metric counts its detection as a false positive; "
+            "start annotation ids at 1"
         )
     if summary.num_not_evaluable:
         found.append(
-            f"{summary.num_not_evaluable} of {total} annotations have no `area` or no `iscrowd`: "
+            f"{summary.num_not_evaluable} of {total} annotations have no `area` or no `iscrowd`; "
             "the file can be used for training, but not for evaluation with COCO's metric"
         )
     return [f"{json_file}: {text}." for text in found]
@@ -336,19 +338,19 @@ def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]
 def _check_folder(image_dir: str, json_file: str) -> None:
     if os.path.isdir(image_dir):
         return
-    found = "not found"
+    found = "does not exist"
     if os.path.exists(image_dir):
-        found = "not a folder"
+        found = "is not a folder"
         if os.path.isdir(json_file):
-            found += "; are the annotation file and the folder swapped?"
+            found += " (were the annotation file and the folder swapped?)"
     raise UserError(
-        f"Image folder {image_dir}: {found}. Expected the folder that the file_names in "
-        f"{json_file} are relative to. Check the path; `~` and $VARS are expanded."
+        f"Image folder {image_dir} {found}; expected the folder to which the file_names in "
+        f"{json_file} are relative. Check the path; `~` and $VARS are expanded."
     )
 
 
 def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
-    """Raise an error if listed images are not in the folder.
+    """Raise an error if listed images are missing from the folder.
 
     Listing each folder once is much faster on network storage than checking each file.
     """
@@ -361,7 +363,7 @@ def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
             there = set(os.listdir(os.path.join(image_dir, folder)))
         except OSError:
             there = set()
-        # Checked again one by one, because the file system may ignore case or not be listable.
+        # Check these individually, because the file system may ignore case or not allow listing.
         missing += [
             name
             for name in members
@@ -373,9 +375,9 @@ def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
     bare = os.path.basename(missing[0].replace("\\", "/"))
     hint = ""
     if bare != missing[0] and os.path.exists(os.path.join(image_dir, bare)):
-        hint = f" {bare} exists, so the folder in the file_names does not match the image folder."
+        hint = f" The image folder contains {bare}, so the folder in the file_names is wrong."
     raise UserError(
-        f"{len(missing)} of the {len(names)} images that {json_file} lists are not in {image_dir}; "
-        f"the first: {', '.join(missing[:3])}.{hint} Expected all file_names relative to that "
-        "folder. Name the right image folder, or remove these images from the file."
+        f"{len(missing)} of the {len(names)} images listed in {json_file} are not in {image_dir}, "
+        f"for example {', '.join(missing[:3])}.{hint} Expected all file_names to be relative to "
+        "that folder. Pass the correct image folder, or remove these images from the file."
     )

@@ -1,8 +1,8 @@
-"""Registration of detection data sets in COCO format with Detectron2.
+"""Detectron2 registration of detection data sets in COCO format.
 
-Unlike in Detectron2's `register_coco_instances`, the annotation file is checked when the data set
-is registered and whenever the file has changed, registering a data set twice is not an error, and
-the class names are available immediately.
+In contrast to Detectron2's `register_coco_instances`, the annotation file is validated on
+registration and whenever it has changed, a data set can be registered twice, and the class names
+are available immediately.
 """
 
 import logging
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CocoDataset:
-    """Entry of Detectron2's catalog for a data set of this project; calling it loads the data.
+    """Detectron2 catalog entry for a data set of this project; calling it loads the data.
 
-    The catalog's entries are the only record of registered data sets, so no separate list has to be
-    kept consistent with the catalog.
+    Catalog entries are the only record of registered data sets, so no separate list has to be kept
+    in sync with the catalog.
 
     Attributes:
-        name: name of the data set in the catalogs.
-        json_file: annotation file in COCO format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without objects.
-        summary: summary of the file when it was last read; None if it has not been read.
+        name: Data set name in the catalogs.
+        json_file: Annotation file in COCO format.
+        image_dir: Folder to which the `file_name` entries are relative.
+        allow_empty: Whether to accept a file without objects.
+        summary: Summary of the file as last read; None if it has not been read.
     """
 
     name: str
@@ -49,16 +49,16 @@ class CocoDataset:
         """Load the data set with Detectron2's loader.
 
         Raises:
-            UserError: if the annotation file has changed and is no longer valid.
+            UserError: If the annotation file has changed and is no longer valid.
         """
         self.refresh()
         return load_coco_json(self.json_file, self.image_dir, self.name)
 
     def refresh(self) -> None:
-        """Read and check the annotation file, unless it is unchanged since the last call.
+        """Read and validate the annotation file, unless it is unchanged since the last call.
 
         Raises:
-            UserError: if the file is invalid. The metadata are not changed then.
+            UserError: If the file is invalid. The metadata is not changed in this case.
         """
         state = _file_state(self.json_file)
         if state is not None and state == self._state:
@@ -80,8 +80,9 @@ class CocoDataset:
     def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
         """Write the classes and paths to the catalog's metadata, overwriting existing values.
 
-        `Metadata` does not allow values to be changed, which is necessary if the file has changed.
-        The object is updated in place, because evaluators and visualisers keep references to it.
+        `Metadata` itself does not allow values to be changed, but they must change if the file has
+        changed. The object is updated in place because evaluators and visualisers keep references
+        to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,
@@ -93,14 +94,14 @@ class CocoDataset:
 
 
 class ShapesDataset(CocoDataset):
-    """A split of the rendered shapes data set, whose files may not exist yet."""
+    """Split of the rendered shapes data set, whose files may not exist yet."""
 
     def refresh(self) -> None:
         if not os.path.exists(self.json_file):
             raise UserError(
                 f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
-                "does not exist. Run `python datasets/prepare_shapes.py`, which takes some seconds "
-                "(`make demo` runs it too)."
+                "does not exist. Run `python datasets/prepare_shapes.py`, which takes a few "
+                "seconds (`make demo` also runs it)."
             )
         super().refresh()
 
@@ -112,34 +113,34 @@ def register_coco_dataset(
     *,
     allow_empty: bool = False,
 ) -> None:
-    """Check a data set in COCO format and register it with Detectron2.
+    """Validate a data set in COCO format, and register it with Detectron2.
 
-    Registering the same data set again has no effect. Registering the same name with other paths
-    replaces the earlier registration.
+    Registering the same data set again has no effect. Registering the same name with different
+    paths replaces the earlier registration.
 
     Args:
-        name: name of the data set for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: annotation file in COCO's instances format.
-        image_dir: folder that the `file_name`s in the file are relative to.
-        allow_empty: accept a file without objects, such as for a test set whose ground truth is
+        name: Data set name for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        json_file: Annotation file in COCO's instances format.
+        image_dir: Folder to which the `file_name` entries are relative.
+        allow_empty: Accept a file without objects, such as that of a test set whose ground truth is
             not public.
 
     Raises:
-        UserError: if the file or the folder is invalid, or the name belongs to a data set that was
-            not registered with this function. Existing registrations are not changed then.
+        UserError: If the file or folder is invalid, or the name belongs to a data set that was not
+            registered with this function. Existing registrations are not changed in this case.
     """
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"The name of a data set is {name!r}; expected a non-empty string. Choose a name."
+            f"The data set name is {name!r}; expected a non-empty string. Choose a name."
         )
     dataset = CocoDataset(name, os.path.abspath(json_file), os.path.abspath(image_dir), allow_empty)
     known = registered_entry(name)
-    # `type`, not `isinstance`, so that the names of the shapes data set cannot be replaced.
+    # `type` is used instead of `isinstance` to protect the names of the shapes data set.
     if type(known) is not CocoDataset and (known is not None or _has_metadata(name)):
         raise UserError(
-            f"The name '{name}' belongs to a data set that is already registered by Detectron2, "
-            f"this project or your own code; expected an unused name for {dataset.json_file}. "
-            "Choose another name."
+            f"The name '{name}' is already used for a data set registered by Detectron2, this "
+            f"project or your own code; expected an unused name for {dataset.json_file}. Choose a "
+            "different name."
         )
     if known == dataset:
         known.refresh()
@@ -149,18 +150,17 @@ def register_coco_dataset(
 
 
 def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
-    """Register the data sets in the config key `DATASETS.REGISTER`, and the shapes data set.
+    """Register the data sets listed in `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
-        entries: a list of `[name, annotation file, image folder]`. In paths, `~` and `$VARS` are
-            expanded. Relative paths are relative to the working directory.
+        entries: List of `[name, annotation file, image folder]` entries. `~` and `$VARS` in paths
+            are expanded. Relative paths are relative to the working directory.
 
     Returns:
-        The names in `entries`.
+        The data set names in `entries`.
 
     Raises:
-        UserError: if an entry has another form, a file or folder is invalid, or a name is already
-            used.
+        UserError: If an entry is malformed, a file or folder is invalid, or a name is already used.
     """
     register_shapes()
     if not isinstance(entries, list | tuple):
@@ -192,10 +192,10 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
 def register_shapes() -> None:
     """Register `shapes_{train,val,tiny}` without reading their files.
 
-    The files are expected in `$DETECTRON2_DATASETS/shapes`; the variable is read at each call.
-    Repeated calls are not an error.
+    The files are expected in `$DETECTRON2_DATASETS/shapes`; the variable is read on each call.
+    Repeated calls are allowed.
     """
-    # The same root as for Detectron2's own data sets.
+    # This is also the root of Detectron2's own data sets.
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "shapes")
     for split in SHAPE_SPLITS:
         name = f"shapes_{split}"
@@ -206,22 +206,24 @@ def register_shapes() -> None:
             continue
         if type(known) is not ShapesDataset and (known is not None or _has_metadata(name)):
             # Not an error, because most runs do not use the shapes data set.
-            logger.warning("'%s' is already registered by other code; keeping it", name)
+            logger.warning(
+                "'%s' is already registered by other code; keeping that registration", name
+            )
             continue
         dataset.publish(SHAPE_CLASSES, {i + 1: i for i in range(len(SHAPE_CLASSES))})
         DatasetCatalog[name] = dataset
 
 
 def registered_entry(name: str) -> object | None:
-    """Return the catalog's entry for `name` without loading it; None if the name is unknown."""
+    """Return the catalog entry for `name` without loading the data; None if the name is unknown."""
     if name not in DatasetCatalog:
         return None
-    # Not `.get`: Detectron2's catalog overrides that to load the data set.
+    # `.get` is not used because Detectron2's catalog overrides it to load the data set.
     return DatasetCatalog[name]
 
 
 def _has_metadata(name: str) -> bool:
-    # `MetadataCatalog.get` creates metadata with only the name for an unknown data set.
+    # For an unknown data set, `MetadataCatalog.get` creates metadata that contains only the name.
     return name in MetadataCatalog and len(vars(MetadataCatalog.get(name))) > 1
 
 
@@ -238,7 +240,7 @@ def _expand(path: str) -> str:
     unset = re.search(r"\$(\w+|\{\w+\})", expanded)
     if unset and not os.path.exists(expanded):
         raise UserError(
-            f"DATASETS.REGISTER has the path {path}, but the environment variable {unset[0]} is "
-            "not set. Set it, or write the full path."
+            f"DATASETS.REGISTER contains the path {path}, but the environment variable {unset[0]} "
+            "is not set. Set it, or use the full path."
         )
     return expanded

@@ -1,4 +1,4 @@
-"""Labelled crops of the objects of a data set in COCO format."""
+"""Labelled crops of the objects in a data set in COCO format."""
 
 import math
 import os
@@ -15,22 +15,22 @@ from senet_transfer.errors import UserError
 
 
 class CocoCrops(SingleImages):
-    """A data set with a crop of every object of an annotation file.
+    """Data set with one crop for each object in an annotation file.
 
-    A crop is the square around the box, limited to the image, so that a classification network
-    gets the object undistorted and with its context. Crowds and boxes with a side below
-    ``min_side``, which show few details, are left out.
+    A crop is the square around an object's box, limited to the image, so that a classification
+    network sees the object undistorted and in context. Crowds are left out, and so are boxes with a
+    side below ``min_side``, which show little detail.
     """
 
     def __init__(self, json_file: str, image_dir: str, *, min_side: float = 16):
         """
         Args:
-            json_file: annotation file in COCO's instances format.
-            image_dir: folder of its images.
-            min_side: minimum side of a box, in pixels.
+            json_file: Annotation file in COCO's instances format.
+            image_dir: Folder with its images.
+            min_side: Minimum width and height of a box, in pixels.
 
         Raises:
-            UserError: the annotation file is invalid, or contains no such object.
+            UserError: If the annotation file is invalid or contains no suitable object.
         """
         summary = read_coco_summary(json_file, image_dir)
         content = read_json_object(json_file)
@@ -42,8 +42,8 @@ class CocoCrops(SingleImages):
         ]
         if not self.objects:
             raise UserError(
-                f"{json_file} contains no object with sides of {min_side} pixels or more. Reduce "
-                "min_side, or name another file."
+                f"{json_file} contains no object whose box is at least {min_side} pixels wide and "
+                "high. Reduce min_side or use a different file."
             )
         self.image_dir = image_dir
         super().__init__(summary.classes, len(self.objects), json_file)
@@ -58,8 +58,8 @@ class CocoCrops(SingleImages):
             image = Image.fromarray(read_image(path, "RGB"))
         except Exception as error:  # decoders raise exceptions of many types for damaged files
             raise UserError(
-                f"{path}, listed in {self.origin}, can't be read: {error}. Restore it, or remove "
-                "it from the annotation file."
+                f"Cannot read {path}, which is listed in {self.origin}: {error}. Restore the "
+                "file, or remove the image from the annotation file."
             ) from error
         cut = image.crop(square_around(box, image.width, image.height))
         return RawSample(f"object_{index:09d}", label, encode_exact(cut), path)
@@ -68,15 +68,15 @@ class CocoCrops(SingleImages):
 def square_around(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """Return the square around a box, shifted and cropped to fit into the image.
+    """Return the square around a box, shifted and cropped to fit within the image.
 
     Args:
-        box: x, y, width and height in pixels, as in COCO.
-        width: width of the image in pixels.
-        height: height of the image in pixels.
+        box: Box as (x, y, width, height) in pixels, as in COCO.
+        width: Image width in pixels.
+        height: Image height in pixels.
 
     Returns:
-        Left, top, right and bottom in whole pixels, inside the image.
+        The (left, top, right, bottom) edges in whole pixels, inside the image.
     """
     x, y, w, h = box
     side = max(w, h)
@@ -89,7 +89,8 @@ def square_around(
 def _within(low: float, high: float, limit: int) -> tuple[int, int]:
     """Shift an interval into the range from 0 to ``limit``, and shorten it if it is too long."""
     shift = max(0.0, -low) - max(0.0, high - limit)
-    # Rounds half up, because rounding half to even would change the length of some intervals.
+    # Halves are rounded up, because rounding half to even would change the length of some
+    # intervals.
     low, high = (math.floor(end + shift + 0.5) for end in (low, high))
     low, high = max(0, low), min(limit, high)
     return min(low, limit - 1), max(high, low + 1)

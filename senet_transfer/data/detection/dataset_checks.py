@@ -1,4 +1,4 @@
-"""Checks of a run's data sets before the run begins."""
+"""Checks of a run's data sets before the run starts."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ OWN_DATA_COMMAND = """\
   python tools/train_net.py --config-file configs/finetune_detector.yaml \\
       --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
-# Keys of Detectron2's metadata that contain paths, for all types of data sets.
+# Keys in Detectron2's metadata that contain paths, for all types of data sets.
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
@@ -24,16 +24,18 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
 
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
-    """Return the class names of a run's data sets, which must be the same for all.
+    """Return the class names of a run's data sets, which must all be the same.
 
     Args:
-        names: names of registered data sets, all of `DATASETS.TRAIN` and `DATASETS.TEST`.
+        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
+            registered.
 
     Returns:
-        The class names in the order of the model's outputs; empty if there are no data sets.
+        The class names in the order of the model outputs; empty if there are no data sets.
 
     Raises:
-        UserError: if a name is unknown, a data set has no classes, or two have different ones.
+        UserError: If a name is unknown, a data set has no classes, or two data sets have different
+            classes.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -49,24 +51,24 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         )
         one, other = ("missing" if part is None else repr(part) for part in pair)
         raise UserError(
-            f"The data sets '{first}' and '{name}' have different classes: {len(expected)} and "
-            f"{len(found)} of them, and class {index} is {one} in the first, {other} in the "
-            "second. All data sets of a run need the same classes in the same order (sorted by "
-            "category id). Use the same `categories` in their annotation files."
+            f"The data sets '{first}' and '{name}' have different classes ({len(expected)} and "
+            f"{len(found)} in total): class {index} is {one} in the first and {other} in the "
+            "second. All data sets of a run must have the same classes in the same order (sorted "
+            "by category id). Use the same `categories` in their annotation files."
         )
     return expected
 
 
 def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:
-    """Check that the files of a run's data sets exist and are valid, without loading images.
+    """Check that the files of a run's data sets exist and are valid, without loading any images.
 
     Args:
-        names: all of `DATASETS.TRAIN` and `DATASETS.TEST`.
-        evaluated: the data sets that COCO's metric will be computed on.
+        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`.
+        evaluated: Names of the data sets to evaluate with COCO's metric.
 
     Raises:
-        UserError: if a name is unknown, a file is missing or invalid, or a data set cannot be used
-            for evaluation. For missing files, the message explains how to get them.
+        UserError: If a name is unknown, a file is missing or invalid, or a data set cannot be used
+            for evaluation. For missing files, the message explains how to obtain them.
     """
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
@@ -88,9 +90,9 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 
 
 def category_ids(name: str) -> list[int]:
-    """Return the category ids of a data set in the order of its classes.
+    """Return a data set's category ids in class order.
 
-    The ids are 1 to N if the metadata contain none.
+    If the metadata contains no ids, they are 1 to N.
     """
     metadata = MetadataCatalog.get(name)
     found = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -100,10 +102,10 @@ def category_ids(name: str) -> list[int]:
 
 
 def check_segmentations(names: Sequence[str]) -> None:
-    """Check that all objects have the segmentations that a mask head requires.
+    """Check that all objects have the segmentations required by a mask head.
 
     Raises:
-        UserError: if objects of a data set of this project have no segmentation.
+        UserError: If a data set registered by this project contains objects without a segmentation.
     """
     for name in names:
         dataset = registered_entry(name)
@@ -113,8 +115,8 @@ def check_segmentations(names: Sequence[str]) -> None:
         if lacking:
             raise UserError(
                 f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations "
-                "have no `segmentation`, which MODEL.MASK_ON requires for training and evaluation. "
-                "Export the file with segmentations, or set MODEL.MASK_ON False."
+                "have no `segmentation`, which MODEL.MASK_ON requires for training and "
+                "evaluation. Export the file with segmentations, or set MODEL.MASK_ON to False."
             )
 
 
@@ -128,7 +130,8 @@ def _classes(name: str) -> list[str]:
         if os.path.exists(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
-        # Data sets registered with Detectron2's own function get their classes when loaded.
+        # Data sets registered with Detectron2's own function get their class names when they are
+        # loaded.
         problems = _missing_paths(name)
         if problems:
             raise UserError(_explain_missing({name: problems}))
@@ -137,8 +140,8 @@ def _classes(name: str) -> list[str]:
     if not classes:
         raise UserError(
             f"The data set '{name}' has no class names; expected `thing_classes` in its metadata, "
-            "as in every detection data set. Use a detection data set, or set "
-            f"MetadataCatalog.get({name!r}).thing_classes where you register it."
+            "as for every detection data set. Use a detection data set, or set "
+            f"MetadataCatalog.get({name!r}).thing_classes in the code that registers it."
         )
     return list(classes)
 
@@ -147,9 +150,9 @@ def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=3, cutoff=0.6)
     guess = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
     return UserError(
-        f"Unknown data set '{name}'.{guess} Expected a data set of Detectron2 or this project, or "
-        "your own data in COCO format. Register it with `--dataset NAME JSON FOLDER` on the "
-        f"command line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
+        f"Unknown data set '{name}'.{guess} Expected a data set provided by Detectron2 or this "
+        "project, or your own data in COCO format. Register your data with `--dataset NAME JSON "
+        f"FOLDER` on the command line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
     )
 
 
@@ -159,14 +162,14 @@ def _check_evaluable(dataset: CocoDataset) -> None:
         raise UserError(
             f"{dataset.json_file}: {summary.num_not_evaluable} of {summary.num_annotations} "
             "annotations have no `area` or no `iscrowd`, which COCO's metric requires. Training "
-            f"would fail with a KeyError at its first evaluation on '{dataset.name}'. Add both to "
-            "the file (area in square pixels, iscrowd 0 or 1), or remove the data set from "
-            "DATASETS.TEST."
+            f"would fail with a KeyError in the first evaluation on '{dataset.name}'. Add both "
+            "keys to the file (area in square pixels, iscrowd 0 or 1), or remove the data set "
+            "from DATASETS.TEST."
         )
 
 
 def _missing_paths(name: str) -> list[str]:
-    """Return a description of each missing or invalid file and folder of a data set."""
+    """Return a description of each missing or invalid file or folder of a data set."""
     metadata, problems = MetadataCatalog.get(name).as_dict(), []
     for key in (*_FILE_KEYS, *_FOLDER_KEYS):
         path = metadata.get(key)
@@ -201,13 +204,15 @@ def _explain_missing(missing: dict[str, list[str]]) -> str:
     parts = [f"Some files of {names} are missing or invalid:\n{listing}"]
     if years:
         parts += [_coco_layout(year) for year in dict.fromkeys(years)]
-        parts.append("To try training without COCO, run `make demo`, which renders its images.")
+        parts.append("To try training without COCO, run `make demo`, which renders its own images.")
     else:
         parts.append(
-            "Expected them at these paths. Detectron2's own data sets are under "
-            f"{_root()} (see datasets/README.md)."
+            f"Expected the files at these paths. Detectron2's own data sets belong in {_root()} "
+            "(see datasets/README.md)."
         )
-    parts.append(f"For your own images with annotations in COCO format:\n{OWN_DATA_COMMAND}")
+    parts.append(
+        f"To train on your own images with annotations in COCO format, run:\n{OWN_DATA_COMMAND}"
+    )
     return "\n".join(parts)
 
 
@@ -223,7 +228,7 @@ link an existing copy: ln -s /path/to/coco {os.path.join(_root_path(), "coco")}"
 
 
 def _root_path() -> str:
-    # Detectron2 reads the variable only when it is imported, and registers COCO below it.
+    # Detectron2 reads $DETECTRON2_DATASETS only on import, and registers COCO below that folder.
     images = MetadataCatalog.get("coco_2017_train").image_root
     return os.path.abspath(os.path.join(images, "..", ".."))
 

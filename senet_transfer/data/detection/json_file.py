@@ -6,15 +6,16 @@ import stat
 
 from senet_transfer.errors import UserError
 
-# Bytes read at either end of a file to distinguish JSON from common mistakes.
+# Number of bytes read at each end of a file to distinguish JSON from common mistakes.
 _SNIFFED_BYTES = 512
 
 
 def read_json_object(path: str) -> dict:
-    """Load a JSON file that contains an object.
+    """Load a JSON object from a file.
 
     Raises:
-        UserError: if the file is missing, unreadable, truncated, or has other content.
+        UserError: If the file is missing, unreadable or truncated, or does not contain a JSON
+            object.
     """
     problem = sniff_json(path)
     if problem:
@@ -23,18 +24,19 @@ def read_json_object(path: str) -> dict:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
     except json.JSONDecodeError as error:
-        # `from None`: the exception holds the whole document, which may be hundreds of megabytes.
+        # `from None` is used because the exception keeps the document, which may be hundreds of
+        # megabytes.
         cut = error.pos >= len(error.doc.rstrip()) or not error.doc.rstrip().endswith("}")
-        how = "is cut off" if cut else f"is not JSON ({error.msg})"
+        how = "is truncated" if cut else f"is not valid JSON ({error.msg})"
         raise UserError(
             f"{path} {how} at line {error.lineno}, column {error.colno}; expected annotations in "
             "COCO format. Download or export the file again."
         ) from None
-    # ValueError is raised for a number with thousands of digits.
+    # `json` raises ValueError for numbers with thousands of digits.
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON: {error}; expected annotations in COCO format, "
-            "encoded as UTF-8. Download or export the file again."
+            f"Cannot read {path} as JSON: {error}. Expected annotations in COCO format, encoded "
+            "as UTF-8. Download or export the file again."
         ) from None
     if not isinstance(data, dict):
         raise UserError(_not_an_object(path, f"a {type(data).__name__}"))
@@ -44,14 +46,17 @@ def read_json_object(path: str) -> dict:
 def sniff_json(path: str) -> str | None:
     """Check the first and last bytes of a file that should contain a JSON object.
 
-    This needs only two small reads, so that all files can be checked before a run begins.
+    This takes only two small reads, so that all files can be checked before a run starts.
 
     Returns:
-        A complete error message for the user, or None if no problem was found.
+        A complete error message, or None if no problem was found.
     """
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
-            return f"{path} is a folder; expected an annotation file in COCO format. Name the file."
+            return (
+                f"{path} is a folder; expected an annotation file in COCO format. Pass the path "
+                "of the file."
+            )
         with open(path, "rb") as file:
             head = file.read(_SNIFFED_BYTES)
             file.seek(max(0, os.fstat(file.fileno()).st_size - _SNIFFED_BYTES))
@@ -59,32 +64,32 @@ def sniff_json(path: str) -> str | None:
     except FileNotFoundError:
         return f"Annotation file not found: {path}. Check the path; `~` and $VARS are expanded."
     except OSError as error:
-        return f"Annotation file {path} cannot be read: {error.strerror or error}. Check the file."
+        return f"Cannot read annotation file {path}: {error.strerror or error}. Check the file."
     found = _describe_head(head.lstrip())
     if found is not None:
         return _not_an_object(path, found)
     if not tail.rstrip().endswith(b"}"):
         return (
-            f"{path} is cut off: it begins as a JSON object and ends with {tail[-20:]!r}; expected "
-            "a closing brace. Download or export the file again."
+            f"{path} is truncated: it begins like a JSON object, but ends with {tail[-20:]!r}; "
+            "expected a closing brace. Download or export the file again."
         )
     return None
 
 
 def _describe_head(head: bytes) -> str | None:
-    """Return a description of content that begins with `head`; None if it may be a JSON object."""
+    """Describe file content that begins with `head`; return None if it may be a JSON object."""
     if not head:
         return "an empty file"
     known = {
         b"{": None,
         b"[": "a list (as in COCO's *results* format, which is for predictions)",
         b"<": "HTML or XML (did the download return a web page?)",
-        b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` downloads the actual file",
+        b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` downloads the actual file)",
         b"PK": "a zip archive, which must be unpacked first",
         b"\x1f\x8b": "a gzip archive, which must be unpacked first",
         b"\xef\xbb\xbf": "UTF-8 with a byte order mark, which the COCO tools cannot read",
-        b"\xff\xfe": "UTF-16 text; it must be UTF-8",
-        b"\xfe\xff": "UTF-16 text; it must be UTF-8",
+        b"\xff\xfe": "UTF-16 text instead of UTF-8",
+        b"\xfe\xff": "UTF-16 text instead of UTF-8",
     }
     for start, found in known.items():
         if head.startswith(start):
@@ -95,6 +100,6 @@ def _describe_head(head: bytes) -> str | None:
 def _not_an_object(path: str, found: str) -> str:
     return (
         f"{path} contains {found}; expected a JSON object with `images`, `annotations` and "
-        "`categories` (COCO's instances format). Name the annotation file, or download or export "
+        "`categories` (COCO's instances format). Pass the annotation file, or download or export "
         "it again."
     )

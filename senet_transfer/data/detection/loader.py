@@ -1,9 +1,9 @@
-"""Resumable data loader for detection, with Detectron2's data sets, sampler and grouping.
+"""Resumable detection data loader with Detectron2's data sets, samplers and grouping.
 
-Detectron2's own loader uses one sequence of random numbers per worker for augmentation, and groups
-images by aspect ratio after reading them; neither can be resumed in the middle. This loader plans
-batches from the annotated widths and heights before images are read, and seeds the random numbers
-of each image separately. The content of a batch depends only on seed, rank and iteration, not on
+Detectron2's own loader uses one random stream per worker for augmentation and groups images by
+aspect ratio after reading them, so it cannot be resumed in the middle of an epoch. This loader
+plans batches from the annotated widths and heights before reading images, and seeds the random
+generators separately for each image. A batch depends only on the seed, rank and iteration, not on
 the number of workers.
 """
 
@@ -29,21 +29,22 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Position in the sequence of a process's training images, and index of the image in the data set.
+# Position in a process's sequence of training images, and index of the image in the data set.
 Place = tuple[int, int]
 
 # A schedule with more passes over the data set is probably a mistake.
 MANY_PASSES = 500
 
-# Makes the random numbers of an image independent of those of a step, which also use seed and rank.
+# Separates the random streams of images from those of training steps, which are also seeded with
+# the seed and the rank.
 _IMAGES = 1
 
 
 def seed_generators(*entropy: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, including those of GPUs."""
+    """Seed the random generators of Python, NumPy and PyTorch, including those on GPUs."""
     seed = _seed_libraries(entropy)
     torch.default_generator.manual_seed(seed)
-    # torch.manual_seed is slow: it formats a traceback for each type of device not in use.
+    # torch.manual_seed is slow: it formats a traceback for each unused device type.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
@@ -57,10 +58,10 @@ def _seed_libraries(entropy: Iterable[int]) -> int:
 
 @contextlib.contextmanager
 def seeded_rng(*entropy: int) -> Iterator[None]:
-    """Seed the CPU's generators inside the context, and restore their states after it.
+    """Seed the CPU random generators inside the context, and restore their states on exit.
 
     Args:
-        entropy: integers from which the seed is derived.
+        entropy: Integers from which the seed is derived.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # torch.manual_seed would also seed GPUs, whose state is not restored.
@@ -76,15 +77,15 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
 def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], *, seed: int, start_iter: int = 0
 ) -> RaisingLoader:
-    """Build the training loader of this process, which yields lists of mapped images endlessly.
+    """Build this process's infinite training loader, which yields lists of mapped images.
 
     Args:
-        cfg: the config, with Detectron2's keys for data sets, sampler and grouping.
-        mapper: function that maps the dictionary of an image.
-        seed: seed of the order and the augmentation; the same in all processes.
-        start_iter: the first iteration to deliver.
+        cfg: Config with Detectron2's keys for data sets, sampler and grouping.
+        mapper: Function that maps an image's dictionary to a model input.
+        seed: Random seed of the order and augmentation; must be the same in all processes.
+        start_iter: Iteration to start from.
     """
-    # Detectron2's samplers draw a seed if none is given.
+    # Detectron2's samplers draw a random seed if none is given.
     with seeded_rng(seed):
         theirs = build_detection_train_loader(cfg, mapper=_unmapped)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
@@ -104,8 +105,8 @@ def build_train_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         worker_init_fn=init_worker,
-        # Creating an iterator draws a random number. A separate generator keeps this from
-        # advancing PyTorch's global one.
+        # Creating an iterator draws a random number. A separate generator is used so that PyTorch's
+        # global generator is not advanced.
         generator=torch.Generator(),
     )
     return RaisingLoader(loader)
@@ -114,12 +115,12 @@ def build_train_loader(
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]
 ) -> RaisingLoader:
-    """Build Detectron2's loader of a data set for evaluation.
+    """Build Detectron2's evaluation loader for a data set.
 
     Args:
-        cfg: the config, with Detectron2's keys for data loading.
-        dataset_name: name of a registered data set.
-        mapper: function that maps the dictionary of an image.
+        cfg: Config with Detectron2's keys for data loading.
+        dataset_name: Name of a registered data set.
+        mapper: Function that maps an image's dictionary to a model input.
     """
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
     loader.worker_init_fn = init_worker
@@ -145,7 +146,7 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a function that returns True for the index of an image that is wider than high.
+    """Return a predicate on image indices that is True for images wider than they are high.
 
     Detectron2 groups images by this criterion.
     """
@@ -156,8 +157,8 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
         if not {"width", "height"} <= record.keys():
             raise UserError(
                 f"The record of {record.get('file_name', 'an image')} has no width and height, "
-                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add them to the data set, or set "
-                "the key to False."
+                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the data set's "
+                "records, or set this key to False."
             )
         return record["width"] > record["height"]
 
@@ -167,8 +168,8 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
 class PlannedBatches(Sampler[list[Place]]):
     """Batch sampler that groups images by aspect ratio without reading them.
 
-    Images are grouped like in Detectron2's AspectRatioGroupedDataset: an image is held back until
-    there are enough of its group for a batch.
+    Images are grouped as in Detectron2's AspectRatioGroupedDataset: an image is held back until
+    there are enough images in its group for a batch.
     """
 
     def __init__(
@@ -181,10 +182,10 @@ class PlannedBatches(Sampler[list[Place]]):
     ):
         """
         Args:
-            sampler: yields an infinite sequence of image indices, the same each time.
-            batch_size: number of images per step in this process.
-            is_wide: returns the group of an image; None to disable grouping.
-            start_iter: index of the first batch to yield.
+            sampler: Sampler that yields the same infinite sequence of image indices each time.
+            batch_size: Number of images per step in this process.
+            is_wide: Function that returns the group of an image index; None to disable grouping.
+            start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
         self.start_iter = start_iter
@@ -203,7 +204,7 @@ class PlannedBatches(Sampler[list[Place]]):
 
 
 class _SeededImages(Dataset):
-    """Data set that seeds the random numbers of each image from its position."""
+    """Data set wrapper that seeds the random generators for each image from its position."""
 
     def __init__(self, images: Dataset, seed: int, rank: int):
         self.images, self.seed, self.rank = images, seed, rank

@@ -1,12 +1,12 @@
-"""Detectron2's dataset mapper with strict reading of images and informative errors.
+"""Detectron2's dataset mapper with strict image reading and informative errors.
 
 Differences from Detectron2's own `DatasetMapper` and `read_image`:
 
-- An image that cannot be read completely raises a `UserError` with its file, its id and the
-  annotation file that lists it. Truncated files are errors even if other code has set Pillow's
+- An image that cannot be read completely raises a `UserError` that includes the image's path, its
+  id and its annotation file. This applies to truncated files even if other code has set Pillow's
   `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
 - 16-bit greyscale images are reduced to their upper 8 bits, as Pillow does for 16-bit colour
-  images. Pillow's conversion of greyscale images would clip all values above 255.
+  images. Pillow's greyscale conversion would clip all values above 255.
 - 32-bit integer and floating-point images are rejected, because their value range is unknown.
 
 Everything else, including the pixels of all other images, is the same as in Detectron2.
@@ -42,13 +42,13 @@ _EXIF_ROTATES = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's `DatasetMapper` with errors that name the broken image and how to fix it.
+    """Detectron2's `DatasetMapper` with errors that name a broken image and explain how to fix it.
 
     Args:
-        is_train: map annotations in addition to images.
-        annotation_files: dictionary from an image folder to the annotation files that list its
-            images, for messages.
-        **kwargs: arguments of `DatasetMapper`.
+        is_train: Whether to map annotations in addition to images.
+        annotation_files: Dictionary from image folder to the annotation files that list its images;
+            used in messages.
+        **kwargs: Other arguments of `DatasetMapper`.
     """
 
     @configurable
@@ -76,10 +76,11 @@ class CheckedDatasetMapper(DatasetMapper):
         return {**super().from_config(cfg, is_train), "annotation_files": annotation_files}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Map the dictionary of an image in the same way as `DatasetMapper`.
+        """Map an image's dictionary in the same way as `DatasetMapper`.
 
         Raises:
-            UserError: if the image cannot be read, or its size differs from the dictionary's.
+            UserError: If the image cannot be read, or its size differs from the size in the
+                dictionary.
         """
         dataset_dict = copy.deepcopy(dataset_dict)  # modified below
         image = self._read(dataset_dict)
@@ -140,19 +141,19 @@ class CheckedDatasetMapper(DatasetMapper):
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """Read a complete image with 8 bits per channel, rotated according to its EXIF orientation.
+    """Read a complete image with 8 bits per channel, and apply its EXIF orientation.
 
     Args:
-        path: file in any format that Pillow supports.
-        image_format: "BGR", "RGB", or another format of Detectron2's `read_image`.
+        path: Path of an image in any format supported by Pillow.
+        image_format: "BGR", "RGB", or any other format supported by Detectron2's `read_image`.
 
     Returns:
         The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
         format "YUV-BT.601".
 
     Raises:
-        UserError: if the image has 32-bit pixels.
-        Exception: any exception that Pillow raises for a missing, broken or truncated file.
+        UserError: If the image has 32-bit pixels.
+        Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with _no_truncated_images(), PathManager.open(path, "rb") as file:
         image: Image.Image = Image.open(file)
@@ -164,7 +165,7 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 
 def _exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data are broken."""
+    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises errors of many types for broken EXIF data
@@ -206,7 +207,7 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         with PathManager.open(path, "rb") as file:
             head = file.read(20)
-        return f"it begins with {head!r}, which is not an image format that Pillow supports"
+        return f"it begins with {head!r}, which does not match any image format supported by Pillow"
     return str(error) or type(error).__name__
 
 
@@ -217,18 +218,19 @@ def _expected(dataset_dict: dict) -> str:
 
 
 def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
-    """Return advice for an image whose size differs from its annotation."""
+    """Return a suggested fix for an image whose size differs from its annotation."""
     if found[::-1] != (dataset_dict["width"], dataset_dict["height"]):
         return (
-            "Its boxes would be wrong. Annotate this file, or restore the file that was annotated."
+            "The boxes would not match this image. Annotate this file, or restore the file that "
+            "was annotated."
         )
     orientation = None
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
         orientation = _exif_orientation(Image.open(file))
     if orientation in _EXIF_ROTATES:
         return (
-            f"Its EXIF orientation is {orientation}, and Detectron2 rotates it accordingly, but it "
-            "was annotated without rotation. Remove the tag from the file if the boxes match the "
+            f"Detectron2 rotates the image according to its EXIF orientation, {orientation}, but "
+            "it was annotated without the rotation. Remove the EXIF tag if the boxes match the "
             "stored image, or annotate the rotated image."
         )
-    return "Width and height are swapped. Swap them in the annotation file."
+    return "Width and height are swapped in the annotation file. Correct them there."

@@ -1,1 +1,1 @@
-"""Images in folders and archives: listing, decoding, transforms."""
+"""Listing, decoding and transforms of images in folders and archives."""

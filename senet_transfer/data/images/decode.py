@@ -1,8 +1,8 @@
 """Image decoding.
 
-Evaluation decodes with Pillow only, so that its results equal those of the common loop with Pillow
-and torchvision. Training decodes JPEG with simplejpeg, which is three times as fast. Both packages
-ship libjpeg-turbo, and their pixels are identical.
+Evaluation decodes images only with Pillow, so that its results match the usual pipeline of Pillow
+and torchvision. Training decodes JPEG images with simplejpeg, which is three times as fast. Both
+packages bundle libjpeg-turbo and return identical pixels.
 """
 
 import io
@@ -12,7 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-# Formats that Pillow may open. Some of its other plugins start programs or are rarely tested.
+# Formats that Pillow is allowed to open. Some of its other plugins run external programs or are
+# rarely tested.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 # Limits memory use: a file of a few kilobytes can decode to gigabytes.
@@ -20,14 +21,14 @@ MAX_PIXELS = 100_000_000
 
 
 class BrokenImageError(Exception):
-    """An image that cannot be decoded. Training skips and counts such samples."""
+    """Error for an image that cannot be decoded. Training skips and counts such images."""
 
 
 def decode_exact(data: bytes) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
     Raises:
-        BrokenImageError: the data is truncated, damaged, too large or not an image.
+        BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     try:
         with warnings.catch_warnings():
@@ -35,7 +36,7 @@ def decode_exact(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise BrokenImageError(f"{image.width}x{image.height} pixels are too many")
+                raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
             return image.convert("RGB")
     except BrokenImageError:
         raise
@@ -51,7 +52,7 @@ def encode_exact(image: Image.Image) -> bytes:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return height and width of a JPEG file that simplejpeg can decode; None for other files."""
+    """Return (height, width) of a JPEG image that simplejpeg can decode; None for other images."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -67,18 +68,18 @@ def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
     """Decode an image for training.
 
     Args:
-        data: an image in any format that `decode_exact` supports.
-        min_size: allow decoding a JPEG at a half, a quarter or an eighth of its size if both
-            sides keep at least this many pixels. This is faster, but changes the pixels.
+        data: Encoded image in any format that `decode_exact` supports.
+        min_size: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if both sides keep at least
+            this many pixels. This is faster, but changes the pixels. None to decode at full size.
 
     Returns:
-        uint8 RGB `(H, W, 3)`.
+        The image, uint8 RGB `(H, W, 3)`.
 
     Raises:
-        BrokenImageError: the data is truncated, damaged, too large or not an image.
+        BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     if size := jpeg_size(data):
-        # Decoding at other fractions takes longer than at full size.
+        # Decoding at other fractions is slower than decoding at full size.
         part = next((part for part in (8, 4, 2) if min_size and min(size) >= part * min_size), 1)
         least_height, least_width = (-(-side // part) if part > 1 else 0 for side in size)
         try:

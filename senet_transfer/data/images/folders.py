@@ -1,4 +1,4 @@
-"""Images in a folder with one folder per class."""
+"""Image folders with one folder per class."""
 
 import logging
 import os
@@ -18,40 +18,43 @@ def open_folder(
 ) -> Images:
     """List the images in a folder with one folder per class.
 
-    A class is named by the path of its folder relative to the root. For folders directly below the
+    Class names are folder paths relative to the root. If all class folders are directly below the
     root, this is the layout of torchvision's ImageFolder, with classes sorted by name. A nested
-    folder is a class of its own, such as `dogs/husky`.
+    folder, such as `dogs/husky`, is a separate class.
 
     Args:
-        root: the folder that contains the class folders.
-        classes: names of the classes in the order of their labels, for a folder without images of
-            some classes or that must have the same labels as another one; None for the sorted
-            paths of the class folders.
-        skip_empty: the maximum number of empty files, which are left out. More are an error.
+        root: Folder that contains the class folders.
+        classes: Class names in label order. Required if some classes have no images, or if the
+            labels must match those of a different folder. None to use the sorted paths of the class
+            folders.
+        skip_empty: Maximum number of empty files to leave out. A larger number raises an error.
 
     Raises:
-        UserError: there are no images, images outside the class folders, or folders that are not
-            in `classes`.
+        UserError: If the folder contains no images, images outside of class folders, or class
+            folders that are not in `classes`.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; expected a folder with one folder per class.")
+        raise UserError(
+            f"{root} is not a folder; expected a folder with one folder per class. Check the path."
+        )
     by_class = _images_by_folder(root)
     if "" in by_class:
         raise UserError(
             f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
-            "one folder per class. Move them into one, or name the parent of the class folders."
+            "one folder per class. Move the images into class folders, or pass the parent of the "
+            "class folders."
         )
     if not any(by_class.values()):
         raise UserError(
-            f"found no images in {root}; expected .jpg or .png files in one folder per class."
+            f"No images found in {root}; expected .jpg or .png files in one folder per class."
         )
     found = sorted(folder for folder, images in by_class.items() if images)
     empty = sorted(set(by_class).difference(found))
     if empty and classes is None:
         raise UserError(
             f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
-            "depend on whether they are classes. Remove them, or add images."
+            "depend on whether these folders are classes. Remove the folders or add images."
         )
     classes = found if classes is None else list(classes)
     unknown = sorted(set(found).difference(classes))
@@ -67,7 +70,7 @@ def open_folder(
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Return the sorted paths of images for each folder, including empty innermost folders."""
+    """Return sorted image paths by folder, including empty folders without subfolders."""
     by_folder: dict[str, list[str]] = {}
     for path, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -78,5 +81,10 @@ def _images_by_folder(root: Path) -> dict[str, list[str]]:
             by_folder[folder] = images
         others = [name for name in files if not is_image_name(name) and not name.startswith(".")]
         if others:
-            logger.warning("ignoring %d files in %s: %s", len(others), path, first_of(others))
+            logger.warning(
+                "Ignoring %d files in %s that are not images: %s",
+                len(others),
+                path,
+                first_of(others),
+            )
     return by_folder

@@ -18,13 +18,13 @@ class Images:
     """Labelled images in a folder or an uncompressed tar archive.
 
     Attributes:
-        root: the folder or the archive.
-        names: paths relative to the folder.
-        labels: int32 `(N,)`, indices into `classes`.
-        classes: names of the classes.
-        sizes: sizes of the files in bytes, int64 `(N,)`.
-        offsets: byte offsets of the images in the archive, int64 `(N,)`; None for a folder.
-        missing: names of listed images that do not exist and were left out.
+        root: Folder or archive.
+        names: Image paths relative to the folder, or to the top folder of the archive.
+        labels: Indices into `classes`, int32 `(N,)`.
+        classes: Class names.
+        sizes: File sizes in bytes, int64 `(N,)`.
+        offsets: Byte offsets of the images in the archive, int64 `(N,)`; None for a folder.
+        missing: Names of listed images that are missing or empty and were left out.
     """
 
     root: Path
@@ -42,7 +42,7 @@ class Images:
         """Read one image.
 
         Raises:
-            UserError: the image cannot be read, or its size has changed since it was listed.
+            UserError: If the image cannot be read, or its size has changed since it was listed.
         """
         offset = None if self.offsets is None else int(self.offsets[index])
         name = self.names[index]
@@ -52,8 +52,8 @@ class Images:
 
 
 def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> bytes:
-    """Read the bytes of an image from a folder, or from an archive if `offset` is given."""
-    # os.path is used because creating a Path takes as long as reading a small file.
+    """Read an encoded image from a folder, or from an archive if `offset` is given."""
+    # `os.path` is used because creating a `Path` takes as long as reading a small file.
     where = os.path.join(root, name) if offset is None else root
     try:
         with open(where, "rb") as stream:
@@ -61,11 +61,11 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
                 stream.seek(offset)
             data = stream.read(size if offset is not None else -1)
     except OSError as error:
-        raise UserError(f"cannot read {name} in {root}: {error}. Restore it.") from error
+        raise UserError(f"Cannot read {name} in {root}: {error}. Restore the file.") from error
     if len(data) != size:
         raise UserError(
-            f"{name} in {root} has {len(data)} bytes; expected {size}, its size when it was "
-            "listed. Do not change the source while it is read, and start again."
+            f"{name} in {root} is {len(data)} bytes; expected {size}, the size when it was "
+            "listed. Run again, and do not change the source in the meantime."
         )
     return data
 
@@ -82,31 +82,32 @@ def find_listed_images(
     """Find every listed image in a folder or an archive.
 
     Args:
-        root: a folder, or a tar archive with all members in one folder, as in Places365.
-        names: paths relative to that folder.
-        labels: labels of the images, `(N,)`.
-        classes: names of the classes.
-        complete: raise an error for images that are not listed.
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        root: Folder, or tar archive with all members in one folder, as in Places365.
+        names: Image paths relative to that folder.
+        labels: Image labels, `(N,)`.
+        classes: Class names.
+        complete: Raise an error if there are images that are not listed.
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
-        UserError: listed images are missing or empty, or unlisted ones exist with `complete`. The
-            message names the first of them.
+        UserError: If too many listed images are missing or empty, or if `complete` is set and there
+            are unlisted images. The message names the first ones.
     """
     archived = not root.is_dir()
     found = _archive_members(root) if archived else _folder_files(root, names, complete)
     missing = [name for name in names if found.get(name, (0, 0))[1] == 0]
     if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
-            f"{len(missing)} of {len(names)} listed images are not in {root}, or are empty: "
-            f"{first_of(missing)}. Expected every image of the list. Unpack the archive again, or "
-            "use the matching list."
+            f"{len(missing)} of {len(names)} listed images are empty or missing from {root}: "
+            f"{first_of(missing)}. Expected all listed images. Unpack the archive again, or use "
+            "the matching list."
         )
     if complete and not set(found).issubset(names):
         extra = sorted(set(found).difference(names))
         raise UserError(
             f"{root} contains {len(extra)} images that are not in the list: {first_of(extra)}. "
-            "Expected the list and the images of the same split. Use the matching list."
+            "Expected a list and images of the same split. Use the matching list."
         )
     labels = np.asarray(labels, np.int32)
     if missing:
@@ -119,7 +120,7 @@ def find_listed_images(
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
-    """Return the offset (always 0) and size of each file in a folder, by name."""
+    """Return (offset, size) of each file in a folder by name. The offset is always 0."""
     found = {}
     for name in names:
         try:
@@ -136,18 +137,19 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
 
 
 def is_image_name(name: str) -> bool:
-    """Return True for the name of a JPEG or PNG file that is not hidden."""
+    """Return True if a file name is that of a JPEG or PNG image and is not hidden."""
     base = name.rpartition("/")[2].lower()
     return base.endswith((".jpg", ".jpeg", ".png")) and not base.startswith(".")
 
 
 def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
-    """Return the offset and size of each image in an archive, by path below its top folder."""
+    """Return (offset, size) of each image in an archive by path below the top folder."""
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
-                # TarFile keeps all members in memory, gigabytes for eight million images.
+                # TarFile would keep all members in memory, which takes gigabytes for eight million
+                # images.
                 tar.members = []  # type: ignore[attr-defined]  # not in typeshed
                 name = member.name.removeprefix("./")
                 if not member.isreg() or not is_image_name(name):
@@ -162,15 +164,15 @@ def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
             end = archive.stat().st_size
     except tarfile.ReadError as error:
         raise UserError(
-            f"cannot read the archive {archive}: {error}. Expected a complete, uncompressed tar "
-            "file. Compare its MD5 checksum with the data set's site, or unpack it."
+            f"Cannot read archive {archive}: {error}. Expected a complete, uncompressed tar file. "
+            "Compare its MD5 checksum with that on the data set's website, or unpack it."
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read the archive {archive}: {error}.") from error
+        raise UserError(f"Cannot read archive {archive}: {error}. Check the file.") from error
     beyond = [name for name, (offset, size) in members.items() if offset + size > end]
     if beyond:
         raise UserError(
-            f"the archive {archive} is truncated: {first_of(beyond)} extend beyond its {end} "
-            "bytes. Download it again."
+            f"Archive {archive} is truncated: it ends at byte {end}, before the end of "
+            f"{first_of(beyond)}. Download it again."
         )
     return members

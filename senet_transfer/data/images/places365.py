@@ -1,9 +1,9 @@
-"""Places365 in its official distribution: lists, archives and unpacked folders.
+"""The official Places365 distribution: lists, archives and unpacked folders.
 
-Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels are read from
-the lists only, because classes are nested (`/s/swimming_pool/indoor`) and folder names are
-ambiguous. The train archives of Standard and Challenge unpack to folders of the same name;
-torchvision's renamed folders, with the variant appended, are also supported.
+Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels are read only
+from the lists, because classes are nested (`/s/swimming_pool/indoor`) and folder names are
+ambiguous. The train archives of Standard and Challenge unpack to folders with the same name.
+Folders renamed by torchvision, with the variant appended, are also supported.
 """
 
 import re
@@ -25,12 +25,12 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 
 def list_name(split: str) -> str:
-    """Return the file name of a split's list."""
+    """Return the file name of a split's image list."""
     return f"places365_{split}.txt"
 
 
 def image_places(split: str, size: str) -> list[str]:
-    """Return the possible names of folders and archives with a split's images, best first."""
+    """Return the possible names of a split's image folder or archive, in order of preference."""
     if split == "val":
         return [f"val_{size}", f"val_{size}.tar"]
     variant = split.removeprefix("train_")
@@ -40,31 +40,35 @@ def image_places(split: str, size: str) -> list[str]:
 def open_places365(
     source: str | Path, split: str, size: str = "256", *, skip_missing: int = 0
 ) -> Images:
-    """Find the images and labels of a split.
+    """Find a split's images and labels.
 
     Args:
-        source: folder with the lists, and with the folders or archives of images.
-        split: one of `SPLITS`.
-        size: "256" or "large".
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        source: Folder with the lists and the image folders or archives.
+        split: One of `SPLITS`.
+        size: Image size, "256" or "large".
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
-        UserError: a list is missing or damaged, or the images do not match the list.
+        UserError: If a list is missing or damaged, or the images do not match the list.
     """
     source = Path(source)
     if split not in SPLITS or size not in SIZES:
         raise UserError(
-            f"there is no split {split!r} of size {size!r}: expected one of {', '.join(SPLITS)} "
-            f"and one of {', '.join(SIZES)}."
+            f"Unknown split {split!r} or size {size!r}; expected one of the splits "
+            f"{', '.join(SPLITS)} and one of the sizes {', '.join(SIZES)}."
         )
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder; expected a folder with the Places365 lists.")
+        raise UserError(
+            f"{source} is not a folder; expected a folder with the Places365 lists. Check the path."
+        )
     places = image_places(split, size)
     found = [source / place for place in places if (source / place).exists()]
     if not found:
         raise UserError(
-            f"found no images of {split} in {source}; expected one of {', '.join(places)}. "
-            "Download the archive from the data set's site, or name the folder that contains it."
+            f"No images of {split} found in {source}; expected one of {', '.join(places)}. "
+            "Download the archive from the data set's website, or pass the folder that contains "
+            "it."
         )
     return open_places365_images(found[0], source, split, skip_missing=skip_missing)
 
@@ -72,21 +76,22 @@ def open_places365(
 def open_places365_images(
     images: Path, lists: Path, split: str, *, skip_missing: int = 0
 ) -> Images:
-    """Find a split's images and labels, given the paths of the images and of the lists.
+    """Find a split's images and labels, given separate paths for images and lists.
 
     Args:
-        images: folder or archive with the images.
-        lists: folder with the lists.
-        split: one of `SPLITS`.
-        skip_missing: the maximum number of missing images, which are left out. More are an error.
+        images: Folder or archive with the images.
+        lists: Folder with the lists.
+        split: One of `SPLITS`.
+        skip_missing: Maximum number of missing images to leave out. A larger number raises an
+            error.
 
     Raises:
-        UserError: a list is missing or damaged, or the images do not match the list.
+        UserError: If a list is missing or damaged, or the images do not match the list.
     """
     classes = read_categories(_read_list(lists, CATEGORIES), str(lists / CATEGORIES))
     where = lists / list_name(split)
     names, labels = read_list(_read_list(lists, list_name(split)), str(where), len(classes))
-    # A folder of train images may contain both variants, and so images that are not in the list.
+    # A folder of train images may contain both variants, and thus images that are not in the list.
     complete = split == "val"
     return find_listed_images(
         images, names, labels, classes, complete=complete, skip_missing=skip_missing
@@ -94,35 +99,35 @@ def open_places365_images(
 
 
 def has_lists(folder: Path, split: str) -> bool:
-    """Return True if a folder contains a split's list, or an archive of lists."""
+    """Return True if a folder contains a split's image list or an archive of lists."""
     return any((folder / name).is_file() for name in (list_name(split), *_LIST_ARCHIVES))
 
 
 def read_categories(text: str, where: str) -> list[str]:
-    """Parse the list of classes, with one name and label per line.
+    """Parse a class list with one name and label per line.
 
     Raises:
-        UserError: a line has another form, or the labels are not 0 to N-1.
+        UserError: If a line is malformed, or the labels are not 0 to N-1.
     """
     names, labels = read_list(text, where, None)
     if sorted(labels) != list(range(len(names))):
         raise UserError(
-            f"{where} has {len(names)} classes; expected each label from 0 to {len(names) - 1} "
-            "once. Download the lists again."
+            f"{where} lists {len(names)} classes; expected each label from 0 to {len(names) - 1} "
+            "exactly once. Download the lists again."
         )
     order = np.argsort(labels)
     return [names[index] for index in order]
 
 
 def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str], np.ndarray]:
-    """Parse a list of images, with one path and label per line.
+    """Parse an image list with one path and label per line.
 
     Returns:
         The paths without a leading slash, and the labels, int32 `(N,)`.
 
     Raises:
-        UserError: lines have another form, a label out of range, a path outside of the folder, or
-            a path that was listed before. The message names the first of them.
+        UserError: If a line is malformed, a label is out of range, or a path is outside of the
+            image folder or listed twice. The message names the first such lines.
     """
     names, labels, bad, seen = [], [], [], set()
     for number, line in enumerate(text.splitlines(), 1):
@@ -134,9 +139,9 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
             continue
         name, label = match[1].lstrip("/"), int(match[2])
         if num_classes is not None and label >= num_classes:
-            bad.append(f"line {number}: label {label} of {name} is not below {num_classes}")
+            bad.append(f"line {number}: label {label} of {name} is not less than {num_classes}")
         elif ".." in name.split("/"):
-            bad.append(f"line {number}: {name} is outside of the folder")
+            bad.append(f"line {number}: {name} is outside of the image folder")
         elif name in seen:
             bad.append(f"line {number}: {name} is listed twice")
         seen.add(name)
@@ -144,8 +149,8 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
         labels.append(label)
     if bad:
         raise UserError(
-            f"{where} has {len(bad)} invalid lines: {first_of(bad)}. Expected one path and one "
-            "label per line, each path once. Download the lists again."
+            f"{where} contains {len(bad)} invalid lines: {first_of(bad)}. Expected one path and "
+            "one label per line, and each path only once. Download the lists again."
         )
     if not names:
         raise UserError(f"{where} is empty. Download the lists again.")
@@ -153,7 +158,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
 
 
 def _read_list(folder: Path, name: str) -> str:
-    """Return the text of a list, from the folder or from an archive of lists in it."""
+    """Read a list from a folder, or from an archive of lists in that folder."""
     try:
         if (folder / name).is_file():
             return (folder / name).read_text("utf-8")
@@ -165,8 +170,10 @@ def _read_list(folder: Path, name: str) -> str:
                         if found and (file := tar.extractfile(member)):
                             return file.read().decode("utf-8")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {name} in {folder}: {error}.") from error
+        raise UserError(
+            f"Cannot read {name} in {folder}: {error}. Download the lists again."
+        ) from error
     raise UserError(
-        f"the list {name} is not in {folder}; expected it there, or in one of "
-        f"{', '.join(_LIST_ARCHIVES)}. Download it from the data set's site."
+        f"List {name} not found in {folder}; expected it in this folder, or in one of the "
+        f"archives {', '.join(_LIST_ARCHIVES)}. Download it from the data set's website."
     )

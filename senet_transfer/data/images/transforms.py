@@ -1,4 +1,4 @@
-"""Transforms from an encoded image to a square network input.
+"""Transforms from encoded images to square network inputs.
 
 All outputs are uint8; the model normalises them on its device.
 """
@@ -22,7 +22,7 @@ EVAL_MODES = ("short_side", "squash", "ten_crop")
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> random.Random:
-    """Return the random generator of one sample in one epoch, independent of the process."""
+    """Return a random generator that depends only on the seed, the epoch and the sample key."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "little"))
 
@@ -31,17 +31,16 @@ def sample_rng(seed: int, epoch: int, key: str) -> random.Random:
 class TrainTransform:
     """Random resized crop with a random horizontal flip.
 
-    Follows Szegedy et al. 2015, with the sampling of torchvision's RandomResizedCrop.
+    Follows Szegedy et al. 2015. Crops are sampled as in torchvision's RandomResizedCrop.
 
     Attributes:
-        size: side of the output, in pixels.
-        scale: smallest and largest area of the crop, as a fraction of the image's area.
-        ratio: smallest and largest aspect ratio (width / height) of the crop.
-        flip: probability of a horizontal flip.
-        interpolation: "bilinear" or "bicubic", antialiased.
-        draft: allow decoding a JPEG at a half, a quarter or an eighth of its size if the crop stays
-            at least as large as the output. This is faster for large images, but changes the
-            pixels.
+        size: Side length of the output, in pixels.
+        scale: Minimum and maximum area of the crop, as fractions of the image area.
+        ratio: Minimum and maximum aspect ratio (width / height) of the crop.
+        flip: Probability of a horizontal flip.
+        interpolation: Antialiased interpolation, "bilinear" or "bicubic".
+        draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
+            large as the output. This is faster for large images, but changes the pixels.
     """
 
     size: int = 224
@@ -60,25 +59,25 @@ class TrainTransform:
             or not 0 < self.ratio[0] <= self.ratio[1]
         ):
             raise UserError(
-                f"invalid crop: size={self.size}, scale={self.scale}, ratio={self.ratio}; "
-                "expected a size of at least 1, and for scale (0 < scale <= 1) and ratio (> 0) two "
-                "numbers each, the smaller one first."
+                f"Invalid crop: size={self.size}, scale={self.scale}, ratio={self.ratio}; "
+                "expected a size of at least 1, and (minimum, maximum) pairs for scale (0 < scale "
+                "<= 1) and ratio (ratio > 0)."
             )
         _interpolation(self.interpolation)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of the output for one sample."""
+        """Output shape for one sample."""
         return (3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
-        """Return a crop, uint8 RGB `(3, size, size)`.
+        """Return a random crop of an encoded image, uint8 RGB `(3, size, size)`.
 
         Raises:
-            BrokenImageError: the image cannot be decoded.
+            BrokenImageError: If the image cannot be decoded.
         """
         pixels, (top, left, height, width) = self._decoded(data, rng)
-        # PyTorch resizes contiguous images with interleaved channels 1.5 times as fast.
+        # PyTorch resizes contiguous channels-last images 1.5 times as fast.
         crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         square = F.resize(
             crop.permute(2, 0, 1)[None],
@@ -91,7 +90,7 @@ class TrainTransform:
     def _decoded(
         self, data: bytes, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """Return the decoded pixels (H, W, 3) and the region to crop: top, left, height, width."""
+        """Return the decoded pixels (H, W, 3) and the crop region (top, left, height, width)."""
         size = jpeg_size(data) if self.draft else None
         if size is None:
             pixels = decode_fast(data)
@@ -108,7 +107,7 @@ class TrainTransform:
         )
 
     def region(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Draw the region to crop and return its top, left, height and width."""
+        """Sample a crop region and return its top, left, height and width."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
@@ -121,7 +120,8 @@ class TrainTransform:
                     h,
                     w,
                 )
-        # No region fits into a very elongated image; use the largest central one of a valid ratio.
+        # A very elongated image may have no valid region. Use the largest central region with a
+        # valid ratio.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w
@@ -131,16 +131,16 @@ class TrainTransform:
 class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
-    Pillow decodes and resizes the images. Resizing tensors would differ by one grey level, which
-    changes the third digit of logits.
+    Images are decoded and resized with Pillow. Resizing tensors would change pixels by one grey
+    level, and thereby logits in the third digit.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
             both sides to `resize` and crops the centre; "ten_crop" resizes the short side to
-            `resize` and crops the corners and the centre, and the same from the mirrored image.
-        resize: size after resizing, in pixels.
-        crop: side of the crop, in pixels.
-        interpolation: "bilinear" or "bicubic".
+            `resize` and crops the four corners and the centre of the image and of its mirror image.
+        resize: Side length after resizing, in pixels.
+        crop: Side length of the crop, in pixels.
+        interpolation: Interpolation mode, "bilinear" or "bicubic".
     """
 
     mode: str = "short_side"
@@ -151,22 +151,23 @@ class EvalTransform:
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
             raise UserError(
-                f"cannot evaluate with mode={self.mode!r}, resize={self.resize}, crop={self.crop}; "
-                f"expected a mode of {', '.join(EVAL_MODES)} and a crop no larger than resize."
+                f"Invalid evaluation transform: mode={self.mode!r}, resize={self.resize}, "
+                f"crop={self.crop}; expected one of the modes {', '.join(EVAL_MODES)} and a crop "
+                "no larger than resize."
             )
         _interpolation(self.interpolation)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of the output for one sample."""
+        """Output shape for one sample."""
         shape = (3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
-        """Return uint8 RGB `(3, crop, crop)`, or `(10, 3, crop, crop)` for mode "ten_crop".
+        """Return the crop, uint8 RGB `(3, crop, crop)`; `(10, 3, crop, crop)` for mode "ten_crop".
 
         Raises:
-            BrokenImageError: the image cannot be decoded.
+            BrokenImageError: If the image cannot be decoded.
         """
         size = [self.resize] * (2 if self.mode == "squash" else 1)
         image = F.resize(decode_exact(data), size, interpolation=_interpolation(self.interpolation))
@@ -177,11 +178,11 @@ class EvalTransform:
 
 
 def put(image: Tensor, place: Tensor) -> None:
-    """Copy an image, `image`, into its slice of a batch, `place`."""
+    """Copy an image into `place`, its slice of a batch."""
     alike = (image.shape, image.dtype) == (place.shape, place.dtype)
     if alike and image.ndim == 3 and image.stride(0) == 1:
-        # The channels are interleaved; OpenCV separates them eight times as fast as PyTorch. It
-        # fills the output arrays only if their shape and type match.
+        # OpenCV splits interleaved channels eight times as fast as PyTorch. It writes to the given
+        # arrays only if their shape and dtype match.
         cv2.split(image.permute(1, 2, 0).numpy(), list(place.numpy()))
     else:
         place.copy_(image)
@@ -191,4 +192,4 @@ def _interpolation(name: str) -> InterpolationMode:
     try:
         return {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}[name]
     except KeyError:
-        raise UserError(f"unknown interpolation {name!r}; expected bilinear or bicubic.") from None
+        raise UserError(f"Unknown interpolation {name!r}; expected bilinear or bicubic.") from None

@@ -1,4 +1,4 @@
-"""A small classification data set, cut out of the shapes data set; it needs no download."""
+"""Small classification data set of crops from the shapes data set; it requires no download."""
 
 import json
 import logging
@@ -11,25 +11,25 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Images per class. Smoke tests need no more.
+# Number of images per class. Smoke tests do not need more.
 PER_CLASS = 6
 
 
 def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Path:
-    """Crop the objects of the shapes data set into a folder with one folder per class.
+    """Write object crops from the shapes data set to a folder with one folder per class.
 
     The output folder is created atomically. An existing folder is kept unchanged.
 
     Args:
-        shapes: folder of the shapes data set.
-        output_dir: folder to create.
-        split: split of the shapes data set.
+        shapes: Folder of the shapes data set.
+        output_dir: Folder to create.
+        split: Split of the shapes data set.
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: If an image cannot be read or the folder cannot be written.
     """
     if output_dir.exists():
         logger.info("%s already exists", output_dir)
@@ -49,13 +49,15 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                     image = cv2.imread(str(path))
                     if image is None:
                         raise UserError(
-                            f"cannot read {path}: it is missing or not an image. Delete {shapes} "
-                            "and run `python datasets/prepare_shapes.py` to draw it again."
+                            f"Cannot read {path}: it is missing or not an image. Delete {shapes} "
+                            "and run `python datasets/prepare_shapes.py` to render it again."
                         )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]
                     cv2.imwrite(str(built / name / f"{annotation['id']:06d}.jpg"), cut)
             built.replace(output_dir)
     except OSError as error:
-        raise UserError(f"cannot write {output_dir}: {error}. Choose another folder.") from error
+        raise UserError(
+            f"Cannot write {output_dir}: {error}. Choose a different folder."
+        ) from error
     return output_dir

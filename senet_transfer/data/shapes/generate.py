@@ -1,8 +1,9 @@
 """The shapes data set: a small detection data set that is rendered rather than downloaded.
 
-It consists of a few hundred images of coloured shapes on textured backgrounds, in COCO format. The
-shapes occlude each other, extend beyond the image and vary in size, so that the task requires a
-real detector. They have enough contrast for a small detector to be trained from scratch on a CPU.
+It consists of a few hundred images of coloured shapes on textured backgrounds, with annotations in
+COCO format. The shapes occlude each other, extend beyond the image and vary in size, so that the
+task requires a real detector. They have enough contrast for a small detector to be trained from
+scratch on a CPU.
 """
 
 import json
@@ -22,7 +23,7 @@ __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "rende
 
 TINY_IMAGES = 8
 
-# Increased whenever the images or annotations for a given seed change, so that a data set written
+# Incremented whenever the images or annotations for a given seed change, so that a data set written
 # by an older release is not mistaken for a current one.
 VERSION = 2
 
@@ -42,27 +43,27 @@ def make_shapes(
 ) -> Path:
     """Render the data set to a folder, unless the folder already contains it.
 
-    The folder is created atomically, so an interrupted run leaves none behind. It contains the
-    images `{train,val,tiny}/000001.jpg` and so on, `annotations/instances_{train,val,tiny}.json` in
-    COCO format, and the settings in `shapes.json`.
+    The folder is created atomically, so an interrupted run leaves no incomplete folder behind. It
+    contains the images `{train,val,tiny}/000001.jpg` and so on,
+    `annotations/instances_{train,val,tiny}.json` in COCO format, and the settings, `shapes.json`.
 
     Args:
-        output_dir: folder to create. An existing folder must be empty or contain this data set.
-        seed: random seed, 0 or more.
-        train: number of training images.
-        val: number of validation images.
-        quiet: show no progress bar.
+        output_dir: Folder to create. An existing folder must be empty or contain this data set.
+        seed: Random seed, 0 or more.
+        train: Number of training images.
+        val: Number of validation images.
+        quiet: Do not show a progress bar.
 
     Returns:
         `output_dir` as a path.
 
     Raises:
-        UserError: the folder contains something else or cannot be written, or a number is out of
-            range. An existing folder is not changed.
+        UserError: If the folder contains anything else or cannot be written, or a number is out of
+            range. An existing folder is not changed in this case.
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
-    # Resolved so that a symbolic link to a folder on another disk is kept.
+    # Resolved so that a symbolic link to a folder on a different disk is kept.
     target = output_dir.resolve()
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:
@@ -76,18 +77,18 @@ def make_shapes(
             _move(built, target, settings)
     except OSError as error:
         raise UserError(
-            f"cannot write the shapes data set to {output_dir}: {error}. Expected a writable "
-            "location with some megabytes of free space. Free space or choose another folder."
+            f"Cannot write the shapes data set to {output_dir}: {error}. Expected a writable "
+            "location with a few megabytes of free space. Free space or choose a different folder."
         ) from error
-    logger.info("wrote the shapes data set to %s (%s)", output_dir, _listed(settings))
+    logger.info("Wrote the shapes data set to %s (%s)", output_dir, _listed(settings))
     return output_dir
 
 
 def _check_numbers(seed: int, train: int, val: int) -> None:
     if seed < 0 or train < 1 or val < 1:
         raise UserError(
-            f"cannot create a shapes data set with seed={seed}, train={train}, val={val}; expected "
-            "a seed of 0 or more and at least 1 image in each split. Correct the number."
+            f"Cannot create a shapes data set with seed={seed}, train={train}, val={val}; "
+            "expected a seed of 0 or more and at least 1 image per split. Correct the value."
         )
 
 
@@ -99,7 +100,7 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
     """Return True if the folder contains the data set, False if it is empty or does not exist.
 
     Raises:
-        UserError: the folder contains anything else.
+        UserError: If the folder contains anything else.
     """
     if not target.exists():
         return False
@@ -112,14 +113,14 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
         if found is None:
             return True
     raise UserError(
-        f"{target} already exists and is {found}; expected no folder, an empty one or the shapes "
-        f"data set with {_listed(settings)}. Move it or choose another folder. Nothing was "
-        "changed."
+        f"{target} already exists and is {found}; expected no folder, an empty folder or the "
+        f"shapes data set with {_listed(settings)}. Move it or choose a different folder. Nothing "
+        "was changed."
     )
 
 
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
-    """Describe how a non-empty folder differs from the data set; return None if it doesn't."""
+    """Describe how a non-empty folder differs from the data set; return None if it does not."""
     try:
         found = json.loads((target / "shapes.json").read_text())
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def _difference(target: Path, settings: dict[str, int]) -> str | None:
         return f"a folder with an unreadable shapes.json ({error})"
     if found != settings:
         listed = _listed(found) if isinstance(found, dict) else repr(found)
-        return f"a data set with other settings ({listed})"
+        return f"a data set with different settings ({listed})"
     for split in SHAPE_SPLITS:
         images = len(list(target.glob(f"{split}/*.jpg")))
         if images != settings[split]:
@@ -211,7 +212,7 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
     """Return polygons, [x0, y0, x1, y1, ...] in pixels, that cover a mask (H, W).
 
     OpenCV's contour runs through the centres of the outermost pixels, half a pixel inside the
-    mask's edge. Tracing an enlarged mask reduces this to an eighth of a pixel.
+    mask's edge. Tracing an enlarged mask reduces this offset to an eighth of a pixel.
     """
     scale = CONTOUR_SCALE
     enlarged = cv2.resize(
@@ -220,7 +221,8 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
     contours, tree = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     for contour, (_, _, _, parent) in zip(contours, tree[0] if contours else [], strict=True):
         if parent != -1:
-            # COCO polygons have no holes. Cutting the mask in two through the hole removes it.
+            # COCO polygons cannot have holes. Cutting the mask in two through a hole removes the
+            # hole.
             cut = int(contour[:, 0, 0].mean()) // scale
             left, right = mask.copy(), mask.copy()
             left[:, cut:] = False

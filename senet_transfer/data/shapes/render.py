@@ -1,4 +1,4 @@
-"""Rendering of the shapes data set, with the mask and the visible fraction of each shape."""
+"""Rendering of the shapes data set, including the mask and visible fraction of each shape."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ SHAPE_SPLITS = ("train", "val", "tiny")
 IMAGE_SIDES = (128, 192)  # pixels, inclusive
 SHAPE_SIZES = (16.0, 96.0)  # pixels, the longer side of the complete shape's bounding box
 MAX_SHAPES = 6
-# Largest rotation in degrees, in either direction. With arbitrary rotations a small detector would
-# need more iterations than a demo of a few minutes has.
+# Maximum rotation in degrees, in either direction. With arbitrary rotations, a small detector would
+# need more iterations than fit into a demo of a few minutes.
 MAX_TURN = 20.0
 
-# A shape with a smaller visible fraction is not annotated: mostly a straight or round edge remains,
-# which shows neither its class nor its extent.
+# Shapes with a smaller visible fraction are not annotated, because usually only a straight or round
+# edge remains, which shows neither the class nor the extent.
 MIN_VISIBLE = 0.25
-# A shape is placed so that at least this fraction of every shape below it stays visible, if one of
-# PLACEMENT_TRIES positions allows it. Heavily occluded images are of little use for training.
+# A shape is placed so that at least this fraction of every shape below it remains visible, if one
+# of PLACEMENT_TRIES positions allows it. Heavily occluded images are of little use for training.
 COMFORTABLE_VISIBLE = 0.5
-# Fraction of shapes that are placed on top of another one, if one of PLACEMENT_TRIES positions
+# Fraction of shapes that are placed on top of another shape, if one of PLACEMENT_TRIES positions
 # allows it. Few shapes would overlap by chance.
 OVERLAPPING = 0.5
 PLACEMENT_TRIES = 4
@@ -32,13 +32,13 @@ OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One annotated shape of an image.
+    """Annotated shape in an image.
 
     Attributes:
-        category: one of `SHAPE_CLASSES`.
-        mask: the visible pixels of the shape, bool (H, W).
-        visible: fraction of the complete shape that `mask` covers, 0-1. Parts that are occluded by
-            other shapes or outside the image are not visible.
+        category: Class name, one of `SHAPE_CLASSES`.
+        mask: Visible pixels of the shape, bool (H, W).
+        visible: Visible fraction of the complete shape, 0-1. Parts that are occluded by other
+            shapes or outside the image are not visible.
     """
 
     category: str
@@ -48,7 +48,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One shape at its position, without the occlusion by shapes above it."""
+    """Shape at its position in the image, regardless of occlusion by shapes above it."""
 
     category: str
     coverage: np.ndarray  # float32 (H, W), 0-1, antialiased
@@ -65,18 +65,18 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
     The image depends only on the three arguments, not on the size of the data set.
 
     Args:
-        seed: seed of the data set, 0 or more.
-        split: one of `SHAPE_SPLITS`.
-        index: number of the image in its split, from 1. It is also the image's COCO id and file
-            name.
+        seed: Random seed of the data set, 0 or more.
+        split: One of `SHAPE_SPLITS`.
+        index: Number of the image in its split, starting at 1. It is also the image's COCO id and
+            file name.
 
     Returns:
-        The image, RGB uint8 (H, W, 3), and its annotated shapes from bottom to top, at least one.
+        The image, RGB uint8 (H, W, 3), and its annotated shapes (at least one) from bottom to top.
     """
     rng = np.random.default_rng([seed, SHAPE_SPLITS.index(split), index])
     height, width = (int(side) for side in rng.integers(*IMAGE_SIDES, size=2, endpoint=True))
     categories = list(rng.choice(SHAPE_CLASSES, size=rng.integers(1, MAX_SHAPES, endpoint=True)))
-    # The topmost shape is never occluded, so this makes even the tiny split contain every class.
+    # The topmost shape is never occluded, so even the tiny split contains every class.
     categories[-1] = SHAPE_CLASSES[index % len(SHAPE_CLASSES)]
 
     image, colours = _background(rng, height, width)
@@ -98,7 +98,7 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
 def _background(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return a textured image, float32 (H, W, 3), and the two muted colours it consists of."""
+    """Return a textured image, float32 (H, W, 3), and its two muted colours."""
     base = _from_hsv(rng.uniform(0, 360), rng.uniform(0.05, 0.35), rng.uniform(0.3, 0.85))
     other = np.clip(base * rng.uniform(0.65, 0.85) + rng.uniform(-12, 12, 3), 0, 255)
 
@@ -118,7 +118,7 @@ def _background(
 
 
 def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return smooth noise of several scales, float32 (H, W), 0-1."""
+    """Return smooth noise at several scales, float32 (H, W), 0-1."""
     noise = np.zeros((height, width), np.float32)
     for cells in (3, 6, 12, 48):
         grid = rng.random((cells, cells), dtype=np.float32) / math.sqrt(cells)
@@ -127,13 +127,13 @@ def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Return an RGB colour, float32 (3,), 0-255. Hue is in degrees, the other arguments 0-1."""
+    """Convert hue (degrees), saturation and value (0-1) to an RGB colour, float32 (3,), 0-255."""
     pixel = np.array([[[hue, saturation, value]]], np.float32)
     return cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
 
 
 def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """Draw several vivid RGB colours and return the one most different from the colours in use."""
+    """Return the one of several random vivid RGB colours that differs most from those in use."""
     candidates = [
         _from_hsv(rng.uniform(0, 360), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0))
         for _ in range(8)
@@ -148,7 +148,7 @@ def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np
 
 
 def _outline(category: str) -> np.ndarray:
-    """Return the upright outline of a class, centred on the origin, float64 (points, 2)."""
+    """Return a class's upright outline, centred on the origin, float64 (points, 2)."""
     if category == "cross":
         arm = np.array([[1, -0.34], [1, 0.34], [0.34, 0.34]])
         turn = np.array([[0, 1], [-1, 0]])
@@ -166,7 +166,7 @@ def _outline(category: str) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, category: str, height: int, width: int) -> _Layer:
-    """Draw the size, proportions, rotation and position of a shape."""
+    """Place a shape with random size, proportions, rotation and position."""
     points = _outline(category) * (1, rng.uniform(0.85, 1.0))
     angle = math.radians(rng.uniform(-MAX_TURN, MAX_TURN))
     cos, sin = math.cos(angle), math.sin(angle)
@@ -174,7 +174,7 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
     # Log-uniform: as many shapes from 16 to 32 pixels as from 32 to 64.
     size = math.exp(rng.uniform(*np.log(SHAPE_SIZES)))
     points *= size / np.ptp(points, axis=0).max()
-    # A shape may extend beyond the image by a part of its size, as objects in photographs do.
+    # Shapes may extend beyond the image by a fraction of their size, like objects in photographs.
     margin = 0.4 * size
     points += rng.uniform((margin, margin), (width - margin, height - margin))
 
@@ -189,7 +189,7 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
 def _arrange(
     rng: np.random.Generator, categories: list[str], height: int, width: int
 ) -> list[_Layer]:
-    """Place shapes on top of each other, from bottom to top."""
+    """Place shapes one after the other, from bottom to top."""
     layers: list[_Layer] = []
     for category in categories:
         overlap = rng.random() < OVERLAPPING

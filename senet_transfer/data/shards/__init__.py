@@ -1,1 +1,1 @@
-"""Tar shards: writing, reading and verifying them, locally or remotely."""
+"""Tar shards: writing, verification, and reading from local or remote storage."""

@@ -1,7 +1,7 @@
-"""Local cache of remote shards.
+"""Local cache for remote shards.
 
-The name of a copy depends on the address and the SHA-256 checksum of its shard, so a shard that was
-prepared again does not use an outdated copy. Copies are verified and written atomically.
+The file name of a copy depends on the shard's address and SHA-256 checksum, so no outdated copy is
+used after a shard has been prepared again. Copies are verified and written atomically.
 """
 
 import fcntl
@@ -23,21 +23,21 @@ class ShardCache:
     def __init__(self, folder: str | Path):
         """
         Args:
-            folder: folder of the copies, created if it does not exist. It grows to the size of the
-                data that is read and is never cleaned up. It can be deleted between runs.
+            folder: Folder for the copies, created if it does not exist. It grows to the size of the
+                data that is read and is never cleaned up, but can be deleted between runs.
         """
         self.folder = Path(folder)
 
     def path(self, url: str, shard: Shard) -> Path:
-        """Return the path of the local copy of a shard, which may not exist yet."""
+        """Return the path of a shard's local copy, which may not exist yet."""
         place = hashlib.sha256(f"{url}\n{shard.sha256}".encode()).hexdigest()[:24]
         return self.folder / f"{place}-{shard.name}"
 
     def fetch(self, url: str, shard: Shard, storage: RemoteOptions) -> Path:
-        """Return the path of the local copy of a shard, and create the copy if necessary.
+        """Return the path of a shard's local copy, and create the copy if necessary.
 
         Raises:
-            UserError: the shard cannot be read or written, or does not match the manifest.
+            UserError: If the shard cannot be read or written, or does not match the manifest.
         """
         path = self.path(url, shard)
         if self._is_present(path, shard):
@@ -45,24 +45,24 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
-                # Only one worker of this machine copies the shard; the others wait.
+                # Only one worker on this machine copies the shard; the others wait.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self._is_present(path, shard):
                     self._copy(url, shard, storage, path)
         except OSError as error:
             raise UserError(
-                f"cannot keep a copy of {url} in {self.folder}: {error}. Expected a writable "
-                f"folder with {shard.bytes / 1e6:.0f} MB of free space. Free space, choose another "
+                f"Cannot cache {url} in {self.folder}: {error}. Expected a writable folder with "
+                f"{shard.bytes / 1e6:.0f} MB of free space. Free space, choose a different "
                 "folder, or read without a cache."
             ) from error
         return path
 
     def _is_present(self, path: Path, shard: Shard) -> bool:
-        # The content was verified when it was copied; the size detects a later truncation.
+        # The content was verified when it was copied. Comparing the size detects later truncation.
         return path.is_file() and path.stat().st_size == shard.bytes
 
     def _copy(self, url: str, shard: Shard, storage: RemoteOptions, path: Path) -> None:
-        logger.info("copying %s (%.0f MB) to %s", url, shard.bytes / 1e6, path)
+        logger.info("Copying %s (%.0f MB) to %s", url, shard.bytes / 1e6, path)
         digest = hashlib.sha256()
         with atomic_file(path) as target, open_stream(url, storage, shard.bytes) as source:
             while data := source.read(1 << 20):
@@ -70,6 +70,6 @@ class ShardCache:
                 target.write(data)
             if digest.hexdigest() != shard.sha256:
                 raise UserError(
-                    f"{url} has sha256 {digest.hexdigest()}; its manifest has {shard.sha256}. "
-                    "The shard was damaged or replaced. Upload it again."
+                    f"{url} has SHA-256 {digest.hexdigest()}; expected {shard.sha256} as in its "
+                    "manifest. The shard was damaged or replaced. Upload it again."
                 )

@@ -1,7 +1,7 @@
-"""The manifest of a folder of shards: its classes, shards and sample counts.
+"""Manifest of a shard folder: classes, shards and sample counts.
 
-A tar file that was truncated between two members can be read without an error. Missing samples are
-detected by comparing their number with the manifest.
+A tar file that is truncated between two members can be read without an error. Missing samples are
+therefore detected by comparing the sample count with the manifest.
 """
 
 import io
@@ -23,14 +23,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file.
+    """Manifest entry of a shard, which is one tar file.
 
     Attributes:
-        name: name of the file, in the folder of the manifest.
-        samples: number of images.
-        bytes: size of the file in bytes.
+        name: File name in the manifest's folder.
+        samples: Number of images.
+        bytes: File size in bytes.
         sha256: SHA-256 checksum of the file, in hexadecimal.
-        class_counts: number of images by label; labels without images are left out.
+        class_counts: Number of images per label; labels without images are left out.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        """Name of the shard's index file, an array with offset, size and label of each image."""
+        """Name of the shard's index file, an array with each image's offset, size and label."""
         return self.name.removesuffix(".tar") + ".index.npy"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a folder of shards.
+    """Contents of a shard folder.
 
     Attributes:
-        classes: names of the classes, indexed by label.
-        shards: the shards in order.
-        split: name of the split, such as `val` or `train_standard`.
-        seed: seed of the global shuffle.
-        plan: hash of everything that determines the bytes of the shards. Equal plans result in
-            equal shards.
-        skipped: broken images that were left out, with the reason.
+        classes: Class names, indexed by label.
+        shards: Shards in order.
+        split: Split name, such as `val` or `train_standard`.
+        seed: Random seed of the global shuffle.
+        plan: Hash of everything that determines the bytes of the shards. Equal plans produce
+            identical shards.
+        skipped: Broken images that were left out, with reasons.
     """
 
     classes: list[str]
@@ -77,7 +77,7 @@ class Manifest:
         return len(self.classes)
 
     def save(self, folder: Path) -> None:
-        """Write the manifest into a folder, atomically."""
+        """Write the manifest to a folder atomically."""
         write_json(
             folder / MANIFEST,
             {"format": FORMAT, "version": VERSION, "samples": self.samples} | asdict(self),
@@ -87,25 +87,25 @@ class Manifest:
 
 
 def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
-    """Read and check the manifest of a folder of shards.
+    """Load and validate the manifest of a shard folder.
 
     Args:
-        base: path or address of the folder.
-        storage: options for reading remote files.
+        base: Path or address of the folder.
+        storage: Options for reading remote files.
 
     Raises:
-        UserError: the manifest is missing, damaged or inconsistent.
+        UserError: If the manifest is missing, damaged or inconsistent.
     """
     where = join(base, MANIFEST)
     try:
         content = json.loads(read_bytes(where, storage or RemoteOptions()))
     except ValueError as error:
-        raise UserError(f"{where} is not readable JSON: {error}. Prepare the data again.") from None
+        raise UserError(f"{where} is not valid JSON: {error}. Prepare the data again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
-            f"{where} is not a manifest of this project's shards; expected the "
-            f'entry "format": "{FORMAT}". Prepare the data with '
-            "datasets/prepare_places365.py or prepare_folder.py."
+            f'{where} is not a shard manifest of this project; expected the entry "format": '
+            f'"{FORMAT}". Prepare the data with datasets/prepare_places365.py or '
+            "prepare_folder.py."
         )
     if content.get("version") != VERSION:
         raise UserError(
@@ -123,7 +123,7 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
 
 
 def parse_shard(entry: dict[str, Any]) -> Shard:
-    """Return the shard that a JSON object describes."""
+    """Create a shard's manifest entry from its JSON object."""
     counts = {int(label): int(count) for label, count in entry["class_counts"].items()}
     return Shard(
         str(entry["name"]),
@@ -135,10 +135,10 @@ def parse_shard(entry: dict[str, Any]) -> Shard:
 
 
 def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
-    """Return the index of a shard, int64 (N, 3) with offset, size and label of each image.
+    """Parse a shard's index, int64 (N, 3) with each image's offset, size and label.
 
     Raises:
-        UserError: the index is damaged, or belongs to another shard.
+        UserError: If the index is damaged or belongs to a different shard.
     """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
@@ -146,8 +146,8 @@ def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
         raise UserError(f"{where} is damaged: {error}. Prepare the data again.") from None
     if index.dtype != np.int64 or index.shape != (shard.samples, 3):
         raise UserError(
-            f"{where} has shape {index.shape} and type {index.dtype}; expected "
-            f"({shard.samples}, 3) and int64. It belongs to other shards. Prepare the data again."
+            f"{where} has shape {index.shape} and type {index.dtype}; expected ({shard.samples}, "
+            "3) and int64. It belongs to a different shard. Prepare the data again."
         )
     return index
 
@@ -170,11 +170,11 @@ def _check(manifest: Manifest, content: dict[str, Any], base: str, where: str) -
         if sum(shard.class_counts.values()) != shard.samples or outside or shard.samples < 1:
             raise UserError(
                 f"{where} is inconsistent: {shard.name} has {shard.samples} samples, "
-                f"{sum(shard.class_counts.values())} labels and the invalid labels {outside[:5]}. "
-                "Prepare the data again."
+                f"{sum(shard.class_counts.values())} labels and the invalid labels {outside[:5]}; "
+                "expected one valid label per sample. Prepare the data again."
             )
     if not manifest.shards or manifest.samples != content["samples"]:
         raise UserError(
             f"{where} states {content['samples']} samples, but its {len(manifest.shards)} shards "
-            f"have {manifest.samples} in total. Prepare the data again."
+            f"contain {manifest.samples} in total. Prepare the data again."
         )

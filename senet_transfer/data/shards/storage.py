@@ -1,4 +1,4 @@
-"""Reading of local files, http(s) and object stores.
+"""Reading from local files, HTTP(S) servers and object stores.
 
 Every path or address of shard data is checked by `check_scheme`, which rejects schemes that run
 commands, such as `pipe:` in webdataset.
@@ -19,7 +19,7 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# A single letter before the colon is a drive, not a scheme.
+# A single letter before the colon is a drive letter, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,11 @@ class RemoteOptions:
     """Options for reading remote files.
 
     Attributes:
-        options: arguments of the fsspec file system, such as `{"anon": True}` for a public bucket.
-        retries: number of retries after a failed read.
-        backoff: seconds before the first retry; doubled for each further one, up to a minute.
-        timeout: seconds without an http(s) response after which a read fails.
+        options: Arguments for the fsspec file system, such as `{"anon": True}` for a public bucket.
+        retries: Number of retries after a failed read.
+        backoff: Delay before the first retry in seconds; doubled for each further retry, up to a
+            minute.
+        timeout: Time in seconds after which a read without an HTTP(S) response fails.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ def check_scheme(url: str) -> str | None:
     """Return the scheme of an address, or None for a local path.
 
     Raises:
-        UserError: the scheme is not allowed, such as `pipe:`.
+        UserError: If the scheme is not allowed, such as `pipe:`.
     """
     match = _SCHEME.match(url)
     if match is None or match[1].lower() == "file":
@@ -54,9 +55,9 @@ def check_scheme(url: str) -> str | None:
     scheme = match[1].lower()
     if scheme not in REMOTE_SCHEMES:
         raise UserError(
-            f"cannot read {url!r}: it has the scheme {scheme}:; expected a local path or one of "
-            f"{', '.join(REMOTE_SCHEMES)}. Addresses that run a command are never opened. Copy "
-            "the data to a supported location."
+            f"Cannot read {url!r}: the scheme '{scheme}:' is not supported; expected a local path "
+            f"or one of {', '.join(REMOTE_SCHEMES)}. Addresses that run a command are never "
+            "opened. Copy the data to a supported location."
         )
     return scheme
 
@@ -65,7 +66,7 @@ def is_remote(url: str) -> bool:
     """Return True for a remote address and False for a local path.
 
     Raises:
-        UserError: the scheme is not allowed.
+        UserError: If the scheme is not allowed.
     """
     return check_scheme(url) is not None
 
@@ -79,13 +80,13 @@ def join(base: str, name: str) -> str:
     """Return the address of a file in a folder.
 
     Raises:
-        UserError: `name`, which is read from a manifest, is not a plain file name.
+        UserError: If `name`, which comes from a manifest, is not a plain file name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(
-            f"the manifest of {base} lists a file {name!r}; expected a plain name of letters, "
-            "digits and .-_ . The manifest was not written by this project, or was tampered with. "
-            "Prepare the data again."
+            f"The manifest of {base} lists the file {name!r}; expected a plain name that consists "
+            "of letters, digits, '.', '-' and '_'. The manifest was not written by this project, "
+            "or was tampered with. Prepare the data again."
         )
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(local_path(base) / name)
 
@@ -93,22 +94,22 @@ def join(base: str, name: str) -> str:
 def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> BinaryIO:
     """Open a file for sequential reading.
 
-    After a broken connection, reading of a remote file is resumed at the same byte.
+    After a broken connection, reading a remote file is resumed at the same byte.
 
     Args:
-        url: a local path or an address.
-        storage: options for reading remote files.
-        size: size of the file in bytes, if known. An earlier end of the stream is treated as a
-            broken connection.
+        url: Local path or remote address.
+        storage: Options for reading remote files.
+        size: File size in bytes, if known. If the stream ends earlier, this is treated as a broken
+            connection.
 
     Raises:
-        UserError: the file does not exist, or its scheme is not allowed.
+        UserError: If the file does not exist, or its scheme is not allowed.
     """
     if not is_remote(url):
         try:
             return open(local_path(url), "rb")
         except OSError as error:
-            raise UserError(f"cannot open {url}: {error}. Check the path.") from error
+            raise UserError(f"Cannot open {url}: {error}. Check the path.") from error
     return io.BufferedReader(ResumingReader(url, storage, size), buffer_size=1 << 20)
 
 
@@ -119,10 +120,10 @@ def read_bytes(url: str, storage: RemoteOptions) -> bytes:
 
 
 def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> bytes:
-    """Read `size` bytes at `offset`.
+    """Read `size` bytes starting at `offset`.
 
     Raises:
-        UserError: the file cannot be read, or is too short.
+        UserError: If the file cannot be read or is too short.
     """
     if not is_remote(url):
         with open_stream(url, storage) as stream:
@@ -134,8 +135,8 @@ def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> byte
             data = stream.read(size)
     if len(data) != size:
         raise UserError(
-            f"{url} ends at byte {offset + len(data)}; expected at least {offset + size}. It is "
-            "not the file that was indexed. Copy it again."
+            f"{url} ends at byte {offset + len(data)}; expected at least {offset + size}. The "
+            "file does not match its index. Copy it again."
         )
     return data
 
@@ -144,7 +145,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     """Return the fsspec file system for an address.
 
     Raises:
-        UserError: the package that implements its scheme is not installed.
+        UserError: If the package that implements the address's scheme is not installed.
     """
     scheme = check_scheme(url) or "file"
     try:
@@ -160,21 +161,21 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
         raise UserError(
-            f"cannot read {url}: {error}. Reading {scheme}: addresses requires another package: "
-            f"pip install {package.get(scheme, 'aiohttp')}"
+            f"Cannot read {url}: {error}. Addresses with the scheme {scheme} require an "
+            f"additional package. Install it with pip install {package.get(scheme, 'aiohttp')}"
         ) from error
 
 
 class ResumingReader(io.RawIOBase):
-    """A sequentially read remote file, reopened at the same byte after a broken connection."""
+    """Sequential remote file reader that resumes at the same byte after a broken connection."""
 
     def __init__(self, url: str, storage: RemoteOptions, size: int | None = None, start: int = 0):
         """
         Args:
-            url: address of the file.
-            storage: options for reading remote files.
-            size: size of the complete file in bytes; None if unknown.
-            start: offset of the first byte to read.
+            url: Address of the file.
+            storage: Options for reading remote files.
+            size: Size of the complete file in bytes; None if unknown.
+            start: Offset of the first byte to read.
         """
         self.url = url
         self.storage = storage
@@ -211,7 +212,7 @@ class ResumingReader(io.RawIOBase):
                     raise UserError(f"{self.url} does not exist. Check the address.") from error
                 if _is_denied(error):
                     raise UserError(
-                        f"access to {self.url} was denied: {type(error).__name__}: {error}. "
+                        f"Access to {self.url} was denied: {type(error).__name__}: {error}. "
                         "Provide credentials, or use anonymous access for public data."
                     ) from error
                 self._drop()
@@ -219,14 +220,14 @@ class ResumingReader(io.RawIOBase):
             if attempt < self.storage.retries:
                 delay = min(self.storage.backoff * 2**attempt, 60.0)
                 logger.warning(
-                    "reading %s failed at byte %d (%s: %s); retrying in %.1f s",
+                    "Reading %s failed at byte %d (%s: %s); retrying in %.1f s",
                     *(self.url, self.position, type(failure).__name__, failure, delay),
                 )
                 time.sleep(delay)
         raise UserError(
-            f"cannot read {self.url} beyond byte {self.position}: "
-            f"{type(failure).__name__}: {failure}, after {self.storage.retries} retries. Check "
-            "that the server is up and reachable. Training can be resumed from its last checkpoint."
+            f"Cannot read {self.url} beyond byte {self.position} after {self.storage.retries} "
+            f"retries: {type(failure).__name__}: {failure}. Check that the server is up and "
+            "reachable. Training can be resumed from its last checkpoint."
         ) from failure
 
     def _read(self, wanted: int) -> bytes:
@@ -244,7 +245,8 @@ class ResumingReader(io.RawIOBase):
             file.seek(self.position)
             return file
         if self.position:
-            # Some servers do not support ranges. fsspec then raises ValueError at the first read.
+            # Some servers do not support range requests. fsspec then raises ValueError on the first
+            # read.
             with contextlib.suppress(ValueError):
                 file = system.open(self.url, "rb", block_size=1 << 22, size=self.size)
                 file.seek(self.position)
@@ -256,7 +258,7 @@ class ResumingReader(io.RawIOBase):
         while remaining:
             data = file.read(min(remaining, 1 << 20))
             if not data:
-                raise ConnectionError("the stream ended before the byte at which to resume")
+                raise ConnectionError("the stream ended before the position from which to resume")
             remaining -= len(data)
         return file
 
@@ -278,7 +280,7 @@ def _is_absent(error: BaseException) -> bool:
 
 
 def _is_denied(error: BaseException) -> bool:
-    """Return True for a failed authentication or authorization, which is not worth retrying."""
+    """Return True for an authentication or authorization error, which is not worth retrying."""
     # Checked by name because botocore may not be installed.
     unknown = "Credentials" in type(error).__name__
     return (

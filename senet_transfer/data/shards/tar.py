@@ -1,9 +1,9 @@
 """Reading and writing of tar shards with webdataset.
 
 This is the only module that imports webdataset. It uses the tar writer, the member iterator and the
-grouping of members into samples. The other parts are not used: address handling runs shell commands
-(`pipe:`), decoders execute pickles, splitters read environment variables in worker processes, and
-shuffles cannot be resumed. `storage`, `decode` and `sampling` replace them.
+grouping of members into samples. Other parts of webdataset are replaced by `storage`, `decode` and
+`sampling`: its address handling runs shell commands (`pipe:`), its decoders execute pickles, its
+splitters read environment variables in worker processes, and its shuffles cannot be resumed.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ OTHER_EXTENSIONS = ("cls", "json")
 
 
 def image_extension(data: bytes) -> str:
-    """Return the file extension for encoded image data, regardless of its original file name."""
+    """Return the file extension that matches the content of an encoded image."""
     return "png" if data.startswith(b"\x89PNG\r\n\x1a\n") else "jpg"
 
 
 class ShardWriter:
-    """Writer of tar shards whose bytes depend only on the samples."""
+    """Tar shard writer whose output depends only on the samples."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = _Hashing(stream)
@@ -41,19 +41,19 @@ class ShardWriter:
         """Append a sample: `<key>.cls` with the label, then the unchanged image data."""
         extension = image_extension(sample.data)
         label = str(sample.label).encode()
-        # Members are sorted by extension, so the image follows the label: three blocks with the
-        # label's header, the padded label and the image's header.
+        # Members are sorted by extension, so the label precedes the image. The image data follows
+        # three blocks: the label's header, the padded label and the image's header.
         offset = self._tar.tarstream.offset + 3 * tarfile.BLOCKSIZE
         self._tar.write({"__key__": sample.key, "cls": label, extension: sample.data})
         self.index.append((offset, len(sample.data), sample.label))
 
     def close(self) -> None:
-        """Write the end of the tar archive."""
+        """Write the end-of-archive marker."""
         self._tar.close()
 
     @property
     def bytes(self) -> int:
-        """Number of bytes written; the size of the file after `close`."""
+        """Number of bytes written; after `close`, this is the file size."""
         return self._stream.count
 
     @property
@@ -79,17 +79,17 @@ class _Hashing:
 def read_shard(
     stream: BinaryIO, url: str, *, samples: int, num_classes: int
 ) -> Iterator[RawSample]:
-    """Yield the samples of a shard in order, and check them.
+    """Yield a shard's samples in order, and validate them.
 
     Args:
-        stream: the tar archive, which is read sequentially.
-        url: path or address of the shard, for messages.
-        samples: expected number of samples, from the manifest.
-        num_classes: number of classes.
+        stream: Tar archive, which is read sequentially.
+        url: Path or address of the shard; used in messages.
+        samples: Expected number of samples, from the manifest.
+        num_classes: Number of classes.
 
     Raises:
-        UserError: the archive is damaged, contains another number of samples, or has a member that
-            is not the image, label or JSON of a sample.
+        UserError: If the archive is damaged, contains the wrong number of samples, or contains a
+            member that is not a sample's image, label or JSON.
     """
     count = 0
     try:
@@ -97,21 +97,22 @@ def read_shard(
             sample = _sample(group, url, num_classes)
             count += 1
             if count > samples:
-                raise _damaged(url, f"more than the {samples} samples its manifest has")
+                raise _damaged(url, f"more than the {samples} samples in its manifest")
             yield sample
     except UserError:
         raise
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise _damaged(url, f"{type(error).__name__} after {count} samples: {error}") from error
     if count != samples:
-        # tarfile reports no error for an archive truncated between members, or a damaged header.
-        raise _damaged(url, f"{count} samples, but its manifest has {samples}")
+        # tarfile raises no error for an archive that is truncated between members or has a damaged
+        # header.
+        raise _damaged(url, f"{count} samples, but its manifest lists {samples}")
 
 
 def _damaged(url: str, found: str) -> UserError:
     return UserError(
-        f"the shard {url} is damaged: found {found}. Compare its sha256 with manifest.json and "
-        "copy it again, or delete the shard and its .json and run the preparation again."
+        f"Shard {url} is damaged: found {found}. Compare its SHA-256 with manifest.json and copy "
+        "it again, or delete the shard and its .json file and run the preparation again."
     )
 
 
@@ -124,21 +125,22 @@ def _members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
 def check_member(name: str, url: str) -> None:
     """Raise a UserError for a member with an unsafe path or an unsupported extension.
 
-    This project never uses keys as paths and never unpickles members. Still, a shard with such a
-    member is malicious or meant for another program.
+    This project never uses keys as paths and never unpickles members. Nevertheless, a shard with
+    such a member is malicious or intended for a different program.
     """
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     if name.startswith("/") or ".." in folder.split("/") or not key:
         raise UserError(
-            f"the shard {url} has a member named {name!r}; expected <key>.<extension> with no "
-            "'..' and no leading '/'. Do not trust this file. Prepare the data again."
+            f"Shard {url} contains a member named {name!r}; expected <key>.<extension> without "
+            "'..' and without a leading '/'. Do not trust this file. Prepare the data again."
         )
     if extension.lower() not in IMAGE_EXTENSIONS + OTHER_EXTENSIONS:
         raise UserError(
-            f"the shard {url} has a member named {name!r}; expected one dot in the name and an "
-            f"extension of {', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and other "
-            "formats are rejected, and a dot in a key would merge samples. Write the shards again."
+            f"Shard {url} contains a member named {name!r}; expected a single dot in the name and "
+            f"one of the extensions {', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and "
+            "other formats are rejected, and a dot in a key would merge samples. Write the shards "
+            "again."
         )
 
 
@@ -148,13 +150,13 @@ def _sample(group: dict[str, Any], url: str, num_classes: int) -> RawSample:
     label = group.get("cls", b"").strip()
     if len(images) != 1 or not re.fullmatch(rb"[0-9]{1,9}", label):
         raise UserError(
-            f"the sample {key} of the shard {url} has {len(images)} images and the label "
-            f"{label[:20]!r}; expected one image and a number in {key}.cls. The shard is damaged "
-            "or was not written by this project. Prepare the data again."
+            f"Sample {key} in shard {url} has {len(images)} images and the label {label[:20]!r}; "
+            f"expected one image and a number in {key}.cls. The shard is damaged or was not "
+            "written by this project. Prepare the data again."
         )
     if int(label) >= num_classes:
         raise UserError(
-            f"the sample {key} of the shard {url} has label {int(label)}; expected 0 to "
+            f"Sample {key} in shard {url} has label {int(label)}; expected 0 to "
             f"{num_classes - 1}. The shard does not match the manifest. Prepare the data again."
         )
     return RawSample(key, int(label), images[0], url)

@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
-    """Check the SHA-256, sample count, labels and images of all shards in a local folder.
+    """Verify the checksums, sample counts, labels and images of all shards in a local folder.
 
     Args:
-        folder: folder with shards and a manifest.
-        workers: number of processes.
-        quiet: show no progress bar.
+        folder: Folder with shards and a manifest.
+        workers: Number of worker processes.
+        quiet: Do not show a progress bar.
 
     Returns:
         The number of images.
 
     Raises:
-        UserError: shards are damaged. The message lists all of them with the error.
+        UserError: If shards are damaged. The message lists each damaged shard with its error.
     """
     folder = Path(folder)
     manifest = load_manifest(str(folder))
@@ -51,7 +51,7 @@ def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
 
 
 def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
-    """Return a description of the first error in a shard, or None for a valid one."""
+    """Describe the first error in a shard; return None if the shard is valid."""
     folder, num_classes = argument
     path = folder / shard.name
     try:
@@ -59,8 +59,8 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != shard.sha256:
                 return (
-                    f"{path} has sha256 {found}; its manifest has {shard.sha256}. Delete it and "
-                    "its .json, and run the preparation again."
+                    f"{path} has SHA-256 {found}; expected {shard.sha256} as in its manifest. "
+                    "Delete the shard and its .json file, and run the preparation again."
                 )
             where = folder / shard.index_name
             index = parse_index(where.read_bytes(), shard, str(where))
@@ -79,7 +79,9 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
     except BrokenImageError as error:
         return f"{path} contains {sample.key}, which cannot be decoded: {error}. Prepare it again."
     except OSError as error:
-        return f"{path} cannot be read: {error}. Prepare it again."
+        return f"Cannot read {path}: {error}. Prepare it again."
     except UserError as error:
         return str(error)
-    return None if counts == shard.class_counts else f"{path} has other labels than its manifest."
+    return (
+        None if counts == shard.class_counts else f"The labels in {path} do not match its manifest."
+    )

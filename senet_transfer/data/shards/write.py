@@ -1,8 +1,8 @@
-"""Conversion of images to globally shuffled tar shards, reproducible and resumable.
+"""Reproducible and resumable conversion of images to globally shuffled tar shards.
 
-The contents of all shards are determined by the list, the total size of the images, the seed and
-the shard size, before anything is written. A JSON file is written for each shard once the shard is
-complete and on disk; an interrupted conversion skips shards with such a file. The manifest is
+Before anything is written, the contents of all shards are determined from the image list, the total
+size of the images, the seed and the shard size. A JSON file is written for each shard once the
+shard is complete and on disk; a resumed conversion skips shards with such a file. The manifest is
 written last.
 """
 
@@ -35,10 +35,10 @@ from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
 
-# Increased when the same images and settings result in different bytes.
+# Incremented when the same images and settings result in different bytes.
 PLAN_VERSION = 1
 
-# Number of broken images, in addition to tolerated ones, after which the conversion is aborted.
+# The conversion is aborted after this number of broken images beyond the tolerated number.
 ENOUGH_BROKEN = 1000
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The planned contents of one shard.
+    """Planned contents of one shard.
 
     Attributes:
-        name: name of the shard's file.
-        plan: hash of the plan of all shards.
-        root: folder or archive of the images.
-        names: names of the images, in order.
-        indices: indices of the images in the source's list, `(n,)`.
-        labels: labels of the images, `(n,)`.
-        sizes: sizes of the images in bytes, `(n,)`.
-        offsets: offsets of the images in the archive, `(n,)`; None for a folder.
+        name: File name of the shard.
+        plan: Hash of the plan of all shards.
+        root: Folder or archive with the images.
+        names: Image names, in order.
+        indices: Image indices in the source's list, `(n,)`.
+        labels: Image labels, `(n,)`.
+        sizes: Image sizes in bytes, `(n,)`.
+        offsets: Image offsets in the archive, `(n,)`; None for a folder.
     """
 
     name: str
@@ -80,35 +80,38 @@ def convert(
     skip_broken: int = 0,
     quiet: bool = False,
 ) -> Manifest:
-    """Write images to shards in a folder, or resume an interrupted conversion.
+    """Convert images to shards, or resume an interrupted conversion.
 
-    The folder contains `<split>-000000.tar` and so on, each with a `.json` file (its entry of the
-    manifest) and an `.index.npy` file (offset, size and label of each image), and finally
+    The output folder contains the shards `<split>-000000.tar` and so on, each with a `.json` file
+    (its manifest entry) and an `.index.npy` file (each image's offset, size and label), and finally
     `manifest.json`.
 
     Args:
-        images: the images to convert.
-        output: the output folder, created if it does not exist.
-        split: prefix of the shards' names.
-        seed: seed of the global shuffle, 0 or more.
-        shard_mb: approximate size of a shard, in 10^6 bytes.
-        workers: number of processes.
-        skip_broken: the maximum number of broken images, which are left out and recorded in the
-            manifest. More are an error.
-        quiet: show no progress bar.
+        images: Images to convert.
+        output: Output folder, created if it does not exist.
+        split: Prefix of the shard names.
+        seed: Random seed of the global shuffle, 0 or more.
+        shard_mb: Approximate size of each shard, in 10^6 bytes.
+        workers: Number of worker processes.
+        skip_broken: Maximum number of broken images to leave out and record in the manifest. A
+            larger number raises an error.
+        quiet: Do not show a progress bar.
 
     Raises:
-        UserError: images are broken, the folder contains shards of another plan, another run is
-            writing to it, the disk is full, or an argument is out of range.
+        UserError: If too many images are broken, the folder contains shards of a different plan,
+            another run is writing to it, the disk is full, or an argument is out of range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
             f"seed={seed}, shard-mb={shard_mb}, workers={workers}, skip-broken={skip_broken}; "
-            "expected no negative number, a seed below 2^32, a shard size above 0 and at least 1 "
-            "worker."
+            "expected a seed from 0 to 2^32 - 1, a shard size above 0, at least 1 worker and a "
+            "skip-broken of at least 0."
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
-        raise UserError(f"the split is {split!r}; expected a name of letters, digits, - and _.")
+        raise UserError(
+            f"The split is {split!r}; expected a name that consists of letters, digits, '-' and "
+            "'_'."
+        )
     output = Path(output)
     plans = plan_shards(images, split=split, seed=seed, shard_mb=shard_mb)
     try:
@@ -117,18 +120,18 @@ def convert(
             return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
-            f"cannot write shards to {output}: {error}. Free space or choose another folder. "
-            "Shards that are complete will be kept by the next run."
+            f"Cannot write shards to {output}: {error}. Free space or choose a different folder. "
+            "The next run will keep the complete shards."
         ) from error
 
 
 def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> list[ShardPlan]:
     """Shuffle images and divide them into shards with equal numbers of images.
 
-    The sizes of single images have no effect, so that restoring a damaged image changes only the
+    The sizes of individual images have no effect, so restoring a damaged image changes only the
     shard that contains it.
     """
-    # NumPy guarantees the random numbers of the legacy generator, not those of newer ones.
+    # NumPy guarantees stable random numbers for the legacy generator, but not for newer ones.
     order = np.random.RandomState(seed).permutation(len(images))
     blocks = -(-images.sizes // tarfile.BLOCKSIZE) + 3
     total = int(blocks.sum()) * tarfile.BLOCKSIZE
@@ -201,7 +204,7 @@ def _convert(
     _check_space(output, pending)
     done = sum(entry["samples"] for entry in entries.values())
     if entries:
-        logger.info("%s already has %d of %d shards", output, len(entries), len(plans))
+        logger.info("%s already contains %d of %d shards", output, len(entries), len(plans))
     broken = len(images.missing)
     with progress(total=len(images), initial=done, unit="image", desc=split, quiet=quiet) as bar:
         for entry, count in _written(pending, output, workers):
@@ -229,10 +232,10 @@ def _convert(
 
 
 def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """Return the content of the JSON files of all complete shards, by shard name.
+    """Return the JSON content of each complete shard by shard name.
 
     Raises:
-        UserError: the folder contains shards of another plan.
+        UserError: If the folder contains shards of a different plan.
     """
     for path in output.glob(".*.tmp"):
         path.unlink()  # left by a run that was killed; the lock excludes concurrent runs
@@ -245,16 +248,18 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path} does not belong to a shard; expected only shards in {output}. Move it, "
-                "or choose another folder."
+                "or choose a different folder."
             ) from None
         if plan != plans[0].plan:
             raise UserError(
-                f"{output} contains shards of other images or settings ({path.name}); expected an "
-                "empty folder, or shards of an interrupted run with the same list, classes, split, "
-                "seed and shard size. Choose another folder, or delete the contents of this one."
+                f"{output} contains shards of different images or settings ({path.name}); "
+                "expected an empty folder, or shards of an interrupted run with the same list, "
+                "classes, split, seed and shard size. Choose a different folder, or delete the "
+                "contents of this one."
             )
         name = entry.get("name")
-        # A shard without its broken images is written again, because they may have been restored.
+        # Shards without their broken images are written again, because the images may have been
+        # restored.
         if name in known and not entry["skipped"]:
             shard = parse_shard(entry)
             tar = output / shard.name
@@ -270,7 +275,7 @@ def _check_space(output: Path, pending: list[ShardPlan]) -> None:
     if free < needed:
         raise UserError(
             f"{output} has {free / 1e9:.1f} GB of free space; expected {needed / 1e9:.1f} GB for "
-            f"{len(pending)} shards. Free space, or choose a folder on another disk."
+            f"{len(pending)} shards. Free space, or choose a folder on a different disk."
         )
 
 
@@ -281,16 +286,16 @@ def _too_many_broken(
     with atomic_file(output / "broken.txt") as stream:
         stream.write("".join(line + "\n" for line in lines).encode())
     return UserError(
-        f"{len(skipped)} images of {root} are missing or cannot be decoded; expected at most "
-        f"{tolerated}: {first_of(lines)}. All are listed in {output / 'broken.txt'}. Restore them "
-        f"and run again, or leave them out with --skip-broken {len(skipped)}."
+        f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
+        f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. "
+        f"Restore them and run again, or leave them out with --skip-broken {len(skipped)}."
     )
 
 
 def _written(
     pending: list[ShardPlan], output: Path, workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Write shards, and yield the JSON content and number of images of each finished one."""
+    """Write shards, and yield each finished shard's JSON content and number of images."""
     if workers == 1 or len(pending) <= 1:
         for plan in pending:
             yield write_shard(plan, output), len(plan.names)
@@ -301,10 +306,10 @@ def _written(
 
 @contextlib.contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
-    """Lock the folder inside the context.
+    """Hold an exclusive lock on the folder inside the context.
 
     Raises:
-        UserError: another run has locked the folder.
+        UserError: If another run has locked the folder.
     """
     with open(output / ".lock", "w") as lock:
         for attempt in range(20):
@@ -315,7 +320,7 @@ def _only_writer(output: Path) -> Iterator[None]:
                 # The workers of a run that was just killed may hold the lock for a moment.
                 if attempt == 19:
                     raise UserError(
-                        f"another run is writing to {output}. Wait until it ends, or stop it."
+                        f"Another run is writing to {output}. Wait until it finishes, or stop it."
                     ) from None
                 time.sleep(0.25)
         yield

@@ -1,1 +1,1 @@
-"""Checkpoints of training runs: writing, finding, verifying and resuming."""
+"""Training checkpoints: saving, finding, verifying and resuming."""

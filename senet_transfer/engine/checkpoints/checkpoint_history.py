@@ -1,9 +1,9 @@
-"""List of the checkpoints that a run has written, and their verification.
+"""List of a run's checkpoints, and their verification.
 
 ``last_checkpoint`` is Detectron2's file with the name of the newest checkpoint.
-``recent_checkpoints`` lists all checkpoints that a run keeps, newest last. It is used to fall back
-to an earlier checkpoint if the newest is damaged, and to delete old ones. Both files are replaced
-atomically, after the checkpoint that they name has been written to disk.
+``recent_checkpoints`` lists all checkpoints that the run keeps, newest last. It is needed to fall
+back to an earlier checkpoint if the newest is corrupted, and to delete old checkpoints. Both files
+are replaced atomically after the new checkpoint has been written to disk.
 """
 
 import logging
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the file with the SHA-256 of ``path``, in the format of ``sha256sum``."""
+    """Return the path of the checksum file for ``path``, which is in ``sha256sum`` format."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def write_sum(path: Path) -> None:
-    """Write the SHA-256 of a file next to it."""
+    """Write the checksum file for ``path``."""
     write_text(sum_file(path), f"{file_sha256(path)}  {path.name}\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: on failure, an existing file is left unchanged."""
+    """Write a text file atomically; on failure, an existing file is left unchanged."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
@@ -43,8 +43,8 @@ def write_text(path: Path, text: str) -> None:
 def checkpoints(folder: str | Path) -> list[str]:
     """Return the names of a run's checkpoints, starting with the one to resume from.
 
-    The first name is the one in ``last_checkpoint``, which the user may have changed to an earlier
-    checkpoint. The checkpoints that were written before it follow, newest first.
+    The first name is read from ``last_checkpoint``, which the user may have changed to an earlier
+    checkpoint. It is followed by the checkpoints written before it, newest first.
     """
     tagged = _lines(folder, TAG)[:1]
     listed = [name for name in _lines(folder, HISTORY) if Path(folder, name).is_file()]
@@ -58,16 +58,16 @@ def _lines(folder: str | Path, name: str) -> list[str]:
         lines = Path(folder, name).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    # Only plain file names, without folders: the listed files are deleted when they are too old.
+    # Accept plain file names only, without folders, because the oldest listed files are deleted.
     return [line.strip() for line in lines if re.fullmatch(r"[\w.-]*\w\.pth", line.strip())]
 
 
 def record(folder: str | Path, name: str, keep: int) -> None:
-    """Register a saved checkpoint as the newest one, and delete the oldest ones.
+    """Register a saved checkpoint as the newest, and delete the oldest checkpoints.
 
     Args:
-        folder: The output folder of the run.
-        name: The file name of the checkpoint, which must exist already.
+        folder: The run's output folder.
+        name: The file name of the checkpoint, which must already exist.
         keep: The number of checkpoints to keep, or 0 to keep all. ``model_final.pth`` is never
             deleted.
     """
@@ -83,34 +83,34 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete the list of checkpoints, so that nothing can be resumed, but keep the checkpoints."""
+    """Delete the list of checkpoints, but not the checkpoints, so that nothing can be resumed."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 
 
 def sweep(folder: str | Path) -> None:
-    """Delete the temporary files of a process that was killed while writing."""
+    """Delete temporary files left by a process that was killed while writing."""
     for stem in ("model_*.pth", "model_*.pth.sha256", TAG, HISTORY, "*.yaml", "*.json", "*.txt"):
         for path in Path(folder).glob(f".{stem}.*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove an incomplete last line, without a line feed, from a text file."""
+    """Remove the last line of a text file if it is incomplete (not terminated by a newline)."""
     if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def verify_checkpoint(path: Path) -> str:
-    """Return a description of the damage to a checkpoint file, or "" if it is intact."""
+    """Return a description of the damage if a checkpoint is corrupted, or "" if it is intact."""
     if not path.is_file():
         return f"{path} does not exist"
     try:
         # Without a .sha256 file, verify the CRC-32 checksums inside the ZIP archive.
         if not verify_sha256(path, None) and (bad := zipfile.ZipFile(path).testzip()):
-            return f"{path}: its entry {bad} is damaged"
-    # zipfile raises the last two if damaged bytes look like an unsupported compression method or
-    # like encryption.
+            return f"{path}: the entry {bad} is damaged"
+    # zipfile raises the last two errors if damaged bytes look like an unsupported compression
+    # method or like encryption.
     except (UserError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         return str(error)
     return ""
@@ -119,7 +119,7 @@ def verify_checkpoint(path: Path) -> str:
 def newest_whole(folder: str | Path) -> Path:
     """Return the newest intact checkpoint that every process of the job can read.
 
-    All processes must call this function, and all get the same path.
+    All processes must call this function together; it returns the same path in all of them.
 
     Raises:
         UserError: If no checkpoint is intact.
@@ -132,10 +132,10 @@ def newest_whole(folder: str | Path) -> Path:
         if not problems:
             return path
         found.append(problems[0])
-        logger.error("Falling back to the previous checkpoint: %s", problems[0])
+        logger.error("Falling back to the previous checkpoint. %s", problems[0])
     listed = "\n".join(found)
     error = UserError(
-        f"No checkpoint in {folder} is intact, so there is nothing to resume:\n{listed}\nWrite the "
+        f"No checkpoint in {folder} is intact, so the run can't be resumed:\n{listed}\nWrite the "
         f"name of an intact checkpoint to {os.path.join(folder, TAG)}, or start a new run without "
         "--resume."
     )

@@ -1,4 +1,4 @@
-"""Checkpointer for Detectron2 that loads strictly and saves atomically."""
+"""Detectron2 checkpointer with strict loading and atomic saving."""
 
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ from senet_transfer.weights.save import model_metadata
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Checkpointer that accounts for every tensor of the model and of the file.
+    """Checkpointer that accounts for every tensor in the model and in the file.
 
-    Detectron2's own checkpointer only logs mismatches, so a file that has nothing in common with
-    the model would start training from random weights. Checkpoints store a description of their
-    network, with which they can be loaded without a config.
+    Detectron2's checkpointer only logs mismatches, so training would start from random weights if
+    a file had nothing in common with the model. Checkpoints include a description of the network,
+    which allows loading them without a config.
 
-    Checkpoints are written atomically, with their SHA-256 in a file next to them, before
-    ``last_checkpoint`` refers to them. If a checkpoint is damaged later, the run resumes from the
-    previous one.
+    Checkpoints are written atomically, with a SHA-256 file next to each, before
+    ``last_checkpoint`` is updated. If a checkpoint is later found to be corrupted, the run resumes
+    from the previous one.
 
     Attributes:
-        report: The report of the last load, or None before the first.
+        report: The report of the last load, or None before the first load.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Checkpointer(DetectionCheckpointer):
         """
         Args:
             model: The model to save and load.
-            save_dir: The output folder of the run.
-            family: The family of weight files whose tensor names fit several families
+            save_dir: The run's output folder.
+            family: The family of weight files whose tensor names match several families
                 (``MODEL.WEIGHTS_FAMILY``). It doesn't apply to the checkpoints in ``save_dir``.
-            keep: The number of newest checkpoints to keep, or 0 to keep all.
-            kwargs: Further arguments of Detectron2's ``DetectionCheckpointer``.
+            keep: The number of checkpoints to keep, or 0 to keep all. The oldest are deleted.
+            kwargs: Additional arguments for Detectron2's ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.family = family
@@ -59,11 +59,11 @@ class Checkpointer(DetectionCheckpointer):
         self._family: str | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save a checkpoint atomically, with a description of its network.
+        """Save a checkpoint atomically, with a description of the network.
 
         Args:
-            name: The file name, without its suffix ``.pth``.
-            kwargs: Further values to store, such as ``iteration``.
+            name: The file name without the suffix ``.pth``.
+            kwargs: Additional values to store, such as ``iteration``.
 
         Raises:
             UserError: If the file can't be written.
@@ -77,7 +77,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with atomic_file(path) as stream:
                 torch.save({**data, **kwargs}, stream)
-                # The checksum of the file that is replaced would make the new file look damaged.
+                # The checksum of the file being replaced would make the new file look corrupted.
                 history.sum_file(path).unlink(missing_ok=True)
             history.write_sum(path)
             self.tag_last_checkpoint(path.name)
@@ -86,12 +86,12 @@ class Checkpointer(DetectionCheckpointer):
             reason = error if isinstance(error, OSError) else error.__context__ or error
             raise UserError(
                 f"The checkpoint {path} can't be written: {reason}. Earlier checkpoints are "
-                "unchanged. Free disk space or make the folder writable, then continue with "
+                "unaffected. Free disk space or make the folder writable, then continue with "
                 "--resume."
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write the name of the newest checkpoint, and delete the oldest checkpoints."""
+        """Record the name of the newest checkpoint, and delete the oldest checkpoints."""
         history.record(self.save_dir, last_filename_basename, self.keep)
 
     def has_checkpoint(self) -> bool:
@@ -99,21 +99,21 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint; all processes of a job must call this together."""
+        """Return the newest intact checkpoint. All processes of a job must call this together."""
         return str(history.newest_whole(self.save_dir))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint, or pretrained weights.
+        """Load a checkpoint or pretrained weights.
 
         Args:
-            path: A weight file of any family, or a name in the catalogue. Nothing is loaded if it
-                is empty.
+            path: A weight file of any family, or a name in the catalogue. If empty, nothing is
+                loaded.
             checkpointables: None for a checkpoint of the same model: all tensors must match, and
-                the training state is restored, too. ``[]`` for pretrained weights, which are
-                loaded by the rules of :func:`senet_transfer.load_weights`.
+                the training state is also restored. ``[]`` for pretrained weights, which are
+                loaded in the same way as by :func:`senet_transfer.load_weights`.
 
         Raises:
-            UserError: If the file does not exist or does not fit the model.
+            UserError: If the file does not exist or does not match the model.
         """
         self._whole = checkpointables is None
         self._family = self.family or None
@@ -135,28 +135,28 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """Return the contents of a checkpoint except the model, without running code from the file.
+    """Return a checkpoint's contents except the model, without running code from the file.
 
-    The file is memory-mapped, so that the model's tensors are not read a second time.
+    The file is memory-mapped to avoid reading the model's tensors a second time.
     """
     try:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
-            f"{filename} is not a checkpoint of a training run: its training state can't be read "
-            f"({str(error).splitlines()[0]}). To start from its weights only, omit --resume."
+            f"{filename} is not a training checkpoint: its training state can't be read "
+            f"({str(error).splitlines()[0]}). To load only its weights, omit --resume."
         ) from error
     missing = [name for name in names if name not in checkpoint]
     if missing:
         raise UserError(
-            f"{filename} has no state of the {', '.join(missing)}, so no run can be resumed from "
-            "it. To start from its weights only, omit --resume."
+            f"Training can't be resumed from {filename}: it has no {', '.join(missing)} state. To "
+            "load only its weights, omit --resume."
         )
     return {key: value for key, value in checkpoint.items() if key != "model"}
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Checkpointer for models that runs are not resumed from, such as the best one."""
+    """Checkpointer for models that are not used for resuming, such as the best model."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Do nothing: ``last_checkpoint`` only names checkpoints to resume from."""
+        """Do nothing, because ``last_checkpoint`` must name a checkpoint to resume from."""

@@ -1,4 +1,4 @@
-"""Comparison of a resumed run's config with the config that the run was started with."""
+"""Comparison of a resumed run's config with its original config."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from tabulate import tabulate
 from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
-# Every checkpoint stores these values in the optimizer's state, which overrides the config.
+# The optimizer state in a checkpoint includes these values, which override the config.
 _KEPT = (
     "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.MOMENTUM",
     "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_BIAS",
@@ -20,28 +20,30 @@ logger = logging.getLogger(__name__)
 
 
 def check_changes(cfg: CfgNode, before: CfgNode) -> None:
-    """Warn about config keys that were changed for a resumed run.
+    """Warn about config keys that have changed since the run was started.
 
-    The warning also names the changes that have no effect, because the optimizer's state in the
-    checkpoint overrides them.
+    The warning marks changes that have no effect because the optimizer state in the checkpoint
+    overrides them.
 
     Args:
         cfg: The current config.
-        before: The config that the run was started with.
+        before: The config with which the run was started.
 
     Raises:
-        UserError: If the optimizer has changed, because it can't use the checkpoint's state.
+        UserError: If ``SOLVER.OPTIMIZER`` has changed. The checkpoint's optimizer state does not
+            fit a different optimizer.
     """
     if cfg.SOLVER.OPTIMIZER != before.SOLVER.OPTIMIZER:
         raise UserError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, but the run to resume has used "
-            f"{before.SOLVER.OPTIMIZER}. Change it back, or start a new run with MODEL.WEIGHTS."
+            f"{before.SOLVER.OPTIMIZER}. Change the key back, or start a new run with "
+            "MODEL.WEIGHTS."
         )
     values = dict(config_items(before))
     changes = [
         (key, values.get(key), value, "none" if key in _KEPT else "from here on")
         for key, value in config_items(cfg)
-        # Compared as JSON, because a saved config has lists instead of tuples.
+        # The values are compared as JSON because tuples become lists in a saved config.
         if key != "OUTPUT_DIR" and json.dumps(value) != json.dumps(values.get(key))
     ]
     if not changes:
@@ -50,8 +52,8 @@ def check_changes(cfg: CfgNode, before: CfgNode) -> None:
     logger.warning(
         "The config has changed since the run was started:\n%s%s",
         tabulate(changes, headers=("key", "before", "now", "effect"), disable_numparse=True),
-        '\nChanges with effect "none" are overridden by the optimizer\'s state in the checkpoint. '
-        "To train with the new values, start a new run with MODEL.WEIGHTS set to the checkpoint."
+        '\nChanges with effect "none" are overridden by the optimizer state in the checkpoint. To '
+        "train with the new values, start a new run with MODEL.WEIGHTS set to the checkpoint."
         if kept
         else "",
     )

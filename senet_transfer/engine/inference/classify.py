@@ -1,4 +1,4 @@
-"""Prediction with a classifier on image files."""
+"""Classification of image files."""
 
 import os
 from pathlib import Path
@@ -19,22 +19,22 @@ from senet_transfer.utils.progress import progress
 def classify_images(
     loaded: LoadedModel, images: list[str], output_dir: str, *, quiet: bool = False
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Classify images and write the five most probable classes of each.
+    """Classify images, and write the five most probable classes for each image.
 
     Args:
-        loaded: A classifier, as returned by :func:`~.inputs.load_trained`.
-        images: The paths of the images.
-        output_dir: The folder that ``predictions.json`` is written to.
+        loaded: A classifier returned by :func:`~.inputs.load_trained`.
+        images: The image paths.
+        output_dir: The output folder for ``predictions.json``.
         quiet: If True, show no progress bar.
 
     Returns:
-        The path of the JSON file and its content: a list with one dict per image. Its
-        ``file_name`` is the path, and its ``top`` is a list of dicts with ``class``, ``label`` and
-        ``probability``, the most probable class first.
+        The path of the JSON file and its contents: a list with one dict per image. ``file_name``
+        is the image path, and ``top`` is a list of dicts with ``class``, ``label`` and
+        ``probability``, sorted by decreasing probability.
 
     Raises:
-        UserError: If images can't be read. It is raised after all other images have been
-            predicted, and lists the unreadable ones.
+        UserError: If any image can't be read. The error lists the unreadable images and is raised
+            after all other images have been processed.
     """
     make_output_folder(output_dir)
     model, transform, classes = loaded.model, eval_transform(loaded.cfg), loaded.classes

@@ -1,4 +1,4 @@
-"""Prediction with a detector on image files."""
+"""Object detection on image files."""
 
 import os
 
@@ -24,14 +24,14 @@ from senet_transfer.utils.progress import progress
 class Predictor(DefaultPredictor):
     """Predictor for a loaded detector, with test-time augmentation if ``TEST.AUG`` is enabled.
 
-    The constructor of DefaultPredictor is not called, because it would build the model again and
-    load its weights without checks.
+    DefaultPredictor's constructor is not called because it would build the model again and load
+    the weights without checking them.
     """
 
     def __init__(self, loaded: LoadedModel):
         """
         Args:
-            loaded: A detector.
+            loaded: The detector.
         """
         self.cfg = cfg = loaded.cfg
         self.model = loaded.model
@@ -50,29 +50,29 @@ def predict_images(
     threshold: float,
     quiet: bool = False,
 ) -> str:
-    """Detect objects in images, draw them, and write them in COCO's format.
+    """Detect objects in images, draw the detections, and write them in COCO format.
 
-    The JSON file has COCO's ``images``, ``annotations`` (each with a ``score``) and
-    ``categories``. Category ids are those of the data set that the model was trained on; image
-    ids are numbers from 1.
+    The JSON file contains COCO's ``images``, ``annotations`` (each with a ``score``) and
+    ``categories``. It uses the category ids of the training data set, and image ids from 1.
 
     Args:
-        loaded: A detector, as returned by :func:`~.inputs.load_trained`.
-        images: The paths of the images.
-        output_dir: The folder that ``predictions.json`` and the drawings are written to. Each
-            drawing has the name of its image.
-        threshold: The minimum score, 0-1, of a detection that is drawn and written.
+        loaded: A detector returned by :func:`~.inputs.load_trained`.
+        images: The image paths.
+        output_dir: The output folder for ``predictions.json`` and the drawings. Each drawing is
+            named after its image.
+        threshold: The minimum score, between 0 and 1, of the detections to draw and write.
         quiet: If True, show no progress bar.
 
     Returns:
         The path of the JSON file.
 
     Raises:
-        UserError: If the threshold is invalid, or if images can't be read. The latter is raised
-            after all other images have been predicted, and lists the unreadable ones.
+        UserError: If the threshold is invalid, or if any image can't be read. In the latter case,
+            the error lists the unreadable images and is raised after all other images have been
+            processed.
     """
     if not 0 <= threshold <= 1:
-        raise UserError(f"The threshold is {threshold}, expected a score from 0 to 1.")
+        raise UserError(f"The threshold is {threshold}; expected a score between 0 and 1.")
     drawn = _output_names(images, output_dir)
     make_output_folder(output_dir)
     predictor = Predictor(loaded)
@@ -122,15 +122,17 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     for path in images:
         name = os.path.join(output_dir, os.path.splitext(os.path.basename(path))[0] + ".jpg")
         if name in taken:
-            # The input contains, for example, both a.png and a.jpg.
+            # The inputs include, for example, both a.png and a.jpg.
             name = os.path.join(output_dir, os.path.basename(path) + ".jpg")
         if name in taken:
             raise UserError(
-                f"The drawings of two images have the same path {name}; one of the images is "
-                f"{path}. Rename one, or use two output folders."
+                f"Two images would have the same drawing path {name}; one of them is {path}. "
+                "Rename one of the images, or use two output folders."
             )
         if os.path.abspath(name) == os.path.abspath(path):
-            raise UserError(f"{path} would be overwritten by its drawing. Change --output.")
+            raise UserError(
+                f"The image {path} would be overwritten by its drawing. Change --output."
+            )
         taken.add(name)
         names[path] = name
     return names
@@ -141,17 +143,20 @@ def _read(path: str) -> np.ndarray:
         return read_image(path, "BGR")
     except MemoryError:
         raise
-    # Decoders raise many kinds of exceptions on damaged files.
+    # Decoders raise many kinds of exceptions for corrupted files.
     except Exception as error:
         raise UserError(f"{path} can't be read as an image: {error}. Remove it.") from error
 
 
 def _draw(image: np.ndarray, instances: Instances, classes: list[str], path: str) -> None:
     metadata = Metadata(thing_classes=classes)
-    # Enlarge small images, so that the class names are legible, but at most 4 times: an image that
-    # is a few pixels high would become huge.
+    # Enlarge small images to keep class names legible, but at most 4 times: otherwise, an image
+    # only a few pixels high would become huge.
     scale = min(4.0, max(1.0, 480 / min(image.shape[:2])))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.IMAGE)
     drawing = visualizer.draw_instance_predictions(instances).get_image()
     if not cv2.imwrite(path, drawing[:, :, ::-1]):
-        raise UserError(f"The drawing {path} can't be written. Check the folder and the disk.")
+        raise UserError(
+            f"The drawing {path} can't be written. Check that its folder is writable and that the "
+            "disk is not full."
+        )

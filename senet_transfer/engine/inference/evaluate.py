@@ -1,4 +1,4 @@
-"""Evaluation of a classifier, including loading the model and writing the results."""
+"""Evaluation of a classifier, from loading the model to writing the results."""
 
 import os
 from collections.abc import Sequence
@@ -42,32 +42,32 @@ def run_evaluation(
 
     Args:
         found: The classifier.
-        device: The device, such as "cuda:1". If empty, a GPU is used if one is available.
+        device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
         data: The path of shards, a folder or an archive. If empty, the first data set in
             ``DATASETS.TEST`` is used.
-        mode: One of ``EVAL_MODES``, or empty for the config's.
-        resize: The size in pixels to resize to, or None for the model's.
-        crop: The size in pixels to crop to, or None for the model's.
+        mode: The evaluation mode, one of ``EVAL_MODES``. If empty, the config's mode is used.
+        resize: The resize size in pixels. If None, the model's size is used.
+        crop: The crop size in pixels. If None, the model's size is used.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
-        output: The path of the JSON file to write, or empty to write none.
-        predictions: The path of the CSV file to write, or empty to write none. It has the key,
-            the label and the most probable classes of each image.
+        output: The path of the JSON file to write. If empty, no JSON file is written.
+        predictions: The path of the CSV file to write, with the key, the label and the most
+            probable classes of each image. If empty, no CSV file is written.
         keep_logits: If True, add the logits to the CSV file.
-        published: Published results on the same data to include in the output. By default, the
+        published: Published results on the same data to include in the output. If empty, the
             known results of this network are included.
         quiet: If True, show no progress bar.
 
     Returns:
-        The results, which are also the content of ``output``.
+        The results, which are also written to ``output``.
 
     Raises:
-        UserError: If a file is missing or does not match the others, or a value is invalid.
+        UserError: If a file is missing or does not match the other files, or if a value is invalid.
     """
     for path in (output, predictions):
         _check_writable(path)
     if keep_logits and not predictions:
-        raise UserError("--logits needs --predictions, the CSV file that logits are written to.")
+        raise UserError("--logits requires --predictions, the CSV file for the logits.")
     _check(found)
     dataset = _open_data(found.cfg, data)
     loaded = _with_classes(found, dataset.num_classes).build(device)
@@ -107,38 +107,38 @@ def run_evaluation(
 
 
 def _check_writable(path: str) -> None:
-    """Raise UserError before the evaluation if its results can't be written."""
+    """Raise a UserError before the evaluation if its results can't be written."""
     if not path:
         return
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}. Choose another path.") from error
+        raise UserError(f"{path} can't be written: {error}. Choose a different path.") from error
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise UserError(
-            f"{path} can't be written: it is a folder, or its folder is read-only. Choose another "
-            "path."
+            f"{path} can't be written: it is a folder, or its parent folder is read-only. Choose a "
+            "different path."
         )
 
 
 def _check(found: ModelSource) -> None:
-    """Raise UserError if the model is not a classifier with weights."""
+    """Raise a UserError if the model is not a classifier with weights."""
     if not is_classification(found.cfg):
         raise UserError(
-            f"{found.config_file} describes a {found.cfg.MODEL.META_ARCHITECTURE}, expected a "
-            "classifier (MODEL.META_ARCHITECTURE ImageClassifier). To evaluate a detector, use "
-            "tools/train_net.py --eval-only."
+            f"MODEL.META_ARCHITECTURE in {found.config_file} is "
+            f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To evaluate a "
+            "detector, use tools/train_net.py --eval-only."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
-            "There are no weights to evaluate: neither --weights nor MODEL.WEIGHTS names a file. "
-            "Give --weights or, with --config-file, set MODEL.WEIGHTS."
+            "There are no weights to evaluate: neither --weights nor MODEL.WEIGHTS is set. Give "
+            "--weights or, with --config-file, set MODEL.WEIGHTS."
         )
 
 
 def _with_classes(found: ModelSource, count: int) -> ModelSource:
-    """Return the same model source with another number of classes, which the weights must have."""
+    """Return a copy of the model source with a different number of classes."""
     cfg = found.cfg.clone()
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = count
     return replace(found, cfg=cfg)
@@ -146,7 +146,7 @@ def _with_classes(found: ModelSource, count: int) -> ModelSource:
 
 def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
     if not data and not cfg.DATASETS.TEST:
-        raise UserError("There is no data to evaluate on: DATASETS.TEST is empty. Give --data.")
+        raise UserError("There is no evaluation data: DATASETS.TEST is empty. Give --data.")
     path = find_dataset(data or cfg.DATASETS.TEST[0])
     classes = list(cfg.DATASETS.CLASSES) or None
     cache = cfg.DATALOADER.CACHE_DIR or None
@@ -158,7 +158,7 @@ def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
 def _published(
     evaluation: Evaluation, origin: str, name: str, family: str
 ) -> tuple[Published, ...]:
-    """Return the published results of this network on this data."""
+    """Return published results for this network on this data."""
     row = published_on_cifar(origin, name)
     if not row and len(evaluation.classes) == 1000:
         row = IMAGENET.get((family, name))

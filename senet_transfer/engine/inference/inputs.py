@@ -1,4 +1,4 @@
-"""Inputs of prediction commands: the trained model and the image files."""
+"""Inputs for prediction: the trained model and the image files."""
 
 import glob
 import os
@@ -17,12 +17,12 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 
 def load_trained(weights: str, config_file: str = "", options: Sequence[str] = ()) -> LoadedModel:
-    """Load a trained model with the names of its classes.
+    """Load a trained model and its class names.
 
     Args:
         weights: The path of a checkpoint.
-        config_file: The config of the checkpoint. If empty, the ``config.yaml`` that training
-            wrote next to the checkpoint is used.
+        config_file: The checkpoint's config. If empty, the ``config.yaml`` that training wrote
+            next to the checkpoint is used.
         options: Alternating keys and values that override the config.
 
     Raises:
@@ -35,7 +35,7 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     if not config_file:
         raise UserError(
             f"There is no config.yaml next to {weights}, where training writes it. Give the "
-            "config of the checkpoint with --config-file."
+            "checkpoint's config with --config-file."
         )
     found = find_model(config_file=config_file, weights=weights, options=options)
     if not found.cfg.DATASETS.CLASSES:
@@ -43,14 +43,14 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     if not found.cfg.DATASETS.CLASSES:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
-            "in the output folder of the run."
+            "in the run's output folder."
         )
     check_augmentation(found.cfg)
     return found.build()
 
 
 def _take_classes(cfg: CfgNode) -> None:
-    """Copy the class names of the config's data sets, if they are known without reading files."""
+    """Copy the data sets' class names to the config if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
         if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
@@ -60,10 +60,10 @@ def _take_classes(cfg: CfgNode) -> None:
 
 
 def find_images(inputs: Iterable[str]) -> list[str]:
-    """Return the sorted image files that match paths, folders and glob patterns.
+    """Return a sorted list of the image files given by paths, folders and glob patterns.
 
     Raises:
-        UserError: If one of the inputs matches no image.
+        UserError: If an input matches no image.
     """
     found: set[str] = set()
     for name in inputs:
@@ -71,12 +71,12 @@ def find_images(inputs: Iterable[str]) -> list[str]:
             paths = [os.path.join(name, entry) for entry in os.listdir(name)]
             paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         else:
-            # Check for a file first: its name may contain special characters of patterns.
+            # Check for a file first, because its name may contain glob characters.
             paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
         paths = [path for path in paths if os.path.isfile(path)]
         if not paths:
             raise UserError(
-                f"{name} matches no image. Expected an image file, a folder with images "
+                f"No image matches {name}. Expected an image file, a folder with images "
                 f"({', '.join(IMAGE_SUFFIXES)}), or a pattern such as 'images/*.jpg'."
             )
         found.update(paths)
@@ -84,19 +84,19 @@ def find_images(inputs: Iterable[str]) -> list[str]:
 
 
 def make_output_folder(path: str) -> None:
-    """Create the folder that predictions are written to; raise UserError if that fails."""
+    """Create the output folder for predictions, and raise a UserError if this fails."""
     try:
         os.makedirs(path or ".", exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The output folder {path} can't be created: {error}. Choose another folder."
+            f"The output folder {path} can't be created: {error}. Choose a different folder."
         ) from error
 
 
 def check_all_read(broken: list[str], images: int, json_file: str) -> None:
-    """Raise UserError, with the reasons, if some images could not be read."""
+    """Raise a UserError with the reasons if any images could not be read."""
     if broken:
         raise UserError(
-            f"{len(broken)} of {images} images can't be read; {json_file} has the predictions "
-            "for the others:\n" + "\n".join(broken[:10])
+            f"{len(broken)} of {images} images can't be read. The predictions for the others are "
+            f"in {json_file}. Unreadable images:\n" + "\n".join(broken[:10])
         )

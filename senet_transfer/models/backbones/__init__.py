@@ -1,4 +1,4 @@
-"""Backbones, with one file per family of architectures.
+"""Backbones, with one module per architecture family.
 
 Importing this package registers all backbones by name.
 """

@@ -1,7 +1,7 @@
 """Residual blocks, with and without SE, and stems, as subclasses of Detectron2's.
 
-Convolutions and norms are Detectron2's. The parameters of a block therefore have the same names as
-in its plain counterpart; those of the gate are under ``se``.
+Convolutions and norms are Detectron2's, so the parameters of a block have the same names as in its
+plain counterpart. The gate's parameters have the prefix ``se.``.
 """
 
 from typing import Any
@@ -52,23 +52,23 @@ class PlainBottleneckBlock(Fusable, BottleneckBlock):
 def _plain_end(
     block: PlainBasicBlock | PlainBottleneckBlock, x: Tensor, inner: Tensor, last: Conv2d
 ) -> Tensor:
-    """Compute a block's output from the inputs of the block and of its last convolution."""
+    """Compute a block's output from its input and the input of its last convolution."""
     shortcut = x if block.shortcut is None else conv_norm(block.shortcut, x, block.fused)
     out = residual_end(last, None, inner, shortcut, block.fused)
     return F.relu_(last(inner) + shortcut) if out is None else out
 
 
 class SEBlock(Fusable, CNNBlockBase):
-    """Mixin that adds SE to a residual block: the gate and the sum with the shortcut."""
+    """Mixin that adds an SE gate to a residual block and computes the sum with the shortcut."""
 
     def __init__(self, *channels: int, se: SEOptions = SEOptions(), **options: Any):
         super().__init__(*channels, **options)
         check_not_mixture(se)
         if se.placement == "3x3" and not hasattr(self, "conv3"):
             raise UserError(
-                "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, "
-                "but ResNet-18 and -34 have basic blocks. Use another placement, or depth 50 or "
-                "more."
+                "The SE placement is '3x3' (after the 3x3 convolution of a bottleneck), but "
+                "ResNet-18 and ResNet-34 have basic blocks. Use a different placement, or depth 50 "
+                "or more."
             )
         self.placement = se.placement
         self.relu_before = se.relu_before
@@ -87,7 +87,7 @@ class SEBlock(Fusable, CNNBlockBase):
             fold_squeeze(self.conv3, self.se)
 
     def _end(self, x: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
-        """Compute the block's output from the inputs of the block and of its last convolution."""
+        """Compute the block's output from its input and the input of its last convolution."""
         shortcut = x if self.shortcut is None else conv_norm(self.shortcut, x, self.fused)
         out = None
         if self.placement != "identity" and not self.relu_before:
@@ -109,9 +109,9 @@ class SEBlock(Fusable, CNNBlockBase):
 
 
 class SEBasicBlock(SEBlock, BasicBlock):
-    """Residual block of two 3x3 convolutions (ResNet-18 and -34) with SE.
+    """Residual block with two 3x3 convolutions and SE, for ResNet-18 and ResNet-34.
 
-    The arguments are those of Detectron2's ``BasicBlock``, and ``se``.
+    The arguments are ``se`` and those of Detectron2's ``BasicBlock``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class SEBasicBlock(SEBlock, BasicBlock):
 
 
 class SEBottleneckBlock(SEBlock, BottleneckBlock):
-    """Bottleneck block of ResNeXt and of ResNet-50 and deeper, with SE.
+    """Bottleneck block with SE, for ResNeXts and for ResNets with 50 or more layers.
 
-    The arguments are those of Detectron2's ``BottleneckBlock``, and ``se``.
+    The arguments are ``se`` and those of Detectron2's ``BottleneckBlock``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,10 +159,11 @@ class _WideBottleneck(CNNBlockBase):
 
 
 class SENet154Block(SEBlock, _WideBottleneck):
-    """Bottleneck block of SENet-154 (paper, appendix; the authors' network definition), with SE.
+    """Bottleneck block of SENet-154, as in the paper's appendix and the authors' definition.
 
-    The 3x3 convolution has 64 groups, the stride, and as many channels as the output. The first 1x1
-    convolution has half as many channels. A shortcut that changes resolution is a 3x3 convolution.
+    The 3x3 convolution has 64 groups, the block's stride, and as many channels as the output. The
+    first 1x1 convolution has half as many channels. A shortcut that changes resolution is a 3x3
+    convolution.
     """
 
     forward = SEBottleneckBlock.forward
@@ -172,8 +173,8 @@ def check_not_mixture(se: SEOptions) -> None:
     """Raise UserError for the placement "mixture", which only shake-shake networks support."""
     if se.placement == "mixture":
         raise UserError(
-            "The SE placement is 'mixture', the gate after the mixture of two branches, but this "
-            "network has one branch per block. Use another placement, such as 'standard'."
+            "The SE placement is 'mixture' (after the mixture of two branches), but this network "
+            "has one branch per block. Use a different placement, such as 'standard'."
         )
 
 
@@ -203,8 +204,9 @@ def _stem_pool(x: Tensor, pool: str) -> Tensor:
 class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with an option for the pool's padding.
 
-    If the sides of the input are multiples of 4, both options give feature maps of the same size.
-    Loading a file for the other option would therefore only show in a lower accuracy.
+    If the input's height and width are multiples of 4, both options give feature maps of the same
+    size. Weights trained with the other option can therefore be loaded without an error, but give a
+    lower accuracy.
     """
 
     def __init__(
@@ -212,12 +214,12 @@ class ResNetStem(Fusable, BasicStem):
     ):
         """
         Args:
-            in_channels: channels of the image.
-            out_channels: channels of the output, which has stride 4.
-            norm: Detectron2's name of the norm after the convolution.
-            pool: "pad" for a padding of 1 on every side (torchvision, Detectron2), or "ceil" for no
-                padding and a last window that is clipped at the edge (the authors' Caffe files and
-                files converted from them).
+            in_channels: Number of image channels.
+            out_channels: Number of output channels; the output has stride 4.
+            norm: Detectron2 norm name, such as "BN".
+            pool: Border handling of the max pool: "pad" for a padding of 1 on every side
+                (torchvision, Detectron2), or "ceil" for no padding and a last window that is
+                clipped at the edge (the authors' Caffe files and files converted from them).
         """
         super().__init__(in_channels, out_channels, norm=norm)
         check_choice("The stem pool", pool, STEM_POOLS)
@@ -229,7 +231,7 @@ class ResNetStem(Fusable, BasicStem):
 
 
 class SENet154Stem(Fusable, CNNBlockBase):
-    """Stem of SENet-154: three 3x3 convolutions with 64, 64 and 128 channels, and a max pool.
+    """Stem of SENet-154, with three 3x3 convolutions (64, 64 and 128 channels) and a max pool.
 
     The arguments are those of :class:`ResNetStem`.
     """

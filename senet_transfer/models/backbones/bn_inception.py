@@ -1,15 +1,15 @@
 """BN-Inception, with and without SE.
 
 Network: Ioffe and Szegedy 2015, "Batch Normalization", as in the SENet authors' network definition,
-which differs from the paper's figure in two widths and in the last module's max pool. Its
-max pools of stride 2 have no padding, and their last window is clipped at the edge.
+which differs from the paper's figure in two widths and in the last module's max pool. Its max pools
+with stride 2 have no padding, and their last window is clipped at the edge.
 
-With SE (the paper's Figure 2; the authors' released SE-BN-Inception), the gate is applied to the
-concatenated branches of a module. All ten modules have a gate, including those of stride 2. With
-r = 16, the gates add 646,398 parameters to 11,285,224 with 1000 classes.
+With SE (Figure 2 of the SENet paper; the authors' released SE-BN-Inception), a gate is applied to
+the concatenated branches of each module. All ten modules have a gate, including those with stride
+2. With r = 16 and 1000 classes, the gates add 646,398 parameters to the plain network's 11,285,224.
 
 Modules are assigned to stages by the resolution of their output: 3a and 3b are in res3, 3c to 4d in
-res4, 4e to 5b in res5. Stage 2 consists of two plain convolutions and has no gate.
+res4, and 4e to 5b in res5. Stage res2 consists of two plain convolutions and has no gate.
 """
 
 import torch
@@ -24,9 +24,9 @@ from senet_transfer.models.backbones.builder import build_backbone, check_se, st
 from senet_transfer.models.backbones.common import MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 
-# Channels of the branches of each module: the 1x1; a 1x1 and a 3x3; a 1x1 and two 3x3; the 1x1
-# after the pool, and the type of the pool. Modules of stride 2 have neither the first branch nor
-# the 1x1 after the pool.
+# Channels of the convolutions in each module's branches (1x1; 1x1 and 3x3; 1x1 and two 3x3; 1x1
+# after the pool), and the pool type. Modules with stride 2 have neither the first branch nor the
+# convolution after the pool.
 MODULES = {
     3: (
         (64, (64, 64), (64, 96), 32, "avg"),
@@ -48,7 +48,7 @@ MODULES = {
 
 
 class ConvPair(CNNBlockBase):
-    """Pair of a 1x1 and a 3x3 convolution before the Inception modules."""
+    """Block with a 1x1 and a 3x3 convolution, which precedes the Inception modules."""
 
     def __init__(self, in_channels: int, inner: int, out_channels: int, *, norm: str):
         super().__init__(in_channels, out_channels, 1)
@@ -61,7 +61,7 @@ class ConvPair(CNNBlockBase):
 
 
 class InceptionBlock(CNNBlockBase):
-    """Inception module, with or without SE on its concatenated branches."""
+    """Inception module, optionally with SE on its concatenated branches."""
 
     def __init__(
         self,
@@ -77,14 +77,15 @@ class InceptionBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            one: channels of the 1x1 branch; 0 builds a module of stride 2 without this branch.
-            three: channels of the 1x1 and the 3x3 convolution of the second branch.
-            double: channels of the 1x1 and of each 3x3 convolution of the third branch.
-            projection: channels of the 1x1 convolution after the pool; 0 for no convolution.
-            pool: type of the pool, "avg" or "max".
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a module without SE.
+            in_channels: Number of input channels.
+            one: Channels of the 1x1 branch; 0 builds a module with stride 2 and without this
+                branch.
+            three: Channels of the 1x1 and the 3x3 convolution in the second branch.
+            double: Channels of the 1x1 and of each 3x3 convolution in the third branch.
+            projection: Channels of the 1x1 convolution after the pool; 0 omits this convolution.
+            pool: Pool type, "avg" or "max".
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a module without SE.
         """
         outputs = one + three[1] + double[1] + (projection or in_channels)
         stride = 1 if one else 2
@@ -138,7 +139,8 @@ def build_bn_inception(
 ) -> ResNet:
     """Build BN-Inception.
 
-    The features "stem" and "res2" have stride 4; "res3" ends with module 3b, "res4" with 4d.
+    The features "stem" and "res2" have stride 4; "res3" ends with module 3b, and "res4" with module
+    4d.
     """
     check_se(se, "BN-Inception", stages=(3, 4, 5))
     stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]

@@ -1,12 +1,13 @@
-"""Common parts of the builders of all backbones: the container of stages and checks of options.
+"""Common parts of all backbone builders: construction from stages, and option checks.
 
-A builder is a function that takes only keyword arguments. All builders have these, with defaults:
+A builder is a function that takes only keyword arguments. All builders have the following
+arguments, with defaults:
 
-- ``se: SEOptions | None``: the SE variant; None builds the plain network.
-- ``norm``: Detectron2's name of a norm.
-- ``in_channels``: channels of the image.
-- ``out_features``: names of the stages to return; None returns the last one.
-- ``freeze_at``: number of stages to freeze, counted from the stem.
+- ``se: SEOptions | None``: SE variant; None builds the plain network.
+- ``norm``: Detectron2 norm name, such as "BN".
+- ``in_channels``: Number of image channels.
+- ``out_features``: Names of the stages to return; None returns the last one.
+- ``freeze_at``: Number of stages to freeze, counted from the stem.
 """
 
 import warnings
@@ -20,7 +21,7 @@ from senet_transfer.layers.squeeze_excitation import SEOptions
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
 
-# Features of the networks for 32x32 images.
+# Feature names of networks for 32x32 images.
 CIFAR_FEATURES = FEATURES[:4]
 
 StemAndStages = tuple[CNNBlockBase, list[list[CNNBlockBase]]]
@@ -34,17 +35,17 @@ def build_backbone(
     freeze_at: int,
     features: tuple[str, ...] = FEATURES,
 ) -> ResNet:
-    """Build a Detectron2 backbone from a stem and stages.
+    """Build a Detectron2 backbone from a stem and a list of stages.
 
     Args:
-        stem: the first block.
-        stages: the blocks of each stage.
-        out_features: names of the stages to return, from ``features``; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem; 0 freezes nothing.
-        features: names of the stem and the stages.
+        stem: First block.
+        stages: Blocks of each stage.
+        out_features: Names of the stages to return, from ``features``; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem; 0 freezes nothing.
+        features: Names of the stem and the stages.
 
     Raises:
-        UserError: if ``out_features`` or ``freeze_at`` is invalid.
+        UserError: If ``out_features`` or ``freeze_at`` is invalid.
     """
     _check_out_features(out_features, features)
     _check_freeze_at(freeze_at, features)
@@ -54,18 +55,19 @@ def build_backbone(
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Decorate a builder in the style of version 0.1, which returns a stem and stages.
+    """Decorate a builder from version 0.1, which returns a stem and stages.
 
-    Deprecated; will be removed in version 0.3. Write a builder that has all keyword arguments and
-    returns the result of :func:`build_backbone`. Additional arguments of the decorated function can
-    only be set when the model is registered.
+    Deprecated: this decorator will be removed in version 0.3. Write a builder that has all keyword
+    arguments and returns the result of :func:`build_backbone` instead. Additional arguments of the
+    decorated function can only be set when the model is registered.
 
     Args:
-        features: names of the stem and the stages.
+        features: Names of the stem and the stages.
     """
     warnings.warn(
-        "trunk_builder is deprecated and will be removed in version 0.3: return build_backbone("
-        "stem, stages, out_features=out_features, freeze_at=freeze_at) from the builder.",
+        "trunk_builder is deprecated and will be removed in version 0.3. Instead, return "
+        "build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at) from the "
+        "builder.",
         DeprecationWarning,
         stacklevel=2,
     )
@@ -91,15 +93,15 @@ def trunk_builder(
 
 
 def _check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
-    """Raise UserError unless ``out_features`` is None or a list of names of features."""
+    """Raise UserError unless ``out_features`` is None or a list of feature names."""
     if out_features is None:
         return
-    # Accept any sequence, because LazyConfig's lists are not instances of list.
+    # Accept any sequence, because lists in a LazyConfig are not instances of list.
     named = isinstance(out_features, Sequence) and not isinstance(out_features, str)
     named = named and len(out_features) > 0
     if not named or any(name not in features for name in out_features):
         raise UserError(
-            f"out_features is {out_features!r}, expected a list with names from "
+            f"out_features is {out_features!r}; expected a list of names from: "
             f"{', '.join(features)}."
         )
 
@@ -108,8 +110,8 @@ def _check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
     """Raise UserError unless ``freeze_at`` is a valid number of stages."""
     if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(
-            f"freeze_at is {freeze_at!r}, expected 0 (nothing) to {len(features)} (the stem and "
-            f"res2 to {features[-1]})."
+            f"freeze_at is {freeze_at!r}; expected 0 (freeze nothing) to {len(features)} (freeze "
+            f"the stem and res2 to {features[-1]})."
         )
 
 
@@ -123,10 +125,10 @@ def check_se(
     """Raise UserError if a network does not support an SE variant.
 
     Args:
-        se: the SE variant; None for a network without SE.
-        network: the name of the network for error messages.
-        stages: the stages that can have gates.
-        placements: the supported placements.
+        se: SE variant; None for a network without SE.
+        network: Name of the network, for error messages.
+        stages: Stages that can have gates.
+        placements: Supported placements.
     """
     if se is None:
         return
@@ -137,12 +139,12 @@ def check_se(
         )
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is only available for ResNets, and "
-            f"{network} doesn't support it. Set it to False."
+            "A ReLU before the gate (se_relu_before) is supported only by ResNets, not by "
+            f"{network}. Set se_relu_before to False."
         )
     if not set(se.stages) & set(stages):
         raise UserError(
-            f"The stages with SE are {tuple(se.stages)}, but {network} supports SE in stages "
+            f"The stages with SE are {tuple(se.stages)}, but {network} supports SE only in stages "
             f"{', '.join(map(str, stages))}. Choose from these, or use the network without SE."
         )
 

@@ -1,16 +1,17 @@
-"""Building blocks of the networks for 32x32 images: the stem and pre-activation blocks.
+"""Building blocks of networks for 32x32 images: the stem and pre-activation blocks.
 
-Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation);
-Zagoruyko and Komodakis 2016 (wide).
+Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation); Zagoruyko
+and Komodakis 2016 (wide).
 
-In a pre-activation block, norms and ReLUs precede the convolutions. The placements of SE are:
+In a pre-activation block, norms and ReLUs precede the convolutions. The SE placement determines
+what is gated:
 
 - "standard": the output of the last convolution.
 - "identity": the shortcut.
-- "post": the sum, which no ReLU follows.
+- "post": the sum, which is not followed by a ReLU.
 - "3x3": the input of the last 1x1 convolution of a bottleneck.
-- "pre": the input of the branch. This is the block's input, or the output of the first norm and
-  ReLU if the shortcut starts after them.
+- "pre": the input of the residual branch. This is the block's input, or the output of the first
+  norm and ReLU if the shortcut starts after them.
 """
 
 from itertools import pairwise
@@ -45,10 +46,10 @@ class CifarStem(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the image.
-            out_channels: channels of the output, which has stride 1.
-            norm: Detectron2's name of the norm after the convolution; None for no norm.
-            relu: whether the stem ends with a ReLU.
+            in_channels: Number of image channels.
+            out_channels: Number of output channels; the output has stride 1.
+            norm: Detectron2 norm name, such as "BN"; None for no norm.
+            relu: Whether the stem ends with a ReLU.
         """
         super().__init__(in_channels, out_channels, 1)
         self.conv1 = make_conv(in_channels, out_channels, 3, norm=norm)
@@ -61,7 +62,7 @@ class CifarStem(CNNBlockBase):
 
 
 class NormReLU(Fusable, CNNBlockBase):
-    """Final norm and ReLU of a pre-activation network, as a block of its last stage."""
+    """Final norm and ReLU of a pre-activation network, as a block in its last stage."""
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__(channels, channels, 1)
@@ -78,7 +79,7 @@ class NormReLU(Fusable, CNNBlockBase):
 
 
 class PaddedShortcut(nn.Module):
-    """Shortcut without parameters (He et al., option A): subsampling and zero-padded channels."""
+    """Parameter-free shortcut with subsampling and zero-padded channels (option A of He et al.)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -108,20 +109,21 @@ class PreActBlock(GatedBlock):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            bottleneck_channels: width of the 3x3 convolution of a bottleneck, in which the first
-                1x1 convolution has the stride; None builds a block of two 3x3 convolutions.
-            stride: stride of the block.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a block without SE.
-            projection: whether a shortcut that changes shape is a 1x1 convolution; otherwise it
-                is a :class:`PaddedShortcut`.
-            shared: whether the shortcut starts after the first norm and ReLU. With None, it does
-                if it changes shape.
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            bottleneck_channels: Number of channels of a bottleneck's 3x3 convolution. The stride of
+                a bottleneck is in its first 1x1 convolution. None builds a block with two 3x3
+                convolutions.
+            stride: Stride of the block.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a block without SE.
+            projection: Whether a shortcut that changes the shape is a 1x1 convolution. Otherwise,
+                it is a :class:`PaddedShortcut`.
+            shared: Whether the shortcut starts after the first norm and ReLU; if None, it does so
+                only if it changes the shape.
 
         Raises:
-            UserError: if the block does not support the SE placement.
+            UserError: If the block does not support the SE placement.
         """
         super().__init__(in_channels, out_channels, stride)
         # In a tuple, so that the next block does not become a submodule.
@@ -206,17 +208,17 @@ def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
     check_cifar_se(se)
     if se.placement == "3x3" and not bottleneck:
         raise UserError(
-            "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, but "
-            "this network has basic blocks. Use another placement, or a network with bottlenecks."
+            "The SE placement is '3x3' (after the 3x3 convolution of a bottleneck), but this "
+            "network has basic blocks. Use a different placement, or a network with bottlenecks."
         )
 
 
 def check_cifar_se(se: SEOptions) -> None:
-    """Raise UserError if no network for CIFAR supports an SE variant."""
+    """Raise UserError if CIFAR networks do not support an SE variant."""
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is only available for ResNets for ImageNet; "
-            "networks for CIFAR don't support it. Set it to False."
+            "A ReLU before the gate (se_relu_before) is supported only by ImageNet ResNets, not by "
+            "CIFAR networks. Set se_relu_before to False."
         )
     if not set(se.stages) & {2, 3, 4}:
         raise UserError(
@@ -239,19 +241,19 @@ def preact_parts(
     """Build the stem and the three stages of a pre-activation backbone.
 
     Args:
-        widths: channels of the output of each stage.
-        blocks: number of blocks per stage.
-        in_channels: channels of the image.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        bottleneck: whether the blocks are bottlenecks, whose 3x3 convolution has a quarter of the
+        widths: Number of output channels of each stage.
+        blocks: Number of blocks per stage.
+        in_channels: Number of image channels.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        bottleneck: Whether the blocks are bottlenecks, whose 3x3 convolution has a quarter of the
             stage's channels.
-        projection: see :class:`PreActBlock`.
-        shares: whether the shortcut of a stage's first block always starts after the first norm and
-            ReLU, even if it does not change shape.
+        projection: See :class:`PreActBlock`.
+        shares: Whether the shortcut in the first block of each stage always starts after the first
+            norm and ReLU, even if it does not change the shape.
 
     Raises:
-        UserError: if the network does not support the SE variant.
+        UserError: If the network does not support the SE variant.
     """
     if se is not None:
         check_preact_se(se, bottleneck=bottleneck)

@@ -2,15 +2,15 @@
 
 Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks", and their released code. In
 the first block of every stage, the first norm and ReLU precede both the branch and the shortcut. A
-shortcut that changes shape has no parameters in basic blocks (option A) and is a 1x1 convolution in
-bottlenecks. The stride of a bottleneck is in its first 1x1 convolution.
+shortcut that changes the shape has no parameters in basic blocks (option A) and is a 1x1
+convolution in bottlenecks. The stride of a bottleneck is in its first 1x1 convolution.
 
-With SE (the paper's Tables IV and V), every block gates its residual branch; for other placements,
-see :mod:`senet_transfer.models.backbones.cifar_blocks`. The paper does not state whether r = 16
-also applies to layers of 16 channels, which then have a single hidden unit. Here it does by
-default; set ``se_ratio`` to change it. SE adds ``2 C (C // r) + C + C // r`` parameters per block
-of width C. With r = 16 and 10 classes, these are 14,238 in addition to ResNet-110's 1,727,962 and
-202,104 in addition to ResNet-164's 1,703,258.
+With SE (Tables IV and V of the SENet paper), every block gates its residual branch; for other
+placements, see :mod:`senet_transfer.models.backbones.cifar_blocks`. The paper does not specify
+whether r = 16 also applies to layers with 16 channels, which then have a single hidden unit. Here,
+it does by default; set ``se_ratio`` to change it. SE adds ``2 C (C // r) + C + C // r`` parameters
+per block with C channels. With r = 16 and 10 classes, it adds 14,238 parameters to ResNet-110's
+1,727,962 and 202,104 parameters to ResNet-164's 1,703,258.
 """
 
 from detectron2.modeling.backbone.resnet import ResNet
@@ -24,7 +24,7 @@ from senet_transfer.preprocessing import CIFAR10
 
 BLOCKS = ("basic", "bottleneck")
 
-# Depths of the paper's networks with bottlenecks, which are the default for these depths.
+# Depths for which bottlenecks are the default, as in the paper.
 BOTTLENECK_DEPTHS = (164, 1001)
 
 
@@ -43,17 +43,17 @@ def build_cifar_resnet(
     Only res4 ends with a norm and a ReLU.
 
     Args:
-        depth: number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
-        block: "basic" or "bottleneck"; None uses bottlenecks for depth 164 and 1001, and basic
-            blocks for other depths.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        in_channels: channels of the image.
-        out_features: names of the stages to return; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem.
+        depth: Number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+        block: Block type, "basic" or "bottleneck". None uses bottlenecks for depths 164 and 1001,
+            and basic blocks for other depths.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        in_channels: Number of image channels.
+        out_features: Names of the stages to return; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: if no network with these blocks has this depth.
+        UserError: If the depth is invalid for this block type.
     """
     if block is not None:
         check_choice("The block", block, BLOCKS)
@@ -64,7 +64,8 @@ def build_cifar_resnet(
         near = max(round((depth - 2) / layers), 1) * layers + 2
         raise UserError(
             f"The depth is {depth}, but a CIFAR ResNet with {kind} has {layers}n + 2 layers. The "
-            f"nearest depth is {near}; set block to use the other kind of block."
+            f"nearest valid depth is {near}. Set depth to this value, or set block to use the "
+            "other block type."
         )
     stem, stages = preact_parts(
         widths=(64, 128, 256) if bottleneck else (16, 32, 64),

@@ -1,4 +1,4 @@
-"""Building blocks that several families of backbones use."""
+"""Building blocks shared by several backbone families."""
 
 import math
 
@@ -12,22 +12,22 @@ from senet_transfer.errors import UserError
 from senet_transfer.layers.fused.functions import Fusable, gate_and_add
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Number of groups of Detectron2's "GN".
+# Number of groups in Detectron2's "GN".
 _NORM_GROUPS = 32
 
 _EPS = 1e-5
 
 
 def make_norm(norm: str, channels: int, eps: float = _EPS) -> nn.Module:
-    """Build a norm from Detectron2's name of it.
+    """Build a norm from its Detectron2 name.
 
     Raises:
-        UserError: if the norm is GN and its groups don't divide the channels.
+        UserError: If the norm is GN and the number of channels is not a multiple of its groups.
     """
     if norm == "GN" and channels % _NORM_GROUPS:
         raise UserError(
-            f"The norm is GN, which has {_NORM_GROUPS} groups, but the network has layers of "
-            f"{channels} channels. Use BN, SyncBN or FrozenBN."
+            f"The norm is GN, which requires a multiple of {_NORM_GROUPS} channels, but the "
+            f"network has layers with {channels} channels. Use BN, SyncBN or FrozenBN."
         )
     layer = get_norm(norm, channels)
     layer.eps = eps
@@ -50,16 +50,16 @@ def make_conv(
     """Build a convolution, optionally followed by a norm and a ReLU.
 
     Args:
-        inputs: number of input channels.
-        outputs: number of output channels.
-        kernel: kernel size, or its height and width.
-        stride: stride in pixels.
-        groups: number of groups.
-        norm: Name of a Detectron2 norm, such as "BN"; None for no norm.
-        relu: whether to add a ReLU.
-        pad: whether to pad the feature map by half the kernel size; otherwise it is not padded.
-        bias: whether the convolution has a bias.
-        eps: epsilon of the norm.
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        kernel: Kernel size, as one number or as (height, width).
+        stride: Stride in pixels.
+        groups: Number of groups.
+        norm: Detectron2 norm name, such as "BN"; None for no norm.
+        relu: Whether to add a ReLU.
+        pad: Whether to pad the input by half the kernel size.
+        bias: Whether the convolution has a bias.
+        eps: Epsilon of the norm.
     """
     height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     conv = Conv2d(
@@ -98,15 +98,15 @@ class Chain(CNNBlockBase):
 
 
 class MaxPool(CNNBlockBase):
-    """Max pool of stride 2 as a block of a stage."""
+    """Max pool with stride 2, as a block of a stage."""
 
     def __init__(self, channels: int, *, kernel: int = 3, padding: int = 0, ceil: bool = False):
         """
         Args:
-            channels: channels of the feature map.
-            kernel: size of the window in pixels.
-            padding: padding on every side in pixels.
-            ceil: whether to add a last window that is clipped at the edge (``ceil_mode``).
+            channels: Number of channels of the feature map.
+            kernel: Window size in pixels.
+            padding: Padding on each side in pixels.
+            ceil: Whether to add a last window that is clipped at the edge (``ceil_mode``).
         """
         super().__init__(channels, channels, 2)
         self.kernel, self.padding, self.ceil = kernel, padding, ceil
@@ -117,11 +117,11 @@ class MaxPool(CNNBlockBase):
 
 
 class GatedBlock(Fusable, CNNBlockBase):
-    """Base class of residual blocks with an optional gate outside of their branches.
+    """Base class of residual blocks with an optional SE gate outside of their branches.
 
     Attributes:
-        placement: placement of SE; None for a block without SE.
-        se: the gate; None if there is none or it is inside of a branch.
+        placement: SE placement; None for a block without SE.
+        se: SE gate; None if there is none or it is inside a branch.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -130,11 +130,11 @@ class GatedBlock(Fusable, CNNBlockBase):
         self.se: SqueezeExcitation | None = None
 
     def _enter(self, x: Tensor) -> Tensor:
-        """Return the input of the branch, which the placement "pre" gates."""
+        """Return the input of the branch, which is gated if the placement is "pre"."""
         return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
-        """Return ``scale * residual + shortcut`` with SE; the gate's input is not scaled."""
+        """Compute ``scale * residual + shortcut`` with the SE gate, whose input is not scaled."""
         if self.se is not None and self.placement in ("standard", "mixture"):
             return gate_and_add(self.se, residual, shortcut, self.fused, scale)
         if self.se is not None and self.placement == "identity":
@@ -143,5 +143,5 @@ class GatedBlock(Fusable, CNNBlockBase):
         return torch.add(shortcut, residual, alpha=scale)
 
     def _leave(self, x: Tensor) -> Tensor:
-        """Return the block's output, which the placement "post" gates."""
+        """Return the block's output, which is gated if the placement is "post"."""
         return self.se(x) if self.se is not None and self.placement == "post" else x

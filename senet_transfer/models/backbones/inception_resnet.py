@@ -4,15 +4,16 @@ Network: Szegedy et al. 2017, "Inception-v4, Inception-ResNet and the Impact of 
 on Learning", in the version that its authors published in TensorFlow and that timm and
 ``pretrainedmodels`` provide. Its widths differ from the paper's figures.
 
-With SE, each of the 40 residual blocks gates its residual branch, between the last 1x1 convolution
-of the branch and the scaling for the sum. The modules that change resolution have no identity
-branch and no gate. The SENet paper only mentions "similar schemes" (section 3.3). With r = 16, the
-gates add 8,543,980 parameters to 55,843,464 with 1000 classes.
+With SE, each of the 40 residual blocks gates its residual branch, between the branch's last 1x1
+convolution and the scaling before the sum. The modules that change resolution have no identity
+branch and no gate. The SENet paper does not specify the position and only mentions "similar
+schemes" (section 3.3). With r = 16 and 1000 classes, the gates add 8,543,980 parameters to the
+plain network's 55,843,464.
 
 With ``padding="valid"``, as in the published network, many convolutions and pools are not padded.
 With ``padding="same"``, they are padded, so that feature maps are aligned with the image according
-to their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone do the
-same, with the same weights.
+to their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone also pad
+them, and use the same weights.
 """
 
 import torch
@@ -34,8 +35,8 @@ PLACEMENTS = ("standard", "pre", "post", "identity")
 
 _EPS = 1e-3
 
-# For the residual blocks of res3, res4 and res5: the convolutions of each branch, as kernel size
-# and width; the number of blocks; and the scale of the residual.
+# Residual blocks of res3, res4 and res5: kernel size and channels of the convolutions in each
+# branch, number of blocks, and scale of the residual.
 RESIDUAL = {
     3: (((1, 32),), ((1, 32), (3, 32)), ((1, 32), (3, 48), (3, 64))),
     4: (((1, 192),), ((1, 128), ((1, 7), 160), ((7, 1), 192))),
@@ -44,7 +45,8 @@ RESIDUAL = {
 COUNTS = {3: 10, 4: 20, 5: 10}
 SCALES = {3: 0.17, 4: 0.10, 5: 0.20}
 
-# The same for the modules that precede the residual blocks; their last branch is a pool.
+# Convolutions in the modules that precede the residual blocks. The last branch of each module is a
+# pool and is not listed.
 MIXED = {
     3: (((1, 96),), ((1, 48), (5, 64)), ((1, 64), (3, 96), (3, 96))),
     4: (((3, 384),), ((1, 256), (3, 256), (3, 384))),
@@ -55,7 +57,7 @@ Branch = tuple[tuple[int | tuple[int, int], int], ...]
 
 
 def _branch(inputs: int, layers: Branch, *, norm: str, reduces: bool, pad: bool) -> nn.Sequential:
-    """Build a sequence of convolutions, of which the last has stride 2 if ``reduces`` is True."""
+    """Build a sequence of convolutions, the last of which has stride 2 if ``reduces`` is True."""
     convs = []
     for index, (kernel, width) in enumerate(layers):
         last = reduces and index == len(layers) - 1
@@ -80,7 +82,7 @@ def _conv(
 
 
 class ConvBlock(CNNBlockBase):
-    """Convolution with norm and ReLU as a block of a stage."""
+    """Convolution with norm and ReLU, as a block of a stage."""
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class ConvBlock(CNNBlockBase):
 
 
 class MixedBlock(CNNBlockBase):
-    """Inception module without a shortcut: the first one of res3, or one of stride 2."""
+    """Inception module without a shortcut: the first module of res3, or a module with stride 2."""
 
     def __init__(
         self,
@@ -114,12 +116,12 @@ class MixedBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            branches: convolutions of each branch.
-            projection: channels of the 1x1 convolution after an average pool; 0 builds a module of
-                stride 2 with a max pool instead.
-            norm: Name of a Detectron2 norm, such as "BN".
-            pad: whether layers of stride 2 are padded.
+            in_channels: Number of input channels.
+            branches: Convolutions of each branch.
+            projection: Channels of the 1x1 convolution after an average pool; 0 builds a module
+                with stride 2 and a max pool instead.
+            norm: Detectron2 norm name, such as "BN".
+            pad: Whether layers with stride 2 are padded.
         """
         outputs = sum(layers[-1][1] for layers in branches) + (projection or in_channels)
         super().__init__(in_channels, outputs, 1 if projection else 2)
@@ -141,7 +143,7 @@ class MixedBlock(CNNBlockBase):
 
 
 class InceptionResidualBlock(GatedBlock):
-    """Residual block whose branch is an Inception module, with or without SE."""
+    """Residual block whose branch is an Inception module, optionally with SE."""
 
     def __init__(
         self,
@@ -155,13 +157,13 @@ class InceptionResidualBlock(GatedBlock):
     ):
         """
         Args:
-            channels: channels of the input and the output.
-            branches: convolutions of each branch; the branches are concatenated and projected back
+            channels: Number of input and output channels.
+            branches: Convolutions of each branch; the branches are concatenated and projected back
                 to ``channels``.
-            scale: factor of the residual in the sum.
-            relu: whether a ReLU follows the sum.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a block without SE.
+            scale: Scale of the residual in the sum.
+            relu: Whether a ReLU follows the sum.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a block without SE.
         """
         super().__init__(channels, channels, 1)
         self.branches = nn.ModuleList(
@@ -194,16 +196,16 @@ def build_inception_resnet_v2(
     """Build Inception-ResNet-v2, whose features "stem" and "res2" both have stride 4.
 
     Args:
-        padding: "valid" as in the published network, or "same" for feature maps that are aligned
-            with the image.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        in_channels: channels of the image.
-        out_features: names of the stages to return; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem.
+        padding: Padding of convolutions and pools: "valid", as in the published network, or "same",
+            which aligns feature maps with the image.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        in_channels: Number of image channels.
+        out_features: Names of the stages to return; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: if ``padding`` is invalid or the network does not support the SE variant.
+        UserError: If ``padding`` is invalid or the network does not support the SE variant.
     """
     check_choice("The padding", padding, PADDINGS)
     check_se(se, "Inception-ResNet-v2", stages=(3, 4, 5), placements=PLACEMENTS)
@@ -248,7 +250,7 @@ def _stage(
     return blocks
 
 
-# Sizes from section 5 of the SENet paper; mean and std of the published weights.
+# The sizes are from section 5 of the SENet paper; mean and std are those of the published weights.
 _PREPROCESSING = Preprocessing(
     mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), resize=352, crop=299
 )

@@ -3,10 +3,11 @@
 Network: Howard et al. 2017, "MobileNets", Table 1: depthwise 3x3 and pointwise 1x1 convolutions,
 each with a norm and a ReLU.
 
-With SE (the paper's Table III), a gate follows the last ReLU of each of the 13 pairs of a depthwise
-and a pointwise convolution. The paper does not specify the position, but it follows from the 4.7M
-parameters in the table: gates after the depthwise convolutions would give 4.6M. With r = 16, the
-gates add 486,068 parameters to 4,231,976 with 1000 classes. The first pair is in stage 2.
+With SE (Table III of the SENet paper), a gate follows the last ReLU of each of the 13 pairs of
+depthwise and pointwise convolutions. The paper does not specify the position, but it follows from
+the 4.7M parameters in the table: gates after the depthwise convolutions would give 4.6M. With
+r = 16 and 1000 classes, the gates add 486,068 parameters to the plain network's 4,231,976. The
+first pair is in stage res2.
 """
 
 from detectron2.layers import CNNBlockBase
@@ -18,7 +19,7 @@ from senet_transfer.models.backbones.builder import build_backbone, check_se, st
 from senet_transfer.models.backbones.common import make_conv
 from senet_transfer.models.registry import register_with_se
 
-# Width and stride of each pair, by stage.
+# Number of channels and stride of each pair, by stage.
 PAIRS = {
     2: ((64, 1), (128, 2), (128, 1)),
     3: ((256, 2), (256, 1)),
@@ -53,11 +54,11 @@ class SeparableBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            stride: stride of the depthwise convolution.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a block without SE.
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            stride: Stride of the depthwise convolution.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         self.depthwise = make_conv(

@@ -1,8 +1,8 @@
 """ResNet, ResNeXt and SENet-154, with and without SE, as instances of Detectron2's ``ResNet``.
 
 Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). Backbones without SE consist of Detectron2's blocks, which use
-fused kernels on a GPU.
+authors' network definition). Backbones without SE use Detectron2's own blocks, with fused kernels
+on a GPU.
 """
 
 from detectron2.layers import CNNBlockBase
@@ -50,23 +50,23 @@ def build_resnet(
     """Build a ResNet or ResNeXt.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
-        num_groups: number of groups of the 3x3 convolutions, 32 for ResNeXt.
-        width_per_group: channels per group in res2.
-        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
-        stem_pool: "pad" or "ceil"; see :class:`ResNetStem`.
-        res5_dilation: 1, or 2 for a dilated res5 with stride 16.
-        stem_out_channels: channels of the output of the stem.
-        res2_out_channels: channels of the output of res2, which double in each later stage; None
-            is 256, or 64 for depth 18 and 34.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        in_channels: channels of the image.
-        out_features: names of the stages to return; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem.
+        depth: Number of layers: 18, 34, 50, 101 or 152.
+        num_groups: Number of groups in the 3x3 convolutions; 32 for ResNeXt.
+        width_per_group: Number of channels per group in res2.
+        stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution.
+        stem_pool: Border handling of the stem's max pool, "pad" or "ceil"; see :class:`ResNetStem`.
+        res5_dilation: Dilation of res5: 1, or 2 for a res5 with stride 16.
+        stem_out_channels: Number of output channels of the stem.
+        res2_out_channels: Number of output channels of res2, which doubles in each later stage.
+            None uses 256, or 64 for depths 18 and 34.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        in_channels: Number of image channels.
+        out_features: Names of the stages to return; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: if a value is invalid for the network.
+        UserError: If a value is invalid for the network.
     """
     _check_blocks(depth, num_groups, width_per_group, stride_in_1x1, res5_dilation)
     channels = (stem_out_channels, res2_out_channels or (256 if depth >= 50 else 64))
@@ -80,19 +80,19 @@ def build_resnet(
 def _check_blocks(
     depth: int, num_groups: int, width_per_group: int, stride_in_1x1: bool, dilation: int
 ) -> None:
-    """Raise UserError if these options of the residual blocks are invalid."""
+    """Raise UserError if the options of the residual blocks are invalid."""
     if not isinstance(stride_in_1x1, bool):
-        raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}, expected True or False.")
+        raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}; expected True or False.")
     if num_groups < 1 or width_per_group < 1:
         raise UserError(
-            f"num_groups is {num_groups} and width_per_group is {width_per_group}, expected 1 or "
+            f"num_groups is {num_groups} and width_per_group is {width_per_group}; expected 1 or "
             "more for both."
         )
     if depth not in BLOCKS_PER_STAGE:
         depths = ", ".join(map(str, BLOCKS_PER_STAGE))
-        raise UserError(f"The depth of the ResNet is {depth!r}, expected one of {depths}.")
+        raise UserError(f"The depth of the ResNet is {depth!r}; expected one of: {depths}.")
     if dilation not in (1, 2):
-        raise UserError(f"The dilation of res5 is {dilation!r}, expected 1 or 2.")
+        raise UserError(f"The dilation of res5 is {dilation!r}; expected 1 or 2.")
     if depth < 50 and (num_groups != 1 or dilation != 1 or stride_in_1x1):
         raise UserError(
             f"ResNet-{depth} has no bottlenecks and does not support groups, dilation or a stride "
@@ -113,7 +113,7 @@ def _stages(
 ) -> list[list[CNNBlockBase]]:
     """Build the blocks of res2 to res5; see :func:`build_resnet`.
 
-    ``channels`` are those of the outputs of the stem and of res2.
+    ``channels`` contains the numbers of output channels of the stem and of res2.
     """
     bottleneck = depth >= 50
     inputs, outputs = channels
@@ -154,7 +154,7 @@ def build_senet154(
     """Build SENet-154, which always has SE. See :func:`build_resnet` for the arguments.
 
     Raises:
-        UserError: if there are stages without SE.
+        UserError: If any stage has no SE.
     """
     se = se or SEOptions()
     if set(se.stages) != {2, 3, 4, 5}:

@@ -1,19 +1,19 @@
 """Shake-Shake 26 2x96d and Shake-Even 29 2x4x64d, for CIFAR.
 
 Networks: Gastaldi 2017, "Shake-Shake regularization". The first network follows the author's
-released code. Its blocks have two branches of ReLU, 3x3 convolution, norm, ReLU, 3x3 convolution
-and norm. A shortcut that changes shape consists of two 1x1 convolutions of half the width, the
-second of which reads the feature map shifted by one pixel. The author did not release the second
-network. It is the ResNeXt-29 of Xie et al. 2017 with two branches instead of one: bottlenecks with
-a ReLU after the sum, and 1x1 convolutions as shortcuts.
+released code. Its blocks have two branches, each with ReLU, 3x3 convolution, norm, ReLU, 3x3
+convolution and norm. A shortcut that changes the shape consists of two 1x1 convolutions of half the
+width, the second of which reads the feature map shifted by one pixel. The author did not release
+the second network. Here, it is the ResNeXt-29 of Xie et al. 2017 with two branches instead of one:
+bottlenecks with a ReLU after the sum, and 1x1 convolutions as shortcuts.
 
-The SENet paper does not specify the position of SE in these blocks. Each branch is treated as a
-residual function here, so the standard placement gates each branch before they are mixed.
+The SENet paper does not specify the position of SE in these blocks. Here, each branch is treated as
+a residual function, so the standard placement gates each branch before the two are mixed.
 ``se_placement="mixture"`` gates the mixture, with half as many gates. "pre" gates the common input
 of the branches, "identity" the shortcut, and "post" the sum (after the ReLU, if there is one).
 "3x3" adds a gate to each branch and is only available in the second network. A gate on C channels
-has ``2 C (C // r) + C + C // r`` parameters. With r = 16 (6 and 16 hidden units in the first
-stage) and the data sets of the paper (number of classes in parentheses), the gates add:
+has ``2 C (C // r) + C + C // r`` parameters. With r = 16 (6 and 16 hidden units in the first stage
+of the two networks) and the paper's data sets (number of classes in parentheses), the gates add:
 
 ===========================  ==========  ===========  ==========
 network                      plain       standard     mixture
@@ -46,7 +46,7 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 
 class ShiftedShortcut(nn.Module):
-    """Shortcut of two concatenated 1x1 convolutions and a norm.
+    """Shortcut with two concatenated 1x1 convolutions and a norm.
 
     The second convolution reads the feature map shifted by one pixel.
     """
@@ -65,7 +65,7 @@ class ShiftedShortcut(nn.Module):
 
 
 class BasicBranch(nn.Module):
-    """Branch of two 3x3 convolutions with norms; the block applies the first ReLU."""
+    """Branch with two 3x3 convolutions and norms; the block applies the first ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, stride: int, norm: str, se: SEOptions | None
@@ -112,7 +112,7 @@ class BottleneckBranch(nn.Module):
 
 
 class _ShakeBlock(GatedBlock, ABC):
-    """Base class of shake-shake blocks: two branches, their mixture, a shortcut and SE."""
+    """Base class of shake-shake blocks, with two branches, their mixture, a shortcut and SE."""
 
     branch: type[nn.Module]
 
@@ -128,12 +128,12 @@ class _ShakeBlock(GatedBlock, ABC):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            stride: stride of the block.
-            even: see :class:`~senet_transfer.layers.ShakeMix`.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a block without SE.
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            stride: Stride of the block.
+            even: Whether to use Shake-Even; see :class:`~senet_transfer.layers.ShakeMix`.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         inside = se if se and se.placement in ("standard", "3x3") else None
@@ -151,7 +151,7 @@ class _ShakeBlock(GatedBlock, ABC):
 
     @abstractmethod
     def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
-        """Build the shortcut of a block that changes shape."""
+        """Build the shortcut of a block that changes the shape."""
 
     def freeze(self) -> CNNBlockBase:
         """Freeze the block as in Detectron2, and mix its branches as in evaluation."""
@@ -193,7 +193,7 @@ class ShakeBottleneckBlock(_ShakeBlock):
 
 
 class FinalReLU(CNNBlockBase):
-    """Final ReLU of Shake-Shake 26, whose blocks end with the sum, as a block of its last stage."""
+    """Final ReLU of Shake-Shake 26, in a separate block because residual blocks end with a sum."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 1)
@@ -212,27 +212,27 @@ def build_shake_shake26(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Shake-Image 26 2x(width)d with stages res2 to res4, of strides 1, 2 and 4.
+    """Build Shake-Shake-Image 26 2x(width)d, whose stages res2 to res4 have strides 1, 2 and 4.
 
     Only res4 ends with a ReLU.
 
     Args:
-        width: channels of res2, an even number; they double in each later stage.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        in_channels: channels of the image.
-        out_features: names of the stages to return; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem.
+        width: Number of channels in res2, which must be even and doubles in each later stage.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        in_channels: Number of image channels.
+        out_features: Names of the stages to return; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: if the width is invalid or the network does not support the SE variant.
+        UserError: If the width is invalid or the network does not support the SE variant.
     """
     if width < 2 or width % 2:
-        raise UserError(f"The width of Shake-Shake is {width}, expected an even number >= 2.")
+        raise UserError(f"The width of Shake-Shake is {width}; expected an even number >= 2.")
     if se is not None and se.placement == "3x3":
         raise UserError(
-            "The SE placement is '3x3', the gate after the 3x3 convolution of a bottleneck, but "
-            "Shake-Shake 26 has basic blocks. Use another placement, or shake_even29_2x4x64d."
+            "The SE placement is '3x3' (after the 3x3 convolution of a bottleneck), but "
+            "Shake-Shake 26 has basic blocks. Use a different placement, or shake_even29_2x4x64d."
         )
     stem = CifarStem(in_channels, 16, norm=norm)
     stages = _stages(ShakeBasicBlock, 4, 16, width, se=se, norm=norm, even=False)
@@ -250,7 +250,7 @@ def build_shake_even29(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Even-Image 29 2x4x64d with stages res2 to res4, of strides 1, 2 and 4."""
+    """Build Shake-Even-Image 29 2x4x64d, whose stages res2 to res4 have strides 1, 2 and 4."""
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
     return build_backbone(

@@ -1,14 +1,14 @@
 """ShuffleNet 1x with 3 groups, with and without SE.
 
 Network: Zhang et al. 2018, "ShuffleNet", Table 1 and Figure 2. Pointwise convolutions are grouped,
-and their channels are shuffled before a depthwise 3x3 convolution. Units of stride 2 concatenate
-their shortcut, an average pool, instead of adding it.
+and their channels are shuffled before a depthwise 3x3 convolution. Units with stride 2 concatenate
+the branch and the shortcut, an average pool, instead of adding them.
 
-With SE (the paper's Table III), each of the 16 units gates its residual branch, after its last norm
-and before the sum or the concatenation. The paper does not specify the position. With r = 16, the
-gates add 618,805 parameters to 1,865,728 with 1000 classes, which agrees with the 2.4M and 1.8M in
-the table if these are truncated. With gates on the concatenated output of the units of stride 2,
-it would be 2.5M.
+With SE (Table III of the SENet paper), each of the 16 units gates its residual branch, after its
+last norm and before the sum or the concatenation. The paper does not specify the position. With
+r = 16 and 1000 classes, the gates add 618,805 parameters to the plain network's 1,865,728, which
+agrees with the 2.4M and 1.8M in the table if these are truncated. With gates on the concatenated
+output of the units with stride 2, the total would be 2.5M.
 """
 
 import torch
@@ -26,12 +26,12 @@ PLACEMENTS = ("standard", "pre", "post", "identity")
 
 STEM_CHANNELS = 24
 
-# Width and number of units of each stage.
+# Number of channels and number of units, by stage.
 STAGES = {3: (240, 4), 4: (480, 8), 5: (960, 4)}
 
 
 class ShuffleUnit(GatedBlock):
-    """ShuffleNet unit, with or without SE."""
+    """ShuffleNet unit, optionally with SE."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class ShuffleUnit(GatedBlock):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            stride: 1, or 2 for a unit that concatenates.
-            num_groups: number of groups of the pointwise convolutions.
-            first_groups: number of groups of the first pointwise convolution; None is the same as
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            stride: Stride of the unit: 1, or 2 for a unit that concatenates its shortcut.
+            num_groups: Number of groups in the pointwise convolutions.
+            first_groups: Number of groups in the first pointwise convolution; None uses
                 ``num_groups``.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a unit without SE.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a unit without SE.
         """
         super().__init__(in_channels, out_channels, stride)
         inner = out_channels // 4
@@ -65,7 +65,8 @@ class ShuffleUnit(GatedBlock):
         self.depthwise = make_conv(inner, inner, 3, stride=stride, groups=inner, norm=norm)
         self.expand = make_conv(inner, residual, 1, groups=num_groups, norm=norm)
         if se is not None:
-            # Channels of the gated tensor: the branch, the output, or the input or shortcut.
+            # Number of channels of the gated tensor. Other placements gate the input or the
+            # shortcut.
             channels = {"standard": residual, "post": out_channels}
             self.placement = se.placement
             self.se = se.operator(channels.get(se.placement, in_channels))
@@ -85,7 +86,7 @@ class ShuffleUnit(GatedBlock):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Shuffle channels ``(N, C, H, W)`` so that each group is distributed over all groups."""
+    """Shuffle the channels of ``(N, C, H, W)`` so that each group is spread over all groups."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -113,7 +114,8 @@ def build_shufflenet(
                     inputs,
                     width,
                     stride=2 if index == 0 else 1,
-                    # As in the paper, the first unit is not grouped: its input has few channels.
+                    # As in the paper, the first convolution is not grouped, because its input has
+                    # few channels.
                     first_groups=1 if inputs == STEM_CHANNELS else None,
                     norm=norm,
                     se=stage_se(se, stage),

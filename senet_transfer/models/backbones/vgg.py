@@ -4,11 +4,10 @@ Network: Simonyan and Zisserman 2015, configuration D, with a norm after every c
 and Szegedy 2015), as in torchvision's ``vgg16_bn``. The convolutions have no biases, because the
 norms cancel them. The classifier has two hidden layers of 4096 units; see :class:`VGGNeck`.
 
-With SE (the paper's section 3.3 and Table II), a gate follows the ReLU of each of the 13
+With SE (section 3.3 and Table II of the SENet paper), a gate follows the ReLU of each of the 13
 convolutions. The convolutions of the stem (conv1 and conv2) count as stage 2. The hidden layers of
-the classifier have no gates. With r = 16, the gates add 230,792 parameters to 138,361,768,
-including the hidden layers and 1000 classes (torchvision's 138,365,992 include 4,224 biases of
-convolutions).
+the classifier have no gates. With r = 16 and 1000 classes, the gates add 230,792 parameters to the
+plain network's 138,361,768 (torchvision's 138,365,992 include 4,224 convolution biases).
 """
 
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from senet_transfer.models.backbones.builder import build_backbone, check_se, st
 from senet_transfer.models.backbones.common import Chain, MaxPool, make_conv
 from senet_transfer.models.registry import register_with_se
 
-# Channels of the convolutions between two pools; the first two groups are the stem.
+# Channels of the convolutions between pools; the first two groups form the stem.
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -39,11 +38,11 @@ class VGGBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            pool: whether the block starts with a 2x2 max pool of stride 2.
-            norm: Name of a Detectron2 norm, such as "BN".
-            se: the SE variant; None for a block without SE.
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            pool: Whether the block starts with a 2x2 max pool of stride 2.
+            norm: Detectron2 norm name, such as "BN".
+            se: SE variant; None for a block without SE.
         """
         super().__init__(in_channels, out_channels, 2 if pool else 1)
         self.pool = pool
@@ -63,7 +62,7 @@ class VGGNeck(nn.Module):
     has this size.
 
     Attributes:
-        out_channels: number of features per image.
+        out_channels: Number of features per image.
     """
 
     out_channels = 4096
@@ -71,8 +70,8 @@ class VGGNeck(nn.Module):
     def __init__(self, channels: int, *, dropout: float):
         """
         Args:
-            channels: channels of the feature map.
-            dropout: dropout probability between the two layers.
+            channels: Number of channels of the feature map.
+            dropout: Dropout probability between the two layers.
         """
         super().__init__()
         self.fc1 = nn.Linear(channels * 7 * 7, self.out_channels)

@@ -1,13 +1,13 @@
 """Wide ResNets for CIFAR: WRN-16-8 and any other depth and width.
 
 Networks: Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code:
-pre-activation blocks of two 3x3 convolutions, without dropout. A shortcut that changes shape is a
-1x1 convolution and starts after the first norm and ReLU of its block.
+pre-activation blocks with two 3x3 convolutions, without dropout. A shortcut that changes the shape
+is a 1x1 convolution and starts after the first norm and ReLU of its block.
 
-With SE (the paper's Tables IV and V), every block gates its residual branch; for other placements,
-see :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds ``2 C (C // r) + C + C // r``
-parameters per block of width C. With r = 16 and 10 classes, these are 87,920 in addition to
-WRN-16-8's 10,961,370.
+With SE (Tables IV and V of the SENet paper), every block gates its residual branch; for other
+placements, see :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds
+``2 C (C // r) + C + C // r`` parameters per block with C channels. With r = 16 and 10 classes, it
+adds 87,920 parameters to WRN-16-8's 10,961,370.
 """
 
 from detectron2.modeling.backbone.resnet import ResNet
@@ -35,23 +35,23 @@ def build_wide_resnet(
     Only res4 ends with a norm and a ReLU.
 
     Args:
-        depth: number of layers, 6n + 4. As in the paper, it includes convolutions of shortcuts.
-        width: the factor k; the stages have 16k, 32k and 64k channels.
-        se: the SE variant; None builds the plain network.
-        norm: Name of a Detectron2 norm, such as "BN".
-        in_channels: channels of the image.
-        out_features: names of the stages to return; None returns the last one.
-        freeze_at: number of stages to freeze, counted from the stem.
+        depth: Number of layers, 6n + 4, including the shortcut convolutions as in the paper.
+        width: Widening factor k; the stages have 16k, 32k and 64k channels.
+        se: SE variant; None builds the plain network.
+        norm: Detectron2 norm name, such as "BN".
+        in_channels: Number of image channels.
+        out_features: Names of the stages to return; None returns the last one.
+        freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: if the depth or width is invalid, or the SE variant is not supported.
+        UserError: If the depth or width is invalid, or the SE variant is not supported.
     """
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1 or width < 1:
         near = max(round((depth - 4) / 6), 1) * 6 + 4
         raise UserError(
             f"WRN-{depth}-{width} can't be built: a wide ResNet has 6n + 4 layers and a width of "
-            f"at least 1. The nearest depth is {near}."
+            f"at least 1. The nearest valid depth is {near}."
         )
     stem, stages = preact_parts(
         widths=(16 * width, 32 * width, 64 * width),

@@ -1,4 +1,4 @@
-"""Families of pretrained weights: detection, tensor names, geometry and preprocessing of each."""
+"""Families of pretrained weights, each with its tensor names, geometry and preprocessing."""
 
 from senet_transfer.weights.families.registry import FAMILIES, Family
 

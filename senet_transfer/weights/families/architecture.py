@@ -1,4 +1,4 @@
-"""Architecture of a backbone, inferred from the names and shapes of its tensors."""
+"""Backbone architecture, inferred from tensor names and shapes."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
 }
 
 
-# The networks that are not ResNets, each with a tensor name that no other network has.
+# Networks other than ResNets, each with a pattern for a tensor name that no other network has.
 _OTHERS = {
     "bn_inception": re.compile(r"res[3-5]\.\d+\.branch_double\.\d\.weight"),
     "inception_resnet_v2": re.compile(r"res[3-5]\.\d+\.branches\.\d\.\d\.weight"),
@@ -30,21 +30,21 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Architecture of a backbone, as far as names and shapes determine it.
+    """Backbone architecture, as far as tensor names and shapes determine it.
 
     Attributes:
-        blocks: The number of blocks per stage, from res2 on; shorter for a truncated backbone.
+        blocks: Number of blocks per stage, starting with res2; shorter for a truncated backbone.
         bottleneck: Whether the blocks are bottlenecks.
-        groups: The number of groups of the 3x3 convolutions.
-        width_per_group: The number of channels per group in res2.
+        groups: Number of groups in the 3x3 convolutions.
+        width_per_group: Number of channels per group in res2.
         deep_stem: Whether the stem has three 3x3 convolutions.
-        se_stages: The stages with SE.
-        se_ratio: Channels divided by hidden units in the last stage with SE; 0 without SE.
+        se_stages: Stages with SE.
+        se_ratio: Ratio of channels to hidden units in the last stage with SE; 0 without SE.
         se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
         se_bias: Whether the SE layers have biases; True without SE.
-        classes: The number of outputs of the classifier; 0 without a classifier.
-        network: The name, without SE prefix, of a network that is not a ResNet; empty for a
-            ResNet. If it is set, the fields that describe residual blocks are not used.
+        classes: Number of classifier outputs; 0 without a classifier.
+        network: Name, without SE prefix, of a network that is not a ResNet; empty for a ResNet. If
+            it is set, the fields that describe residual blocks are not used.
     """
 
     blocks: tuple[int, ...]
@@ -61,7 +61,7 @@ class Architecture:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
-        """Infer the architecture from tensors under this project's names; None if unknown."""
+        """Infer the architecture from tensors with this project's names, or return None."""
         linear = _shape(tensors, "linear.weight")
         classes = linear[0] if linear else 0
         for network, pattern in _OTHERS.items():
@@ -90,7 +90,7 @@ class Architecture:
 
     @property
     def is_senet154(self) -> bool:
-        """Return whether blocks and stem are SENet-154's, which differ from ResNeXt's."""
+        """Return whether the blocks and stem are SENet-154's, which differ from ResNeXt's."""
         return self.deep_stem and self.groups == 64 and self.bottleneck
 
     @property
@@ -104,39 +104,40 @@ class Architecture:
         kind = "bottlenecks" if self.bottleneck else "basic blocks"
         name = f"resnet{depth}"
         if depth is None:
-            name = f"a residual network of {'-'.join(map(str, self.blocks))} {kind}"
+            name = f"a residual network with {'-'.join(map(str, self.blocks))} {kind}"
         elif self.groups > 1 or self.width_per_group != 64:
             name = f"resnext{depth}_{self.groups}x{self.width_per_group}d"
         if self.deep_stem:
-            name += " with a stem of three convolutions"
+            name += " with a three-convolution stem"
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Return the differences of this architecture (a file's) from a model's, as sentences."""
+        """Describe how this architecture (a file's) differs from a model's, as sentences."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
-            found.append(f"The file is {self.name}, the model is {other.name}.")
+            found.append(f"The file contains {self.name}, but the model is {other.name}.")
         if self.se_stages and not other.se_stages:
             found.append(
-                "The file has SE layers and the model has none: use the model with SE "
-                "(se_..., or MODEL.SE.ENABLED True)."
+                "The file has SE layers, but the model has none. Use the model with SE (se_..., or "
+                "MODEL.SE.ENABLED True)."
             )
         elif self.se_stages and self.se_stages != other.se_stages:
             found.append(
-                f"The file has SE in stages {self.se_stages}, the model in {other.se_stages}."
+                f"The file has SE in stages {self.se_stages}, but the model has SE in stages "
+                f"{other.se_stages}."
             )
         if not (self.se_stages and other.se_stages):
             return found
         if self.se_bias != other.se_bias:
-            has, lacks = ("have", "has none") if self.se_bias else ("have no", "has them")
+            has, lacks = ("have", "do not") if self.se_bias else ("have no", "do")
             found.append(
-                f"The SE layers of the file {has} biases and the model {lacks}. Build the model "
-                f"with se_bias={self.se_bias} (MODEL.SE.BIAS)."
+                f"The file's SE layers {has} biases, but the model's {lacks}. Build the model with "
+                f"se_bias={self.se_bias} (MODEL.SE.BIAS)."
             )
         if (self.se_ratio, self.se_divisor) != (other.se_ratio, other.se_divisor):
             found.append(
                 f"The file's SE layers have ratio {self.se_ratio} and divisor {self.se_divisor}, "
-                f"the model's have ratio {other.se_ratio} and divisor {other.se_divisor} "
+                f"but the model's have ratio {other.se_ratio} and divisor {other.se_divisor} "
                 "(se_ratio, se_divisor; MODEL.SE.RATIO, MODEL.SE.DIVISOR)."
             )
         return found
@@ -152,7 +153,7 @@ def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
 
 
 class _SEFields(TypedDict):
-    """The fields of :class:`Architecture` that describe SE."""
+    """Fields of :class:`Architecture` that describe SE."""
 
     se_stages: tuple[int, ...]
     se_ratio: int
@@ -167,7 +168,7 @@ def _se(tensors: Mapping[str, Tensor]) -> _SEFields:
         if match and name.endswith(".se.fc1.weight") and tensors[name].ndim == 2:
             hidden, channels = tensors[name].shape
             widths[int(match[1])] = (channels, max(1, hidden))
-    # A stage counts even without fc1, so that a damaged file is not treated as one without SE.
+    # Count a stage even if fc1 is missing, so that a damaged file is not treated as one without SE.
     stages = {int(m[1]) for name in tensors if ".se." in name and (m := _BLOCK.match(name))}
     ratio = 0
     if widths:

@@ -1,7 +1,7 @@
-"""Geometry stated by the layer parameters of a Caffe file.
+"""Geometry specified by the layer parameters in a Caffe file.
 
-A ``.caffemodel`` usually contains the parameters of its layers in addition to the weights. They
-take precedence over the family's geometry, because modified definitions have been trained too.
+A ``.caffemodel`` usually contains layer parameters in addition to the weights. They take precedence
+over the family's geometry, because networks with modified definitions have been trained too.
 """
 
 import re
@@ -20,10 +20,10 @@ _FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
 
 
 def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
-    """Return the geometry that the layers state, completed with ``expected``.
+    """Return the geometry specified by the layers, completed with ``expected``.
 
     Raises:
-        UserError: No backbone of this project has these strides or this stem pool.
+        UserError: If no backbone of this project supports these strides or this stem pool.
     """
     geometry = expected
     strides: dict[str, set[int]] = {"1x1": set(), "3x3": set()}
@@ -38,9 +38,10 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
         return geometry
     if strides["1x1"] | strides["3x3"] != {1, 2} or len(strides["1x1"]) != 1:
         raise UserError(
-            f"{path}: the strides of its first 1x1 convolutions are {sorted(strides['1x1'])} and "
-            f"those of its 3x3 convolutions {sorted(strides['3x3'])}. Expected stride 2 in one "
-            "kind and 1 in the other, in all stages. Use weights of another network."
+            f"{path}: The first 1x1 convolutions of its stages have strides "
+            f"{sorted(strides['1x1'])}, and the first 3x3 convolutions have strides "
+            f"{sorted(strides['3x3'])}. Expected stride 2 in one kind and stride 1 in the other, "
+            "in all stages. Use weights of a supported network."
         )
     return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
 
@@ -55,10 +56,10 @@ def _stem_pool(path: str | Path, layer: CaffeLayer, expected: Geometry) -> str |
     if shape == ("MAX", (3, 3), (2, 2), (1, 1), False):
         return "pad"
     raise UserError(
-        f"{path}: the pool of its stem is not supported ({layer.name}: {window.method}, kernel "
+        f"{path}: The stem pool is not supported ({layer.name}: {window.method}, kernel "
         f"{window.kernel}, stride {window.stride}, pad {window.pad}, "
-        f"{'ceil' if window.ceil else 'floor'}). Expected MAX, kernel 3, stride 2, with pad 0 and "
-        "ceil, or pad 1 and floor."
+        f"{'ceil' if window.ceil else 'floor'}). Expected MAX with kernel 3 and stride 2, and "
+        "either pad 0 and ceil or pad 1 and floor. Use weights of a supported network."
     )
 
 

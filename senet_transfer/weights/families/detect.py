@@ -1,6 +1,6 @@
 """Detection of a file's family from its tensor names and metadata.
 
-Each family has one detection function. Several can return True for the same file.
+Each family has one detection function. Several of them can return True for the same file.
 """
 
 import re
@@ -17,10 +17,10 @@ Detector = Callable[[Tensors, Metadata], bool]
 
 
 def having(*needed: str) -> Detector:
-    """Return a detection function that needs a full match of some tensor name for each pattern.
+    """Return a detection function that requires each pattern to fully match some tensor name.
 
-    The patterns match many names, so that a file that lacks some tensors is still detected, and
-    the error names the missing tensors.
+    Each pattern should match many names, so that a file with missing tensors is still detected and
+    the error can list the missing tensors.
     """
     patterns = [re.compile(pattern) for pattern in needed]
 
@@ -31,7 +31,7 @@ def having(*needed: str) -> Detector:
 
 
 def any_of(*detectors: Detector) -> Detector:
-    """Return a detection function that is True if any of ``detectors`` is."""
+    """Return a detection function that returns True if any of ``detectors`` does."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -47,7 +47,7 @@ _inception_resnet = having(
 
 
 def plain_torchvision(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect ResNets and ResNeXts under torchvision's names."""
+    """Detect ResNets and ResNeXts with torchvision's tensor names."""
     others = any_of(_any_se, _deep_stem)
     return _plain_blocks(tensors, metadata) and not others(tensors, metadata)
 
@@ -56,7 +56,7 @@ torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect CSAIL's files by the number of classes."""
+    """Detect CSAIL's Places365 files by their number of classes."""
     shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
     return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
 
@@ -90,7 +90,7 @@ _own_names = having(
     r"(.*\.)?stem\.(\d\.)?conv\d?\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.\w+(\.\d)*\.weight"
 )
 
-# State dicts of this project's other networks: the norms have Detectron2's names.
+# State dicts of this project's other networks, whose norms are named as in Detectron2.
 _own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
@@ -110,7 +110,7 @@ def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Detectron2's files, with Caffe2's names or those of a saved model."""
+    """Detect Detectron2's files, with either Caffe2's names or those of a saved model."""
     if OWN_METADATA in metadata:
         return False
     caffe2 = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)")
@@ -120,7 +120,7 @@ def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def converted(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect torchvision's weights converted by Detectron2's script."""
+    """Detect torchvision's weights that were converted with Detectron2's script."""
     if OWN_METADATA in metadata:
         return False
     return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")

@@ -1,4 +1,4 @@
-"""Geometry of networks: options that affect the outputs but not the tensors' shapes."""
+"""Network geometry: options that affect the outputs but not the tensor shapes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,23 +11,23 @@ _WORDS = {
         "the stride of downsampling bottlenecks is in the",
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
-    "stem_pool": ("the kind of the stem's max pool is", "MODEL.RESNETS.STEM_POOL"),
-    "se_relu_before": ("the use of a ReLU before the SE gates is", "MODEL.SE.RELU_BEFORE"),
+    "stem_pool": ("the stem's max pool is", "MODEL.RESNETS.STEM_POOL"),
+    "se_relu_before": ("the option for a ReLU before the SE gates is", "MODEL.SE.RELU_BEFORE"),
 }
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Options of a network that the shapes of its tensors do not determine.
+    """Network options that tensor shapes do not determine.
 
-    A file loads without an error into a network of another geometry, but the accuracy drops. None
-    means that an option is unknown or does not apply to the network.
+    A file can be loaded into a network with a different geometry without an error, but the accuracy
+    drops. None means that an option is unknown or does not apply to the network.
 
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
-            the 3x3 (ResNet and ResNeXt of depth 50 and more).
-        stem_pool: How the stem's max pool treats the border: "pad" (padding 1) or "ceil" (no
-            padding, ceil mode).
+            the 3x3 convolution (ResNet and ResNeXt with 50 or more layers).
+        stem_pool: Border handling of the stem's max pool: "pad" (padding 1) or "ceil" (no padding,
+            ceil mode).
         se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
 
@@ -36,11 +36,11 @@ class Geometry:
     se_relu_before: bool | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return the known options, as keyword arguments of ``create_backbone``."""
+        """Return the known options as keyword arguments for ``create_backbone``."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Return the differences between this (a file's) and a model's geometry, as sentences."""
+        """Describe how this geometry (a file's) differs from a model's, as sentences."""
         found = []
         for name, value in self.options().items():
             built = getattr(model, name)
@@ -54,7 +54,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
-        """Create a geometry from the result of ``asdict``; values of a wrong type become None."""
+        """Create a geometry from the result of ``asdict``; values of the wrong type become None."""
         stride, pool, relu = (values.get(field.name) for field in fields(cls))
         return cls(
             stride_in_1x1=stride if isinstance(stride, bool) else None,
@@ -73,10 +73,10 @@ def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometr
     """Return the geometry of a built model.
 
     Args:
-        backbone: The backbone.
-        stages: The stages by name, including res5 of a C4 head, which is not in the backbone.
+        backbone: Backbone.
+        stages: Stages by name, including res5 of a C4 head, which is not part of the backbone.
     """
-    # Imported here to avoid a circular import: it registers the models, which use this module.
+    # Imported here to avoid a circular import: it registers the models, which import this module.
     from detectron2.modeling.backbone.resnet import BasicStem
 
     stem = getattr(backbone, "stem", None)

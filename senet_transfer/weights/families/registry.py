@@ -1,12 +1,12 @@
-"""Registry of the families of weight files.
+"""Registry of weight file families.
 
-A family's record has its detection function, its tensor names, and what tensor shapes do not show:
-stride placement, stem pool, channel order, mean and std. Sources: the projects' own model code and
-network definitions.
+Each family has a record with its detection function, its tensor names, and properties that tensor
+shapes do not determine: stride placement, stem pool, channel order, mean and std. These are taken
+from the projects' own model code and network definitions.
 
-Known limitation: timm's networks with blurred or averaged downsampling (``resnetblur*``,
-``resnetaa*``, ``seresnetaa*`` with a plain stem) have the names and shapes of the plain networks.
-They can't be detected: they load as the plain networks and give wrong outputs.
+Known limitation: timm networks with blurred or averaged downsampling (``resnetblur*``,
+``resnetaa*``, ``seresnetaa*`` with a plain stem) have the same tensor names and shapes as the plain
+networks. They can't be detected, so they are loaded as plain networks and give wrong outputs.
 """
 
 import re
@@ -28,20 +28,21 @@ class Family:
     """Family of weight files with the same tensor names and conventions, such as timm's.
 
     Attributes:
-        name: The name that users type.
-        title: A description, for messages.
-        detect: The detection function, which takes a file's tensors and metadata.
-        rename: Function that maps a tensor's name in the file to the name used in this project.
-            It returns None for unknown names.
-        geometry: Function from an architecture to its geometry in this family. Fields that do not
-            apply to the network are None.
-        preprocessing: Function from an architecture to its preprocessing; None if it is unknown.
-        affine_norms: Whether the norms' statistics are folded into their weights and biases. Such
-            files need frozen norms.
-        rename_deep: Same as ``rename``, for networks with a stem of three convolutions, in which
-            some names have a different meaning.
-        background: The networks whose published classifiers have 1001 classes, of which the first
-            is the background; it is dropped.
+        name: Name that users type.
+        title: Description, for messages.
+        detect: Detection function, which takes a file's tensors and metadata.
+        rename: Function that maps a tensor name in the file to this project's name, or to None if
+            the name is unknown.
+        geometry: Function that maps an architecture to its geometry in this family. Fields that do
+            not apply to the network are None.
+        preprocessing: Function that maps an architecture to its preprocessing, or to None if it is
+            unknown.
+        affine_norms: Whether norm statistics are folded into the norms' weights and biases. Such
+            files require frozen norms.
+        rename_deep: Same as ``rename``, for networks with a three-convolution stem, in which some
+            names have a different meaning.
+        background: Networks whose published classifiers have 1001 classes. The first class, which
+            is the background, is dropped.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Family:
     background: tuple[str, ...] = ()
 
     def renamed(self, found: Collection[str]) -> dict[str, str | None]:
-        """Return this project's name for each name in a file; None for unknown names."""
+        """Map each tensor name in a file to this project's name, or to None if it is unknown."""
         rename = self.rename
         if self.rename_deep is not None and "conv1.0.weight" in found:
             rename = self.rename_deep
@@ -74,7 +75,8 @@ def _stride_in_3x3(arch: Architecture) -> Geometry:
 def _authors(arch: Architecture) -> Geometry:
     """Return the geometry of the SENet authors' network definitions and of their PyTorch ports.
 
-    The stride is in the first 1x1 of SE-ResNets, and in the 3x3 of SE-ResNeXts and SENet-154.
+    The stride is in the first 1x1 convolution in SE-ResNets, and in the 3x3 convolution in
+    SE-ResNeXts and SENet-154.
     """
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else arch.groups == 1,
@@ -84,13 +86,16 @@ def _authors(arch: Architecture) -> Geometry:
 
 
 def _timm_legacy(arch: Architecture) -> Geometry:
-    # The basic block (depths 18 and 34), which the authors' definitions lack, has a ReLU between
-    # the second norm and the gate.
+    # Basic blocks (depths 18 and 34), which the authors did not publish, have a ReLU between the
+    # second norm and the gate.
     return Geometry(**{**vars(_authors(arch)), "se_relu_before": not arch.bottleneck})
 
 
 def _msra(arch: Architecture) -> Geometry:
-    """Return Detectron's geometry: stride in the first 1x1 of ResNets, in the 3x3 of ResNeXts."""
+    """Return Detectron's geometry.
+
+    The stride is in the first 1x1 convolution in ResNets, and in the 3x3 convolution in ResNeXts.
+    """
     return Geometry(
         stride_in_1x1=arch.groups == 1 if arch.bottleneck else None,
         stem_pool="pad",
@@ -104,14 +109,14 @@ def _unknown(arch: Architecture) -> Geometry:
 
 _RGB = Preprocessing()
 _BGR = Preprocessing(format="BGR", mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0))
-# The publisher's mean is an image (places365CNN_mean.binaryproto). ImageNet's channel means, which
-# differ from its averages by a few units, are used instead.
+# The publisher provides a mean image (places365CNN_mean.binaryproto). ImageNet's channel means are
+# used instead; they differ from that image's averages by a few units.
 _PLACES_BGR = Preprocessing(format="BGR", mean=(104.007, 116.669, 122.679), std=(1.0, 1.0, 1.0))
 _BGR_STD = (57.375, 57.12, 58.395)
 
 
 def _detectron_pixels(mean: tuple[float, float, float]) -> Callable[[Architecture], Preprocessing]:
-    # Detectron's ResNeXts were trained with a std, its ResNets without.
+    # In Detectron, ResNeXts were trained with a std, but ResNets were not.
     resnet = Preprocessing(format="BGR", mean=mean, std=(1.0, 1.0, 1.0))
     resnext = Preprocessing(format="BGR", mean=(103.53, 116.28, 123.675), std=_BGR_STD)
     return lambda arch: resnet if arch.groups == 1 else resnext
@@ -121,7 +126,7 @@ def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Pre
     return lambda arch: preprocessing
 
 
-# The preprocessing of Google's networks. Projects differ only in the resizing.
+# Preprocessing of Google's networks, which differs between projects only in the resizing.
 _INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, resize=341, crop=299)
 _CADENE_BN_INCEPTION = Preprocessing(format="BGR", mean=(104.0, 117.0, 128.0), std=(1.0,) * 3)
 
@@ -140,7 +145,7 @@ def _detectron2_name(name: str) -> str:
 _RECORDS = (
     Family(
         "senet_transfer",
-        "a file of this project",
+        "this project's own format",
         detect.own,
         names.unchanged,
         _unknown,
@@ -156,7 +161,7 @@ _RECORDS = (
     ),
     Family(
         "places365_caffe",
-        "CSAIL's Places365 Caffe models, under the names of He et al.'s ResNets",
+        "CSAIL's Places365 Caffe models, named as in He et al.'s ResNets",
         detect.having(r"res\d[a-z]\d*_branch2a/weight", r"bn\d[a-z]\d*_branch2a/.*"),
         names.msra_caffe,
         lambda arch: Geometry(stride_in_1x1=True if arch.bottleneck else None, stem_pool="ceil"),
@@ -238,7 +243,7 @@ _RECORDS = (
     ),
     Family(
         "detectron1",
-        "Detectron's .pkl, whose norms are folded",
+        "Detectron's .pkl files with folded norms",
         detect.detectron1,
         names.detectron,
         _msra,
@@ -255,7 +260,7 @@ _RECORDS = (
     ),
     Family(
         "detectron2_torchvision",
-        "torchvision's weights, converted by Detectron2's script",
+        "torchvision's weights, converted with Detectron2's script",
         detect.converted,
         names.unchanged,
         _stride_in_3x3,
@@ -265,8 +270,8 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _RECORDS}
 
-# Unsupported networks that share the names of a family: a pattern of a tensor name, the number of
-# dimensions of that tensor (None: any), and a description of the difference.
+# Unsupported networks that share the tensor names of a family: a tensor name pattern, the number of
+# dimensions of that tensor (None for any), and a description of the difference.
 _OTHER_NETWORKS = (
     (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts have average pooling"),
     (r"(backbone\.)?stem\.0\.weight", 4, "its stem has three convolutions"),
@@ -277,9 +282,9 @@ _OTHER_NETWORKS = (
 
 
 def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return a description of the feature that makes a file's network unsupported, or None.
+    """Describe the feature that makes a file's network unsupported; return None if there is none.
 
-    This detects networks, such as timm's resnet50d, that partly match a supported one.
+    This detects networks that partly match a supported network, such as timm's resnet50d.
     """
     for pattern, dimensions, words in _OTHER_NETWORKS:
         for name, tensor in tensors.items():

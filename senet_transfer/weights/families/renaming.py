@@ -1,11 +1,11 @@
-"""Conversion of other projects' tensor names to this project's, which follow Detectron2.
+"""Conversion of other projects' tensor names to this project's names, which follow Detectron2.
 
-Each function takes a name in a file of its family and returns this project's name, or None if the
-family does not have the name. The backbone's names are ``stem.conv1.weight``,
+Each function maps a tensor name in a file of its family to this project's name, or to None if the
+family has no such name. The backbone's names are ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
 ``res2.0.se.fc1.weight``, ... The classifier's names are ``linear.weight`` and ``linear.bias``, and
-``neck.fc1.weight`` etc. for hidden layers before it. Networks other than ResNets are in
-:mod:`~.renaming_other`.
+``neck.fc1.weight`` etc. for hidden layers before ``linear``. Networks other than ResNets are
+handled in :mod:`~.renaming_other`.
 """
 
 import re
@@ -15,14 +15,15 @@ Rename = Callable[[str], str | None]
 
 _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
-# The prefixes of a classifier's tensors outside its backbone.
+# Prefixes of a classifier's tensors outside its backbone.
 CLASSIFIER = ("linear.", "neck.")
 
 
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
-    """Return a function that renames by the first pattern that matches the whole name.
+    """Return a rename function that applies the first rule whose pattern matches the whole name.
 
-    In a replacement, ``{n}`` is the n-th group, ``{n+1}`` and ``{n-1}`` the group plus or minus 1.
+    In a replacement, ``{n}`` is the n-th group, and ``{n+1}`` and ``{n-1}`` are the n-th group plus
+    or minus 1.
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
@@ -44,7 +45,7 @@ def _fill(replacement: str, match: re.Match) -> str:
 
 
 def first_match(*renames: Rename) -> Rename:
-    """Combine rename functions: the first result that is not None is returned."""
+    """Combine rename functions into one that returns the first result that is not None."""
 
     def rename(name: str) -> str | None:
         return next((ours for rename in renames if (ours := rename(name)) is not None), None)
@@ -117,7 +118,7 @@ _mmpretrain = renamer(
         *_stem("backbone."),
         *_blocks("backbone."),
         _classifier(r"head\.fc"),
-        # Files of older versions use the second form.
+        # Files from older versions use the second form.
         *_se("se_layer", r"conv1\.conv", r"conv2\.conv", "backbone."),
         *_se("se_layer", "conv1", "conv2", "backbone."),
     ]
@@ -125,11 +126,11 @@ _mmpretrain = renamer(
 
 
 def mmpretrain(name: str) -> str | None:
-    """Rename a tensor of an mmpretrain classifier, or of a backbone saved separately."""
+    """Rename a tensor of an mmpretrain classifier, or of a separately saved backbone."""
     return _mmpretrain(name) or _mmpretrain(f"backbone.{name}")
 
 
-# A BatchNorm's tensors and those of the Scale layer after it, in one layer or in two.
+# Tensors of a BatchNorm and of the Scale layer after it, stored as one layer or as two.
 _CAFFE_NORM = "(?:/bn)?(?:/scale)?/(weight|bias|running_mean|running_var)"
 
 caffe = renamer(
@@ -173,7 +174,7 @@ _msra_ends = renamer(
 
 
 def msra_caffe(name: str) -> str | None:
-    """Rename a tensor of He et al.'s Caffe models, whose blocks are a, b, c ... or a, b1, b2 ..."""
+    """Rename a tensor of He et al.'s Caffe models, with blocks a, b, c, ... or a, b1, b2, ..."""
     if match := _MSRA.fullmatch(name):
         kind, stage, letter, number, branch, tensor = match.groups()
         index = int(number) if number else ord(letter) - ord("a")
@@ -201,7 +202,7 @@ _DETECTRON_CLASSIFIER = re.compile(r"(?:pred|fc\d+)_(w|b)")
 
 
 def detectron(name: str) -> str | None:
-    """Rename a tensor with Caffe2's names, in ``.pkl`` files of Detectron and Detectron2."""
+    """Rename a tensor with a Caffe2 name, as in ``.pkl`` files of Detectron and Detectron2."""
     if match := _DETECTRON.fullmatch(name):
         stage, index, branch, tensor = match.groups()
         return f"res{stage}.{index}.{_BRANCHES[branch]}.{_DETECTRON_TENSORS[tensor]}"
@@ -216,15 +217,15 @@ _RES5 = "roi_heads.res5."
 
 
 def unchanged(name: str) -> str:
-    """Return a name unchanged, for files of this project and of Detectron2."""
+    """Return a name unchanged, for files of this project and Detectron2."""
     return name
 
 
 def backbone_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of the backbone's names in a file of this project or Detectron2.
+    """Return the prefix of the backbone's tensor names in a file of this project or Detectron2.
 
-    A backbone's own file has none; a classifier's and a C4 detector's have "backbone.", and
-    a detector's with an FPN "backbone.bottom_up.".
+    The prefix is empty for a backbone, "backbone." for a classifier or a C4 detector, and
+    "backbone.bottom_up." for a detector with an FPN.
     """
     names = list(names)
     for prefix in ("backbone.bottom_up.", "backbone."):
@@ -234,7 +235,7 @@ def backbone_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """Return a name without the prefix of the backbone, or of the C4 head if it is in its res5."""
+    """Remove the backbone's prefix from a name, or the C4 head's prefix from a name in res5."""
     if name.startswith(_RES5):
         return name.removeprefix("roi_heads.")
     return name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""Conversion of this project's tensor names to other projects', for files that those can load.
+"""Conversion of this project's tensor names to those of other projects, for export.
 
 The functions are the inverses of those in :mod:`~.renaming`, for the backbone and its classifier.
 Each returns None for a name that the other project does not have.
@@ -17,7 +17,7 @@ def _like_torchvision(
     se: tuple[str, str] | None = None,
     stem: list[tuple[str, str]] | None = None,
 ) -> Rename:
-    """Return a rename function that names the layers of blocks as torchvision does."""
+    """Return a rename function that names the layers in blocks as torchvision does."""
     block = prefix + "layer{1-1}.{2}."
     rules = stem or [
         (r"stem\.conv1\.weight", f"{prefix}conv1.weight"),

@@ -9,12 +9,12 @@ _TENSOR = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
 def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
-    """Return a rename function that replaces the names of layers.
+    """Return a rename function that replaces layer names.
 
     Args:
-        layers: The other project's layer names, mapped to this project's.
-        norm: A pattern of the text between a layer's name and a tensor's. Its only group matches
-            for the tensors of a convolution's norm, and is empty for the convolution's own.
+        layers: Mapping from the other project's layer names to this project's.
+        norm: Pattern for the text between the layer name and the tensor name. Its only group is
+            non-empty for norm tensors, and empty for the convolution's own tensors.
     """
     pattern = re.compile(rf"(.+?){norm}{_TENSOR}")
 
@@ -50,11 +50,11 @@ _MODULES = {
 
 
 def _bn_inception_layers(join: str, double: tuple[str, str, str]) -> dict[str, str]:
-    """Return the names of BN-Inception's convolutions, mapped to this project's.
+    """Return a mapping from BN-Inception's layer names to this project's.
 
     Args:
-        join: The separator between a module's name and a convolution's.
-        double: The names of the convolutions in the branch with two 3x3.
+        join: Separator between the module name and the convolution name.
+        double: Names of the convolutions in the branch with two 3x3 convolutions.
     """
     parts = {
         "1x1": "branch_1x1",
@@ -80,7 +80,7 @@ _CAFFE_GATES = {
     for theirs, ours in (("down", "fc1"), ("up", "fc2"))
 }
 
-# The SENet authors' SE-BN-Inception. BatchNorm and the Scale after it are one layer or two.
+# The SENet authors' SE-BN-Inception, with BatchNorm and Scale stored as one layer or as two.
 caffe_bn_inception = _by_layer(
     {
         **_bn_inception_layers("/", ("double3x3_reduce", "double3x3a", "double3x3b")),
@@ -100,7 +100,10 @@ cadene_bn_inception = _by_layer(
 
 
 def _inception_resnet_layers(classifier: str) -> dict[str, str]:
-    """Return Inception-ResNet-v2's layers; timm and Cadene differ only in the classifier's name."""
+    """Return a mapping from Inception-ResNet-v2's layer names to this project's.
+
+    The names in timm's and Cadene's files differ only for the classifier.
+    """
     layers = {
         classifier: "linear",
         "conv2d_1a": "stem.0.conv",
@@ -117,7 +120,7 @@ def _inception_resnet_layers(classifier: str) -> dict[str, str]:
     for theirs, ours in blocks.items():
         layers[f"{theirs}.conv2d"] = f"{ours}.project"
         for branch in range(3):
-            # A branch that is a single convolution has no index.
+            # A branch with a single convolution has no index.
             layers[f"{theirs}.branch{branch}"] = f"{ours}.branches.{branch}.0"
             for part in range(3):
                 layers[f"{theirs}.branch{branch}.{part}"] = f"{ours}.branches.{branch}.{part}"

@@ -1,1 +1,1 @@
-"""File formats of weights: from bytes to named tensors, safely."""
+"""Weight file formats and their safe conversion to named tensors."""

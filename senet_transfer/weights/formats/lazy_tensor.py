@@ -12,9 +12,9 @@ import torch
 from senet_transfer.utils.safe_pickle import check_sizes
 
 
-@dataclass  # unhashable, so that it can't be a key of a dictionary
+@dataclass  # unhashable, so that it can't be a dictionary key
 class Storage:
-    """Consecutive numbers in a file, read when a tensor of the model uses them."""
+    """Contiguous values in a file, which are read when a tensor of the model needs them."""
 
     dtype: torch.dtype
     numel: int
@@ -26,7 +26,7 @@ class Storage:
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
-        """Return the values, which are read once."""
+        """Return the values, which are read only once."""
         raw = self.read()
         if isinstance(raw, torch.Tensor):
             return raw
@@ -35,15 +35,15 @@ class Storage:
         return torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
 
     def view(self, offset: Any, numel: Any) -> "Storage":
-        """Return a part of this storage, which shares its values."""
+        """Return a slice of this storage that shares its values."""
         offset, numel = check_sizes((offset, numel))
         if offset + numel > self.numel:
-            raise ValueError("a view that is larger than its data")
+            raise ValueError("a view is larger than its storage")
         return Storage(self.dtype, numel, lambda: self.values[offset : offset + numel])
 
 
 class TensorRef:
-    """Tensor in a file: a view of a :class:`Storage`, checked to lie inside it."""
+    """Tensor in a file: a view of a :class:`Storage`, checked to be within its bounds."""
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))
@@ -52,16 +52,18 @@ class TensorRef:
         """Set storage, offset, shape and strides; raise ValueError if they are inconsistent."""
         storage, offset, shape, strides = state
         if not isinstance(storage, Storage):
-            raise ValueError("a tensor without a storage")
+            raise ValueError("a tensor has no storage")
         (offset,), shape, strides = check_sizes((offset,)), check_sizes(shape), check_sizes(strides)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if 0 not in shape and last >= storage.numel:
-            raise ValueError(f"a tensor of shape {shape} in {storage.numel} numbers of data")
+            raise ValueError(
+                f"a tensor of shape {shape} exceeds its storage of {storage.numel} values"
+            )
         self._storage, self._offset, self._shape, self._strides = storage, offset, shape, strides
 
     @property
     def size(self) -> int:
-        """Return the number of elements; the name is numpy's."""
+        """Return the number of elements, like the attribute of a numpy array."""
         return math.prod(self._shape)
 
     @property
@@ -74,7 +76,7 @@ class TensorRef:
         view = self._storage.values.as_strided(
             self._shape, self._strides, self._storage.values.storage_offset() + self._offset
         )
-        # Tied tensors share their memory, as they did in the model that was saved.
+        # Tied tensors share memory, as they did in the saved model.
         if view.nbytes == view.untyped_storage().nbytes() and view.is_contiguous():
             return view
         return view.clone(memory_format=torch.contiguous_format)
@@ -88,7 +90,7 @@ def is_numeric(value: Any) -> bool:
 
 
 def to_tensor(source: TensorRef | np.ndarray) -> torch.Tensor:
-    """Return a lazy tensor or an array as a tensor that does not share the file's memory."""
+    """Convert a lazy tensor or an array to a tensor that does not share memory with the file."""
     if isinstance(source, TensorRef):
         return source.tensor()
     return torch.from_numpy(np.array(source, dtype=source.dtype.newbyteorder("="), order="C"))

@@ -1,7 +1,7 @@
-"""Reader of weight files of any format.
+"""Reader for weight files in any supported format.
 
-The format is detected from the content, not the name. Nothing in a file is executed, and the memory
-and time to read it are bounded by its size.
+The format is detected from the content, not from the file name. No code in a file is executed, and
+the memory and time for reading a file are bounded by its size.
 """
 
 import io
@@ -25,10 +25,11 @@ from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
 
-# Key of this project's own metadata: a dictionary stored next to the tensors (as JSON in a
-# .safetensors, whose metadata are strings).
+# Key of this project's own metadata, a dictionary stored with the tensors (as JSON in safetensors
+# files, whose metadata values are strings).
 OWN_METADATA = "senet_transfer"
-# Key in it of the tensors' hash, by tensors_sha256: the only checksum of a .safetensors or .pkl.
+# Key in this metadata for the hash from tensors_sha256, which is the only checksum in .safetensors
+# and .pkl files.
 OWN_HASH = "tensors_sha256"
 
 _LISTED = 5
@@ -39,15 +40,17 @@ class WeightFile:
     """Content of a weight file.
 
     Attributes:
-        path: the file.
-        format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: The tensors by name, in memory of their own. The usual wrappers are removed, and
-            ``module.`` if every name has it; otherwise names are the file's.
-        metadata: small plain values stored with the tensors: ``arch``, ``epoch``, ``meta``,
-            ``__author__``, ``matching_heuristics``, this project's own under :data:`OWN_METADATA`.
-        layers: of a Caffe file, with their parameters; otherwise empty.
-        verified: the checks that the content passed: "sha256", "zip CRC", or "values" if there is
-            no checksum and the numbers were checked (see :func:`check_values`).
+        path: Path of the file.
+        format: File format: "pth", "safetensors", "pkl" or "caffemodel".
+        tensors: Tensors by name, which do not share memory with the file. Common wrappers are
+            removed, and so is the prefix ``module.`` if every name has it. Otherwise, the names are
+            those in the file.
+        metadata: Small plain values stored with the tensors, such as ``arch``, ``epoch``, ``meta``,
+            ``__author__``, ``matching_heuristics``, and this project's metadata under
+            :data:`OWN_METADATA`.
+        layers: Layers of a Caffe file, with their parameters; empty for other formats.
+        verified: Checks that the content passed: "sha256", "zip CRC", or "values" if there is no
+            checksum and only the values were checked (see :func:`check_values`).
     """
 
     path: Path
@@ -59,18 +62,20 @@ class WeightFile:
 
 
 def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
-    """Read a weight file: ``torch.save``'s formats, safetensors, pickles, Caffe's.
+    """Read a weight file in a ``torch.save``, safetensors, pickle or Caffe format.
 
-    A SHA-256 next to the file (``NAME.sha256``, as ``sha256sum`` writes it) is verified too.
+    If the same folder contains ``NAME.sha256``, as written by ``sha256sum``, this hash is verified
+    too.
 
     Args:
-        path: the file.
-        sha256: the expected SHA-256 in hexadecimal, or its first eight digits or more (what
-            publishers put into file names).
+        path: Path of the file.
+        sha256: Expected SHA-256 in hexadecimal, or at least its first eight digits, which
+            publishers often include in file names.
 
     Raises:
-        UserError: the file is missing, damaged, of an unknown format, without tensors, has another
-            hash, or holds more than tensors and plain values. The message says how to fix it.
+        UserError: If the file is missing, is damaged, has an unknown format or a different hash,
+            contains no tensors, or contains objects other than tensors and plain values. The
+            message explains how to fix the problem.
     """
     path = Path(path)
     kind = sniff(path)
@@ -78,12 +83,12 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
     try:
         name, checkpoint, layers = _READERS[kind](path)
         _verify_own_hash(path, checkpoint, verified)
-    except (UserError, NameError, ImportError):  # the last two can only be our own mistakes
+    except (UserError, NameError, ImportError):  # the last two indicate a bug in this package
         raise
-    except Exception as error:  # a damaged or hostile file can raise anything in any reader
+    except Exception as error:  # damaged or hostile files can raise any exception
         raise UserError(
-            f"{path}: damaged or incomplete ({path.stat().st_size:,} bytes): "
-            f"{shown(error, 300) or type(error).__name__}. Get the file again."
+            f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): "
+            f"{shown(error, 300) or type(error).__name__}. Download the file again."
         ) from error
     if kind == ZIP:
         verified.append("zip CRC")
@@ -96,21 +101,21 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
 
 
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
-    """Check for non-finite values and negative variances, the visible damage without a checksum.
+    """Raise UserError for non-finite values and negative variances, which indicate damage.
 
     Raises:
-        UserError: there are such values; the message names the tensors.
+        UserError: If there are such values; the message lists the tensors.
     """
     bad = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad.append(f"{shown(name)} (not finite)")
+            bad.append(f"{shown(name)} (non-finite)")
         elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
-            bad.append(f"{shown(name)} (a negative variance)")
+            bad.append(f"{shown(name)} (negative variance)")
     if bad:
         raise UserError(
-            f"{path}: impossible values in {first_of(bad, _LISTED)}. The file is damaged, "
-            "or its training diverged. Get the file again."
+            f"{path} contains invalid values: {first_of(bad, _LISTED)}. The file is damaged, or "
+            "the training diverged. Download the file again, or use different weights."
         )
 
 
@@ -121,8 +126,9 @@ def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) ->
         return
     if tensors_sha256(checkpoint.tensors) != stated:
         raise UserError(
-            f"{path}: its tensors are not those that it was saved with (their SHA-256 differs from "
-            "the one in its metadata). The file is damaged or was edited. Get it again."
+            f"{path} does not contain the tensors that it was saved with: their SHA-256 differs "
+            "from the one in the file's metadata. The file is damaged or was edited. Download or "
+            "save it again."
         )
     verified.append("sha256")
 
@@ -138,10 +144,10 @@ def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
 def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata: dict[str, Any] = dict(file.metadata() or {})
-        # Copies, because the library's tensors are mapped from the file, which may be replaced.
+        # Clone the tensors, because safetensors maps them from the file, which may be replaced.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if not tensors:
-        raise UserError(f"{path}: no tensors inside. Check the file.")
+        raise UserError(f"{path} contains no tensors. Check the file.")
     if OWN_METADATA in metadata:
         metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
     return "safetensors", Checkpoint(tensors, metadata), []
@@ -151,7 +157,9 @@ def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     name, layers = read_caffemodel(path)
     tensors = caffe_tensors(layers, path)
     if not tensors:
-        raise UserError(f"{path}: a Caffe file, but no layer in it has blobs. Get it again.")
+        raise UserError(
+            f"{path} is a Caffe file, but its layers contain no blobs. Download it again."
+        )
     return "caffemodel", Checkpoint(tensors, {"name": name}), layers
 
 

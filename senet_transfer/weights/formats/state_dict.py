@@ -1,7 +1,7 @@
-"""Extraction of a model's tensors, and the plain values stored with them, from a checkpoint.
+"""Extraction of a model's tensors and accompanying plain values from a checkpoint.
 
-People wrap a model's tensors in many ways and store the optimizer, the scheduler and the arguments
-of the run with them. Only the model's tensors are read into memory.
+Checkpoints wrap a model's tensors in many ways, and often contain the optimizer, the scheduler and
+the arguments of the run. Only the model's tensors are read into memory.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from senet_transfer.utils.safe_pickle import Placeholder, reject_class
 from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
 
-# In this order: a file with "state_dict" and "state_dict_ema", or "model" and "ema", means the
-# first; the second is used if the first is absent.
+# In order of precedence. If a file contains both "state_dict" and "state_dict_ema", or "model" and
+# "model_ema", the former is used.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -29,7 +29,7 @@ WRAPPERS = (
     "state_dict_ema",
     "model_ema",
 )
-# The prefixes that DataParallel and torch.compile add to every name of a model.
+# Prefixes that DataParallel and torch.compile add to all of a model's tensor names.
 PREFIXES = ("module.", "_orig_mod.")
 
 _TRAINER_STATE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
@@ -43,27 +43,27 @@ _Source = TensorRef | np.ndarray
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's tensors by name, and the plain values stored with them."""
+    """Tensors of a model by name, and the plain values stored with them."""
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, Any]
 
 
 def collect(tree: Any, path: Path, size: int) -> Checkpoint:
-    """Take a model's tensors out of a checkpoint.
+    """Extract a model's tensors from a checkpoint.
 
-    The usual wrappers are removed, and ``module.`` and ``_orig_mod.`` if every name has them.
-    Trainer state (optimizer, scheduler) is left out, and so are objects next to the model whose
-    class is unknown.
+    Common wrappers are removed, and so are the prefixes ``module.`` and ``_orig_mod.`` if every
+    name has them. Trainer state (optimizer, scheduler) is omitted, as are other objects of unknown
+    classes outside the model.
 
     Args:
-        tree: The object in the file, with tensors that are not yet read.
-        path: The path of the file, for error messages.
-        size: The size of the file in bytes, which bounds the memory of its tensors.
+        tree: Object stored in the file, with tensors that have not been read yet.
+        path: Path of the file, for error messages.
+        size: Size of the file in bytes, which limits the memory of its tensors.
 
     Raises:
-        UserError: The object contains no named tensors, or the model is or contains an object of an
-            unknown class.
+        UserError: If the object contains no named tensors, or the model is or contains an object of
+            an unknown class.
     """
     metadata: dict[str, Any] = {}
     for _ in range(_MAX_DEPTH):
@@ -77,15 +77,15 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     if not isinstance(tree, dict):
         kind = "single tensor" if isinstance(tree, _Source) else type(tree).__name__
         raise UserError(
-            f"{path}: contains a {kind}, so it is not a weights file. Expected a dictionary of "
-            "named tensors, such as model.state_dict()."
+            f"{path} contains a {kind}, so it is not a weight file. Expected a dictionary of named "
+            "tensors, such as model.state_dict()."
         )
     sources: dict[str, _Source] = {}
     for name, source in _leaves(tree):
         if isinstance(source, Placeholder):
             reject_class(path, source.name)
         if name in sources:
-            raise ValueError(f"two tensors of the name {name}")
+            raise ValueError(f"two tensors have the name {name}")
         sources[name] = source
     _take_plain(
         metadata,
@@ -93,16 +93,17 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
     )
     if not sources:
         found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
-        raise UserError(f"{path}: no model tensors inside (found: {found}). Check the file.")
-    # Many tensors may be views of the same few bytes. Twice is tied weights; this is a bomb.
+        raise UserError(f"{path} contains no model tensors (found: {found}). Check the file.")
+    # In a malicious file, many tensors may be views of the same few bytes. Tied weights add up to
+    # at most a small multiple of the file's size.
     if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
-        raise ValueError("its tensors would take far more memory than the file's size")
+        raise ValueError("its tensors would require far more memory than the file's size")
     tensors = {name: to_tensor(source) for name, source in _strip_prefixes(sources).items()}
     return Checkpoint(tensors, metadata)
 
 
 def _wrapper(tree: dict) -> str | None:
-    """Return the key of the model in ``tree``, or None if ``tree`` is the model itself."""
+    """Return the key of the model's state dict in ``tree``, or None if ``tree`` itself is one."""
     for key in WRAPPERS:
         if isinstance(tree.get(key), Placeholder) or _has_tensors(tree.get(key)):
             return key
@@ -127,13 +128,14 @@ def _has_tensors(value: Any) -> bool:
 def _leaves(
     tree: dict, depth: int = _MAX_DEPTH, prefix: str = "", budget: list[int] | None = None
 ) -> Iterator[tuple[str, _Source | Placeholder]]:
-    """Yield the tensors and placeholders in nested dictionaries, by their joined keys."""
-    # A dictionary can hold another one many times: the walk is bounded, not only its depth.
+    """Yield the tensors and placeholders in nested dictionaries, with their joined keys."""
+    # A dictionary can contain another one many times, so both the depth and the number of entries
+    # are limited.
     budget = [_MAX_ENTRIES] if budget is None else budget
     for key, value in tree.items():
         budget[0] -= 1
         if budget[0] < 0:
-            raise ValueError(f"more than {_MAX_ENTRIES:,} entries")
+            raise ValueError(f"it contains more than {_MAX_ENTRIES:,} entries")
         if isinstance(key, Placeholder):
             yield prefix, key
         elif not isinstance(key, str):
@@ -159,12 +161,12 @@ def _take_plain(metadata: dict[str, Any], values: dict) -> None:
                 continue
 
 
-class _NotPlain(Exception):  # noqa: N818 - it never leaves this file
-    """Value that is not kept as metadata: too large, or not made of plain values."""
+class _NotPlain(Exception):  # noqa: N818 - only used in this file
+    """Exception for a value that is not kept as metadata, because it is too large or not plain."""
 
 
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """Return a small plain value (a one-element tensor as its number), or raise _NotPlain."""
+    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain."""
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:
         raise _NotPlain

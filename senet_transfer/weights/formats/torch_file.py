@@ -1,14 +1,14 @@
-"""Reader of ``torch.save``'s three formats: zip (since 1.6), legacy, and tar (before 0.1.12).
+"""Reader for ``torch.save``'s three formats: zip (since 1.6), legacy, and tar (before 0.1.12).
 
-A model consists of dense tensors in plain containers. A file may contain objects of any class next
-to the model, as with ``torch.load(weights_only=False)``, but they are left out and no code is
-called. ``torch.load(weights_only=True)`` is not used because it is not safe for damaged or hostile
-files:
+A model consists of dense tensors in plain containers. Unlike with
+``torch.load(weights_only=True)``, a file may also contain objects of other classes, which are
+skipped without running their code. ``torch.load(weights_only=True)`` is not used, because it is not
+safe for damaged or hostile files:
 
-- it does not verify the zip's checksums, so that a flipped byte loads as a wrong weight;
+- it does not verify zip checksums, so that a flipped byte results in a wrong weight;
 - it accepts a tensor larger than its storage, and fills the rest with uninitialised memory;
-- it does not bound the memory and time of unpickling;
-- it can't read the tar format, some pickles of Python 2, and files with objects of other classes.
+- it does not limit the memory and time of unpickling;
+- it can't read the tar format, some Python 2 pickles, or files with objects of other classes.
 """
 
 import io
@@ -50,18 +50,18 @@ _DTYPES = {
     "Bool": torch.bool,
     "ComplexDouble": torch.complex128,
     "ComplexFloat": torch.complex64,
-    # Of quantized tensors, which are not read; only the number of bytes is needed.
+    # Quantized tensors are not read; only their size in bytes is needed.
     "QInt32": torch.int32,
     **dict.fromkeys(("QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), torch.uint8),
 }
 
 
 def _empty_tensor() -> TensorRef:
-    # torch.FloatTensor(), which old pickles create first and fill by BUILD.
+    # Stand-in for torch.FloatTensor(), which old pickles create empty and fill with BUILD.
     return TensorRef(Storage(torch.float32, 0, bytearray), 0, (0,), (1,))
 
 
-# A storage's class is only named, as the dtype of its numbers.
+# Stand-ins for the names in a file. A storage class is represented by its dtype.
 ALLOWED: Mapping[str, Any] = {
     **PLAIN,
     **{f"{m}.{n}Storage": d for n, d in _DTYPES.items() for m in ("torch", "torch.cuda")},
@@ -78,35 +78,39 @@ ALLOWED: Mapping[str, Any] = {
 
 
 class _Storages(dict[Any, Storage]):
-    """Storages of a file by key, with a check that the pickle describes each consistently."""
+    """Storages of a file by key, with a check that the pickle describes each one consistently."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
-        """Return the storage of a persistent id; ``read`` takes its key and length in bytes."""
+        """Return the storage for a persistent id; ``read`` takes its key and length in bytes."""
         kind, storage_type, key, _, numel = identity
         dtype = storage_type.value if isinstance(storage_type, Named) else None
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) not in (str, int):
-            raise ValueError("a reference to something that is not a tensor's data")
+            raise ValueError("a persistent id does not refer to tensor data")
         (numel,) = check_sizes((numel,))
         storage = Storage(dtype, numel, lambda: read(key, numel * dtype.itemsize))
         storage = self.setdefault(key, storage)
         if (storage.dtype, storage.numel) != (dtype, numel):
-            raise ValueError(f"the data {shown(key)} is described in two ways")
+            raise ValueError(f"the storage {shown(key)} is described inconsistently")
         return storage
 
 
 def read_zip(path: Path) -> Checkpoint:
-    """Read a zip file of ``torch.save`` and verify the checksum of every record in it.
+    """Read a zip file written by ``torch.save``, and verify the checksum of every record.
 
     Raises:
-        UserError: The file is another kind of archive, or contains objects other than tensors and
-            plain containers.
-        zipfile.BadZipFile, ValueError, and other errors of reading: The file is damaged.
+        UserError: If the file is a different kind of archive, or the model contains objects other
+            than tensors and plain containers.
+        Exception: If the file is damaged; the type depends on the damage, such as
+            zipfile.BadZipFile or ValueError.
     """
     with zipfile.ZipFile(path) as archive:
         root = _check_records(archive, path)
         byteorder = f"{root}/byteorder"
         if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
-            raise UserError(f"{path}: saved on a big-endian machine; save it on a common one.")
+            raise UserError(
+                f"{path} was saved on a big-endian machine, which is not supported. Save it again "
+                "on a little-endian machine."
+            )
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"record {damaged} is damaged (its CRC-32 or header is wrong)")
@@ -122,7 +126,7 @@ def read_zip(path: Path) -> Checkpoint:
         def persistent_load(identity: Any) -> Storage:
             storage = storages.named(identity, read_record)
             if archive.getinfo(f"{root}/data/{identity[2]}").file_size != storage.nbytes:
-                raise ValueError(f"record data/{identity[2]} is not {storage.nbytes} bytes")
+                raise ValueError(f"record data/{identity[2]} does not have {storage.nbytes} bytes")
             return storage
 
         stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
@@ -131,42 +135,47 @@ def read_zip(path: Path) -> Checkpoint:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
-    """Return the folder of all records, after checking that the archive is one of torch.save."""
+    """Return the folder of all records, after checking that torch.save wrote the archive."""
     records, names = archive.infolist(), archive.namelist()
     root = next((n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")), None)
     if root is None:
         raise UserError(
-            f"{path}: a zip archive, but not one of torch.save (it holds "
-            f"{shown(', '.join(names[:4])) or 'nothing'}). If the weights are inside, unpack it "
+            f"{path} is a zip archive that was not written by torch.save (it contains "
+            f"{shown(', '.join(names[:4])) or 'nothing'}). If it contains the weights, unpack it "
             "first."
         )
     if f"{root}/constants.pkl" in names:
         raise UserError(
-            f"{path}: a TorchScript program, not weights. Save its tensors: "
+            f"{path} is a TorchScript program, not a weight file. Save its tensors: "
             'torch.save(torch.jit.load("file").state_dict(), "weights.pth").'
         )
     if any(info.compress_type != zipfile.ZIP_STORED for info in records):
-        raise UserError(f"{path}: repacked with compression, which torch.save does not use.")
+        raise UserError(
+            f"{path} was repacked with compression, which is not supported. Use the original file."
+        )
     if any(info.compress_size != info.file_size for info in records):
-        raise ValueError("a record of two sizes")
+        raise ValueError("a record has two different sizes")
     if sum(info.file_size for info in records) > path.stat().st_size:
-        raise ValueError("records that are larger than the file")
+        raise ValueError("the records are larger than the file")
     if len(set(names)) != len(names):
-        raise ValueError("two records of one name")
+        raise ValueError("two records have the same name")
     return root
 
 
 def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
-    """Read the pickles and raw data after the magic number of torch's legacy format."""
+    """Read a file in torch's legacy format, starting after its magic number."""
     if load_plain(stream, path) != 1001:
-        raise ValueError("another version of the legacy format than 1001")
+        raise ValueError("the version of the legacy format is not 1001")
     if load_plain(stream, path).get("little_endian") is not True:
-        raise UserError(f"{path}: saved on a big-endian machine; save it on a common one.")
+        raise UserError(
+            f"{path} was saved on a big-endian machine, which is not supported. Save it again on a "
+            "little-endian machine."
+        )
     storages = _Storages()
     starts: dict[Any, int] = {}
 
     def persistent_load(identity: Any) -> Any:
-        if identity[0] == "module":  # a class of torch.nn.Module, with its source code
+        if identity[0] == "module":  # a torch.nn.Module class with its source code
             return identity[1]
         *identity, view = (*identity, None)[:6]
         storage = storages.named(identity, lambda key, n: _raw(stream, starts[key], n))
@@ -175,34 +184,35 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
     tree = load_plain(stream, path, ALLOWED, persistent_load)
     keys = load_plain(stream, path)
     if not all(type(key) in (str, int) for key in keys) or sorted(keys) != sorted(storages):
-        raise ValueError("its data is not the data that its tensors need")
+        raise ValueError("its storages are not those that its tensors use")
     for key in keys:
         starts[key] = _skip_data(stream, storages[key])
     return collect(tree, path, length_of(stream))
 
 
 def read_tar(path: Path) -> Checkpoint:
-    """Read torch's first format: a tar of ``storages``, ``tensors`` and the ``pickle``."""
+    """Read torch's oldest format, a tar archive of ``storages``, ``tensors`` and ``pickle``."""
     with tarfile.open(path, mode="r:") as tar:
         members = {member.name: member for member in tar.getmembers()}
         if not {"storages", "tensors", "pickle"} <= members.keys():
             names = shown(", ".join(list(members)[:4])) or "nothing"
             raise UserError(
-                f"{path}: a tar archive of {names}, not one of torch.save. "
-                "If the weights are inside, unpack it first."
+                f"{path} is a tar archive of {names} that was not written by torch.save. If it "
+                "contains the weights, unpack it first."
             )
         parts = {}
         for name in ("storages", "tensors", "pickle"):
             member = tar.extractfile(members[name])
-            # A sparse member can claim any size; an ordinary one lies in the file as it is.
+            # A sparse member can claim any size, but the data of an ordinary member must be in the
+            # file.
             if member is None or not members[name].isreg() or members[name].issparse():
-                raise ValueError(f"{name} in it is not a regular file")
+                raise ValueError(f"its member {name} is not a regular file")
             parts[name] = io.BytesIO(member.read())
     storages = _tar_storages(parts["storages"], path)
     tensors = _tar_tensors(parts["tensors"], path, storages)
 
     def persistent_load(identity: Any) -> Any:
-        # A tuple is a class of torch.nn.Module, with its source code.
+        # A tuple is a torch.nn.Module class with its source code.
         return identity[0] if isinstance(identity, tuple) else tensors[int(identity)]
 
     tree = load_plain(parts["pickle"], path, ALLOWED, persistent_load)
@@ -233,7 +243,7 @@ def _tar_tensors(
         key, storage, _kind = load_plain(stream, path, ALLOWED)
         (dimensions,) = struct.unpack("<q", stream.read(8))
         if dimensions > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor of {dimensions} dimensions")
+            raise ValueError(f"a tensor has {dimensions} dimensions")
         *numbers, offset = struct.unpack(
             f"<{2 * dimensions + 1}q", stream.read(16 * dimensions + 8)
         )
@@ -248,9 +258,9 @@ def _raw(stream: io.BytesIO, start: int, nbytes: int) -> bytearray:
 
 
 def _skip_data(stream: io.BytesIO, storage: Storage) -> int:
-    """Skip the data of a storage, check its length, and return where it starts."""
+    """Skip the data of a storage, check its length, and return its start position."""
     if struct.unpack("<q", stream.read(8)) != (storage.numel,):
-        raise ValueError("the data does not have the length that its tensor states")
+        raise ValueError("the data does not have the length that its tensor requires")
     start = stream.tell()
     if stream.seek(start + storage.nbytes) > length_of(stream):
         raise ValueError("the file ends in the middle of a tensor")

@@ -1,1 +1,1 @@
-"""Published weights: their catalogue and their download."""
+"""Catalogue and download of published weights."""

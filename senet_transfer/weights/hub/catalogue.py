@@ -16,7 +16,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.weights.hub.download import check_sha256, fetch
 
-# This project's names of networks, by their publishers' names.
+# Mapping from publishers' network names to this project's, if they differ.
 _RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -27,14 +27,14 @@ class Entry:
     """Published weight file.
 
     Attributes:
-        name: The name that users type.
-        url: The address, or the page that links to the file if it must be downloaded by hand.
-        file: The file name in the cache.
-        sha256: The first digits of the SHA-256 stated by the publisher. None if there is no hash,
-            so that the file cannot be verified.
-        family: The family of weights, one of ``FAMILIES``.
-        model: This project's name of the network.
-        licence: The licence stated by the publisher, or empty.
+        name: Name that users type.
+        url: URL of the file, or of a page that links to it if it must be downloaded by hand.
+        file: File name in the cache.
+        sha256: First digits of the SHA-256 given by the publisher, or None if there is no hash. In
+            that case, the file can't be verified.
+        family: Weight family, one of ``FAMILIES``.
+        model: This project's name for the network.
+        licence: Licence given by the publisher, or empty.
         note: Further information, or empty.
         by_hand: Whether the file must be downloaded by hand.
     """
@@ -51,18 +51,18 @@ class Entry:
 
     @property
     def verified(self) -> bool:
-        """Return whether the catalogue has a hash to verify the file with."""
+        """Return whether the catalogue contains a hash for verifying the file."""
         return self.sha256 is not None
 
     @property
     def path(self) -> Path:
-        """Return the file's path in torch.hub's cache, which many projects share."""
+        """Return the file's path in torch.hub's cache, which is shared by many projects."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Entry]:
-    """Return all published weights by name, from ``catalogue.yaml``, which is read once."""
+    """Return all published weights by name. ``catalogue.yaml`` is read only once."""
     text = (package_files(__package__) / "catalogue.yaml").read_text(encoding="utf-8")
     return {entry.name: entry for group in yaml.safe_load(text) for entry in _entries(**group)}
 
@@ -79,7 +79,7 @@ def _entries(
     by_hand: bool = False,
     cache_prefix: str = "",
 ) -> Iterator[Entry]:
-    """Yield the entries of one group of ``catalogue.yaml``, which describes the arguments."""
+    """Yield the entries of a group in ``catalogue.yaml``, whose header describes the arguments."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)
@@ -97,7 +97,7 @@ def _entries(
 
 
 def _model(name: str) -> str:
-    """Return this project's name of a network, given its publisher's."""
+    """Convert a publisher's network name to this project's name."""
     name = name.partition(".")[0]
     return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
@@ -108,18 +108,18 @@ def list_catalogue(pattern: str = "*") -> list[str]:
 
 
 def catalogue_entry(name: str) -> Entry:
-    """Return the published weights of this name.
+    """Return the catalogue entry called ``name``.
 
     Raises:
-        UserError: The name is unknown; the message suggests similar ones.
+        UserError: If the name is unknown; the message suggests similar names.
     """
     catalogue = load_catalogue()
     if name not in catalogue:
         near = nearest_names(name)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
-            f"There is no file {name}, and no published weights of this name are known here. "
-            f"{hint}senet_transfer.list_catalogue() lists all names."
+            f"{name} is neither an existing file nor the name of published weights. {hint}Call "
+            "senet_transfer.list_catalogue() for a list of all names."
         )
     return catalogue[name]
 
@@ -132,9 +132,9 @@ def nearest_names(name: str) -> list[str]:
 
 
 def names_published(weights: str | Path) -> bool:
-    """Return whether a string has the form of a name in the catalogue, PUBLISHER/NAME.
+    """Return whether a string has the form of a catalogue name, PUBLISHER/NAME.
 
-    The publisher must be in the catalogue. An existing file of that name takes precedence.
+    The publisher must be in the catalogue. An existing file with that name takes precedence.
     """
     if isinstance(weights, Path) or os.path.exists(weights):
         return False
@@ -143,11 +143,11 @@ def names_published(weights: str | Path) -> bool:
 
 
 def resolve(name: str) -> Path:
-    """Return the path of published weights, downloaded into torch.hub's cache if not there yet.
+    """Return the path of published weights, after downloading them to torch.hub's cache if needed.
 
     Raises:
-        UserError: The name is unknown, the file must be downloaded by hand, the download failed, or
-            the cached file has another hash. The message gives the address and the path.
+        UserError: If the name is unknown, the file must be downloaded by hand, the download fails,
+            or the cached file has a different hash. The message includes the URL and the path.
     """
     entry = catalogue_entry(name)
     path = entry.path
@@ -166,22 +166,22 @@ def resolve(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> None:
-    """Verify a file once per process, unless its size or time of change differs."""
+    """Verify a file once per process, and again only if its size or modification time changes."""
     check_sha256(path, sha256)
 
 
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the weight file and its family for a path or a name in the catalogue.
+    """Return the weight file and its family for a path or a catalogue name.
 
     Args:
-        weights: A path, which is returned unchanged even if it does not exist, or a name.
-        family: The family, which overrides the catalogue's; None: the catalogue's.
+        weights: Path, which is returned unchanged even if it does not exist, or catalogue name.
+        family: Family to use instead of the catalogue's; None uses the catalogue's.
 
     Raises:
-        UserError: ``weights`` is neither a path nor a name, or :func:`resolve` fails.
+        UserError: If ``weights`` is neither a path nor a catalogue name, or :func:`resolve` fails.
     """
     if not isinstance(weights, str | Path):
-        raise UserError(f"The weights are {weights!r}, expected a path or a published name.")
+        raise UserError(f"The weights are {weights!r}; expected a path or a catalogue name.")
     if not names_published(weights):
         return weights, family
     name = str(weights)

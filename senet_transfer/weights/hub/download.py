@@ -1,8 +1,9 @@
-"""Download of one file over HTTPS: atomic, verified, and resumed after an interruption.
+"""Atomic, verified file download over HTTPS, with resumption after interruptions.
 
-torch.hub's and huggingface_hub's downloads are not used: the first has no retry and accepts a
-truncated file that has no hash; the second resumes without If-Range, so that it can mix parts of
-two files. Both follow redirections to plain HTTP and accept a web page in place of the file.
+The download functions of torch.hub and huggingface_hub are not used. torch.hub does not retry, and
+accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range, so it can
+mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of the
+file.
 """
 
 import http.client
@@ -28,9 +29,10 @@ from senet_transfer.utils.text import shown
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-TIMEOUT = 30.0  # seconds without a byte
-PAUSE = 2.0  # seconds before the second attempt; longer before each further one
-# One process downloads and the others wait, up to the time of a large file on a slow line.
+TIMEOUT = 30.0  # seconds without receiving any data
+PAUSE = 2.0  # seconds before the second attempt; later pauses are longer
+# Time in seconds that other processes wait for a download, enough for a large file on a slow
+# connection.
 LOCK_TIMEOUT = 2 * 3600
 _CHUNK = 2**20
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -40,7 +42,7 @@ _PAGE_STARTS = (b"<!doctype", b"<html")
 
 
 class _DownloadError(Exception):
-    """A failed download.
+    """Failed download.
 
     Attributes:
         temporary: Whether another attempt may succeed.
@@ -52,22 +54,24 @@ class _DownloadError(Exception):
 
 
 def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
-    """Download a file unless it exists.
+    """Download a file unless it already exists.
 
-    Processes that ask for the same file at once download it once. The file appears under its name
-    when it is complete and, if ``sha256`` is given, verified. A failed download leaves nothing.
+    If several processes request the same file at once, it is downloaded only once. The file appears
+    under its final name only when it is complete and, if ``sha256`` is given, verified. A failed
+    download leaves no files behind.
 
     Args:
-        url: The address: https, or http on this machine.
-        path: The file to create.
-        sha256: The SHA-256 in hexadecimal or its beginning; None if unknown.
-        hint: Text to append to an error.
+        url: URL, which must use HTTPS, or HTTP on this machine.
+        path: Path of the file to create.
+        sha256: SHA-256 in hexadecimal, or its first digits; None if it is unknown.
+        hint: Text to append to error messages.
 
     Returns:
         ``path``.
 
     Raises:
-        UserError: The download failed. The message says why, and how to get the file by hand.
+        UserError: If the download fails. The message gives the reason, and explains how to download
+            the file by hand.
     """
     if path.is_file():
         return path
@@ -75,22 +79,22 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
         with portalocker.Lock(lock, timeout=LOCK_TIMEOUT, check_interval=0.2):
-            if not path.is_file():  # another process may have been first
+            if not path.is_file():  # another process may have downloaded it
                 _download(url, path, sha256)
     except portalocker.LockException as error:
         raise UserError(
-            f"{path} is being downloaded by another process, and was not there after "
+            f"{path} is being downloaded by another process, which has not finished after "
             f"{LOCK_TIMEOUT} s. Wait for that process, or end it."
         ) from error
     except _DownloadError as error:
         raise UserError(
-            f"{url} can't be downloaded: {error}. To get it by hand, download that address "
-            f"elsewhere and put the file at {path} (its name matters).{hint}"
+            f"Cannot download {url}: {error}. Alternatively, download it by hand on any machine "
+            f"and save it as {path} (the file name must match).{hint}"
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} can't be written: {error}. Free some space, set TORCH_HOME to another folder, "
-            f"or download {url} by hand and give the file's path.{hint}"
+            f"Cannot write {path}: {error}. Free some disk space, set TORCH_HOME to a different "
+            f"folder, or download {url} by hand and pass the path of the file.{hint}"
         ) from error
     return path
 
@@ -99,15 +103,15 @@ def check_sha256(path: Path, sha256: str | None) -> None:
     """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
-            f"{path} is damaged or another file: its SHA-256 is {found}, expected {sha256}... "
-            "Remove it, and it is downloaded again."
+            f"{path} is damaged or not the expected file: its SHA-256 is {found}; expected "
+            f"{sha256}... Delete the file to download it again."
         )
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:
     """Download to a temporary file, and rename it if it is complete and verified."""
     _check_scheme(url)
-    # A lock may not hold between machines that share a disk.
+    # The lock may not work between machines that share a disk.
     partial = path.with_name(f".{path.name}.{platform.node()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -118,25 +122,27 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
         if sha256 and not found.startswith(sha256):
             raise _DownloadError(
                 f"the received file ({partial.stat().st_size:,} bytes) has the SHA-256 {found}, "
-                f"expected {sha256}..., which its publisher states"
+                f"but its publisher specifies {sha256}..."
             )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if sha256 is None:
         logger.warning(
-            "%s is not verified: its publisher states no hash. Its SHA-256 is %s.", path, found
+            "%s was not verified, because its publisher provides no hash. Its SHA-256 is %s.",
+            path,
+            found,
         )
 
 
 def _check_scheme(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOCAL):
-        raise _DownloadError(f"its address is {shown(url)}, expected one that begins with https://")
+        raise _DownloadError(f"the URL is {shown(url)}; expected a URL that starts with https://")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirections, except to addresses that are not encrypted."""
+    """Redirect handler that rejects unencrypted URLs."""
 
     def redirect_request(
         self,
@@ -152,7 +158,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _transfer(url: str, file: BinaryIO) -> None:
-    """Receive the whole of ``url``, in several attempts if needed."""
+    """Download the content of ``url``, in several attempts if needed."""
     logger.info("Downloading %s", url)
     tag = ""
     for attempt in range(1, ATTEMPTS + 1):
@@ -164,35 +170,39 @@ def _transfer(url: str, file: BinaryIO) -> None:
         except _DownloadError as error:
             if attempt == ATTEMPTS or not error.temporary:
                 raise
-            logger.warning("%s: %s. Trying again (%d of %d).", url, error, attempt + 1, ATTEMPTS)
+            logger.warning(
+                "%s: %s. Retrying (attempt %d of %d).", url, error, attempt + 1, ATTEMPTS
+            )
         time.sleep(PAUSE * attempt)
 
 
 def _open(url: str, done: int, tag: str) -> http.client.HTTPResponse:
-    """Request the bytes after ``done`` if the file still has this ETag, or else all of it."""
+    """Request the bytes after ``done`` if the ETag is still ``tag``, otherwise the whole file."""
     request = urllib.request.Request(url, headers={"User-Agent": "senet_transfer"})
-    if done and tag and not tag.startswith("W/"):  # weak tags do not promise equal bytes
+    if done and tag and not tag.startswith("W/"):  # weak ETags do not guarantee equal bytes
         request.add_header("Range", f"bytes={done}-")
         request.add_header("If-Range", tag)
     try:
         return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         raise _DownloadError(
-            f"the server answers {error.code} ({shown(error.reason)})",
+            f"the server returned {error.code} ({shown(error.reason)})",
             temporary=error.code in _TEMPORARY,
         ) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLError):
-            raise _DownloadError(f"the server can't be trusted: {error.reason}") from error
+            raise _DownloadError(
+                f"the server could not be authenticated: {error.reason}"
+            ) from error
         raise _DownloadError(
-            f"there is no connection to the server ({shown(error.reason)})", temporary=True
+            f"the server can't be reached ({shown(error.reason)})", temporary=True
         ) from error
     except (http.client.HTTPException, OSError) as error:
         raise _broken(error) from error
 
 
 def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None:
-    """Append the answer to the file, or start it anew if the server sends all of it."""
+    """Append the response to the file, or start over if the server sends the whole file."""
     done = file.tell()
     if answer.status != 206 or not (answer.getheader("Content-Range") or "").startswith(
         f"bytes {done}-"
@@ -200,13 +210,13 @@ def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None
         done = file.seek(0)
         file.truncate()
     if answer.headers.get_content_type() in _PAGE_TYPES:
-        raise _DownloadError("a web page came instead of the file")
+        raise _DownloadError("the server sent a web page instead of the file")
     length = answer.getheader("Content-Length") or ""
     total = done + int(length) if length.isdigit() else None
     with progress(desc=Path(url).name, initial=done, total=total, unit="B", unit_scale=True) as bar:
         for chunk in _chunks(answer):
             if not done and chunk.lstrip()[:9].lower().startswith(_PAGE_STARTS):
-                raise _DownloadError("a web page came instead of the file")
+                raise _DownloadError("the server sent a web page instead of the file")
             done += file.write(chunk)
             bar.update(len(chunk))
     if total is not None and done < total:
@@ -218,7 +228,7 @@ def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the parts of a response; convert the server's errors, unlike those of the disk."""
+    """Yield the chunks of a response, and convert connection errors to _DownloadError."""
     try:
         while chunk := answer.read(_CHUNK):
             yield chunk
@@ -228,4 +238,4 @@ def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def _broken(error: Exception) -> _DownloadError:
     words = shown(error) or type(error).__name__
-    return _DownloadError(f"the connection broke ({words})", temporary=True)
+    return _DownloadError(f"the connection was lost ({words})", temporary=True)

@@ -1,1 +1,1 @@
-"""Mapping of a file's tensors to a model's."""
+"""Mapping of a file's tensors to a model's tensors."""

@@ -1,4 +1,4 @@
-"""Matching of a file's tensors with a model's, and errors for files that do not fit."""
+"""Matching of file tensors with model tensors, and errors for files that do not fit."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from senet_transfer.weights.families.renaming import CLASSIFIER
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.mapping.target import Target
 
-# The layers of Detectron2's detectors whose number of outputs depends on the number of classes.
+# Layers of Detectron2 detectors whose number of outputs depends on the number of classes.
 _PREDICTORS = re.compile(
     r"roi_heads\.box_predictor(\.\d+)?\.(cls_score|bbox_pred)\.(weight|bias)"
     r"|roi_heads\.mask_head\.predictor\.(weight|bias)"
@@ -33,12 +33,12 @@ class Match:
     """Result of matching a file with a model.
 
     Attributes:
-        filled: The file's values for the model's tensors, by this project's names.
-        initialised: The model's tensors that keep their initial values, each with the reason.
-        ignored: The file's tensors that are not used, by the file's names, each with the reason.
-        missing: The model's tensors that the file lacks and should have, by the model's names.
-        left_over: The file's tensors that the model does not have, by the file's names.
-        misfits: Descriptions of the tensors whose shape or dtype differs.
+        filled: Values from the file for the model's tensors, by this project's names.
+        initialised: Names of the model's tensors that keep their initial values, with the reasons.
+        ignored: Names of the file's tensors that are not used, with the reasons.
+        missing: Names of the model's tensors that are missing from the file but required.
+        left_over: Names of the file's tensors that the model does not have.
+        misfits: Descriptions of the tensors with a different shape or dtype.
     """
 
     filled: dict[str, Tensor] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class Match:
 
 
 def match(source: Source, target: Target, *, exact: bool = False) -> Match:
-    """Match a file's tensors with a model's by name, shape and dtype.
+    """Match file tensors with model tensors by name, shape and dtype.
 
     Args:
-        source: The examined file.
-        target: The model.
-        exact: If True, every tensor must be loaded and used, as when a run is resumed.
+        source: Examined file.
+        target: Model to load the file into.
+        exact: Whether every tensor must be loaded and used, as when a run is resumed.
     """
     result = Match(left_over=list(source.unknown))
     for name, tensor in target.tensors.items():
@@ -92,7 +92,8 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
     classifier = name.startswith(CLASSIFIER)
     se = ".se." in name and source.architecture and not source.architecture.se_stages
     if name.endswith(".num_batches_tracked"):
-        # Evaluation does not use this counter, and old files and other frameworks lack it.
+        # Evaluation does not use this counter, and files from old versions or other frameworks do
+        # not contain it.
         return
     if exact:
         result.missing.append(target.own_names[name])
@@ -107,14 +108,14 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor of another shape may keep its initial values; None if it may not."""
+    """Return why a tensor with a different shape may keep its initial values, or None."""
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None
     if name.startswith("linear."):
         return f"classifier: {len(found)} classes in the file, {len(expected)} in the model"
     if name in target.outside and _PREDICTORS.fullmatch(name):
-        return "predictors for another number of classes"
+        return "predictors for a different number of classes"
     return None
 
 
@@ -147,22 +148,22 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
 
 
 def check_match(result: Match, source: Source, target: Target) -> None:
-    """Raise UserError if a file does not fit a model, with a list of all differences."""
+    """Raise UserError with a list of all differences if a file does not fit a model."""
     problems = []
     if source.architecture and target.architecture:
         problems = source.architecture.differences(target.architecture)
     wrong = [
-        _listed(f"{len(result.missing)} missing in the file", result.missing),
+        _listed(f"{len(result.missing)} missing from the file", result.missing),
         _listed(f"{len(result.left_over)} unexpected", result.left_over),
-        _listed(f"{len(result.misfits)} with another shape or dtype", result.misfits),
+        _listed(f"{len(result.misfits)} with a different shape or dtype", result.misfits),
     ]
     if result.fits or not any(wrong):
         return
     lines = "\n".join(f"  {line}" for line in [*filter(None, wrong), *problems])
     raise UserError(
-        f"{source.path}, detected as {source.taken_for}, does not fit the model, which is "
-        f"unchanged:\n{lines}\nUse a file for this network, or build the network of this file. If "
-        "the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+        f"{source.path}, detected as {source.detected_as}, does not fit the model, which is "
+        f"unchanged:\n{lines}\nUse a file for this network, or build the file's network. If the "
+        "detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )
 
 

@@ -1,4 +1,4 @@
-"""Examination of weight files: family, tensors under this project's names, geometry."""
+"""Examination of weight files: family, renamed tensors, architecture and geometry."""
 
 import logging
 from collections.abc import Mapping
@@ -30,17 +30,17 @@ class Source:
     """Examined weight file.
 
     Attributes:
-        path: The file.
-        family: The family, given or detected.
-        alternatives: Other families with the same names and shapes, and how they would differ.
-        tensors: The tensors by this project's names. The backbone's names have no prefix, even in
-            a classifier or a detector.
-        original: The file's name of each tensor, by this project's name.
-        unknown: The names in the file that the family does not have.
-        notes: The changes made to tensors, as sentences.
-        architecture: The architecture of the backbone; None if it is unknown.
-        geometry: The geometry of the backbone, as far as it is known.
-        preprocessing: The preprocessing that the network expects; None if it is unknown.
+        path: Path of the file.
+        family: Family, given or detected.
+        alternatives: Other families with the same tensor names and shapes, and their differences.
+        tensors: Tensors by this project's names. Backbone names have no prefix, even in a
+            classifier or a detector.
+        original: Name of each tensor in the file, by this project's name.
+        unknown: Tensor names in the file that are not part of the family.
+        notes: Changes made to the tensors, as sentences.
+        architecture: Backbone architecture; None if it is unknown.
+        geometry: Backbone geometry, as far as it is known.
+        preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
     """
 
@@ -57,12 +57,12 @@ class Source:
     detector: bool
 
     @property
-    def taken_for(self) -> str:
-        """Return the name and title of the family, for messages."""
+    def detected_as(self) -> str:
+        """Return the family's name and title, for messages."""
         return f"{self.family.name} ({self.family.title})"
 
     def options(self) -> dict[str, Any]:
-        """Return the known options of the network, as keyword arguments of ``create_backbone``."""
+        """Return the known network options as keyword arguments for ``create_backbone``."""
         options = self.geometry.options()
         arch = self.architecture
         if arch and arch.se_stages:
@@ -77,12 +77,13 @@ def examine(path: str | Path, family: str | None = None) -> Source:
     """Read a weight file and detect its family, architecture, geometry and preprocessing.
 
     Args:
-        path: The file.
-        family: The name of its family. If None, the family is detected; if several families match,
-            the first of ``FAMILIES`` is used, and the others are logged.
+        path: Path of the file.
+        family: Name of the file's family. If None, the family is detected. If several families
+            match, the first one in ``FAMILIES`` is used, and the others are logged.
 
     Raises:
-        UserError: The file is missing or damaged, or its family is unknown or not ``family``.
+        UserError: If the file is missing or damaged, or its family is unknown or differs from
+            ``family``.
     """
     file = read_tensors(path)
     found = _detect(file, family)
@@ -93,9 +94,9 @@ def examine(path: str | Path, family: str | None = None) -> Source:
     alternatives = {other.family.name: _difference(first, other) for other in sources[1:]}
     for name, difference in alternatives.items():
         logger.info(
-            "%s is detected as %s. Files of %s have the same names and shapes%s. "
-            "Set family= or MODEL.WEIGHTS_FAMILY if that family is meant.",
-            path, first.family.name, name, f" and differ in {difference}" if difference else "",
+            "%s was detected as %s. Files of the family %s have the same tensor names and "
+            "shapes%s. If the file belongs to that family, set family= or MODEL.WEIGHTS_FAMILY.",
+            path, first.family.name, name, f", but differ in {difference}" if difference else "",
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
 
@@ -104,21 +105,25 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     found = [f for f in FAMILIES.values() if f.detect(file.tensors, file.metadata)]
     if family:
         if family not in FAMILIES:
-            raise UserError(f"There is no weight family {family!r}. Known: {', '.join(FAMILIES)}.")
-        # The names in this project's files depend on the model and are checked on loading.
-        if FAMILIES[family] not in found and family != "senet_transfer":
-            taken = " or ".join(f.name for f in found) or "unknown"
             raise UserError(
-                f"{file.path} is not of the family {family}: by its tensor names, its family is "
-                f"{taken}. Omit the family, or use another file."
+                f"The weight family is {family!r}; expected one of: {', '.join(FAMILIES)}."
+            )
+        # The tensor names in this project's files depend on the model, and are checked during
+        # loading.
+        if FAMILIES[family] not in found and family != "senet_transfer":
+            taken = " or ".join(f.name for f in found) or "no known family"
+            raise UserError(
+                f"{file.path} does not belong to the family {family}. Its tensor names match "
+                f"{taken}. Omit the family, or use a different file."
             )
         return [FAMILIES[family]]
     if not found:
         differs = what_differs(file.tensors)
         hint = f" Its network is not supported: {differs}." if differs else ""
         raise UserError(
-            f"{file.path} has {len(file.tensors)} tensors, whose names match no known family "
-            f"({first_of(file.tensors, 4)}).{hint} Known: {', '.join(FAMILIES)}."
+            f"{file.path} contains {len(file.tensors)} tensors, whose names (such as "
+            f"{first_of(file.tensors, 4)}) match no known family.{hint} The known families are "
+            f"{', '.join(FAMILIES)}."
         )
     return found
 
@@ -126,8 +131,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
 def _understand(file: WeightFile, family: Family) -> Source:
     if differs := what_differs(file.tensors):
         raise UserError(
-            f"{file.path}, detected as {family.name} ({family.title}), is of a network that is "
-            f"not supported: {differs}. Use weights of a supported network."
+            f"{file.path}, detected as {family.name} ({family.title}), contains an unsupported "
+            f"network: {differs}. Use weights of a supported network."
         )
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
@@ -138,8 +143,9 @@ def _understand(file: WeightFile, family: Family) -> Source:
         ours = names.canonical(ours, prefix)
         if ours in tensors:
             raise UserError(
-                f"{file.path}, detected as {family.name}, has {ours} twice: as {original[ours]} "
-                f"and as {name}. It is damaged or was merged from several files. Get it again."
+                f"{file.path}, detected as {family.name}, contains {ours} twice: as "
+                f"{original[ours]} and as {name}. The file is damaged or was merged from several "
+                "files. Download it again."
             )
         tensors[ours], original[ours] = _reshaped(ours, file.tensors[name]), name
     notes = [*_fold_biases(tensors), *(_expand_affine(tensors) if family.affine_norms else ())]
@@ -166,14 +172,14 @@ def _understand(file: WeightFile, family: Family) -> Source:
 
 
 def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    """Convert the weight of an SE layer from a 1x1 convolution to a linear layer."""
+    """Convert an SE layer's weight from a 1x1 convolution to a linear layer."""
     if ".se.fc" in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Fold a convolution's bias into the running mean of the norm after it, which is equivalent."""
+    """Fold biases into the running means of the norms that follow them, which is equivalent."""
     notes = []
     for name in [name for name in tensors if name.endswith(".bias")]:
         mean = f"{name.removesuffix('.bias')}.norm.running_mean"
@@ -199,18 +205,18 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
     for name in ("linear.weight", "linear.bias"):
         if name in tensors:
             tensors[name] = tensors[name][1:]
-    return ["the background, the first of the classifier's 1001 classes, was dropped"]
+    return ["the background class, the first of the classifier's 1001 classes, was dropped"]
 
 
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Return geometry and preprocessing from the file's metadata, or else from its family."""
+    """Return the geometry and preprocessing from the file's metadata, or else from its family."""
     if OWN_METADATA in file.metadata:
         return _own_word(file)
     if architecture is None:
         return Geometry(), None
-    # Only residual networks have a geometry that the tensors' shapes leave open.
+    # Only residual networks have geometry options that the tensor shapes do not determine.
     geometry = Geometry() if architecture.network else family.geometry(architecture)
     if file.layers and not architecture.network:
         geometry = stated_geometry(file.path, file.layers, geometry)
@@ -221,7 +227,7 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
     word = file.metadata[OWN_METADATA]
     if not isinstance(word, Mapping):
         raise UserError(
-            f"{file.path}: its entry {OWN_METADATA!r} is a {type(word).__name__}, expected a dict. "
+            f"{file.path}: The entry {OWN_METADATA!r} is a {type(word).__name__}; expected a dict. "
             "Save the model again with senet_transfer.save_weights."
         )
     geometry, pixels = word.get("geometry"), word.get("preprocessing")
@@ -246,13 +252,13 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         return found
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{file.path} has an invalid preprocessing in its metadata: {dict(values)} ({error}). "
+            f"{file.path} has invalid preprocessing in its metadata: {dict(values)} ({error}). "
             "Save the model again with senet_transfer.save_weights."
         ) from error
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Return in words how an alternative's geometry or preprocessing differs; empty if equal."""
+    """Describe how an alternative's geometry or preprocessing differs; return "" if it does not."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

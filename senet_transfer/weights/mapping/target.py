@@ -1,4 +1,4 @@
-"""Models as targets of loading: backbone, tensors and geometry."""
+"""Models into which weights are loaded: backbone, tensors and geometry."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry, built_geometry
 
-# Buffers that old detector files contain, and whose values belong to the config.
+# Buffers in old detector files, whose values are set by the config.
 _CONFIG_BUFFERS = ("pixel_mean", "pixel_std")
 
 
@@ -22,13 +22,13 @@ class Target:
     """Model that weights are loaded into.
 
     Attributes:
-        model: The model, without a wrapper for distributed training.
-        backbone: The backbone of the model, or the model itself if it is a backbone.
+        model: Model, without a wrapper for distributed training.
+        backbone: Backbone of the model, or the model itself if it is a backbone.
         tensors: Parameters and buffers, by the same names as in :class:`~.source.Source`.
-        own_names: The model's name of each tensor.
-        outside: The names of the tensors outside the backbone and the classifier.
-        architecture: The architecture of the backbone; None if it is unknown.
-        geometry: The geometry of the backbone.
+        own_names: Name of each tensor in the model, by this project's name.
+        outside: Names of the tensors outside the backbone and the classifier.
+        architecture: Backbone architecture; None if it is unknown.
+        geometry: Backbone geometry.
     """
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Target:
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
     def pixels(self) -> Preprocessing | None:
-        """Return channel order, mean and std if the model normalises images itself, else None."""
+        """Return the channel order, mean and std if the model normalises images, otherwise None."""
         mean, std = (getattr(self.model, name, None) for name in _CONFIG_BUFFERS)
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
@@ -72,10 +72,10 @@ def target_of(model: nn.Module) -> Target:
     """Return the backbone, tensors and geometry of a model.
 
     Args:
-        model: A backbone, a classifier or a detector, optionally wrapped for distributed training.
+        model: Backbone, classifier or detector, optionally wrapped for distributed training.
 
     Raises:
-        UserError: The model is of another kind.
+        UserError: If the model is of any other kind.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
@@ -88,8 +88,8 @@ def target_of(model: nn.Module) -> Target:
         backbone = getattr(backbone, part)
     if not isinstance(backbone, nn.Module) or not state:
         raise UserError(
-            f"Weights can't be loaded into a {type(model).__name__}: expected a backbone, a "
-            "classifier or a Detectron2 detector of this project."
+            f"Weights can't be loaded into a {type(model).__name__}; expected a backbone, a "
+            "classifier, or a Detectron2 detector with one of this project's backbones."
         )
     own_names = {names.canonical(name, prefix): name for name in state}
     tensors = {ours: state[name] for ours, name in own_names.items()}
@@ -115,7 +115,7 @@ def _stages(model: nn.Module, backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def fill(target: Target, values: dict[str, Tensor]) -> None:
-    """Copy values, whose shapes must match, into a model's parameters and buffers."""
+    """Copy values into a model's parameters and buffers, whose shapes must match."""
     with torch.no_grad():
         for name, value in values.items():
             target.tensors[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Tests that the report shows the content of the run's folder."""
+"""Tests that the report shows the contents of a run folder."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Text(HTMLParser):
-    """A parser that collects a page's text, its embedded JSON and the targets of references."""
+    """HTML parser that collects a page's text, embedded JSON and link targets."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -59,13 +59,13 @@ def page(folders, tmp_path, **options) -> Text:
     return found
 
 
-# ---- reading a run's folder
+# ---- reading run folders
 
 
 def test_a_resumed_runs_later_lines_count_and_its_time_is_that_of_all_parts(tmp_path):
     first, again = training_rows(100, 0.9), training_rows(140, 0.5)[2:]
     for row in again:
-        row["elapsed_seconds"] -= 30.0  # the resumed run counts its time from iteration 60
+        row["elapsed_seconds"] -= 30.0  # The time of the resumed run starts at iteration 60.
     run = write_run(tmp_path / "run", [], [*first, *again])
     loaded = load_run(run)
     assert [point[0] for point in loaded.curves["total_loss"]] == [19, 39, 59, 79, 99, 119, 139]
@@ -107,7 +107,7 @@ def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
     folders = [write_run(tmp_path / name / "run", [], []) for name in ("a", "b")]
     assert [run.name for run in load_runs(folders)] == ["a/run", "b/run"]
     assert find_runs([tmp_path / "a", tmp_path / "b" / "run", tmp_path / "a"]) == folders
-    with pytest.raises(UserError, match="has no config.yaml"):
+    with pytest.raises(UserError, match="contains no config.yaml"):
         find_runs([tmp_path])
     (tmp_path / "a" / "run" / "config.yaml").write_text("[")
     with pytest.raises(UserError, match="can't be read"):

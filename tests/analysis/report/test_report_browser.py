@@ -1,4 +1,4 @@
-"""Tests of the report in a browser: it works, and loads no external resources."""
+"""Browser tests of the report, which must work without external resources."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def browser():
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("this machine has no Chromium (Debian: apt-get install chromium)")
-    # Chromium refuses to sandbox itself for root.
+    # Chromium cannot use its sandbox when it runs as root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as player:
         browser = player.chromium.launch(executable_path=program, args=arguments)
@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
 def show(request, browser):
-    """Return a function that opens a file, then check the page's requests and errors."""
+    """Return a function that opens a page; check its requests and errors after the test."""
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
     complaints, asked = [], []
@@ -52,7 +52,7 @@ def show(request, browser):
 
 @pytest.fixture(scope="module")
 def compared(detection_run, classification_run, tmp_path_factory):
-    """Write a report of two detectors and a classifier."""
+    """Write a report on two detectors and a classifier."""
     root = tmp_path_factory.mktemp("runs")
     folders = [
         detection_run(root / HOSTILE.replace("/", "_")),
@@ -68,7 +68,7 @@ def names(gallery):
 
 
 def means(gallery):
-    """Return the mean F1 of the two runs for each image, from the captions."""
+    """Return the mean F1 score of the two runs for each image, as stated in the captions."""
     captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
     found = [float(text.rpartition(" ")[2]) for text in captions]
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]
@@ -133,7 +133,7 @@ def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compare
 
 @pytest.fixture(scope="module")
 def large(shapes, tmp_path_factory):
-    """Write a report of twenty runs on 5,000 images, with small images to save time."""
+    """Write a report on twenty runs and 5,000 images, which are small to save time."""
     tmp_path = tmp_path_factory.mktemp("large")
     content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     names = [image["file_name"] for image in content["images"]]

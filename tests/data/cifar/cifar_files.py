@@ -127,7 +127,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_files(form: str) -> dict[str, bytes]:
-    """Return the files of a python version as Python 2 pickles, like the official ones."""
+    """Return the files of CIFAR's Python version as Python 2 pickles, like the official ones."""
     files = {}
     for name, data in official_files(form).items():
         stream = io.BytesIO()

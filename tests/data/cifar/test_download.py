@@ -85,7 +85,7 @@ def test_a_download_that_fails_or_has_another_checksum_is_an_error(change, serve
         path.write_bytes(content[:-100])
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"can't be downloaded to .*--source"):
+    with pytest.raises(UserError, match=r"Cannot download .*--source"):
         archives.download_cifar(name, tmp_path / "root")
     assert not (tmp_path / "root" / archives.DOWNLOADS[name].base_folder).exists()
     path.write_bytes(content)
@@ -101,12 +101,14 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
     data = (folder / split).read_bytes()
     (folder / split).write_bytes(data.replace(b"x.png", b"y.png"))
     assert len(read_source(folder)["test"]) == 5
-    assert caplog.messages == [f"{folder}: {split} is not the official file, by its md5"]
+    assert caplog.messages == [
+        f"{folder}: the MD5 checksum of {split} differs from that of the official file"
+    ]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "--source needs --output"), (["--download", "cifar10"], "not allowed with")],
+    [([], "--source requires --output"), (["--download", "cifar10"], "not allowed with")],
 )
 def test_a_source_needs_an_output_folder_and_no_download(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -115,7 +115,7 @@ def test_the_real_images_are_prepared_and_a_network_learns_on_them(shared_data, 
     train, test = (load_images(split_file(folder, split)) for split in ("train", "test"))
     assert (len(train), len(test), len(train.classes)) == (50_000, 10_000, 10)
     assert set(train.class_counts()) == {5000}
-    # The mean in the recipes, which was computed before the images were recompressed.
+    # The mean used in the recipes was computed before the images were recompressed.
     mean = train.images.double().mean((0, 2, 3)).tolist()
     assert mean == pytest.approx(CIFAR10.mean, abs=1)
     torch.manual_seed(0)

@@ -51,7 +51,7 @@ def test_cutouts_centre_is_uniform_over_all_pixels():
 
 
 def stated_crop(image: torch.Tensor, pad: int, padding: str, top: int, left: int, flip: bool):
-    """Return a crop computed with a padded canvas, as a reference implementation."""
+    """Compute a crop from a padded canvas, as a reference implementation."""
     side = image.shape[-1]
     canvas = torch.zeros(3, side + 2 * pad, side + 2 * pad, dtype=image.dtype)
     canvas[:, pad : pad + side, pad : pad + side] = image
@@ -107,7 +107,7 @@ def test_values_that_make_no_sense_are_refused(options):
 
 
 def test_it_is_not_slow():
-    """Require a tenth of the target of 20,000 images/s on two cores, to tolerate a busy machine."""
+    """Require only a tenth of the target (20,000 images/s on two cores), as CPUs may be busy."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
     start = time.perf_counter()

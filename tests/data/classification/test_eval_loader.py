@@ -113,7 +113,7 @@ def test_ten_crops_are_a_batch_of_ten_views_an_image(val):
 def test_a_broken_image_is_an_error_that_names_it(val, workers):
     broken = val / "val_256" / "Places365_val_00000011.jpg"
     broken.write_bytes(broken.read_bytes()[:-40])
-    with pytest.raises(UserError, match="cannot decode Places365_val_00000011"):
+    with pytest.raises(UserError, match="Cannot decode Places365_val_00000011"):
         evaluated(open_dataset(val), workers=workers)
 
 

@@ -88,8 +88,11 @@ def test_a_folder_beside_the_lists_archive_has_the_labels_of_the_lists(train):
     [
         (lambda tree: (tree / "1.jpg").write_bytes(jpeg(0)), "outside of class folders: 1.jpg"),
         (lambda tree: (tree / "empty").mkdir(), "contain no images: empty"),
-        (lambda tree: (tree / "cat" / "0.jpg").write_bytes(b""), "are empty: cat/0.jpg"),
-        (lambda tree: [shutil.rmtree(path) for path in tree.iterdir()], "found no images"),
+        (
+            lambda tree: (tree / "cat" / "0.jpg").write_bytes(b""),
+            "empty or missing from .*: cat/0.jpg",
+        ),
+        (lambda tree: [shutil.rmtree(path) for path in tree.iterdir()], "No images found"),
     ],
 )
 def test_a_tree_whose_labels_are_unclear_is_refused(tree, spoil, complaint):
@@ -141,7 +144,7 @@ def test_large_images_are_found_and_asked_for(val):
 
 def test_a_folder_of_validation_images_without_its_list_is_refused(val, tmp_path):
     shutil.copytree(val / "val_256", tmp_path / "alone" / "val_256")
-    with pytest.raises(UserError, match=r"the list categories_places365.txt is not in"):
+    with pytest.raises(UserError, match=r"List categories_places365.txt not found in"):
         open_dataset(tmp_path / "alone" / "val_256")
 
 

@@ -13,7 +13,7 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, consumers, epochs, seed=3):
-    """Return the units of all consumers in the order of their positions."""
+    """Return the (epoch, unit) pairs of all consumers, merged in sampling order."""
     merged = {}
     for consumer in range(consumers):
         positions = unit_positions(

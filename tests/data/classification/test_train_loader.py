@@ -178,7 +178,7 @@ def test_a_message_from_a_worker_arrives_without_a_traceback(make_shards):
         tar.write_bytes(tar.read_bytes()[:2048])
     with pytest.raises(UserError) as caught:
         take(loader(open_dataset(folder), num_workers=1), 6)
-    assert str(caught.value).startswith("the shard ")
+    assert str(caught.value).startswith("Shard ")
     assert "Traceback" not in str(caught.value)
 
 

@@ -87,7 +87,7 @@ def test_a_name_of_somebody_elses_is_refused(name, data, files):
     register_coco_instances("theirs", {}, str(path), str(images))
     MetadataCatalog.get("meta").thing_classes = ["x"]
     before = dict(DatasetCatalog)
-    with pytest.raises(UserError, match=f"'{name}' belongs to.*Choose another"):
+    with pytest.raises(UserError, match=f"'{name}' is already used.*Choose a different"):
         register_coco_dataset(name, path, images)
     assert dict(DatasetCatalog) == before
 

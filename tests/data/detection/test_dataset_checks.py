@@ -28,9 +28,15 @@ def test_classes_are_known_for_data_sets_of_every_kind(data, files, tmp_path, mo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c[0].update(name="wolf"), "class 1 is 'dog' in the first, 'wolf' in the second"),
-        (lambda c: c.append({"id": 99, "name": "x"}), "2 and 3 .*class 2 is missing in the first"),
-        (lambda c: c[0].update(id=1), "class 0 is 'cat' in the first, 'dog' in the second"),
+        (
+            lambda c: c[0].update(name="wolf"),
+            "class 1 is 'dog' in the first and 'wolf' in the second",
+        ),
+        (
+            lambda c: c.append({"id": 99, "name": "x"}),
+            "2 and 3 in total.*class 2 is missing in the first",
+        ),
+        (lambda c: c[0].update(id=1), "class 0 is 'cat' in the first and 'dog' in the second"),
     ],
 )
 def test_data_sets_that_disagree_on_classes_are_refused(change, message, data, files, annotation):
@@ -66,7 +72,7 @@ def test_an_unknown_name_gets_the_nearest_ones_and_the_way_to_register(ask):
 
 @pytest.fixture
 def coco_root(tmp_path, monkeypatch):
-    """Redirect Detectron2's own COCO data sets to a folder, as if imported with another root."""
+    """Redirect Detectron2's built-in COCO data sets to a folder, as DETECTRON2_DATASETS would."""
     monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
     for name in ("coco_2017_train", "coco_2017_val"):
         values = vars(MetadataCatalog.get(name))
@@ -97,7 +103,7 @@ def test_only_what_is_missing_is_listed(coco_root, data):
     json_file.write_text(json.dumps(data)[:-5])
     with pytest.raises(UserError) as caught:
         check_datasets_on_disk("coco_2017_val")
-    assert "instances_val2017.json is cut off" in str(caught.value)
+    assert "instances_val2017.json is truncated" in str(caught.value)
     assert "val2017/ (empty)" in str(caught.value)
     assert "(missing)" not in str(caught.value)
     json_file.write_text(json.dumps(data))

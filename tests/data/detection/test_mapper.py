@@ -49,7 +49,7 @@ def encoded(image, kind, **options):
     return buffer.getvalue()
 
 
-# ------------------------------------------------------------- the same as Detectron2's own
+# ------------------------------------------------------------- equality with Detectron2's mapper
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_images_of_every_8_bit_mode_load_as_detectron2_loads_them(mode, tmp_path
     assert image.shape == (3, 32, 48)
     assert np.array_equal(image.permute(1, 2, 0), detectron2_read_image(str(path), "BGR"))
     if mode not in ("1", "L", "LA"):
-        # Colours are kept, in the right order, up to the losses of a palette or JPEG.
+        # Colours and channel order are preserved, up to losses of a palette or JPEG.
         error = np.abs(image.permute(1, 2, 0).numpy()[:, :, ::-1].astype(int) - np.asarray(photo))
         assert error.mean() < 16
 
@@ -199,7 +199,7 @@ def test_images_are_turned_upright_before_their_size_is_compared(
     with pytest.raises(UserError) as caught:
         mapper(record(path, *size[::-1]))
     if orientation >= 5:
-        assert f"Its EXIF orientation is {orientation}" in str(caught.value)
+        assert f"its EXIF orientation, {orientation}, but" in str(caught.value)
     else:
         assert "Width and height are swapped" in str(caught.value)
 

@@ -234,5 +234,5 @@ def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_key():
     "wrong", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}]
 )
 def test_a_crop_that_makes_no_sense_is_refused(wrong):
-    with pytest.raises(UserError, match="invalid crop"):
+    with pytest.raises(UserError, match="Invalid crop"):
         TrainTransform(**wrong)

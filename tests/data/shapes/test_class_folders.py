@@ -1,4 +1,4 @@
-"""Cutting the objects of the shapes data set out into folders."""
+"""Tests of cropping the objects of the shapes data set into class folders."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from senet_transfer.errors import UserError
 
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
-    """A shapes data set of one 8x8 image with one object."""
+    """Write a shapes data set with one 8x8 image that contains one object."""
     folder = tmp_path / "shapes"
     (folder / "annotations").mkdir(parents=True)
     (folder / "val").mkdir()
@@ -42,6 +42,6 @@ def test_an_unreadable_image_is_an_error_that_names_it(
     image.unlink()
     if content is not None:
         image.write_bytes(content)
-    with pytest.raises(UserError, match="cannot read .*000001.jpg.*prepare_shapes.py"):
+    with pytest.raises(UserError, match="Cannot read .*000001.jpg.*prepare_shapes.py"):
         make_shape_classes(shapes, tmp_path / "classes")
     assert not (tmp_path / "classes").exists()

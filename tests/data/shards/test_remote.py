@@ -31,11 +31,12 @@ class Server:
     """A local HTTP server that can break connections and records requests.
 
     Attributes:
-        address: address of its root.
-        requests: requested paths.
-        ranges: whether it supports range requests.
-        break_after: bytes of a tar file after which a connection is closed; None for never.
-        breaks: number of connections that will be broken.
+        address: Address of the root.
+        requests: Requested paths, in order.
+        ranges: Whether range requests are supported.
+        break_after: Number of bytes of a tar file after which a connection is closed; None for
+            never.
+        breaks: Number of connections that are still to be broken.
     """
 
     def __init__(self, folder: Path):
@@ -205,7 +206,7 @@ def test_a_server_that_dies_in_mid_epoch_is_retried_then_a_clear_error(
             delivered.extend(batch["key"])
             server.close()
 
-    with pytest.raises(UserError, match="cannot read http.*after 3 retries") as caught:
+    with pytest.raises(UserError, match="Cannot read http.*after 3 retries") as caught:
         run()
     assert "Traceback" not in str(caught.value)
     assert time.monotonic() - started < 60
@@ -271,7 +272,7 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused_and_not_kept(
     data[5000] ^= 1
     tar.write_bytes(data)
     dataset = open_dataset(serve(folder).address, cache_dir=tmp_path / "cache")
-    with pytest.raises(UserError, match="has sha256 .* its manifest has"):
+    with pytest.raises(UserError, match="has SHA-256 .* as in its manifest"):
         evaluated(dataset)
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
@@ -289,7 +290,7 @@ def test_half_a_copy_is_never_read(make_shards, serve, tmp_path):
 def test_a_cache_that_cannot_be_written_is_said(make_shards, serve, tmp_path):
     (tmp_path / "file").write_text("in the way")
     dataset = open_dataset(serve(make_shards(6, 1)).address, cache_dir=tmp_path / "file" / "cache")
-    with pytest.raises(UserError, match="cannot keep a copy"):
+    with pytest.raises(UserError, match="Cannot cache"):
         evaluated(dataset)
 
 
@@ -301,7 +302,7 @@ def test_the_place_in_the_cache_differs_by_address_and_content(make_shards, tmp_
     assert len(places) == 4
 
 
-# An object store.
+# Object stores.
 
 
 MOTO = """
@@ -370,7 +371,7 @@ def test_an_s3_server_that_dies_is_a_clear_error(make_shards, bucket):
             delivered.extend(batch["key"])
             kill()
 
-    with pytest.raises(UserError, match="cannot read s3://places/val/.*after 2 retries"):
+    with pytest.raises(UserError, match="Cannot read s3://places/val/.*after 2 retries"):
         run()
     assert len(set(delivered)) == len(delivered) < 24
 
@@ -383,7 +384,7 @@ def test_no_credentials_are_said_at_once(bucket, make_shards, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
     storage.options["skip_instance_cache"] = True
-    with pytest.raises(UserError, match="access to s3://places/val/manifest.json was denied"):
+    with pytest.raises(UserError, match="Access to s3://places/val/manifest.json was denied"):
         open_dataset(address, storage=storage)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the list of checkpoints: keeping, falling back, deleting and verifying."""
+"""Tests of the checkpoint history: keeping, falling back, deleting and verifying."""
 
 import logging
 
@@ -100,7 +100,7 @@ def test_the_one_before_a_damaged_one_is_taken_and_said(saver, tmp_path, caplog)
     path.write_bytes(path.read_bytes()[:-1])
     logging.getLogger("senet_transfer").propagate = True
     assert history.newest_whole(tmp_path).name == "model_0000001.pth"
-    assert "model_0000003.pth: its SHA-256 is" in caplog.text
+    assert "model_0000003.pth has the SHA-256" in caplog.text
     (tmp_path / "model_0000001.pth").unlink()
     with pytest.raises(UserError, match="(?s)No checkpoint in .* is intact.*SHA-256"):
         history.newest_whole(tmp_path)

@@ -62,7 +62,7 @@ def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tm
 
 def test_predicting_needs_a_file_of_the_whole_model(tmp_path):
     path = save(peer("timm", "seresnet18"), tmp_path / "backbone.pth")
-    with pytest.raises(UserError, match="missing in the file"):
+    with pytest.raises(UserError, match="missing from the file"):
         Checkpointer(detector("se_resnet18")).load(str(path))
 
 
@@ -76,13 +76,13 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
 
 
 def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
-    """Detectron2's own checkpointer would train from random weights in this case."""
+    """Check a case in which Detectron2's checkpointer would continue with random weights."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
     checkpointer = Checkpointer(create_classifier("resnet18"))
     with pytest.raises(UserError, match="match no known family"):
         checkpointer.load(str(tmp_path / "other.pth"), [])
-    with pytest.raises(UserError, match="no weight file"):
+    with pytest.raises(UserError, match="weight file .*does not exist"):
         checkpointer.load(str(tmp_path / "absent.pth"), [])
     checkpointer.load(str(right))
     assert not checkpointer.report.initialised
@@ -91,6 +91,6 @@ def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_pa
 def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
     model, _, checkpointer = _run(tmp_path)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="no state of the optimizer, scheduler"):
+    with pytest.raises(UserError, match="it has no optimizer, scheduler"):
         checkpointer.load(str(tmp_path / "weights.pth"))
     assert checkpointer.load("") == {}

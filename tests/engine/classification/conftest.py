@@ -1,4 +1,4 @@
-"""Fixtures: a small tree of images with one folder per class, and training commands on it."""
+"""Fixtures: images in one folder per class, and commands that train on them."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def shards(tree, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def words(tree, tmp_path):
-    """Return a function from flags and config overrides to the arguments of a small training."""
+    """Return a function that builds the arguments of a small run from flags and overrides."""
 
     def make(*flags: str, config: str = "configs/base/classification.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run")}

@@ -42,7 +42,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Link the validation set, or its first images, to where a test may change it."""
+    """Link the validation set, or its first images, into a folder that a test may change."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))
@@ -71,7 +71,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """Return torchvision's ResNet-18 with a classifier that fits half of the scenes."""
+    """Return torchvision's ResNet-18 with a linear layer fitted to half of the images."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)
@@ -226,7 +226,7 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path, run_pytho
     line[line.index(weights)] = "no/such.pth"
     done = run_python(*line)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: There is no weight file")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The weight file")
 
 
 def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_path):
@@ -296,14 +296,14 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     [
         (["--model", "resnet18"], "no weights to evaluate"),
         (["--data", "."], "No model is specified"),
-        (["--weights", "{weights}"], "no data to evaluate on"),
-        (["--model", "a", "--config-file", "b"], "Give one of them"),
-        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected a classifier"),
+        (["--weights", "{weights}"], "no evaluation data"),
+        (["--model", "a", "--config-file", "b"], "Give only one of them"),
+        (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected ImageClassifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "neither --weights"),
-        (["--model", "resnet18", "--weights", "{weights}"], "no data to evaluate on"),
+        (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
-            "no data set /no/such",
+            "Data set /no/such not found",
         ),
         (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
         (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),
@@ -321,5 +321,5 @@ def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
     words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]
     with pytest.raises(UserError, match="crop=0"):
         evaluate(*words, "--crop", "0")
-    with pytest.raises(UserError, match="The device is 'gpu', expected cuda or cpu"):
+    with pytest.raises(UserError, match="The device is 'gpu'; expected cuda or cpu"):
         evaluate(*words, "--device", "gpu")

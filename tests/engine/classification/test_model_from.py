@@ -1,4 +1,4 @@
-"""Tests of finding and building models: precedence of files, and reads per weight file."""
+"""Tests of finding and building models: file precedence, and reading each file once."""
 
 import shutil
 from collections import Counter
@@ -157,7 +157,7 @@ def test_what_a_config_names_is_read_when_the_model_is_built(command):
     cfg = setup(command()).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = "absent.pth"
-    with pytest.raises(UserError, match=r"There is no weight file absent\.pth"):
+    with pytest.raises(UserError, match=r"The weight file absent\.pth"):
         ModelSource(cfg).build("cpu")
 
 

@@ -96,7 +96,7 @@ def test_from_the_data_sets_files_to_a_classifier_that_torchvision_agrees_with(
         {"shards": tmp_path / "val", "folder": source, "archive": tmp_path / "val_256.tar"},
         tmp_path,
     )
-    # One of the eight classes is right by chance.
+    # Chance level for eight classes.
     assert found["top1_error"] < 50
     check_logits(run / "model_final.pth", rows, source)
 

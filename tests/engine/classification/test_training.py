@@ -1,4 +1,4 @@
-"""Tests of training runs: output files, exact resuming, and independence of process counts."""
+"""Tests of training runs: output files, exact resuming and several processes."""
 
 import json
 import math
@@ -194,8 +194,8 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "overrides", "message"),
     [
-        ((), {"DATASETS.TRAIN": "('no/such',)"}, "no data set no/such.*DETECTRON2_DATASETS"),
-        ((), {"DATASETS.TRAIN": "()"}, "expected one, a folder of shards"),
+        ((), {"DATASETS.TRAIN": "('no/such',)"}, "Data set no/such not found.*DETECTRON2_DATASETS"),
+        ((), {"DATASETS.TRAIN": "()"}, "expected exactly one: a folder of shards"),
         ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (
             (),
@@ -233,7 +233,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
-    with pytest.raises(UserError, match="optimizer does not fit this run's"):
+    with pytest.raises(UserError, match="does not match this run's optimizer"):
         other.resume_or_load(resume=True)
 
 

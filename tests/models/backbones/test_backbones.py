@@ -51,12 +51,12 @@ def aligned(name: str) -> dict[str, str]:
 
 CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
 
-# They have more of the blocks that the networks with 50 layers have.
+# These networks have more blocks of the same types as those with 50 layers.
 DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_32x4d"))]
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return parameters of a test, of which the deeper networks and others are slow."""
+    """Return test parameters, with the deeper networks and those in ``slow`` marked as slow."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -71,13 +71,13 @@ def stages_of(name: str) -> list[str]:
 
 @functools.cache
 def structure(name: str, **options: object) -> Backbone:
-    """Return a backbone without values: its modules, and the shapes of its parameters."""
+    """Return a backbone on the meta device: modules and parameter shapes without values."""
     with torch.device("meta"):
         return create_backbone(name, **options)
 
 
 def with_all_stages(name: str, **options: object) -> Backbone:
-    """Return the structure of a backbone whose feature maps have exactly its strides."""
+    """Return the structure of a backbone that outputs all stages, aligned with the image."""
     return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 
 
@@ -211,14 +211,14 @@ def test_bad_arguments_are_refused_by_name(name):
 def check_bad_arguments(name: str) -> None:
     with pytest.raises(UserError, match="has no option 'freeze_to'.*freeze_at"):
         create_backbone(name, freeze_to=2)
-    with pytest.raises(UserError, match="The norm is 'BatchNorm', expected one of"):
+    with pytest.raises(UserError, match="The norm is 'BatchNorm'; expected one of"):
         create_backbone(name, norm="BatchNorm")
     with pytest.raises(UserError, match="out_features"):
         create_backbone(name, out_features=["res6"])
     with pytest.raises(UserError, match="freeze_at is 7"):
         create_backbone(name, freeze_at=7)
     if is_residual(name):
-        with pytest.raises(UserError, match="The stem pool is 'same', expected one of: pad, ceil"):
+        with pytest.raises(UserError, match="The stem pool is 'same'; expected one of: pad, ceil"):
             create_backbone(name, stem_pool="same")
 
 
@@ -244,13 +244,13 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("se_cifar_resnet110", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_shake_even29_2x4x64d", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_cifar_resnet110", {"se_ratio": 32}, "expected 1 to 16"),
-        ("se_wrn16_8", {"se_relu_before": True}, "don't support it"),
+        ("se_wrn16_8", {"se_relu_before": True}, "not by CIFAR networks"),
         ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
         ("cifar_resnet32", {"block": "bottleneck"}, "depth is 32.* 9n . 2 layers.*is 29"),
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
-        ("cifar_resnet110", {"freeze_at": 5}, "0 .nothing. to 4"),
+        ("cifar_resnet110", {"freeze_at": 5}, "0 .freeze nothing. to 4"),
         ("cifar_resnet21", {}, "depth is 21.* 6n . 2 layers.*is 20"),
-        ("wrn17_8", {}, "6n . 4 layers.*The nearest depth is 16"),
+        ("wrn17_8", {}, "6n . 4 layers.*The nearest valid depth is 16"),
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
 )
@@ -263,13 +263,13 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
     ("name", "overrides", "words"),
     [
         (["resnet18"], {}, "There is no model"),
-        (5, {}, "There is no model 5"),
-        ("resnet18", {"in_channels": "3"}, "in_channels is '3', expected an integer"),
-        ("resnet18", {"in_channels": 0}, "in_channels is 0, expected an integer >= 1"),
-        ("resnet18", {"in_channels": True}, "in_channels is True, expected an integer"),
-        ("resnet18", {"out_features": 5}, "out_features is 5, expected a list"),
-        ("resnet18", {"out_features": [["res2"]]}, "expected a list with names"),
-        ("resnet18", {"weights": 5}, "weights are 5, expected a path"),
+        (5, {}, "There is no model called 5"),
+        ("resnet18", {"in_channels": "3"}, "in_channels is '3'; expected an integer"),
+        ("resnet18", {"in_channels": 0}, "in_channels is 0; expected an integer >= 1"),
+        ("resnet18", {"in_channels": True}, "in_channels is True; expected an integer"),
+        ("resnet18", {"out_features": 5}, "out_features is 5; expected a list"),
+        ("resnet18", {"out_features": [["res2"]]}, "expected a list of names"),
+        ("resnet18", {"weights": 5}, "weights are 5; expected a path"),
         ("resnet18", {"freeze_at": 2.0}, "freeze_at is 2.0"),
         ("resnet18", {"freeze_at": [2]}, "freeze_at is .2."),
         ("resnet50", {"num_groups": "2"}, "num_groups is '2'"),
@@ -289,7 +289,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
-        words = "32 groups, but the network has layers of (16|24|80) channels"
+        words = "multiple of 32 channels, but the network has layers with (16|24|80) channels"
         with pytest.raises(UserError, match=words):
             create_backbone(name, norm=norm)
         return

@@ -14,7 +14,7 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 STAGES = ["stem", "res2", "res3", "res4"]
 
-# Weights, biases and affine norms, with as many classes as the paper's data sets have.
+# Weights, biases and affine norms, with the number of classes of the paper's data sets.
 PARAMETERS = {
     "cifar_resnet110": (10, 1.73, 1_727_962),
     "cifar_resnet164": (10, 1.70, 1_703_258),
@@ -143,7 +143,7 @@ class Statement:
         return self.norm(x, key).clamp(min=0)
 
     def gate(self, x: Tensor, key: str) -> Tensor:
-        """Return ``x`` times ``s`` of the paper's equation 3."""
+        """Return ``x`` multiplied by ``s`` from the paper's equation 3."""
         state = self.state
         z = x.flatten(2).mean(2) @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]
         z = z.clamp(min=0) @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"]

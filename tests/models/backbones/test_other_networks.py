@@ -189,7 +189,7 @@ def test_the_small_networks_compute_their_papers_tables(name, stated, placement)
 
 
 def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Add hooks to modules of another network that gate their output with a backbone's weights."""
+    """Add hooks that apply a backbone's gates to the outputs of another network's modules."""
     state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:
@@ -208,7 +208,7 @@ def randomise_gates(backbone: nn.Module) -> None:
 
 @pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Compare outputs; a file of the plain network must fill all of a backbone but the gates."""
+    """Compare outputs; the plain network's file must fill the backbone except for its gates."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}
@@ -276,11 +276,12 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
 
 
 @pytest.mark.long
-def test_padding_changes_what_lies_at_the_border_alone():
+def test_padding_changes_only_values_near_the_border():
     """Check that the same weights work for classification and, with padding, for detection.
 
-    Each unpadded convolution shifts the feature map by one pixel. If the first 3 rows and columns
-    of the image are cropped, both paddings sample the same grid, 3 pixels of stride 4 apart.
+    Without padding, the outermost positions of the feature map are lost. If the first 3 rows and
+    columns of the image are cropped, the remaining positions are those of the padded network,
+    offset by 3, and only those near the border have other values.
     """
     valid = create_backbone("inception_resnet_v2", out_features=["res2"])
     same = create_backbone("inception_resnet_v2", out_features=["res2"], padding="same")
@@ -312,16 +313,20 @@ def test_images_of_odd_sides_are_taken(name, side):
         ("se_mobilenet", {"se_placement": "identity"}, "MobileNet supports only: standard"),
         ("se_shufflenet_g3", {"se_placement": "3x3"}, "standard, pre, post, identity"),
         ("se_inception_resnet_v2", {"se_placement": "mixture"}, "standard, pre, post, identity"),
-        ("se_vgg16_bn", {"se_stages": (5,)}, "SE in stages 2, 3, 4"),
-        ("se_bn_inception", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
-        ("se_shufflenet_g3", {"se_stages": (2,)}, "SE in stages 3, 4, 5"),
-        ("se_inception_resnet_v2", {"se_relu_before": True}, "doesn't support it"),
+        ("se_vgg16_bn", {"se_stages": (5,)}, "SE only in stages 2, 3, 4"),
+        ("se_bn_inception", {"se_stages": (2,)}, "SE only in stages 3, 4, 5"),
+        ("se_shufflenet_g3", {"se_stages": (2,)}, "SE only in stages 3, 4, 5"),
+        ("se_inception_resnet_v2", {"se_relu_before": True}, "not by Inception-ResNet-v2"),
         ("se_mobilenet", {"se_ratio": 65}, "expected 1 to 64"),
         ("inception_resnet_v2", {"padding": "full"}, "expected one of: valid, same"),
         ("vgg16_bn", {"padding": "same"}, "has no option 'padding'"),
         ("mobilenet", {"stem_pool": "ceil"}, "has no option 'stem_pool'"),
         ("bn_inception", {"stride_in_1x1": True}, "has no option 'stride_in_1x1'"),
-        ("shufflenet_g3", {"norm": "GN"}, "32 groups, but the network has layers of 24 channels"),
+        (
+            "shufflenet_g3",
+            {"norm": "GN"},
+            "multiple of 32 channels, but the network has layers with 24 channels",
+        ),
     ],
 )
 def test_options_that_make_no_sense_for_these_networks_are_refused(name, overrides, words):

@@ -187,5 +187,5 @@ def test_nothing_to_load_changes_nothing_and_a_missing_file_is_said():
     assert apply_file_geometry(cfg) == []
     assert cfg.dump() == before
     cfg.MODEL.WEIGHTS = "nowhere/file.pth"
-    with pytest.raises(UserError, match="no weight file nowhere/file.pth"):
+    with pytest.raises(UserError, match="weight file nowhere/file.pth"):
         apply_file_geometry(cfg)

@@ -1,4 +1,4 @@
-"""Comparison of networks of installable packages with this project's, loaded from their files."""
+"""Tests of loaded weights against the networks of installable packages."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ SLOW_PEERS = [
 )
 @pytest.mark.long
 def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
-    # Loading into an existing model, and networks of a wrong geometry, are checked too.
+    # This also checks loading into an existing model, and networks with a wrong geometry.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     expected = outputs_of_peer(model, images())
@@ -91,7 +91,7 @@ def test_the_same_network_under_another_name_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["resnet50d", "seresnet50t", "ecaresnet50t", "seresnext26d_32x4d"])
 def test_networks_of_timm_that_are_not_here_are_refused_by_what_differs(name, tmp_path):
     path = save(peer("timm", name), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="network that is not supported|does not fit") as error:
+    with pytest.raises(UserError, match="an unsupported network|does not fit") as error:
         create_classifier("se_resnet50" if "se" in name else "resnet50", weights=path)
     assert "average" in str(error.value) or "ECA" in str(error.value)
 

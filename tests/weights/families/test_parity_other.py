@@ -1,4 +1,4 @@
-"""Comparison of VGG and the Inceptions of installable packages with this project's."""
+"""Tests of loaded VGG and Inception weights against the networks of installable packages."""
 
 from dataclasses import replace
 

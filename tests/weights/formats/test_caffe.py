@@ -231,8 +231,8 @@ def test_tensors_own_aligned_writable_memory(tmp_path):
     ("layer", "expected"),
     [
         (CaffeLayer("bn", "BatchNorm", blobs=(np.ones(2),) * 2), "factor"),
-        (CaffeLayer("bn", "BatchNorm", blobs=(np.ones(2), np.ones(3), np.ones(1))), "one length"),
-        (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 2)),)), "four dimensions"),
+        (CaffeLayer("bn", "BatchNorm", blobs=(np.ones(2), np.ones(3), np.ones(1))), "same length"),
+        (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 2)),)), "four-dimensional"),
         (CaffeLayer("c", "Convolution", blobs=(np.ones((2, 1, 3, 3)), np.ones(3))), "2 values"),
         (
             CaffeLayer(
@@ -261,7 +261,7 @@ def test_numbers_that_contradict_their_layer_are_refused(layer, expected):
 
 def test_a_layer_that_is_there_twice_is_refused():
     layer = CaffeLayer("s", "Scale", blobs=(np.ones(2), np.ones(2)))
-    with pytest.raises(UserError, match="two layers 's'"):
+    with pytest.raises(UserError, match="two layers named 's'"):
         caffe_tensors([layer, layer])
 
 
@@ -290,10 +290,16 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
 @pytest.mark.parametrize(
     ("blob", "expected"),
     [
-        (b"\x2a\x06" + bytes(6), "any known format"),  # one and a half packed floats
-        (b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03", r"2 values, but the shape \(3,\)"),
+        (b"\x2a\x06" + bytes(6), "a known format"),  # one and a half packed floats
+        (
+            b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03",
+            r"2 values, which does not match its shape \(3,\)",
+        ),
         (b"\x2a\x08" + bytes(8) + b"\x3a\x0c\x0a\x0a" + b"\xff" * 9 + b"\x01", r"shape \(-1,\)"),
-        (b"\x2a\x04" + bytes(4) + b"\x3a\x23\x0a\x21" + b"\x01" * 33, "invalid blob shape"),
+        (
+            b"\x2a\x04" + bytes(4) + b"\x3a\x23\x0a\x21" + b"\x01" * 33,
+            "the invalid shape",
+        ),
     ],
 )
 def test_a_blob_that_contradicts_itself_is_rejected(blob, expected, tmp_path):
@@ -309,14 +315,14 @@ def test_fields_unknown_in_a_layer_are_skipped_and_at_the_top_rejected(tmp_path)
     path.write_bytes(data + b"\xa2\x06\x05\xfa\x3f\x02ab")  # a layer with field 1023
     assert read_tensors(path).layers[-1] == CaffeLayer("", "")
     path.write_bytes(data + b"\xfa\x3f\x02ab")
-    with pytest.raises(UserError, match="fields that no Caffe network has"):
+    with pytest.raises(UserError, match="fields that are not part of a Caffe network"):
         read_tensors(path)
 
 
 def test_a_name_that_is_not_utf8_is_rejected(tmp_path):
     path = tmp_path / "net.caffemodel"
     path.write_bytes(_se_net().caffemodel().replace(b"conv2_1_3x3/bn", b"conv2_1_3x3/\xff\xfe"))
-    with pytest.raises(UserError, match="any known format"):
+    with pytest.raises(UserError, match="a known format"):
         read_tensors(path)
 
 
@@ -344,7 +350,7 @@ def test_a_file_of_2013_says_what_to_do(tmp_path):
 def test_a_definition_given_as_weights_says_so(tmp_path):
     path = tmp_path / "net.prototxt"
     path.write_text(_se_net().prototxt())
-    with pytest.raises(UserError, match="Name its .caffemodel"):
+    with pytest.raises(UserError, match="Use the .caffemodel"):
         read_tensors(path)
 
 

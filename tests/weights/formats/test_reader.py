@@ -1,4 +1,4 @@
-"""Tests that weight files are read by content, and that errors state the remedy."""
+"""Tests that file formats are detected by content, and that errors state how to fix them."""
 
 import dataclasses
 import gzip
@@ -63,7 +63,7 @@ def test_a_weight_file_is_immutable(tmp_path):
         read_tensors(tmp_path / "a.pth").format = "pkl"
 
 
-# The usual wrappers.
+# Common wrappers around a state dict.
 
 
 @pytest.mark.parametrize(
@@ -113,16 +113,16 @@ def test_plain_values_beside_the_tensors_are_kept(tmp_path):
     assert read_tensors(tmp_path / "a").metadata == {"senet_transfer": own, "format": "pt"}
 
 
-# Broken files. The error names the file and states the remedy.
+# Broken files. The error names the file and states how to fix the problem.
 
 PAGE = "<!DOCTYPE html><html><head><title>Google Drive &amp; quota\n exceeded</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\n"
 BROKEN = {
-    "empty": (b"", "empty.*Get it again"),
+    "empty": (b"", "empty.*Download it again"),
     "web page": (PAGE.encode(), r'web page \("Google Drive & quota exceeded"\).*browser'),
     "web page without a title": (b"\n <html><body><h1>Not found</h1>", '"Not found"'),
     "git-lfs": (LFS.encode(), "git lfs pull"),
-    "json": (b'{"error": "forbidden"}', 'text file that begins ".*forbidden'),
+    "json": (b'{"error": "forbidden"}', 'text file that begins with ".*forbidden'),
     "text": ("Zugriff verweigert: ä".encode(), "Zugriff verweigert"),
     "zeros": (bytes(5000), "known format"),
     "noise": (bytes(np.random.default_rng(0).bytes(5000)), "known format"),
@@ -136,8 +136,8 @@ BROKEN = {
     "lying header": (b"\xff\xff\xff\x05\0\0\0\0{}", "damaged"),
     "list": (pickle.dumps([1, 2]), "a list.*Expected a dictionary"),
     "one array": (pickle.dumps(np.ones(3)), "a single tensor"),
-    "no tensors": (pickle.dumps({"epoch": 3}), r"no model tensors inside \(found: 'epoch'\)"),
-    "no layers": (b"\x0a\x03net", "no layer in it has blobs"),
+    "no tensors": (pickle.dumps({"epoch": 3}), r"contains no model tensors \(found: 'epoch'\)"),
+    "no layers": (b"\x0a\x03net", "its layers contain no blobs"),
 }
 
 
@@ -146,12 +146,12 @@ def test_a_broken_file_says_what_it_is(name, tmp_path):
     content, expected = BROKEN[name]
     path = tmp_path / "se_resnet50.pth"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"(?s)se_resnet50.pth: .*{expected}"):
+    with pytest.raises(UserError, match=f"(?s)se_resnet50.pth:? .*{expected}"):
         read_tensors(path)
 
 
 def test_a_missing_file_a_folder_and_a_device_say_so(tmp_path):
-    with pytest.raises(UserError, match=r"a\.pth: no such file"):
+    with pytest.raises(UserError, match=r"a\.pth does not exist"):
         read_tensors(tmp_path / "a.pth")
     with pytest.raises(UserError, match="a folder"):
         read_tensors(tmp_path)
@@ -159,17 +159,17 @@ def test_a_missing_file_a_folder_and_a_device_say_so(tmp_path):
     with pytest.raises(UserError, match=r"a folder.*b\.pth"):
         read_tensors(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="not an ordinary file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_tensors(tmp_path / "pipe")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="Cannot read"):
         read_tensors(tmp_path / ("x" * 300))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
 def test_a_file_without_permission_says_so(tmp_path):
     _write(tmp_path / "a.pth", "pth")
     (tmp_path / "a.pth").chmod(0)
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="Cannot read"):
         read_tensors(tmp_path / "a.pth")
 
 
@@ -180,7 +180,7 @@ def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
     data = path.read_bytes()
     for end in {*range(0, len(data), 7), *range(64), *range(len(data) - 64, len(data))}:
         path.write_bytes(data[:end])
-        with pytest.raises(UserError, match="/a: "):
+        with pytest.raises(UserError, match="/a[: ]"):
             read_tensors(path)
 
 
@@ -256,7 +256,7 @@ def test_a_hash_in_own_metadata_is_verified(kind, tmp_path):
     assert "sha256" in read_tensors(path).verified
     tensors["conv.weight"][0, 0, 0, 0] += 1
     write()
-    with pytest.raises(UserError, match="not those that it was saved with"):
+    with pytest.raises(UserError, match="does not contain the tensors that it was saved with"):
         read_tensors(path)
 
 
@@ -275,7 +275,7 @@ def test_what_was_verified_is_stated(tmp_path):
 )
 def test_impossible_values_are_named(name, value):
     tensors = {"fine": torch.ones(3), name: torch.tensor([1.0, value])}
-    with pytest.raises(UserError, match=f"weights: impossible values in {name} "):
+    with pytest.raises(UserError, match=f"weights contains invalid values: {name} "):
         check_values(tensors)
     with pytest.raises(UserError, match="and 3 more"):
         check_values({f"{i}.{name}": tensors[name] for i in range(8)}, "file.pkl")
@@ -304,5 +304,5 @@ def test_impossible_values_are_looked_for_where_nothing_else_was_verified(kind, 
         path.write_bytes(pickle.dumps({"w": tensors["w"].numpy()}))
     else:
         safetensors.torch.save_file(tensors, path)
-    with pytest.raises(UserError, match=r"/a: impossible values in w \(not finite\)"):
+    with pytest.raises(UserError, match=r"/a contains invalid values: w \(non-finite\)"):
         read_tensors(path)

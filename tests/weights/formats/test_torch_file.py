@@ -132,7 +132,7 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 def _weights_only() -> dict[str, object]:
     """Return values that ``torch.load(weights_only=True)`` accepts."""
-    warnings.simplefilter("ignore")  # torch's, of quantized and nested tensors and typed storages
+    warnings.simplefilter("ignore")  # about quantized and nested tensors and typed storages
     attributed = torch.ones(2)
     attributed.note = "text"
     parameter = torch.nn.Parameter(torch.ones(2))
@@ -174,7 +174,7 @@ def _weights_only() -> dict[str, object]:
 
 with warnings.catch_warnings():
     _WEIGHTS_ONLY = _weights_only()
-# In torch's legacy format, torch can't load what is in an untyped storage.
+# torch cannot load these values from its legacy format, because they use untyped storages.
 _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
 
 
@@ -182,7 +182,8 @@ _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
     ("name", "zipped"),
     [(n, z) for n in _WEIGHTS_ONLY for z in (True, False) if z or n not in _ONLY_ZIPPED],
 )
-@pytest.mark.filterwarnings("ignore")  # of torch: sparse, quantized, nested and typed storages
+# Warnings about sparse, quantized and nested tensors and typed storages.
+@pytest.mark.filterwarnings("ignore")
 def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
     path = tmp_path / "a.pth"
     content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
@@ -338,7 +339,7 @@ def test_other_archives_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="compression"):
         read_tensors(tmp_path / "c.pth")
     np.savez(tmp_path / "a.npz", w=np.ones(2))
-    with pytest.raises(UserError, match="not one of torch.save"):
+    with pytest.raises(UserError, match="not written by torch.save"):
         read_tensors(tmp_path / "a.npz")
 
 
@@ -395,7 +396,7 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
         (0, (4,), (-1,), 4, 4),
         (-1, (2,), (1,), 4, 4),
         (0, (4,), (), 4, 4),
-        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes, from one number by strides of 0
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes: one number repeated by strides of 0
         (0, (1,) * 40, (1,) * 40, 4, 4),
         (0, (4.0,), (1,), 4, 4),
     ],

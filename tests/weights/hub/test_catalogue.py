@@ -1,4 +1,4 @@
-"""Tests of the catalogue of published weights, and of loading by name."""
+"""Tests of the catalogue of published weights and of loading weights by name."""
 
 import hashlib
 import os
@@ -131,7 +131,7 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
 
 
 def test_what_the_user_says_of_the_family_counts(published):
-    with pytest.raises(UserError, match="not of the family cadene"):
+    with pytest.raises(UserError, match="does not belong to the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
     backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
     assert backbone.weights_source["family"] == "timm_legacy"
@@ -143,7 +143,7 @@ def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(publ
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UserError, match="damaged or another file: its SHA-256 is .*Remove it"):
+    with pytest.raises(UserError, match="not the expected file: its SHA-256 is .*Delete the file"):
         create_backbone("se_resnet18", weights=entry.name)
     assert len(published.asked) == 1
 
@@ -159,7 +159,7 @@ def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cadene/se_resnet5O", "timm/seresnet50", "places365/resnet34"])
 def test_an_unknown_name_is_answered_with_the_nearest(name):
-    with pytest.raises(UserError, match=rf"no published weights.*Did you mean {name[:6]}"):
+    with pytest.raises(UserError, match=rf"neither an existing file.*Did you mean {name[:6]}"):
         create_backbone("se_resnet50", weights=name)
     cfg = get_senet_config()
     cfg.MODEL.WEIGHTS = name
@@ -174,7 +174,9 @@ def test_a_misspelt_publisher_is_answered_like_a_missing_file():
     cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
     with pytest.raises(UserError, match="no such file.*a similar name: cadene/se_resnet50"):
         check_run(cfg, eval_only=False, resume=False)
-    with pytest.raises(UserError, match="no weight file .*in the catalogue: .*cadene/se_resnet50"):
+    with pytest.raises(
+        UserError, match="weight file .*does not exist.*in the catalogue: .*cadene/se_resnet50"
+    ):
         apply_file_geometry(cfg)
 
 

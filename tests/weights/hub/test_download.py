@@ -80,7 +80,9 @@ def test_a_transfer_that_keeps_breaking_leaves_nothing(site, tmp_path):
 
 
 def test_a_wrong_hash_leaves_nothing(site, tmp_path):
-    with pytest.raises(UserError, match="has the SHA-256 .*expected 12345678..., which"):
+    with pytest.raises(
+        UserError, match="has the SHA-256 .*but its publisher specifies 12345678..."
+    ):
         fetch(site.add("a.pth", BODY), tmp_path / "a.pth", "12345678")
     assert _left(tmp_path) == []
 
@@ -88,8 +90,8 @@ def test_a_wrong_hash_leaves_nothing(site, tmp_path):
 @pytest.mark.parametrize(
     ("page", "words", "attempts"),
     [
-        ({"body": b"gone", "status": 404}, "answers 404", 1),
-        ({"body": b"busy", "status": 503}, "answers 503", 3),
+        ({"body": b"gone", "status": 404}, "returned 404", 1),
+        ({"body": b"busy", "status": 503}, "returned 503", 3),
         ({"body": b"<p>log in", "Content_Type": "text/html; charset=utf-8"}, "a web page", 1),
         ({"body": b"\n<!DOCTYPE html><html>"}, "a web page", 1),
         ({"body": b""}, "is empty", 3),
@@ -112,9 +114,9 @@ def test_what_is_no_file_is_refused_with_address_and_place(site, tmp_path, page,
 def test_offline_is_said_with_the_way_out(tmp_path):
     with serving() as site:
         url = site.address("a.pth")
-    with pytest.raises(UserError, match="no connection to the server") as error:
+    with pytest.raises(UserError, match="the server can't be reached") as error:
         fetch(url, tmp_path / "a.pth", HASH)
-    assert f"put the file at {tmp_path / 'a.pth'}" in str(error.value)
+    assert f"save it as {tmp_path / 'a.pth'}" in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.pth", "ftp://x/a", "file:///etc/passwd"])
@@ -129,17 +131,17 @@ def test_a_server_that_falls_silent_is_given_up(site, tmp_path, monkeypatch):
     half = site.add("a.pth", BODY, Content_Length=str(2 * len(BODY)), Connection="keep-alive")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for url in (half, f"http://127.0.0.1:{silent.getsockname()[1]}/a.pth"):
-            with pytest.raises(UserError, match="can't be downloaded: .*timed out"):
+            with pytest.raises(UserError, match="Cannot download .*timed out"):
                 fetch(url, tmp_path / "a.pth", HASH)
 
 
 def test_a_file_without_a_hash_is_called_unverified(site, tmp_path, caplog):
     fetch(site.add("a.pth", BODY), tmp_path / "a.pth", None)
-    assert "not verified: its publisher states no hash" in caplog.text
+    assert "not verified, because its publisher provides no hash" in caplog.text
     assert HASH in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_named(site, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written.*TORCH_HOME"):
+    with pytest.raises(UserError, match="Cannot write.*TORCH_HOME"):
         fetch(site.add("a.pth", BODY), tmp_path / "file" / "a.pth", HASH)

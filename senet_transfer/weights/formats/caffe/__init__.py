@@ -1,1 +1,1 @@
-"""Caffe's files, read without Caffe."""
+"""Reader for Caffe files that does not require Caffe."""

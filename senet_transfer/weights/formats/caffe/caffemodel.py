@@ -1,4 +1,4 @@
-"""Reader of Caffe's ``.caffemodel``, which does not need Caffe."""
+"""Reader for ``.caffemodel`` files that does not require Caffe."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,53 +13,54 @@ from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.caffe.layers import PARAMETERS, CaffeLayer
 from senet_transfer.weights.formats.caffe.schema import V1_TYPES, NetParameter
 
-# A protobuf message is smaller.
+# Maximum size of a protobuf message.
 _MAX_BYTES = 2**31 - 1
 _MAX_DIMENSIONS = 32  # Caffe's kMaxBlobAxes
 
 
 def read_caffemodel(path: str | Path) -> tuple[str, list[CaffeLayer]]:
-    """Read a ``.caffemodel`` in the current format or that of 2014 (``layers``).
+    """Read a ``.caffemodel`` file in the current format or the 2014 format (``layers``).
 
     Returns:
-        The network's name and its layers in the file's order.
+        The network's name, and its layers in the order of the file.
 
     Raises:
-        UserError: The file is not a Caffe network, is damaged, or has the format of 2013.
+        UserError: If the file is not a Caffe network, is damaged, or has the 2013 format.
     """
     try:
         return _read(Path(path))
     except (DecodeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a file of weights in any known format (torch.save, safetensors, pickle), "
-            f"or a damaged .caffemodel: {shown(error)}. Check what it is, or get it again."
+            f"{path} is not a weight file in a known format (torch.save, safetensors, pickle), or "
+            f"is a damaged .caffemodel: {shown(error)}. Check the file, or download it again."
         ) from error
 
 
 def _read(path: Path) -> tuple[str, list[CaffeLayer]]:
     if path.stat().st_size > _MAX_BYTES:
-        raise ValueError("larger than 2 GiB, the limit of protobuf")
+        raise ValueError("it is larger than 2 GiB, the limit of protobuf")
     net = NetParameter.FromString(path.read_bytes())
     layers = [_layer(layer, layer.type) for layer in net.layer]
     for layer in net.layers:
         if layer.HasField("layer"):
             raise UserError(
-                f"{path}: a Caffe file in the format of 2013. Convert it to the current format "
-                "with Caffe's upgrade_net_proto_binary."
+                f"{path} is a Caffe file in the unsupported 2013 format. Convert it to the current "
+                "format with Caffe's upgrade_net_proto_binary."
             )
         layers.append(_layer(layer, V1_TYPES.get(layer.type, f"V1 type {layer.type}")))
-    # Unknown fields are usual in layers, but at the top the file is not Caffe's.
+    # Layers often contain unknown fields, but unknown fields at the top level show that the file is
+    # not a Caffe file.
     net.ClearField("layer")
     net.ClearField("layers")
     size = net.ByteSize()
     net.DiscardUnknownFields()
     if net.ByteSize() != size:
-        raise ValueError("it has fields that no Caffe network has")
+        raise ValueError("it contains fields that are not part of a Caffe network")
     return net.name, layers
 
 
 def _layer(message: Any, kind: str) -> CaffeLayer:
-    """Convert a LayerParameter or V1LayerParameter."""
+    """Convert a LayerParameter or V1LayerParameter message."""
     params = {
         field.name: {f.name: _plain(value) for f, value in param.ListFields()}
         for field, param in message.ListFields()
@@ -80,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _blob(message: Any) -> np.ndarray:
-    """Return a blob's values as float32, in its shape."""
+    """Return a blob as a float32 array with its stored shape."""
     values = np.asarray(message.double_data or message.data, dtype=np.float32)
     if message.HasField("shape"):
         shape = tuple(message.shape.dim)
@@ -89,14 +90,14 @@ def _blob(message: Any) -> np.ndarray:
         legacy = any(message.HasField(dim) for dim in dims)
         shape = tuple(getattr(message, dim) for dim in dims) if legacy else values.shape
     if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape):
-        raise ValueError(f"invalid blob shape {shape}")
+        raise ValueError(f"a blob has the invalid shape {shape}")
     if int(np.prod(shape, dtype=object)) != values.size:
-        raise ValueError(f"a blob has {values.size} values, but the shape {shape}")
+        raise ValueError(f"a blob has {values.size} values, which does not match its shape {shape}")
     return values.reshape(shape)
 
 
 class _MismatchError(ValueError):
-    """Error for blobs that do not fit the type and parameters of their layer."""
+    """Error for blobs that do not match the type and parameters of their layer."""
 
 
 def caffe_tensors(
@@ -105,16 +106,16 @@ def caffe_tensors(
     """Return the tensors of a network, named by layer and role.
 
     The names are ``{layer}/weight`` and ``/bias`` for Convolution, Deconvolution, InnerProduct and
-    Scale; ``{layer}/running_mean`` and ``/running_var`` for BatchNorm, whose two sums are divided
-    by the factor in its third blob; ``{layer}/blob0`` and so on for any other type with blobs.
-    Weights have PyTorch's shapes; biases and statistics have one dimension.
+    Scale; ``{layer}/running_mean`` and ``/running_var`` for BatchNorm, whose stored sums are
+    divided by the factor in the third blob; and ``{layer}/blob0`` etc. for any other layer type
+    with blobs. Weights have PyTorch's shapes; biases and statistics are one-dimensional.
 
     Args:
-        layers: The layers that :func:`read_caffemodel` returns. The tensors may share their memory.
-        path: The file, for error messages.
+        layers: Layers returned by :func:`read_caffemodel`. The tensors may share memory with them.
+        path: Path of the file, for error messages.
 
     Raises:
-        UserError: The blobs of a layer contradict its type or parameters.
+        UserError: If the blobs of a layer contradict its type or parameters.
     """
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
@@ -126,8 +127,8 @@ def caffe_tensors(
             name = f"{layer.name}/{role}"
             if name in tensors:
                 raise UserError(
-                    f"{path}: there are two layers {shown(layer.name)!r} with values. The file is "
-                    "damaged. Get it again."
+                    f"{path} contains two layers named {shown(layer.name)!r} with blobs. The file "
+                    "is damaged. Download it again."
                 )
             tensors[name] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     return tensors
@@ -162,17 +163,17 @@ def _weight(layer: CaffeLayer) -> np.ndarray:
         params = layer.params.get("inner_product_param", {})
         if weight.ndim < 2:
             raise _mismatch(layer, "a matrix")
-        # Old files store every blob in four dimensions: (1, 1, outputs, inputs).
+        # Old files store every blob with four dimensions: (1, 1, outputs, inputs).
         weight = weight.reshape(weight.shape[-2:])
         if params.get("transpose", False):
             weight = weight.T
     else:
         params = layer.params.get("convolution_param", {})
         if weight.ndim != 4:
-            raise _mismatch(layer, "a weight of four dimensions")
+            raise _mismatch(layer, "a four-dimensional weight")
         sizes = params.get("kernel_size", [])
         if sizes and weight.shape[2:] != (sizes[0], sizes[-1]):
-            raise _mismatch(layer, f"a kernel of {sizes}")
+            raise _mismatch(layer, f"a kernel of size {sizes}")
     outputs = params.get("num_output", weight.shape[0])
     if layer.type != "Deconvolution" and weight.shape[0] != outputs:
         raise _mismatch(layer, f"{outputs} outputs")
@@ -181,12 +182,12 @@ def _weight(layer: CaffeLayer) -> np.ndarray:
 
 def _batch_norm(layer: CaffeLayer) -> list[tuple[str, np.ndarray]]:
     if len(layer.blobs) != 3 or layer.blobs[2].size != 1:
-        raise _mismatch(layer, "a mean, a variance and their factor")
+        raise _mismatch(layer, "a mean, a variance and their scale factor")
     mean, variance = (blob.reshape(-1) for blob in layer.blobs[:2])
     if mean.shape != variance.shape:
-        raise _mismatch(layer, "a mean and a variance of one length")
+        raise _mismatch(layer, "a mean and a variance of the same length")
     factor = layer.blobs[2].reshape(())
-    # Caffe's rule: a layer that was never trained has factor 0, and statistics of 0.
+    # As in Caffe, a layer that was never trained has factor 0, and its statistics are 0.
     scale = np.float32(0 if factor == 0 else 1 / factor)
     return [("running_mean", mean * scale), ("running_var", variance * scale)]
 
@@ -194,6 +195,6 @@ def _batch_norm(layer: CaffeLayer) -> list[tuple[str, np.ndarray]]:
 def _mismatch(layer: CaffeLayer, expected: str) -> _MismatchError:
     found = ", ".join(str(tuple(blob.shape)) for blob in layer.blobs)
     return _MismatchError(
-        f"layer {shown(layer.name)!r} ({shown(layer.type)}) has blobs of shape {found}, expected "
+        f"Layer {shown(layer.name)!r} ({shown(layer.type)}) has blobs of shape {found}; expected "
         f"{expected}. The file is damaged, or was written by an unknown fork of Caffe."
     )

@@ -7,28 +7,29 @@ import numpy as np
 
 from senet_transfer.errors import UserError
 
-# Messages of a layer that become `CaffeLayer.params`.
+# Fields of a layer message that are stored in `CaffeLayer.params`.
 PARAMETERS = ("convolution_param", "inner_product_param", "pooling_param", "batch_norm_param")
-# Caffe's default of BatchNormParameter.eps.
+# Caffe's default for BatchNormParameter.eps.
 DEFAULT_EPS = 1e-5
 
-_CEIL = 0  # of PoolingParameter.RoundMode
+_CEIL = 0  # PoolingParameter.RoundMode.CEIL
 _METHODS = ("MAX", "AVE", "STOCHASTIC")  # PoolingParameter.PoolMethod
 
 
 @dataclass(frozen=True)
 class CaffeLayer:
-    """One layer.
+    """Layer of a Caffe network.
 
     Attributes:
-        name: Such as ``conv2_1_1x1_reduce/bn``.
-        type: The current format's name, such as ``Convolution``.
+        name: Layer name, such as ``conv2_1_1x1_reduce/bn``.
+        type: Layer type in the current format, such as ``Convolution``.
         bottoms: Names of the inputs.
         tops: Names of the outputs.
         blobs: Weights and statistics, as float32 arrays.
-        params: The layer's parameters as the file states them, such as
+        params: Layer parameters that are set in the file, such as
             ``{"convolution_param": {"num_output": 64, "kernel_size": [3]}}``. Repeated fields are
-            lists, enumerations integers; defaults are not filled in. See :data:`PARAMETERS`.
+            lists, and enumerations are integers. Defaults are not filled in. See
+            :data:`PARAMETERS`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class CaffeLayer:
     def eps(self) -> float:
         """Return the constant that a BatchNorm layer adds to the variance."""
         eps = self.params.get("batch_norm_param", {}).get("eps", DEFAULT_EPS)
-        # The shortest decimal of the float32: 1e-5, not 9.99999974e-06.
+        # Use the shortest decimal form of the float32 value: 1e-5 instead of 9.99999974e-06.
         return float(str(np.float32(eps)))
 
 
@@ -51,14 +52,14 @@ class Window:
     """Geometry of a Convolution or Pooling layer, with defaults filled in.
 
     Attributes:
-        kernel: (height, width) in pixels; (0, 0) for global pooling.
-        stride: (vertical, horizontal) in pixels.
-        pad: (vertical, horizontal) in pixels, on each side.
-        dilation: (vertical, horizontal); 1 is an ordinary convolution.
+        kernel: Kernel size (height, width) in pixels; (0, 0) for global pooling.
+        stride: Stride (vertical, horizontal) in pixels.
+        pad: Padding (vertical, horizontal) in pixels on each side.
+        dilation: Dilation (vertical, horizontal); 1 for an ordinary convolution.
         group: Number of groups of a convolution.
         ceil: Whether pooling rounds its output size up, as Caffe does by default.
-        is_global: Whether pooling covers the whole image.
-        method: "MAX", "AVE" or "STOCHASTIC"; empty for a convolution.
+        is_global: Whether pooling covers the whole feature map.
+        method: Pooling method: "MAX", "AVE" or "STOCHASTIC"; empty for a convolution.
     """
 
     kernel: tuple[int, int]
@@ -75,14 +76,14 @@ def window_of(layer: CaffeLayer) -> Window:
     """Return the geometry of a Convolution or Pooling layer.
 
     Raises:
-        UserError: The layer has another type or an invalid geometry, or the file does not state
-            the geometry: a ``.caffemodel`` may hold blobs only.
+        UserError: If the layer has a different type or an invalid geometry, or the file does not
+            specify the geometry because it contains only blobs.
     """
     key = {"Convolution": "convolution_param", "Pooling": "pooling_param"}.get(layer.type)
     if key is None or key not in layer.params:
         raise UserError(
-            f"Caffe layer {layer.name!r} ({layer.type}) states no geometry. It is in the network's "
-            "definition (.prototxt)."
+            f"Caffe layer {layer.name!r} ({layer.type}) does not specify its geometry, which is in "
+            "the network definition (.prototxt). Use a .caffemodel that contains layer parameters."
         )
     params = layer.params[key]
     pooling = layer.type == "Pooling"
@@ -102,8 +103,8 @@ def _method(layer: CaffeLayer, params: dict[str, Any]) -> str:
     number = params.get("pool", 0)
     if not 0 <= number < len(_METHODS):
         raise UserError(
-            f"Caffe layer {layer.name!r} has the pooling method {number}, expected 0 to "
-            f"{len(_METHODS) - 1}. The file is damaged. Get it again."
+            f"Caffe layer {layer.name!r} has the pooling method {number}; expected 0 to "
+            f"{len(_METHODS) - 1}. The file is damaged. Download it again."
         )
     return _METHODS[number]
 
@@ -111,13 +112,14 @@ def _method(layer: CaffeLayer, params: dict[str, Any]) -> str:
 def _pair(
     layer: CaffeLayer, params: dict[str, Any], name: str, sides: str | None, default: int
 ) -> tuple[int, int]:
-    """Return a size that Caffe states once, per dimension, or as ``_h`` and ``_w``."""
+    """Return a size that is stored once, per dimension, or with the suffixes ``_h`` and ``_w``."""
     if sides is not None and f"{sides}_h" in params:
         return params[f"{sides}_h"], params.get(f"{sides}_w", default)
     value = params.get(name, default)
     values = value if isinstance(value, list) else [value]
     if len(values) > 2:
         raise UserError(
-            f"Caffe layer {layer.name!r}: {name} has {len(values)} values, expected 1 or 2."
+            f"Caffe layer {layer.name!r}: {name} has {len(values)} values; expected 1 or 2. The "
+            "file is damaged. Download it again."
         )
     return (values[0], values[-1]) if values else (default, default)

@@ -1,14 +1,14 @@
-"""Caffe's protobuf messages, reduced to the fields that weights and geometry need.
+"""Caffe's protobuf messages, reduced to the fields needed for weights and geometry.
 
-Names, numbers and types are those of Caffe's public ``caffe.proto``; protobuf skips other fields.
-Enumerations are declared as integers, so that an unknown value is kept instead of dropped.
+Field names, numbers and types are those of Caffe's public ``caffe.proto``; protobuf skips other
+fields. Enumerations are declared as integers, so that an unknown value is kept instead of dropped.
 """
 
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# By message and field: the number and the type; "*" marks a repeated field.
+# Number and type of each field, by message; "*" marks a repeated field.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "BlobShape": {"dim": (1, "int64*")},
     "BlobProto": {
@@ -61,7 +61,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "pooling_param": (121, "PoolingParameter"),
         "batch_norm_param": (139, "BatchNormParameter"),
     },
-    # The format of 2014, which has no BatchNorm. `layer` is that of 2013, which is not read.
+    # The 2014 format, which has no BatchNorm. `layer` belongs to the unsupported 2013 format.
     "V1LayerParameter": {
         "layer": (1, "bytes"),
         "bottom": (2, "string*"),
@@ -73,7 +73,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "inner_product_param": (17, "InnerProductParameter"),
         "pooling_param": (19, "PoolingParameter"),
     },
-    # Complete, so that an unknown field shows that the file is not a Caffe file.
+    # This message is complete, so that an unknown field shows that the file is not a Caffe file.
     "NetParameter": {
         "name": (1, "string"),
         "layers": (2, "V1LayerParameter*"),
@@ -87,7 +87,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     },
 }
 
-# V1LayerParameter.LayerType, with the names of the current format.
+# Values of V1LayerParameter.LayerType, with the type names of the current format.
 V1_TYPES = {
     1: "Accuracy",
     3: "Concat",
@@ -113,8 +113,8 @@ V1_TYPES = {
 
 
 def _net_parameter() -> Any:
-    """Build the message class of a whole network."""
-    # Edition 2023 has proto2's presence of fields, and rejects text that is not UTF-8.
+    """Build the message class for a network."""
+    # Edition 2023 tracks field presence as proto2 does, and rejects text that is not UTF-8.
     file = descriptor_pb2.FileDescriptorProto(
         name="caffe.proto",
         package="caffe",
@@ -131,7 +131,7 @@ def _net_parameter() -> Any:
                 field.type_name = f".caffe.{kind}"
             else:
                 field.type = getattr(field, f"TYPE_{kind.upper()}")
-    # A separate pool, because the default pool may contain Caffe's full definition.
+    # Use a separate pool, because the default pool may contain Caffe's full definition.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
