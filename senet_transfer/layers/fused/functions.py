@@ -240,6 +240,11 @@ def _is_supported(norm: nn.Module) -> bool:
     return has_statistics and norm.affine and norm.momentum is not None
 
 
+def _uses_batch(norm: nn.Module) -> bool:
+    """Return whether a norm uses the statistics of the batch and updates the running ones."""
+    return norm.training and type(norm) is nn.BatchNorm2d
+
+
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
     """Return whether a batch has one value per channel; the norm then raises an error."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
@@ -271,7 +276,7 @@ def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
     """Return whether a norm uses the statistics of the batch, its tensors and its epsilon."""
     if norm is None:
         return False, (None, None, None, None), 0.0
-    if norm.training and type(norm) is nn.BatchNorm2d:
+    if _uses_batch(norm):
         return True, (None, None, norm.weight, norm.bias), norm.eps
     return False, (norm.running_mean, norm.running_var, norm.weight, norm.bias), norm.eps
 
@@ -300,21 +305,21 @@ def _call(
         options: Their arguments.
         position: Index of the mean in the operator's results, which the variance follows.
     """
-    updates = norm is not None and norm.training and type(norm) is nn.BatchNorm2d
+    trained = norm if norm is not None and _uses_batch(norm) else None
     if not torch.compiler.is_compiling():
         running = None
-        if updates:
-            statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
-            running = Running(*statistics, norm.momentum)
+        if trained is not None:
+            statistics = trained.running_mean, trained.running_var, trained.num_batches_tracked
+            running = Running(*statistics, trained.momentum)
         return function.apply(*options, running)
     found = operator(*options)
-    if updates:
+    if trained is not None:
         mean, var = found[position : position + 2]
         count = found[0].numel() // found[0].shape[1]
         with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            _move(norm.running_mean, mean, norm.momentum)
-            _move(norm.running_var, var * (count / (count - 1)), norm.momentum)
+            trained.num_batches_tracked.add_(1)
+            _move(trained.running_mean, mean, trained.momentum)
+            _move(trained.running_var, var * (count / (count - 1)), trained.momentum)
     return found
 
 

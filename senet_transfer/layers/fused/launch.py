@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ _GATE_TILE = 16384
 # Number of programs that occupies a large GPU; images are divided into chunks to reach it.
 _PROGRAMS = 1024
 
-Maybe = Tensor | None
-_Results = tuple[Maybe, ...]
+Maybe: TypeAlias = Tensor | None
+_Results: TypeAlias = tuple[Maybe, ...]
 
 
 class _Plan(NamedTuple):
@@ -443,6 +443,7 @@ def end_backward(
     x = launch.dense(x)
     total, aligned = launch.gradient_sums(gradient, out, x, norm, masked)
     gated = None
+    found: _Results
     if gate is None:
         found = (*launch.norm_gradients(total, aligned, norm), None, None, None, None)
     else:

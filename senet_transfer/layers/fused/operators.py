@@ -11,9 +11,9 @@ operator         result
 The gate is optional, except in `conv_gate_add`; in `norm_gate_add`, so are norm, shortcut and ReLU.
 
 Each operator exists twice, with the same kernels. Eager code calls an autograd function, which
-takes a quarter of the host time of a custom operator and updates the running statistics in one of
-the kernels. Compilers get a custom operator, such as ``torch.ops.senet_transfer.norm_gate_add``,
-with a fake implementation and a registered gradient, so that their graphs stay whole.
+takes a quarter of a custom operator's host time and updates the running statistics in one of the
+kernels. Compilers get a custom operator, such as ``torch.ops.senet_transfer.norm_gate_add``, with a
+fake implementation and a registered gradient, so that their graphs stay whole.
 
 For the backward pass, the operators save what PyTorch saves for norm and ReLU of a block without a
 gate, the norm's input and the ReLU's output, and a few values per image and channel. With a frozen
@@ -157,8 +157,11 @@ def _fake_end_backward(*values: Any) -> tuple[Tensor, ...]:
 
 
 class NormGateAdd(torch.autograd.Function):
-    forward = staticmethod(launch.end_forward)
-    setup_context = staticmethod(_save_end)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
+        output = launch.end_forward(*arguments)
+        _save_end(ctx, arguments, output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -221,8 +224,11 @@ def _fake_conv_backward(*values: Any) -> tuple[Tensor, ...]:
 
 
 class ConvGateAdd(torch.autograd.Function):
-    forward = staticmethod(launch.conv_forward)
-    setup_context = staticmethod(_save_conv)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
+        output = launch.conv_forward(*arguments)
+        _save_conv(ctx, arguments, output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -303,8 +309,11 @@ def _fake_preact_backward(*values: Any) -> tuple[Tensor, ...]:
 
 
 class GateAddNorm(torch.autograd.Function):
-    forward = staticmethod(launch.preact_forward)
-    setup_context = staticmethod(_save_preact)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
+        output = launch.preact_forward(*arguments)
+        _save_preact(ctx, arguments, output)
+        return output
 
     @staticmethod
     @once_differentiable
