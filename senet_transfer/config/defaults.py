@@ -29,8 +29,10 @@ def config_value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-# Keys that accept "auto" as well as True and False.
+# Keys that accept "auto" as well as True and False. A run replaces "auto" when it starts, except for
+# MODEL.SE.FUSED, which changes numbers only by rounding and follows the device.
 AUTO_KEYS = (
+    "MODEL.SE.FUSED",
     "SOLVER.AMP.ENABLED",
     "SOLVER.TF32",
     "MODEL.CLASSIFIER.CHANNELS_LAST",
@@ -94,6 +96,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.DIVISOR = 1
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
+    # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
+    # "auto" (on a GPU), True (an error on other devices) or False.
+    cfg.MODEL.SE.FUSED = "auto"
 
     # The family of the file in MODEL.WEIGHTS (a key of `senet_transfer.weights.FAMILIES`). It is
     # required for a family that shares its tensor names with others, such as "torchvision_v2". If

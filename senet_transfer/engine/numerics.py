@@ -1,6 +1,6 @@
 """Numerical settings of a run: precision, memory format and determinism.
 
-The keys in ``AUTO_KEYS`` accept "auto", which stands for the faster setting on a GPU, and for the
+Some keys accept "auto", which stands for the faster setting on a GPU, and for the
 setting that changes no number on a CPU. A run replaces it by True or False when it starts, and
 saves that, so that a resumed run has the same settings.
 """
@@ -29,9 +29,9 @@ def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
         "CUDNN_BENCHMARK": on_gpu and is_classification(cfg) and not cfg.DETERMINISTIC,
     }
     chooses_type = cfg.SOLVER.AMP.ENABLED == "auto" and not cfg.SOLVER.AMP.DTYPE
-    for key in AUTO_KEYS:
+    for key, choice in choices.items():
         if config_value(cfg, key) == "auto":
-            set_config_value(cfg, key, config_value(before, key) if before else choices[key])
+            set_config_value(cfg, key, config_value(before, key) if before else choice)
     if chooses_type and cfg.SOLVER.AMP.ENABLED:
         # In contrast to float16, bfloat16 needs no gradient scaling.
         cfg.SOLVER.AMP.DTYPE = before.SOLVER.AMP.DTYPE if before else "bfloat16"

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Return images in which a square has been set to zero.
+    """Return the images with a square of each set to zero.
 
     Args:
-        images: normalised images ``(N, C, H, W)``.
-        centres: row and column of the centre of each square, int64 ``(N, 2)``. In each direction,
+        images: Normalised images ``(N, C, H, W)``.
+        centres: Row and column of each square's centre, int64 ``(N, 2)``. In each direction,
             the square covers the pixels from ``centre - size / 2`` to ``centre + size / 2 - 1``,
             clipped at the border of the image.
-        size: side length of the square in pixels, an even number; 0 leaves the images unchanged.
+        size: Side length of the square in pixels, an even number; 0 leaves the images unchanged.
     """
     if not size:
         return images

@@ -1,22 +1,23 @@
-"""Fused sum of a gated residual branch and its shortcut, which costs little more than a plain sum.
+"""Sum of a gated residual branch and its shortcut on a CPU, at little more than the cost of a sum.
 
-In the plain expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for the
-backward pass; a block without a gate does not need it. The functions here compute the same result,
-up to rounding, from tensors that a block without a gate saves anyway:
+For the plain expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for
+the backward pass, which a block without a gate does not need. The functions in this module compute
+the same result, up to rounding, from tensors that a block without a gate saves anyway:
 
-* Batch norm, in training or evaluation mode, saves the output of the convolution. The gradients of
-  the gate and the norm need only two sums per channel and image of these feature maps; one further
-  pass gives the gradient of the convolution's output (:class:`_NormSum`).
-* A frozen norm saves nothing, but the norm and the gate only scale and shift channels. The norm is
-  folded into the weights of a 1x1 convolution. The gradient of these weights, computed per image,
-  also gives the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
+* Batch norm, in training or evaluation mode, saves the convolution's output. The gradients of gate
+  and norm need only two sums per channel and image over these feature maps; one further pass gives
+  the gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm saves nothing, but norm and gate only scale and shift channels. The norm is folded
+  into the weights of a 1x1 convolution. The gradient of these weights, computed per image, also
+  gives the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
   weights, repeating the convolution is cheaper (:class:`_SmallConvSum`).
-* The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics.
-  The squeeze can therefore read the convolution's input, which in a bottleneck has a quarter of
-  the output's channels.
+* The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics. The
+  squeeze can therefore read the convolution's input, which has a quarter of the output's channels
+  in a bottleneck.
 
-Hooks, compilers, tracers and dispatch modes get the plain expression, and so do all variants that
-the fused forms do not support.
+On other devices, with hooks, and under compilers, tracers and dispatch modes, the plain expression
+is used, as it is for variants that these forms do not support. GPUs have kernels instead; see
+:mod:`senet_transfer.layers.fused`.
 """
 
 from collections.abc import Callable
@@ -32,22 +33,22 @@ from senet_transfer.layers.squeeze_excitation import SqueezeExcitation, mean_of_
 from senet_transfer.utils.private_api import has_hooks, intercepts_operators
 
 # Maximum number of positions (H * W) for which repeating the convolution is cheaper than computing
-# the gradient of the weights per image. Reading one weight gradient from memory takes as long as
-# one or two hundred multiplications.
+# the weight gradient per image. Reading one value of this gradient from memory takes as long as one
+# or two hundred multiplications.
 _FEW_POSITIONS = 256
 
 
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
-    """Return ``se.join(conv(x), shortcut)``, up to rounding.
+    """Return ``se.gate_and_add(conv(x), shortcut)``, up to rounding.
 
     The result is twice differentiable only if the plain expression is used; see the module's
     docstring.
 
     Args:
-        conv: the last convolution of the residual branch, with its norm.
-        se: the gate of the convolution's output.
-        x: input of the convolution, ``(N, K, H, W)``.
-        shortcut: output of the shortcut, ``(N, C, H / stride, W / stride)``.
+        conv: The last convolution of the residual branch, with its norm.
+        se: The gate of the convolution's output.
+        x: Input of the convolution, ``(N, K, H, W)``.
+        shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``.
 
     Returns:
         The sum, of the same shape as ``shortcut``.
@@ -57,20 +58,20 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
         return form(conv, se, x, shortcut)
     if se.takes_input:
         return torch.addcmul(shortcut, conv(x), _spread(se.excite(x.mean((2, 3)))))
-    return se.join(conv(x), shortcut)
+    return se.gate_and_add(conv(x), shortcut)
 
 
 def fold_squeeze(conv: Conv2d, se: SqueezeExcitation) -> None:
-    """Fold a convolution into the ``fc1`` of its gate, so that the squeeze reads its input.
+    """Fold a convolution into its gate's ``fc1``, so that the squeeze reads the conv's input.
 
-    In a bottleneck, this makes ``fc1`` and the squeezed feature map four times smaller. It is only
-    for inference; see :func:`senet_transfer.export.deploy`. Convolutions and gates for which it is
-    not possible stay unchanged.
+    In a bottleneck, this makes ``fc1`` and the squeezed feature map four times smaller. The result
+    is for inference only; see :func:`senet_transfer.export.deploy`. Convolutions and gates that do
+    not support it stay unchanged.
 
     Args:
-        conv: the convolution before the gate, with its norm already folded into it.
-        se: the gate, whose ``fc1`` is replaced. Afterwards it can only be used in
-            :func:`gated_sum`.
+        conv: The convolution before the gate, with its norm already folded into it.
+        se: The gate, whose ``fc1`` is replaced. Only :func:`gated_sum` and the fused kernels can
+            use it afterwards.
     """
     if not _is_pointwise(conv) or conv.norm is not None or se.squeeze != "avg":
         return
@@ -94,7 +95,8 @@ def _choose(
     batch_norm = batch_norm and norm.momentum is not None
     folded = norm is None and conv.bias is not None  # See `senet_transfer.export.deploy`.
     if (
-        not (frozen or batch_norm or folded)
+        x.device.type != "cpu"
+        or not (frozen or batch_norm or folded)
         or (conv.bias is not None and not folded)
         or conv.activation is not None
         or se.squeeze != "avg"
@@ -115,7 +117,7 @@ def _choose(
 
 
 def _needs_plain_calls(*modules: nn.Module) -> bool:
-    """Return whether hooks, compilers or dispatch modes rely on plain calls of these modules."""
+    """Return whether hooks, compilers or dispatch modes require plain calls of these modules."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -137,10 +139,9 @@ def _fold(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 class _Gate:
-    """Gate values computed from the squeezed feature maps, with a separate autograd graph.
+    """Gates computed from squeezed feature maps, with an autograd graph of their own.
 
-    The graph is nested in the node of a custom autograd function, whose backward pass calls
-    :meth:`backward`.
+    A custom autograd function holds this graph; its backward pass calls :meth:`backward`.
     """
 
     def __init__(self, se: SqueezeExcitation, squeezed: Tensor, learns: bool):
@@ -166,10 +167,10 @@ def _learning(se: SqueezeExcitation) -> list[nn.Parameter]:
 def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     norm = conv.norm
     x = _conv_forward(conv, x, conv.weight, None)
-    # Under autocast, convolutions return another dtype. With a single value per channel there is no
-    # variance, and the norm's own error message explains this best.
+    # Under autocast, the convolution may return another dtype than the shortcut's. A single value
+    # per channel has no variance; the norm's own error message explains this best.
     if x.dtype != shortcut.dtype or x.numel() == x.shape[1]:
-        return se.join(norm(x), shortcut)
+        return se.gate_and_add(norm(x), shortcut)
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return _NormSum.apply(x, shortcut, norm.weight, norm.bias, norm, se, *_learning(se))
@@ -239,12 +240,8 @@ class _NormSum(torch.autograd.Function):
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return sums per image and channel of the gradient, and of gradient times normalised map."""
-    if x.device.type != "cpu":
-        total = gradient.sum((2, 3), dtype=mean.dtype)
-        centred = (x - mean[:, None, None]) * gradient
-        return total, centred.sum((2, 3)) * invstd
-    # Batch norm's backward pass computes these sums over its batch in a single pass. Calling it per
-    # image, for these sums only, is twice as fast as the code above.
+    # PyTorch's backward pass of batch norm computes these sums over its batch in one pass. Calling
+    # it per image, only for these sums, is twice as fast as sums of products.
     sums = [
         torch.ops.aten.native_batch_norm_backward(
             part, image, None, None, None, mean, invstd, True, 0.0, [False, True, True]
@@ -262,7 +259,7 @@ def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _SmallConvSum(torch.autograd.Function):
-    """Gated sum from the input of a 1x1 convolution with a frozen norm, for small feature maps.
+    """Gated sum of a 1x1 convolution with a frozen norm, for small feature maps.
 
     The backward pass repeats the convolution.
     """
@@ -302,7 +299,7 @@ class _SmallConvSum(torch.autograd.Function):
 
 
 class _LargeConvSum(torch.autograd.Function):
-    """Gated sum from the input of a 1x1 convolution with a frozen norm, for large feature maps.
+    """Gated sum of a 1x1 convolution with a frozen norm, for large feature maps.
 
     The backward pass computes the weight gradient per image, which costs less than repeating the
     convolution.
@@ -348,7 +345,7 @@ class _LargeConvSum(torch.autograd.Function):
 def _by_image(
     gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return gradients of input, weights and gates, without the path through the squeeze."""
+    """Return the gradients of input, weights and gates, except those through the squeeze."""
     dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
     dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)

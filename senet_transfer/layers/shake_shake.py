@@ -27,14 +27,14 @@ class _Mix(torch.autograd.Function):
 class ShakeMix(nn.Module):
     """Sum ``alpha * a + (1 - alpha) * b`` whose backward pass uses ``beta`` instead of ``alpha``.
 
-    In training, alpha and beta are drawn uniformly from 0-1 for each image, from the device's
-    default generator, so that a seed reproduces them. In evaluation, both are 0.5.
+    In training, alpha and beta are drawn uniformly from [0, 1) for each image. They come from the
+    device's default generator, so that a seed reproduces them. In evaluation, both are 0.5.
     """
 
     def __init__(self, *, even: bool = False):
         """
         Args:
-            even: whether beta is always 0.5 ("Shake-Even" in the paper).
+            even: Whether beta is always 0.5 (the paper's "Shake-Even").
         """
         super().__init__()
         self.even = even
@@ -42,7 +42,7 @@ class ShakeMix(nn.Module):
         self.random = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Combine two feature maps ``(N, C, H, W)`` into one of the same shape."""
+        """Mix two feature maps ``(N, C, H, W)`` into one of the same shape."""
         if not (self.training and self.random):
             return 0.5 * (a + b)
         # Draw beta here, not in the backward pass: the values then do not depend on the order of

@@ -44,6 +44,7 @@ def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
         values.pop("stride_in_1x1")
     options = {key: value for key, value in values.items() if key in entry.options()}
     options["norm"] = cfg.MODEL.RESNETS.NORM
+    options["fused"] = cfg.MODEL.SE.FUSED
     if entry.has_se:
         for field in fields(SEOptions):
             options[f"se_{field.name}"] = cfg.MODEL.SE[field.name.upper()]

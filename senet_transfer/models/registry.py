@@ -14,6 +14,7 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.layers.fused.functions import check_fused, set_fused
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.hub.catalogue import locate_weights
@@ -149,6 +150,7 @@ def build_backbone(
     *,
     out_features: list[str] | None = None,
     norm: str = "BN",
+    fused: str | bool = "auto",
     **overrides: Any,
 ) -> Backbone:
     """Build the backbone of a registered model, and set its ``preprocessing`` attribute.
@@ -158,6 +160,7 @@ def build_backbone(
         source: Weight file that determines the network's geometry. Its weights are not loaded.
         out_features: Names of the stages to return; None returns the last one.
         norm: Detectron2 norm name, such as "BN".
+        fused: "auto", True or False; see :func:`create_backbone`.
         overrides: Further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
             prefix ``se_``.
 
@@ -174,12 +177,13 @@ def build_backbone(
         )
     unknown = [key for key in overrides if key not in entry.options()]
     if unknown:
-        known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
+        known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ()), "fused"]
         raise UserError(
             f"{entry.name} has no option {unknown[0]!r}. Its options are "
             f"{', '.join(sorted(known))}."
         )
     check_choice("The norm", norm, NORMS)
+    check_fused(fused)
     _check_types(entry.build, {**entry.fixed, **overrides})
     if "stages" in se:
         stages = se["stages"]
@@ -192,6 +196,7 @@ def build_backbone(
         **overrides,
     )
     backbone.preprocessing = entry.preprocessing
+    set_fused(backbone, fused)
     return backbone
 
 
@@ -213,6 +218,7 @@ def create_backbone(
     *,
     out_features: list[str] | None = None,
     norm: str = "BN",
+    fused: str | bool = "auto",
     **overrides: Any,
 ) -> Backbone:
     """Build a Detectron2 ``Backbone`` by name.
@@ -231,6 +237,9 @@ def create_backbone(
         out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
             the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
+        fused: Whether norms, gates, sums and ReLUs of residual blocks are computed by fused Triton
+            kernels: "auto" uses them on a GPU, False never, and True raises an error on other
+            devices. Weights and checkpoints do not depend on this option.
         overrides: Network options, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
             ``freeze_at=2``, ``se_ratio=8`` and ``se_placement="pre"``.
 
@@ -244,7 +253,9 @@ def create_backbone(
     """
     entry = model_entry(name)
     source = examine_weights(weights, family)
-    backbone = build_backbone(entry, source, out_features=out_features, norm=norm, **overrides)
+    backbone = build_backbone(
+        entry, source, out_features=out_features, norm=norm, fused=fused, **overrides
+    )
     if source is not None:
         load_source(backbone, source)
     return backbone

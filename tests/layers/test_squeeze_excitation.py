@@ -49,13 +49,13 @@ def test_every_variant_computes_the_papers_equations(squeeze, excitation, bias):
     gate = stated_gate(se, x)
     torch.testing.assert_close(se.gate(x).double(), gate, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(se(x).double(), gate * x, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(se.join(x, y).double(), gate * x + y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(se.gate_and_add(x, y).double(), gate * x + y, rtol=1e-5, atol=1e-5)
 
 
 def test_the_join_is_one_fused_multiply_add():
     se, x = randomised().eval(), torch.randn(2, 32, 4, 4)
     with torch.profiler.profile() as profile, torch.no_grad():
-        se.join(x, x)
+        se.gate_and_add(x, x)
     names = [event.name for event in profile.events()]
     assert names.count("aten::addcmul") == 1
     assert "aten::mul" not in names
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_finite_differences(squeeze):
     se = randomised(6, ratio=2, squeeze=squeeze).double()
     x = torch.randn(2, 6, 3, 3, dtype=torch.double, requires_grad=True)
     y = torch.randn(2, 6, 3, 3, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(se.join, (x, y))
+    assert torch.autograd.gradcheck(se.gate_and_add, (x, y))
 
 
 @pytest.mark.parametrize(("channels", "ratio", "hidden"), [(64, 16, 4), (608, 16, 38), (16, 16, 1)])
@@ -101,14 +101,14 @@ def test_gates_that_start_open_learn():
 def test_no_images_are_fine():
     se = SqueezeExcitation(16)
     empty = torch.zeros(0, 16, 7, 7)
-    assert se.join(empty, empty).shape == empty.shape
+    assert se.gate_and_add(empty, empty).shape == empty.shape
 
 
 @pytest.mark.long
 def test_compiled_whole_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
-    compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, x), se.join(x, x))
+    compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, x), se.gate_and_add(x, x))
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"squeeze": "max"}, {"squeeze": "none"}])
@@ -118,9 +118,9 @@ def test_compiled_whole_it_computes_the_same():
 def test_compiled_for_inference_on_few_images_or_many_it_computes_the_same(options, images, mode):
     se = randomised(**options).double()
     x = torch.randn(images, 32, 5, 7, dtype=torch.double)
-    compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)
     with mode():
-        torch.testing.assert_close(compiled(x, x), se.join(x, x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(compiled(x, x), se.gate_and_add(x, x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("images", "calls"), [(1, 0), (8, 0), (9, 2)])
@@ -133,23 +133,23 @@ def test_compiled_for_inference_on_few_images_it_calls_no_matrix_library(images,
 
     se, x = randomised(), torch.randn(images, 32, 4, 4)
     with torch.no_grad():
-        torch.compile(se.join, backend=backend, fullgraph=True)(x, x)
+        torch.compile(se.gate_and_add, backend=backend, fullgraph=True)(x, x)
     assert sum("linear" in name for name in found) == calls
 
 
 @pytest.mark.long
 def test_compiled_for_inference_under_autocast_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
-    compiled = torch.compile(se.join, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(x, x), se.join(x, x))
+        torch.testing.assert_close(compiled(x, x), se.gate_and_add(x, x))
 
 
 def test_autocast_joins_what_is_of_two_types():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = se.join(x.bfloat16(), x)
-    torch.testing.assert_close(out.float(), se.join(x, x), rtol=2e-2, atol=2e-2)
+        out = se.gate_and_add(x.bfloat16(), x)
+    torch.testing.assert_close(out.float(), se.gate_and_add(x, x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from senet_transfer import UserError, add_senet_config, create_backbone, get_senet_config
+from senet_transfer.config.load import load_config
 from senet_transfer.models.build import backbone_name
 
 
@@ -113,6 +114,40 @@ def test_every_se_key_reaches_the_blocks():
     assert (block.se.squeeze, block.se.excitation) == ("max", "tanh")
     assert block.se.fc1.weight.shape == (128 // 8, 128)
     assert block.se.fc1.bias is None
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "expected"),
+    [
+        ("auto", "", "auto"),
+        ("true", "", True),
+        ("false", "", False),
+        ("true", "False", False),
+        ("false", "auto", "auto"),
+        ("null", "True", True),
+        ("null", "", "auto"),
+    ],
+)
+def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
+    written, given, expected, tmp_path
+):
+    path = tmp_path / "config.yaml"
+    backbone = "BACKBONE: {NAME: build_senet_backbone, ARCH: se_cifar_resnet8}"
+    path.write_text(f"MODEL: {{SE: {{FUSED: {written}}}, {backbone}}}\n")
+    cfg = load_config(str(path), ["MODEL.SE.FUSED", given] if given else [])
+    assert expected == cfg.MODEL.SE.FUSED
+    (tmp_path / "saved.yaml").write_text(cfg.dump())
+    assert expected == load_config(str(tmp_path / "saved.yaml")).MODEL.SE.FUSED
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2"]
+    backbone = build(cfg)
+    assert {block.fused for block in backbone.res2} == {expected}
+    assert not any("fused" in name for name in backbone.state_dict())
+
+
+@pytest.mark.parametrize("value", ["never", "1", "'True'"])
+def test_another_value_of_fused_is_refused(value):
+    with pytest.raises(UserError, match="MODEL.SE.FUSED is .*expected 'auto', True or False"):
+        load_config("", ["MODEL.SE.FUSED", value])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Residual blocks with SE, and stems, as subclasses of Detectron2's blocks.
+"""Residual blocks, with and without SE, and stems, as subclasses of Detectron2's.
 
 Convolutions and norms are Detectron2's, so the parameters of a block have the same names as in its
 plain counterpart. The gate's parameters have the prefix ``se.``.
@@ -13,13 +13,52 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.layers.fused.functions import (
+    Fusable,
+    conv_norm,
+    conv_norm_relu,
+    residual_end,
+    uses_kernels,
+)
 from senet_transfer.layers.fused_gate import fold_squeeze, gated_sum
 from senet_transfer.layers.squeeze_excitation import SEOptions
 
 STEM_POOLS = ("pad", "ceil")
 
 
-class SEBlock(CNNBlockBase):
+class PlainBasicBlock(Fusable, BasicBlock):
+    """Detectron2's ``BasicBlock`` with fused kernels on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        if not uses_kernels(self.fused, x):
+            return super().forward(x)
+        out = conv_norm_relu(self.conv1, x, self.fused)
+        return _plain_end(self, x, out, self.conv2)
+
+
+class PlainBottleneckBlock(Fusable, BottleneckBlock):
+    """Detectron2's ``BottleneckBlock`` with fused kernels on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+        if not uses_kernels(self.fused, x):
+            return super().forward(x)
+        out = conv_norm_relu(self.conv1, x, self.fused)
+        out = conv_norm_relu(self.conv2, out, self.fused)
+        return _plain_end(self, x, out, self.conv3)
+
+
+def _plain_end(
+    block: PlainBasicBlock | PlainBottleneckBlock, x: Tensor, inner: Tensor, last: Conv2d
+) -> Tensor:
+    """Compute a block's output from its input and the input of its last convolution."""
+    shortcut = x if block.shortcut is None else conv_norm(block.shortcut, x, block.fused)
+    out = residual_end(last, None, inner, shortcut, block.fused)
+    return F.relu_(last(inner) + shortcut) if out is None else out
+
+
+class SEBlock(Fusable, CNNBlockBase):
     """Mixin that adds an SE gate to a residual block and computes the sum with the shortcut."""
 
     def __init__(self, *channels: int, se: SEOptions = SEOptions(), **options: Any):
@@ -47,19 +86,26 @@ class SEBlock(CNNBlockBase):
         if self.placement == "standard" and hasattr(self, "conv3") and not self.relu_before:
             fold_squeeze(self.conv3, self.se)
 
-    def _join(self, x: Tensor, inner: Tensor, last: nn.Module) -> Tensor:
+    def _end(self, x: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
         """Compute the block's output from its input and the input of its last convolution."""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        if self.placement == "identity":
-            out = self.se.join(shortcut, last(inner))
-        elif self.placement != "standard":
-            out = last(inner) + shortcut
-        elif self.relu_before:
-            out = self.se.join(F.relu_(last(inner)), shortcut)
-        else:
-            out = gated_sum(last, self.se, inner, shortcut)
-        out = F.relu_(out)
+        shortcut = x if self.shortcut is None else conv_norm(self.shortcut, x, self.fused)
+        out = None
+        if self.placement != "identity" and not self.relu_before:
+            se = self.se if self.placement == "standard" else None
+            out = residual_end(last, se, inner, shortcut, self.fused)
+        if out is None:
+            out = F.relu_(self._sum(shortcut, inner, last))
         return self.se(out) if self.placement == "post" else out
+
+    def _sum(self, shortcut: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
+        """Return the sum of the shortcut and the branch, whose last convolution reads ``inner``."""
+        if self.placement == "identity":
+            return self.se.gate_and_add(shortcut, last(inner))
+        if self.placement != "standard":
+            return last(inner) + shortcut
+        if self.relu_before:
+            return self.se.gate_and_add(F.relu_(last(inner)), shortcut)
+        return gated_sum(last, self.se, inner, shortcut)
 
 
 class SEBasicBlock(SEBlock, BasicBlock):
@@ -71,8 +117,8 @@ class SEBasicBlock(SEBlock, BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
-        out = F.relu_(self.conv1(out))
-        return self._join(x, out, self.conv2)
+        out = conv_norm_relu(self.conv1, out, self.fused)
+        return self._end(x, out, self.conv2)
 
 
 class SEBottleneckBlock(SEBlock, BottleneckBlock):
@@ -84,11 +130,11 @@ class SEBottleneckBlock(SEBlock, BottleneckBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = self.se(x) if self.placement == "pre" else x
-        out = F.relu_(self.conv1(out))
-        out = F.relu_(self.conv2(out))
+        out = conv_norm_relu(self.conv1, out, self.fused)
+        out = conv_norm_relu(self.conv2, out, self.fused)
         if self.placement == "3x3":
             out = self.se(out)
-        return self._join(x, out, self.conv3)
+        return self._end(x, out, self.conv3)
 
 
 class _WideBottleneck(CNNBlockBase):
@@ -155,7 +201,7 @@ def _stem_pool(x: Tensor, pool: str) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
-class ResNetStem(BasicStem):
+class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with an option for the pool's padding.
 
     If the input's height and width are multiples of 4, both options give feature maps of the same
@@ -181,10 +227,10 @@ class ResNetStem(BasicStem):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
-        return _stem_pool(F.relu_(self.conv1(x)), self.pool)
+        return _stem_pool(conv_norm_relu(self.conv1, x, self.fused), self.pool)
 
 
-class SENet154Stem(CNNBlockBase):
+class SENet154Stem(Fusable, CNNBlockBase):
     """Stem of SENet-154, with three 3x3 convolutions (64, 64 and 128 channels) and a max pool.
 
     The arguments are those of :class:`ResNetStem`.
@@ -204,5 +250,5 @@ class SENet154Stem(CNNBlockBase):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 4, W / 4)``."""
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.relu_(conv(x))
+            x = conv_norm_relu(conv, x, self.fused)
         return _stem_pool(x, self.pool)

@@ -14,16 +14,23 @@ what is gated:
   norm and ReLU if the shortcut starts after them.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.layers.fused.functions import Fusable, gate_add_norm, norm_relu
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.blocks import check_not_mixture
 from senet_transfer.models.backbones.builder import StemAndStages, stage_se
 from senet_transfer.models.backbones.common import GatedBlock, make_conv, make_norm
+from senet_transfer.utils.private_api import has_hooks
+
+# A sum, and the output of the norm and ReLU that follow it.
+SumAndOutput = tuple[Tensor, Tensor]
 
 
 class CifarStem(CNNBlockBase):
@@ -54,16 +61,21 @@ class CifarStem(CNNBlockBase):
         return F.relu_(x) if self.relu else x
 
 
-class NormReLU(CNNBlockBase):
+class NormReLU(Fusable, CNNBlockBase):
     """Final norm and ReLU of a pre-activation network, as a block in its last stage."""
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__(channels, channels, 1)
         self.norm = make_norm(norm, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the norm and the ReLU; the shape of ``x`` does not change."""
-        return F.relu_(self.norm(x))
+    @property
+    def first_norm(self) -> nn.Module:
+        """The norm, which the preceding block can apply; see :meth:`PreActBlock.link`."""
+        return self.norm
+
+    def forward(self, x: Tensor | SumAndOutput) -> Tensor:
+        """Apply the norm and the ReLU to ``(N, C, H, W)``, unless the preceding block has."""
+        return x[1] if isinstance(x, tuple) else norm_relu(self.norm, x, self.fused)
 
 
 class PaddedShortcut(nn.Module):
@@ -114,6 +126,8 @@ class PreActBlock(GatedBlock):
             UserError: If the block does not support the SE placement.
         """
         super().__init__(in_channels, out_channels, stride)
+        # In a tuple, so that the next block does not become a submodule.
+        self._following: tuple[PreActBlock | NormReLU, ...] = ()
         changes = in_channels != out_channels or stride != 1
         self.shared = changes if shared is None else shared
         self.shortcut = self._make_shortcut(stride, projection) if changes else None
@@ -139,21 +153,53 @@ class PreActBlock(GatedBlock):
             return make_conv(self.in_channels, self.out_channels, 1, stride=stride)
         return PaddedShortcut(self.in_channels, self.out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
+    @property
+    def first_norm(self) -> nn.Module | None:
+        """The norm that directly follows the preceding block's sum; None if a gate does."""
+        return None if self.placement == "pre" and not self.shared else self.norm1
+
+    def link(self, following: "PreActBlock | NormReLU") -> None:
+        """Let this block also apply the first norm and ReLU of the next one, in fused kernels.
+
+        Args:
+            following: the block that directly follows this one and uses its output alone.
+        """
+        self._following = (following,)
+
+    def forward(self, x: Tensor | SumAndOutput) -> Tensor | SumAndOutput:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``.
+
+        With fused kernels, linked blocks pass the sum together with the output of the next norm and
+        ReLU.
+        """
+        x, out = x if isinstance(x, tuple) else (x, None)
         if self.shared:
-            x = F.relu_(self.norm1(x))
-            out = self.conv1(self._enter(x))
-        else:
-            out = self.conv1(F.relu_(self.norm1(self._enter(x))))
-        out = self.conv2(F.relu_(self.norm2(out)))
+            x = norm_relu(self.norm1, x, self.fused) if out is None else out
+            out = self._enter(x)
+        elif out is None:
+            out = norm_relu(self.norm1, self._enter(x), self.fused)
+        out = self.conv1(out)
+        out = self.conv2(norm_relu(self.norm2, out, self.fused))
         if self.depth == 3:
-            out = F.relu_(self.norm3(out))
+            out = norm_relu(self.norm3, out, self.fused)
             if self.se is not None and self.placement == "3x3":
                 out = self.se(out)
             out = self.conv3(out)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self._leave(self._sum(out, shortcut))
+        return self._linked_end(out, shortcut) or self._leave(self._sum(out, shortcut))
+
+    def _linked_end(self, residual: Tensor, shortcut: Tensor) -> SumAndOutput | None:
+        """Return the sum and the next block's first norm and ReLU of it, or None if not fused."""
+        if not self._following or self.placement == "post":
+            return None
+        (following,) = self._following
+        norm = following.first_norm
+        if norm is None or has_hooks(self) or has_hooks(following):
+            return None
+        gate = self.se if self.placement in ("standard", "identity") else None
+        if self.placement == "identity":
+            residual, shortcut = shortcut, residual
+        return gate_add_norm(gate, norm, residual, shortcut, self.fused)
 
 
 def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
@@ -215,6 +261,9 @@ def preact_parts(
         widths, blocks, se, norm, bottleneck=bottleneck, projection=projection, shares=shares
     )
     stages[-1].append(NormReLU(widths[-1], norm=norm))
+    for stage in stages:
+        for block, following in pairwise(stage):
+            block.link(following)
     return CifarStem(in_channels, 16), stages
 
 

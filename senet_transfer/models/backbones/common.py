@@ -9,6 +9,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.layers.fused.functions import Fusable, gate_and_add
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
 # Number of groups in Detectron2's "GN".
@@ -115,7 +116,7 @@ class MaxPool(CNNBlockBase):
         return F.max_pool2d(x, self.kernel, stride=2, padding=self.padding, ceil_mode=self.ceil)
 
 
-class GatedBlock(CNNBlockBase):
+class GatedBlock(Fusable, CNNBlockBase):
     """Base class of residual blocks with an optional SE gate outside of their branches.
 
     Attributes:
@@ -135,9 +136,10 @@ class GatedBlock(CNNBlockBase):
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
         """Compute ``scale * residual + shortcut`` with the SE gate, whose input is not scaled."""
         if self.se is not None and self.placement in ("standard", "mixture"):
-            return self.se.join(residual, shortcut, scale)
+            return gate_and_add(self.se, residual, shortcut, self.fused, scale)
         if self.se is not None and self.placement == "identity":
-            return self.se.join(shortcut, scale * residual if scale != 1 else residual)
+            residual = scale * residual if scale != 1 else residual
+            return gate_and_add(self.se, shortcut, residual, self.fused)
         return torch.add(shortcut, residual, alpha=scale)
 
     def _leave(self, x: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """ResNet, ResNeXt and SENet-154, with and without SE, as instances of Detectron2's ``ResNet``.
 
 Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). Backbones without SE use Detectron2's own blocks.
+authors' network definition). Backbones without SE use Detectron2's own blocks, with fused kernels
+on a GPU.
 """
 
 from detectron2.layers import CNNBlockBase
-from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+from detectron2.modeling.backbone.resnet import ResNet
 
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.blocks import (
+    PlainBasicBlock,
+    PlainBottleneckBlock,
     ResNetStem,
     SEBasicBlock,
     SEBottleneckBlock,
@@ -131,7 +134,7 @@ def _stages(
             block = SEBottleneckBlock if bottleneck else SEBasicBlock
             arguments["se"] = se
         else:
-            block = BottleneckBlock if bottleneck else BasicBlock
+            block = PlainBottleneckBlock if bottleneck else PlainBasicBlock
         stages.append(
             ResNet.make_stage(block, blocks, in_channels=inputs, out_channels=outputs, **arguments)
         )

@@ -1,0 +1,610 @@
+"""Launches of the fused kernels, and the forward and backward passes that consist of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a tile of a feature map, by dtype, and of a tile of the weights of a gate. A thread
+# loads 32 bytes of a feature map at a time.
+_TILE = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 1024, torch.float64: 2048}
+_GATE_TILE = 16384
+
+# Number of programs that occupies a large GPU; images are divided into chunks to reach it.
+_PROGRAMS = 1024
+
+Maybe: TypeAlias = Tensor | None
+_Results: TypeAlias = tuple[Maybe, ...]
+
+
+class _Plan(NamedTuple):
+    """Division of a feature map into tiles and chunks; see :mod:`.kernels`."""
+
+    programs: int
+    rows: int
+    sizes: tuple[int, int, int, int]
+    tile: dict[str, Any]
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype) -> _Plan:
+    import triton.language as tl
+
+    size = _TILE[dtype]
+    if last:
+        width = min(64, _power_of_2(channels))
+        length = size // width
+    else:
+        length = min(1024, _power_of_2(positions))
+        width = min(size // length, _power_of_2(channels))
+    blocks = -(-channels // width)
+    chunk = -(-positions // max(1, _PROGRAMS // (n * blocks)))
+    chunk = -(-chunk // length) * length
+    splits = -(-positions // chunk)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return _Plan(
+        programs=n * splits * blocks,
+        rows=n * splits,
+        sizes=(channels, positions, splits, chunk),
+        tile={"LAST": last, "ACC": acc, "BP": length, "BC": width, "num_warps": 4},
+    )
+
+
+def _on_its_device(function: Callable[..., _Results]) -> Callable[..., _Results]:
+    """Make the GPU of the arguments the current one, to which Triton launches kernels."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> _Results:
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return call
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether ``x`` is in channels-last and not also in contiguous layout."""
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+class _Norm(NamedTuple):
+    """Statistics and parameters of a norm, ``(C,)`` each; all are None for no norm."""
+
+    mean: Maybe
+    var: Maybe
+    weight: Maybe
+    bias: Maybe
+    eps: float
+
+
+class _Gate(NamedTuple):
+    """Parameters of a gate with R hidden units: ``(R, C)``, ``(R,)``, ``(C, R)`` and ``(C,)``."""
+
+    w1: Tensor
+    b1: Maybe
+    w2: Tensor
+    b2: Maybe
+
+
+def _make_gate(w1: Maybe, b1: Maybe, w2: Maybe, b2: Maybe) -> _Gate | None:
+    if w1 is None or w2 is None:
+        return None
+    return _Gate(w1.contiguous(), b1, w2.contiguous(), b2)
+
+
+class _Launcher:
+    """Launches of the kernels on feature maps of one shape, layout and device."""
+
+    def __init__(self, like: Tensor, last: bool | None = None):
+        """
+        Args:
+            like: A feature map.
+            last: Whether the layout is channels-last; None takes that of ``like``.
+        """
+        from senet_transfer.layers.fused import kernels
+
+        self.kernels = kernels
+        self.last = is_channels_last(like) if last is None else last
+        self.n, self.c, height, width = like.shape
+        self.count = self.n * height * width
+        self.plan = _plan(self.n, self.c, height * width, self.last, like.dtype)
+        self.acc = self.plan.tile["ACC"]
+        self.options = {
+            "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32,
+            "device": like.device,
+        }
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Return ``x`` in this layout, without a copy if it is already."""
+        layout = torch.channels_last if self.last else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
+
+    def new(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor for sums or values per image."""
+        return torch.empty(shape, **self.options)
+
+    def rows(self) -> Tensor:
+        """Return an uninitialised tensor for the sums of all chunks."""
+        return self.new(self.plan.rows, self.c)
+
+    def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
+        """Launch a kernel that processes the tiles of a feature map."""
+        kernel[(self.plan.programs,)](*arguments, *self.plan.sizes, **flags, **self.plan.tile)
+
+    def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
+        """Return the means and the sums of squared deviations of all chunks."""
+        means, squares = self.rows(), self.rows() if square else None
+        self.run(
+            self.kernels.moments, x, None, None, None, means, squares,
+            SUM=False, GATE=False, MEAN=True, SQUARE=square,
+        )  # fmt: skip
+        return means, squares
+
+    def add(
+        self, x: Tensor, shortcut: Tensor, value: Maybe, *, moments: bool
+    ) -> tuple[Tensor, Maybe, Maybe]:
+        """Return the sum of feature map and shortcut, and the moments of its chunks.
+
+        Args:
+            x: The feature map.
+            shortcut: The shortcut.
+            value: The gates of the feature map; None for no gates.
+            moments: Whether to compute the moments.
+        """
+        added = torch.empty_like(x)
+        means, squares = (self.rows(), self.rows()) if moments else (None, None)
+        self.run(
+            self.kernels.moments, x, shortcut, value, added, means, squares,
+            SUM=True, GATE=value is not None, MEAN=moments, SQUARE=moments,
+        )  # fmt: skip
+        return added, means, squares
+
+    def apply(self, x: Tensor, norm: _Norm, value: Maybe, shortcut: Maybe, *, relu: bool) -> Tensor:
+        """Return ``relu(value * norm(x) + shortcut)``."""
+        out = torch.empty_like(x)
+        self.run(
+            self.kernels.apply, x, shortcut, out, *norm, value,
+            NORM=norm.mean is not None, GATE=value is not None, ADD=shortcut is not None, RELU=relu,
+        )  # fmt: skip
+        return out
+
+    def gradient_sums(
+        self, gradient: Tensor, out: Maybe, x: Tensor, norm: _Norm, masked: Maybe
+    ) -> tuple[Maybe, Tensor]:
+        """Return the sums of gradients and of their products with ``x`` of all chunks.
+
+        Args:
+            gradient: Gradient of the output.
+            out: Output of the ReLU, which masks the gradient; None for no ReLU.
+            x: The feature map.
+            norm: The norm, whose mean is subtracted from ``x``. Without one, the sums of the
+                gradients are None.
+            masked: Where to write the masked gradient.
+        """
+        has_norm = norm.mean is not None
+        total, aligned = self.rows() if has_norm else None, self.rows()
+        self.run(
+            self.kernels.gradient_sums, gradient, out, x, norm.mean, masked, total, aligned,
+            NORM=has_norm, RELU=out is not None, KEEP=masked is not None,
+        )  # fmt: skip
+        return total, aligned
+
+    def merge(
+        self, means: Tensor, squares: Maybe, running: "Running | None"
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the batch, and update the running statistics if given."""
+        mean, var = self.new(self.c), self.new(self.c)
+        channels, positions, splits, chunk = self.plan.sizes
+        self.kernels.merge[(-(-self.c // 16),)](
+            means, squares, mean, var, *(running or (None, None, None, 0.0)), channels, positions,
+            splits, self.plan.rows, chunk, RUNNING=running is not None, ACC=self.acc, BR=64, BC=16,
+        )  # fmt: skip
+        return mean, var
+
+    def hidden_units(self, means: Tensor, norm: _Norm, gate: _Gate) -> tuple[Tensor, Tensor]:
+        """Return the pooled features and the hidden units of all images.
+
+        Args:
+            means: Means of the chunks of this feature map.
+            norm: The norm between feature map and gate.
+            gate: The gate.
+        """
+        units = len(gate.w1)
+        pooled, hidden = self.new(self.n, self.c), self.new(self.n, units)
+        channels, positions, splits, chunk = self.plan.sizes
+        height = min(16, _power_of_2(units))
+        self.kernels.hidden_units[(self.n, -(-units // height))](
+            means, *norm, gate.w1, gate.b1, pooled, hidden, channels, units, positions, splits,
+            chunk, NORM=norm.mean is not None, BIAS=gate.b1 is not None, ACC=self.acc,
+            BS=min(16, _power_of_2(splits)), BR=height, BC=min(512, _power_of_2(self.c)),
+            num_warps=8,
+        )  # fmt: skip
+        return pooled, hidden
+
+    def gates(self, hidden: Tensor, gate: _Gate, excitation: str) -> Tensor:
+        """Return the gates of all images from their hidden units."""
+        height = _power_of_2(hidden.shape[1])
+        width = min(64, max(16, _GATE_TILE // height), _power_of_2(self.c))
+        value = self.new(self.n, self.c)
+        self.kernels.gate_values[(self.n, -(-self.c // width))](
+            hidden, gate.w2, gate.b2, value, self.c, hidden.shape[1], BIAS=gate.b2 is not None,
+            ACT=excitation, ACC=self.acc, BR=height, BC=width, num_warps=8,
+        )  # fmt: skip
+        return value
+
+    def _gate_tile(self, units: int) -> dict[str, Any]:
+        height = _power_of_2(units)
+        width = min(max(16, _GATE_TILE // height), _power_of_2(self.c))
+        return {
+            "ACC": self.acc,
+            "BS": min(64, _power_of_2(self.plan.sizes[2])),
+            "BR": height,
+            "BC": width,
+            "num_warps": 16 if height * width > _GATE_TILE // 2 else 8,
+        }
+
+    def gate_gradients(
+        self,
+        total: Maybe,
+        aligned: Tensor,
+        norm: _Norm,
+        gate: _Gate,
+        saved: tuple[Tensor, ...],
+        excitation: str,
+        *,
+        sums: bool,
+    ) -> tuple[Tensor, tuple[Maybe, ...]]:
+        """Return the gradients of the pooled features and of the parameters.
+
+        Args:
+            total: Sums of the gradient of all chunks; only needed with a norm.
+            aligned: Sums of the gradient's products with the feature map, which is centred if there
+                is a norm.
+            norm: The norm before the gate.
+            gate: The gate.
+            saved: The results of :meth:`hidden_units` and :meth:`gates`.
+            excitation: The gate's activation.
+            sums: Whether the gradients of the norm's parameters are needed.
+
+        Returns:
+            The gradients of the pooled features, and those of weight and bias of the norm, and of
+            w1, b1, w2 and b2.
+        """
+        pooled, hidden, value = saved
+        units, has_norm = len(gate.w1), norm.mean is not None
+        dsum, dpooled, dhidden = (self.new(self.n, size) for size in (self.c, self.c, units))
+        totals = [self.new(self.n, self.c) if sums else None for _ in range(2)]
+        self.kernels.gate_backward[(self.n,)](
+            total, aligned, pooled, *norm, gate.w1, gate.w2, hidden, value, dsum, dhidden, dpooled,
+            *totals, self.c, units, self.plan.sizes[2], NORM=has_norm, SUMS=sums, ACT=excitation,
+            **self._gate_tile(units),
+        )  # fmt: skip
+        affine = [self.new(self.c) if sums else None for _ in range(2)]
+        found = [None if p is None else torch.empty_like(p) for p in gate]
+        height = min(32, max(16, _power_of_2(units)))
+        self.kernels.parameter_gradients[(-(-self.c // 32), -(-units // height))](
+            *totals, *norm, *affine, dsum, dhidden, hidden, pooled, *found, self.c, units, self.n,
+            self.n, SUMS=sums, SCALED=True, NORM=has_norm, GATE=True, BIAS=gate.b1 is not None,
+            ACC=self.acc, BN=16, BR=height, BC=32,
+        )  # fmt: skip
+        return dpooled, (*affine, *found)
+
+    def norm_gradients(self, total: Maybe, aligned: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
+        """Return the gradients of a norm's weight and bias."""
+        affine = self.new(self.c), self.new(self.c)
+        self.kernels.parameter_gradients[(-(-self.c // 16), 1)](
+            total, aligned, *norm, *affine, *(None,) * 8, self.c, 0, 0, self.plan.rows,
+            SUMS=True, SCALED=False, NORM=False, GATE=False, BIAS=False,
+            ACC=self.acc, BN=64, BR=16, BC=16,
+        )  # fmt: skip
+        return affine
+
+    def input_gradient(
+        self,
+        gradient: Tensor,
+        norm: _Norm,
+        affine: tuple[Maybe, ...],
+        *,
+        out: Maybe = None,
+        x: Maybe = None,
+        gated: tuple[Tensor, Tensor] | None = None,
+        masked: Maybe = None,
+        extra: Maybe = None,
+        branch: Maybe = None,
+    ) -> tuple[Tensor, Maybe]:
+        """Return the gradient of a norm's or a gate's input, and sums of its products.
+
+        Args:
+            gradient: Gradient of the output.
+            norm: The norm.
+            affine: Gradients of weight and bias of the norm; None for fixed statistics.
+            out: Output of the ReLU, which masks the gradient; None for no ReLU.
+            x: Input of the norm, for the statistics of the batch.
+            gated: The gates, and the gradients of the pooled features.
+            masked: Where to write the masked gradient.
+            extra: Another gradient of the input, to be added.
+            branch: Feature map for the sums of products.
+        """
+        dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
+        batch = affine[0] is not None
+        self.run(
+            self.kernels.input_gradient, gradient, out, x if batch else None, extra, branch,
+            *norm, *affine, *(gated or (None, None)), dx, masked, dots,
+            COUNT=self.count, NORM=norm.mean is not None, BATCH=batch, GATE=gated is not None,
+            RELU=out is not None, KEEP=masked is not None, EXTRA=extra is not None,
+            DOT=branch is not None,
+        )  # fmt: skip
+        return dx, dots
+
+
+class Running(NamedTuple):
+    """Running statistics of a batch norm, which are updated in place."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: float
+
+
+_NO_NORM = _Norm(None, None, None, None, 0.0)
+_NO_AFFINE = (None, None)
+
+
+# The implementations. Results that do not exist are None.
+
+
+@_on_its_device
+def end_forward(
+    x: Tensor,
+    shortcut: Maybe,
+    squeezed: Maybe,
+    mean: Maybe,
+    var: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    w1: Maybe,
+    b1: Maybe,
+    w2: Maybe,
+    b2: Maybe,
+    eps: float,
+    batch: bool,
+    excitation: str,
+    relu: bool,
+    running: Running | None = None,
+) -> _Results:
+    """Return the output, mean and variance of the batch, pooled features, hidden units and gates.
+
+    ``squeezed`` is the feature map that the gate reads; None is the norm's output.
+    """
+    launch, gate = _Launcher(x), _make_gate(w1, b1, w2, b2)
+    x = launch.dense(x)
+    found: tuple[Maybe, ...] = (None, None)
+    saved: tuple[Maybe, ...] = (None, None, None)
+    if batch or (gate is not None and squeezed is None):
+        means, squares = launch.moments(x, square=batch)
+        if batch:
+            mean, var = found = launch.merge(means, squares, running)
+    norm = _Norm(mean, var, weight, bias, eps)
+    if gate is not None:
+        if squeezed is not None:
+            source = _Launcher(squeezed)
+            means, _ = source.moments(source.dense(squeezed), square=False)
+            pooled, hidden = source.hidden_units(means, _NO_NORM, gate)
+        else:
+            pooled, hidden = launch.hidden_units(means, norm, gate)
+        saved = pooled, hidden, launch.gates(hidden, gate, excitation)
+    shortcut = None if shortcut is None else launch.dense(shortcut)
+    out = launch.apply(x, norm, saved[2], shortcut, relu=relu)
+    return out, *found, *saved
+
+
+@_on_its_device
+def end_backward(
+    dout: Tensor,
+    out: Maybe,
+    x: Maybe,
+    mean: Maybe,
+    var: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    w1: Maybe,
+    b1: Maybe,
+    w2: Maybe,
+    b2: Maybe,
+    pooled: Maybe,
+    hidden: Maybe,
+    value: Maybe,
+    eps: float,
+    batch: bool,
+    excitation: str,
+    add: bool,
+    sums: bool,
+    last: bool,
+) -> _Results:
+    """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
+
+    That of the shortcut is None if it is ``dout``.
+    """
+    launch, gate = _Launcher(dout, last), _make_gate(w1, b1, w2, b2)
+    gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
+    masked = torch.empty_like(gradient) if add and out is not None else None
+    if not sums and gate is None:
+        dx, _ = launch.input_gradient(gradient, norm, _NO_AFFINE, out=out, masked=masked)
+        return dx, masked, None, None, None, None, None, None
+    x = launch.dense(x)
+    total, aligned = launch.gradient_sums(gradient, out, x, norm, masked)
+    gated = None
+    found: _Results
+    if gate is None:
+        found = (*launch.norm_gradients(total, aligned, norm), None, None, None, None)
+    else:
+        saved = (pooled, hidden, value)
+        dpooled, found = launch.gate_gradients(
+            total, aligned, norm, gate, saved, excitation, sums=sums
+        )
+        gated = value, dpooled
+    if masked is not None:
+        gradient, out = masked, None
+    affine = found[:2] if batch else _NO_AFFINE
+    dx, _ = launch.input_gradient(gradient, norm, affine, out=out, x=x, gated=gated)
+    return dx, masked, *found
+
+
+@_on_its_device
+def conv_forward(
+    inputs: Tensor,
+    kernel: Tensor,
+    shortcut: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Tensor,
+    b1: Maybe,
+    w2: Tensor,
+    b2: Maybe,
+    eps: float,
+    excitation: str,
+    relu: bool,
+) -> _Results:
+    """Return the output, the pooled features, the hidden units and the gates."""
+    norm = (mean, var, weight, bias)
+    x = _convolve(inputs, kernel)
+    found = end_forward(x, shortcut, None, *norm, w1, b1, w2, b2, eps, False, excitation, relu)
+    return found[0], *found[3:]
+
+
+@_on_its_device
+def conv_backward(
+    dout: Tensor,
+    out: Maybe,
+    inputs: Tensor,
+    kernel: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Tensor,
+    b1: Maybe,
+    w2: Tensor,
+    b2: Maybe,
+    pooled: Tensor,
+    hidden: Tensor,
+    value: Tensor,
+    eps: float,
+    excitation: str,
+) -> _Results:
+    """Return the gradients of inputs, kernel, shortcut, w1, b1, w2 and b2.
+
+    The convolution is repeated, because a block without a gate does not save its output.
+    """
+    x = _convolve(inputs, kernel)
+    norm, saved = (mean, var, weight, bias), (pooled, hidden, value)
+    options = (eps, False, excitation, True, False, is_channels_last(x))
+    dx, masked, _, _, *found = end_backward(dout, out, x, *norm, w1, b1, w2, b2, *saved, *options)
+    dinputs, dkernel, _ = torch.ops.aten.convolution_backward(
+        dx, inputs, kernel, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
+    )
+    return dinputs, dkernel, masked, *found
+
+
+def _convolve(inputs: Tensor, kernel: Tensor) -> Tensor:
+    # Compute in the dtype of the feature maps, regardless of autocast.
+    with torch.autocast(inputs.device.type, enabled=False):
+        return F.conv2d(inputs, kernel)
+
+
+@_on_its_device
+def preact_forward(
+    x: Tensor,
+    shortcut: Tensor,
+    mean: Maybe,
+    var: Maybe,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Maybe,
+    b1: Maybe,
+    w2: Maybe,
+    b2: Maybe,
+    eps: float,
+    batch: bool,
+    excitation: str,
+    running: Running | None = None,
+) -> _Results:
+    """Return the sum, its norm and ReLU, and the further results of :func:`end_forward`."""
+    launch, gate = _Launcher(x), _make_gate(w1, b1, w2, b2)
+    x = launch.dense(x)
+    found: tuple[Maybe, ...] = (None, None)
+    saved: tuple[Maybe, ...] = (None, None, None)
+    if gate is not None:
+        means, _ = launch.moments(x, square=False)
+        pooled, hidden = launch.hidden_units(means, _NO_NORM, gate)
+        saved = pooled, hidden, launch.gates(hidden, gate, excitation)
+    added, means, squares = launch.add(x, launch.dense(shortcut), saved[2], moments=batch)
+    if batch:
+        mean, var = found = launch.merge(means, squares, running)
+    norm = _Norm(mean, var, weight, bias, eps)
+    out = launch.apply(added, norm, None, None, relu=True)
+    return added, out, *found, *saved
+
+
+@_on_its_device
+def preact_backward(
+    dadded: Maybe,
+    dout: Tensor,
+    out: Tensor,
+    added: Maybe,
+    x: Maybe,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Maybe,
+    b1: Maybe,
+    w2: Maybe,
+    b2: Maybe,
+    pooled: Maybe,
+    hidden: Maybe,
+    value: Maybe,
+    eps: float,
+    batch: bool,
+    excitation: str,
+    sums: bool,
+) -> _Results:
+    """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
+
+    That of x is None if it is the gradient of the shortcut.
+    """
+    launch, gate = _Launcher(out), _make_gate(w1, b1, w2, b2)
+    gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
+    affine: tuple[Maybe, ...] = _NO_AFFINE
+    if sums:
+        total, aligned = launch.gradient_sums(gradient, out, added, norm, None)
+        affine = launch.norm_gradients(total, aligned, norm)
+    branch = None if gate is None else launch.dense(x)
+    dsum, dots = launch.input_gradient(
+        gradient,
+        norm,
+        affine if batch else _NO_AFFINE,
+        out=out,
+        x=added,
+        extra=None if dadded is None else launch.dense(dadded),
+        branch=branch,
+    )
+    if gate is None:
+        return None, dsum, *affine, None, None, None, None
+    saved = (pooled, hidden, value)
+    dpooled, found = launch.gate_gradients(
+        None, dots, _NO_NORM, gate, saved, excitation, sums=False
+    )
+    dx, _ = launch.input_gradient(dsum, _NO_NORM, _NO_AFFINE, gated=(value, dpooled))
+    return dx, dsum, *affine, *found[2:]

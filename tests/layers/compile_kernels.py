@@ -1,0 +1,168 @@
+"""Compilation of the fused kernels for Hopper on a machine without a GPU.
+
+Prints registers, spilled bytes and shared memory of each kernel, and fails if a kernel does not
+compile, spills registers or, with channels-last bfloat16 feature maps, has a load or a store of
+less than 16 bytes per thread in its loop over tiles.
+"""
+
+import re
+import subprocess
+import tempfile
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from senet_transfer.layers.fused import kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+# Pointers to feature maps; all others point to float32.
+MAPS = {
+    "x_ptr", "shortcut_ptr", "out_ptr", "dout_ptr", "masked_ptr", "dx_ptr", "sum_ptr", "extra_ptr",
+    "branch_ptr",
+}  # fmt: skip
+FLOATS = {"eps", "momentum"}
+
+LAYOUTS = {
+    "channels_last": {"LAST": True, "BP": 32, "BC": 64},
+    "contiguous": {"LAST": False, "BP": 1024, "BC": 2},
+}
+# Tiles of float32 have half the size, as in `launch._TILE`.
+HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
+GATES = {"ACT": "sigmoid", "BIAS": True}
+
+# Name of a kernel, arguments that are None, and constants.
+TILED = [
+    ("moments", "shortcut gate sum", {"SUM": False, "GATE": False, "MEAN": True, "SQUARE": True}),
+    ("moments", "", {"SUM": True, "GATE": True, "MEAN": True, "SQUARE": True}),
+    ("apply", "", {"NORM": True, "GATE": True, "ADD": True, "RELU": True}),
+    ("gradient_sums", "", {"NORM": True, "RELU": True, "KEEP": True}),
+    (
+        "input_gradient",
+        "out extra branch masked dot",
+        {
+            "NORM": True, "BATCH": True, "GATE": True, "RELU": False, "KEEP": False,
+            "EXTRA": False, "DOT": False,
+        },
+    ),
+    (
+        "input_gradient",
+        "gate dpooled masked",
+        {
+            "NORM": True, "BATCH": True, "GATE": False, "RELU": True, "KEEP": False, "EXTRA": True,
+            "DOT": True,
+        },
+    ),
+]  # fmt: skip
+# Triton passes sizes of 1 as constants.
+ONES = {"C": 1, "P": 1, "S": 1, "CHUNK": 1, "COUNT": 1, "ROWS": 1, "N": 1, "R": 1}
+NO_GATE = "dsum dhidden hidden pooled dw1 db1 dw2 db2"
+OTHERS = [
+    ("merge", "", {"RUNNING": True, "BR": 64, "BC": 16}, 4),
+    ("hidden_units", "", {"NORM": True, "BIAS": True, "BS": 4, "BR": 16, "BC": 512}, 8),
+    ("gate_values", "", {**GATES, "BR": 128, "BC": 64}, 8),
+    *[
+        (
+            "gate_backward",
+            "",
+            {"NORM": True, "SUMS": True, "ACT": "sigmoid", "BS": 4, "BR": units, "BC": width},
+            16,
+        )
+        for units, width in ((128, 128), (1024, 16))
+    ],
+    (
+        "parameter_gradients",
+        "",
+        {
+            "SUMS": True, "SCALED": True, "NORM": True, "GATE": True, "BIAS": True, "BN": 16,
+            "BR": 32, "BC": 32,
+        },
+        4,
+    ),
+    (
+        "parameter_gradients",
+        NO_GATE,
+        {
+            "SUMS": True, "SCALED": False, "NORM": False, "GATE": False, "BIAS": False, "BN": 64,
+            "BR": 16, "BC": 16,
+        },
+        4,
+    ),
+]  # fmt: skip
+
+
+def compile_kernel(name: str, missing: str, constants: dict, warps: int, maps: str) -> str:
+    """Return the PTX of a kernel.
+
+    Args:
+        name: the kernel's name.
+        missing: names of the pointers that are None, without ``_ptr``.
+        constants: values of its constants except ACC.
+        warps: number of warps of a program.
+        maps: Triton's name of the dtype of the feature maps.
+    """
+    kernel = getattr(kernels, name)
+    constants = {**constants, "ACC": tl.float32, **{f"{m}_ptr": None for m in missing.split()}}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument == "batches_ptr":
+            return "*i64"
+        if argument.endswith("_ptr"):
+            return f"*{maps}" if argument in MAPS else "*fp32"
+        return "fp32" if argument in FLOATS else "i32"
+
+    names = kernel.arg_names
+    aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or n in "C P CHUNK")]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={argument: kind(argument) for argument in names},
+        constexprs={(names.index(key),): value for key, value in constants.items()},
+        attrs={(names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
+    )
+    return triton.compile(source, target=TARGET, options={"num_warps": warps}).asm["ptx"]
+
+
+def assemble(ptx: str) -> tuple[int, int]:
+    """Return the number of registers and of spilled bytes of a kernel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        words = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (
+        int(re.search(pattern, said)[1])
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
+    return registers, spilled
+
+
+def main() -> None:
+    """Compile all kernels."""
+    for name, missing, constants, warps in OTHERS:
+        for ones in ({"S": 1}, ONES):
+            compile_kernel(name, missing, {**constants, **ones}, warps, "bf16")
+        registers, spilled = assemble(compile_kernel(name, missing, constants, warps, "bf16"))
+        print(f"{name}: {registers} registers, {spilled} bytes spilled")
+        assert spilled == 0
+    for layout, tile in LAYOUTS.items():
+        for maps in ("bf16", "fp16", "fp32"):
+            tile = {**tile, **(HALVED[layout] if maps == "fp32" else {})}
+            for name, missing, constants in TILED:
+                if maps == "bf16":
+                    for ones in ({"S": 1}, ONES):
+                        compile_kernel(name, missing, {**constants, **tile, **ones}, 4, maps)
+                ptx = compile_kernel(name, missing, {**constants, **tile}, 4, maps)
+                registers, spilled = assemble(ptx)
+                wide = len(re.findall(r"ld\.global\.v4", ptx))
+                print(f"{name} {layout} {maps}: {registers} registers, {wide} wide loads")
+                assert spilled == 0, spilled
+                assert wide > 0
+                assert "st.global.v4" in ptx or name in ("moments", "gradient_sums")
+
+
+if __name__ == "__main__":
+    main()
