@@ -29,8 +29,8 @@ def config_value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-# Keys that accept "auto" as well as True and False. A run replaces "auto" when it starts, except for
-# MODEL.SE.FUSED, which changes numbers only by rounding and follows the device.
+# Keys that accept "auto" as well as True and False. A run replaces "auto" when it starts, except in
+# MODEL.SE.FUSED, which follows the device.
 AUTO_KEYS = (
     "MODEL.SE.FUSED",
     "SOLVER.AMP.ENABLED",

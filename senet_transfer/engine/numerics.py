@@ -1,8 +1,8 @@
 """Numerical settings of a run: precision, memory format and determinism.
 
-Some keys accept "auto", which stands for the faster setting on a GPU, and for the
-setting that changes no number on a CPU. A run replaces it by True or False when it starts, and
-saves that, so that a resumed run has the same settings.
+Some keys accept "auto", which stands for the faster setting on a GPU, and for the setting that
+changes no number on a CPU. A run replaces it by True or False when it starts, and saves that, so
+that a resumed run has the same settings.
 """
 
 import os
