@@ -39,13 +39,11 @@ demo-instant: OUT := output/demo_instant
 demo demo-instant: $(READY)
 	$(PY) datasets/prepare_shapes.py
 	$(PY) tools/train_net.py --config-file $(CONFIG) --num-gpus 1 OUTPUT_DIR $(OUT)
-	$(PY) tools/predict.py --weights $(OUT)/model_final.pth --input datasets/shapes/val \
-		--output $(OUT)/predictions --limit 12
-	@echo
-	@echo "Predictions, drawn on the images:  $(OUT)/predictions/"
-	@echo "Log, metrics and model:            $(OUT)/log.txt, metrics.json, model_final.pth"
-	@printf "All of it, to open in a browser:   "
-	@$(PY) tools/report.py $(OUT)
+	@$(PY) tools/predict.py --quiet --weights $(OUT)/model_final.pth --input datasets/shapes/val \
+		--output $(OUT)/predictions --limit 12 > /dev/null
+	@$(PY) tools/report.py $(OUT) --quiet > /dev/null
+	@# These complete the table with which training ends.
+	@printf '%-16s%s\n' predictions $(OUT)/predictions/ report $(OUT)/report.html
 
 test: $(READY) ## run the tests except slow ones and fault injection
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
@@ -92,12 +90,13 @@ bench: $(READY) ## compare with common alternatives; write output/benchmark.json
 $(READY): pyproject.toml constraints.txt tools/install_detectron2.py
 	@$(MAKE_VENV)
 	@echo "Installing into $(VENV); the first time this downloads about 3 GB and uses 6 GB of disk space."
-	$(if $(TORCH_INDEX),grep -Ev '^cuda|^nvidia|^triton' constraints.txt > $(CONSTRAINTS))
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --upgrade pip
-	$(PY) -m pip install -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) \
+	@$(if $(TORCH_INDEX),grep -Ev '^cuda|^nvidia|^triton' constraints.txt > $(CONSTRAINTS))
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --upgrade pip
+	@$(PY) tools/pip_progress.py --log $(VENV)/setup.log --constraints $(CONSTRAINTS) -- \
+		--build-constraint $(CONSTRAINTS) \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev,docs]'
-	$(PY) tools/install_detectron2.py
-	$(PY) -W ignore -c "import torchvision, detectron2.modeling"
+	@$(PY) tools/install_detectron2.py
+	@$(PY) -W ignore -c "import torchvision, detectron2.modeling"
 	@touch $@
 
 # Create .venv unless it already works. If only pip is missing, install it.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from senet_transfer.utils.import_hook import without_script_warnings
+from senet_transfer.utils.import_hook import hide_library_warnings, without_script_warnings
 
 # Copies of constants in the package, because importing them would take seconds. A test compares
 # them with the originals.
@@ -128,6 +128,7 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
+    hide_library_warnings()
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run_single

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.signals import passed_to_children
 from senet_transfer.errors import RunError, UserError
+from senet_transfer.utils.import_hook import hide_library_warnings
 
 # Disk errors. They are not bugs and need no traceback.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -151,6 +152,8 @@ def _run_under_torchrun(
 
 
 def _run_spawned(main: Callable[[Any], object], argument: Any) -> None:
+    # The command has hidden them in its own process only.
+    hide_library_warnings()
     _guarded(main, argument)
     # Otherwise, the process group's threads may still be running at exit and abort the process.
     if dist.is_initialized():

@@ -1,5 +1,6 @@
-"""JSON files with the results of commands."""
+"""Results of commands: JSON files and the summary at the end of a run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,70 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers in a run's results by name, such as ``classification/top1_error``."""
-    return {
-        f"{task}/{name}": float(value)
-        for task, values in results.items()
-        for name, value in values.items()
-        if isinstance(value, int | float)
+    """Return the metrics of a run's results by name, such as ``classification/top1_error``.
+
+    With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``.
+    """
+    found: dict[str, float] = {}
+    for name, value in results.items():
+        if isinstance(value, dict):
+            found.update({f"{name}/{key}": number for key, number in metrics(value).items()})
+        elif isinstance(value, int | float):
+            found[name] = float(value)
+    return found
+
+
+# Metrics that the sentence of a summary contains, and how it writes them.
+_HEADLINES = {
+    "bbox/AP": "box AP {:.1f}",
+    "segm/AP": "mask AP {:.1f}",
+    "keypoints/AP": "keypoint AP {:.1f}",
+    "classification/top1_error": "top-1 error {:.1f}%",
+    "classification/top5_error": "top-5 error {:.1f}%",
+}
+_FILES = {
+    "model": "model_final.pth",
+    "best model": "model_best.pth",
+    "averaged model": "model_ema.pth",
+    "log": "log.txt",
+    "metrics": "metrics.json",
+    "results": "results.json",
+}
+_NAME_WIDTH = 16
+
+
+def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir: str | Path) -> str:
+    """Return a sentence about a run, and a table of its metrics and files.
+
+    Args:
+        done: The start of the sentence, such as "Trained se_resnet18 for 700 steps".
+        results: The results of the evaluation, as returned by ``Trainer.evaluate``.
+        datasets: The names of the evaluated data sets.
+        output_dir: The folder of the run. The files that it contains are listed.
+    """
+    by_dataset = {datasets[0]: results} if len(datasets) == 1 else results
+    rows = {
+        name: "-" if math.isnan(value) else f"{value:.1f}"
+        for name, value in metrics(results).items()
+        if "/AP-" not in name  # of one class
     }
+    evaluated = []
+    for dataset in datasets:
+        found = metrics(by_dataset.get(dataset, {}))
+        texts = [text.format(found[name]) for name, text in _HEADLINES.items() if name in found]
+        if texts:
+            evaluated.append(f"{', '.join(texts)} on {dataset}")
+    for name, file in _FILES.items():
+        if (path := Path(output_dir, file)).is_file():
+            rows[name] = str(path)
+    width = max(map(len, ["", *rows])) + 2
+    lines = [f"{name:<{max(width, _NAME_WIDTH)}}{value}" for name, value in rows.items()]
+    return "\n".join([f"{'; '.join([done, *evaluated])}.", "", *lines])
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, such as "2 min 31 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes)
+    return " ".join([*parts, *([f"{rest} s"] if not hours else [])])

@@ -172,13 +172,21 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return Detectron2's logger; if ``quiet``, print only warnings to the terminal."""
+    """Return Detectron2's logger; if ``quiet``, print only warnings to the terminal.
+
+    The results that Detectron2 repeats for spreadsheets are written to ``log.txt`` only.
+    """
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-    if quiet:
-        for handler in logger.handlers:
-            if getattr(handler, "stream", None) is sys.stdout:
+    for handler in logger.handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(_is_for_people)
+            if quiet:
                 handler.setLevel(logging.WARNING)
     return logger
+
+
+def _is_for_people(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("copypaste:")
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:

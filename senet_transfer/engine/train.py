@@ -10,10 +10,11 @@ from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.model_from import ModelSource
-from senet_transfer.engine.results import metrics, write_results
+from senet_transfer.engine.results import duration, metrics, summary, write_results
 from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.progress import no_bars
 from senet_transfer.utils.read_once import read_once
 from senet_transfer.weights.file_geometry import examine_config_weights
@@ -44,8 +45,22 @@ def main(options: RunOptions) -> None:
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
         if options.quiet:  # Otherwise, the log includes them.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
+        else:
+            print(f"\n{_summary(cfg, results, loaded)}", flush=True)
         if options.eval_only:  # Trainer.train verifies the results of a training run.
             verify_results(cfg, results)
+
+
+def _summary(cfg: CfgNode, results: dict[str, Any], loaded: Trainer | nn.Module) -> str:
+    evaluated = {name: value for name, value in results.items() if name != "training"}
+    done = f"Evaluated {backbone_name(cfg)}"
+    if isinstance(loaded, Trainer):
+        count = loaded.timer.steps
+        steps = f"{count} step{'s' * (count != 1)} in {duration(loaded.timer.seconds)}"
+        if loaded.start_iter:
+            steps = f"{steps}, to step {loaded.iter}"
+        done = f"Trained {backbone_name(cfg)} for {steps}"
+    return summary(done, evaluated, list(cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
 
 
 def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ from types import ModuleType
 
 from senet_transfer.utils.private_api import is_initializing
 
+# Loggers of torch with messages that are hidden, and how these messages start.
+_LOGGERS = ("torch.fx._symbolic_trace", "torch.utils.cpp_extension")
+_HIDDEN = ("is_fx_tracing will return true", "No CUDA runtime is found, using CUDA_HOME")
+
 
 @contextlib.contextmanager
 def without_script_warnings() -> Iterator[None]:
@@ -18,6 +23,20 @@ def without_script_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
         yield
+
+
+def hide_library_warnings() -> None:
+    """Hide warnings of torch that Detectron2 triggers and that users of a command can't act on.
+
+    The process should be that of a command: its warning filters and loggers are changed.
+    """
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_HIDDEN)
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """Tests of the command-line tools in subprocesses."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert float(said["bbox/AP"]) == pytest.approx(results["bbox"]["AP"], rel=1e-4)
     assert {name.split("/")[0] for name in said} == results.keys()
+    assert "meshgrid" not in done.stderr
+    assert "is_fx_tracing" not in done.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "total_loss" in log
     assert "Running with full config" in log
@@ -124,6 +127,10 @@ def test_two_processes_on_the_cpu_train_evaluate_and_resume(
     assert done.returncode == 0, done.stderr
     assert "World size: 2" in (run / "log.txt").read_text()
     assert "bbox" in json.loads((run / "results.json").read_text())
+    *_, sentence, table = done.stdout.split("\n\n")
+    assert re.fullmatch(r"Trained se_resnet18 for 1 step in .*; box AP \d+\.\d on own\.", sentence)
+    assert str(run / "model_final.pth") in table
+    assert "meshgrid" not in done.stderr
     again = start(second, "--resume", **{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"})
     assert again.returncode == 0, again.stderr
     log = (run / "log.txt").read_text()

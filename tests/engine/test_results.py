@@ -5,7 +5,7 @@ import json
 import pytest
 
 from senet_transfer import UserError
-from senet_transfer.engine.results import write_results
+from senet_transfer.engine.results import duration, metrics, summary, write_results
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):
@@ -22,3 +22,54 @@ def test_what_json_has_no_word_for_becomes_null(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="r.json can't be written"):
         write_results(tmp_path / "absent" / "r.json", {})
+
+
+BOXES = {"bbox": {"AP": 63.08, "AP50": 83.0, "APl": float("nan"), "AP-circle": 70.0}}
+
+
+def test_a_summary_is_a_sentence_and_a_table_of_metrics_and_files(tmp_path):
+    (tmp_path / "log.txt").touch()
+    (tmp_path / "model_final.pth").touch()
+    text = summary("Trained se_resnet18 for 700 steps in 2 min 31 s", BOXES, ["val"], tmp_path)
+    sentence, empty, *rows = text.splitlines()
+    assert sentence == "Trained se_resnet18 for 700 steps in 2 min 31 s; box AP 63.1 on val."
+    assert not empty
+    assert [row.split(maxsplit=1) for row in rows] == [
+        ["bbox/AP", "63.1"],
+        ["bbox/AP50", "83.0"],
+        ["bbox/APl", "-"],
+        ["model", str(tmp_path / "model_final.pth")],
+        ["log", str(tmp_path / "log.txt")],
+    ]
+    starts = {len(row) - len(row.split(maxsplit=1)[1]) for row in rows}
+    assert len(starts) == 1  # one column
+
+
+def test_a_summary_names_each_of_several_data_sets(tmp_path):
+    results = {"a": {**BOXES, "segm": {"AP": 50.0}}, "b": {"bbox": {"AP": 9.96}}}
+    sentence, _, *rows = summary("Evaluated resnet50", results, ["a", "b"], tmp_path).splitlines()
+    assert sentence == "Evaluated resnet50; box AP 63.1, mask AP 50.0 on a; box AP 10.0 on b."
+    assert rows[-1].split() == ["b/bbox/AP", "10.0"]
+
+
+def test_a_summary_of_a_classifier_and_of_a_run_without_evaluation(tmp_path):
+    errors = {"classification": {"top1_error": 23.15, "top5_error": 0.7, "images": 298}}
+    sentence = summary("Trained x", errors, ["places365/val"], tmp_path).splitlines()[0]
+    assert sentence == "Trained x; top-1 error 23.1%, top-5 error 0.7% on places365/val."
+    assert summary("Trained x", {}, [], tmp_path) == "Trained x.\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (151, "2 min 31 s"), (7260, "2 h 1 min")],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_metrics_have_the_names_that_are_logged():
+    assert metrics({"bbox": {"AP": 1}, "training": {"iterations": 2}}) == {
+        "bbox/AP": 1.0,
+        "training/iterations": 2.0,
+    }
+    assert metrics({"val": {"bbox": {"AP": 1, "note": "x"}}}) == {"val/bbox/AP": 1.0}

@@ -99,6 +99,18 @@ def test_the_output_folder_tells_what_ran(command, tmp_path):
     assert "detectron2" in environment
 
 
+def test_results_for_spreadsheets_are_written_to_the_log_and_not_to_the_terminal(
+    command, tmp_path, capsys
+):
+    setup(command())
+    logging.getLogger("detectron2.evaluation.testing").info("copypaste: AP,AP50")
+    logging.getLogger("detectron2.evaluation.testing").info("Evaluation results")
+    said = capsys.readouterr().out
+    assert "Evaluation results" in said
+    assert "copypaste" not in said
+    assert "copypaste: AP,AP50" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused(command, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="OUTPUT_DIR"):
