@@ -50,7 +50,7 @@ demo demo-instant: $(READY)
 test: $(READY) ## run the tests except slow ones and fault injection
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults"
 
-test-fast: $(READY) ## run quick tests: no training, no processes, under a second each
+test-fast: $(READY) ## run the quick tests: no training, no new processes, under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not long"
 
 test-narrow: $(READY) ## run the training tests with AVX2, which every x86-64 server supports

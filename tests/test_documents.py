@@ -87,6 +87,7 @@ def own_things():
         DatasetCatalog.remove("my_val")
 
 
+@pytest.mark.long
 def test_the_worked_example_of_contributing_runs(own_things, tmp_path, monkeypatch):
     shapes = make_shapes(tmp_path / "shapes", train=1, val=1)
     (tmp_path / "annotations.json").symlink_to(shapes / "annotations" / "instances_tiny.json")

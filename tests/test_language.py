@@ -93,6 +93,7 @@ FILES = sorted(
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.long
 def test_a_file_has_none_of_the_words_to_avoid(path):
     assert not found_in(prose(path))
 

@@ -48,6 +48,7 @@ def wheel(source, tmp_path_factory) -> Path:
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.long
 def test_a_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from detectron2.config import instantiate
 
@@ -33,6 +34,7 @@ def test_the_readme_fits_on_a_screen_and_a_half():
     assert len(read("README.md").splitlines()) <= 112
 
 
+@pytest.mark.long
 def test_the_python_example_of_the_readme_runs_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks("README.md")
@@ -49,12 +51,14 @@ def test_the_names_in_the_readmes_text_are_real():
     assert set(named) <= set(load_catalogue())
 
 
+@pytest.mark.long
 def test_the_python_example_runs():
     names: dict = {}
     exec(python_blocks("docs/python.md")[0], names)
     assert set(names["backbone"](torch.randn(1, 3, 64, 64))) == {"res2", "res5"}
 
 
+@pytest.mark.long
 def test_the_lazy_config_builds_an_fpn_on_an_se_backbone():
     names: dict = {}
     exec(python_blocks("docs/python.md")[1], names)

@@ -126,6 +126,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles(edges) == []
 
 
+@pytest.mark.long
 def test_no_folders_import_each_other_in_a_circle():
     # Imports between a folder and its subfolders are allowed: `backbones/` uses
     # `models/registry.py`, and `models/build.py` builds networks of `backbones/`.
@@ -201,6 +202,7 @@ def test_a_private_name_of_another_library_is_found(source, expected):
     assert foreign_private_names(ast.parse(source), {"_own"}) == expected
 
 
+@pytest.mark.long
 def test_private_parts_of_other_libraries_are_in_one_module():
     trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
     own = set().union(*map(private_names, trees.values()))

@@ -27,6 +27,7 @@ def variants():
     return grid(CONFIG)
 
 
+@pytest.mark.long
 def test_every_variant_differs_in_one_key(variants):
     standard, plain, *others = variants
     assert plain.options[:-1] == standard.options[:-1]

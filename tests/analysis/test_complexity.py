@@ -65,6 +65,7 @@ def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
         for name in list_models()
     ],
 )
+@pytest.mark.long
 def test_every_model_costs_what_hooks_on_its_layers_see(name):
     model, side = empty(name), side_of(name)
     # Use a batch of several images that aren't square.
@@ -88,6 +89,7 @@ def test_a_gate_costs_its_layers_the_pooling_and_the_product():
     assert cost.macs == 2 * channels * hidden * places + channels * places
 
 
+@pytest.mark.long
 def test_ses_share_is_the_papers_formula():
     """Check Equation 5: SE adds 2/r * sum(N_s C_s^2) parameters and as many MACs."""
     cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
@@ -137,6 +139,7 @@ def test_a_cell_that_is_off_is_told():
     assert more.reasons == ["off: unexplained difference in Params."]
 
 
+@pytest.mark.long
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
@@ -176,6 +179,7 @@ def test_the_parts_of_a_detector_are_all_of_it(config):
     assert alone.macs == by_hooks["macs"]
 
 
+@pytest.mark.long
 def test_a_box_head_is_counted_for_every_box():
     options = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
     cfg = model_config(config_file="configs/faster_rcnn_r50.yaml", options=options)

@@ -53,6 +53,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Skip the figures, which take most of the time of an analysis."""
+    for name in ("write_blocks", "write_overview"):
+        monkeypatch.setattr(
+            f"senet_transfer.analysis.excitations.analyze.{name}", lambda *_, **__: []
+        )
+
+
 def arguments(trained, tree, output, *more: str):
     words = ["--weights", str(trained / "model.pth"), "--data", str(tree), "--output", str(output)]
     return gates.parser().parse_args([*words, "--workers", "0", "--quiet", *more])
@@ -121,6 +130,7 @@ def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.long
 def test_a_prepared_split_gives_what_its_images_do(
     trained, tree, tmp_path, monkeypatch, capsys, named
@@ -173,6 +183,7 @@ def constant_gates(model, stages):
         ),
     ],
 )
+@pytest.mark.long
 def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
     cfg, model = shaken(name, *options)
     values = constant_gates(model, stages)
@@ -189,6 +200,7 @@ def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
     assert (other - expected).abs().max() > 10 * (found - expected).abs().max()
 
 
+@pytest.mark.long
 def test_a_gate_at_one_is_dropped_exactly():
     cfg, model = shaken("se_resnet18")
     for gate in gates_of(model.backbone).values():
@@ -207,6 +219,7 @@ def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
     assert without_gates(pruned, model) is not None
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.long
 def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_path, capsys):
     gates.main(arguments(trained, tree, tmp_path, "--prune-stage", "4"))
@@ -234,6 +247,7 @@ def _parameters(trained) -> int:
     return sum(state[key].numel() for key in names)
 
 
+@pytest.mark.long
 def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
     cfg, model = shaken("se_resnet18")
     save_weights(without_gates(pruned_config(cfg, model, [5]), model), tmp_path / "pruned.pth")

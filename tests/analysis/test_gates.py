@@ -32,6 +32,7 @@ def test_gates_have_the_papers_names():
 
 
 @pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
+@pytest.mark.long
 def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
     backbone = empty_backbone(name)
     gates = gates_of(backbone)

@@ -7,7 +7,6 @@ not depend on the layout of the package.
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ from tests.compatibility.inputs import (
     parse_options,
     tensor_sums,
 )
-from tests.processes import call
 
 WEIGHTS = FIXTURES / "weights"
 HELP = sorted((FIXTURES / "help").glob("*.txt"))
@@ -135,6 +133,7 @@ def test_an_old_config_of_a_detector_keeps_its_values_and_builds(expected):
 
 
 @pytest.mark.parametrize("place", ["senet_transfer", "senet_transfer.backbones.registry"])
+@pytest.mark.long
 def test_an_old_lazy_config_builds_its_backbone(place, expected, tmp_path):
     recorded = "_target_: senet_transfer.create_backbone"
     text = (FIXTURES / "lazy_config.yaml").read_text()
@@ -162,15 +161,16 @@ def test_every_old_config_key_keeps_its_default():
 
 
 @pytest.fixture(scope="module")
-def interface(tmp_path_factory) -> dict:
+def interface(tmp_path_factory, run_python) -> dict:
     """Return the names that a fresh process can't import, and all help texts."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
-    done = call(sys.executable, script, FIXTURES / "public_names.json", output)
+    done = run_python(script, FIXTURES / "public_names.json", output)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
 
 
+@pytest.mark.long
 def test_every_old_public_name_is_importable_from_its_old_module(interface):
     assert sum(len(names) for names in read_json("public_names.json").values()) > 60
     assert interface["missing"] == {}

@@ -66,6 +66,7 @@ def corners(box):
 # Output.
 
 
+@pytest.mark.long
 def test_layout_is_the_documented_one(data_set):
     expected = {Path("shapes.json")}
     for split, count in COUNTS.items():
@@ -74,6 +75,7 @@ def test_layout_is_the_documented_one(data_set):
     assert set(snapshot(data_set)) == expected
 
 
+@pytest.mark.long
 def test_same_seed_gives_identical_annotations_and_pixels(data_set, tmp_path):
     again = make_shapes(tmp_path / "again", seed=0, train=40, val=4)
     for split, count in COUNTS.items():
@@ -85,6 +87,7 @@ def test_same_seed_gives_identical_annotations_and_pixels(data_set, tmp_path):
             np.testing.assert_array_equal(*images)
 
 
+@pytest.mark.long
 def test_number_of_images_changes_none_of_them(data_set, tmp_path):
     fewer = snapshot(make_shapes(tmp_path / "fewer", seed=0, train=5, val=2))
     more = snapshot(data_set)
@@ -98,6 +101,7 @@ def test_another_seed_split_or_index_gives_another_image():
     assert len({render_image(*a)[0].tobytes() for a in arguments}) == len(arguments)
 
 
+@pytest.mark.long
 def test_written_images_are_the_rendered_ones_but_for_jpeg(data_set, rendered):
     for index, (image, _) in rendered.items():
         # Swapped channels or images would differ much more than JPEG compression.
@@ -213,6 +217,7 @@ def test_shapes_occlude_one_another_but_none_is_annotated_that_is_nearly_hidden(
     assert 0.1 < np.mean(visible < 0.9) < 0.5
 
 
+@pytest.mark.long
 def test_nearly_hidden_shapes_occur(rendered, monkeypatch):
     monkeypatch.setattr("senet_transfer.data.shapes.render.MIN_VISIBLE", 0.0)
     everything = sum(len(render_image(0, "train", index)[1]) for index in rendered)
@@ -288,6 +293,7 @@ def test_refuses_a_file_in_the_folders_place(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"train": 3}, {"val": 2}])
+@pytest.mark.long
 def test_refuses_a_data_set_of_other_settings(tmp_path, other):
     settings = {"seed": 0, "train": 2, "val": 1}
     make_shapes(tmp_path / "shapes", **settings)
@@ -298,6 +304,7 @@ def test_refuses_a_data_set_of_other_settings(tmp_path, other):
 
 
 @pytest.mark.parametrize("lost", ["train/000002.jpg", "annotations/instances_val.json"])
+@pytest.mark.long
 def test_refuses_a_data_set_that_lost_a_file(tmp_path, lost):
     folder = make_shapes(tmp_path / "shapes", train=2, val=1)
     (folder / lost).unlink()
@@ -305,6 +312,7 @@ def test_refuses_a_data_set_that_lost_a_file(tmp_path, lost):
         make_shapes(folder, train=2, val=1)
 
 
+@pytest.mark.long
 def test_makes_it_in_an_empty_folder_and_behind_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "shapes").symlink_to(tmp_path / "disk")
@@ -326,6 +334,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, interruption):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_yields_to_another_run_that_finishes_first(tmp_path, monkeypatch):
     def overtaken(seed, split, index):
         monkeypatch.setattr(shapes, "render_image", render_image)

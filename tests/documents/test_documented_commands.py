@@ -102,6 +102,7 @@ def _script(words: list[str]) -> list[str] | None:
 
 
 @pytest.mark.parametrize("command", DOCUMENTED + HEADERS, ids=lambda c: f"{c.document}: {c.text}")
+@pytest.mark.long
 def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
     words = command.words
     assert words[0] in PROGRAMS, "add the program to PROGRAMS in tests/documents/commands.py"

@@ -31,8 +31,8 @@ SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
 
 
 @pytest.mark.long
-def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_path):
-    done = call(sys.executable, *words("--quiet", **SHORT))
+def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_path, run_python):
+    done = run_python(*words("--quiet", **SHORT))
     assert done.returncode == 0, done.stderr
     said = dict(line.split(": ") for line in done.stdout.splitlines())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -102,17 +102,20 @@ def test_an_image_broken_for_one_process_of_two_is_named(words, shapes, tmp_path
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("spawn", "torchrun"),
+        ("fork", "torchrun"),
+        pytest.param("spawn", "torchrun", marks=pytest.mark.slow),
         pytest.param("spawn", "spawn", marks=pytest.mark.slow),
         pytest.param("torchrun", "torchrun", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.long
-def test_two_processes_on_the_cpu_train_evaluate_and_resume(words, first, second, tmp_path):
+def test_two_processes_on_the_cpu_train_evaluate_and_resume(
+    words, first, second, tmp_path, run_python
+):
     def start(launcher, *flags, **overrides):
-        if launcher == "spawn":
-            spawned = ("--num-gpus", "2", "--dist-url", "auto")
-            return call(sys.executable, *words(*spawned, *flags, **overrides))
+        if launcher in ("fork", "spawn"):
+            line = words("--num-gpus", "2", "--dist-url", "auto", *flags, **overrides)
+            return run_python(*line) if launcher == "fork" else call(sys.executable, *line)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return call(*torchrun, "--nproc-per-node", "2", *words(*flags, **overrides))
 

@@ -86,6 +86,7 @@ def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command
         assert printed[key] == 100 * value
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp_path):
     trainer = Trainer(setup(command()))
     state = trainer.model.state_dict()
@@ -158,12 +159,14 @@ def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
         find_images([str(folder / "*.png")])
 
 
+@pytest.mark.long
 def test_a_drawing_never_overwrites_an_image(trained, shapes):
     images = find_images([str(shapes / "tiny")])[:1]
     with pytest.raises(UserError, match="would be overwritten"):
         predict_images(load_trained(trained), images, str(shapes / "tiny"), threshold=0.5)
 
 
+@pytest.mark.long
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(
     trained, shapes, tmp_path
 ):

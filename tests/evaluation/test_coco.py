@@ -91,6 +91,7 @@ def evaluate(evaluator: COCOEvaluator, found: list[tuple[dict, dict]]) -> dict:
 
 
 @pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+@pytest.mark.long
 def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
     found = predictions(truth, masks)
     expected = evaluate(COCOEvaluator("metrics_test", use_fast_impl=False), found)

@@ -62,6 +62,7 @@ def _again(package, name):
     ("package", "theirs", "ours", "to", "suffix"),
     [*ROUND_TRIPS, *(pytest.param(*case, marks=slow) for case in SLOW_ROUND_TRIPS)],
 )
+@pytest.mark.long
 def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, suffix, tmp_path):
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
@@ -79,6 +80,7 @@ def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, su
     assert state.keys() == model.state_dict().keys()
 
 
+@pytest.mark.long
 def test_mmpretrains_names(tmp_path):
     model = randomise(published.MMClassifier(50, se=True))
     path = save(model, tmp_path / "mm.pth")
@@ -109,6 +111,7 @@ def _detectron2_backbone(stride_in_1x1):
 
 
 @pytest.mark.parametrize("to", ["pkl", "own and pkl"])
+@pytest.mark.long
 def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
     model = peer("torchvision", "resnet50")
     path = save(model, tmp_path / "r50.pth")
@@ -130,6 +133,7 @@ def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
     assert pickle.loads(pkl.read_bytes())["matching_heuristics"] is True
 
 
+@pytest.mark.long
 def test_a_pkl_goes_into_a_detectors_backbone_by_detectron2s_own_loader(tmp_path):
     path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
     convert_file(path, tmp_path / "x.pkl", family="timm_legacy")
@@ -142,6 +146,7 @@ def test_a_pkl_goes_into_a_detectors_backbone_by_detectron2s_own_loader(tmp_path
             assert torch.equal(state[name], tensor), name
 
 
+@pytest.mark.long
 def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
     model = detector("se_resnet18")
     save_weights(model, tmp_path / "whole.pth")
@@ -151,11 +156,12 @@ def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
     DetectionCheckpointer(again).load(str(tmp_path / "whole.pkl"))
     state = again.state_dict()
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(UserError, match="of a detector"):
+    with pytest.raises(UserError, match="contains a detector"):
         convert_file(tmp_path / "whole.pth", tmp_path / "t.pth", to="timm_legacy")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
+@pytest.mark.long
 def test_the_metadata_travels_inside(suffix, tmp_path):
     path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
     out = tmp_path / f"out{suffix}"
@@ -171,6 +177,7 @@ def test_the_metadata_travels_inside(suffix, tmp_path):
     assert "sha256" in read_tensors(out).verified
 
 
+@pytest.mark.long
 def test_the_origin_travels_in_other_projects_files_too(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     for suffix in (".pth", ".safetensors"):
@@ -200,6 +207,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
         ("se_resnet18", {}, "cadene", "network is se_resnet18"),
     ],
 )
+@pytest.mark.long
 def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
     # In each of these cases all tensors would fit, so only the checks detect the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
@@ -208,6 +216,7 @@ def test_what_the_other_project_can_not_express_is_refused(ours, options, to, wo
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.long
 def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
     model = randomise(published.PlainClassifier(18))
     path = published_bgr(model, tmp_path)
@@ -224,6 +233,7 @@ def published_bgr(model, tmp_path) -> Path:
     return tmp_path / "bgr.pth"
 
 
+@pytest.mark.long
 def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(
@@ -232,6 +242,7 @@ def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
         convert_file(tmp_path / "bare.pth", tmp_path / "out.pth", to="timm")
 
 
+@pytest.mark.long
 def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_path):
     state = peer("torchvision", "resnet18").state_dict()
     del state["layer4.1.bn2.running_var"]
@@ -245,6 +256,7 @@ def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_pat
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.long
 def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     caplog.set_level("INFO", "senet_transfer")
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
@@ -256,11 +268,12 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
     assert worst(outputs_of_peer(model, images()), outputs) < 1e-5
 
 
+@pytest.mark.long
 def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, monkeypatch):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     out = tmp_path / "out.pth"
     out.write_bytes(b"mine")
-    with pytest.raises(UserError, match="out.pth exists.*--force"):
+    with pytest.raises(UserError, match="out.pth already exists.*--force"):
         convert_file(path, out)
     with pytest.raises(UserError, match="exists"):
         convert_file(path, path)
@@ -280,6 +293,7 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
     assert examine(out).family.name == "senet_transfer"
 
 
+@pytest.mark.long
 def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     other = examine(save(peer("torchvision", "resnet18", seed=3), tmp_path / "other.pth"))

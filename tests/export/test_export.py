@@ -85,12 +85,13 @@ VARIANTS = [
 @pytest.mark.long
 def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
     # Compare eager outputs, gradients of the images, compiled outputs, and outputs with autocast.
-    options = {"out_features": ["res3"], "in_channels": 5, **variant}
+    narrow = {"width_per_group": 16, "res2_out_channels": 64}
+    options = {"out_features": ["res3"], "in_channels": 5, **narrow, **variant}
     backbone = randomised(create_backbone("se_resnet50", **options)).double()
     deployed = deploy(backbone)
     fc1 = deployed.res3[0].se.fc1
     starts_early = variant.get("se_squeeze", "avg") == "avg" and "se_placement" not in variant
-    assert (fc1.in_features == 128) == (starts_early or variant.get("se_placement") == "3x3")
+    assert (fc1.in_features == 32) == (starts_early or variant.get("se_placement") == "3x3")
     x = torch.randn(2, 5, 64, 96, dtype=torch.double, requires_grad=True)
     expected, found = backbone(x)["res3"], deployed(x)["res3"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -154,6 +155,7 @@ SMALL = [
         ),
     ],
 )
+@pytest.mark.long
 def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_path):
     # A classifier may have a neck before its linear layer, such as VGG's hidden layers.
     options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
@@ -186,6 +188,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+@pytest.mark.long
 def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     backbone = create_backbone("se_cifar_resnet8")
     preprocessing = Preprocessing(resize=32, crop=32)
@@ -199,6 +202,7 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     assert 0 <= export_network(model, path, **options) < 1e-5
 
 
+@pytest.mark.long
 def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, monkeypatch):
     def wrong(model: nn.Module) -> nn.Module:
         model = deploy(model)
@@ -272,6 +276,7 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
         ),
     ],
 )
+@pytest.mark.long
 def test_what_makes_no_sense_is_refused(arguments, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["tools/export.py", *arguments])

@@ -105,6 +105,7 @@ def test_values_gradients_and_statistics_are_those_of_the_statement(norm, layout
         ("FrozenBN", "_LargeConv", 0),
     ],
 )
+@pytest.mark.long
 def test_gradients_are_those_of_finite_differences(norm, node, few, monkeypatch):
     monkeypatch.setattr(module, "_FEW_POSITIONS", few)
     ours = Sum(norm).double()

@@ -64,6 +64,7 @@ def test_reduced_precision_stays_reduced(dtype):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
+@pytest.mark.long
 def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
     """Compare the mean over many draws; the ReLU after the sum must not clip anything for this."""
     torch.manual_seed(0)

@@ -137,6 +137,7 @@ def test_compiled_for_inference_on_few_images_it_calls_no_matrix_library(images,
     assert sum("linear" in name for name in found) == calls
 
 
+@pytest.mark.long
 def test_compiled_for_inference_under_autocast_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)

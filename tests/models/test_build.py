@@ -58,6 +58,7 @@ def test_adding_our_keys_again_is_harmless():
     assert cfg.dump() == before
 
 
+@pytest.mark.long
 def test_the_switch_turns_a_described_backbone_into_its_se_counterpart():
     plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
     gated = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
@@ -83,6 +84,7 @@ def test_the_switch_turns_a_described_backbone_into_its_se_counterpart():
         ),
     ],
 )
+@pytest.mark.long
 def test_a_config_names_or_describes_the_same_backbones(keys, name):
     backbone = build(config(**{"MODEL.RESNETS.OUT_FEATURES": ["res5"], **keys}))
     expected = create_backbone(name, norm="FrozenBN")
@@ -91,6 +93,7 @@ def test_a_config_names_or_describes_the_same_backbones(keys, name):
     }
 
 
+@pytest.mark.long
 def test_every_se_key_reaches_the_blocks():
     backbone = build(
         config(
@@ -159,11 +162,13 @@ def test_another_value_of_fused_is_refused(value):
         ({"MODEL.BACKBONE.NAME": "build_senet_fpn_backbone"}, "MODEL.FPN.IN_FEATURES"),
     ],
 )
+@pytest.mark.long
 def test_a_config_that_contradicts_itself_is_refused(keys, words):
     with pytest.raises(UserError, match=words):
         build(config(**keys))
 
 
+@pytest.mark.long
 def test_freezing_is_detectron2s():
     """Compare trainable parameters and frozen norms with those of Detectron2's backbone."""
     keys = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3}
@@ -190,6 +195,7 @@ def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
     assert model.roi_heads.res5[0].conv1.stride == (2, 2)  # Detectron2's STRIDE_IN_1X1 default
 
 
+@pytest.mark.long
 def test_detectron2s_own_c4_head_would_drop_the_gates():
     """Check that ``SENetRes5ROIHeads`` is needed."""
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
@@ -232,6 +238,7 @@ RETINANET_KEYS = {
 
 
 @pytest.mark.parametrize("keys", [RCNN_KEYS, C4_KEYS, RETINANET_KEYS], ids=["fpn", "c4", "retina"])
+@pytest.mark.long
 def test_detectors_train_a_step_and_predict_with_and_without_objects(keys):
     torch.manual_seed(0)
     model = build_model(small(config(**keys)))

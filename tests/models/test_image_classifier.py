@@ -62,6 +62,7 @@ def test_a_classifier_has_the_published_inception_resnet():
         torch.testing.assert_close(model({"image": images}), expected)
 
 
+@pytest.mark.long
 def test_a_backbone_that_resnets_describe_gives_its_last_stage():
     model = build(
         **{
@@ -76,6 +77,7 @@ def test_a_backbone_that_resnets_describe_gives_its_last_stage():
     assert any(".se." in key for key in model.state_dict())
 
 
+@pytest.mark.long
 def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
     model = build().eval()
     plain = create_classifier("se_resnet18", 7).eval()
@@ -99,6 +101,7 @@ def test_a_bgr_backbone_gets_its_channels_turned_round():
     torch.testing.assert_close(model.normalise(images), expected, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_several_views_of_an_image_give_the_mean_of_their_logits():
     model = build().eval()
     views = batch(6)["image"].view(2, 3, 3, 32, 32)
@@ -137,6 +140,7 @@ def test_mixed_images_have_the_loss_of_mixed_labels(key, mix):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.long
 def test_with_both_mixes_a_batch_draws_one():
     model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2", "MODEL.CLASSIFIER.CUTMIX": "1.0"})
     seen = set()
@@ -156,6 +160,7 @@ def test_dropout_acts_in_training_alone():
         assert torch.equal(model(batch()), model(batch()))
 
 
+@pytest.mark.long
 def test_channels_last_is_a_layout_and_no_other_result():
     model, other = build().eval(), build(**{"MODEL.CLASSIFIER.CHANNELS_LAST": "True"}).eval()
     other.load_state_dict(model.state_dict())

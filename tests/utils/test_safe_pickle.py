@@ -490,6 +490,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.long
 def test_a_bomb_is_refused_at_once(name, tmp_path):
     path = tmp_path / "bomb.pkl"
     path.write_bytes(BOMBS[name])

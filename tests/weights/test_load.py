@@ -43,6 +43,7 @@ def _is_filled_from(model, prefix, path):
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.long
 def test_all_statistics_must_come_from_the_file(norm, r18, tmp_path):
     # Detectron2's frozen norms silently fill missing statistics with 0 and 1.
     path = _changed(r18, tmp_path, lambda state: state.pop("layer3.1.bn2.running_var"))
@@ -51,6 +52,7 @@ def test_all_statistics_must_come_from_the_file(norm, r18, tmp_path):
         load_and_expect_no_change(model, path)
 
 
+@pytest.mark.long
 def test_frozen_norms_are_filled_and_have_no_counters(r18):
     model = create_backbone("resnet18", norm="FrozenBN")
     report = load_weights(model, r18)
@@ -59,6 +61,7 @@ def test_frozen_norms_are_filled_and_have_no_counters(r18):
     assert "num_batches_tracked: frozen norms do not have it" in report.ignored.values()
 
 
+@pytest.mark.long
 def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
     def change(state):
         state["layer9.weights"] = torch.zeros(2)
@@ -74,12 +77,14 @@ def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
     assert "res3.0.conv1.norm.bias ((7,) in the file, (128,) in the model)" in message
 
 
+@pytest.mark.long
 def test_integers_in_place_of_weights_are_refused(r18, tmp_path):
     path = _changed(r18, tmp_path, lambda s: s.update({"bn1.bias": torch.zeros(64).long()}))
     with pytest.raises(UserError, match="stem.conv1.norm.bias .int64 in the file"):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
+@pytest.mark.long
 def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
     model = create_backbone("se_resnet18", weights=r18)
     report = load_weights(model, r18)
@@ -89,17 +94,20 @@ def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
     assert "SE layers" in str(report)
 
 
+@pytest.mark.long
 def test_a_file_with_se_does_not_go_into_a_plain_backbone(se_r18):
     with pytest.raises(UserError, match="has SE layers, but the model has none"):
         load_and_expect_no_change(create_backbone("resnet18"), se_r18)
 
 
+@pytest.mark.long
 def test_a_file_with_se_in_other_stages_is_refused(se_r18):
     model = create_backbone("se_resnet18", se_stages=(4, 5), se_divisor=8)
     with pytest.raises(UserError, match="SE in stages.*but the model has SE"):
         load_and_expect_no_change(model, se_r18)
 
 
+@pytest.mark.long
 def test_a_classifier_of_another_size_is_new_which_is_said(r18):
     model = create_classifier("resnet18", 10)
     before = model.linear.weight.clone()
@@ -109,6 +117,7 @@ def test_a_classifier_of_another_size_is_new_which_is_said(r18):
     assert torch.equal(model.linear.weight, before)
 
 
+@pytest.mark.long
 def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
     backbone = create_backbone("resnet18", out_features=["res3"])
     report = load_weights(backbone, r18)
@@ -119,6 +128,7 @@ def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
+@pytest.mark.long
 def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path):
     # res5 of a C4 head is loaded from the backbone's res5.
     model = detector("resnet18", kind=kind, NORM="BN")
@@ -146,6 +156,7 @@ def _load_rgb(model, path):
     return load_weights(model, path)
 
 
+@pytest.mark.long
 def test_a_detector_refuses_pixels_of_another_kind(r18):
     # No tensor's shape depends on channel order, mean and std.
     with pytest.raises(UserError, match="INPUT.FORMAT") as error:
@@ -170,6 +181,7 @@ def test_a_detector_refuses_pixels_of_another_kind(r18):
         ("retinanet", {"head.cls_score"}),
     ],
 )
+@pytest.mark.long
 def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
     coco = randomise(detector("se_resnet18", 80, kind, seed=1))
     torch.save({"model": coco.state_dict(), "iteration": 5}, tmp_path / "coco.pth")
@@ -185,6 +197,7 @@ def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.long
 def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path):
     torch.save({"model": detector("resnet18", kind="fpn").state_dict()}, tmp_path / "fpn.pth")
     with pytest.raises(UserError, match="(?s)missing from the file.*unexpected"):
@@ -197,6 +210,7 @@ def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
+@pytest.mark.long
 def test_a_detector_s_backbone_can_be_taken_out(kind, tmp_path):
     model = randomise(detector("se_resnet18", kind=kind))
     torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
@@ -208,6 +222,7 @@ def test_a_detector_s_backbone_can_be_taken_out(kind, tmp_path):
     assert torch.equal(backbone.res5[0].se.fc1.weight, state[f"{prefix}res5.0.se.fc1.weight"])
 
 
+@pytest.mark.long
 def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
     import pickle
 
@@ -225,6 +240,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("whole", [True, False], ids=["classifier", "backbone"])
 @pytest.mark.usefixtures("zero_initial_weights")
+@pytest.mark.long
 def test_own_files_say_what_they_are(suffix, whole, tmp_path):
     # The file contains geometry and preprocessing, which are restored with the weights.
     path = tmp_path / f"own{suffix}"
@@ -245,12 +261,14 @@ def test_own_files_say_what_they_are(suffix, whole, tmp_path):
         create_backbone("se_resnet50", weights=path, stem_pool="pad")
 
 
+@pytest.mark.long
 def test_own_files_remember_where_their_weights_came_from(r18, tmp_path):
     save_weights(create_backbone("resnet18", weights=r18), tmp_path / "own.pth")
     source = torch.load(tmp_path / "own.pth", weights_only=True)["senet_transfer"]["source"]
     assert source == {"family": "torchvision_v1", "file": "r18.pth"}
 
 
+@pytest.mark.long
 def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "own.pth").write_bytes(b"before")
 
@@ -336,6 +354,7 @@ def _forced(path):
     return path
 
 
+@pytest.mark.long
 def test_the_report_reads_well(r18, caplog):
     caplog.set_level("INFO", "senet_transfer")
     model = create_classifier("se_resnet18", 10)

@@ -257,6 +257,7 @@ def test_hits_are_those_of_coco_evaluation():
 # ---- galleries
 
 
+@pytest.mark.long
 def test_the_gallery_holds_the_worst_and_the_best_of_all_runs(detection_run, tmp_path):
     folders = [detection_run(tmp_path / str(noise), noise=noise) for noise in (0.05, 0.4)]
     whole = page(folders, tmp_path).data["detection"][0]

@@ -74,6 +74,7 @@ def means(gallery):
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]
 
 
+@pytest.mark.long
 def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
     page = show(compared)
     gallery = page.locator("#detection")
@@ -117,6 +118,7 @@ def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compar
     assert page.locator("#calibration svg path").count() == 1
 
 
+@pytest.mark.long
 def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compared):
     page = show(compared)
     loss = page.locator(".chart", has=page.get_by_role("heading", name="total_loss"))

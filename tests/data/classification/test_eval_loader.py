@@ -43,6 +43,7 @@ def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
 @pytest.mark.parametrize("shards", [1, 3, 13])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.long
 def test_every_image_is_delivered_exactly_once(make_shards, ranks, workers, shards):
     dataset = open_dataset(make_shards(26, shards))
     found = evaluated(dataset, ranks, workers)
@@ -74,6 +75,7 @@ def test_folder_archive_and_shards_give_the_same_keys_labels_and_pixels(val, tmp
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("mode", ["short_side", "squash", "ten_crop"])
+@pytest.mark.long
 def test_real_images_equal_a_plain_pillow_and_torchvision_loop_bit_for_bit(
     shared_data, mode, interpolation
 ):

@@ -40,6 +40,7 @@ def consumer_streams(dataset, ranks, workers, batches):
 @pytest.mark.parametrize("shards", [2, 13])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.long
 def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_positions(
     make_shards, ranks, workers, shards
 ):
@@ -70,6 +71,7 @@ def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_pos
 @pytest.mark.parametrize("class_aware", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["shards", "folder"])
+@pytest.mark.long
 def test_resuming_continues_with_the_very_batches_of_the_unbroken_run(
     make_shards, val, kind, workers, class_aware
 ):
@@ -135,6 +137,7 @@ def damage(folder, count):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.long
 def test_broken_images_are_skipped_counted_and_logged_and_batches_stay_whole(
     make_shards, workers, caplog
 ):
@@ -219,6 +222,7 @@ print(sum(len(batch["key"]) for batch in islice(batches, 40)))
 """
 
 
+@pytest.mark.long
 def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_process_ends_them(val):
     # The script exits while its workers run; a bug would make it wait for them forever.
     done = subprocess.run(

@@ -265,6 +265,7 @@ def test_a_folder_that_the_file_names_repeat_is_pointed_out(prefix, data, files)
         register_coco_dataset("mine", *files(data))
 
 
+@pytest.mark.long
 def test_checking_costs_a_fraction_of_parsing(shared_data, tmp_path):
     source = shared_data / "coco128/annotations/instances_train2017.json"
     content = json.loads(source.read_text())

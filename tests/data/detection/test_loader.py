@@ -55,6 +55,7 @@ def assert_same(found, expected):
             assert torch.equal(boxes.tensor, others.tensor)
 
 
+@pytest.mark.long
 def test_a_batch_follows_from_seed_and_iteration_alone(loader):
     straight = loader(6)
     assert_same(loader(6, workers=2), straight)

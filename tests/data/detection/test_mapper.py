@@ -89,6 +89,7 @@ def assert_same(ours, theirs):
     ("is_train", "masks", "crop"),
     [(True, False, True), (True, True, False), (False, False, False)],
 )
+@pytest.mark.long
 def test_maps_real_images_exactly_as_detectron2_does(is_train, masks, crop, image_format, coco128):
     coco128.INPUT.FORMAT = image_format
     coco128.MODEL.MASK_ON, coco128.INPUT.CROP.ENABLED = masks, crop

@@ -44,6 +44,7 @@ def test_both_decoders_give_the_pixels_of_plain_pillow(kind):
     np.testing.assert_array_equal(decode_fast(KINDS[kind]), expected)
 
 
+@pytest.mark.long
 def test_real_images_decode_alike_fast_and_exactly(shared_data):
     paths = sorted((shared_data / "mini_places365").rglob("*.jpg"))
     for path in paths[::10]:
@@ -71,6 +72,7 @@ def test_what_is_no_image_is_broken(decode, data):
 
 @pytest.mark.parametrize("decode", [decode_exact, decode_fast])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.long
 def test_an_image_that_asks_for_gigabytes_is_broken(decode, kind):
     buffer = io.BytesIO()
     Image.new("1" if kind == "PNG" else "L", (12_000, 12_000)).save(buffer, kind)
@@ -211,6 +213,7 @@ def test_the_crop_differs_from_pillows_by_a_grey_level_at_most():
         assert (actual - expected).abs().max() <= 1
 
 
+@pytest.mark.long
 def test_half_of_the_images_are_flipped():
     plain, mirrored = TrainTransform(size=8, flip=0.0), TrainTransform(size=8, flip=1.0)
     usual = TrainTransform(size=8)

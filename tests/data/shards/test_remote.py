@@ -137,6 +137,7 @@ def trained(dataset, batches=9, **options):
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.long
 def test_http_gives_the_numbers_of_the_disk(make_shards, serve, workers, ranges):
     folder = make_shards(24, 3)
     server = serve(folder)
@@ -186,6 +187,7 @@ def test_a_broken_connection_is_taken_up_and_nothing_is_counted_twice(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.long
 def test_a_server_that_dies_in_mid_epoch_is_retried_then_a_clear_error(
     make_shards, serve, caplog, workers
 ):
@@ -255,6 +257,7 @@ def test_one_address_with_new_content_is_copied_again(make_shards, serve, tmp_pa
     assert evaluated(remote) == evaluated(open_dataset(new))
 
 
+@pytest.mark.long
 def test_workers_copy_each_shard_once(make_shards, serve, tmp_path):
     folder = make_shards(24, 1)
     server = serve(folder)
@@ -345,6 +348,7 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.long
 def test_s3_gives_the_numbers_of_the_disk(make_shards, bucket, tmp_path, workers):
     upload, storage, _ = bucket
     folder = make_shards(24, 3)
@@ -358,6 +362,7 @@ def test_s3_gives_the_numbers_of_the_disk(make_shards, bucket, tmp_path, workers
     assert remote == trained(local, class_aware=True)
 
 
+@pytest.mark.long
 def test_an_s3_server_that_dies_is_a_clear_error(make_shards, bucket):
     upload, storage, kill = bucket
     dataset = open_dataset(upload(make_shards(24, 12)), storage=storage)
@@ -376,6 +381,7 @@ def test_an_s3_server_that_dies_is_a_clear_error(make_shards, bucket):
     assert len(set(delivered)) == len(delivered) < 24
 
 
+@pytest.mark.long
 def test_no_credentials_are_said_at_once(bucket, make_shards, monkeypatch):
     upload, storage, _ = bucket
     address = upload(make_shards(4, 1))

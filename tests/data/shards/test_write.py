@@ -80,6 +80,7 @@ def test_images_are_shuffled_over_all_shards_by_the_seed(val, tmp_path, prepare)
 
 
 @pytest.mark.parametrize("source", ["folder", "archive"])
+@pytest.mark.long
 def test_workers_and_source_kind_do_not_change_a_byte(val, tmp_path, prepare, source):
     prepare(val, tmp_path / "one", "--shard-mb", "0.01", "--workers", "1")
     if source == "archive":
@@ -106,6 +107,7 @@ def test_keys_of_names_with_dots_slashes_and_the_like_stay_apart(tmp_path):
     assert found == expected
 
 
+@pytest.mark.long
 def test_real_images_convert_and_verify(shared_data, tmp_path, prepare, capsys):
     arguments = ("--shard-mb", "1", "--workers", "2", "--verify")
     assert prepare(shared_data / "mini_places365", tmp_path / "out", *arguments) == 0
@@ -153,6 +155,7 @@ def killed_three_times(tmp_path, count, workers, shard_mb):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.long
 def test_600_images_killed_three_times_give_the_bytes_of_an_unbroken_run(tmp_path, workers):
     killed_three_times(tmp_path, 600, workers, shard_mb=0.015)
 
@@ -162,6 +165,7 @@ def test_20000_images_killed_three_times_give_the_bytes_of_an_unbroken_run(tmp_p
     killed_three_times(tmp_path, 20_000, 2, shard_mb=0.5)
 
 
+@pytest.mark.long
 def test_a_finished_run_again_writes_nothing(val, tmp_path, prepare):
     prepare(val, tmp_path / "out", "--shard-mb", "0.02")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
@@ -170,6 +174,7 @@ def test_a_finished_run_again_writes_nothing(val, tmp_path, prepare):
 
 
 @pytest.mark.parametrize("lost", ["val-000001.tar", "val-000001.json", "val-000001.index.npy"])
+@pytest.mark.long
 def test_a_lost_or_cut_file_is_written_again(val, tmp_path, prepare, lost):
     prepare(val, tmp_path / "out", "--shard-mb", "0.02")
     before = shard_bytes(tmp_path / "out")
@@ -275,6 +280,7 @@ def broken(val):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.long
 def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys, workers):
     arguments = ("--shard-mb", "0.01", "--workers", workers, "--skip-broken")
     assert prepare(broken, tmp_path / "out", *arguments, "0") == 2
@@ -297,6 +303,7 @@ def test_tolerated_broken_images_are_left_out_and_recorded(broken, tmp_path, pre
     assert "truncated" in recorded["Places365_val_00000003.jpg"]
 
 
+@pytest.mark.long
 def test_restoring_a_broken_image_rewrites_its_shard_and_no_other(val, tmp_path, prepare):
     prepare(val, tmp_path / "good", "--shard-mb", "0.01")
     path = val / "val_256" / "Places365_val_00000003.jpg"

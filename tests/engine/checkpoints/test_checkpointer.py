@@ -21,6 +21,7 @@ def _run(folder, classes=3, seed=0):
     return model, optimizer, Checkpointer(model, str(folder), **parts)
 
 
+@pytest.mark.long
 def test_a_run_is_taken_up_with_all_its_state(tmp_path):
     model, optimizer, checkpointer = _run(tmp_path)
     for parameter in model.parameters():
@@ -41,6 +42,7 @@ def test_a_run_is_taken_up_with_all_its_state(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
 
 
+@pytest.mark.long
 def test_checkpoints_say_what_their_network_is(tmp_path):
     _, _, checkpointer = _run(tmp_path)
     checkpointer.save("model_final")
@@ -51,6 +53,7 @@ def test_checkpoints_say_what_their_network_is(tmp_path):
     assert source.detector
 
 
+@pytest.mark.long
 def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tmp_path):
     _run(tmp_path)[2].save("model_final")
     _, _, other = _run(tmp_path, classes=5)
@@ -60,12 +63,14 @@ def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tm
     assert len(other.report.initialised) == 4
 
 
+@pytest.mark.long
 def test_predicting_needs_a_file_of_the_whole_model(tmp_path):
     path = save(peer("timm", "seresnet18"), tmp_path / "backbone.pth")
     with pytest.raises(UserError, match="missing from the file"):
         Checkpointer(detector("se_resnet18")).load(str(path))
 
 
+@pytest.mark.long
 def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     model = create_classifier("resnet18", 10)
@@ -75,6 +80,7 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
     assert set(checkpointer.report.initialised) == {"linear.weight", "linear.bias"}
 
 
+@pytest.mark.long
 def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
     """Check a case in which Detectron2's checkpointer would continue with random weights."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
@@ -88,6 +94,7 @@ def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_pa
     assert not checkpointer.report.initialised
 
 
+@pytest.mark.long
 def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
     model, _, checkpointer = _run(tmp_path)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")

@@ -34,6 +34,7 @@ def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tre
             assert row["class"] == loaded.classes[row["label"]]
 
 
+@pytest.mark.long
 def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
     train()
     line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
@@ -46,6 +47,7 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
     assert last.endswith("predictions.json")
 
 
+@pytest.mark.long
 def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
     train()
     (tmp_path / "broken.jpg").write_bytes(b"no picture")

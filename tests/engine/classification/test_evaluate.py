@@ -229,6 +229,7 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path, run_pytho
     assert done.stderr.strip().splitlines()[-1].startswith("error: The weight file")
 
 
+@pytest.mark.long
 def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_path):
     data = copy_of(places["lists and folder"], tmp_path / "copy")
     words = ["--model", "resnet18", "--weights", weights, "--data", data, *SMALL]
@@ -241,6 +242,7 @@ def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_p
         evaluate(*words)
 
 
+@pytest.mark.long
 def test_an_image_that_cannot_be_decoded_is_named(weights, places, tmp_path):
     data = copy_of(places["lists and folder"], tmp_path / "copy")
     image = data / "val_256" / "Places365_val_00000007.jpg"
@@ -272,6 +274,7 @@ def test_the_time_that_a_model_waits_for_images_is_told(tree):
     assert shares[Slow] > shares[EvalTransform]
 
 
+@pytest.mark.long
 def test_a_model_of_other_classes_is_refused(weights, tree):
     with pytest.raises(UserError, match=r"(?s)linear.*365.*4"):
         evaluate("--model", "resnet18", "--weights", weights, "--data", tree, *SMALL)
@@ -309,6 +312,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
         (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),
     ],
 )
+@pytest.mark.long
 def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path):
     save_weights(create_classifier("resnet18", 4), tmp_path / "w.pth")
     words = [word.format(weights=tmp_path / "w.pth") for word in words]
@@ -316,6 +320,7 @@ def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path
         evaluate(*words)
 
 
+@pytest.mark.long
 def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
     save_weights(create_classifier("resnet18", 4), tmp_path / "own.safetensors")
     words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]

@@ -57,6 +57,7 @@ def own_weights(tmp_path) -> str:
     return str(tmp_path / "weights" / "own.pth")
 
 
+@pytest.mark.long
 def test_a_resumed_run_reads_its_checkpoint_once(trained, command, reads):
     args = command("--resume", **{"SOLVER.MAX_ITER": "3"})
     final = trained / "model_final.pth"
@@ -71,12 +72,14 @@ def test_a_resumed_run_reads_its_checkpoint_once(trained, command, reads):
     assert found == {"tensors": 1, "state": 1, "sha256": 1}
 
 
+@pytest.mark.long
 def test_an_evaluation_of_a_run_reads_its_checkpoint_once(trained, command, reads):
     run(command("--eval-only", "--resume"))
     assert reads["tensors", "model_final.pth"] == 1
     assert reads["sha256", "model_final.pth"] == 1
 
 
+@pytest.mark.long
 def test_initial_weights_are_read_once(command, own_weights, reads):
     keys = {"MODEL.BACKBONE.ARCH": "se_resnet18", "MODEL.RESNETS.NORM": "FrozenBN"}
     run(command(**keys, **{"MODEL.WEIGHTS": own_weights}))
@@ -84,6 +87,7 @@ def test_initial_weights_are_read_once(command, own_weights, reads):
 
 
 @pytest.mark.parametrize("words", [[], ["--model", "se_resnet18"]])
+@pytest.mark.long
 def test_an_evaluation_of_a_file_reads_it_once(own_weights, tree, reads, words):
     size = ["--resize", "36", "--crop", "32", "--workers", "0", "--quiet"]
     words = ["--weights", own_weights, "--data", str(tree), *words, *size]
@@ -91,6 +95,7 @@ def test_an_evaluation_of_a_file_reads_it_once(own_weights, tree, reads, words):
     assert reads["tensors", "own.pth"] == 1
 
 
+@pytest.mark.long
 def test_prediction_and_analysis_read_a_checkpoint_once(trained, tree, tmp_path, reads):
     weights = ["--weights", str(trained / "model_final.pth"), "--quiet"]
     out = ["--output", str(tmp_path / "out")]
@@ -101,11 +106,13 @@ def test_prediction_and_analysis_read_a_checkpoint_once(trained, tree, tmp_path,
     assert reads["tensors", "model_final.pth"] == 2
 
 
+@pytest.mark.long
 def test_creating_a_model_reads_its_file_once(own_weights, reads):
     create_classifier("se_resnet18", 4, weights=own_weights)
     assert reads["tensors", "own.pth"] == 1
 
 
+@pytest.mark.long
 def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
     path = str(save(peer("torchvision", "resnet50", seed=1), tmp_path / "r50.pth"))
     options = {"weights": path, "family": "torchvision_v2"}
@@ -123,6 +130,7 @@ def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
     assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "RGB")
 
 
+@pytest.mark.long
 def test_a_file_alone_says_what_its_network_is(tmp_path):
     model = create_classifier("se_resnet18", 5, se_ratio=8, se_stages=(3, 4), stem_pool="ceil")
     model.backbone.preprocessing = Preprocessing(format="BGR", resize=36, crop=32)
@@ -134,6 +142,7 @@ def test_a_file_alone_says_what_its_network_is(tmp_path):
         assert torch.equal(loaded.model(x), model.eval()(x))
 
 
+@pytest.mark.long
 def test_the_family_of_initial_weights_is_not_that_of_the_checkpoint(train, tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     keys = {

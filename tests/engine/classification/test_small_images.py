@@ -91,6 +91,7 @@ def test_a_step_sees_the_batch_normalised_with_squares_cut_out(small, command):
         torch.testing.assert_close(image, original)
 
 
+@pytest.mark.long
 def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
     trainer = train(**small)
     weights = root / "straight" / "model_final.pth"

@@ -29,7 +29,7 @@ EVERYTHING = {
     "SOLVER.LR_SCHEDULER_NAME": "WarmupPlateauLR",
     "SOLVER.PLATEAU.PATIENCE": "0",
     "SOLVER.FROZEN_BN_ITERS": "2",
-    "TEST.EVAL_PERIOD": "1",
+    "TEST.EVAL_PERIOD": "2",
 }
 
 
@@ -128,6 +128,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     assert saved(run, "model_best.pth")["value"] >= 0
 
 
+@pytest.mark.long
 def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeypatch):
     trainer = Trainer(setup(command(**{"SOLVER.MAX_ITER": "5", "TEST.EVAL_PERIOD": "1"})))
     errors = iter([50.0, 30.0, 40.0, math.nan, 35.0])
@@ -142,6 +143,7 @@ def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeyp
     assert not report.initialised
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
     train, tree, tmp_path, run_python
 ):
@@ -170,6 +172,7 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
         assert results[f"classification/{key}"] == value
 
 
+@pytest.mark.long
 def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_path, caplog):
     train()
     smaller = tmp_path / "smaller"
@@ -256,6 +259,7 @@ def test_data_is_found_below_the_root_of_all_data(command, tree, monkeypatch):
     assert cfg.DATASETS.CLASSES == ["blue", "green", "nested/blue", "red"]
 
 
+@pytest.mark.long
 def test_class_aware_sampling_and_epochs_train(train, tmp_path):
     keys = {"DATALOADER.SAMPLER_TRAIN": "ClassAwareSampler", "SOLVER.EPOCHS": "0.5"}
     keys |= {"SOLVER.MAX_ITER": "40000", "SOLVER.STEPS": "(30000,)"}
@@ -293,7 +297,6 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(
         "MODEL.WEIGHTS": str(start / "model_final.pth"),
         "SOLVER.IMS_PER_BATCH": "24",
         "SOLVER.MAX_ITER": "3",
-        "TEST.EVAL_PERIOD": "1",
     }
     found = []
     for processes in ("1", "2"):

@@ -95,6 +95,7 @@ def test_all_networks_of_the_paper_are_registered():
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+@pytest.mark.long
 def test_parameters_are_those_of_the_released_networks(name, parameters):
     with torch.device("meta"):
         assert count(create_classifier(name)) == parameters
@@ -112,6 +113,7 @@ def has_gates(block: torch.nn.Module) -> bool:
 @pytest.mark.parametrize(
     "name", [name for name in list_models("se_*") if is_residual(name) or is_cifar(name)]
 )
+@pytest.mark.long
 def test_se_adds_what_the_formula_says(name):
     """Compare with 2/r times the sum of squared widths (equation 5) plus the biases."""
     backbone, plain = structure(name), structure(name.removeprefix("se_"))
@@ -126,6 +128,7 @@ def test_se_adds_what_the_formula_says(name):
 
 
 @every_se_model
+@pytest.mark.long
 def test_every_gate_is_of_the_variant_asked_for(name):
     options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
     backbone = structure(name, **{f"se_{key}": value for key, value in options.items()})
@@ -138,6 +141,7 @@ def test_every_gate_is_of_the_variant_asked_for(name):
 
 
 @every_model
+@pytest.mark.long
 def test_features_have_the_shapes_that_are_declared(name):
     stages = stages_of(name)
     backbone = create_backbone(name, out_features=stages, **aligned(name)).eval()
@@ -179,6 +183,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @every_model
+@pytest.mark.long
 def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
     backbone = with_all_stages(name, freeze_at=3)
     for stage in ("stem", "res2", "res3"):
@@ -286,6 +291,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
 
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
 @every_model
+@pytest.mark.long
 def test_the_norm_is_the_one_asked_for(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):

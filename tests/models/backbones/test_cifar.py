@@ -110,6 +110,7 @@ def gate_parameters(channels: int, ratio: int = 16, bias: bool = True) -> int:
         ("shake_even29_2x4x64d", {"se_placement": "3x3"}, [256, 512, 1024] * 6),
     ],
 )
+@pytest.mark.long
 def test_se_adds_the_gates_of_its_placement_exactly(name, options, gates):
     with torch.device("meta"):
         added = count(create_backbone(f"se_{name}", **options)) - count(create_backbone(name))
@@ -322,6 +323,7 @@ def test_what_is_no_name_of_a_family_is_not_known(name):
         create_backbone(name)
 
 
+@pytest.mark.long
 def test_preprocessing_is_the_data_sets():
     assert create_backbone("se_cifar_resnet20").preprocessing == CIFAR10
     assert create_backbone("shake_even29_2x4x64d").preprocessing == CIFAR100
@@ -341,6 +343,7 @@ def config(**keys: object) -> CfgNode:
     ("arch", "placement"),
     [("cifar_resnet20", "pre"), ("wrn16_8", "post"), ("shake_shake26_2x96d", "mixture")],
 )
+@pytest.mark.long
 def test_a_config_builds_the_same_network(arch, placement):
     keys = {"MODEL.BACKBONE.ARCH": arch, "MODEL.SE.ENABLED": True}
     keys |= {"MODEL.SE.PLACEMENT": placement, "MODEL.SE.RATIO": 8}

@@ -138,6 +138,7 @@ def test_the_stem_pool_ends_as_asked(pool, side):
     torch.testing.assert_close(stem(x), expected)
 
 
+@pytest.mark.long
 def test_the_two_stem_pools_have_one_shape_and_other_values():
     pad, ceil = (randomise(create_backbone("resnet18", stem_pool=p)) for p in ("pad", "ceil"))
     x = torch.randn(1, 3, 64, 64)
@@ -171,6 +172,7 @@ def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.long
 def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
     """Check that fine-tuning from the weights of a plain ResNet starts close to its features."""
     plain = randomise(create_backbone(name, out_features=STAGES))
@@ -190,6 +192,7 @@ def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
 
 
 @pytest.mark.parametrize("stages", [(2,), (3,), (4, 5)])
+@pytest.mark.long
 def test_se_sits_in_the_stages_asked_for_alone(stages):
     backbone = create_backbone("se_resnet50", se_stages=stages, out_features=STAGES)
     found = {int(key[3]) for key, _ in backbone.named_parameters() if ".se." in key}

@@ -53,6 +53,7 @@ def classifier_on(backbone: nn.Module, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.long
 def test_parameters_are_the_published_networks(name):
     with torch.device("meta"):
         backbone = create_backbone(name)
@@ -68,6 +69,7 @@ def test_parameters_are_those_of_the_papers_table(name):
 
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("options", [{}, {"se_ratio": 8, "se_bias": False}], ids=["r16", "r8"])
+@pytest.mark.long
 def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
     with torch.device("meta"):
         plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
@@ -298,6 +300,7 @@ def test_padding_changes_only_values_near_the_border():
 
 @pytest.mark.parametrize("side", [75, 97])
 @pytest.mark.parametrize("name", ["vgg16_bn", "bn_inception", "mobilenet", "shufflenet_g3"])
+@pytest.mark.long
 def test_images_of_odd_sides_are_taken(name, side):
     backbone = create_backbone(name).eval()
     with torch.no_grad():

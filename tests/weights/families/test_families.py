@@ -69,6 +69,7 @@ def test_places365_of_csail(depth, tmp_path):
     check_peer(model, None, path, f"resnet{depth}", "places365", num_classes=365)
 
 
+@pytest.mark.long
 def test_a_file_of_python_2_without_counters(tmp_path):
     # The Places files were saved by Python 2 and a torch without num_batches_tracked.
     model = randomise(published.PlainClassifier(18, classes=365))
@@ -128,6 +129,7 @@ def test_torchvision_weights_converted_by_detectron2(tmp_path):
     assert backbone.preprocessing.format == "RGB"
 
 
+@pytest.mark.long
 def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplog):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     caplog.set_level("INFO", "senet_transfer")
@@ -144,6 +146,7 @@ def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplo
     assert timm.preprocessing.interpolation == "bicubic"
 
 
+@pytest.mark.long
 def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     with pytest.raises(UserError, match="does not belong to the family cadene.*torchvision_v1"):
@@ -160,6 +163,7 @@ def test_a_network_of_no_known_family_is_refused(tmp_path):
         load_weights(create_backbone("resnet18"), path)
 
 
+@pytest.mark.long
 def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
     # timm's SE-ResNet-18 has 8 hidden units in res2, where C / 16 is 4.
     path = save(peer("timm", "seresnet18"), tmp_path / "timm.pth")

@@ -124,6 +124,7 @@ def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_p
     assert all(math.isfinite(loss) for loss in losses.values()), losses
 
 
+@pytest.mark.long
 def test_what_changes_is_logged_as_a_table(tmp_path, caplog):
     caplog.set_level("INFO", "senet_transfer")
     cfg = config("resnet18")
@@ -135,6 +136,7 @@ def test_what_changes_is_logged_as_a_table(tmp_path, caplog):
         assert word in table
 
 
+@pytest.mark.long
 def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path):
     cfg = config("resnet18")
     cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))

@@ -25,14 +25,15 @@ PEERS = [
     ("timm", "seresnet18", "se_resnet18", "timm"),
     ("timm", "seresnet50", "se_resnet50", "timm"),
     ("timm", "seresnext50_32x4d", "se_resnext50_32x4d", "timm"),
-    ("timm", "resnet50", "resnet50", "torchvision_v1"),
     ("torchvision", "resnet18", "resnet18", "torchvision_v1"),
     ("torchvision", "resnet50", "resnet50", "torchvision_v1"),
     ("torchvision", "resnext50_32x4d", "resnext50_32x4d", "torchvision_v1"),
     ("pretrainedmodels", "se_resnet50", "se_resnet50", "cadene"),
-    ("pretrainedmodels", "se_resnext50_32x4d", "se_resnext50_32x4d", "cadene"),
 ]
+# Deeper networks of the same blocks, and networks with the same tensors as those above.
 SLOW_PEERS = [
+    ("timm", "resnet50", "resnet50", "torchvision_v1"),
+    ("pretrainedmodels", "se_resnext50_32x4d", "se_resnext50_32x4d", "cadene"),
     ("timm", "legacy_seresnet34", "se_resnet34", "timm_legacy"),
     ("timm", "legacy_seresnet101", "se_resnet101", "cadene"),
     ("timm", "legacy_seresnet152", "se_resnet152", "cadene"),
@@ -82,13 +83,15 @@ def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours,
     check_traps(ours, created, expected, path)
 
 
+@pytest.mark.long
 def test_the_same_network_under_another_name_is_refused(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
-    with pytest.raises(UserError, match="The file is resnet18, the model is resnet34"):
+    with pytest.raises(UserError, match="The file contains resnet18, but the model is resnet34"):
         create_classifier("resnet34", weights=path)
 
 
 @pytest.mark.parametrize("name", ["resnet50d", "seresnet50t", "ecaresnet50t", "seresnext26d_32x4d"])
+@pytest.mark.long
 def test_networks_of_timm_that_are_not_here_are_refused_by_what_differs(name, tmp_path):
     path = save(peer("timm", name), tmp_path / "other.pth")
     with pytest.raises(UserError, match="an unsupported network|does not fit") as error:
@@ -96,6 +99,7 @@ def test_networks_of_timm_that_are_not_here_are_refused_by_what_differs(name, tm
     assert "average" in str(error.value) or "ECA" in str(error.value)
 
 
+@pytest.mark.long
 def test_half_precision_and_safetensors_files_load(tmp_path):
     from safetensors.torch import save_file
 

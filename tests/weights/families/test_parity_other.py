@@ -48,6 +48,7 @@ def outputs(model: nn.Module, stages: list[nn.Module], x: torch.Tensor) -> dict:
 
 
 @pytest.mark.parametrize("package", ["timm", pytest.param("pretrainedmodels", marks=slow)])
+@pytest.mark.long
 def test_inception_resnet(package, tmp_path):
     model, stages = inception(package)
     path = save(model, tmp_path / "peer.pth")
@@ -61,6 +62,7 @@ def test_inception_resnet(package, tmp_path):
     assert created.preprocessing == (timms if package == "timm" else GOOGLE)
 
 
+@pytest.mark.long
 def test_bn_inception_whose_convolutions_have_biases(tmp_path):
     model = peer("pretrainedmodels", "bninception")
     model.global_pool = nn.AdaptiveAvgPool2d(1)
@@ -75,7 +77,7 @@ def test_bn_inception_whose_convolutions_have_biases(tmp_path):
     assert (pixels.format, pixels.mean, pixels.std) == ("BGR", (104.0, 117.0, 128.0), (1.0,) * 3)
     assert (pixels.resize, pixels.crop) == (256, 224)
 
-    with pytest.raises(UserError, match="The file is bn_inception, the model is resnet18"):
+    with pytest.raises(UserError, match="contains bn_inception, but the model is resnet18"):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
@@ -100,6 +102,7 @@ def test_vgg_with_its_hidden_layers(tmp_path):
     + [pytest.param("se_inception_resnet_v2", marks=slow)],
 )
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "saved"])
+@pytest.mark.long
 def test_this_projects_own_files_come_back(name, bare, tmp_path):
     backbone = randomise(create_backbone(name, out_features=["res4"]))
     path = tmp_path / "own.pth"
@@ -111,10 +114,11 @@ def test_this_projects_own_files_come_back(name, bare, tmp_path):
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
     other = "se_resnet18" if name.startswith("se_") else "resnet18"
-    with pytest.raises(UserError, match=rf"The file is {name}, the model is {other}"):
+    with pytest.raises(UserError, match=rf"The file contains {name}, but the model is {other}"):
         load_and_expect_no_change(create_backbone(other), path)
 
 
+@pytest.mark.long
 def test_the_authors_bn_inception_is_converted_with_a_check(tmp_path):
     net = se_bn_inception(classes=10)
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
@@ -147,6 +151,7 @@ def test_the_published_class_of_the_background_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["vgg13_bn", "vgg16"])
+@pytest.mark.long
 def test_other_networks_of_the_same_names_are_refused(other, tmp_path):
     model = getattr(pytest.importorskip("torchvision").models, other)(init_weights=False)
     file = {f"features.{key}": value for key, value in model.features.state_dict().items()}

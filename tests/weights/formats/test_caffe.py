@@ -270,6 +270,7 @@ def _layers_of(folder, data: bytes) -> list[CaffeLayer]:
     return read_caffemodel(folder / "whole.caffemodel")[1]
 
 
+@pytest.mark.long
 def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the_rest(tmp_path):
     data = _se_net().caffemodel()
     whole = len(_layers_of(tmp_path, data))

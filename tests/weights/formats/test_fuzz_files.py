@@ -260,6 +260,7 @@ def _retype(tensors: dict, rng: np.random.Generator) -> dict:
 @pytest.mark.parametrize("count", [20, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", [_rename, _reshape, _drop, _retype])
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "caffemodel"])
+@pytest.mark.long
 def test_a_whole_file_loads_as_it_says(name, change, count, tmp_path):
     for seed in range(count):
         expected = change(_tensors(), np.random.default_rng(seed))

@@ -108,6 +108,7 @@ def published(tmp_path, monkeypatch):
         yield site
 
 
+@pytest.mark.long
 def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_path):
     name = "timm_legacy/test"
     backbone = create_backbone("se_resnet18", weights=name)
@@ -130,6 +131,7 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
     assert resolve(name) == Path(torch.hub.get_dir()) / "checkpoints" / CATALOGUE[name].file
 
 
+@pytest.mark.long
 def test_what_the_user_says_of_the_family_counts(published):
     with pytest.raises(UserError, match="does not belong to the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
@@ -137,6 +139,7 @@ def test_what_the_user_says_of_the_family_counts(published):
     assert backbone.weights_source["family"] == "timm_legacy"
 
 
+@pytest.mark.long
 def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(published):
     entry = CATALOGUE["timm_legacy/test"]
     path = resolve(entry.name)
@@ -148,6 +151,7 @@ def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(publ
     assert len(published.asked) == 1
 
 
+@pytest.mark.long
 def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm_legacy").mkdir()
@@ -172,7 +176,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name):
 def test_a_misspelt_publisher_is_answered_like_a_missing_file():
     cfg = get_senet_config()
     cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
-    with pytest.raises(UserError, match="no such file.*a similar name: cadene/se_resnet50"):
+    with pytest.raises(UserError, match="does not exist.*a similar name: cadene/se_resnet50"):
         check_run(cfg, eval_only=False, resume=False)
     with pytest.raises(
         UserError, match="weight file .*does not exist.*in the catalogue: .*cadene/se_resnet50"
@@ -193,6 +197,7 @@ def test_what_has_to_be_fetched_by_hand_says_from_where_and_to_where(name, tmp_p
     assert resolve(name) == entry.path
 
 
+@pytest.mark.long
 def test_a_cached_file_is_hashed_once_as_long_as_it_stays(published, monkeypatch):
     hashed = []
     monkeypatch.setattr(catalogue, "check_sha256", lambda path, sha256: hashed.append(path))

@@ -41,6 +41,7 @@ def test_a_file_comes_whole_and_once(site, tmp_path):
     assert len(site.asked) == 1
 
 
+@pytest.mark.long
 def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capfd):
     url = site.add("a.pth", BODY)
     # Forked, so that the modules need not be imported again.
