@@ -74,13 +74,15 @@ def _report() -> Iterator[None]:
         print(f"worst error of {name} in {dtype}: {error:.1e} ({case})")
 
 
-def test_the_kernels_in_the_interpreter():
+@pytest.mark.long
+@pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_in_the_interpreter(tests):
     if INTERPRETED:
         pytest.skip("this process runs the kernels in the interpreter already")
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    words = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-n0"]
+    words = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", tests, "-n0"]
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     done = subprocess.run(
         [sys.executable, *words, __file__],
@@ -961,6 +963,7 @@ def test_another_value_is_an_error(value):
         set_fused(nn.Identity(), value)
 
 
+@pytest.mark.long
 def test_importing_the_package_imports_no_kernel():
     code = (
         "import sys, senet_transfer.models; "
