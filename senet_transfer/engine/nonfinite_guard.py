@@ -120,8 +120,9 @@ class StepGuard:
         Raises:
             UserError: In all processes, if any process passes a UserError.
         """
-        mistake = str(error) if isinstance(error, UserError) else ""
-        fault = str(error) if isinstance(error, FloatingPointError) else ""
+        message = str(error) or repr(error)
+        mistake = message if isinstance(error, UserError) else ""
+        fault = message if isinstance(error, FloatingPointError) else ""
         flags = [error is not None, signals.requested()]
         if comm.get_world_size() > 1:
             shared = torch.tensor(flags, dtype=torch.uint8)
