@@ -1,0 +1,1 @@
+"""Fused Triton kernels for norm, SE gate, sum and ReLU of residual blocks on a GPU."""
