@@ -133,6 +133,9 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # True or False: allow TF32 in products and convolutions of float32 on a GPU, or not. "auto":
     # allow it. None: PyTorch's defaults, which allow it in convolutions only.
     cfg.SOLVER.TF32 = None
+    # "default": compile the network for training and evaluation with torch.compile: a classifier as
+    # a whole, the backbone of a detector. Checkpoints are the same as with "none".
+    cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
     cfg.SOLVER.MICRO_BATCHES = 1

@@ -17,7 +17,7 @@ from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.models.build import backbone_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
@@ -161,6 +161,7 @@ def _check_norms(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
+    check_choice("SOLVER.COMPILE", cfg.SOLVER.COMPILE, ("none", "default"))
     check_epochs(cfg)
     if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
         raise UserError(

@@ -90,6 +90,9 @@ class Trainer(DefaultTrainer):
         with config_errors("data loader"):
             data_loader = self.build_train_loader(cfg, self.step_seed.seed)
         self._device = next(model.parameters()).device
+        if cfg.SOLVER.COMPILE == "default":
+            # In contrast to torch.compile(model), this keeps the model and its tensors' names.
+            (model if is_classification(cfg) else model.backbone).compile()
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
