@@ -186,7 +186,8 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("copypaste:")
+    message = record.getMessage()
+    return not message.startswith("copypaste:") and not message.endswith("in csv format:")
 
 
 def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:

@@ -103,11 +103,13 @@ def test_results_for_spreadsheets_are_written_to_the_log_and_not_to_the_terminal
     command, tmp_path, capsys
 ):
     setup(command())
+    logging.getLogger("detectron2.engine.defaults").info("Evaluation results for x in csv format:")
     logging.getLogger("detectron2.evaluation.testing").info("copypaste: AP,AP50")
     logging.getLogger("detectron2.evaluation.testing").info("Evaluation results")
     said = capsys.readouterr().out
     assert "Evaluation results" in said
     assert "copypaste" not in said
+    assert "csv" not in said
     assert "copypaste: AP,AP50" in (tmp_path / "run" / "log.txt").read_text()
 
 
