@@ -1,6 +1,6 @@
 """Run `pip install` with its output in a log file, and print its progress instead.
 
-    python tools/pip_progress.py --log LOG -- -c constraints.txt --editable .
+    python tools/pip_progress.py --log LOG --constraints constraints.txt -- --editable .
 
 `make setup` calls this, before anything is installed: it needs only the standard library. On a
 terminal, one line is updated in place. Otherwise, one line is printed at the start of each step.

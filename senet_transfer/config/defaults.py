@@ -29,15 +29,15 @@ def config_value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-# Keys that accept "auto" as well as True and False. A run replaces "auto" when it starts, except in
-# MODEL.SE.FUSED, which follows the device.
+# Keys whose value "auto" a run replaces by True or False when it starts.
 AUTO_KEYS = (
-    "MODEL.SE.FUSED",
     "SOLVER.AMP.ENABLED",
     "SOLVER.TF32",
     "MODEL.CLASSIFIER.CHANNELS_LAST",
     "CUDNN_BENCHMARK",
 )
+# All keys that accept "auto" as well as True and False.
+ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED")
 
 
 def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:

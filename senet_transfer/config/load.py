@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from senet_transfer.config.defaults import (
-    AUTO_KEYS,
+    ACCEPT_AUTO,
     config_items,
     config_value,
     get_senet_config,
@@ -66,12 +66,12 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
-    """Accept "auto" for the keys in ``AUTO_KEYS`` that yacs otherwise restricts to True and False.
+    """Accept "auto" for the keys in ``ACCEPT_AUTO``, whose type yacs would otherwise check.
 
     Raises:
         ValueError: If one of these keys is set to another value.
     """
-    before = {key: config_value(cfg, key) for key in AUTO_KEYS}
+    before = {key: config_value(cfg, key) for key in ACCEPT_AUTO}
     for key in before:
         set_config_value(cfg, key, None)  # yacs accepts any type for a value of None
     yield

@@ -32,7 +32,7 @@ LAYOUTS = {
 HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
 GATES = {"ACT": "sigmoid", "BIAS": True}
 
-# Name of a kernel, arguments that are None, and constants.
+# Name of a kernel, names of absent arguments, and constants.
 TILED = [
     ("moments", "shortcut gate sum", {"SUM": False, "GATE": False, "MEAN": True, "SQUARE": True}),
     ("moments", "", {"SUM": True, "GATE": True, "MEAN": True, "SQUARE": True}),
@@ -97,7 +97,7 @@ def compile_kernel(name: str, missing: str, constants: dict, warps: int, maps: s
 
     Args:
         name: the kernel's name.
-        missing: names of the pointers that are None, without ``_ptr``.
+        missing: names of absent pointers, without ``_ptr``.
         constants: values of its constants except ACC.
         warps: number of warps of a program.
         maps: Triton's name of the dtype of the feature maps.

@@ -82,7 +82,7 @@ def test_the_kernels_in_the_interpreter(tests):
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    words = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", tests, "-n0"]
+    words = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "-m", tests, "-n0"]
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     done = subprocess.run(
         [sys.executable, *words, __file__],

@@ -146,7 +146,7 @@ def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
 
 @pytest.mark.parametrize("value", ["never", "1", "'True'"])
 def test_another_value_of_fused_is_refused(value):
-    with pytest.raises(UserError, match="MODEL.SE.FUSED is .*expected 'auto', True or False"):
+    with pytest.raises(UserError, match="MODEL.SE.FUSED is .*expected True, False or auto"):
         load_config("", ["MODEL.SE.FUSED", value])
 
 
