@@ -60,6 +60,7 @@ def test_a_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
         assert set(found.namelist()) == set(expected.namelist())
 
 
+@pytest.mark.long
 def test_the_version_is_stated_once_and_used_by_every_package(wheel):
     version = senet_transfer.__version__
     assert wheel.name.startswith(f"senet_transfer-{version}-")

@@ -121,6 +121,7 @@ def test_every_part_has_a_place_in_the_architecture():
     assert {part(name) for name in MODULES} - {"", "_moved"} == set(RANK)
 
 
+@pytest.mark.long
 def test_no_modules_import_each_other_in_a_circle():
     edges = {name: imports(name, when_loaded=True) for name in MODULES}
     assert circles(edges) == []

@@ -41,6 +41,7 @@ def test_every_variant_differs_in_one_key(variants):
     assert {variant.axis for variant in others} == set(PAPER)
 
 
+@pytest.mark.long
 def test_what_makes_no_sense_says_why_and_what_is_there_is_not_repeated(variants):
     refused = {(v.axis, v.value) for v in variants if v.refused}
     assert refused == {("ratio", "32"), ("placement", "3x3")}

@@ -111,6 +111,7 @@ def test_written_images_are_the_rendered_ones_but_for_jpeg(data_set, rendered):
 
 
 @pytest.mark.parametrize("split", SHAPE_SPLITS)
+@pytest.mark.long
 def test_pycocotools_loads_every_split(data_set, split):
     coco = COCO(annotation_file(data_set, split))
     assert len(coco.imgs) == COUNTS[split]
@@ -138,6 +139,7 @@ def test_detectron2_loads_every_split_with_its_polygons(data_set, split):
 # Annotations.
 
 
+@pytest.mark.long
 def test_boxes_and_areas_are_those_of_the_visible_masks(data_set, rendered):
     coco = COCO(annotation_file(data_set, "train"))
     for index, (_, objects) in rendered.items():

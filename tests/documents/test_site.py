@@ -30,6 +30,7 @@ def test_every_document_is_a_page(site):
     assert pages <= {path.stem for path in site.glob("*.html")}
 
 
+@pytest.mark.long
 def test_every_local_link_of_a_page_leads_to_a_file(site):
     for page in site.glob("*.html"):
         if page.name == "404.html":

@@ -113,6 +113,7 @@ def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **option
         ("loss", (0, 21, 23)),
     ],
 )
+@pytest.mark.long
 def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind, bad):
     options = {"dtype": dtype, "optimizer": optimizer, "max_skips": 2}
     expected = train(Net(bad, kind), 1, tmp_path / "immediate", **options)

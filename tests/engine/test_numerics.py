@@ -82,6 +82,7 @@ def test_other_values_than_auto_true_and_false_are_refused(key, tmp_path):
         assert config_value(load_config(str(file)), key) == expected
 
 
+@pytest.mark.long
 def test_a_run_saves_its_settings_and_prints_them_in_a_line(command, tmp_path, caplog):
     options = dict(zip(AUTO[::2], AUTO[1::2], strict=True))
     with caplog.at_level("INFO", "detectron2"):

@@ -108,6 +108,7 @@ def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
     assert 5 < expected["bbox"]["AP"] < 95
 
 
+@pytest.mark.long
 def test_the_twelve_numbers_agree(truth, monkeypatch):
     """Compare all twelve COCO metrics; Detectron2 reports only six, without recall."""
     stats = []

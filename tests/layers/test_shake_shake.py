@@ -122,6 +122,7 @@ def test_a_network_trains_under_autocast(name):
     assert all(torch.isfinite(parameter.grad).all() for parameter in backbone.parameters())
 
 
+@pytest.mark.long
 def test_the_operator_compiles_in_training():
     mix = ShakeMix()
     a = torch.randn(4, 2, 3, 3, requires_grad=True)

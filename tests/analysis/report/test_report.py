@@ -308,6 +308,7 @@ def test_figures_of_gates_are_shown_where_they_were_drawn(tmp_path):
     assert "Excitations" not in page([plain], tmp_path).text
 
 
+@pytest.mark.long
 def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_path):
     folders = [
         detection_run(tmp_path / "<b>bold", data=HOSTILE),

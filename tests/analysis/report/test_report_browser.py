@@ -104,6 +104,7 @@ def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
     assert cards.first.locator("figure").count() == 2
 
 
+@pytest.mark.long
 def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compared):
     page = show(compared)
     gallery = page.locator("#confusions")

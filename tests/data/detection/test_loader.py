@@ -91,6 +91,7 @@ def test_what_is_drawn_elsewhere_is_not_disturbed():
     ("steps", "passes", "warned"),
     [(2000, "500 passes", False), (2001, "500 passes", True), (180000, "45000 passes", True)],
 )
+@pytest.mark.long
 def test_a_schedule_for_far_more_images_than_there_are_is_told(
     loader, caplog, steps, passes, warned
 ):

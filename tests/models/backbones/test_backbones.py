@@ -197,6 +197,7 @@ def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
 
 
 @every_se_model
+@pytest.mark.long
 def test_freezing_covers_the_gates(name):
     backbone = with_all_stages(name, freeze_at=3)
     frozen = {

@@ -101,6 +101,7 @@ def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("name", NEXT_TO_A_TORCH_MODEL)
+@pytest.mark.long
 def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zipped, tmp_path):
     path = tmp_path / "a.pth"
     torch.save(

@@ -65,6 +65,7 @@ def test_torchvision_states_the_same_addresses():
             assert CATALOGUE[name].url == weights[f"IMAGENET1K_{version.upper()}"].url
 
 
+@pytest.mark.long
 def test_timm_and_pretrainedmodels_state_the_same_files():
     timm_models = pytest.importorskip("timm").models
     names = {name: name.partition("/")[2] for name in list_catalogue("timm/*")}
