@@ -35,7 +35,7 @@ class Run:
         seconds: Total training time in seconds, including the time before the run was resumed.
             None if unknown.
         memory_mb: Peak memory in MB. None if unknown.
-        eta_seconds: Estimated remaining training time in seconds, as of the last logged iteration.
+        eta_seconds: Estimated remaining training time in seconds at the last logged iteration.
             None if unknown.
         command: Command line that started the run.
         environment: Description of the package versions and the machine.
