@@ -24,6 +24,7 @@ from senet_transfer.data.detection.dataset_checks import (
     check_datasets_on_disk,
     check_segmentations,
     dataset_classes,
+    warn_of_many_objects,
 )
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.resume import check_changes
@@ -256,6 +257,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
     classes = dataset_classes(names)
+    warn_of_many_objects(cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     if cfg.MODEL.MASK_ON:
         check_segmentations(names)
     trained = list(cfg.DATASETS.CLASSES)

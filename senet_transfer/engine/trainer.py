@@ -268,6 +268,9 @@ class Trainer(DefaultTrainer):
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            # The metrics of COCO are defined for at most 100 detections.
+            max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
         )
 
     @classmethod

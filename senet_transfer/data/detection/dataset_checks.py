@@ -1,6 +1,7 @@
 """Checks of a run's data sets before the run starts."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ OWN_DATA_COMMAND = """\
 # Keys in Detectron2's metadata that contain paths, for all types of data sets.
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
+
+logger = logging.getLogger(__name__)
 
 _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
@@ -99,6 +102,29 @@ def category_ids(name: str) -> list[int]:
     ids = sorted(found, key=found.get) if found else []
     classes = len(metadata.get("thing_classes", ()))
     return ids if len(ids) == classes else list(range(1, classes + 1))
+
+
+def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
+    """Log a warning for each data set in which an image has more objects than can be detected.
+
+    Args:
+        names: Names of the data sets to evaluate.
+        limit: Maximum number of detections per image.
+    """
+    for name in names:
+        dataset = registered_entry(name)
+        if not isinstance(dataset, CocoDataset) or dataset.summary is None:
+            continue
+        if dataset.summary.most_objects > limit:
+            logger.warning(
+                "'%s' has up to %d objects in an image, but at most %d are detected "
+                "(TEST.DETECTIONS_PER_IMAGE), so even a perfect detector has a low AP. Set "
+                "TEST.DETECTIONS_PER_IMAGE to %d or more. The metrics then use the same limit.",
+                name,
+                dataset.summary.most_objects,
+                limit,
+                dataset.summary.most_objects,
+            )
 
 
 def check_segmentations(names: Sequence[str]) -> None:
