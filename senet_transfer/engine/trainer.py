@@ -111,6 +111,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),
         )
         self.results: OrderedDict = OrderedDict()
@@ -335,7 +336,8 @@ class Trainer(DefaultTrainer):
 
     def _savers(self) -> list[HookBase]:
         cfg, savers = self.cfg, []
-        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR)
+        classes = cfg.DATASETS.CLASSES
+        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR, classes=classes)
         if cfg.TEST.BEST_METRIC:
             period, metric = cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC
             savers.append(hooks.BestModel(period, metric, checkpointer, self.average))

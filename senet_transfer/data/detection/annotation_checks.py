@@ -9,7 +9,7 @@ time that `json.load` takes.
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from senet_transfer.data.detection.json_file import read_json_object
@@ -34,6 +34,12 @@ class CocoSummary:
     num_without_segmentation: int = 0
     most_objects: int = 0  # in one image, without crowds
     warnings: list[str] = field(default_factory=list)
+
+    def order_classes(self, classes: Sequence[str]) -> None:
+        """Set the order of the classes, which must be the same classes as before."""
+        ids = {self.classes[index]: number for number, index in self.id_map.items()}
+        self.classes = list(classes)
+        self.id_map = {ids[name]: index for index, name in enumerate(classes)}
 
 
 def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = False) -> CocoSummary:

@@ -33,6 +33,8 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
             registered.
 
+    If a data set has the classes of the first in another order, it uses the order of the first.
+
     Returns:
         The class names in the order of the model outputs; empty if there are no data sets.
 
@@ -47,7 +49,7 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
     expected = _classes(first)
     for name in names[1:]:
         found = _classes(name)
-        if found == expected:
+        if found == expected or use_class_order([name], expected):
             continue
         index, pair = next(
             (i, pair) for i, pair in enumerate(zip_longest(expected, found)) if pair[0] != pair[1]
@@ -60,6 +62,23 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
             "by category id). Use the same `categories` in their annotation files."
         )
     return expected
+
+
+def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
+    """Use a given order of classes in data sets, which otherwise have that of the category ids.
+
+    Returns:
+        True on success. False if a data set has other classes or was not registered by this
+        project.
+    """
+    entries = [registered_entry(name) for name in names]
+    datasets = [entry for entry in entries if isinstance(entry, CocoDataset)]
+    same = [sorted(_classes(name)) == sorted(classes) for name in names]
+    if len(datasets) != len(names) or not all(same):
+        return False
+    for dataset in datasets:
+        dataset.order_classes(classes)
+    return True
 
 
 def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:

@@ -40,6 +40,7 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     found = find_model(config_file=config_file, weights=weights, options=options)
     if not found.cfg.DATASETS.CLASSES:
         _take_classes(found.cfg)
+    found = found.examined()
     if not found.cfg.DATASETS.CLASSES:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
