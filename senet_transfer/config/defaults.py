@@ -183,6 +183,14 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # Early stopping: training ends if TEST.BEST_METRIC has not improved for this number of
+    # evaluations. 0 disables it.
+    cfg.TEST.PATIENCE = 0
+    # If True, each evaluation also computes the losses on DATASETS.TEST, as validation/total_loss
+    # and, for detectors, its parts. A detector's are the training losses without augmentation and
+    # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
+    # label smoothing.
+    cfg.TEST.LOSS = False
 
 
 def _add_classification_config(cfg: CfgNode) -> None:
