@@ -33,6 +33,7 @@ def config_value(cfg: CfgNode, key: str) -> Any:
 AUTO_KEYS = (
     "SOLVER.AMP.ENABLED",
     "SOLVER.TF32",
+    "MODEL.CHANNELS_LAST",
     "MODEL.CLASSIFIER.CHANNELS_LAST",
     "CUDNN_BENCHMARK",
 )
@@ -99,6 +100,10 @@ def _add_model_config(cfg: CfgNode) -> None:
     # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
     # "auto" (on a GPU), True (an error on other devices) or False.
     cfg.MODEL.SE.FUSED = "auto"
+
+    # If True, a detector's feature maps and weights use the channels-last memory format, which is
+    # faster on tensor cores. MODEL.CLASSIFIER.CHANNELS_LAST is the same for classifiers.
+    cfg.MODEL.CHANNELS_LAST = False
 
     # The family of the file in MODEL.WEIGHTS (a key of `senet_transfer.weights.FAMILIES`). It is
     # required for a family that shares its tensor names with others, such as "torchvision_v2". If

@@ -35,7 +35,7 @@ from senet_transfer.engine import hooks, solver
 from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.numerics import settings
+from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -202,6 +202,11 @@ class Trainer(DefaultTrainer):
             # On a full disk, an OSError here would hide the error that ended the run.
             with contextlib.suppress(OSError):
                 writer.after_train()
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model from the config, in the config's memory format."""
+        return set_memory_format(cfg, super().build_model(cfg))
 
     @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
