@@ -26,6 +26,11 @@ from senet_transfer.data.detection.dataset_checks import (
     dataset_classes,
 )
 from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.output_folder import (
+    claim_output_folder,
+    drop_earlier_log,
+    log_size,
+)
 from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
@@ -54,6 +59,7 @@ class RunOptions:
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
         deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
+        overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
     """
 
     config_file: str = ""
@@ -63,6 +69,7 @@ class RunOptions:
     eval_only: bool = False
     deterministic: bool = False
     quiet: bool = False
+    overwrite: bool = False
 
 
 def setup(options: RunOptions) -> CfgNode:
@@ -119,16 +126,26 @@ def resumes(cfg: CfgNode, options: RunOptions) -> bool:
     """
     if options.resume or options.eval_only:
         return options.resume
-    counts = (os.environ.get(name, "") for name in _RESTARTS)
-    again = any(count.isdigit() and int(count) > 0 for count in counts)
     # The main process decides: on a shared file system, other processes may not see a new
     # checkpoint yet.
-    return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
+    return comm.all_gather(_restarted() and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
+
+
+def _restarted() -> bool:
+    """Return whether torchrun or SLURM has started this command again after a failure."""
+    counts = (os.environ.get(name, "") for name in _RESTARTS)
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def _prepare(options: RunOptions) -> CfgNode:
     eval_only = options.eval_only
+    if options.overwrite and (options.resume or eval_only):
+        raise UserError(
+            "--overwrite deletes an earlier run, so it can't be combined with "
+            f"{'--resume' if options.resume else '--eval-only'}. Remove one of the two."
+        )
     cfg = load_config(options.config_file, list(options.options))
+    logged = log_size(cfg.OUTPUT_DIR)
     logger = _start_logging(cfg, quiet=options.quiet)
     resume = resumes(cfg, options)
     if resume and not options.resume:
@@ -147,6 +164,10 @@ def _prepare(options: RunOptions) -> CfgNode:
     apply_file_geometry(cfg, resumed)
     if before:
         check_changes(cfg, before)
+    if not (resume or eval_only):
+        claim_output_folder(cfg, overwrite=options.overwrite, restarted=_restarted())
+        if options.overwrite and comm.is_main_process():
+            drop_earlier_log(cfg.OUTPUT_DIR, logged)
     return cfg
 
 
