@@ -150,7 +150,8 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
         help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
-        "DATASETS.TEST; can be repeated",
+        "DATASETS.TEST; can be repeated. If the config names no registered data, the first is "
+        "trained on and the second tested on",
     )
 
 
