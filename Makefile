@@ -38,7 +38,8 @@ demo-instant: OUT := output/demo_instant
 
 demo demo-instant: $(READY)
 	$(PY) datasets/prepare_shapes.py
-	$(PY) tools/train_net.py --config-file $(CONFIG) --num-gpus 1 OUTPUT_DIR $(OUT)
+	$(PY) tools/train_net.py --config-file $(CONFIG) --num-gpus 1 --overwrite \
+		OUTPUT_DIR $(OUT)
 	@$(PY) tools/predict.py --quiet --weights $(OUT)/model_final.pth --input datasets/shapes/val \
 		--output $(OUT)/predictions --limit 12 > /dev/null
 	@$(PY) tools/report.py $(OUT) --quiet > /dev/null

@@ -118,6 +118,10 @@ def _add_data_config(cfg: CfgNode) -> None:
     cfg.DATASETS.CLASSES = []
     # The ids of these classes in the data sets' JSON files. They are set at the start of a run.
     cfg.DATASETS.CATEGORY_IDS = []
+    # The class names of a semantic segmentation, in the order of the label values, and the names of
+    # the keypoints. They are read from the data sets at the start of a run.
+    cfg.DATASETS.STUFF_CLASSES = []
+    cfg.DATASETS.KEYPOINTS = []
 
 
 def _add_solver_config(cfg: CfgNode) -> None:

@@ -69,6 +69,15 @@ def _instant(words: list[str]) -> list[str]:
     return words
 
 
+def _overwriting(words: list[str]) -> list[str]:
+    """Let a command train in a folder in which another command of the sandbox has trained."""
+    flags = {"--resume", "--eval-only", "--overwrite"}
+    if not {"tools/train_net.py", "senet-train"} & set(words) or flags & set(words):
+        return words
+    place = words.index("--config-file")
+    return [*words[:place], "--overwrite", *words[place:]]
+
+
 def _published(words: list[str]) -> list[str]:
     return [
         f"published/{load_catalogue()[word].file}"
@@ -80,6 +89,7 @@ def _published(words: list[str]) -> list[str]:
 
 RULES = (
     Rule("a recipe's smoke-test config takes seconds", _instant),
+    Rule("the commands of a document train in the same folder", _overwriting),
     Rule("one core can run one process",
          _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
     Rule("one seed takes the same path as all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
