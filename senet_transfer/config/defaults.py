@@ -138,7 +138,9 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # allow it. None: PyTorch's defaults, which allow it in convolutions only.
     cfg.SOLVER.TF32 = None
     # "default": compile the network for training and evaluation with torch.compile: a classifier as
-    # a whole, the backbone of a detector. Checkpoints are the same as with "none".
+    # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
+    # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
+    # whole. It needs a single process on a GPU. Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.

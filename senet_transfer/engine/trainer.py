@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
@@ -31,6 +32,7 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.numerics import settings
@@ -103,6 +105,7 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
             reads_after=partial(_reads_after, cfg) if self._device.type in _ASYNCHRONOUS else None,
+            graphs=self.build_graphs(cfg, self._device),
         )
         with config_errors("schedule"):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -200,6 +203,12 @@ class Trainer(DefaultTrainer):
             # On a full disk, an OSError here would hide the error that ended the run.
             with contextlib.suppress(OSError):
                 writer.after_train()
+
+    @classmethod
+    def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
+        """Return the source of graphs of the training step, or None for eager steps."""
+        captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
+        return CudaGraphs(device) if captures else None
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -304,6 +313,7 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
             self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY, self._trainer.guard)
+            self._trainer.use_average(self.average)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
