@@ -245,7 +245,8 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for a data set.
 
         Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        error. A detector's predictions and diagnostics are written to
+        ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the detection data set is registered with metrics other than COCO's.
@@ -268,6 +269,7 @@ class Trainer(DefaultTrainer):
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
+            diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
     @classmethod
