@@ -189,6 +189,10 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
+    # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
+    # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
+    cfg.TEST.DIAGNOSTICS = ("bbox", "segm")
 
 
 def _add_classification_config(cfg: CfgNode) -> None:

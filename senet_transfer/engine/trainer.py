@@ -255,7 +255,8 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for a data set.
 
         Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        error. A detector's predictions and diagnostics are written to
+        ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the detection data set is registered with metrics other than COCO's.
@@ -281,6 +282,7 @@ class Trainer(DefaultTrainer):
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             # The metrics of COCO are defined for at most 100 detections.
             max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
+            diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
     @classmethod
