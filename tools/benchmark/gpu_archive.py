@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def _requirements(wheel: Path) -> Iterator[str]:
     yield from metadata.get_all("Requires-Dist") or []
 
 
-def _is_known(requirement: Requirement, known: set[str]) -> bool:
+def _is_known(requirement: Requirement, known: Collection[str]) -> bool:
     environment = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
     environment |= {"platform_system": "Linux", "sys_platform": "linux", "os_name": "posix"}
     if requirement.marker and not requirement.marker.evaluate(environment):

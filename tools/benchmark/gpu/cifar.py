@@ -41,7 +41,7 @@ def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dic
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        steps = {}
+        steps: dict[str, Step] = {}
         for number, (name, (network, mode)) in enumerate(ways.items()):
             data_file = folder / str(number) / "noise.safetensors"
             data_file.parent.mkdir()

@@ -134,7 +134,7 @@ def compiled_step(settings: Settings, name: str, precision: str) -> Step:
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
     """Measure the compiled step. All networks are compiled at the same time."""
-    names = {"bfloat16": (PLAIN, SE)}
+    names: dict[str, tuple[str, ...]] = {"bfloat16": (PLAIN, SE)}
     if settings.compiled == "all":
         every = (PLAIN, "plain again", FUSED, SE, TIMM_SE)
         names = dict.fromkeys(("bfloat16", "float16", "float32"), every)
