@@ -114,6 +114,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),
         )
         self.results: OrderedDict = OrderedDict()
@@ -259,7 +260,8 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for a data set.
 
         Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        error. A detector's predictions and diagnostics are written to
+        ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the detection data set is registered with metrics other than COCO's.
@@ -282,6 +284,10 @@ class Trainer(DefaultTrainer):
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            # The metrics of COCO are defined for at most 100 detections.
+            max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
+            diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
     @classmethod
@@ -347,7 +353,8 @@ class Trainer(DefaultTrainer):
 
     def _savers(self) -> list[HookBase]:
         cfg, savers = self.cfg, []
-        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR)
+        classes = cfg.DATASETS.CLASSES
+        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR, classes=classes)
         if cfg.TEST.BEST_METRIC:
             period, metric = cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC
             savers.append(hooks.BestModel(period, metric, checkpointer, self.average))

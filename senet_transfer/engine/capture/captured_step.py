@@ -131,4 +131,4 @@ def _random_state(device: torch.device) -> Hashable:
     """Return the states of the host's random generators, of which a graph knows nothing."""
     name, keys, *rest = np.random.get_state()
     own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), name, keys.tobytes(), tuple(rest), own
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own
