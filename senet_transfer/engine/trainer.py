@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
@@ -31,9 +32,11 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
+from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.numerics import settings
+from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -98,6 +101,8 @@ class Trainer(DefaultTrainer):
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.
             (model if is_classification(cfg) else model.backbone).compile()
+        elif cfg.SOLVER.COMPILE == "graph" and not is_classification(cfg):
+            self.capture_backbone(model.backbone)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -108,6 +113,7 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
             reads_after=partial(_reads_after, cfg) if self._device.type in _ASYNCHRONOUS else None,
+            graphs=self.build_graphs(cfg, self._device),
         )
         with config_errors("schedule"):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -224,6 +230,22 @@ class Trainer(DefaultTrainer):
                 writer.after_train()
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model from the config, in the config's memory format."""
+        return set_memory_format(cfg, super().build_model(cfg))
+
+    @classmethod
+    def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
+        """Return the source of graphs of the training step, or None for eager steps."""
+        captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
+        return CudaGraphs(device) if captures else None
+
+    @classmethod
+    def capture_backbone(cls, backbone: nn.Module) -> None:
+        """Replace the forward pass of a detector's backbone by one that is captured."""
+        CapturedBackbone(backbone)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """Build the optimizer from the config."""
         return solver.build_optimizer(cfg, model)
@@ -268,7 +290,8 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for a data set.
 
         Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        error. A detector's predictions and diagnostics are written to
+        ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the detection data set is registered with metrics other than COCO's.
@@ -296,6 +319,7 @@ class Trainer(DefaultTrainer):
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             # The metrics of COCO are defined for at most 100 detections.
             max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
+            diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
     @classmethod
@@ -364,6 +388,7 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
             self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY, self._trainer.guard)
+            self._trainer.use_average(self.average)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)

@@ -26,8 +26,8 @@ class Numbering:
                 order of the category ids.
         """
         classes = class_of_category or {}
-        images = _in_order(image["id"] for image in dataset["images"])
-        categories = _in_order(category["id"] for category in dataset["categories"])
+        images = in_order(image["id"] for image in dataset["images"])
+        categories = in_order(category["id"] for category in dataset["categories"])
         categories.sort(key=lambda key: classes.get(key, math.inf))
         self._images = {key: number for number, key in enumerate(images, 1)}
         self._categories = {key: number for number, key in enumerate(categories, 1)}
@@ -60,7 +60,7 @@ class Numbering:
         return {**item, "image_id": image, "category_id": category}
 
 
-def _in_order(ids: Iterable[Any]) -> list[Any]:
+def in_order(ids: Iterable[Any]) -> list[Any]:
     """Return ids without duplicates in ascending order, or in the given order if it is undefined.
 
     Numbers and text have no common order.

@@ -125,7 +125,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     assert resumed.start_iter == 4
     assert saved(run, "model_best.pth")["value"] == -1.0
     # A new run in the same folder ignores the previous best model.
-    train(**keys)
+    train("--overwrite", **keys)
     assert saved(run, "model_best.pth")["value"] >= 0
 
 
