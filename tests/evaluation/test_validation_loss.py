@@ -47,7 +47,7 @@ def test_losses_are_those_of_plain_detectron2_and_leave_the_model_as_it_was(few,
     overrides = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": "16"}
     cfg = few(config=f"configs/{config}.yaml", **overrides)
     model = Trainer.build_model(cfg)
-    twin = copy.deepcopy(model)
+    untouched = copy.deepcopy(model)
     model.train()
     model.backbone.eval()
     modes = [module.training for module in model.modules()]
@@ -56,9 +56,9 @@ def test_losses_are_those_of_plain_detectron2_and_leave_the_model_as_it_was(few,
     losses = Trainer.validation_losses(cfg, model, "few")
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert vars(model).get("loss_normalizer") == vars(twin).get("loss_normalizer")
+    assert vars(model).get("loss_normalizer") == vars(untouched).get("loss_normalizer")
 
-    expected = expected_losses(cfg, twin)
+    expected = expected_losses(cfg, untouched)
     assert len(expected) >= 2
     total = losses.pop("total_loss")
     assert losses == pytest.approx(expected, rel=1e-5)
