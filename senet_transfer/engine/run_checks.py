@@ -18,7 +18,7 @@ from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.models.build import backbone_from_config
+from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not eval_only:
         _check_numbers(cfg)
     check_augmentation(cfg)
+    _check_padding(cfg)
     if not eval_only:
         _check_solver(cfg)
         _warn_of_learning_rate(cfg)
@@ -178,6 +179,15 @@ def _check_solver(cfg: CfgNode) -> None:
         )
 
 
+def _check_padding(cfg: CfgNode) -> None:
+    multiple = cfg.INPUT.SIZE_DIVISIBILITY
+    if multiple and (is_classification(cfg) or cfg.MODEL.BACKBONE.NAME not in FPN_BUILDERS):
+        raise UserError(
+            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors with "
+            f"the MODEL.BACKBONE.NAME {' or '.join(FPN_BUILDERS)}. Set it to 0."
+        )
+
+
 def _check_compile(cfg: CfgNode) -> None:
     check_choice("SOLVER.COMPILE", cfg.SOLVER.COMPILE, ("none", "default", "graph"))
     if cfg.SOLVER.COMPILE != "graph":
@@ -199,6 +209,12 @@ def _check_compile(cfg: CfgNode) -> None:
             f"SOLVER.COMPILE is graph, but MODEL.CLASSIFIER.MIXUP is {options.MIXUP:g} and CUTMIX "
             f"is {options.CUTMIX:g}. Both draw random numbers on the host, which a CUDA graph "
             "would repeat in every step. Set both to 0, or set SOLVER.COMPILE to none or default."
+        )
+    if not is_classification(cfg) and cfg.SOLVER.MICRO_BATCHES > 1:
+        raise UserError(
+            f"SOLVER.COMPILE is graph and SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but "
+            "a detector's captured backbone does not support the accumulation of gradients. Set "
+            "SOLVER.MICRO_BATCHES to 1, or set SOLVER.COMPILE to none or default."
         )
 
 

@@ -32,10 +32,11 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
 from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.numerics import settings
+from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -95,6 +96,8 @@ class Trainer(DefaultTrainer):
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.
             (model if is_classification(cfg) else model.backbone).compile()
+        elif cfg.SOLVER.COMPILE == "graph" and not is_classification(cfg):
+            self.capture_backbone(model.backbone)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -205,10 +208,20 @@ class Trainer(DefaultTrainer):
                 writer.after_train()
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model from the config, in the config's memory format."""
+        return set_memory_format(cfg, super().build_model(cfg))
+
+    @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
         """Return the source of graphs of the training step, or None for eager steps."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
+
+    @classmethod
+    def capture_backbone(cls, backbone: nn.Module) -> None:
+        """Replace the forward pass of a detector's backbone by one that is captured."""
+        CapturedBackbone(backbone)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
