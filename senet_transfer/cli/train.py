@@ -48,6 +48,7 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
         eval_only=args.eval_only,
         deterministic=args.deterministic,
         quiet=args.quiet,
+        overwrite=args.overwrite,
     )
 
 

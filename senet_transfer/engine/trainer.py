@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
@@ -31,9 +32,11 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
+from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
-from senet_transfer.engine.numerics import settings
+from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -93,6 +96,8 @@ class Trainer(DefaultTrainer):
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.
             (model if is_classification(cfg) else model.backbone).compile()
+        elif cfg.SOLVER.COMPILE == "graph" and not is_classification(cfg):
+            self.capture_backbone(model.backbone)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -103,6 +108,7 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
             reads_after=partial(_reads_after, cfg) if self._device.type in _ASYNCHRONOUS else None,
+            graphs=self.build_graphs(cfg, self._device),
         )
         with config_errors("schedule"):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -111,6 +117,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),
         )
         self.results: OrderedDict = OrderedDict()
@@ -201,6 +208,22 @@ class Trainer(DefaultTrainer):
                 writer.after_train()
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model from the config, in the config's memory format."""
+        return set_memory_format(cfg, super().build_model(cfg))
+
+    @classmethod
+    def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
+        """Return the source of graphs of the training step, or None for eager steps."""
+        captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
+        return CudaGraphs(device) if captures else None
+
+    @classmethod
+    def capture_backbone(cls, backbone: nn.Module) -> None:
+        """Replace the forward pass of a detector's backbone by one that is captured."""
+        CapturedBackbone(backbone)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """Build the optimizer from the config."""
         return solver.build_optimizer(cfg, model)
@@ -269,6 +292,9 @@ class Trainer(DefaultTrainer):
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            # The metrics of COCO are defined for at most 100 detections.
+            max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
             diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
@@ -302,6 +328,7 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
             self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY, self._trainer.guard)
+            self._trainer.use_average(self.average)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
@@ -334,7 +361,8 @@ class Trainer(DefaultTrainer):
 
     def _savers(self) -> list[HookBase]:
         cfg, savers = self.cfg, []
-        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR)
+        classes = cfg.DATASETS.CLASSES
+        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR, classes=classes)
         if cfg.TEST.BEST_METRIC:
             period, metric = cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC
             savers.append(hooks.BestModel(period, metric, checkpointer, self.average))

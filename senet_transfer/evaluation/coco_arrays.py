@@ -7,6 +7,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from senet_transfer.evaluation.matching import ImageDetections, ImageObjects, Regions
+from senet_transfer.evaluation.numbering import in_order
 
 
 def coco_arrays(
@@ -39,15 +40,6 @@ def coco_arrays(
         [_objects(objects[key], images[key], class_of_category, masks) for key in order],
         [_detections(found[key], images[key], class_of_category, masks) for key in order],
     )
-
-
-def in_order(ids: Iterable[Any]) -> list[Any]:
-    """Return ids without duplicates, sorted, or in the given order if they can't be compared."""
-    unique = list(dict.fromkeys(ids))
-    try:
-        return sorted(unique)
-    except TypeError:
-        return unique
 
 
 def _by_image(
