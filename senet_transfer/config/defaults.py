@@ -206,6 +206,14 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # Early stopping: training ends if TEST.BEST_METRIC has not improved for this number of
+    # evaluations. 0 disables it.
+    cfg.TEST.PATIENCE = 0
+    # If True, each evaluation also computes the losses on DATASETS.TEST, as validation/total_loss
+    # and, for detectors, its parts. A detector's are the training losses without augmentation and
+    # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
+    # label smoothing.
+    cfg.TEST.LOSS = False
     # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
