@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,44 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+
+
+class DataWaits(HookBase):
+    """Hook that logs the share of the training time spent waiting for data, ``data_time_share``.
+
+    It is the mean of up to 20 steps, because on a GPU the host waits for the device only in some
+    steps. The share of the complete run is logged at its end.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[float, float]] = deque(maxlen=21)
+        self._start = (0.0, 0.0)
+
+    def before_train(self) -> None:
+        """Remember the times at the start."""
+        self._start = self._now()
+        self._seconds.append(self._start)
+
+    def after_step(self) -> None:
+        """Log the share."""
+        self._seconds.append(self._now())
+        share = _share(self._seconds[0], self._seconds[-1])
+        self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        """Write the share of the run to the log."""
+        share = _share(self._start, self._now())
+        logger.info(
+            "%.1f%% of the time of the training steps was spent waiting for data.", 100 * share
+        )
+
+    def _now(self) -> tuple[float, float]:
+        return self.trainer.timer.seconds, self.trainer.waited
+
+
+def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
+    seconds, waited = (b - a for a, b in zip(before, after, strict=True))
+    return waited / seconds if seconds > 0 else 0.0
 
 
 class FrozenStatistics(HookBase):

@@ -140,6 +140,11 @@ class Trainer(DefaultTrainer):
         """True if the run must stop after this step."""
         return self._trainer.guard.stops
 
+    @property
+    def waited(self) -> float:
+        """The seconds that this process has waited for batches."""
+        return self._trainer.waited
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the newest checkpoint, at the batch that follows it, or load initial weights.
 
@@ -419,7 +424,7 @@ class Trainer(DefaultTrainer):
         return super().build_writers()
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device)]
+        cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device), hooks.DataWaits()]
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:

@@ -25,6 +25,26 @@ def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
     assert logged["cpu"] > 50  # PyTorch itself takes more.
 
 
+def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
+    caplog.set_level("INFO", logger="senet_transfer.engine.hooks")
+    trainer = SimpleNamespace(timer=SimpleNamespace(seconds=7.0), waited=3.0)
+    hook = hooks.DataWaits()
+    hook.trainer = trainer
+    with EventStorage() as trainer.storage:
+        hook.before_train()
+        shares = []
+        for step in range(40):
+            trainer.timer.seconds += 2.0
+            trainer.waited += 1.0 if step < 20 else 0.5
+            hook.after_step()
+            shares.append(trainer.storage.latest()["data_time_share"][0])
+        hook.after_train()
+    assert shares[0] == shares[19] == 0.5
+    assert shares[29] == 0.375  # ten steps of each kind
+    assert shares[39] == 0.25
+    assert "37.5% of the time of the training steps was spent waiting for data." in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
