@@ -128,6 +128,9 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
+    # If True, a detector's training images are resized with PyTorch instead of Pillow, which is
+    # faster but changes the pixel values slightly. Evaluation always uses Pillow.
+    cfg.INPUT.FAST_RESIZE = False
 
 
 def _add_detection_input(cfg: CfgNode) -> None:
@@ -203,6 +206,14 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # Early stopping: training ends if TEST.BEST_METRIC has not improved for this number of
+    # evaluations. 0 disables it.
+    cfg.TEST.PATIENCE = 0
+    # If True, each evaluation also computes the losses on DATASETS.TEST, as validation/total_loss
+    # and, for detectors, its parts. A detector's are the training losses without augmentation and
+    # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
+    # label smoothing.
+    cfg.TEST.LOSS = False
     # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.

@@ -62,6 +62,7 @@ RANGES = {
     "SOLVER.WEIGHT_DECAY_NORM": (0, math.inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
     "TEST.EVAL_PERIOD": (0, math.inf),
+    "TEST.PATIENCE": (0, math.inf),
 }
 
 

@@ -18,6 +18,7 @@ from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
@@ -171,12 +172,25 @@ def _check_solver(cfg: CfgNode) -> None:
             "number of iterations."
         )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
-    evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
-    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
+    evaluates = (cfg.TEST.EVAL_PERIOD > 0 or counted) and cfg.DATASETS.TEST
+    plateau = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR"
+    for needs, setting in (
+        (plateau, "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR"),
+        (cfg.TEST.PATIENCE > 0, f"TEST.PATIENCE is {cfg.TEST.PATIENCE}"),
+    ):
+        if needs and not evaluates:
+            raise UserError(
+                f"{setting}, which requires evaluation during training. Set TEST.EVAL_PERIOD (or "
+                "TEST.EVAL_EPOCHS) and DATASETS.TEST."
+            )
+    if cfg.TEST.PATIENCE > 0 and not cfg.TEST.BEST_METRIC:
         raise UserError(
-            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which requires evaluation during "
-            "training. Set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
+            f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but TEST.BEST_METRIC is empty. Set it to the "
+            "metric that must improve, such as classification/top1_error or bbox/AP."
         )
+    check_metric(cfg, "TEST.BEST_METRIC", cfg.TEST.BEST_METRIC)
+    if plateau:
+        check_metric(cfg, "SOLVER.PLATEAU.METRIC", cfg.SOLVER.PLATEAU.METRIC)
 
 
 def _check_padding(cfg: CfgNode) -> None:

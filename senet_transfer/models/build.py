@@ -87,11 +87,12 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
 
 def _described_entry(cfg: CfgNode) -> ModelEntry:
     resnets = cfg.MODEL.RESNETS
-    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS > 64:
+        # Detectron2's default, 256, is for bottlenecks.
         raise UserError(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; expected 64 for "
-            f"ResNet-{resnets.DEPTH}. Set it to 64, or set MODEL.BACKBONE.ARCH to the name of the "
-            "network."
+            f"ResNet-{resnets.DEPTH}, or fewer for a narrower network. Set it to 64, or set "
+            "MODEL.BACKBONE.ARCH to the name of the network."
         )
     return ModelEntry(
         name="MODEL.RESNETS",
