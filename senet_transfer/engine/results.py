@@ -1,6 +1,7 @@
 """Results of commands: JSON files and the summary at the end of a run."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ _HEADLINES = {
     "bbox/AP": "box AP {:.1f}",
     "segm/AP": "mask AP {:.1f}",
     "keypoints/AP": "keypoint AP {:.1f}",
+    "box_proposals/AR@1000": "box AR@1000 {:.1f}",
+    "sem_seg/mIoU": "mIoU {:.1f}",
+    "panoptic_seg/PQ": "PQ {:.1f}",
     "classification/top1_error": "top-1 error {:.1f}%",
     "classification/top5_error": "top-5 error {:.1f}%",
 }
@@ -53,6 +57,8 @@ _FILES = {
     "results": "results.json",
 }
 _NAME_WIDTH = 16
+# Names of the metrics of a single class.
+_OF_ONE_CLASS = re.compile(r"/(AP|IoU|BoundaryIoU|min\(IoU, B-Iou\)|ACC)-")
 
 
 def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir: str | Path) -> str:
@@ -68,7 +74,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
     rows = {
         name: "-" if math.isnan(value) else f"{value:.1f}"
         for name, value in metrics(results).items()
-        if "/AP-" not in name  # of one class
+        if not _OF_ONE_CLASS.search(name)
     }
     evaluated = []
     for dataset in datasets:

@@ -3,6 +3,10 @@
 No other module reads the config keys that describe networks.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,6 +21,21 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.resnet import build_resnet
 from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, model_entry
+
+logger = logging.getLogger(__name__)
+
+# Whether the code that builds a model also loads and checks its weights.
+_weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
+
+
+@contextlib.contextmanager
+def weights_follow() -> Iterator[None]:
+    """Build models inside the context without the warning that their weights must be loaded."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -111,6 +130,15 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     one if the list is empty.
     """
     entry, options = backbone_from_config(cfg)
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
+        logger.warning(
+            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have the "
+            "statistics 0 and 1. Detectron2's DetectionCheckpointer loads nothing from published "
+            "names and files of other projects. Call senet_transfer.apply_file_geometry(cfg) "
+            "before building the model and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
+            "after it.",
+            backbone_name(cfg),
+        )
     backbone = build_backbone(
         entry,
         out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES) or None,
