@@ -99,6 +99,11 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
+        "--iou-types",
+        metavar="TYPES",
+        help="IoU types of a detector's diagnostics: bbox, segm or bbox,segm (TEST.DIAGNOSTICS)",
+    )
+    parser.add_argument(
         "--deterministic",
         action="store_true",
         help="on a GPU, use deterministic algorithms where PyTorch has them (slower)",

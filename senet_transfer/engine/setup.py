@@ -31,9 +31,12 @@ from senet_transfer.data.detection.dataset_checks import (
     check_datasets_on_disk,
     check_segmentations,
     dataset_classes,
+    use_class_order,
+    warn_of_many_objects,
 )
 from senet_transfer.data.detection.task_checks import stuff_classes, use_keypoints
 from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.classes import use_trained_classes
 from senet_transfer.engine.checkpoints.output_folder import (
     claim_output_folder,
     drop_earlier_log,
@@ -45,6 +48,7 @@ from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.evaluators import check_evaluators
 from senet_transfer.weights import apply_file_geometry
+from senet_transfer.weights.file_geometry import examine_config_weights
 
 _RECORDED = (
     "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
@@ -171,7 +175,11 @@ def _prepare(options: RunOptions) -> CfgNode:
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
-    apply_file_geometry(cfg, resumed)
+    source = examine_config_weights(cfg, resumed)
+    if source:
+        apply_file_geometry(cfg, source)
+        names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        use_trained_classes(cfg, source, names, keeps=eval_only or resume)
     if before:
         check_changes(cfg, before)
     if not (resume or eval_only):
@@ -331,15 +339,17 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     if cfg.MODEL.KEYPOINT_ON:
         use_keypoints(cfg, names)
     classes = dataset_classes(names)
+    warn_of_many_objects(cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     if cfg.MODEL.MASK_ON:
         check_segmentations(names)
     trained = list(cfg.DATASETS.CLASSES)
-    if keep_classes and trained and trained != classes:
+    if keep_classes and trained and trained != classes and not use_class_order(names, trained):
         raise UserError(
             f"The model was trained on the classes {trained}, but {names[0]} has the classes "
             f"{classes}. To evaluate the model or resume its training, use data with the same "
-            "classes, with category ids in the same order."
+            "classes."
         )
+    classes = trained if keep_classes and trained else classes
     cfg.DATASETS.CLASSES = classes
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)

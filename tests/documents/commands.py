@@ -26,6 +26,8 @@ NOT_RUN = {
     r"make (test(-fast|-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
+    r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
+    r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
 
 

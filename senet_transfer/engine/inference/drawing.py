@@ -150,7 +150,8 @@ class PredictionDrawing(Visualizer):
         if labels and assigned_colors:
             rects = _bounds(boxes) if boxes is not None else map(_extent, masks)
             for label, rect, colour in zip(labels, rects, assigned_colors, strict=True):
-                self._label(label, tuple(map(float, rect)), colour)
+                left, top, right, bottom = map(float, rect)
+                self._label(label, (left, top, right, bottom), colour)
         return self.output
 
     def draw_box(
@@ -274,7 +275,7 @@ def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:
 
 def _extent(mask: np.ndarray) -> Rect:
     """Return the rectangle around a mask (H, W)."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     if not len(rows):
         return 0.0, 0.0, 0.0, 0.0
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

@@ -64,8 +64,7 @@ def _families(text: str) -> tuple[list[str], set[str]]:
     others = sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight)))
     while missing:
         best = max(others, key=lambda entry: len(_covered(entry, missing)), default=None)
-        found = _covered(best, missing) if best else set()
-        if not found:
+        if best is None or not (found := _covered(best, missing)):
             break
         families.append(best.name)
         missing -= found

@@ -44,6 +44,7 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     found = find_model(config_file=config_file, weights=weights, options=options)
     if not found.cfg.DATASETS.CLASSES:
         _take_classes(found.cfg)
+    found = found.examined()
     named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
     # The boxes of a region proposal network have no classes.
     if not named and predicts(found.cfg) != {PROPOSALS}:
