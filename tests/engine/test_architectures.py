@@ -88,7 +88,7 @@ def predicted(images, tmp_path) -> dict:
     return json.loads((tmp_path / "out" / "predictions.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_semantic_segmentation_is_trained_evaluated_and_predicted(images, options, tmp_path):
     drawn.register_labels("drawn", images)
     trainer = trained(options(**SEM_SEG, **{"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}))
@@ -108,7 +108,7 @@ def test_a_semantic_segmentation_is_trained_evaluated_and_predicted(images, opti
     assert trainer.results["sem_seg"]["pACC"] == pytest.approx(100 * right / total)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_panoptic_fpn_is_trained_evaluated_and_predicted(images, options, tmp_path):
     drawn.register_labels("drawn", images, objects=True)
     trainer = trained(options(**SEM_SEG, **MASKS, **{"MODEL.META_ARCHITECTURE": "PanopticFPN"}))
@@ -121,7 +121,7 @@ def test_a_panoptic_fpn_is_trained_evaluated_and_predicted(images, options, tmp_
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_region_proposal_network_is_trained_evaluated_predicted_and_exported(
     images, options, tmp_path
 ):
@@ -139,7 +139,7 @@ def test_a_region_proposal_network_is_trained_evaluated_predicted_and_exported(
     assert "both detect the same" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keypoints_are_trained_evaluated_and_predicted_with_their_names(images, options, tmp_path):
     json_file = drawn.coco_file(tmp_path / "drawn.json", images)
     own = ("--dataset", "drawn", str(json_file), str(images[0].path.parent))
@@ -156,7 +156,7 @@ def test_keypoints_are_trained_evaluated_and_predicted_with_their_names(images, 
     assert MetadataCatalog.get("drawn").keypoint_flip_map == [("left_end", "right_end")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rotated_boxes_are_trained_evaluated_and_predicted(images, options, tmp_path):
     drawn.register_rotated("drawn", images)
     trainer = trained(options(**ROTATED))
@@ -166,14 +166,14 @@ def test_rotated_boxes_are_trained_evaluated_and_predicted(images, options, tmp_
     assert {len(annotation["bbox"]) for annotation in found["annotations"]} == {5}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pascal_voc_is_trained_and_evaluated(images, options):
     drawn.register_voc("drawn", images)
     trainer = trained(options())
     assert set(trainer.results["bbox"]) == {"AP", "AP50", "AP75"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_lvis
 def test_lvis_is_trained_and_evaluated(images, options):
     drawn.register_lvis("drawn", images)

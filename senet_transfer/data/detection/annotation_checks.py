@@ -197,8 +197,9 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
 def _keypoint_names(category: dict) -> list[str]:
     """Return the names of a category's keypoints, or an empty list without valid names."""
     names = category.get("keypoints")
-    valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if valid and len(set(names)) == len(names) else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) else []
 
 
 def _check_annotations(
