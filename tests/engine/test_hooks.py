@@ -86,3 +86,22 @@ def test_the_average_with_a_weight_on_the_device_is_the_same_up_to_rounding():
         model.weight += 1
     average.update(torch.tensor(0.25))
     torch.testing.assert_close(average.average["weight"], before + 0.25)
+
+
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        ({"bbox/AP": float("nan")}, "The metric 'bbox/AP' is nan in this evaluation"),
+        ({"segm/AP": 3.0}, "returned no metric 'bbox/AP'. Available metrics: segm/AP."),
+    ],
+)
+def test_a_metric_without_a_value_is_told_from_one_that_does_not_exist(
+    logged, message, caplog, tmp_path
+):
+    hook = hooks.BestModel(1, "bbox/AP", SimpleNamespace(save_dir=str(tmp_path)))
+    with EventStorage() as storage:
+        storage.put_scalars(**logged)
+        hook.trainer = SimpleNamespace(storage=storage, iter=0, max_iter=5)
+        hook.after_step()
+    assert hook.best is None
+    assert any(message in text for text in caplog.messages)
