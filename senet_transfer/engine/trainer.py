@@ -39,6 +39,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.utils.private_api import limit_history
+from senet_transfer.weights.choice import config_choice
 
 # Number of values to keep per metric for smoothing.
 _HISTORY = 400
@@ -110,6 +111,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
+            choice=config_choice(cfg),
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             trainer=weakref.proxy(self),
         )
