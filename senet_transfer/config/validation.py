@@ -28,6 +28,7 @@ RANGES = {
     "INPUT.MAX_SIZE_TEST": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.SIZE_DIVISIBILITY": (0, math.inf),
     "MODEL.BACKBONE.FREEZE_AT": (0, 6),
     "MODEL.CLASSIFIER.CUTMIX": (0, math.inf),
     "MODEL.CLASSIFIER.DROPOUT": (0, 1),
@@ -61,16 +62,23 @@ RANGES = {
     "SOLVER.WEIGHT_DECAY_NORM": (0, math.inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
     "TEST.EVAL_PERIOD": (0, math.inf),
+    "TEST.PATIENCE": (0, math.inf),
 }
+
+
+# IoU types of the diagnostics of detectors: boxes and masks.
+IOU_TYPES = ("bbox", "segm")
 
 
 # Example elements for lists with an empty default, from which the type can't be inferred.
 _ELEMENTS: dict[str, Any] = {
     "DATASETS.CATEGORY_IDS": 1,
     "DATASETS.CLASSES": "name",
+    "DATASETS.KEYPOINTS": "name",
     "DATASETS.PROPOSAL_FILES_TEST": "path",
     "DATASETS.PROPOSAL_FILES_TRAIN": "path",
     "DATASETS.REGISTER": "path",
+    "DATASETS.STUFF_CLASSES": "name",
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
     "TEST.KEYPOINT_OKS_SIGMAS": 0.1,
@@ -143,6 +151,11 @@ def check_ranges(cfg: CfgNode) -> None:
     for key in _NOT_EMPTY:
         if not values[key]:
             raise UserError(f"{key} is {values[key]!r}; expected at least one number.")
+    if unknown := set(cfg.TEST.DIAGNOSTICS) - set(IOU_TYPES):
+        raise UserError(
+            f"TEST.DIAGNOSTICS (--iou-types) contains {sorted(unknown)[0]!r}; expected "
+            f"{' and '.join(map(repr, IOU_TYPES))}."
+        )
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
             "SOLVER.CHECKPOINTS_KEPT is 1; expected 0 (keep all) or at least 2. If the only "

@@ -10,7 +10,13 @@ from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.model_from import ModelSource
-from senet_transfer.engine.results import duration, metrics, summary, write_results
+from senet_transfer.engine.results import (
+    duration,
+    metrics,
+    summary,
+    with_diagnostics,
+    write_results,
+)
 from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
@@ -42,7 +48,7 @@ def main(options: RunOptions) -> None:
             loaded = load(cfg, resumes(cfg, options))
         results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
-        write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
+        write_results(Path(cfg.OUTPUT_DIR, RESULTS), with_diagnostics(cfg, results))
         if options.quiet:  # Otherwise, the log includes them.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
         else:
@@ -59,6 +65,8 @@ def _summary(cfg: CfgNode, results: dict[str, Any], loaded: Trainer | nn.Module)
         steps = f"{count} step{'s' * (count != 1)} in {duration(loaded.timer.seconds)}"
         if loaded.start_iter:
             steps = f"{steps}, to step {loaded.iter}"
+        if loaded.max_iter < loaded.cfg.SOLVER.MAX_ITER:
+            steps = f"{steps}, and ended early"
         done = f"Trained {backbone_name(cfg)} for {steps}"
     return summary(done, evaluated, list(cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
 

@@ -1,6 +1,6 @@
 """Formatting of text for messages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
@@ -23,3 +23,21 @@ def shown(text: object, limit: int = 80) -> str:
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def differences(found: Sequence[str], expected: Sequence[str], limit: int = 3) -> str:
+    """Describe the first differences between two lists of names, whose order is significant.
+
+    Returns:
+        Text such as ``"1: 'dog' instead of 'cat'; 'cat' is missing"``, or "" if there are none.
+    """
+    parts = [
+        f"{index}: {one!r} instead of {other!r}"
+        for index, (one, other) in enumerate(zip(found, expected, strict=False))
+        if one != other
+    ][:limit]
+    for names, others, what in ((expected, found, "missing"), (found, expected, "unexpected")):
+        known = set(others)
+        if absent := [repr(name) for name in names if name not in known]:
+            parts.append(f"{first_of(absent, limit)} {'are' if absent[1:] else 'is'} {what}")
+    return "; ".join(parts)

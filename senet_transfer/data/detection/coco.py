@@ -36,6 +36,7 @@ class CocoDataset:
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Whether to accept a file without objects.
         summary: Summary of the file as last read; None if it has not been read.
+        class_order: Order of the classes; empty for the order of the category ids.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CocoDataset:
     image_dir: str
     allow_empty: bool = False
     summary: CocoSummary | None = field(default=None, compare=False, repr=False)
+    class_order: tuple[str, ...] = field(default=(), compare=False, repr=False)
     _state: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
@@ -52,7 +54,12 @@ class CocoDataset:
             UserError: If the annotation file has changed and is no longer valid.
         """
         self.refresh()
-        return load_coco_json(self.json_file, self.image_dir, self.name)
+        records = load_coco_json(self.json_file, self.image_dir)
+        id_map = self.summary.id_map if self.summary else {}
+        for record in records:
+            for item in record["annotations"]:
+                item["category_id"] = id_map[item["category_id"]]
+        return records
 
     def refresh(self) -> None:
         """Read and validate the annotation file, unless it is unchanged since the last call.
@@ -75,7 +82,24 @@ class CocoDataset:
         for warning in summary.warnings:
             logger.warning(warning)
         self.summary, self._state = summary, state
-        self.publish(summary.classes, summary.id_map)
+        self.order_classes(self.class_order)
+
+    def order_classes(self, classes: Sequence[str]) -> None:
+        """Use an order of the classes other than that of the category ids.
+
+        It is needed for a model that was trained on data with other ids for the same classes.
+
+        Args:
+            classes: The class names in the new order. If they are not those of the file, the order
+                of the ids is used.
+        """
+        if self.summary is None:
+            return
+        ids = sorted(self.summary.id_map)
+        by_id = [self.summary.classes[self.summary.id_map[number]] for number in ids]
+        self.class_order = tuple(classes) if sorted(classes) == sorted(by_id) else ()
+        self.summary.order_classes(self.class_order or by_id)
+        self.publish(self.summary.classes, self.summary.id_map)
 
     def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
         """Write the classes and paths to the catalog's metadata, overwriting existing values.
@@ -142,8 +166,9 @@ def register_coco_dataset(
             f"project or your own code; expected an unused name for {dataset.json_file}. Choose a "
             "different name."
         )
-    if known == dataset:
+    if isinstance(known, CocoDataset) and known == dataset:
         known.refresh()
+        known.order_classes(())
         return
     dataset.refresh()
     DatasetCatalog[name] = dataset

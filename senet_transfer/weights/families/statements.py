@@ -32,7 +32,7 @@ _RESNET = re.compile(
     r"(se_?)?(resnet|resnext)_?(18|34|50|101|152)(?:_?(\d+)x(\d+)d)?", re.IGNORECASE
 )
 _WIDE = re.compile(r"wide_?resnet_?(50|101)_2", re.IGNORECASE)
-_WIDE_18 = re.compile(r"(places365_)?wide_?resnet_?18(_places365)?", re.IGNORECASE)
+_WIDE_18 = re.compile(r"(places365_)?wideresnet18(_places365)?", re.IGNORECASE)
 # Anti-aliased and blurred downsampling, other stems and shortcuts (c, d, s, t), dilation.
 _OTHERS = re.compile(
     r"(?:(?:se|eca)_?)?res(?:net|next)(?:aa|blur|rs|v2_?)_?\d+\w*"

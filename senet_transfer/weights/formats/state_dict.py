@@ -36,6 +36,8 @@ _WEAK_WRAPPERS = ("module", "network", "params", "weights", "model_weights")
 _AVERAGED = re.compile(
     r"(.*[_.-])?(ema|swa)([_.-].*|\d*|[A-Z].*)|.*EMA|.*(averaged|average|avg)_model(_.*)?"
 )
+# Keys that take precedence over those of unknown dictionaries.
+_USUAL_AVERAGED = ("state_dict_ema", "model_ema")
 
 _TRAINER_STATE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
 _MAX_DEPTH = 5
@@ -154,18 +156,18 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
             return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
     plain = _wrapper(tree)
     averaged = [key for key in tree if isinstance(key, str) and _is_averaged(key, tree[key])]
-    alone = not (_has_direct_tensors(tree) or len(_candidates(tree)) > 1)
-    if not averaged or (plain is None and ema is None and not alone):
+    if not averaged:
         return _Choice(plain, prefix) if plain is not None else None
-    first = averaged[0]
-    if plain in averaged:
+    usual = [key for key in _USUAL_AVERAGED if key in averaged]
+    first = (usual or averaged)[0]
+    alone = not (_has_direct_tensors(tree) or len(_candidates(tree)) > 1)
+    if plain is None and ema is None and not alone and not usual:
+        return None
+    # A dictionary with another key can also be a loss with buffers, or a second network.
+    guessed = plain is not None and plain not in WRAPPERS
+    small = guessed and _count(tree[first]) > 2 * _count(tree[plain])
+    if plain in averaged or small or (guessed and usual and ema is not False):
         plain = None
-    if (
-        plain is not None
-        and plain not in WRAPPERS
-        and _count(tree[first]) > 2 * _count(tree[plain])
-    ):
-        plain = None  # a small dictionary, such as a loss with buffers
     if plain is None:
         if ema is False:
             raise UserError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.preprocessing import Preprocessing, same_pixels
 from senet_transfer.utils.read_once import once_per_file
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.choice import HEADS, checked_ema
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
@@ -60,6 +60,7 @@ class Source:
             if nothing in the file excludes them.
         recorded: Names of the fields of the geometry and the preprocessing that the file itself or
             the catalogue states. The others follow from the names of the tensors.
+        classes: Class names in the order of the network's outputs; empty if they are unknown.
     """
 
     path: str
@@ -77,6 +78,7 @@ class Source:
     head: tuple[str, ...] = ()
     lookalikes: tuple[str, ...] = ()
     recorded: frozenset[str] = frozenset()
+    classes: tuple[str, ...] = ()
 
     @property
     def detected_as(self) -> str:
@@ -274,6 +276,7 @@ def _understand(
         geometry=geometry,
         preprocessing=preprocessing,
         detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
+        classes=_class_names(file),
         ignored=ignored,
         head=() if ignore_head else head,
         recorded=recorded | said.recorded,
@@ -450,6 +453,17 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
         Geometry.from_dict(geometry) if isinstance(geometry, Mapping) else Geometry(),
         _preprocessing(file, pixels) if isinstance(pixels, Mapping) else None,
     )
+
+
+def _class_names(file: WeightFile) -> tuple[str, ...]:
+    word = file.metadata.get(OWN_METADATA)
+    names = word.get("classes", ()) if isinstance(word, Mapping) else ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{file.path} has invalid class names in its metadata: {shown(names)}. Expected a list "
+            "of text. Save the model again with senet_transfer.save_weights."
+        )
+    return tuple(names)
 
 
 def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
