@@ -9,10 +9,12 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
   images. Pillow's greyscale conversion would clip all values above 255.
 - 32-bit integer and floating-point images are rejected, because their value range is unknown.
 
-Everything else, including the pixels of all other images, is the same as in Detectron2.
+Everything else, including the pixels of all other images, is the same as in Detectron2, unless
+``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster.
 """
 
 import copy
+import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +28,11 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from senet_transfer.data.detection.fast_images import (
+    decode_jpeg,
+    turn_upright,
+    with_fast_resize,
+)
 from senet_transfer.errors import UserError
 
 # Transpose operation for each EXIF orientation.
@@ -73,7 +80,11 @@ class CheckedDatasetMapper(DatasetMapper):
                 folder, json_file = metadata.get("image_root"), metadata.get("json_file")
                 if folder and json_file:
                     annotation_files.setdefault(folder, []).append(json_file)
-        return {**super().from_config(cfg, is_train), "annotation_files": annotation_files}
+        theirs = super().from_config(cfg, is_train)
+        # The config may be Detectron2's own, without this key.
+        if is_train and cfg.INPUT.get("FAST_RESIZE", False):
+            theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
+        return {**theirs, "annotation_files": annotation_files}
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map an image's dictionary in the same way as `DatasetMapper`.
@@ -155,10 +166,15 @@ def read_image(path: str, image_format: str) -> np.ndarray:
         UserError: If the image has 32-bit pixels.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
-    with _no_truncated_images(), PathManager.open(path, "rb") as file:
-        image: Image.Image = Image.open(file)
-        image.load()
+    with PathManager.open(path, "rb") as file:
+        data = file.read()
+    with _no_truncated_images():
+        image: Image.Image = Image.open(io.BytesIO(data))
         orientation = _exif_orientation(image)
+        pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None
+        if pixels is not None:
+            return turn_upright(pixels, orientation)
+        image.load()
         if orientation in _EXIF_TURNS:
             image = image.transpose(_EXIF_TURNS[orientation])
         return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
