@@ -64,7 +64,7 @@ class FastResize(T.ResizeTransform):
         grows = self.new_h >= self.h and self.new_w >= self.w
         if not (bilinear and grows and img.dtype == np.uint8 and img.ndim == 3):
             return super().apply_image(img, interp)
-        image = torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))[None]
+        image = torch.from_numpy(np.array(img.transpose(2, 0, 1), order="C"))[None]
         size = (self.new_h, self.new_w)
         found = F.interpolate(image, size, mode="bilinear", align_corners=False)
         # The mapper returns images (C, H, W), so that the layout of the result saves a copy.
