@@ -296,7 +296,7 @@ def examine_weights(
 
 
 def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the options of a model that take precedence over a guess from a file's tensor names.
+    """Return the options that take precedence over values inferred from a file's tensor names.
 
     Args:
         entry: Registered model.
