@@ -266,9 +266,9 @@ def available_device(name: str, logger: logging.Logger) -> str:
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
     """Train on the first data set of ``--dataset``, and evaluate on the second.
 
-    This applies if the config names data sets that are not registered, as a recipe for a user's own
-    data does, and if the command line does not set the key. With ``--eval-only``, a single data set
-    is evaluated.
+    This applies if the config names data sets that are not registered, as the recipes for a user's
+    own data do, and if the command line does not set the key. With ``--eval-only``, a single data
+    set is evaluated.
 
     Args:
         cfg: The config, which is changed in place.

@@ -243,13 +243,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
-        """Return the source of graphs of the training step, or None for eager steps."""
+        """Return the source of graphs for the training step, or None for eager steps."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
 
     @classmethod
     def capture_backbone(cls, backbone: nn.Module) -> None:
-        """Replace the forward pass of a detector's backbone by one that is captured."""
+        """Replace the forward pass of a detector's backbone with a captured one."""
         CapturedBackbone(backbone)
 
     @classmethod

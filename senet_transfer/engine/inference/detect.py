@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Resize(ResizeShortestEdge):
-    """Detectron2's resizing, which keeps both sides of a very elongated image above 0 pixels."""
+    """Detectron2's resizing with sides of at least 1 pixel, for very elongated images."""
 
     def get_transform(self, image: np.ndarray) -> Transform:
         found = super().get_transform(image)
@@ -106,7 +106,7 @@ def predict_images(
         try:
             image = _read(path)
             prediction = _Prediction.of(predictor(image), threshold)
-        # An image whose prediction fails must not cost those of the other images.
+        # A failed prediction must not affect the other images.
         except Exception as error:
             broken.append(_problem(path, "no prediction", error))
             continue
