@@ -40,7 +40,7 @@ AUTO_KEYS = (
 # All keys that accept "auto" as well as True and False.
 ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED", "MODEL.WEIGHTS_EMA")
 
-# Keys that a weight file determines, unless a user states them.
+# Keys whose values are taken from the weight file unless the user sets them.
 FILE_KEYS = (
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "MODEL.RESNETS.STEM_POOL",
@@ -123,9 +123,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     # The prefix of the network's tensor names, for a file that contains several networks, such as
     # "encoder_q." or "teacher.". The other tensors are ignored.
     cfg.MODEL.WEIGHTS_PREFIX = ""
-    # For a checkpoint with plain and averaged (EMA) weights: True takes the averaged weights, False
-    # the plain ones, and "auto" those that the project which wrote the file takes: the averaged
-    # ones of timm and mmengine, otherwise the plain ones.
+    # For a checkpoint with plain and averaged (EMA) weights: True selects the averaged weights,
+    # False the plain ones, and "auto" those that the file's own project would load: the averaged
+    # ones for timm and mmengine, otherwise the plain ones.
     cfg.MODEL.WEIGHTS_EMA = "auto"
     # "strict": every tensor of the file must be used, except a classifier with a different number
     # of classes. "ignore": only the backbone is loaded, without the file's classifier or projection
@@ -181,8 +181,8 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # "default": compile the network for training and evaluation with torch.compile: a classifier as
     # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
     # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
-    # whole; or the backbone of a detector, for up to 8 image sizes. It needs a single process on a
-    # GPU. Checkpoints are the same as with "none".
+    # whole; or the backbone of a detector, for up to 8 image sizes. It requires a single process
+    # on a GPU. Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
@@ -239,7 +239,7 @@ def _add_epochs(cfg: CfgNode) -> None:
     # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
     # label smoothing.
     cfg.TEST.LOSS = False
-    # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
+    # The IoU types for which an evaluation computes a detector's diagnostics (error types,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
     cfg.TEST.DIAGNOSTICS = ("bbox", "segm")

@@ -69,7 +69,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
-    """Add the keys that a weight file would change to ``MODEL.WEIGHTS_KEEP`` if they are stated."""
+    """Add keys that the user sets, and a weight file would change, to ``MODEL.WEIGHTS_KEEP``."""
     known = {*cfg.MODEL.WEIGHTS_KEEP, *stated}
     cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in known]
 
@@ -78,7 +78,7 @@ def _stated_keys(path: str) -> set[str]:
     """Return the keys that a user's config file and its own ``_BASE_`` files set.
 
     The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
-    a run, which contains all keys, do not count as the user's statements.
+    a run, which contains all keys, do not count as set by the user.
     """
     own_base = os.path.realpath(str(resources.files("senet_transfer").joinpath("configs", "base")))
     if os.path.dirname(os.path.realpath(path)) == own_base or "://" in path:

@@ -66,7 +66,7 @@ RANGES = {
 }
 
 
-# IoU types of the diagnostics of detectors: boxes and masks.
+# IoU types of a detector's diagnostics: boxes and masks.
 IOU_TYPES = ("bbox", "segm")
 
 

@@ -38,7 +38,7 @@ class CocoSummary:
     warnings: list[str] = field(default_factory=list)
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Set the order of the classes, which must be the same classes as before."""
+        """Reorder the classes. The set of classes must not change."""
         ids = {self.classes[index]: number for number, index in self.id_map.items()}
         self.classes = list(classes)
         self.id_map = {ids[name]: index for index, name in enumerate(classes)}
@@ -195,7 +195,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
 
 
 def _keypoint_names(category: dict) -> list[str]:
-    """Return the names of a category's keypoints, or an empty list without valid names."""
+    """Return the names of a category's keypoints, or an empty list if they are invalid."""
     names = category.get("keypoints")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []

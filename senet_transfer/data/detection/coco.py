@@ -20,7 +20,7 @@ from senet_transfer.errors import UserError
 
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
 
-# The words by which the names of two keypoints that a horizontal flip exchanges differ.
+# Words that distinguish the names of two keypoints that a horizontal flip exchanges.
 _SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 logger = logging.getLogger(__name__)
@@ -88,13 +88,13 @@ class CocoDataset:
         self.order_classes(self.class_order)
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Use an order of the classes other than that of the category ids.
+        """Order the classes differently from the category ids.
 
-        It is needed for a model that was trained on data with other ids for the same classes.
+        A model requires this if its training data used different ids for the same classes.
 
         Args:
-            classes: The class names in the new order. If they are not those of the file, the order
-                of the ids is used.
+            classes: The class names in the new order. If they differ from the file's class names,
+                the order of the category ids is used.
         """
         if self.summary is None:
             return

@@ -33,7 +33,7 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
             registered.
 
-    If a data set has the classes of the first in another order, it uses the order of the first.
+    If the classes of a data set are in a different order, the order of the first data set is used.
 
     Returns:
         The class names in the order of the model outputs; empty if there are no data sets.
@@ -65,10 +65,10 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
 
 
 def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
-    """Use a given order of classes in data sets, which otherwise have that of the category ids.
+    """Set the class order of data sets, which by default is the order of the category ids.
 
     Returns:
-        True on success. False if a data set has other classes or was not registered by this
+        True on success. False if a data set has different classes or was not registered by this
         project.
     """
     entries = [registered_entry(name) for name in names]
@@ -124,7 +124,7 @@ def category_ids(name: str) -> list[int]:
 
 
 def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
-    """Log a warning for each data set in which an image has more objects than can be detected.
+    """Log a warning for each data set with images that contain more objects than can be detected.
 
     Args:
         names: Names of the data sets to evaluate.
