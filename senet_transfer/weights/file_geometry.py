@@ -98,7 +98,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
 
     Call this before building the model. The keys describe the stride placement, the stem pool, the
     channel order, the mean and std, and the SE layers (biases, rounding of the hidden widths, ReLU
-    before the gate). Changes are logged as a table. Keys that the user has stated
+    before the gate). Changes are logged as a table. Keys that the user has set
     (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are not changed.
 
     Args:
@@ -130,7 +130,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     if kept := [change for change in changes if change.key in kept_keys(cfg)]:
         lines = "\n".join(f"  {c.key}: {c.before}, but {c.after} in the file" for c in kept)
         raise UserError(
-            f"Your config states values that contradict {source.path}, detected as "
+            f"Your config sets values that contradict {source.path}, detected as "
             f"{source.detected_as}, which was trained with other values:\n{lines}\nRemove these "
             "keys from your config and options, or use different weights."
         )
