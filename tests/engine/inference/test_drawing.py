@@ -57,6 +57,7 @@ def test_the_colours_of_the_first_classes_differ_and_their_labels_are_readable()
 
 
 @pytest.mark.parametrize("count", [30, 300])
+@pytest.mark.long
 def test_labels_do_not_cover_each_other_and_are_inside_the_image(count):
     random = np.random.default_rng(count)
     corner = random.uniform(0, [600, 440], (count, 2))
@@ -141,6 +142,7 @@ def test_a_name_that_no_font_contains_becomes_its_index_with_a_warning(monkeypat
     assert "Noto Sans CJK" in caplog.text
 
 
+@pytest.mark.long
 def test_lines_are_wider_in_larger_images():
     widths = []
     for size in ((480, 640), (1440, 1920)):
