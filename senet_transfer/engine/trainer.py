@@ -43,6 +43,7 @@ from senet_transfer.evaluation.evaluators import evaluator_kinds, other_evaluato
 from senet_transfer.evaluation.validation_loss import validation_losses
 from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
+from senet_transfer.weights.choice import config_choice
 
 # Number of values to keep per metric for smoothing.
 _HISTORY = 400
@@ -121,6 +122,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
+            choice=config_choice(cfg),
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),

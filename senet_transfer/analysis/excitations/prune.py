@@ -220,7 +220,8 @@ def save_pruned(cfg: CfgNode, rows: list[Pruned], folder: str) -> str:
     path = str(Path(folder, "model.pth"))
     save_weights(best.model, path)
     cfg = cfg.clone()
-    cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_FAMILY = path, ""
+    cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_FAMILY, cfg.MODEL.WEIGHTS_PREFIX = path, "", ""
+    cfg.MODEL.WEIGHTS_EMA, cfg.MODEL.WEIGHTS_HEAD = "auto", "strict"
     cfg.OUTPUT_DIR = folder
     Path(folder, "config.yaml").write_text(cfg.dump())
     return path
