@@ -87,6 +87,14 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert "Nothing has been evaluated yet" in text
 
 
+def test_a_run_that_ended_early_is_finished(tmp_path):
+    folder = write_run(tmp_path / "run", [], training_rows(200, 0.99)[:5])
+    assert not load_run(folder).is_finished
+    for iterations, finished in ((80, False), (100, True)):
+        (folder / "results.json").write_text(json.dumps({"training": {"iterations": iterations}}))
+        assert load_run(folder).is_finished == finished
+
+
 def test_an_evaluation_after_the_last_step_is_no_step(tmp_path):
     rows = [*training_rows(100, 0.9), {"iteration": 100, "bbox/AP": 20.0}]
     loaded = load_run(write_run(tmp_path / "run", [], rows))
