@@ -11,6 +11,7 @@ from torch import nn
 
 from senet_transfer.config import META_ARCHITECTURE, get_senet_config
 from senet_transfer.config.load import load_config, merge_options
+from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
@@ -85,6 +86,7 @@ class ModelSource:
         cfg.defrost()
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
+        check_input(cfg)
         source = self.source or examine_config_weights(cfg)
         if source is None:
             return LoadedModel(build_model(cfg).eval(), cfg)

@@ -1,5 +1,6 @@
 """Setup of a run: config, logging, data sets, device and checks."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -22,14 +23,16 @@ from senet_transfer.data.detection.coco import CocoDataset, register_datasets, r
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
-    check_segmentations,
+    check_outlines,
+    check_trainable,
     dataset_classes,
 )
+from senet_transfer.data.detection.image_checks import MODES, check_images
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
-from senet_transfer.errors import UserError
+from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.weights import apply_file_geometry
 
 _RECORDED = (
@@ -143,6 +146,8 @@ def _prepare(options: RunOptions) -> CfgNode:
     else:
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
+    if not is_classification(cfg):
+        _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     apply_file_geometry(cfg, resumed)
     if before:
@@ -186,6 +191,9 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
+    # Detectron2 logs the traceback of every exception. These are printed when the command ends.
+    if record.exc_info and isinstance(record.exc_info[1], UserError | RunError):
+        return False
     message = record.getMessage()
     return not message.startswith("copypaste:") and not message.endswith("in csv format:")
 
@@ -237,7 +245,8 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
             from those of the other data sets or the model.
     """
-    registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
+    names = register_datasets(cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON)
+    registered = [registered_entry(name) for name in names]
     # Store absolute paths, so that the saved config works from any folder.
     cfg.DATASETS.REGISTER = [
         [d.name, d.json_file, d.image_dir] for d in registered if isinstance(d, CocoDataset)
@@ -256,8 +265,10 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
     classes = dataset_classes(names)
+    if not eval_only:
+        check_trainable(cfg.DATASETS.TRAIN)
     if cfg.MODEL.MASK_ON:
-        check_segmentations(names)
+        _use_mask_format(cfg, names)
     trained = list(cfg.DATASETS.CLASSES)
     if keep_classes and trained and trained != classes:
         raise UserError(
@@ -269,6 +280,50 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
+    """Check the images of the data sets in the main process, for all processes.
+
+    Raises:
+        UserError: If images are unreadable or of another size than annotated.
+    """
+    check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
+    problem = ""
+    if comm.is_main_process():
+        names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        try:
+            check_images(
+                names,
+                mode=cfg.DATALOADER.CHECK_IMAGES,
+                value_range=cfg.INPUT.VALUE_RANGE,
+                max_size=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
+            )
+        except UserError as error:
+            problem = str(error)
+    problem = comm.all_gather(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Check the outlines of the objects, and set the mask format that they require.
+
+    Raises:
+        UserError: If an outline is missing or invalid, or a required package is not installed.
+    """
+    check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
+    if check_outlines(names) and cfg.INPUT.MASK_FORMAT == "polygon":
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        logging.getLogger(__name__).info(
+            "INPUT.MASK_FORMAT is set to bitmask, because outlines are run-length encodings."
+        )
+    crops = cfg.INPUT.CROP.ENABLED and cfg.INPUT.MASK_FORMAT == "polygon"
+    if crops and importlib.util.find_spec("shapely") is None:
+        raise UserError(
+            "INPUT.CROP.ENABLED with polygons requires the package shapely, which is not "
+            "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
+        )
 
 
 def _environment() -> str:

@@ -14,7 +14,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator, verify_results
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -33,12 +32,14 @@ from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.numerics import settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.utils.private_api import limit_history
+from senet_transfer.utils.text import folder_name
 
 # Number of values to keep per metric for smoothing.
 _HISTORY = 400
@@ -264,7 +265,7 @@ class Trainer(DefaultTrainer):
             )
         return FastCOCOEvaluator(
             dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
+            output_dir=os.path.join(cfg.OUTPUT_DIR, folder, folder_name(dataset_name)),
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
@@ -291,7 +292,7 @@ class Trainer(DefaultTrainer):
         ]
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        results = cls.test(cfg, with_augmentation(cfg, model), evaluators)
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase]:

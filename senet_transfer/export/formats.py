@@ -79,7 +79,8 @@ def export_network(
         raise UserError(f"The format is {form!r}; expected one of: {', '.join(FORMATS)}.")
     names = ["logits"]
     with torch.no_grad():
-        found = network.eval()(torch.zeros(1, 3, *size, device=_device(network)))
+        channels = len(preprocessing.mean)
+        found = network.eval()(torch.zeros(1, channels, *size, device=_device(network)))
     if isinstance(found, dict):
         names = list(found)
     model = ImageModel(deploy(network), preprocessing).cpu().eval()

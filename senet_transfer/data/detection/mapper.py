@@ -5,16 +5,17 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - An image that cannot be read completely raises a `UserError` that includes the image's path, its
   id and its annotation file. This applies to truncated files even if other code has set Pillow's
   `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
-- 16-bit greyscale images are reduced to their upper 8 bits, as Pillow does for 16-bit colour
-  images. Pillow's greyscale conversion would clip all values above 255.
-- 32-bit integer and floating-point images are rejected, because their value range is unknown.
+- 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
+- 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
+  is unknown.
 
 Everything else, including the pixels of all other images, is the same as in Detectron2.
 """
 
 import copy
+import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,6 +27,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from senet_transfer.data.images.decode import to_8_bit
 from senet_transfer.errors import UserError
 
 # Transpose operation for each EXIF orientation.
@@ -38,7 +40,17 @@ _EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_ROTATES = (5, 6, 7, 8)  # orientations that swap width and height
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+
+
+class UnreadableImageError(UserError):
+    """Error for an image file that cannot be decoded. Training skips and counts such images.
+
+    Attributes:
+        reason: The reason, without advice.
+    """
+
+    reason = ""
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -48,6 +60,7 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: Whether to map annotations in addition to images.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
             used in messages.
+        value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
         **kwargs: Other arguments of `DatasetMapper`.
     """
 
@@ -57,10 +70,12 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         annotation_files: Mapping[str, list[str]] | None = None,
+        value_range: Sequence[float] = (),
         **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
+        self.value_range = tuple(value_range)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -73,7 +88,12 @@ class CheckedDatasetMapper(DatasetMapper):
                 folder, json_file = metadata.get("image_root"), metadata.get("json_file")
                 if folder and json_file:
                     annotation_files.setdefault(folder, []).append(json_file)
-        return {**super().from_config(cfg, is_train), "annotation_files": annotation_files}
+        return {
+            **super().from_config(cfg, is_train),
+            "annotation_files": annotation_files,
+            # The config may be Detectron2's own, without this key.
+            "value_range": cfg.INPUT.get("VALUE_RANGE", ()),
+        }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map an image's dictionary in the same way as `DatasetMapper`.
@@ -90,7 +110,15 @@ class CheckedDatasetMapper(DatasetMapper):
             sem_seg = detection_utils.read_image(path, "L").squeeze(2)
 
         aug_input = T.AugInput(image, sem_seg=sem_seg)
-        transforms = self.augmentations(aug_input)
+        try:
+            transforms = self.augmentations(aug_input)
+        except ValueError as error:  # such as a side of 0 pixels after resizing
+            height, width = image.shape[:2]
+            raise UserError(
+                f"{self._describe(dataset_dict)} is {width}x{height} pixels and can't be "
+                f"transformed: {error}. Crop or split the image, or increase INPUT.MAX_SIZE_TRAIN "
+                "and INPUT.MAX_SIZE_TEST."
+            ) from error
         image, sem_seg = aug_input.image, aug_input.sem_seg
         image_shape = image.shape[:2]
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -106,81 +134,131 @@ class CheckedDatasetMapper(DatasetMapper):
             self._transform_annotations(dataset_dict, transforms, image_shape)
         return dataset_dict
 
-    def _read(self, dataset_dict: dict) -> np.ndarray:
-        path = dataset_dict["file_name"]
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        if not self.use_instance_mask:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
         try:
-            image = read_image(path, self.image_format)
-        except MemoryError:
-            raise  # not caused by the file
-        # Decoders raise exceptions of many types for damaged files.
-        except Exception as error:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+        # Detectron2 and pycocotools raise exceptions of many types for invalid outlines.
+        except (AssertionError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self._describe(dataset_dict)} cannot be read: {_reason(path, error)}. Expected "
-                f"{_expected(dataset_dict)}. Restore the file, or remove the image from the "
-                "annotation file."
+                f"{self._describe(dataset_dict)} has annotations that can't be used: {error} "
+                f"(INPUT.MASK_FORMAT is {self.instance_mask_format!r}). Expected polygons with at "
+                "least three points, or run-length encodings with INPUT.MASK_FORMAT bitmask. "
+                "Correct the annotations of this image."
             ) from error
-        try:
-            detection_utils.check_image_size(dataset_dict, image)
-        except detection_utils.SizeMismatchError:
-            height, width = image.shape[:2]
-            raise UserError(
-                f"{self._describe(dataset_dict)} is {width}x{height} pixels (width x height); "
-                f"expected {_expected(dataset_dict)}, as annotated. "
-                f"{_size_advice(dataset_dict, (width, height))}"
-            ) from None
-        return image
+
+    def _read(self, dataset_dict: dict) -> np.ndarray:
+        return read_checked(
+            dataset_dict,
+            self.image_format,
+            value_range=self.value_range,
+            annotation_files=self.annotation_files,
+        )
 
     def _describe(self, dataset_dict: dict) -> str:
-        path, known = dataset_dict["file_name"], []
-        if "image_id" in dataset_dict:
-            known.append(f"id {dataset_dict['image_id']}")
-        for folder, json_files in self.annotation_files.items():
-            if path.startswith(os.path.join(folder, "")):
-                known.append(f"listed in {' or '.join(json_files)}")
-        return f"Image {path}" + (f" ({', '.join(known)})" if known else "")
+        return _describe(dataset_dict, self.annotation_files)
 
 
-def read_image(path: str, image_format: str) -> np.ndarray:
+def read_checked(
+    dataset_dict: dict,
+    image_format: str,
+    *,
+    value_range: Sequence[float] = (),
+    annotation_files: Mapping[str, list[str]],
+) -> np.ndarray:
+    """Read an image with :func:`read_image`, and compare its size with its dictionary.
+
+    Args:
+        dataset_dict: Image's dictionary in Detectron2's format.
+        image_format: See :func:`read_image`.
+        value_range: See :func:`read_image`.
+        annotation_files: Dictionary from image folder to the annotation files that list its images;
+            used in messages.
+
+    Raises:
+        UnreadableImageError: If the image cannot be read.
+        UserError: If its size differs from the size in the dictionary.
+    """
+    path, image_name = dataset_dict["file_name"], _describe(dataset_dict, annotation_files)
+    try:
+        image = read_image(path, image_format, value_range)
+    except MemoryError:
+        raise  # not caused by the file
+    # Decoders raise exceptions of many types for damaged files.
+    except Exception as error:
+        reason = _reason(path, error)
+        unreadable = UnreadableImageError(
+            f"{image_name} cannot be read: {reason}. Expected {_expected(dataset_dict)}. Restore "
+            "the file, or remove the image from the annotation file."
+        )
+        unreadable.reason = f"{path} cannot be read: {reason}"
+        raise unreadable from error
+    try:
+        detection_utils.check_image_size(dataset_dict, image)
+    except detection_utils.SizeMismatchError:
+        height, width = image.shape[:2]
+        raise UserError(
+            f"{image_name} is {width}x{height} pixels (width x height); expected "
+            f"{_expected(dataset_dict)}, as annotated. "
+            f"{_size_advice(dataset_dict, (width, height))}"
+        ) from None
+    return image
+
+
+def _describe(dataset_dict: dict, annotation_files: Mapping[str, list[str]]) -> str:
+    path, known = dataset_dict["file_name"], []
+    if "image_id" in dataset_dict:
+        known.append(f"id {dataset_dict['image_id']}")
+    for folder, json_files in annotation_files.items():
+        if path.startswith(os.path.join(folder, "")):
+            known.append(f"listed in {' or '.join(json_files)}")
+    return f"Image {path}" + (f" ({', '.join(known)})" if known else "")
+
+
+def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
     """Read a complete image with 8 bits per channel, and apply its EXIF orientation.
 
     Args:
         path: Path of an image in any format supported by Pillow.
-        image_format: "BGR", "RGB", or any other format supported by Detectron2's `read_image`.
+        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
+        value_range: Range of images with more than 8 bits per channel; see
+            :func:`senet_transfer.data.images.decode.to_8_bit`.
 
     Returns:
         The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
         format "YUV-BT.601".
 
     Raises:
-        UserError: If the image has 32-bit pixels.
+        BrokenImageError: If the image has 32 bits per value and no range is given.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
-    with _no_truncated_images(), PathManager.open(path, "rb") as file:
-        image: Image.Image = Image.open(file)
+    with PathManager.open(path, "rb") as file:
+        data = file.read()
+    with _no_truncated_images():
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        orientation = _exif_orientation(image)
+        orientation = exif_orientation(image)
+        image = to_8_bit(image, value_range, data)
         if orientation in _EXIF_TURNS:
             image = image.transpose(_EXIF_TURNS[orientation])
-        return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
+        return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
-def _exif_orientation(image: Image.Image) -> int | None:
+def is_turned_sideways(orientation: int | None) -> bool:
+    """Return whether an EXIF orientation swaps an image's width and height."""
+    return orientation in _SIDEWAYS
+
+
+def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises errors of many types for broken EXIF data
         return None
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise UserError(
-            f"its pixels are {kind}, whose value range is unknown; convert it to 8 bits per channel"
-        )
-    return image
 
 
 @contextmanager
@@ -226,8 +304,8 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
         )
     orientation = None
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
-        orientation = _exif_orientation(Image.open(file))
-    if orientation in _EXIF_ROTATES:
+        orientation = exif_orientation(Image.open(file))
+    if is_turned_sideways(orientation):
         return (
             f"Detectron2 rotates the image according to its EXIF orientation, {orientation}, but "
             "it was annotated without the rotation. Remove the EXIF tag if the boxes match the "

@@ -1,6 +1,7 @@
 """Object detection on image files."""
 
 import os
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -9,11 +10,12 @@ from detectron2.data import Metadata
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
 
 from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.inference.inputs import check_all_read, make_output_folder
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.results import write_results
@@ -36,10 +38,17 @@ class Predictor(DefaultPredictor):
         self.cfg = cfg = loaded.cfg
         self.model = loaded.model
         if cfg.TEST.AUG.ENABLED:
-            self.model = GeneralizedRCNNWithTTA(cfg, self.model)
+            self.model = with_augmentation(cfg, self.model)
         sides = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST]
         self.aug = ResizeShortestEdge(sides, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
+
+    def __call__(self, original_image: np.ndarray) -> dict:
+        """Detect objects in a BGR image, uint8 ``(H, W, 3)``."""
+        if self.input_format == "L":
+            grey = Image.fromarray(original_image[:, :, ::-1]).convert("L")
+            original_image = np.asarray(grey)[:, :, None]
+        return super().__call__(original_image)
 
 
 def predict_images(
@@ -81,7 +90,7 @@ def predict_images(
     records, annotations, broken = [], [], []
     for image_id, path in enumerate(progress(images, unit="image", quiet=quiet), start=1):
         try:
-            image = _read(path)
+            image = _read(path, loaded.cfg.INPUT.VALUE_RANGE)
         except UserError as error:
             broken.append(str(error))
             continue
@@ -138,9 +147,9 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     return names
 
 
-def _read(path: str) -> np.ndarray:
+def _read(path: str, value_range: Sequence[float]) -> np.ndarray:
     try:
-        return read_image(path, "BGR")
+        return read_image(path, "BGR", value_range)
     except MemoryError:
         raise
     # Decoders raise many kinds of exceptions for corrupted files.
