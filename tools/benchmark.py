@@ -5,6 +5,12 @@ In each round, every candidate runs once. Ratios are medians over the rounds, wi
 intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
+
+The part `gpu` compares training and inference on a GPU with the targets, in at most six minutes. It
+has parts of its own, which can be selected after its name.
+
+    python tools/benchmark.py gpu --output output/gpu.json
+    python tools/benchmark.py gpu training inference
 """
 
 import argparse
@@ -32,17 +38,34 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    add(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"{', '.join(PARTS)}, or gpu; default: all except gpu",
+    )
     add("--seconds", type=float, default=20.0, help="approximate seconds per comparison (20)")
     add("--device", default="cpu", help="device for the networks, cpu or cuda (cpu)")
     add("--profile", action="store_true", help="profile the time and memory of each candidate")
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
+    add = parser.add_argument_group("part gpu").add_argument
+    add("--budget", type=float, default=340.0, help="maximum seconds for all of it (340)")
+    add(
+        "--compiled",
+        choices=["bf16", "all"],
+        default="bf16",
+        help="compile the networks in bfloat16 (bf16), or also in float16 and float32 (all)",
+    )
+    add("--dry-run", action="store_true", help="run its code on a CPU with tiny sizes")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the benchmark, print each result when it is available, and write the JSON file."""
+    if args.parts[:1] == ["gpu"]:
+        _run_gpu(args)
+        return
     from benchmark import networks, report
     from senet_transfer.errors import check_choice
     from senet_transfer.utils.progress import progress
@@ -62,6 +85,23 @@ def main(args: argparse.Namespace) -> None:
             found[part].append(row)
     if args.output:
         report.write_json(args.output, found, " ".join(sys.argv))
+
+
+def _run_gpu(args: argparse.Namespace) -> None:
+    from benchmark.gpu import run
+    from senet_transfer.errors import check_choice
+
+    names = args.parts[1:]
+    for name in names:
+        check_choice("The part of the GPU benchmark", name, run.PARTS)
+    run.run(
+        names,
+        output=args.output,
+        command=" ".join(sys.argv),
+        budget=args.budget,
+        compiled=args.compiled,
+        dry_run=args.dry_run,
+    )
 
 
 if __name__ == "__main__":

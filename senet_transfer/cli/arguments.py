@@ -94,10 +94,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser for training, with Detectron2's arguments, --dataset and --quiet."""
+    """Return the parser for training, with Detectron2's arguments and this project's flags."""
     parser = Parser(epilog=_EPILOG)
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
+    parser.add_argument(
+        "--iou-types",
+        metavar="TYPES",
+        help="IoU types of a detector's diagnostics: bbox, segm or bbox,segm (TEST.DIAGNOSTICS)",
+    )
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -110,10 +115,15 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of Detectron2's parser without importing Detectron2, which is slow."""
+    """Add --overwrite and the arguments of Detectron2's parser, whose import would be slow."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="delete the files that an earlier run has written to OUTPUT_DIR, and train anew",
+    )
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
     add("--num-gpus", type=int, default=1, help="number of processes per machine, one per GPU (1)")
     add("--num-machines", type=int, default=1, help="number of machines (1)")
@@ -145,7 +155,8 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
         help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
-        "DATASETS.TEST; can be repeated",
+        "DATASETS.TEST; can be repeated. If the config names no registered data, the first is "
+        "trained on and the second tested on",
     )
 
 

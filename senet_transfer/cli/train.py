@@ -37,14 +37,18 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
     """Convert parsed arguments to run options."""
     from senet_transfer.engine.setup import RunOptions
 
+    options = tuple(args.opts)
+    if args.iou_types is not None:
+        options += ("TEST.DIAGNOSTICS", repr(tuple(filter(None, args.iou_types.split(",")))))
     return RunOptions(
         config_file=args.config_file,
-        options=tuple(args.opts),
+        options=options,
         datasets=tuple(map(tuple, args.dataset)),
         resume=args.resume,
         eval_only=args.eval_only,
         deterministic=args.deterministic,
         quiet=args.quiet,
+        overwrite=args.overwrite,
     )
 
 

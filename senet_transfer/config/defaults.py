@@ -125,6 +125,10 @@ def _add_data_config(cfg: CfgNode) -> None:
     cfg.DATASETS.CLASSES = []
     # The ids of these classes in the data sets' JSON files. They are set at the start of a run.
     cfg.DATASETS.CATEGORY_IDS = []
+    # The class names of a semantic segmentation, in the order of the label values, and the names of
+    # the keypoints. They are read from the data sets at the start of a run.
+    cfg.DATASETS.STUFF_CLASSES = []
+    cfg.DATASETS.KEYPOINTS = []
 
 
 def _add_solver_config(cfg: CfgNode) -> None:
@@ -141,7 +145,9 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # allow it. None: PyTorch's defaults, which allow it in convolutions only.
     cfg.SOLVER.TF32 = None
     # "default": compile the network for training and evaluation with torch.compile: a classifier as
-    # a whole, the backbone of a detector. Checkpoints are the same as with "none".
+    # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
+    # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
+    # whole. It needs a single process on a GPU. Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
@@ -190,6 +196,10 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
+    # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
+    # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
+    cfg.TEST.DIAGNOSTICS = ("bbox", "segm")
 
 
 def _add_classification_config(cfg: CfgNode) -> None:

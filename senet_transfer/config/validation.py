@@ -64,13 +64,19 @@ RANGES = {
 }
 
 
+# IoU types of the diagnostics of detectors: boxes and masks.
+IOU_TYPES = ("bbox", "segm")
+
+
 # Example elements for lists with an empty default, from which the type can't be inferred.
 _ELEMENTS: dict[str, Any] = {
     "DATASETS.CATEGORY_IDS": 1,
     "DATASETS.CLASSES": "name",
+    "DATASETS.KEYPOINTS": "name",
     "DATASETS.PROPOSAL_FILES_TEST": "path",
     "DATASETS.PROPOSAL_FILES_TRAIN": "path",
     "DATASETS.REGISTER": "path",
+    "DATASETS.STUFF_CLASSES": "name",
     "INPUT.VALUE_RANGE": 0.0,
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
@@ -144,6 +150,11 @@ def check_ranges(cfg: CfgNode) -> None:
     for key in _NOT_EMPTY:
         if not values[key]:
             raise UserError(f"{key} is {values[key]!r}; expected at least one number.")
+    if unknown := set(cfg.TEST.DIAGNOSTICS) - set(IOU_TYPES):
+        raise UserError(
+            f"TEST.DIAGNOSTICS (--iou-types) contains {sorted(unknown)[0]!r}; expected "
+            f"{' and '.join(map(repr, IOU_TYPES))}."
+        )
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
             "SOLVER.CHECKPOINTS_KEPT is 1; expected 0 (keep all) or at least 2. If the only "

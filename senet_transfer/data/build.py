@@ -244,7 +244,10 @@ def train_loader(
     dataset = open_train_dataset(cfg)
     if isinstance(dataset, ImageArrays):
         augment = small_augment(cfg)
-        return CifarTrainLoader(dataset, augment=augment, device=cfg.MODEL.DEVICE, **share)
+        planned = cfg.SOLVER.COMPILE == "graph"
+        return CifarTrainLoader(
+            dataset, augment=augment, device=cfg.MODEL.DEVICE, planned=planned, **share
+        )
     return build_classification_train_loader(
         dataset,
         **share,

@@ -170,6 +170,8 @@ class ModelEMA(HookBase):
         self.model = model
         self.decay = decay
         self.guard = guard
+        # True if the trainer updates the average as a part of its step.
+        self.in_step = False
         self.steps = 0
         self.average: dict[str, Tensor] = {}
 
@@ -178,17 +180,29 @@ class ModelEMA(HookBase):
         if not self.average:
             self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Update the average."""
+        """Update the average, unless the trainer does."""
+        if not self.in_step:
+            self.update(self.next_weight())
+
+    def next_weight(self) -> float:
+        """Count a step, and return the weight of the model in its average, ``1 - d``."""
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        return 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+
+    @torch.no_grad()
+    def update(self, weight: float | Tensor) -> None:
+        """Update the average without waiting for the device.
+
+        Args:
+            weight: The weight of the model, as a number or as a tensor ``()`` on the device.
+        """
         pairs = [(self.average[name], value) for name, value in self._tensors().items()]
         floats = [pair for pair in pairs if pair[1].is_floating_point()]
         counts = [pair for pair in pairs if not pair[1].is_floating_point()]
         halted = self.guard.halted if self.guard and self.guard.deferred else None
         averages, values = zip(*floats, strict=True)
-        lerp_all(averages, values, 1 - decay, halted)
+        lerp_all(averages, values, weight, halted)
         if counts:
             copy_all(*zip(*counts, strict=True))
 

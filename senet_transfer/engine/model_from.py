@@ -1,9 +1,8 @@
 """Construction of models from a model name, a config file or a weight file."""
 
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -13,6 +12,7 @@ from senet_transfer.config import META_ARCHITECTURE, get_senet_config
 from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
+from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.models.empty import built_empty, fill_empty
@@ -71,6 +71,19 @@ class ModelSource:
     source: Source | None = None
     config_file: str = ""
 
+    def examined(self) -> "ModelSource":
+        """Return a copy with the content of the weight file, and the class names in it.
+
+        Raises:
+            UserError: If the weight file can't be read.
+        """
+        source = self.source or examine_config_weights(self.cfg)
+        if source is None:
+            return self
+        cfg = self.cfg.clone()
+        apply_file_classes(cfg, source)
+        return replace(self, cfg=cfg, source=source)
+
     def build(self, device: str = "") -> LoadedModel:
         """Build the model with the geometry of its weight file, and load all of its weights.
 
@@ -82,12 +95,12 @@ class ModelSource:
             UserError: If the weight file can't be read or does not match the model (including the
                 number of classes), or if the device does not exist.
         """
-        cfg = self.cfg.clone()
+        found = self.examined()
+        cfg, source = found.cfg.clone(), found.source
         cfg.defrost()
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
         check_input(cfg)
-        source = self.source or examine_config_weights(cfg)
         if source is None:
             return LoadedModel(build_model(cfg).eval(), cfg)
         apply_file_geometry(cfg, source)
@@ -138,12 +151,6 @@ def find_model(
             cfg.MODEL.WEIGHTS_FAMILY = family
         cfg.MODEL.WEIGHTS = weights
     return ModelSource(cfg, source, config_file)
-
-
-def config_next_to(weights: str) -> str:
-    """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
-    path = os.path.join(os.path.dirname(weights), "config.yaml")
-    return path if weights and os.path.isfile(path) else ""
 
 
 def model_config(

@@ -82,6 +82,7 @@ class StepGuard:
         self.stops = False
         device = next(model.parameters()).device
         self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self.halted = torch.zeros((), device=device)
         self.skipped = 0
         # By the time a step is skipped, its forward pass has updated the batch norm buffers.
         buffers = [*model.buffers()] if deferred or max_skips else []
@@ -97,7 +98,7 @@ class StepGuard:
     def skipped(self, count: int) -> None:
         self._skipped = count
         self._count.fill_(count)
-        self.halted = (self._count > self.max_skips).float()
+        self.halted.copy_(self._count > self.max_skips)
 
     def remember(self) -> None:
         """Copy the model's buffers so that they can be restored if the step is skipped."""
@@ -174,7 +175,7 @@ class StepGuard:
         skip = bad | (self._count > self.max_skips)
         counted = bad & (self._count <= self.max_skips)
         self._count += counted
-        self.halted = (self._count > self.max_skips).float()
+        self.halted.copy_(self._count > self.max_skips)
         step.values = torch.cat([torch.stack([counted, checked]).double(), found])
         if self.deferred or skip:
             self._restore(skip)

@@ -1,10 +1,14 @@
 """Results of commands: JSON files and the summary at the end of a run."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.coco import DIAGNOSTICS
 from senet_transfer.utils.atomic_io import write_json
 
 
@@ -25,14 +29,43 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
-    With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``.
+    With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``. The
+    diagnostics are left out.
     """
     found: dict[str, float] = {}
     for name, value in results.items():
+        if name == "diagnostics":
+            continue
         if isinstance(value, dict):
             found.update({f"{name}/{key}": number for key, number in metrics(value).items()})
         elif isinstance(value, int | float):
             found[name] = float(value)
+    return found
+
+
+def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
+    """Add the diagnostics of the last evaluation to its results.
+
+    Args:
+        cfg: The run's config.
+        results: The results of the evaluation, as returned by ``Trainer.evaluate``.
+
+    Returns:
+        The results and, under the key ``diagnostics`` next to the tasks, the diagnostics by task.
+    """
+    several = len(cfg.DATASETS.TEST) > 1
+    found = dict(results)
+    for folder, suffix in (("inference", ""), ("inference_TTA", "_TTA")):
+        for name in cfg.DATASETS.TEST:
+            path = Path(cfg.OUTPUT_DIR, folder, name, DIAGNOSTICS)
+            if not path.is_file() or (suffix and not cfg.TEST.AUG.ENABLED):
+                continue
+            content = json.loads(path.read_text())
+            if several:
+                found[name + suffix] = {**found.get(name + suffix, {}), "diagnostics": content}
+            else:
+                named = {task + suffix: values for task, values in content.items()}
+                found["diagnostics"] = {**found.get("diagnostics", {}), **named}
     return found
 
 

@@ -192,7 +192,7 @@ def _check_norms(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    check_choice("SOLVER.COMPILE", cfg.SOLVER.COMPILE, ("none", "default"))
+    _check_compile(cfg)
     check_epochs(cfg)
     if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
         raise UserError(
@@ -206,6 +206,30 @@ def _check_solver(cfg: CfgNode) -> None:
         raise UserError(
             "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which requires evaluation during "
             "training. Set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
+        )
+
+
+def _check_compile(cfg: CfgNode) -> None:
+    check_choice("SOLVER.COMPILE", cfg.SOLVER.COMPILE, ("none", "default", "graph"))
+    if cfg.SOLVER.COMPILE != "graph":
+        return
+    remedy = "Set SOLVER.COMPILE to none or default."
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            "SOLVER.COMPILE is graph, which captures CUDA graphs, but this run's device is "
+            f"{cfg.MODEL.DEVICE}. {remedy}"
+        )
+    if comm.get_world_size() > 1:
+        raise UserError(
+            "SOLVER.COMPILE is graph, which supports a single process, but this run has "
+            f"{comm.get_world_size()}. {remedy}"
+        )
+    options = cfg.MODEL.CLASSIFIER
+    if is_classification(cfg) and (options.MIXUP or options.CUTMIX):
+        raise UserError(
+            f"SOLVER.COMPILE is graph, but MODEL.CLASSIFIER.MIXUP is {options.MIXUP:g} and CUTMIX "
+            f"is {options.CUTMIX:g}. Both draw random numbers on the host, which a CUDA graph "
+            "would repeat in every step. Set both to 0, or set SOLVER.COMPILE to none or default."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -19,21 +20,35 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
-from senet_transfer.data.detection.coco import CocoDataset, register_datasets, registered_entry
+from senet_transfer.data.detection.coco import (
+    CocoDataset,
+    register_datasets,
+    register_shapes,
+    registered_entry,
+)
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
     check_outlines,
     check_trainable,
     dataset_classes,
+    use_class_order,
+    warn_of_many_objects,
 )
 from senet_transfer.data.detection.image_checks import MODES, check_images
 from senet_transfer.engine.checkpoints import checkpoint_history as history
+from senet_transfer.engine.checkpoints.classes import use_trained_classes
+from senet_transfer.engine.checkpoints.output_folder import (
+    claim_output_folder,
+    drop_earlier_log,
+    log_size,
+)
 from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.weights import apply_file_geometry
+from senet_transfer.weights.file_geometry import examine_config_weights
 
 _RECORDED = (
     "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
@@ -57,6 +72,7 @@ class RunOptions:
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
         deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
+        overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
     """
 
     config_file: str = ""
@@ -66,6 +82,7 @@ class RunOptions:
     eval_only: bool = False
     deterministic: bool = False
     quiet: bool = False
+    overwrite: bool = False
 
 
 def setup(options: RunOptions) -> CfgNode:
@@ -122,16 +139,26 @@ def resumes(cfg: CfgNode, options: RunOptions) -> bool:
     """
     if options.resume or options.eval_only:
         return options.resume
-    counts = (os.environ.get(name, "") for name in _RESTARTS)
-    again = any(count.isdigit() and int(count) > 0 for count in counts)
     # The main process decides: on a shared file system, other processes may not see a new
     # checkpoint yet.
-    return comm.all_gather(again and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
+    return comm.all_gather(_restarted() and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
+
+
+def _restarted() -> bool:
+    """Return whether torchrun or SLURM has started this command again after a failure."""
+    counts = (os.environ.get(name, "") for name in _RESTARTS)
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def _prepare(options: RunOptions) -> CfgNode:
     eval_only = options.eval_only
+    if options.overwrite and (options.resume or eval_only):
+        raise UserError(
+            "--overwrite deletes an earlier run, so it can't be combined with "
+            f"{'--resume' if options.resume else '--eval-only'}. Remove one of the two."
+        )
     cfg = load_config(options.config_file, list(options.options))
+    logged = log_size(cfg.OUTPUT_DIR)
     logger = _start_logging(cfg, quiet=options.quiet)
     resume = resumes(cfg, options)
     if resume and not options.resume:
@@ -144,14 +171,23 @@ def _prepare(options: RunOptions) -> CfgNode:
     if is_classification(cfg):
         use_classification_datasets(cfg, eval_only=eval_only)
     else:
+        use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
     if not is_classification(cfg):
         _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
-    apply_file_geometry(cfg, resumed)
+    source = examine_config_weights(cfg, resumed)
+    if source:
+        apply_file_geometry(cfg, source)
+        names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        use_trained_classes(cfg, source, names, keeps=eval_only or resume)
     if before:
         check_changes(cfg, before)
+    if not (resume or eval_only):
+        claim_output_folder(cfg, overwrite=options.overwrite, restarted=_restarted())
+        if options.overwrite and comm.is_main_process():
+            drop_earlier_log(cfg.OUTPUT_DIR, logged)
     return cfg
 
 
@@ -232,6 +268,43 @@ def available_device(name: str, logger: logging.Logger) -> str:
     return name
 
 
+def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
+    """Train on the first data set of ``--dataset``, and evaluate on the second.
+
+    This applies if the config names data sets that are not registered, as a recipe for a user's own
+    data does, and if the command line does not set the key. With ``--eval-only``, a single data set
+    is evaluated.
+
+    Args:
+        cfg: The config, which is changed in place.
+        options: The run's options.
+        logger: The logger for the choice.
+    """
+    register_shapes()
+    # A malformed entry or name is rejected when the data sets are registered and checked.
+    entries = [
+        entry for entry in cfg.DATASETS.REGISTER if isinstance(entry, list | tuple) and entry
+    ]
+    registered = {str(entry[0]) for entry in entries} | set(DatasetCatalog)
+    named = [entry[0] for entry in options.datasets]
+    chosen = {"TRAIN": named[:1], "TEST": named[:1] if options.eval_only else []}
+    chosen["TEST"] = named[1:2] or chosen["TEST"]
+    for key, names in chosen.items():
+        configured = cfg.DATASETS[key]
+        given = f"DATASETS.{key}" in options.options[::2]
+        if not all(isinstance(name, str) for name in configured):
+            continue
+        if names and not given and configured and not registered.issuperset(configured):
+            logger.info(
+                "DATASETS.%s is %s, the data set of --dataset, because %s of the config is not "
+                "registered.",
+                key,
+                names[0],
+                ", ".join(sorted(set(configured) - registered)),
+            )
+            cfg.DATASETS[key] = tuple(names)
+
+
 def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:
     """Register and check the config's data sets, and copy their classes to the config.
 
@@ -267,15 +340,17 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     classes = dataset_classes(names)
     if not eval_only:
         check_trainable(cfg.DATASETS.TRAIN)
+    warn_of_many_objects(cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     if cfg.MODEL.MASK_ON:
         _use_mask_format(cfg, names)
     trained = list(cfg.DATASETS.CLASSES)
-    if keep_classes and trained and trained != classes:
+    if keep_classes and trained and trained != classes and not use_class_order(names, trained):
         raise UserError(
             f"The model was trained on the classes {trained}, but {names[0]} has the classes "
             f"{classes}. To evaluate the model or resume its training, use data with the same "
-            "classes, with category ids in the same order."
+            "classes."
         )
+    classes = trained if keep_classes and trained else classes
     cfg.DATASETS.CLASSES = classes
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)

@@ -1,8 +1,9 @@
 """Optimizers, learning rate schedules, and conversion of epochs to iterations."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,6 +149,29 @@ def fill_momentum(optimizer: torch.optim.SGD) -> None:
         if group["momentum"]:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@contextlib.contextmanager
+def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
+    """Temporarily replace the learning rates by tensors, one ``()`` per parameter group.
+
+    A graph of the optimizer's step reads these tensors in each replay, whereas a number would stay
+    the same. The scheduler and the checkpoints see numbers.
+    """
+    groups = optimizer.param_groups
+    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    saved = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "capturable" in group:
+            # PyTorch requires this option in a capture, and warns about it otherwise. It changes
+            # nothing in a fused optimizer.
+            group["capturable"] = captures
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, saved, strict=True):
+            group.update(values)
 
 
 def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:

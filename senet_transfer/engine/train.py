@@ -10,7 +10,13 @@ from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
 from senet_transfer.engine.model_from import ModelSource
-from senet_transfer.engine.results import duration, metrics, summary, write_results
+from senet_transfer.engine.results import (
+    duration,
+    metrics,
+    summary,
+    with_diagnostics,
+    write_results,
+)
 from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
@@ -42,7 +48,7 @@ def main(options: RunOptions) -> None:
             loaded = load(cfg, resumes(cfg, options))
         results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
-        write_results(Path(cfg.OUTPUT_DIR, RESULTS), results)
+        write_results(Path(cfg.OUTPUT_DIR, RESULTS), with_diagnostics(cfg, results))
         if options.quiet:  # Otherwise, the log includes them.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
         else:

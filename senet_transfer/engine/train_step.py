@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from senet_transfer.engine.capture.captured_step import CapturedStep
+from senet_transfer.engine.capture.graphs import Graphs
+from senet_transfer.engine.hooks import ModelEMA
 from senet_transfer.engine.nonfinite_guard import Step, StepGuard, describe_batch
+from senet_transfer.engine.solver import tensor_rates
 from senet_transfer.errors import UserError
 from senet_transfer.utils.private_api import scaler_state, skips_on_device
+
+# Name of the input of a captured step with the learning rates and the weight of the average.
+_NUMBERS = "numbers"
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +48,7 @@ class StepTrainer(SimpleTrainer):
         max_skips: int = 0,
         output_dir: str = "",
         reads_after: Callable[[int], bool] | None = None,
+        graphs: Graphs | None = None,
     ):
         """
         Args:
@@ -59,9 +68,13 @@ class StepTrainer(SimpleTrainer):
             reads_after: Returns whether losses are read from the device, logged and checked after
                 an iteration. None reads them after each iteration. Without a fused optimizer, which
                 can skip a step on the device, the argument is ignored.
+            graphs: The source of graphs to capture the step, from the data loader's plan or batch
+                to the average, or None to run it eagerly. The batch must be a dict, and the losses
+                must not be read after each iteration.
 
         Raises:
-            UserError: If ``dtype`` or ``micro_batches`` is invalid.
+            UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
+                captured.
         """
         super().__init__(model, data_loader, optimizer)
         self._batches: Iterator[Any] | None = None
@@ -85,6 +98,19 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(
             self.device_type, enabled=self.dtype == torch.float16
         )
+        self._average: ModelEMA | None = None
+        self._captured: CapturedStep | None = None
+        if graphs is not None:
+            if self._reads_after is None:
+                raise UserError(
+                    "SOLVER.COMPILE is graph, which needs an optimizer that skips a step on the "
+                    "device, such as fused SGD or AdamW. Set SOLVER.COMPILE to none or default."
+                )
+            modules = list(model.modules())
+            self._captured = CapturedStep(
+                self._step_on_device, graphs, state=lambda: tuple(m.training for m in modules)
+            )
+        self._names: tuple[list[str], list[str]] = [], []
         self._one = torch.ones((), device=next(model.parameters()).device)
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
@@ -99,11 +125,56 @@ class StepTrainer(SimpleTrainer):
             UserError: If any process can't read its data.
             RunError: If more than ``max_skips`` steps had non-finite values.
         """
+        batch, data_time = self._next_batch()
+        step = Step(self.iter, data_time, describe_batch(batch), torch.initial_seed())
+        if self._captured is None:
+            self._compute(step, batch)
+        else:
+            numbers = [group["lr"] for group in self.optimizer.param_groups]
+            if self._average:
+                numbers.append(self._average.next_weight())
+            tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+            step.values, step.norms = self._captured({**tensors, _NUMBERS: torch.tensor(numbers)})
+            step.losses, step.gradients = self._names
+        self._unread.append(step)
+        if self._reads_after is None or self._reads_after(self.iter) or self.guard.stops:
+            self.read()
+
+    def use_average(self, average: ModelEMA) -> None:
+        """Update an average of the weights as a part of captured steps."""
+        if self._captured is not None:
+            self._average = average
+            average.in_step = True
+
+    def _step_on_device(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute a step without reading from the device, so that it can be captured.
+
+        Args:
+            inputs: The batch, or the plan of a batch; and the learning rates of the parameter
+                groups, followed by the weight of the average.
+
+        Returns:
+            The values and the gradients' norms of the step; see :class:`Step`.
+        """
+        numbers = inputs[_NUMBERS].unbind()
+        batch = {key: value for key, value in inputs.items() if key != _NUMBERS}
+        if getattr(self.data_loader, "planned", False):
+            batch = self.data_loader.assemble(batch)
+        step = Step(self.iter, 0.0, None, 0)
+        with tensor_rates(self.optimizer, numbers[: len(self.optimizer.param_groups)]):
+            self._compute(step, batch)
+        if step.problem:
+            raise FloatingPointError(step.problem)
+        if self._average:
+            self._average.update(numbers[-1])
+        self._names = step.losses, step.gradients
+        return step.values, step.norms
+
+    def _compute(self, step: Step, batch: Any) -> None:
+        """Compute losses and gradients, update the parameters, and set the step's values."""
         self.optimizer.zero_grad()
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
-        batch, data_time = self._next_batch()
-        step = Step(self.iter, data_time, describe_batch(batch), torch.initial_seed())
         *parts, last = split_batch(batch, self.micro_batches)
         raised: Exception | None = None
         try:
@@ -120,9 +191,6 @@ class StepTrainer(SimpleTrainer):
         skip, overflow = self.guard.check(step, totals, self.grad_scaler.scale(self._one))
         if not step.problem:
             self._update(skip, overflow)
-        self._unread.append(step)
-        if self._reads_after is None or self._reads_after(self.iter) or self.guard.stops:
-            self.read()
 
     def _update(self, skip: torch.Tensor, overflow: torch.Tensor) -> None:
         """Update the parameters and the gradient scale unless ``skip`` is True."""

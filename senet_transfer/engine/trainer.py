@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
@@ -30,6 +31,7 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.inference.augmentation import with_augmentation
@@ -104,6 +106,7 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             output_dir=cfg.OUTPUT_DIR,
             reads_after=partial(_reads_after, cfg) if self._device.type in _ASYNCHRONOUS else None,
+            graphs=self.build_graphs(cfg, self._device),
         )
         with config_errors("schedule"):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -112,6 +115,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),
         )
         self.results: OrderedDict = OrderedDict()
@@ -202,6 +206,12 @@ class Trainer(DefaultTrainer):
                 writer.after_train()
 
     @classmethod
+    def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
+        """Return the source of graphs of the training step, or None for eager steps."""
+        captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
+        return CudaGraphs(device) if captures else None
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """Build the optimizer from the config."""
         return solver.build_optimizer(cfg, model)
@@ -246,7 +256,8 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for a data set.
 
         Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions are written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        error. A detector's predictions and diagnostics are written to
+        ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the detection data set is registered with metrics other than COCO's.
@@ -269,6 +280,10 @@ class Trainer(DefaultTrainer):
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            # The metrics of COCO are defined for at most 100 detections.
+            max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
+            diagnostics=cfg.TEST.DIAGNOSTICS,
         )
 
     @classmethod
@@ -301,6 +316,7 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if cfg.SOLVER.EMA.ENABLED:
             self.average = hooks.ModelEMA(model, cfg.SOLVER.EMA.DECAY, self._trainer.guard)
+            self._trainer.use_average(self.average)
         theirs = super().build_hooks()
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
@@ -333,7 +349,8 @@ class Trainer(DefaultTrainer):
 
     def _savers(self) -> list[HookBase]:
         cfg, savers = self.cfg, []
-        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR)
+        classes = cfg.DATASETS.CLASSES
+        checkpointer = UntaggedCheckpointer(self.model, cfg.OUTPUT_DIR, classes=classes)
         if cfg.TEST.BEST_METRIC:
             period, metric = cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC
             savers.append(hooks.BestModel(period, metric, checkpointer, self.average))

@@ -1,48 +1,160 @@
 """Detectron2's COCO evaluator with faster-coco-eval, which computes the metrics in C++.
 
-The results are identical to those of pycocotools, which is used if faster-coco-eval isn't
+The results equal those of pycocotools to the last bit. It is used if faster-coco-eval isn't
 installed.
 """
 
+import contextlib
 import gc
+import io
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+
+from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.evaluation.coco_arrays import coco_arrays
+from senet_transfer.evaluation.diagnostics import diagnose
+from senet_transfer.evaluation.numbering import Numbering
+from senet_transfer.utils.atomic_io import write_json
 
 try:
     import faster_coco_eval
+
+    from senet_transfer.evaluation.exact_metrics import ExactCOCOeval
 except ImportError:
     faster_coco_eval = None
+
+# The file with the diagnostics in the evaluator's output folder.
+DIAGNOSTICS = "diagnostics.json"
 
 logger = logging.getLogger(__name__)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator with faster-coco-eval, which is about eight times as fast."""
+    """Detectron2's COCOEvaluator with faster-coco-eval, which is about eight times as fast.
 
-    def __init__(self, *arguments: Any, **options: Any):
-        """Take the same arguments as Detectron2's COCOEvaluator, except ``use_fast_impl``."""
-        super().__init__(*arguments, use_fast_impl=False, **options)
+    The libraries for the metrics get numbers in place of the ids in the annotation file; see
+    :class:`~senet_transfer.evaluation.numbering.Numbering`. The files with predictions contain the
+    ids of the annotation file.
+
+    Attributes:
+        diagnostics: The diagnostics by IoU type; see
+            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. They are also written to
+            ``diagnostics.json`` in the output folder.
+    """
+
+    def __init__(self, *arguments: Any, diagnostics: Sequence[str] = (), **options: Any):
+        """
+        Args:
+            arguments: Arguments of Detectron2's COCOEvaluator.
+            diagnostics: The IoU types for which diagnostics are computed, if the model predicts
+                them: "bbox" for boxes and "segm" for masks.
+            options: Other arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``.
+
+        Raises:
+            UserError: If the annotation file can't be read.
+        """
+        # Detectron2's class can't read all of the files that the loader of this project reads.
+        with _replaced(coco_evaluation, "COCO", _read_truth):
+            super().__init__(*arguments, use_fast_impl=False, **options)
+        self.diagnostics: dict[str, dict[str, Any]] = {}
+        self._iou_types = tuple(diagnostics)
+
+    def reset(self) -> None:
+        """Discard all predictions, and the diagnostics of an earlier evaluation."""
+        super().reset()
+        self.diagnostics = {}
+        if self._output_dir and comm.is_main_process():
+            with suppress(FileNotFoundError):
+                Path(self._output_dir, DIAGNOSTICS).unlink()
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
+        self._compute_metrics(predictions, img_ids)
+        if self._do_evaluation and img_ids is None:
+            self._diagnose([result for image in predictions for result in image["instances"]])
+
+    def _diagnose(self, results: list[dict]) -> None:
+        """Compute the diagnostics of results, whose category ids are those of the annotations."""
+        start = time.perf_counter()
+        dataset = self._coco_api.dataset
+        names = self._metadata.get("thing_classes") or [
+            category["name"] for category in dataset["categories"]
+        ]
+        for iou_type in self._iou_types:
+            if iou_type not in self._results:
+                continue
+            objects, detections = coco_arrays(
+                dataset,
+                results,
+                self._metadata.get("thing_dataset_id_to_contiguous_id"),
+                masks=iou_type == "segm",
+            )
+            limit = self._max_dets_per_image[-1]
+            found = diagnose(objects, detections, names, max_detections=limit)
+            self.diagnostics[iou_type] = found
+            logger.info("Diagnostics for %s: %s", iou_type, found["summary"])
+        if self.diagnostics:
+            logger.info("Computed the diagnostics in %.1f s.", time.perf_counter() - start)
+            if self._output_dir:
+                write_json(Path(self._output_dir, DIAGNOSTICS), self.diagnostics, indent=None)
+
+    def _compute_metrics(self, predictions: list[dict], img_ids: list[int] | None) -> None:
         if faster_coco_eval is None:
             logger.info("faster-coco-eval is not installed. Using pycocotools, which is slower.")
+        if not self._do_evaluation:
             super()._eval_predictions(predictions, img_ids)
             return
-        truth = faster_coco_eval.COCO()
-        truth.dataset = self._coco_api.dataset
-        truth.createIndex()
-        # Replace the class in Detectron2's module. Detectron2's fast implementation is not
-        # included in every build and rounds differently.
+        numbering = Numbering(
+            self._coco_api.dataset,
+            self._metadata.get("thing_dataset_id_to_contiguous_id"),
+        )
+        truth = _indexed(
+            COCO() if faster_coco_eval is None else faster_coco_eval.COCO(), numbering.dataset
+        )
+        load = truth.loadRes
         with (
             no_garbage_collection(),
+            _replaced(truth, "loadRes", lambda results: load(numbering.results(results))),
             _replaced(self, "_coco_api", truth),
-            _replaced(coco_evaluation, "COCOeval", faster_coco_eval.COCOeval_faster),
+            _fast_metrics(),
         ):
-            super()._eval_predictions(predictions, img_ids)
+            numbers = None if img_ids is None else numbering.image_numbers(img_ids)
+            super()._eval_predictions(predictions, numbers)
+
+
+def _read_truth(json_file: str) -> COCO:
+    return _indexed(COCO(), read_json_object(json_file))
+
+
+def _indexed(truth: Any, dataset: dict[str, Any]) -> Any:
+    truth.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+@contextmanager
+def _fast_metrics() -> Iterator[None]:
+    """Replace the classes for the metrics in Detectron2's module, if faster-coco-eval is installed.
+
+    Detectron2's fast implementation is not included in every build and rounds differently.
+    """
+    if faster_coco_eval is None:
+        yield
+        return
+    with (
+        _replaced(coco_evaluation, "COCOeval", ExactCOCOeval),
+        # Detectron2's class for more than 100 detections per image, which the fast class supports.
+        _replaced(coco_evaluation, "COCOevalMaxDets", ExactCOCOeval),
+    ):
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Export of detectors to TorchScript with Detectron2's tracing support."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     Raises:
         UserError: If the exported file and the detector detect different objects.
     """
-    model = model.eval().cpu()
+    # The caller's model stays on its device and in its mode.
+    model = copy.deepcopy(model).cpu().eval()
     adapter = TracingAdapter(deploy(model), [{"image": image}], _infer)
     part = image[:, image.shape[1] // 8 :, image.shape[2] // 16 :].contiguous()
     with torch.no_grad(), quiet():

@@ -1,5 +1,6 @@
 """Export to ONNX, torch.export and TorchScript, checked against the eager network."""
 
+import copy
 import json
 import logging
 import warnings
@@ -78,13 +79,14 @@ def export_network(
     if form not in FORMATS:
         raise UserError(f"The format is {form!r}; expected one of: {', '.join(FORMATS)}.")
     names = ["logits"]
+    # The caller's network stays on its device and in its mode.
+    network = copy.deepcopy(network).cpu().eval()
     with torch.no_grad():
-        channels = len(preprocessing.mean)
-        found = network.eval()(torch.zeros(1, channels, *size, device=_device(network)))
+        found = network(torch.zeros(1, len(preprocessing.mean), *size))
     if isinstance(found, dict):
         names = list(found)
-    model = ImageModel(deploy(network), preprocessing).cpu().eval()
-    eager = ImageModel(network, preprocessing).cpu().eval()
+    model = ImageModel(deploy(network), preprocessing).eval()
+    eager = ImageModel(network, preprocessing).eval()
     example = 255 * torch.rand(2, 3, *size)
     metadata = {
         "preprocessing": json.dumps(asdict(preprocessing)),
@@ -94,10 +96,6 @@ def export_network(
     with torch.no_grad(), quiet():
         run = write[form](model, example, Path(path), names, metadata)
     return _check(path, eager, run, 255 * torch.rand(3, 3, *size))
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.utils.private_api import is_exporting
 
 SQUEEZES = ("avg", "max", "none")
 
@@ -245,7 +246,7 @@ def _generated(x: Tensor) -> bool:
     """
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.device.type == "cpu"

@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# A list of numbers that json.dumps writes with an indentation.
+_NUMBER_LIST = re.compile(r"\[\s+(?:[-+.\deE]+|null)(?:,\s+(?:[-+.\deE]+|null))*\s+\]")
 
 
 @contextmanager
@@ -69,13 +73,16 @@ def write_json(
     Args:
         path: Path of the file.
         value: JSON-serialisable value, made of numbers, strings, lists and dicts.
-        indent: Number of spaces per level; None writes a single line.
+        indent: Number of spaces per level; None writes a single line. Lists of numbers are on one
+            line in any case.
         sort_keys: Whether to sort dict keys, so that equal values produce identical bytes.
 
     Raises:
         OSError: If the file can't be written.
     """
     text = json.dumps(nonfinite_to_null(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+    if indent is not None:
+        text = _NUMBER_LIST.sub(lambda match: re.sub(r"\s+", " ", match[0])[2:-2].join("[]"), text)
     with atomic_file(Path(path)) as stream:
         stream.write(text.encode() + b"\n")
 

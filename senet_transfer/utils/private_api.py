@@ -36,6 +36,19 @@ def intercepts_operators() -> bool:
     return torch._C._are_functorch_transforms_active() or _get_current_dispatch_mode() is not None
 
 
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` is tracing, as opposed to ``torch.compile``.
+
+    In torch 2.11 to 2.13, ``torch.compiler.is_exporting`` also returns True in a function that
+    ``torch.compile`` compiles.
+
+    Private API (torch 2.11 to 2.14): ``torch.compiler._is_exporting_flag``.
+    """
+    import torch
+
+    return torch.compiler._is_exporting_flag
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has forward, forward-pre, backward or backward-pre hooks.
 
@@ -103,22 +116,27 @@ def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def lerp_all(
     targets: Sequence[Tensor],
     values: Sequence[Tensor],
-    weight: float,
+    weight: float | Tensor,
     held: Tensor | None = None,
 ) -> None:
     """Interpolate each target, in place, towards its value, in few kernels.
 
-    torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul`` and
-    ``torch._foreach_add_``.
+    torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul``, ``torch._foreach_mul_``,
+    ``torch._foreach_sub`` and ``torch._foreach_add_``.
 
     Args:
         targets: the tensors to change.
         values: finite tensors of the same shapes and types.
-        weight: the weight of the values, 0-1.
+        weight: the weight of the values, 0-1, as a number or as a tensor ``()`` on the device.
         held: a number on the device: 1 to leave the targets unchanged, otherwise 0.
     """
     import torch
 
+    if isinstance(weight, torch.Tensor):
+        differences = torch._foreach_sub(values, targets)
+        torch._foreach_mul_(differences, weight if held is None else weight * (1 - held))
+        torch._foreach_add_(targets, differences)
+        return
     if held is not None:
         # A held target is interpolated towards itself. Products with 0 and 1 are exact.
         values = torch._foreach_mul(values, 1 - held)

@@ -1,7 +1,7 @@
 """Formatting of text for messages."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
@@ -33,3 +33,21 @@ def folder_name(text: str) -> str:
     """
     name = re.sub(r"[^\w.-]", "_", text)
     return "_" * len(name) if set(name) <= {"."} else name
+
+
+def differences(found: Sequence[str], expected: Sequence[str], limit: int = 3) -> str:
+    """Describe the first differences between two lists of names, whose order is significant.
+
+    Returns:
+        Text such as ``"1: 'dog' instead of 'cat'; 'cat' is missing"``, or "" if there are none.
+    """
+    parts = [
+        f"{index}: {one!r} instead of {other!r}"
+        for index, (one, other) in enumerate(zip(found, expected, strict=False))
+        if one != other
+    ][:limit]
+    for names, others, what in ((expected, found, "missing"), (found, expected, "unexpected")):
+        known = set(others)
+        if absent := [repr(name) for name in names if name not in known]:
+            parts.append(f"{first_of(absent, limit)} {'are' if absent[1:] else 'is'} {what}")
+    return "; ".join(parts)

@@ -23,7 +23,13 @@ from senet_transfer.weights.families.renaming import Rename
 from senet_transfer.weights.formats.reader import OWN_HASH, OWN_METADATA
 from senet_transfer.weights.load import pixel_contradictions
 from senet_transfer.weights.mapping.source import Source
-from senet_transfer.weights.save import check_suffix, own_metadata, write_own, written_whole
+from senet_transfer.weights.save import (
+    check_suffix,
+    own_metadata,
+    with_classes,
+    write_own,
+    written_whole,
+)
 
 # Metadata key for the origin of a converted file. OWN_METADATA can't be used here, because it marks
 # files with this project's tensor names.
@@ -138,6 +144,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         "sha256": file_sha256(source.path),
     }
     metadata = own_metadata(source.architecture, source.geometry, source.preprocessing, origin)
+    metadata = with_classes(metadata, source.classes)
     notes = [f"{note[0].upper()}{note[1:]}." for note in source.notes]
     if source.family.affine_norms:
         notes.append(

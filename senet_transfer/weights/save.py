@@ -1,7 +1,7 @@
 """Saving of weight files in this project's format, with metadata that describes the network."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,14 +23,30 @@ from senet_transfer.weights.mapping.target import Target, target_of
 
 _VERSION = 1
 
+_MAX_CLASSES = 10_000
 
-def model_metadata(model: nn.Module) -> dict[str, Any]:
-    """Return the metadata of a model: its network, geometry, preprocessing and origin.
+
+def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the metadata of a model: its network, geometry, preprocessing, origin and classes.
+
+    Args:
+        model: Backbone, classifier or detector.
+        classes: Class names in the order of the model's outputs, if they are known.
 
     Returns:
         Plain values, for the "senet_transfer" entry of a checkpoint.
     """
-    return _metadata(target_of(model))
+    return with_classes(_metadata(target_of(model)), classes)
+
+
+def with_classes(metadata: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Return a network's metadata with the class names, if there are any.
+
+    More names than readers of checkpoints accept as metadata are left out.
+    """
+    if not 0 < len(classes) <= _MAX_CLASSES:
+        return metadata
+    return {**metadata, "classes": list(classes)}
 
 
 def _metadata(target: Target) -> dict[str, Any]:

@@ -26,6 +26,8 @@ NOT_RUN = {
     r"make (test(-fast|-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
+    r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
+    r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
 
 
@@ -69,6 +71,15 @@ def _instant(words: list[str]) -> list[str]:
     return words
 
 
+def _overwriting(words: list[str]) -> list[str]:
+    """Let a command train in a folder in which another command of the sandbox has trained."""
+    flags = {"--resume", "--eval-only", "--overwrite"}
+    if not {"tools/train_net.py", "senet-train"} & set(words) or flags & set(words):
+        return words
+    place = words.index("--config-file")
+    return [*words[:place], "--overwrite", *words[place:]]
+
+
 def _published(words: list[str]) -> list[str]:
     return [
         f"published/{load_catalogue()[word].file}"
@@ -80,6 +91,7 @@ def _published(words: list[str]) -> list[str]:
 
 RULES = (
     Rule("a recipe's smoke-test config takes seconds", _instant),
+    Rule("the commands of a document train in the same folder", _overwriting),
     Rule("one core can run one process",
          _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
     Rule("one seed takes the same path as all", _replaced(r"--seeds( \d+)+", "--seeds 0")),

@@ -11,6 +11,9 @@ from detectron2.utils import comm
 
 from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
+from senet_transfer.config.load import load_config
+from senet_transfer.config.validation import check_ranges
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.engine.setup import setup
 from tests.processes import call
@@ -38,6 +41,8 @@ def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_
     said = dict(line.split(": ") for line in done.stdout.splitlines())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert float(said["bbox/AP"]) == pytest.approx(results["bbox"]["AP"], rel=1e-4)
+    diagnostics = results.pop("diagnostics")
+    assert diagnostics["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], abs=1e-9)
     assert {name.split("/")[0] for name in said} == results.keys()
     assert "meshgrid" not in done.stderr
     assert "is_fx_tracing" not in done.stderr
@@ -58,6 +63,27 @@ def test_flags_stand_before_after_and_between_the_options_of_the_config(line):
     args = argument_parser().parse_args(["--config-file", "a.yaml", *line.split()])
     assert (args.resume, args.quiet, args.config_file) == (True, True, "a.yaml")
     assert args.opts == ["SEED", "1", "SOLVER.BASE_LR", "-1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("bbox", "segm")),
+        (["--iou-types", "segm"], ("segm",)),
+        (["--iou-types", "bbox,segm", "TEST.DIAGNOSTICS", "()"], ("bbox", "segm")),
+        (["TEST.DIAGNOSTICS", "()"], ()),
+    ],
+)
+def test_iou_types_are_those_of_the_flag_or_of_the_config(words, expected):
+    options = run_options(argument_parser().parse_args(words))
+    kinds = load_config("", list(options.options)).TEST.DIAGNOSTICS
+    assert kinds == expected
+
+
+def test_an_unknown_iou_type_is_named_with_the_known_ones():
+    options = run_options(argument_parser().parse_args(["--iou-types", "masks"]))
+    with pytest.raises(UserError, match="contains 'masks'; expected 'bbox' and 'segm'"):
+        check_ranges(load_config("", list(options.options)))
 
 
 def test_a_flag_that_is_none_is_refused_among_the_options_too(capsys):

@@ -52,4 +52,17 @@ def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
         with torch.no_grad():
             model[0].weight += 1
         average.after_step()
+        average.update(torch.tensor(0.5))
         assert torch.equal(average.average["0.weight"], expected["0.weight"])
+
+
+def test_the_average_with_a_weight_on_the_device_is_the_same_up_to_rounding():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 5)
+    average = hooks.ModelEMA(model, 0.9)
+    average.before_train()
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(torch.tensor(0.25))
+    torch.testing.assert_close(average.average["weight"], before + 0.25)

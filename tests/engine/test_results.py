@@ -5,7 +5,14 @@ import json
 import pytest
 
 from senet_transfer import UserError
-from senet_transfer.engine.results import duration, metrics, summary, write_results
+from senet_transfer.config import get_senet_config
+from senet_transfer.engine.results import (
+    duration,
+    metrics,
+    summary,
+    with_diagnostics,
+    write_results,
+)
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):
@@ -22,6 +29,40 @@ def test_what_json_has_no_word_for_becomes_null(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="r.json can't be written"):
         write_results(tmp_path / "absent" / "r.json", {})
+
+
+def test_lists_of_numbers_are_on_one_line(tmp_path):
+    results = {"matrix": [[1, 2], [-3, None]], "curve": [1e-05, 0.5], "names": ["a", "b"]}
+    write_results(tmp_path / "r.json", results)
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == results
+    assert "\n    [1, 2],\n    [-3, null]\n" in text
+    assert '"curve": [1e-05, 0.5],\n' in text
+    assert '"a",\n' in text
+
+
+def test_diagnostics_stand_beside_the_tasks_of_their_data_set(tmp_path):
+    cfg = get_senet_config()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    for folder, name, task in (
+        ("inference", "a", "bbox"), ("inference_TTA", "a", "bbox"), ("inference", "b", "segm")
+    ):  # fmt: skip
+        place = tmp_path / folder / name
+        place.mkdir(parents=True)
+        (place / "diagnostics.json").write_text(json.dumps({task: {"AP": 1.5}}))
+    cfg.DATASETS.TEST = ("a",)
+    given = {"bbox": {"AP": 1.5}}
+    assert with_diagnostics(cfg, given) == {**given, "diagnostics": {"bbox": {"AP": 1.5}}}
+    assert metrics(with_diagnostics(cfg, given)) == {"bbox/AP": 1.5}
+    cfg.TEST.AUG.ENABLED = True
+    assert with_diagnostics(cfg, given)["diagnostics"].keys() == {"bbox", "bbox_TTA"}
+    cfg.DATASETS.TEST = ("a", "b")
+    cfg.TEST.AUG.ENABLED = False
+    several = {"a": {"bbox": {"AP": 1.5}}, "b": {"segm": {"AP": 1.5}}, "training": {}}
+    found = with_diagnostics(cfg, several)
+    assert found["b"] == {"segm": {"AP": 1.5}, "diagnostics": {"segm": {"AP": 1.5}}}
+    assert found["a"]["diagnostics"].keys() == {"bbox"}
+    assert several["b"].keys() == {"segm"}
 
 
 BOXES = {"bbox": {"AP": 63.08, "AP50": 83.0, "APl": float("nan"), "AP-circle": 70.0}}

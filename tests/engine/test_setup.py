@@ -7,8 +7,10 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from senet_transfer import UserError
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.train import run_options
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.setup import RunOptions, resumes, setup
+from senet_transfer.engine.setup import RunOptions, resumes, setup, use_named_datasets
 from senet_transfer.engine.trainer import Trainer
 from tests.engine.conftest import SMALL
 
@@ -288,3 +290,42 @@ def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, m
     cfg = setup(command())
     with pytest.raises(mistake, match="a mistake of ours"):
         Trainer(cfg)
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "options", "train", "test"),
+    [
+        (("a", "b"), (), (), ("a",), ("b",)),
+        (("a", "b", "c"), (), (), ("a",), ("b",)),
+        (("b", "a"), (), (), ("b",), ("a",)),
+        # A single data set is evaluated only if nothing else is asked for.
+        (("a",), (), (), ("a",), ("my_val",)),
+        (("a",), ("--eval-only",), (), ("a",), ("a",)),
+        (("a", "b"), (), ("DATASETS.TRAIN", "('b',)"), ("b",), ("b",)),
+        (("a", "b"), (), ("DATASETS.TEST", "('x',)"), ("a",), ("x",)),
+        (("my_train", "b"), (), (), ("my_train",), ("b",)),
+        (("a", "my_val"), (), (), ("a",), ("my_val",)),
+        ((), (), (), ("my_train",), ("my_val",)),
+    ],
+)
+def test_data_sets_with_other_names_than_the_recipes_are_used_in_their_order(
+    names, flags, options, train, test
+):
+    words = ["--config-file", "configs/finetune_detector.yaml", *flags]
+    for name in names:
+        words += ["--dataset", name, f"{name}.json", name]
+    run = run_options(argument_parser().parse_args([*words, *options]))
+    cfg = load_config(run.config_file, run.options)
+    cfg.DATASETS.REGISTER = [list(entry) for entry in run.datasets]
+    use_named_datasets(cfg, run, logging.getLogger("test"))
+    assert (train, test) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+
+
+def test_registered_data_of_a_recipe_is_kept():
+    words = ["--config-file", "configs/faster_rcnn_se_r50.yaml"]
+    words += ["--dataset", "a", "a.json", "a", "--dataset", "b", "b.json", "b"]
+    run = run_options(argument_parser().parse_args(words))
+    cfg = load_config(run.config_file)
+    use_named_datasets(cfg, run, logging.getLogger("test"))
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
+    assert cfg.DATASETS.TEST == ("coco_2017_val",)

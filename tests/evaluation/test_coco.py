@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from senet_transfer.evaluation import coco as coco_metrics
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from senet_transfer.utils.atomic_io import nonfinite_to_null
 
 SIDE, IMAGES, CLASSES = 160, 40, 5
 
@@ -140,3 +141,26 @@ def test_no_detections_are_reported_as_pycocotools_reports_them(truth):
              predictions(truth, masks=False)]  # fmt: skip
     expected = evaluate(COCOEvaluator("metrics_test", use_fast_impl=False), empty)
     assert str(evaluate(FastCOCOEvaluator("metrics_test"), empty)) == str(expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_an_evaluation_writes_the_diagnostics_of_its_predictions(truth, masks, tmp_path):
+    kinds = ("bbox", "segm")
+    evaluator = FastCOCOEvaluator("metrics_test", output_dir=str(tmp_path), diagnostics=kinds)
+    results = evaluate(evaluator, predictions(truth, masks))
+    assert list(evaluator.diagnostics) == list(results)
+    for task, numbers in results.items():
+        found = evaluator.diagnostics[task]
+        for name in ("AP", "AP50", "AP75"):
+            assert found[name] == pytest.approx(numbers[name], abs=1e-9)
+        sizes = [row["AP"] for row in found["by_size"]]
+        expected = [numbers[name] for name in ("APs", "APm", "APl")]
+        assert sizes == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        for row in found["classes"]:
+            assert row["AP"] == pytest.approx(numbers[f"AP-{row['name']}"], abs=1e-9, nan_ok=True)
+    written = json.loads((tmp_path / "diagnostics.json").read_text())
+    assert written == nonfinite_to_null(evaluator.diagnostics)
+    # An evaluation that computes none leaves no old ones behind.
+    evaluate(FastCOCOEvaluator("metrics_test", output_dir=str(tmp_path)), [])
+    assert not (tmp_path / "diagnostics.json").exists()

@@ -123,6 +123,25 @@ def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     assert path.stat().st_size > 40e6
 
 
+def test_exporting_leaves_the_model_on_its_device_and_in_its_mode(
+    classifier, tmp_path, monkeypatch
+):
+    moved, move = [], nn.Module._apply
+
+    def noted(module, *args, **kwargs):
+        moved.append(module)
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "_apply", noted)
+    classifier.train()
+    options = {"preprocessing": classifier.preprocessing, "size": (64, 48)}
+    export_network(classifier, tmp_path / "model.ts", form="torchscript", **options)
+    assert classifier.training
+    assert moved
+    assert not set(moved) & set(classifier.modules())
+    classifier.eval()
+
+
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
     """Set the norms' statistics from random images; arbitrary ones amplify rounding errors."""
     for module in model.modules():

@@ -111,7 +111,7 @@ class Work:
         It must continue at the iteration after the newest intact checkpoint.
         """
         last = self.last_iteration()
-        flags = ["--resume"] if history.checkpoints(self.folder) else []
+        flags = ["--resume"] if history.checkpoints(self.folder) else ["--overwrite"]
         if ranks == 1:
             statuses = [self.run(*flags)]
         else:

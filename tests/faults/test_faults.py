@@ -33,7 +33,7 @@ def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, k
     run = work(kind)
     for _ in range(1 + seed // 4 % 2):
         saved = run.last_iteration()
-        flags = ["--resume"] if saved >= 0 else []
+        flags = ["--resume"] if saved >= 0 else ["--overwrite"]
         count = run.output().count("Starting training") + 1
         process = run.start(*flags)
         run.wait_for("Starting training", process, count)

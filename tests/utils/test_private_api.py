@@ -51,6 +51,27 @@ def test_transforms_and_dispatch_modes_are_seen():
     assert seen == [False, True, True, True, False]
 
 
+@pytest.mark.long
+def test_an_export_is_distinguished_from_a_compilation():
+    seen = []
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x * (2 if private_api.is_exporting() else 3)
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    x = torch.ones(2)
+    assert Doubled()(x)[0] == 3
+    assert torch.compile(Doubled(), backend=backend, fullgraph=True)(x)[0] == 3
+    assert seen
+    for strict in (True, False):
+        program = torch.export.export(Doubled(), (x,), strict=strict)
+        assert program.module()(x)[0] == 2
+
+
 @pytest.mark.parametrize(
     "register",
     [

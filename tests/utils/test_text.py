@@ -2,7 +2,7 @@
 
 import pytest
 
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.text import differences, first_of
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,17 @@ def test_as_many_names_are_listed_as_the_limit_allows(limit, text):
 
 def test_no_names_give_no_text():
     assert first_of([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "text"),
+    [
+        ("ab", "ab", ""),
+        ("ab", "ba", "0: 'a' instead of 'b'; 1: 'b' instead of 'a'"),
+        ("ab", "abc", "'c' is missing"),
+        ("abcd", "ab", "'c', 'd' are unexpected"),
+        ("xb", "ab", "0: 'x' instead of 'a'; 'a' is missing; 'x' is unexpected"),
+    ],
+)
+def test_lists_that_differ_only_in_length_have_differences_too(found, expected, text):
+    assert differences(found, expected) == text

@@ -147,6 +147,7 @@ def compare(
     min_rounds: int = MIN_ROUNDS,
     pairs: Sequence[tuple[str, str]] = (),
     profile: bool = False,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> Comparison:
     """Compare the run times of several functions.
 
@@ -163,7 +164,10 @@ def compare(
         pairs: Pairs of candidates whose ratio (first over second) is also reported.
         profile: If True, profile the time and memory of each candidate in one additional call, and
             add the profile to the notes.
+        timer: A function that calls a candidate and returns its time in seconds. If None, a single
+            call is timed, until the GPU has finished it.
     """
+    timer = timer or _time
     for _ in range(warm_up):
         for function in candidates.values():
             function()
@@ -174,7 +178,7 @@ def compare(
         # Shuffle the order, because each candidate affects the caches for the next one.
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(_time(candidates[name]))
+            times[name].append(timer(candidates[name]))
         found = Comparison(what, baseline, times, control, tolerance, pairs)
         spent, rounds = time.perf_counter() - start, len(times[baseline])
         if rounds >= min_rounds and (

@@ -97,9 +97,9 @@ def measure_block(options: Options) -> Iterator[Row]:
             yield Amounts(f"Bottleneck in res{stage}, {norm}: saved memory", "MB", "plain", kept)
 
 
-def detection_backbone(name: str, device: str = "cpu") -> FPN:
+def detection_backbone(name: str, device: str = "cpu", fused: str | bool = "auto") -> FPN:
     """Build an R50-FPN backbone with frozen norms, stem and res2."""
-    backbone = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2)
+    backbone = create_backbone(name, out_features=STAGES, norm="FrozenBN", freeze_at=2, fused=fused)
     fpn = FPN(backbone, STAGES, 256, top_block=LastLevelMaxPool())
     return trained(fpn, device)
 

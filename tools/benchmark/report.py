@@ -1,6 +1,7 @@
 """Benchmark results as text, and as JSON with a description of the machine."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ class Amounts:
     values: Mapping[str, float]
 
     def ratio(self, name: str) -> float:
-        """Return the ratio of a candidate over the baseline."""
-        return self.values[name] / self.values[self.baseline]
+        """Return the ratio of a candidate over the baseline; NaN if that is 0."""
+        below = self.values[self.baseline]
+        return self.values[name] / below if below else math.nan
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values and ratios as a dict for JSON."""

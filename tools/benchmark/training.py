@@ -8,7 +8,7 @@ loss and optimizer.
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from torchvision.transforms.v2.functional import normalize
 from benchmark.compare import Comparison, compare
 from benchmark.networks import Options
 from benchmark.report import Amounts, Row
-from senet_transfer.config import get_senet_config
+from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.cifar.in_memory import ImageArrays, load_images, save_images
 from senet_transfer.data.cifar.loader import CifarTrainLoader
 from senet_transfer.data.cifar.transforms import CifarAugment
+from senet_transfer.engine.numerics import apply_settings, resolve_auto
+from senet_transfer.engine.run_checks import check_run
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.layers.cutout import cut_out
 from senet_transfer.models import create_classifier
@@ -73,29 +75,50 @@ def plain_loop(
 
 @contextlib.contextmanager
 def engine_loop(
-    name: str, data_file: Path, *, batch_size: int, device: str
+    name: str,
+    data_file: Path,
+    *,
+    batch_size: int,
+    device: str,
+    steps: int = STEPS,
+    keys: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[Callable[[], None], nn.Module]]:
-    """Yield a function that runs :data:`STEPS` training steps with the engine, and the model."""
-    cfg = get_senet_config()
-    cfg.merge_from_list([word for item in _keys(name, data_file).items() for word in item])
+    """Yield a function that runs training steps with the engine, and the model.
+
+    Args:
+        name: Name of the network.
+        data_file: Prepared file of small images. Logs are written to its folder.
+        batch_size: Number of images per step.
+        device: Device of the network and the images.
+        steps: Number of steps of a call. Metrics are written in the last one.
+        keys: Other config keys and their values.
+    """
+    words = {**_keys(name, data_file), **(keys or {})}
+    cfg = load_config("", [str(word) for item in words.items() for word in item])
     cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = device, batch_size
     cfg.OUTPUT_DIR = str(data_file.parent)
+    check_run(cfg, eval_only=False, resume=False)
+    resolve_auto(cfg)
+    apply_settings(cfg)
     use_classification_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.iter, trainer.max_iter = 0, cfg.SOLVER.MAX_ITER
     for writer in trainer.periodic_writers:
-        set_write_period(writer, STEPS)
+        set_write_period(writer, steps)
 
-    def steps() -> None:
-        for _ in range(STEPS):
-            trainer.before_step()
-            trainer.run_step()
-            trainer.after_step()
-            trainer.iter += 1
+    def run() -> None:
+        with trainer.storage:  # Other loops have storages of their own.
+            for _ in range(steps):
+                trainer.before_step()
+                trainer.run_step()
+                trainer.after_step()
+                trainer.iter += 1
 
-    with EventStorage(0) as trainer.storage:
+    trainer.storage = EventStorage(0)
+    with trainer.storage:
         trainer.before_train()
-        yield steps, trainer.model
+    yield run, trainer.model
+    with trainer.storage:
         for writer in trainer.periodic_writers:
             writer.after_train()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from senet_transfer.data.cifar.in_memory import ImageArrays
-from senet_transfer.data.cifar.transforms import CifarAugment, to_device
+from senet_transfer.data.cifar.transforms import CifarAugment, Draws, to_device
 from senet_transfer.errors import UserError
 
 # Random stream of the sample order, independent of the stream of the augmentation.
@@ -41,6 +41,7 @@ class CifarTrainLoader:
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
+        planned: bool = False,
     ):
         """
         Args:
@@ -52,6 +53,8 @@ class CifarTrainLoader:
             rank: Rank of this process.
             world_size: Number of processes.
             device: Device on which the data is stored (150 MB for CIFAR) and augmented.
+            planned: If True, iterate over plans, from which :meth:`assemble` makes batches on the
+                device. It can then be a part of a CUDA graph.
 
         Raises:
             UserError: If an argument is out of range.
@@ -64,6 +67,7 @@ class CifarTrainLoader:
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.start_iter, self.rank, self.world_size = start_iter, rank, world_size
+        self.planned = planned
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -72,7 +76,7 @@ class CifarTrainLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         iteration = self.start_iter
         while True:
-            yield self.batch(iteration)
+            yield self.plan(iteration) if self.planned else self.batch(iteration)
             iteration += 1
 
     def indices(self, iteration: int) -> np.ndarray:
@@ -94,18 +98,35 @@ class CifarTrainLoader:
 
     def batch(self, iteration: int) -> dict[str, Tensor]:
         """Return this process's batch for an iteration."""
-        rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         device = self.labels.device
-        index = to_device(torch.from_numpy(self.indices(iteration)[rows]), device)
+        plan = self.plan(iteration)
+        return self.assemble({key: to_device(value, device) for key, value in plan.items()})
+
+    def plan(self, iteration: int) -> dict[str, Tensor]:
+        """Return what determines this process's batch for an iteration, on the CPU.
+
+        Returns:
+            ``"index"``, the image indices, int64 ``(N,)``, and with augmentation the attributes of
+            :class:`~senet_transfer.data.cifar.transforms.Draws` by name.
+        """
+        rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        plan = {"index": torch.from_numpy(self.indices(iteration)[rows])}
+        if self.augment is None:
+            return plan
+        draws = self.augment.draw(
+            self.batch_size * self.world_size,
+            seed=self.seed,
+            iteration=iteration,
+            side=self.images.shape[-1],
+        )
+        return plan | vars(draws.part(self.rank, self.batch_size))
+
+    def assemble(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch of a plan whose tensors are on the loader's device."""
+        index = plan["index"]
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:
-            draws = self.augment.draw(
-                self.batch_size * self.world_size,
-                seed=self.seed,
-                iteration=iteration,
-                side=self.images.shape[-1],
-            )
-            draws = draws.part(self.rank, self.batch_size).to(device)
+            draws = Draws(**{key: value for key, value in plan.items() if key != "index"})
             batch["image"] = self.augment.move(batch["image"], draws)
             if self.augment.cutout:
                 batch["cutout"] = draws.centre

@@ -26,7 +26,7 @@ _STREAM = 1
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy values to a device, without waiting for the copy to a GPU."""
-    if device.type == "cuda":
+    if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 

@@ -38,7 +38,7 @@ from senet_transfer.data.shards.storage import (
 )
 from senet_transfer.data.shards.tar import check_member, read_shard
 from senet_transfer.errors import UserError
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.text import differences, first_of
 
 logger = logging.getLogger(__name__)
 
@@ -185,15 +185,9 @@ def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str
     """Raise a UserError if a data set's classes differ from `expected`; None skips the check."""
     if expected is None or list(found) == list(expected):
         return
-    wrong = [
-        f"{label}: {one!r} instead of {other!r}"
-        for label, (one, other) in enumerate(zip(found, expected, strict=False))
-        if one != other
-    ]
     raise UserError(
-        f"{path} has {len(found)} classes that differ from the {len(expected)} expected classes. "
-        f"The first differences are {wrong[:3]}. Prepare the data with the expected list of "
-        "classes."
+        f"{path} has {len(found)} classes that differ from the {len(expected)} expected classes: "
+        f"{differences(found, expected)}. Prepare the data with the expected list of classes."
     )
 
 

@@ -8,7 +8,8 @@ time that `json.load` takes.
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from senet_transfer.data.detection.file_names import (
@@ -51,6 +52,7 @@ class CocoSummary:
     num_zero_size: int = 0
     num_over_the_edge: int = 0
     num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
+    most_objects: int = 0  # in one image, without crowds
     num_trainable: int = 0  # annotations that are not crowds and have a box
     num_odd_areas: int = 0  # annotations whose `area` does not fit their box
     outlines: "OutlineSummary | None" = None  # None if the outlines were not examined
@@ -58,6 +60,12 @@ class CocoSummary:
     images: list[tuple[str, int, int, int]] = field(default_factory=list, repr=False)
     renamed: dict[str, str] = field(default_factory=dict)  # listed file name -> existing file name
     warnings: list[str] = field(default_factory=list)
+
+    def order_classes(self, classes: Sequence[str]) -> None:
+        """Set the order of the classes, which must be the same classes as before."""
+        ids = {self.classes[index]: number for number, index in self.id_map.items()}
+        self.classes = list(classes)
+        self.id_map = {ids[name]: index for index, name in enumerate(classes)}
 
 
 def read_coco_summary(
@@ -258,6 +266,8 @@ def _check_annotations(
     _check_unique_ids(json_file, "annotations", annotations)
     summary.num_annotations = len(annotations)
     summary.num_crowd = sum(1 for item in annotations if item.get("iscrowd"))
+    objects = Counter(item["image_id"] for item in annotations if not item.get("iscrowd"))
+    summary.most_objects = max(objects.values(), default=0)
     summary.num_zero_size = sum(1 for item in annotations if 0 in item["bbox"][2:])
     summary.num_over_the_edge = over_the_edge
     summary.num_not_evaluable = not_evaluable
@@ -282,7 +292,7 @@ def _check_annotations(
             "than 1",
             f"{_BOX_FORM}, not fractions of the image size",
         )
-    summary.warnings += _warnings(json_file, summary, any(a["id"] == 0 for a in annotations))
+    summary.warnings += _warnings(json_file, summary)
 
 
 def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
@@ -374,7 +384,7 @@ def _some_of(known: Iterable) -> str:
     return f"one of the {len(listed)} ids in this list (of type {kind}), such as {listed[:3]!r}"
 
 
-def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]:
+def _warnings(json_file: str, summary: CocoSummary) -> list[str]:
     total, found = summary.num_annotations, []
     if summary.num_zero_size:
         found.append(
@@ -396,11 +406,6 @@ def _warnings(json_file: str, summary: CocoSummary, has_id_0: bool) -> list[str]
             f"{summary.num_over_the_edge} of {total} boxes extend beyond their image and are "
             "clipped. If there are many, the boxes may be in the format [x1, y1, x2, y2] instead "
             f"of {_BOX_FORM}"
-        )
-    if has_id_0:
-        found.append(
-            "an annotation has id 0, so COCO's metric counts its detection as a false positive; "
-            "start annotation ids at 1"
         )
     if summary.num_not_evaluable:
         found.append(

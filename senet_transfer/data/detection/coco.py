@@ -36,6 +36,7 @@ class CocoDataset:
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Whether to accept a file without objects.
         summary: Summary of the file as last read; None if it has not been read.
+        class_order: Order of the classes; empty for the order of the category ids.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CocoDataset:
     image_dir: str
     allow_empty: bool = False
     summary: CocoSummary | None = field(default=None, compare=False, repr=False)
+    class_order: tuple[str, ...] = field(default=(), compare=False, repr=False)
     _state: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
@@ -86,8 +88,9 @@ class CocoDataset:
         if known and state is not None and state == self._state:
             if known.outlines is None and outlines:
                 # The file's warnings have already been logged.
-                self.summary = known = self._read(outlines)
-            return known
+                self.summary = self._read(outlines)
+                self.order_classes(self.class_order)
+            return self.summary or known
         summary = self._read(outlines)
         logger.info(
             "Data set '%s': %d images, %d annotations (%d crowd), %d classes",
@@ -100,13 +103,30 @@ class CocoDataset:
         for warning in summary.warnings:
             logger.warning(warning)
         self.summary, self._state = summary, state
-        self.publish(summary.classes, summary.id_map)
+        self.order_classes(self.class_order)
         return summary
 
     def _read(self, outlines: bool) -> CocoSummary:
         return read_coco_summary(
             self.json_file, self.image_dir, allow_empty=self.allow_empty, outlines=outlines
         )
+
+    def order_classes(self, classes: Sequence[str]) -> None:
+        """Use an order of the classes other than that of the category ids.
+
+        It is needed for a model that was trained on data with other ids for the same classes.
+
+        Args:
+            classes: The class names in the new order. If they are not those of the file, the order
+                of the ids is used.
+        """
+        if self.summary is None:
+            return
+        ids = sorted(self.summary.id_map)
+        by_id = [self.summary.classes[self.summary.id_map[number]] for number in ids]
+        self.class_order = tuple(classes) if sorted(classes) == sorted(by_id) else ()
+        self.summary.order_classes(self.class_order or by_id)
+        self.publish(self.summary.classes, self.summary.id_map)
 
     def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
         """Write the classes and paths to the catalog's metadata, overwriting existing values.
@@ -175,8 +195,9 @@ def register_coco_dataset(
             f"project or your own code; expected an unused name for {dataset.json_file}. Choose a "
             "different name."
         )
-    if known == dataset:
+    if isinstance(known, CocoDataset) and known == dataset:
         known.refresh(outlines=outlines)
+        known.order_classes(())
         return
     dataset.refresh(outlines=outlines)
     DatasetCatalog[name] = dataset

@@ -1,6 +1,7 @@
 """Checks of a run's data sets before the run starts."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ OWN_DATA_COMMAND = """\
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
+logger = logging.getLogger(__name__)
+
 _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
 
@@ -29,6 +32,8 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
     Args:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
             registered.
+
+    If a data set has the classes of the first in another order, it uses the order of the first.
 
     Returns:
         The class names in the order of the model outputs; empty if there are no data sets.
@@ -44,7 +49,7 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
     expected = _classes(first)
     for name in names[1:]:
         found = _classes(name)
-        if found == expected:
+        if found == expected or use_class_order([name], expected):
             continue
         index, pair = next(
             (i, pair) for i, pair in enumerate(zip_longest(expected, found)) if pair[0] != pair[1]
@@ -57,6 +62,23 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
             "by category id). Use the same `categories` in their annotation files."
         )
     return expected
+
+
+def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
+    """Use a given order of classes in data sets, which otherwise have that of the category ids.
+
+    Returns:
+        True on success. False if a data set has other classes or was not registered by this
+        project.
+    """
+    entries = [registered_entry(name) for name in names]
+    datasets = [entry for entry in entries if isinstance(entry, CocoDataset)]
+    same = [sorted(_classes(name)) == sorted(classes) for name in names]
+    if len(datasets) != len(names) or not all(same):
+        return False
+    for dataset in datasets:
+        dataset.order_classes(classes)
+    return True
 
 
 def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:
@@ -105,6 +127,29 @@ def category_ids(name: str) -> list[int]:
     ids = sorted(found, key=found.get) if found else []
     classes = len(metadata.get("thing_classes", ()))
     return ids if len(ids) == classes else list(range(1, classes + 1))
+
+
+def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
+    """Log a warning for each data set in which an image has more objects than can be detected.
+
+    Args:
+        names: Names of the data sets to evaluate.
+        limit: Maximum number of detections per image.
+    """
+    for name in names:
+        dataset = registered_entry(name)
+        if not isinstance(dataset, CocoDataset) or dataset.summary is None:
+            continue
+        if dataset.summary.most_objects > limit:
+            logger.warning(
+                "'%s' has up to %d objects in an image, but at most %d are detected "
+                "(TEST.DETECTIONS_PER_IMAGE), so even a perfect detector has a low AP. Set "
+                "TEST.DETECTIONS_PER_IMAGE to %d or more. The metrics then use the same limit.",
+                name,
+                dataset.summary.most_objects,
+                limit,
+                dataset.summary.most_objects,
+            )
 
 
 def check_outlines(names: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 """Detectron2 checkpointer with strict loading and atomic saving."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         family: str = "",
         keep: int = 0,
+        classes: Sequence[str] = (),
         **kwargs: Any,
     ):
         """
@@ -49,11 +51,13 @@ class Checkpointer(DetectionCheckpointer):
             family: The family of weight files whose tensor names match several families
                 (``MODEL.WEIGHTS_FAMILY``). It doesn't apply to the checkpoints in ``save_dir``.
             keep: The number of checkpoints to keep, or 0 to keep all. The oldest are deleted.
+            classes: The class names in the order of the model's outputs, to store in checkpoints.
             kwargs: Additional arguments for Detectron2's ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.family = family
         self.keep = keep
+        self.classes = tuple(classes)
         self.report: LoadReport | None = None
         self._whole = True
         self._family: str | None = None
@@ -70,7 +74,8 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), OWN_METADATA: model_metadata(self.model)}
+        metadata = model_metadata(self.model, classes=self.classes)
+        data = {"model": self.model.state_dict(), OWN_METADATA: metadata}
         data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)

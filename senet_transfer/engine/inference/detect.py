@@ -1,26 +1,46 @@
-"""Object detection on image files."""
+"""Object detection and segmentation on image files."""
 
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import Metadata
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.engine import DefaultPredictor
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
 from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.engine.inference.annotations import (
+    object_annotations,
+    objects,
+    segment_annotations,
+    segments,
+)
 from senet_transfer.engine.inference.augmentation import with_augmentation
+from senet_transfer.engine.inference.drawing import ClassNames, PredictionDrawing
 from senet_transfer.engine.inference.inputs import check_all_read, make_output_folder
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+class _Resize(ResizeShortestEdge):
+    """Detectron2's resizing, which keeps both sides of a very elongated image above 0 pixels."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        found = super().get_transform(image)
+        if not isinstance(found, ResizeTransform) or min(found.new_h, found.new_w) > 0:
+            return found
+        new_h, new_w = max(found.new_h, 1), max(found.new_w, 1)
+        return ResizeTransform(found.h, found.w, new_h, new_w, found.interp)
 
 
 class Predictor(DefaultPredictor):
@@ -40,7 +60,7 @@ class Predictor(DefaultPredictor):
         if cfg.TEST.AUG.ENABLED:
             self.model = with_augmentation(cfg, self.model)
         sides = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST]
-        self.aug = ResizeShortestEdge(sides, cfg.INPUT.MAX_SIZE_TEST)
+        self.aug = _Resize(sides, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
 
     def __call__(self, original_image: np.ndarray) -> dict:
@@ -61,11 +81,14 @@ def predict_images(
 ) -> str:
     """Detect objects in images, draw the detections, and write them in COCO format.
 
-    The JSON file contains COCO's ``images``, ``annotations`` (each with a ``score``) and
-    ``categories``. It uses the category ids of the training data set, and image ids from 1.
+    The JSON file contains COCO's ``images``, ``annotations`` and ``categories``. It uses the
+    category ids of the training data set, and image ids from 1. Objects have a ``score`` and, if
+    the model predicts them, a ``segmentation`` or ``keypoints``, whose names are in ``categories``.
+    The classes of a semantic segmentation follow those of the objects, and have one annotation
+    per image. The boxes of a region proposal network have the single class "object".
 
     Args:
-        loaded: A detector returned by :func:`~.inputs.load_trained`.
+        loaded: A model returned by :func:`~.inputs.load_trained`.
         images: The image paths.
         output_dir: The output folder for ``predictions.json`` and the drawings. Each drawing is
             named after its image.
@@ -76,8 +99,8 @@ def predict_images(
         The path of the JSON file.
 
     Raises:
-        UserError: If the threshold is invalid, or if any image can't be read. In the latter case,
-            the error lists the unreadable images and is raised after all other images have been
+        UserError: If the threshold is invalid, or if any image can't be processed. In the latter
+            case, the error lists these images and is raised after all other images have been
             processed.
     """
     if not 0 <= threshold <= 1:
@@ -85,32 +108,74 @@ def predict_images(
     drawn = _output_names(images, output_dir)
     make_output_folder(output_dir)
     predictor = Predictor(loaded)
-    categories = _categories(loaded.cfg)
-    classes = [category["name"] for category in categories]
+    classes = ClassNames.of(*_names(loaded.cfg))
     records, annotations, broken = [], [], []
     for image_id, path in enumerate(progress(images, unit="image", quiet=quiet), start=1):
         try:
             image = _read(path, loaded.cfg.INPUT.VALUE_RANGE)
-        except UserError as error:
-            broken.append(str(error))
+            prediction = _Prediction.of(predictor(image), threshold)
+        # An image whose prediction fails must not cost those of the other images.
+        except Exception as error:
+            broken.append(_problem(path, "no prediction", error))
             continue
-        instances = predictor(image)["instances"].to("cpu")
-        instances = instances[instances.scores >= threshold]
-        _draw(image, instances, classes, drawn[path])
         height, width = image.shape[:2]
         records.append({"id": image_id, "file_name": path, "height": height, "width": width})
-        annotations += instances_to_coco_json(instances, image_id)
+        annotations += prediction.annotations(image_id, len(classes.things))
+        try:
+            _draw(image, prediction, classes, drawn[path])
+        except Exception as error:
+            broken.append(_problem(path, "no drawing, only its predictions", error))
     json_file = os.path.join(output_dir, "predictions.json")
-    _write_json(json_file, records, annotations, categories)
+    _write_json(json_file, records, annotations, _categories(loaded.cfg))
     check_all_read(broken, len(images), json_file)
     return json_file
 
 
-def _categories(cfg: CfgNode) -> list[dict]:
-    classes, ids = list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.CATEGORY_IDS)
-    if len(ids) != len(classes):
-        ids = list(range(1, len(classes) + 1))
-    return [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
+@dataclass(frozen=True)
+class _Prediction:
+    """Predictions for an image, on the CPU: objects, and the mask of each class of stuff."""
+
+    found: Instances | None
+    stuff: dict[int, np.ndarray]
+
+    @classmethod
+    def of(cls, output: dict[str, Any], threshold: float) -> "_Prediction":
+        return cls(objects(output, threshold), segments(output))
+
+    def annotations(self, image_id: int, things: int) -> list[dict[str, Any]]:
+        found = [] if self.found is None else object_annotations(self.found, image_id)
+        return found + segment_annotations(self.stuff, image_id, things)
+
+
+def _names(cfg: CfgNode) -> tuple[list[str], list[str]]:
+    """Return the class names of a model's objects and of its semantic segmentation."""
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+        return ["object"], []
+    return list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.STUFF_CLASSES)
+
+
+def _categories(cfg: CfgNode) -> list[dict[str, Any]]:
+    things, stuff = _names(cfg)
+    ids = list(cfg.DATASETS.CATEGORY_IDS)
+    if len(ids) != len(things):
+        ids = list(range(1, len(things) + 1))
+    first = max(ids, default=0) + 1
+    ids += range(first, first + len(stuff))
+    categories: list[dict[str, Any]] = [
+        {"id": id, "name": name} for id, name in zip(ids, [*things, *stuff], strict=True)
+    ]
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.KEYPOINTS:
+        for category in categories[: len(things)]:
+            category["keypoints"] = list(cfg.DATASETS.KEYPOINTS)
+            category["skeleton"] = []
+    return categories
+
+
+def _problem(path: str, lacks: str, error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    logger.info("The traceback for %s:", path, exc_info=error)
+    return f"{path} has {lacks}: {type(error).__name__}: {error or 'no message'}"
 
 
 def _write_json(
@@ -119,7 +184,6 @@ def _write_json(
     for index, annotation in enumerate(annotations, start=1):
         annotation["id"] = index
         annotation["category_id"] = categories[annotation["category_id"]]["id"]
-        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         annotation["iscrowd"] = 0
     results = {"images": images, "annotations": annotations, "categories": categories}
     write_results(path, results, indent=None)
@@ -150,21 +214,17 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
 def _read(path: str, value_range: Sequence[float]) -> np.ndarray:
     try:
         return read_image(path, "BGR", value_range)
-    except MemoryError:
-        raise
     # Decoders raise many kinds of exceptions for corrupted files.
     except Exception as error:
         raise UserError(f"{path} can't be read as an image: {error}. Remove it.") from error
 
 
-def _draw(image: np.ndarray, instances: Instances, classes: list[str], path: str) -> None:
-    metadata = Metadata(thing_classes=classes)
-    # Enlarge small images to keep class names legible, but at most 4 times: otherwise, an image
-    # only a few pixels high would become huge.
-    scale = min(4.0, max(1.0, 480 / min(image.shape[:2])))
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.IMAGE)
-    drawing = visualizer.draw_instance_predictions(instances).get_image()
-    if not cv2.imwrite(path, drawing[:, :, ::-1]):
+def _draw(image: np.ndarray, prediction: _Prediction, classes: ClassNames, path: str) -> None:
+    drawing = PredictionDrawing(image[:, :, ::-1], classes)
+    drawing.draw_segments(prediction.stuff)
+    if prediction.found is not None:
+        drawing.draw_instances(prediction.found)
+    if not cv2.imwrite(path, drawing.image[:, :, ::-1]):
         raise UserError(
             f"The drawing {path} can't be written. Check that its folder is writable and that the "
             "disk is not full."

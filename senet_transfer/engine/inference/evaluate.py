@@ -69,6 +69,7 @@ def run_evaluation(
     if keep_logits and not predictions:
         raise UserError("--logits requires --predictions, the CSV file for the logits.")
     _check(found)
+    found = found.examined()
     dataset = _open_data(found.cfg, data)
     loaded = _with_classes(found, dataset.num_classes).build(device)
     view = loaded.preprocessing

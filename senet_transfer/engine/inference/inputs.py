@@ -15,6 +15,9 @@ from senet_transfer.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+# Number of images to list in an error.
+_LISTED = 10
+
 
 def load_trained(weights: str, config_file: str = "", options: Sequence[str] = ()) -> LoadedModel:
     """Load a trained model and its class names.
@@ -40,6 +43,7 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     found = find_model(config_file=config_file, weights=weights, options=options)
     if not found.cfg.DATASETS.CLASSES:
         _take_classes(found.cfg)
+    found = found.examined()
     if not found.cfg.DATASETS.CLASSES:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
@@ -94,9 +98,10 @@ def make_output_folder(path: str) -> None:
 
 
 def check_all_read(broken: list[str], images: int, json_file: str) -> None:
-    """Raise a UserError with the reasons if any images could not be read."""
+    """Raise a UserError with the reasons if any images could not be read or processed."""
     if broken:
+        more = f"\n... and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
         raise UserError(
-            f"{len(broken)} of {images} images can't be read. The predictions for the others are "
-            f"in {json_file}. Unreadable images:\n" + "\n".join(broken[:10])
+            f"{len(broken)} of {images} images can't be read or processed. The predictions for the "
+            f"others are in {json_file}. The reasons:\n" + "\n".join(broken[:_LISTED]) + more
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.read_once import once_per_file
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.caffe_geometry import adjust_variances, stated_geometry
@@ -42,6 +42,7 @@ class Source:
         geometry: Backbone geometry, as far as it is known.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
+        classes: Class names in the order of the network's outputs; empty if they are unknown.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Source:
     geometry: Geometry
     preprocessing: Preprocessing | None
     detector: bool
+    classes: tuple[str, ...] = ()
 
     @property
     def detected_as(self) -> str:
@@ -179,6 +181,7 @@ def _understand(file: WeightFile, family: Family) -> Source:
         geometry=geometry,
         preprocessing=preprocessing,
         detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
+        classes=_class_names(file),
     )
 
 
@@ -246,6 +249,17 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
         Geometry.from_dict(geometry) if isinstance(geometry, Mapping) else Geometry(),
         _preprocessing(file, pixels) if isinstance(pixels, Mapping) else None,
     )
+
+
+def _class_names(file: WeightFile) -> tuple[str, ...]:
+    word = file.metadata.get(OWN_METADATA)
+    names = word.get("classes", ()) if isinstance(word, Mapping) else ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{file.path} has invalid class names in its metadata: {shown(names)}. Expected a list "
+            "of text. Save the model again with senet_transfer.save_weights."
+        )
+    return tuple(names)
 
 
 # Numbers of values for the mean and std of each image format.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from senet_transfer import UserError
-from senet_transfer.data.cifar.transforms import CifarAugment, Draws
+from senet_transfer.data.cifar.transforms import CifarAugment, Draws, to_device
 from senet_transfer.layers.cutout import cut_out
 
 MANY = 20_000
@@ -86,6 +86,16 @@ def test_the_centre_crop_is_the_image_and_a_flip_its_mirror():
     augment = CifarAugment()
     assert torch.equal(augment.move(images, draws(images=2)), images)
     assert torch.equal(augment.move(images, draws(flip=True, images=2)), images.flip(3))
+
+
+def test_values_that_are_on_a_gpu_already_are_not_pinned():
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def to(self, device, *, non_blocking):
+            return "moved" if non_blocking else "waited"
+
+    assert to_device(OnGpu(), torch.device("cuda")) == "moved"
 
 
 def test_draws_follow_from_seed_and_iteration_alone():

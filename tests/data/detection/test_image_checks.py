@@ -92,6 +92,7 @@ def test_dark_16_bit_images_are_a_warning(most, said, data, files, caplog):
         pixels = np.full((image["height"], image["width"]), most, np.uint16)
         Image.fromarray(pixels).save(images / image["file_name"])
     register_coco_dataset("mine", path, images)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         check_images(["mine"])
         check_images(["mine"], value_range=(0, most))

@@ -10,6 +10,7 @@ import torch
 
 from senet_transfer import UserError, load_weights
 from senet_transfer.engine import hooks
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.models import ImageClassifier
@@ -124,7 +125,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     assert resumed.start_iter == 4
     assert saved(run, "model_best.pth")["value"] == -1.0
     # A new run in the same folder ignores the previous best model.
-    train(**keys)
+    train("--overwrite", **keys)
     assert saved(run, "model_best.pth")["value"] >= 0
 
 
@@ -311,3 +312,10 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(
     assert one["classification/top1_error"] == two["classification/top1_error"]
     assert one["classification/top5_error"] == two["classification/top5_error"]
     assert two["total_loss"] == pytest.approx(one["total_loss"], abs=1e-4)
+
+
+def test_a_classifier_is_not_evaluated_on_other_classes(command, tmp_path):
+    model = Trainer.build_model(setup(command()))
+    Checkpointer(model, str(tmp_path), classes=("a", "b", "c", "d")).save("other")
+    with pytest.raises(UserError, match=r"(?s)other classes.*'a', 'b', 'c', 'd'.*'blue', 'green'"):
+        setup(command("--eval-only", **{"MODEL.WEIGHTS": str(tmp_path / "other.pth")}))

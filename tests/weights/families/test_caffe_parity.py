@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from senet_transfer.weights.mapping.source import examine
 from tests.weights import caffe_networks
 from tests.weights.caffe_networks import DESIGNS, places_resnet, se_bn_inception, senet
 from tests.weights.caffe_writer import CaffeNet
+from tests.weights.opencv import opencv_network
 from tests.weights.peers import check_traps, images, outputs_of_ours, worst
 
 slow = pytest.mark.slow
@@ -20,7 +20,7 @@ slow = pytest.mark.slow
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
     """Return res2 to res5 and logits, one image at a time, as OpenCV's Axpy requires."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
-    runner = cv2.dnn.readNetFromCaffe(str(folder / "net.prototxt"), str(folder / "net.caffemodel"))
+    runner = opencv_network(folder / "net.prototxt", folder / "net.caffemodel")
     # Fusion would remove the intermediate feature maps.
     runner.enableFusion(False)
     names = [layer["name"] for layer in net.layers]
@@ -68,9 +68,7 @@ def test_the_authors_networks(name, ours, tmp_path):
 def test_the_authors_bn_inception(tmp_path):
     net = se_bn_inception()
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", for_opencv=True)
-    runner = cv2.dnn.readNetFromCaffe(
-        *(str(tmp_path / f"net.{s}") for s in ("prototxt", "caffemodel"))
-    )
+    runner = opencv_network(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
     runner.enableFusion(False)
     ends = {"res2": "conv2/relu_3x3", "logits": "classifier"}
     ends |= {f"res{m[0]}": f"inception_{m}_scale" for m in ("3b", "4d", "5b")}

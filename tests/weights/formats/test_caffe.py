@@ -14,6 +14,7 @@ from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.caffe_runner import run_caffe
 from tests.weights.caffe_writer import CaffeNet
+from tests.weights.opencv import opencv_network
 
 
 def _rng(seed: int = 0) -> np.random.Generator:
@@ -100,7 +101,7 @@ def _inception_net() -> CaffeNet:
 
 def _opencv(net: CaffeNet, image: np.ndarray, folder) -> np.ndarray:
     net.write(folder / "cv.prototxt", folder / "cv.caffemodel", for_opencv=True)
-    oracle = cv2.dnn.readNetFromCaffe(str(folder / "cv.prototxt"), str(folder / "cv.caffemodel"))
+    oracle = opencv_network(folder / "cv.prototxt", folder / "cv.caffemodel")
     oracle.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
     oracle.setInput(image)
     return oracle.forward()
@@ -190,9 +191,7 @@ def test_files_of_2014_are_read(tmp_path):
     assert [layer.type for layer in file.layers] == [layer["type"] for layer in net.layers]
     assert window_of(file.layers[0]).stride == (2, 2)
     image = rng.normal(0, 1, net.shape).astype(np.float32)
-    oracle = cv2.dnn.readNetFromCaffe(
-        str(tmp_path / "cv.prototxt"), str(tmp_path / "old.caffemodel")
-    )
+    oracle = opencv_network(tmp_path / "cv.prototxt", tmp_path / "old.caffemodel")
     oracle.setInput(image)
     ours = run_caffe(file.layers, file.tensors, torch.from_numpy(image))["prob"]
     torch.testing.assert_close(ours, torch.from_numpy(oracle.forward()), rtol=1e-4, atol=1e-5)

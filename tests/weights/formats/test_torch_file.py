@@ -70,7 +70,9 @@ def test_what_torch_saves_is_read_as_torch_loads_it(zipped, protocol, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
-    model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)))
+    # DataParallel names tensors in this way, but it moves the model to a GPU if there is one.
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model = torch.nn.Sequential(collections.OrderedDict(module=network))
     optimizer = torch.optim.Adam(model.parameters())
     model.module(torch.ones(1, 2)).sum().backward()
     optimizer.step()

@@ -1,0 +1,1 @@
+"""CUDA graphs of training steps, which replay many kernels with one launch."""

@@ -1,0 +1,134 @@
+"""Training step that is captured as a graph after a few eager steps."""
+
+import logging
+import random
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from senet_transfer.data.cifar.transforms import to_device
+from senet_transfer.engine.capture.graphs import Graph, Graphs, Outputs
+from senet_transfer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Inputs: TypeAlias = dict[str, Tensor]
+
+_REMEDY = "Set SOLVER.COMPILE to none or default."
+
+
+class CapturedStep:
+    """Function on the device that is captured as a graph and then replayed.
+
+    The first calls are eager: they are steps like all others, and they initialise what must not
+    happen during a capture, such as the optimizer's state and the choice of convolution algorithms.
+    A capture computes nothing. Therefore no state has to be restored afterwards, and all steps
+    compute the same, whether eager or replayed.
+
+    Inputs with other shapes than the captured ones, such as those of an incomplete batch, are
+    computed eagerly. After ``warm_up`` such calls in a row, the step is captured again; there is at
+    most one graph.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Inputs], Outputs],
+        graphs: Graphs,
+        *,
+        state: Callable[[], Hashable] = lambda: None,
+        warm_up: int = 3,
+    ):
+        """
+        Args:
+            function: The step. It takes tensors on the device by name, and returns tensors. It must
+                not read values from the device, nor depend on values of the host that change
+                between steps, except on ``state``.
+            graphs: The source of graphs.
+            state: Returns the host's values on which the step depends, such as the training modes
+                of the modules.
+            warm_up: The number of eager calls before a capture.
+        """
+        self._function, self._graphs, self._state = function, graphs, state
+        self._warm_up = warm_up
+        self._graph: Graph | None = None
+        self._inputs: Inputs = {}
+        self._captured: Hashable = None
+        self._last: Hashable = None
+        self._calls = 0
+        self._told = False
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        """Compute a step.
+
+        Args:
+            inputs: Tensors on any device. They are copied to the device without waiting.
+
+        Raises:
+            UserError: If the step can't be captured.
+        """
+        key = (self._state(), *((name, x.shape, x.dtype) for name, x in inputs.items()))
+        self._calls = self._calls + 1 if key == self._last else 1
+        self._last = key
+        if self._graph is None or key != self._captured:
+            if self._calls <= self._warm_up:
+                return self._eager(inputs)
+            self._graph, self._inputs = None, {}  # Free the memory of an earlier graph first.
+            device = self._graphs.device
+            self._inputs = {
+                k: torch.empty_like(value, device=device) for k, value in inputs.items()
+            }
+            self._fill(inputs)
+            self._graph, self._captured = self._capture(), key
+        else:
+            self._fill(inputs)
+        self._graph.replay()
+        # The next replay overwrites the outputs.
+        return tuple(output.clone() for output in self._graph.outputs)
+
+    def _fill(self, inputs: Inputs) -> None:
+        for name, buffer in self._inputs.items():
+            buffer.copy_(_pinned(inputs[name], buffer), non_blocking=True)
+
+    def _eager(self, inputs: Inputs) -> Outputs:
+        if self._graph is not None and not self._told:
+            self._told = True
+            logger.info("Inputs of other shapes than the captured step's are computed eagerly.")
+        device = self._graphs.device
+        inputs = {name: to_device(value, device) for name, value in inputs.items()}
+        before = _random_state(device)
+        outputs = self._graphs.warm_up(lambda: self._function(inputs))
+        if _random_state(device) != before:
+            raise UserError(
+                "SOLVER.COMPILE is graph, but the training step draws random numbers on the host, "
+                f"which a CUDA graph would repeat in every step. {_REMEDY}"
+            )
+        return outputs
+
+    def _capture(self) -> Graph:
+        try:
+            graph = self._graphs.capture(lambda: self._function(self._inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                "SOLVER.COMPILE is graph, but the training step can't be captured as a CUDA "
+                f"graph: {str(error).splitlines()[0]} {_REMEDY}"
+            ) from error
+        logger.info("Captured the training step as a CUDA graph.")
+        return graph
+
+
+def _pinned(value: Tensor, target: Tensor) -> Tensor:
+    """Return the value in memory from which a copy to the target does not wait."""
+    on_host = value.device.type == "cpu" and target.device.type == "cuda"
+    return value.pin_memory() if on_host else value
+
+
+def _random_state(device: torch.device) -> Hashable:
+    """Return the states of the host's random generators, of which a graph knows nothing."""
+    name, keys, *rest = np.random.get_state()
+    own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own

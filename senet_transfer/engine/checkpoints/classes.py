@@ -1,0 +1,106 @@
+"""Comparison of the classes of a trained model with those of the data sets."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+
+from senet_transfer.config import is_classification
+from senet_transfer.config.load import load_config
+from senet_transfer.data.detection.dataset_checks import category_ids, use_class_order
+from senet_transfer.errors import UserError
+from senet_transfer.utils.text import differences, first_of
+from senet_transfer.weights.mapping.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def config_next_to(weights: str) -> str:
+    """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
+    path = os.path.join(os.path.dirname(weights), "config.yaml")
+    return path if weights and os.path.isfile(path) else ""
+
+
+def trained_classes(source: Source) -> list[str]:
+    """Return the class names of the model in a weight file, in the order of its outputs.
+
+    They are read from the file or, if it was written before version 0.1, from the ``config.yaml``
+    next to it.
+
+    Returns:
+        The class names, or an empty list if they are unknown or the file has no predictor.
+    """
+    if source.classes:
+        return list(source.classes)
+    predicts = source.detector or "linear.weight" in source.tensors
+    path = config_next_to(source.path)
+    if source.family.name != "senet_transfer" or not predicts or not path:
+        return []
+    try:
+        return list(load_config(path).DATASETS.CLASSES)
+    except UserError:  # It was written by another program.
+        return []
+
+
+def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool) -> None:
+    """Compare the classes of a run's data sets with those of the model from which it starts.
+
+    If a detector's data sets have the same classes in another order, they use the model's order.
+
+    Args:
+        cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
+        source: The weight file.
+        names: The names of the run's data sets.
+        keeps: True if the model is evaluated or its training is resumed. False if its weights
+            initialise a new model, which may have other classes.
+
+    Raises:
+        UserError: If ``keeps`` is True and the classes differ.
+    """
+    model, data = trained_classes(source), list(cfg.DATASETS.CLASSES)
+    if not model or model == data:
+        return
+    if not is_classification(cfg) and use_class_order(names, model):
+        cfg.DATASETS.CLASSES = model
+        cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
+        logger.warning(
+            "The data sets have the classes of %s in another order. The order of the weights is "
+            "used: %s.",
+            source.path,
+            first_of(model),
+        )
+        return
+    found = differences(data, model)
+    if keeps:
+        raise UserError(
+            f"The model in {source.path} was trained on other classes than those of the data sets: "
+            f"{found}. The model's classes are {model}; the data sets' classes are {data}. "
+            "Use data with the same classes in the same order."
+        )
+    if len(model) == len(data):
+        logger.warning(
+            "%s was trained on other classes than those of the data sets: %s. Because the number "
+            "of classes is the same, the new predictors start from those weights.",
+            source.path,
+            found,
+        )
+
+
+def apply_file_classes(cfg: CfgNode, source: Source) -> None:
+    """Set the class names in a config to those of the weights, if they are known.
+
+    Args:
+        cfg: The config, which is changed in place. The category ids of its classes are kept.
+        source: The weight file of the model.
+    """
+    names = trained_classes(source)
+    if not names or names == list(cfg.DATASETS.CLASSES):
+        return
+    ids = dict(zip(cfg.DATASETS.CLASSES, cfg.DATASETS.CATEGORY_IDS, strict=False))
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.DATASETS.CLASSES = names
+    cfg.DATASETS.CATEGORY_IDS = [ids[name] for name in names] if ids.keys() >= set(names) else []
+    if frozen:
+        cfg.freeze()

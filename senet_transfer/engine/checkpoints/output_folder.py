@@ -1,0 +1,107 @@
+"""Protection of the files of an earlier run in the output folder of a new one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from senet_transfer.engine.checkpoints.checkpoint_history import HISTORY, TAG, checkpoints
+from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
+
+LOG = "log.txt"
+
+# Files that identify a training run.
+_CHECKPOINTS = ("model_final.pth", "model_best.pth", "model_ema.pth", "model_[0-9]*[0-9].pth")
+_METRICS = "metrics.json"
+# All files that a run writes, except the log and those that the next run replaces at its start.
+_WRITTEN = (
+    *(name for stem in _CHECKPOINTS for name in (stem, f"{stem}.sha256")),
+    TAG,
+    HISTORY,
+    _METRICS,
+    "results.json",
+    "events.out.tfevents.*",
+    "nonfinite_[0-9]*_rank[0-9]*.json",
+    "inference*/*/predictions.json",
+    "inference*/*/box_proposals.pkl",
+    "inference*/*/instances_predictions.pth",
+    "inference*/*/*_instances_results.json",
+    "inference*/*/*_coco_format.json",
+    "inference*/*/sem_seg_predictions.json",
+    "inference*/*/sem_seg_evaluation.pth",
+)
+_SHOWN = 3
+
+
+def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> None:
+    """Raise an error if a new training run would mix its files with those of an earlier run.
+
+    All processes of a job must call this function together, after every other check.
+
+    Args:
+        cfg: The config of a run that starts from iteration 0.
+        overwrite: If True, delete the earlier run's files.
+        restarted: If True, the launcher has started this command again after a failure, so the
+            files belong to this run.
+
+    Raises:
+        UserError: If there are files of an earlier run, or if ``MODEL.WEIGHTS`` is one of the files
+            to delete.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    # The main process decides, because other processes may see a different state of the folder.
+    found = comm.all_gather(_earlier(folder))[0]
+    if not found or restarted and not overwrite:
+        return
+    if not overwrite:
+        raise UserError(
+            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) contains an earlier run ({first_of(found, _SHOWN)}), "
+            "whose files a new run would replace or mix with its own. To continue the earlier run, "
+            "add --resume. To keep it, set OUTPUT_DIR to another folder. To delete the files that "
+            "it has written and start anew, add --overwrite."
+        )
+    weights = os.path.realpath(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else ""
+    written = list(_written(folder))
+    if weights in map(os.path.realpath, written):
+        raise UserError(
+            f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, which --overwrite would delete from OUTPUT_DIR "
+            f"({cfg.OUTPUT_DIR}). Set OUTPUT_DIR to another folder, or move the file."
+        )
+    if comm.is_main_process():
+        for path in written:
+            path.unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> list[str]:
+    """Return the names of an earlier run's checkpoints and metrics."""
+    names = dict.fromkeys(name for name in checkpoints(folder) if Path(folder, name).is_file())
+    for pattern in _CHECKPOINTS:
+        names |= dict.fromkeys(sorted(path.name for path in folder.glob(pattern)))
+    metrics = folder / _METRICS
+    return [*names, *([_METRICS] if metrics.is_file() and metrics.stat().st_size else [])]
+
+
+def _written(folder: Path) -> Iterator[Path]:
+    for pattern in _WRITTEN:
+        yield from (path for path in folder.glob(pattern) if path.is_file())
+
+
+def drop_earlier_log(folder: str | Path, size: int) -> None:
+    """Remove the first ``size`` bytes of the log, to which this process appends."""
+    path = Path(folder, LOG)
+    if size and path.is_file():
+        with open(path, "r+b") as log:
+            log.seek(size)
+            rest = log.read()
+            log.seek(0)
+            log.truncate()
+            log.write(rest)
+
+
+def log_size(folder: str | Path) -> int:
+    """Return the size of a folder's log in bytes, or 0 without one."""
+    path = Path(folder, LOG)
+    return path.stat().st_size if path.is_file() else 0

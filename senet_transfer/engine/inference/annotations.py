@@ -1,0 +1,104 @@
+"""Conversion of a model's predictions to annotations in COCO format."""
+
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances, RotatedBoxes
+from pycocotools import mask as mask_util
+
+
+def objects(output: dict[str, Any], threshold: float) -> Instances | None:
+    """Return the detected objects in a model's output for an image, or None if it detects none.
+
+    The proposals of a region proposal network are objects of class 0, whose score is the sigmoid of
+    the logit.
+
+    Args:
+        output: The output of any of Detectron2's meta-architectures.
+        threshold: The minimum score.
+    """
+    if "instances" in output:
+        found = output["instances"].to("cpu")
+    elif "proposals" in output:
+        proposals = output["proposals"].to("cpu")
+        found = Instances(
+            proposals.image_size,
+            pred_boxes=proposals.proposal_boxes,
+            scores=proposals.objectness_logits.sigmoid(),
+        )
+        found.pred_classes = found.scores.new_zeros(len(found)).long()
+    else:
+        return None
+    return found[found.scores >= threshold]
+
+
+def object_annotations(found: Instances, image_id: int) -> list[dict[str, Any]]:
+    """Return COCO annotations of objects, whose ``category_id`` is the class index.
+
+    The ``area`` is the mask's if there are masks, otherwise the box's. A rotated box has five
+    numbers: centre x and y, width, height and angle in degrees, counterclockwise.
+    """
+    if not len(found):
+        return []
+    if isinstance(found.pred_boxes, RotatedBoxes):
+        rows = zip(
+            found.pred_boxes.tensor.tolist(),
+            found.scores.tolist(),
+            found.pred_classes.tolist(),
+            strict=True,
+        )
+        annotations = [
+            {"image_id": image_id, "category_id": index, "bbox": box, "score": score}
+            for box, score, index in rows
+        ]
+    else:
+        annotations = instances_to_coco_json(found, image_id)
+    for annotation in annotations:
+        width, height = annotation["bbox"][2:4]
+        mask = annotation.get("segmentation")
+        annotation["area"] = float(mask_util.area(mask)) if mask else width * height
+        if "keypoints" in annotation:
+            annotation["num_keypoints"] = len(annotation["keypoints"]) // 3
+    return annotations
+
+
+def segment_annotations(
+    segments: dict[int, np.ndarray], image_id: int, first: int
+) -> list[dict[str, Any]]:
+    """Return a COCO annotation with a mask for each class of a semantic segmentation.
+
+    Args:
+        segments: The mask (H, W) of each class; see :func:`segments`.
+        image_id: The image id.
+        first: The ``category_id`` of class 0. The other classes follow.
+    """
+    annotations = []
+    for index, segment in segments.items():
+        mask = mask_util.encode(np.asfortranarray(segment, dtype=np.uint8))
+        annotations.append(
+            {
+                "image_id": image_id,
+                "category_id": first + index,
+                "bbox": mask_util.toBbox(mask).tolist(),
+                "area": float(mask_util.area(mask)),
+                "segmentation": {"size": mask["size"], "counts": mask["counts"].decode()},
+            }
+        )
+    return annotations
+
+
+def segments(output: dict[str, Any]) -> dict[int, np.ndarray]:
+    """Return the mask (H, W) of each class in a model's semantic segmentation of an image.
+
+    In a panoptic segmentation, these are the segments of stuff, which exclude the objects.
+    """
+    if "panoptic_seg" in output:
+        ids, info = output["panoptic_seg"]
+        stuff = [segment for segment in info if not segment["isthing"]]
+        ids = ids.cpu().numpy()
+        return {segment["category_id"]: ids == segment["id"] for segment in stuff}
+    if "sem_seg" in output:
+        classes = output["sem_seg"].argmax(dim=0).cpu().numpy()
+        return {index: classes == index for index in np.unique(classes).tolist()}
+    return {}

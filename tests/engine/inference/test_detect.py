@@ -1,0 +1,208 @@
+"""Tests of predictions on image files, with models whose outputs are known."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances, RotatedBoxes
+from pycocotools import mask as mask_util
+from torch import nn
+
+from senet_transfer import UserError
+from senet_transfer.config.defaults import get_senet_config
+from senet_transfer.engine.inference.detect import predict_images
+from senet_transfer.engine.model_from import LoadedModel
+
+
+class Answers(nn.Module):
+    """Model that returns the result of a function of the original height and width."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.shapes = answer, []
+
+    def forward(self, inputs):
+        self.shapes.append(tuple(inputs[0]["image"].shape[1:]))
+        return [self.answer(inputs[0]["height"], inputs[0]["width"])]
+
+
+def one_object(height, width, **fields) -> dict[str, Instances]:
+    """Return one object of class 1 in the left half of the image."""
+    box = torch.tensor([[0.0, 0.0, width / 2, height]])
+    found = Instances((height, width), pred_boxes=Boxes(box), **fields)
+    found.scores, found.pred_classes = torch.tensor([0.75]), torch.tensor([1])
+    return {"instances": found}
+
+
+def loaded(answer, **keys) -> LoadedModel:
+    cfg = get_senet_config()
+    cfg.DATASETS.CLASSES = ["cat", "$5$ note"]
+    cfg.DATASETS.CATEGORY_IDS = [3, 8]
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+    cfg.merge_from_list([word for item in keys.items() for word in item])
+    return LoadedModel(Answers(answer), cfg)
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    """Write three images, of which the second is 3000 pixels high and 6 wide."""
+    paths = []
+    for name, shape in (("a", (40, 60)), ("b", (3000, 6)), ("c", (50, 50))):
+        paths.append(str(tmp_path / f"{name}.png"))
+        cv2.imwrite(paths[-1], np.full((*shape, 3), 90, np.uint8))
+    return paths
+
+
+def predict(model, images, tmp_path):
+    predict_images(model, images, str(tmp_path / "out"), threshold=0.5, quiet=True)
+    return written(tmp_path)
+
+
+def written(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "predictions.json").read_text())
+
+
+def test_an_image_of_extreme_shape_and_a_name_with_dollars_are_predicted(images, tmp_path):
+    model = loaded(one_object)
+    found = predict(model, images, tmp_path)
+    assert [image["file_name"] for image in found["images"]] == images
+    # 3000 pixels become 96, and 6 pixels become 0.19, of which at least one is kept.
+    assert model.model.shapes[1] == (96, 1)
+    assert found["categories"] == [{"id": 3, "name": "cat"}, {"id": 8, "name": "$5$ note"}]
+    assert [a["category_id"] for a in found["annotations"]] == [8, 8, 8]
+    assert [a["bbox"] for a in found["annotations"]][1] == [0, 0, 3, 3000]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.jpg")) == [
+        "a.jpg",
+        "b.jpg",
+        "c.jpg",
+    ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size 0"), MemoryError(), ZeroDivisionError("x")])
+def test_an_image_that_the_model_fails_on_costs_no_other_image(images, tmp_path, error):
+    def answer(height, width):
+        if height == 3000:
+            raise error
+        return one_object(height, width)
+
+    with pytest.raises(UserError, match=f"(?s)1 of 3 images.*b.png.*{type(error).__name__}"):
+        predict(loaded(answer), images, tmp_path)
+    found = written(tmp_path)
+    assert [image["id"] for image in found["images"]] == [1, 3]
+    assert [a["image_id"] for a in found["annotations"]] == [1, 3]
+
+
+def test_an_image_that_cannot_be_drawn_keeps_its_predictions(images, tmp_path, monkeypatch):
+    def fail(self, instances):
+        raise ValueError("no glyph")
+
+    monkeypatch.setattr(
+        "senet_transfer.engine.inference.detect.PredictionDrawing.draw_instances", fail
+    )
+    with pytest.raises(UserError, match="(?s)3 of 3 images.*no drawing.*no glyph"):
+        predict(loaded(one_object), images, tmp_path)
+    assert len(written(tmp_path)["annotations"]) == 3
+
+
+def test_the_area_of_an_object_with_a_mask_is_the_masks(images, tmp_path):
+    def answer(height, width):
+        mask = torch.zeros(1, height, width, dtype=torch.bool)
+        mask[0, 10:20, 5:9] = True
+        return one_object(height, width, pred_masks=mask)
+
+    (annotation,) = predict(loaded(answer), images[:1], tmp_path)["annotations"]
+    assert annotation["area"] == 40
+    assert annotation["bbox"] == [0, 0, 30, 40]
+    assert mask_util.decode(annotation["segmentation"]).sum() == 40
+    (annotation,) = predict(loaded(one_object), images[:1], tmp_path)["annotations"]
+    assert annotation["area"] == 30 * 40
+
+
+def test_keypoints_are_written_with_their_names(images, tmp_path):
+    def answer(height, width):
+        points = torch.tensor([[[3.5, 4.5, 0.9], [10.5, 20.5, 0.2]]])
+        return one_object(height, width, pred_keypoints=points)
+
+    model = loaded(answer, **{"MODEL.KEYPOINT_ON": True, "DATASETS.KEYPOINTS": ["nose", "tail"]})
+    found = predict(model, images[:1], tmp_path)
+    assert found["categories"][1] == {
+        "id": 8,
+        "name": "$5$ note",
+        "keypoints": ["nose", "tail"],
+        "skeleton": [],
+    }
+    (annotation,) = found["annotations"]
+    # COCO's coordinates are pixel indices, and Detectron2's are 0.5 at the centre of pixel 0.
+    np.testing.assert_allclose(annotation["keypoints"], [3, 4, 0.9, 10, 20, 0.2], rtol=1e-6)
+    assert annotation["num_keypoints"] == 2
+
+
+def test_proposals_are_objects_of_one_class_scored_by_their_sigmoid(images, tmp_path):
+    def answer(height, width):
+        found = Instances((height, width))
+        found.proposal_boxes = Boxes(torch.tensor([[1.0, 2, 11, 22], [0, 0, 5, 5]]))
+        found.objectness_logits = torch.tensor([1.0, -1.0])
+        return {"proposals": found}
+
+    model = loaded(answer, **{"MODEL.META_ARCHITECTURE": "ProposalNetwork"})
+    found = predict(model, images[:1], tmp_path)
+    assert found["categories"] == [{"id": 1, "name": "object"}]
+    (annotation,) = found["annotations"]
+    assert annotation["bbox"] == [1, 2, 10, 20]
+    assert annotation["score"] == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_rotated_boxes_are_written_with_five_numbers_and_drawn(images, tmp_path):
+    def answer(height, width):
+        boxes = RotatedBoxes(torch.tensor([[30.0, 20, 20, 10, 45]]))
+        found = Instances((height, width), pred_boxes=boxes)
+        found.scores, found.pred_classes = torch.tensor([0.75]), torch.tensor([0])
+        return {"instances": found}
+
+    (annotation,) = predict(loaded(answer), images[:1], tmp_path)["annotations"]
+    assert annotation["bbox"] == [30, 20, 20, 10, 45]
+    assert annotation["area"] == 200
+    drawing = cv2.imread(str(tmp_path / "out" / "a.jpg"))
+    # The box's right corner, 15 / sqrt(2) pixels from its centre, in a drawing of 4 times the size.
+    corner = drawing[70:90, 4 * 40 : 4 * 42].reshape(-1, 3).astype(int)
+    assert (np.ptp(corner, 1) > 100).any()
+
+
+def test_a_semantic_segmentation_is_written_as_one_mask_per_class(images, tmp_path):
+    def answer(height, width):
+        logits = torch.zeros(3, height, width)
+        logits[2, :, :10] = 1
+        logits[0, :, 10:] = 1
+        return {"sem_seg": logits}
+
+    model = loaded(answer)
+    model.cfg.DATASETS.CLASSES, model.cfg.DATASETS.CATEGORY_IDS = [], []
+    model.cfg.DATASETS.STUFF_CLASSES = ["sky", "sea", "sand"]
+    found = predict(model, images[:1], tmp_path)
+    assert [category["name"] for category in found["categories"]] == ["sky", "sea", "sand"]
+    sky, sand = found["annotations"]
+    assert [sky["category_id"], sky["area"], sky["bbox"]] == [1, 50 * 40, [10, 0, 50, 40]]
+    assert [sand["category_id"], sand["area"], sand["bbox"]] == [3, 10 * 40, [0, 0, 10, 40]]
+
+
+def test_a_panoptic_segmentation_is_written_as_objects_and_stuff(images, tmp_path):
+    def answer(height, width):
+        ids = torch.zeros(height, width, dtype=torch.int32)
+        ids[:20], ids[30:] = 1, 2
+        info = [
+            {"id": 1, "isthing": True, "category_id": 1, "score": 0.75},
+            {"id": 2, "isthing": False, "category_id": 1},
+        ]
+        masks = (ids == 1)[None]
+        logits = torch.zeros(2, height, width)
+        found = one_object(height, width, pred_masks=masks)
+        return {**found, "sem_seg": logits, "panoptic_seg": (ids, info)}
+
+    model = loaded(answer, **{"DATASETS.STUFF_CLASSES": ["things", "grass"]})
+    thing, stuff = predict(model, images[:1], tmp_path)["annotations"]
+    assert [thing["category_id"], thing["area"], thing["score"]] == [8, 20 * 60, 0.75]
+    assert [stuff["category_id"], stuff["area"]] == [10, 10 * 60]
+    assert "score" not in stuff

@@ -1,0 +1,126 @@
+"""Steps in other processes, so that several networks can be compiled at the same time.
+
+While one process runs a step, the others wait, so that the steps can be compared.
+"""
+
+import contextlib
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmark.gpu.measure import Settings, Step, timed
+
+# Seconds before the deadline that are left for the comparison.
+_RESERVE = 12.0
+
+
+class RemoteError(Exception):
+    """Error in the other process, or a lack of time."""
+
+
+class Remote:
+    """Step in another process. A call runs it once and returns its time in seconds."""
+
+    def __init__(self, connection: Connection, settings: Settings):
+        self.connection, self.settings = connection, settings
+
+    def receive(self, reserve: float = 0.0) -> float:
+        """Return the number that the other process sends next."""
+        wait = max(self.settings.left() - reserve, 0)
+        if not self.connection.poll(wait if wait < 1e6 else None):
+            raise RemoteError("out of time")
+        try:
+            found = self.connection.recv()
+        except EOFError:
+            raise RemoteError("the process has ended") from None
+        if isinstance(found, str):
+            raise RemoteError(found)
+        return found
+
+    def __call__(self) -> float:
+        self.connection.send("run")
+        return self.receive()
+
+
+def call_remote(step: Step) -> float:
+    """Return the seconds of a remote step, measured in its own process."""
+    return step()  # type: ignore[return-value]
+
+
+def _serve(connection: Connection, build: Callable[[], Step], settings: Settings) -> None:
+    try:
+        if settings.dry_run:  # Compilation on a CPU would take minutes.
+            torch.compiler.set_stance("force_eager")
+            torch.set_num_threads(1)
+        start = time.perf_counter()
+        step = build()
+        step()
+        step()
+        connection.send(time.perf_counter() - start)
+        timer = timed(1)
+        while connection.recv():
+            connection.send(timer(step))
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+@dataclass
+class Started:
+    """Steps in other processes.
+
+    Attributes:
+        steps: Steps that are ready to be called.
+        seconds: Time that building each step took.
+        errors: Errors of the steps that could not be built, or not in time.
+    """
+
+    steps: dict[str, Remote] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, RemoteError] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise an error if a step could not be built."""
+        if self.errors:
+            text = "; ".join(f"{name}: {error}" for name, error in self.errors.items())
+            raise RemoteError(text)
+
+
+@contextlib.contextmanager
+def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) -> Iterator[Started]:
+    """Build steps in one process each, all at the same time.
+
+    CUDA must not be initialised in this process.
+
+    Args:
+        settings: The settings.
+        builders: Functions that build a step.
+
+    Yields:
+        The steps that are ready.
+    """
+    context = multiprocessing.get_context("fork")
+    started, remotes, processes = Started(), {}, []
+    try:
+        for name, build in builders.items():
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, build, settings))
+            process.start()
+            there.close()
+            processes.append(process)
+            remotes[name] = Remote(here, settings)
+        for name, remote in remotes.items():
+            try:
+                started.seconds[name] = remote.receive(_RESERVE)
+                started.steps[name] = remote
+            except RemoteError as error:
+                started.errors[name] = error
+        yield started
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
