@@ -133,7 +133,7 @@ def build_test_loader(
     return RaisingLoader(loader)
 
 
-def _build_detectron2_loader(cfg: CfgNode) -> Iterable[Any]:
+def _build_detectron2_loader(cfg: CfgNode) -> Any:
     try:
         return build_detection_train_loader(cfg, mapper=_unmapped)
     except AssertionError as error:
