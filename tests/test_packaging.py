@@ -82,6 +82,7 @@ finally:
     assert done.stdout == f"senet {senet_transfer.__version__}\n"
 
 
+@pytest.mark.long
 def test_a_wheel_holds_every_module_config_and_data_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -107,6 +107,7 @@ def test_a_circle_is_found():
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in RANK])
+@pytest.mark.long
 def test_a_module_imports_only_parts_below_its_own(name):
     own = part(name)
     for target in imports(name, when_loaded=False):

@@ -33,6 +33,7 @@ def config_value(cfg: CfgNode, key: str) -> Any:
 AUTO_KEYS = (
     "SOLVER.AMP.ENABLED",
     "SOLVER.TF32",
+    "MODEL.CHANNELS_LAST",
     "MODEL.CLASSIFIER.CHANNELS_LAST",
     "CUDNN_BENCHMARK",
 )
@@ -57,6 +58,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     cfg.DETERMINISTIC = False
     _add_model_config(cfg)
     _add_data_config(cfg)
+    _add_detection_input(cfg)
     _add_solver_config(cfg)
     _add_epochs(cfg)
     _add_classification_config(cfg)
@@ -100,6 +102,10 @@ def _add_model_config(cfg: CfgNode) -> None:
     # "auto" (on a GPU), True (an error on other devices) or False.
     cfg.MODEL.SE.FUSED = "auto"
 
+    # If True, a detector's feature maps and weights use the channels-last memory format, which is
+    # faster on tensor cores. MODEL.CLASSIFIER.CHANNELS_LAST is the same for classifiers.
+    cfg.MODEL.CHANNELS_LAST = False
+
     # The family of the file in MODEL.WEIGHTS (a key of `senet_transfer.weights.FAMILIES`). It is
     # required for a family that shares its tensor names with others, such as "torchvision_v2". If
     # empty, the family is detected.
@@ -129,6 +135,16 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
+    # If True, a detector's training images are resized with PyTorch instead of Pillow, which is
+    # faster but changes the pixel values slightly. Evaluation always uses Pillow.
+    cfg.INPUT.FAST_RESIZE = False
+
+
+def _add_detection_input(cfg: CfgNode) -> None:
+    # The images of a detector with an FPN are padded to multiples of this number of pixels, in
+    # training and evaluation. A larger number reduces the number of image sizes. 0 selects the
+    # FPN's largest stride, as in Detectron2.
+    cfg.INPUT.SIZE_DIVISIBILITY = 0
 
 
 def _add_solver_config(cfg: CfgNode) -> None:
@@ -147,7 +163,8 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # "default": compile the network for training and evaluation with torch.compile: a classifier as
     # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
     # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
-    # whole. It needs a single process on a GPU. Checkpoints are the same as with "none".
+    # whole; or the backbone of a detector, for up to 8 image sizes. It needs a single process on a
+    # GPU. Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
@@ -196,6 +213,14 @@ def _add_epochs(cfg: CfgNode) -> None:
     # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
     # errors and losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
+    # Early stopping: training ends if TEST.BEST_METRIC has not improved for this number of
+    # evaluations. 0 disables it.
+    cfg.TEST.PATIENCE = 0
+    # If True, each evaluation also computes the losses on DATASETS.TEST, as validation/total_loss
+    # and, for detectors, its parts. A detector's are the training losses without augmentation and
+    # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
+    # label smoothing.
+    cfg.TEST.LOSS = False
     # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.

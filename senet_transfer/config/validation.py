@@ -28,6 +28,7 @@ RANGES = {
     "INPUT.MAX_SIZE_TEST": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.SIZE_DIVISIBILITY": (0, math.inf),
     "MODEL.BACKBONE.FREEZE_AT": (0, 6),
     "MODEL.CLASSIFIER.CUTMIX": (0, math.inf),
     "MODEL.CLASSIFIER.DROPOUT": (0, 1),
@@ -61,6 +62,7 @@ RANGES = {
     "SOLVER.WEIGHT_DECAY_NORM": (0, math.inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
     "TEST.EVAL_PERIOD": (0, math.inf),
+    "TEST.PATIENCE": (0, math.inf),
 }
 
 

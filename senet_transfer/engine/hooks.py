@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,44 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+
+
+class DataWaits(HookBase):
+    """Hook that logs the share of the training time spent waiting for data, ``data_time_share``.
+
+    It is the mean of up to 20 steps, because on a GPU the host waits for the device only in some
+    steps. The share of the complete run is logged at its end.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[float, float]] = deque(maxlen=21)
+        self._start = (0.0, 0.0)
+
+    def before_train(self) -> None:
+        """Remember the times at the start."""
+        self._start = self._now()
+        self._seconds.append(self._start)
+
+    def after_step(self) -> None:
+        """Log the share."""
+        self._seconds.append(self._now())
+        share = _share(self._seconds[0], self._seconds[-1])
+        self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        """Write the share of the run to the log."""
+        share = _share(self._start, self._now())
+        logger.info(
+            "%.1f%% of the time of the training steps was spent waiting for data.", 100 * share
+        )
+
+    def _now(self) -> tuple[float, float]:
+        return self.trainer.timer.seconds, self.trainer.waited
+
+
+def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
+    seconds, waited = (b - a for a, b in zip(before, after, strict=True))
+    return waited / seconds if seconds > 0 else 0.0
 
 
 class FrozenStatistics(HookBase):
@@ -259,15 +298,29 @@ class _AfterEvaluation(HookBase, ABC):
         value = float(comm.all_gather(value)[0])
         if math.isfinite(value):
             self._observe(value)
-            return
-        logger.warning(
-            "The evaluation returned no finite value for the metric %r. Available metrics: %s.",
-            self.metric, ", ".join(sorted(self.trainer.storage.latest())),
-        )  # fmt: skip
+        else:
+            self._observe_none()
 
     @abstractmethod
     def _observe(self, value: float) -> None:
         """Process the metric's value, which is finite, after an evaluation."""
+
+    def _observe_none(self) -> None:
+        """Log that the metric has no finite value after an evaluation."""
+        known = self.trainer.storage.latest()
+        if self.metric in known:
+            logger.warning(
+                "The metric %r is %s in this evaluation, which is not used. A metric is NaN if the "
+                "model detects nothing, or if there are no objects to detect.",
+                self.metric,
+                known[self.metric][0],
+            )
+        elif comm.is_main_process():
+            logger.warning(
+                "The evaluation returned no metric %r. Available metrics: %s.",
+                self.metric,
+                ", ".join(sorted(known)),
+            )
 
 
 class Plateau(_AfterEvaluation):
@@ -338,6 +391,71 @@ class BestModel(_AfterEvaluation):
         logger.info("Best %s so far: %.4f, saved to %s.pth.", self.metric, value, BEST_NAME)
 
 
+class EarlyStopping(_AfterEvaluation):
+    """Hook that ends training if a metric no longer improves.
+
+    It sets the trainer's ``max_iter`` to the current iteration, so that the hooks that follow it
+    save the final model. All processes stop at the same iteration.
+
+    Attributes:
+        waited: The number of evaluations since the best value.
+    """
+
+    def __init__(self, period: int, metric: str, patience: int):
+        """
+        Args:
+            period: The number of iterations between evaluations.
+            metric: The name under which the metric is logged.
+            patience: The number of evaluations without an improvement after which training ends.
+        """
+        super().__init__(period, metric)
+        self.patience = patience
+        self.best: float | None = None
+        self.waited = 0
+
+    @property
+    def stops(self) -> bool:
+        """True if training must end."""
+        return self.waited >= self.patience
+
+    def after_step(self) -> None:
+        """Look at the metric if the model has just been evaluated, and end training if needed."""
+        super().after_step()
+        if self.stops:
+            self.trainer.max_iter = self.trainer.iter + 1
+            self.log()
+
+    def after_train(self) -> None:
+        """Do nothing, because training has ended."""
+
+    def log(self) -> None:
+        """Log why training ends."""
+        best = "has had no finite value" if self.best is None else f"was at best {self.best:.4f}"
+        logger.warning(
+            "Training ends early: %s has not improved for %d evaluations (TEST.PATIENCE). It %s.",
+            self.metric, self.waited, best,
+        )  # fmt: skip
+
+    def _observe(self, value: float) -> None:
+        sign = 1 if lower_is_better(self.metric) else -1
+        if self.best is None or sign * value < sign * self.best:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+
+    def _observe_none(self) -> None:
+        self.waited += 1  # BestModel has logged the reason.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {"metric": self.metric, "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state from a checkpoint, unless the metric has changed."""
+        if state["metric"] == self.metric:
+            self.best, self.waited = state["best"], state["waited"]
+
+
 class AverageSaver(HookBase):
     """Hook that saves the averaged model to ``model_ema.pth`` at the end of training."""
 
@@ -370,6 +488,7 @@ class CheckpointSaver(PeriodicCheckpointer):
             UserError: In all processes, if the checkpoint can't be written.
         """
         iteration = self.trainer.iter
+        self.max_iter = self.trainer.max_iter  # EarlyStopping may have changed it.
         stops = self.trainer.stops
         periodic = (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter
         if not (periodic or stops):

@@ -13,6 +13,7 @@ from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
 from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
+from senet_transfer.engine.numerics import set_memory_format
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
 from senet_transfer.models.empty import built_empty, fill_empty
@@ -102,9 +103,9 @@ class ModelSource:
         use_available_device(cfg, logger)
         check_input(cfg)
         if source is None:
-            return LoadedModel(build_model(cfg).eval(), cfg)
+            return LoadedModel(set_memory_format(cfg, build_model(cfg)).eval(), cfg)
         apply_file_geometry(cfg, source)
-        model = build_model(cfg)
+        model = set_memory_format(cfg, build_model(cfg))
         load_source(model, source, exact=True)
         return LoadedModel(model.eval(), cfg, source.family.name)
 

@@ -9,6 +9,7 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from senet_transfer.config import AUTO_KEYS, config_value, is_classification, set_config_value
 
@@ -24,6 +25,7 @@ def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
     choices = {
         "SOLVER.AMP.ENABLED": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         "SOLVER.TF32": on_gpu,
+        "MODEL.CHANNELS_LAST": on_gpu,
         "MODEL.CLASSIFIER.CHANNELS_LAST": on_gpu,
         # The shapes of a detector's images change, and cuDNN would time its kernels for each.
         "CUDNN_BENCHMARK": on_gpu and is_classification(cfg) and not cfg.DETERMINISTIC,
@@ -41,6 +43,18 @@ def settings(cfg: CfgNode) -> dict[str, object]:
     """Return the numerical settings of a run by config key."""
     keys = (*AUTO_KEYS, "SOLVER.AMP.DTYPE", "DETERMINISTIC")
     return {key: config_value(cfg, key) for key in keys}
+
+
+def set_memory_format(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Convert a detector's weights to the memory format in the config, in place, and return it.
+
+    A convolution whose weight is in the channels-last format returns a feature map in that format,
+    so images don't have to be converted.
+    """
+    # "auto", which only a run resolves, keeps the format.
+    if cfg.MODEL.CHANNELS_LAST is True and not is_classification(cfg):
+        model.to(memory_format=torch.channels_last)
+    return model
 
 
 def apply_settings(cfg: CfgNode) -> None:

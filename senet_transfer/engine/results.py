@@ -99,7 +99,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
     """
     by_dataset = {datasets[0]: results} if len(datasets) == 1 else results
     rows = {
-        name: "-" if math.isnan(value) else f"{value:.1f}"
+        name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
         for name, value in metrics(results).items()
         if "/AP-" not in name  # of one class
     }

@@ -18,7 +18,8 @@ from senet_transfer.config.validation import check_input, check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.models.build import backbone_from_config
+from senet_transfer.evaluation.metric_names import check_metric
+from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     check_input(cfg)
     _check_anchors(cfg)
     check_augmentation(cfg)
+    _check_padding(cfg)
     if not eval_only:
         _check_solver(cfg)
         _warn_of_learning_rate(cfg)
@@ -201,11 +203,33 @@ def _check_solver(cfg: CfgNode) -> None:
             "number of iterations."
         )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
-    evaluates = cfg.TEST.EVAL_PERIOD > 0 or counted
-    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR" and not (evaluates and cfg.DATASETS.TEST):
+    evaluates = (cfg.TEST.EVAL_PERIOD > 0 or counted) and cfg.DATASETS.TEST
+    plateau = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR"
+    for needs, setting in (
+        (plateau, "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR"),
+        (cfg.TEST.PATIENCE > 0, f"TEST.PATIENCE is {cfg.TEST.PATIENCE}"),
+    ):
+        if needs and not evaluates:
+            raise UserError(
+                f"{setting}, which requires evaluation during training. Set TEST.EVAL_PERIOD (or "
+                "TEST.EVAL_EPOCHS) and DATASETS.TEST."
+            )
+    if cfg.TEST.PATIENCE > 0 and not cfg.TEST.BEST_METRIC:
         raise UserError(
-            "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which requires evaluation during "
-            "training. Set TEST.EVAL_PERIOD (or TEST.EVAL_EPOCHS) and DATASETS.TEST."
+            f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but TEST.BEST_METRIC is empty. Set it to the "
+            "metric that must improve, such as classification/top1_error or bbox/AP."
+        )
+    check_metric(cfg, "TEST.BEST_METRIC", cfg.TEST.BEST_METRIC)
+    if plateau:
+        check_metric(cfg, "SOLVER.PLATEAU.METRIC", cfg.SOLVER.PLATEAU.METRIC)
+
+
+def _check_padding(cfg: CfgNode) -> None:
+    multiple = cfg.INPUT.SIZE_DIVISIBILITY
+    if multiple and (is_classification(cfg) or cfg.MODEL.BACKBONE.NAME not in FPN_BUILDERS):
+        raise UserError(
+            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors with "
+            f"the MODEL.BACKBONE.NAME {' or '.join(FPN_BUILDERS)}. Set it to 0."
         )
 
 
@@ -230,6 +254,12 @@ def _check_compile(cfg: CfgNode) -> None:
             f"SOLVER.COMPILE is graph, but MODEL.CLASSIFIER.MIXUP is {options.MIXUP:g} and CUTMIX "
             f"is {options.CUTMIX:g}. Both draw random numbers on the host, which a CUDA graph "
             "would repeat in every step. Set both to 0, or set SOLVER.COMPILE to none or default."
+        )
+    if not is_classification(cfg) and cfg.SOLVER.MICRO_BATCHES > 1:
+        raise UserError(
+            f"SOLVER.COMPILE is graph and SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but "
+            "a detector's captured backbone does not support the accumulation of gradients. Set "
+            "SOLVER.MICRO_BATCHES to 1, or set SOLVER.COMPILE to none or default."
         )
 
 

@@ -219,7 +219,8 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 def lower_is_better(metric: str) -> bool:
     """Return whether lower values of a metric are better, as for errors and losses."""
-    return metric.rpartition("/")[2].endswith(("error", "loss"))
+    name = metric.rpartition("/")[2]
+    return name.endswith(("error", "loss")) or name.startswith("loss")
 
 
 class PlateauLR(LRMultiplier):

@@ -65,6 +65,8 @@ def _summary(cfg: CfgNode, results: dict[str, Any], loaded: Trainer | nn.Module)
         steps = f"{count} step{'s' * (count != 1)} in {duration(loaded.timer.seconds)}"
         if loaded.start_iter:
             steps = f"{steps}, to step {loaded.iter}"
+        if loaded.max_iter < loaded.cfg.SOLVER.MAX_ITER:
+            steps = f"{steps}, and ended early"
         done = f"Trained {backbone_name(cfg)} for {steps}"
     return summary(done, evaluated, list(cfg.DATASETS.TEST), cfg.OUTPUT_DIR)
 

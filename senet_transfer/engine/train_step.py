@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from senet_transfer.data.transfer import Transfer
 from senet_transfer.engine.capture.captured_step import CapturedStep
 from senet_transfer.engine.capture.graphs import Graphs
 from senet_transfer.engine.hooks import ModelEMA
@@ -35,6 +36,9 @@ class StepTrainer(SimpleTrainer):
     """SimpleTrainer with optional mixed precision and gradient accumulation.
 
     Unlike Detectron2's AMPTrainer, it also runs on a CPU.
+
+    Attributes:
+        waited: The seconds spent waiting for batches.
     """
 
     def __init__(
@@ -111,7 +115,10 @@ class StepTrainer(SimpleTrainer):
                 self._step_on_device, graphs, state=lambda: tuple(m.training for m in modules)
             )
         self._names: tuple[list[str], list[str]] = [], []
-        self._one = torch.ones((), device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self._one = torch.ones((), device=device)
+        self._transfer = Transfer(device)
+        self.waited = 0.0
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
         """Replace the data loader with the one returned by ``data_loader_builder``."""
@@ -128,7 +135,7 @@ class StepTrainer(SimpleTrainer):
         batch, data_time = self._next_batch()
         step = Step(self.iter, data_time, describe_batch(batch), torch.initial_seed())
         if self._captured is None:
-            self._compute(step, batch)
+            self._compute(step, self._transfer(batch))
         else:
             numbers = [group["lr"] for group in self.optimizer.param_groups]
             if self._average:
@@ -242,6 +249,7 @@ class StepTrainer(SimpleTrainer):
         except UserError as error:
             problem = error
         seconds = time.perf_counter() - start
+        self.waited += seconds
         # The forward pass may contain collective operations, which would hang if any process had no
         # batch.
         self.guard.agree(problem)

@@ -31,15 +31,17 @@ from senet_transfer.data.detection import loader as detection
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.workers import RaisingLoader
 from senet_transfer.engine import hooks, solver
+from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
 from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.inference.augmentation import with_augmentation
-from senet_transfer.engine.numerics import settings
+from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from senet_transfer.evaluation.validation_loss import validation_losses
 from senet_transfer.utils.private_api import limit_history
 from senet_transfer.utils.text import folder_name
 
@@ -56,6 +58,10 @@ _ASYNCHRONOUS = ("cuda",)
 _HOOK_NAMES = {"WeightAverage": "ModelEMA"}
 
 logger = logging.getLogger(__name__)
+
+
+class _EndOfTraining(BaseException):
+    """Signal to leave Detectron2's loop of iterations, which logs every Exception as an error."""
 
 
 class Trainer(DefaultTrainer):
@@ -96,6 +102,8 @@ class Trainer(DefaultTrainer):
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.
             (model if is_classification(cfg) else model.backbone).compile()
+        elif cfg.SOLVER.COMPILE == "graph" and not is_classification(cfg):
+            self.capture_backbone(model.backbone)
         model = _distribute(model)
         self._trainer = StepTrainer(
             model,
@@ -123,6 +131,8 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.average: hooks.ModelEMA | None = None
+        self.early_stopping: hooks.EarlyStopping | None = None
+        self._evaluated_after = -1
         self.timer = hooks.StepTimer()
         self.register_hooks(self.build_hooks())
 
@@ -130,6 +140,11 @@ class Trainer(DefaultTrainer):
     def stops(self) -> bool:
         """True if the run must stop after this step."""
         return self._trainer.guard.stops
+
+    @property
+    def waited(self) -> float:
+        """The seconds that this process has waited for batches."""
+        return self._trainer.waited
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the newest checkpoint, at the batch that follows it, or load initial weights.
@@ -148,8 +163,16 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> None:
-        """Train until the last iteration, and verify ``TEST.EXPECTED_RESULTS``."""
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        """Train until the last iteration, and verify ``TEST.EXPECTED_RESULTS``.
+
+        Training ends earlier if ``TEST.PATIENCE`` is set and the metric no longer improves.
+        """
+        if self.early_stopping and self.early_stopping.stops:
+            # The run had ended early before it was resumed.
+            self.early_stopping.log()
+            self.max_iter = self.start_iter
+        with contextlib.suppress(_EndOfTraining):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         if comm.is_main_process():
             verify_results(self.cfg, self.results)
 
@@ -191,6 +214,13 @@ class Trainer(DefaultTrainer):
         limit_history(self.storage, _HISTORY)
         super().before_train()
 
+    def after_step(self) -> None:
+        """Run the hooks, and leave the loop of iterations if training ends early."""
+        super().after_step()
+        if self.early_stopping and self.early_stopping.stops:
+            self.iter += 1  # In after_train, this identifies a complete training.
+            raise _EndOfTraining
+
     def after_train(self) -> None:
         """Run the hooks or, if training was interrupted, only flush the metric writers."""
         if self.iter >= self.max_iter:
@@ -206,10 +236,20 @@ class Trainer(DefaultTrainer):
                 writer.after_train()
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model from the config, in the config's memory format."""
+        return set_memory_format(cfg, super().build_model(cfg))
+
+    @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
         """Return the source of graphs of the training step, or None for eager steps."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
+
+    @classmethod
+    def capture_backbone(cls, backbone: nn.Module) -> None:
+        """Replace the forward pass of a detector's backbone by one that is captured."""
+        CapturedBackbone(backbone)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -267,7 +307,9 @@ class Trainer(DefaultTrainer):
             output_dir = os.path.join(
                 cfg.OUTPUT_DIR, classification.inference_dir(cfg, dataset_name)
             )
-            return ClassificationEvaluator(dataset.num_classes, len(dataset), output_dir=output_dir)
+            return ClassificationEvaluator(
+                dataset.num_classes, len(dataset), with_loss=cfg.TEST.LOSS, output_dir=output_dir
+            )
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind != "coco":
             raise UserError(
@@ -285,6 +327,42 @@ class Trainer(DefaultTrainer):
             max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
             diagnostics=cfg.TEST.DIAGNOSTICS,
         )
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> OrderedDict:
+        """Evaluate on ``DATASETS.TEST``, and compute a detector's losses if ``TEST.LOSS`` is set.
+
+        Args:
+            cfg: The config.
+            model: The model.
+            evaluators: The evaluators for the data sets. If None, :meth:`build_evaluator` is used,
+                and the losses are computed.
+
+        Returns:
+            Nested results in Detectron2's format.
+        """
+        results = super().test(cfg, model, evaluators)
+        if evaluators is not None or not cfg.TEST.LOSS or is_classification(cfg):
+            return results
+        for name in cfg.DATASETS.TEST:
+            losses = cls.validation_losses(cfg, model, name)
+            if comm.is_main_process():
+                text = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+                logger.info("Mean losses on %s: %s.", name, text)
+                (results if len(cfg.DATASETS.TEST) == 1 else results[name])["validation"] = losses
+        return results
+
+    @classmethod
+    def validation_losses(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, float]:
+        """Return a detector's mean losses on a data set, by name, without changing the model."""
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        mapper.is_train = True  # Map annotations, without augmentation.
+        return validation_losses(model, detection.build_test_loader(cfg, name, mapper))
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
@@ -321,7 +399,9 @@ class Trainer(DefaultTrainer):
         self.periodic_writers = [hook for hook in theirs if isinstance(hook, PeriodicWriter)]
         replaced = (PeriodicWriter, PeriodicCheckpointer, EvalHook)
         first = [self.timer, *(hook for hook in theirs if not isinstance(hook, replaced))]
-        saver = [hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        saver: list[HookBase] = [
+            hooks.CheckpointSaver(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        ]
         last = [*self.periodic_writers, hooks.GracefulStop()]
         evaluation = [EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_in_training)]
         if cfg.TEST.AUG.ENABLED:
@@ -329,7 +409,12 @@ class Trainer(DefaultTrainer):
             evaluation.append(evaluate)
         if isinstance(self.scheduler, solver.PlateauLR):
             evaluation.append(hooks.Plateau(cfg.TEST.EVAL_PERIOD, self.scheduler))
-            # A checkpoint must include the schedule state after the evaluation at the same step.
+        if cfg.TEST.PATIENCE:
+            period, metric = cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC
+            self.early_stopping = hooks.EarlyStopping(period, metric, cfg.TEST.PATIENCE)
+            saver.insert(0, self.early_stopping)
+        if self.early_stopping or isinstance(self.scheduler, solver.PlateauLR):
+            # A checkpoint must include the hooks' state after the evaluation at the same step.
             return [*first, *self._own_hooks(model), *evaluation, *self._savers(), *saver, *last]
         # As in Detectron2, the checkpoint is saved before the evaluation, which might fail.
         return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *last]
@@ -340,7 +425,7 @@ class Trainer(DefaultTrainer):
         return super().build_writers()
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
-        cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device)]
+        cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device), hooks.DataWaits()]
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:
@@ -359,6 +444,10 @@ class Trainer(DefaultTrainer):
         return savers
 
     def _evaluate_in_training(self) -> OrderedDict:
+        steps = min(self.iter + 1, self.max_iter)
+        if steps == self._evaluated_after:  # Training has ended early after an evaluation.
+            return self.results
+        self._evaluated_after = steps
         with self.average.in_place() if self.average else contextlib.nullcontext():
             self.results = self.test(self.cfg, self.model)
         return self.results

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
@@ -29,6 +30,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         num_classes: int,
         expected: int,
         *,
+        with_loss: bool = False,
         keep_predictions: bool = False,
         keep_logits: bool = False,
         output_dir: str = "",
@@ -38,6 +40,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             num_classes: The number of classes in the model and the data.
             expected: The number of images in the data set. It is used to check that all images
                 were evaluated.
+            with_loss: If True, compute the mean cross-entropy, without label smoothing.
             keep_predictions: If True, keep the key, label and top classes of each image.
             keep_logits: If True, also keep the logits of each image.
             output_dir: The folder for ``predictions.json``, which contains one list per column:
@@ -46,6 +49,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         """
         self.num_classes = num_classes
         self.expected = expected
+        self.with_loss = with_loss
         self.output_dir = output_dir
         self.keep_predictions = keep_predictions or keep_logits or bool(output_dir)
         self.keep_logits = keep_logits
@@ -55,6 +59,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         """Reset all counts."""
         self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         self.hits = torch.zeros(TOP, dtype=torch.int64)
+        self.loss = torch.zeros((), dtype=torch.float64)
         self.predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
@@ -75,6 +80,7 @@ class ClassificationEvaluator(DatasetEvaluator):
                 "Either training diverged, or the model was built with options that differ from "
                 "those in training."
             )
+        self.loss += F.cross_entropy(logits.double(), labels, reduction="sum")
         best = logits.topk(min(TOP, self.num_classes)).indices
         found = torch.zeros(len(labels), TOP, dtype=torch.int64)
         found[:, : best.shape[1]] = best == labels[:, None]
@@ -102,12 +108,13 @@ class ClassificationEvaluator(DatasetEvaluator):
 
         Returns:
             On the main process, ``{"classification": {"top1_error", "top5_error", "images"}}`` with
-            errors in percent. On other processes, None.
+            errors in percent and, if the loss is computed, ``{"validation": {"total_loss"}}``. On
+            other processes, None.
 
         Raises:
             UserError: If the number of evaluated images differs from the size of the data set.
         """
-        parts = comm.gather((self.hits, self.confusion, self.predictions))
+        parts = comm.gather((self.hits, self.confusion, self.predictions, self.loss))
         if not comm.is_main_process():
             return None
         self.hits = sum(part[0] for part in parts)
@@ -123,13 +130,16 @@ class ClassificationEvaluator(DatasetEvaluator):
         if self.output_dir:
             self._write()
         top1, top5 = int(self.hits[0]), int(self.hits.sum())
-        return {
+        results: dict[str, dict[str, float]] = {
             "classification": {
                 "top1_error": 100 * (images - top1) / images,
                 "top5_error": 100 * (images - top5) / images,
                 "images": images,
             }
         }
+        if self.with_loss:
+            results["validation"] = {"total_loss": float(sum(part[3] for part in parts)) / images}
+        return results
 
     def _write(self) -> None:
         columns = {

@@ -49,6 +49,28 @@ def diagnose(
 ) -> dict[str, Any]:
     """Compute the diagnostics of a detector.
 
+    The AP is in percent; precision, recall, F1 and thresholds are in [0, 1]; undefined values are
+    NaN. The result contains:
+
+    - ``summary``: the main results in a few sentences;
+    - ``images``, ``objects``, ``detections``: their numbers;
+    - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
+    - ``by_size``, ``by_count``: for groups of objects by their area, and of images by their
+      number of objects, the ``AP``, ``AP50`` and the numbers of objects and images;
+    - ``errors``: by error type, the ``AP50`` that it costs and its ``count``. The costs of
+      ``false_positive`` and ``false_negative`` are those of all errors of these kinds;
+    - ``error_AP50``: the AP50 from which the costs are computed, which counts classes that are
+      detected but that no object has;
+    - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
+      ``recall`` and ``F1`` of the detections above it;
+    - ``classes``: for each class, the numbers of objects and detections, the AP, the same
+      values as in ``best``, and the ``curve``;
+    - ``curves``: the mean interpolated precision of all classes at recalls of 0, 0.01, ..., 1,
+      by IoU threshold. The ``curve`` of a class is that for 0.5;
+    - ``confusion``: the ``matrix`` with the number of detections with at least the ``score`` by
+      class of the object (row) and of the detection (column). The last row counts detections
+      without an object, and the last column objects without a detection.
+
     Args:
         objects: The ground-truth objects in each image.
         detections: The detections in each image, in the same order.
@@ -57,27 +79,7 @@ def diagnose(
             metrics, and of all classes for the error types.
 
     Returns:
-        A JSON-serialisable dict. The AP is in percent; precision, recall, F1 and thresholds are in
-        [0, 1]; undefined values are NaN. It contains:
-
-        - ``summary``: the main results in a few sentences;
-        - ``images``, ``objects``, ``detections``: their numbers;
-        - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
-        - ``by_size``, ``by_count``: for groups of objects by their area, and of images by their
-          number of objects, the ``AP``, ``AP50`` and the numbers of objects and images;
-        - ``errors``: by error type, the ``AP50`` that it costs and its ``count``. The costs of
-          ``false_positive`` and ``false_negative`` are those of all errors of these kinds;
-        - ``error_AP50``: the AP50 from which the costs are computed, which counts classes that are
-          detected but that no object has;
-        - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
-          ``recall`` and ``F1`` of the detections above it;
-        - ``classes``: for each class, the numbers of objects and detections, the AP, the same
-          values as in ``best``, and the ``curve``;
-        - ``curves``: the mean interpolated precision of all classes at recalls of 0, 0.01, ..., 1,
-          by IoU threshold. The ``curve`` of a class is that for 0.5;
-        - ``confusion``: the ``matrix`` with the number of detections with at least the ``score`` by
-          class of the object (row) and of the detection (column). The last row counts detections
-          without an object, and the last column objects without a detection.
+        A JSON-serialisable dict with the entries above.
     """
     overlaps = find_overlaps(objects, detections)
     count = len(classes)

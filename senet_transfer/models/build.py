@@ -17,6 +17,10 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.models.backbones.resnet import build_resnet
 from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, model_entry
+from senet_transfer.utils.private_api import set_size_divisibility
+
+# Names of the builders of backbones with an FPN.
+FPN_BUILDERS = ("build_senet_fpn_backbone", "build_retinanet_senet_fpn_backbone")
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -83,11 +87,12 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
 
 def _described_entry(cfg: CfgNode) -> ModelEntry:
     resnets = cfg.MODEL.RESNETS
-    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS > 64:
+        # Detectron2's default, 256, is for bottlenecks.
         raise UserError(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; expected 64 for "
-            f"ResNet-{resnets.DEPTH}. Set it to 64, or set MODEL.BACKBONE.ARCH to the name of the "
-            "network."
+            f"ResNet-{resnets.DEPTH}, or fewer for a narrower network. Set it to 64, or set "
+            "MODEL.BACKBONE.ARCH to the name of the network."
         )
     return ModelEntry(
         name="MODEL.RESNETS",
@@ -151,7 +156,7 @@ def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
     _check_fpn_features(backbone, cfg.MODEL.FPN.IN_FEATURES)
     check_choice("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM, ("", *NORMS))
     check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))
-    return FPN(
+    fpn = FPN(
         bottom_up=backbone,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -159,6 +164,14 @@ def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    if multiple := cfg.INPUT.SIZE_DIVISIBILITY:
+        if multiple % fpn.size_divisibility:
+            raise UserError(
+                f"INPUT.SIZE_DIVISIBILITY is {multiple}; expected 0 or a multiple of the FPN's "
+                f"largest stride, {fpn.size_divisibility}."
+            )
+        set_size_divisibility(fpn, multiple)
+    return fpn
 
 
 def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.engine.hooks import PeriodicWriter
+    from detectron2.modeling import FPN
     from detectron2.utils.events import EventStorage
     from torch import Tensor, nn
     from torch.amp import GradScaler
@@ -206,6 +207,14 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
     Private API (Detectron2 0.6 to 0.7): ``PeriodicWriter._period``.
     """
     writer._period = period
+
+
+def set_size_divisibility(fpn: FPN, multiple: int) -> None:
+    """Set the number of pixels to whose multiples the images of an FPN are padded.
+
+    Private API (Detectron2 0.6 to 0.7): ``FPN._size_divisibility``.
+    """
+    fpn._size_divisibility = multiple
 
 
 def end_failed_load(checkpointer: DetectionCheckpointer) -> None:

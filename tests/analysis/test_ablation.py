@@ -50,6 +50,7 @@ def test_what_makes_no_sense_says_why_and_what_is_there_is_not_repeated(variants
     assert not there & {("ratio", "16"), ("squeeze", "avg"), ("stages", "5"), ("bias", "True")}
 
 
+@pytest.mark.long
 def test_variants_cost_what_they_should(variants):
     cost = {v.folder: v.cost for v in variants}
     assert cost["ratio_8"].se_parameters > cost["standard"].se_parameters

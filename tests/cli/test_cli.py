@@ -33,7 +33,8 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
     # Our default is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"dataset", "deterministic", "quiet"}
+    own = {"dataset", "deterministic", "iou_types", "overwrite", "quiet"}
+    assert set(ours) - set(theirs) == own
 
 
 @pytest.mark.parametrize(

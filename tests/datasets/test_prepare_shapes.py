@@ -123,6 +123,7 @@ def test_pycocotools_loads_every_split(data_set, split):
 
 
 @pytest.mark.parametrize("split", SHAPE_SPLITS)
+@pytest.mark.long
 def test_detectron2_loads_every_split_with_its_polygons(data_set, split):
     from detectron2.data.datasets.coco import load_coco_json
 

@@ -41,6 +41,7 @@ def test_every_local_link_of_a_page_leads_to_a_file(site):
             assert (page.parent / path).exists(), f"{page.name}: {path}"
 
 
+@pytest.mark.long
 def test_pages_load_nothing_from_other_servers(site):
     for page in site.glob("*.html"):
         assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?:', page.read_text())

@@ -67,11 +67,26 @@ def test_a_detector_trains_is_evaluated_and_resumes(command, tmp_path, amp):
 
 
 @half_precision
-def test_a_classifier_trains_and_is_evaluated(shapes, tmp_path, amp):
+def test_a_detector_trains_with_a_captured_backbone(command, amp):
+    options = {"MODEL.DEVICE": DEVICE, "SOLVER.AMP.ENABLED": amp, "SOLVER.STEPS": "()"}
+    options |= {"SOLVER.COMPILE": "graph", "MODEL.CHANNELS_LAST": "True"}
+    # One size is captured in the third step.
+    options |= {"INPUT.SIZE_DIVISIBILITY": "96", "SOLVER.MAX_ITER": "6"}
+    trainer = Trainer(setup(command(**options)))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert all(map(math.isfinite, losses(trainer)))
+    assert "bbox" in trainer.results
+
+
+@pytest.mark.parametrize("compiled", ["none", "graph"])
+@half_precision
+def test_a_classifier_trains_and_is_evaluated(shapes, tmp_path, amp, compiled):
     name = make_shape_classes(shapes, tmp_path / "classes")
     words = ["--config-file", "configs/instant/places365_se_r152.yaml"]
     words += ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
     words += ["MODEL.RESNETS.DEPTH", "50", "MODEL.DEVICE", DEVICE, "SOLVER.AMP.ENABLED", amp]
+    words += ["SOLVER.COMPILE", compiled, "SOLVER.MAX_ITER", "6"]
     words += ["OUTPUT_DIR", str(tmp_path / "run")]
     trainer = Trainer(setup(run_options(argument_parser().parse_args(words))))
     trainer.resume_or_load(resume=False)

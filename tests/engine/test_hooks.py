@@ -25,6 +25,26 @@ def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
     assert logged["cpu"] > 50  # PyTorch itself takes more.
 
 
+def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
+    caplog.set_level("INFO", logger="senet_transfer.engine.hooks")
+    trainer = SimpleNamespace(timer=SimpleNamespace(seconds=7.0), waited=3.0)
+    hook = hooks.DataWaits()
+    hook.trainer = trainer
+    with EventStorage() as trainer.storage:
+        hook.before_train()
+        shares = []
+        for step in range(40):
+            trainer.timer.seconds += 2.0
+            trainer.waited += 1.0 if step < 20 else 0.5
+            hook.after_step()
+            shares.append(trainer.storage.latest()["data_time_share"][0])
+        hook.after_train()
+    assert shares[0] == shares[19] == 0.5
+    assert shares[29] == 0.375  # ten steps of each kind
+    assert shares[39] == 0.25
+    assert "37.5% of the time of the training steps was spent waiting for data." in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
@@ -66,3 +86,22 @@ def test_the_average_with_a_weight_on_the_device_is_the_same_up_to_rounding():
         model.weight += 1
     average.update(torch.tensor(0.25))
     torch.testing.assert_close(average.average["weight"], before + 0.25)
+
+
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        ({"bbox/AP": float("nan")}, "The metric 'bbox/AP' is nan in this evaluation"),
+        ({"segm/AP": 3.0}, "returned no metric 'bbox/AP'. Available metrics: segm/AP."),
+    ],
+)
+def test_a_metric_without_a_value_is_told_from_one_that_does_not_exist(
+    logged, message, caplog, tmp_path
+):
+    hook = hooks.BestModel(1, "bbox/AP", SimpleNamespace(save_dir=str(tmp_path)))
+    with EventStorage() as storage:
+        storage.put_scalars(**logged)
+        hook.trainer = SimpleNamespace(storage=storage, iter=0, max_iter=5)
+        hook.after_step()
+    assert hook.best is None
+    assert any(message in text for text in caplog.messages)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from senet_transfer import UserError
 from senet_transfer.config import AUTO_KEYS, config_value
 from senet_transfer.config.load import load_config
 from senet_transfer.engine import numerics
 from senet_transfer.engine.setup import setup
+from senet_transfer.engine.trainer import Trainer
 
 AUTO = [word for key in AUTO_KEYS for word in (key, "auto")]
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -92,6 +95,29 @@ def test_a_run_saves_its_settings_and_prints_them_in_a_line(command, tmp_path, c
     assert cfg.DETERMINISTIC
     assert not torch.are_deterministic_algorithms_enabled()  # It is a CPU.
     assert "SOLVER.AMP.ENABLED False" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.long
+def test_channels_last_is_a_layout_of_detectors_and_no_other_result(command):
+    losses, gradients, images = [], [], torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 50.0]]))
+    truth = Instances((64, 96), gt_boxes=boxes, gt_classes=torch.zeros(1, dtype=torch.int64))
+    for layout in ("False", "True"):
+        cfg = setup(command(**{"MODEL.CHANNELS_LAST": layout}))
+        torch.manual_seed(0)
+        model = Trainer.build_model(cfg)
+        with EventStorage():
+            found = model([{"image": images[0], "instances": truth}])
+        losses.append(torch.stack(list(found.values())).detach())
+        # In float32, the norms of a single image amplify rounding errors.
+        features = model.backbone.double()(images.double())
+        sum(feature.square().mean() for feature in features.values()).backward()
+        gradients.append(model.backbone.bottom_up.res2[0].conv1.weight.grad)
+        for level in ("p2", "p5"):
+            last = features[level].is_contiguous(memory_format=torch.channels_last)
+            assert last == (layout == "True")
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-7, atol=1e-12)
 
 
 def test_on_a_gpu_deterministic_algorithms_are_used(monkeypatch):

@@ -240,11 +240,13 @@ def test_on_a_gpu_a_cifar_network_waits_only_in_every_20th_step(tmp_path, dtype)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_detector_waits_as_often_as_with_detectron2s_trainer(command):
+def test_on_a_gpu_a_detector_waits_no_more_often_than_with_detectron2s_trainer(command):
     trainer = detector(command, **{"MODEL.DEVICE": "cuda"})
     expected = waits_of_detectors(trainer, SimpleTrainer, CudaWaits())
     found = waits_of_detectors(
         trainer, StepTrainer, CudaWaits(), reads_after=lambda iteration: False
     )
-    assert found == expected
     assert all(found)
+    # Detectron2 also waits for the copy of each image to the GPU.
+    for waits, others in zip(found, expected, strict=True):
+        assert waits.total() <= others.total()

@@ -123,6 +123,7 @@ def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     assert path.stat().st_size > 40e6
 
 
+@pytest.mark.long
 def test_exporting_leaves_the_model_on_its_device_and_in_its_mode(
     classifier, tmp_path, monkeypatch
 ):

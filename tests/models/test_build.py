@@ -168,6 +168,16 @@ def test_a_config_that_contradicts_itself_is_refused(keys, words):
         build(config(**keys))
 
 
+def test_a_narrow_resnet18_has_the_widths_of_the_config():
+    keys = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0}
+    keys |= {"MODEL.RESNETS.STEM_OUT_CHANNELS": 12, "MODEL.RESNETS.RES2_OUT_CHANNELS": 16}
+    keys["MODEL.RESNETS.OUT_FEATURES"] = ["res2", "res3", "res4", "res5"]
+    backbone = build(config(**keys))
+    features = backbone(torch.zeros(1, 3, 64, 64))
+    assert [features[name].shape[1] for name in features] == [16, 32, 64, 128]
+    assert backbone.stem.out_channels == 12
+
+
 @pytest.mark.long
 def test_freezing_is_detectron2s():
     """Compare trainable parameters and frozen norms with those of Detectron2's backbone."""

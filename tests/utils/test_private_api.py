@@ -14,12 +14,15 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.modeling import FPN
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from senet_transfer import create_backbone
 from senet_transfer.utils import private_api
 
 
@@ -49,6 +52,15 @@ def test_transforms_and_dispatch_modes_are_seen():
         note(torch.ones(2))
     note(torch.ones(2))
     assert seen == [False, True, True, True, False]
+
+
+def test_images_of_an_fpn_are_padded_to_multiples_of_a_number():
+    names = ["res2", "res3"]
+    fpn = FPN(create_backbone("cifar_resnet8", out_features=names), names, 4)
+    private_api.set_size_divisibility(fpn, 48)
+    image = torch.zeros(3, 40, 50)
+    padded = ImageList.from_tensors([image], fpn.size_divisibility)
+    assert padded.tensor.shape == (1, 3, 48, 96)
 
 
 @pytest.mark.long

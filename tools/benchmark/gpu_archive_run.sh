@@ -8,7 +8,7 @@
 #
 #   PYTHON=python3    Python 3.12 with torch and torchvision
 #   STEPS="install benchmark tests"
-#   ARGUMENTS=...     more arguments for the benchmark, such as "--compiled all --budget 1200"
+#   ARGUMENTS=...     parts and options of the benchmark, such as "training --compiled all"
 #   LIMIT=420         seconds for the benchmark
 #   TEST_LIMIT=200    seconds for the tests
 #   DRY_RUN=1         tiny sizes on a CPU; the tests are then skipped
@@ -60,7 +60,7 @@ print(torch.__version__, torchvision.__version__, torch.version.cuda, s.__versio
 
 benchmark() {
   cd "$PROJECT"
-  exec "$PY" -W ignore tools/benchmark.py gpu --output "$OUT/gpu.json" ${DRY_RUN:+--dry-run} ${ARGUMENTS:-}
+  exec "$PY" -W ignore tools/benchmark.py gpu ${ARGUMENTS:-} --output "$OUT/gpu.json" ${DRY_RUN:+--dry-run}
 }
 
 tests() {
@@ -73,7 +73,7 @@ export -f install benchmark tests
 export HERE OUT PROJECT PY PYTHON
 for name in $STEPS; do
   case $name in
-    install) step install 180 bash -c install ;;
+    install) step install 300 bash -c install ;;
     benchmark) step benchmark "${LIMIT:-420}" bash -c benchmark ;;
     tests) step tests "${TEST_LIMIT:-200}" bash -c tests ;;
     *) echo "$name: no such step" | tee -a "$OUT/summary.txt"; failed=1 ;;

@@ -16,6 +16,8 @@ from senet_transfer.analysis.report.run_folder import Run
 from senet_transfer.data.detection.coco import register_datasets
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.error_types import ERROR_TYPES, classify_errors
+from senet_transfer.evaluation.matching import ImageDetections, ImageObjects, find_overlaps
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import folder_name
 
@@ -23,7 +25,8 @@ from senet_transfer.utils.text import folder_name
 LEAST_SCORE = 0.1
 # Score and IoU thresholds for the F1 score by which images are selected for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
-SIDE = 320
+# Size of the images in the page, which can be enlarged.
+SIDE = 640
 
 
 @dataclass
@@ -35,12 +38,14 @@ class Found:
         scores: Scores in [0, 1], ``(N,)``.
         classes: Class indices, ``(N,)``.
         matches: Index of the object matched with each detection, or -1, ``(N,)``.
+        errors: Index in ``ERROR_TYPES`` of each detection's error, or -1, ``(N,)``.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
     matches: np.ndarray
+    errors: np.ndarray
 
 
 def detection_galleries(
@@ -56,9 +61,10 @@ def detection_galleries(
 
     Returns:
         One dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
-        ``runs`` (indices) and ``images``. Each image is a dict with ``name``, ``src`` (a data URI),
-        ``width``, ``height``, ``truth`` (left, top, width, height and class of each object) and
-        ``found`` (by run: the same values, the score in percent and the match of each detection).
+        ``errors`` (names of the error types), ``runs`` (indices) and ``images``. Each image is a
+        dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth`` (left, top,
+        width, height and class of each object) and ``found`` (by run: the same values, the score in
+        percent, the match and the error type of each detection).
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, run in enumerate(runs):
@@ -116,7 +122,8 @@ def _gallery(
         entries.append(entry)
     classes = list(metadata.thing_classes)
     return {
-        "data": name, "classes": classes, "total": len(images), "runs": read, "images": entries
+        "data": name, "classes": classes, "total": len(images), "runs": read, "images": entries,
+        "errors": list(ERROR_TYPES),
     }  # fmt: skip
 
 
@@ -160,16 +167,32 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
                 "evaluation."
             )
         by_image[row["image_id"]].append(row)
-    result = []
+    detections = []
     for image in images:
         mine = sorted(by_image[image["image_id"]], key=lambda row: -row["score"])
-        boxes = np.array([row["bbox"] for row in mine], np.float64).reshape(-1, 4)
-        classes = np.array([to_class[row["category_id"]] for row in mine], np.int64)
-        matches = match_detections(boxes, classes, image)
-        keep = matches > -2
-        scores = np.array([row["score"] for row in mine], np.float64)
-        result.append(Found(boxes[keep], scores[keep], classes[keep], matches[keep]))
+        detections.append(
+            ImageDetections(
+                np.array([row["bbox"] for row in mine], np.float64).reshape(-1, 4),
+                np.array([to_class[row["category_id"]] for row in mine], np.int64),
+                np.array([row["score"] for row in mine], np.float64),
+            )
+        )
+    result = []
+    for image, found, errors in zip(images, detections, _errors(images, detections), strict=True):
+        matches = match_detections(found.regions, found.classes, image)
+        columns = found.regions, found.scores, found.classes, matches, errors
+        result.append(Found(*(column[matches > -2] for column in columns)))
     return result
+
+
+def _errors(images: list[dict], detections: list[ImageDetections]) -> list[np.ndarray]:
+    """Return the error type of each detection, by image."""
+    objects = [
+        ImageObjects(image["boxes"], image["classes"], image["crowd"], image["boxes"][:, 2])
+        for image in images
+    ]
+    kinds = classify_errors(find_overlaps(objects, detections)).kind
+    return np.split(kinds, np.cumsum([len(found.scores) for found in detections])[:-1])
 
 
 def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
@@ -247,7 +270,7 @@ def _shown(found: Found, scale: float, most: int) -> list[list[float]]:
     return [
         [*_rounded(found.boxes[k] * scale), int(found.classes[k]),
          round(float(100 * found.scores[k])),
-         int(found.matches[k])]
+         int(found.matches[k]), int(found.errors[k])]
         for k in range(min(len(found.scores), most))
     ]  # fmt: skip
 

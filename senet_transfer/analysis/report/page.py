@@ -14,6 +14,7 @@ from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
+from senet_transfer.analysis.report.diagnostics import detection_diagnostics
 from senet_transfer.analysis.report.paper_rows import has_gates, paper_row
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.run_folder import Run, config_texts, data_label, parse_metric
@@ -49,7 +50,7 @@ def write_report(
     Args:
         runs: The runs returned by :func:`~.run_folder.load_runs`.
         output: The HTML file, which is written atomically.
-        images: The maximum number of detection images, about 15 KB each. The maximum number of
+        images: The maximum number of detection images, about 40 KB each. The maximum number of
             classification images, which are smaller, is four times as high.
         say: A function that is called with a message if an image can't be shown.
         quiet: If True, show no progress bars.
@@ -66,6 +67,7 @@ def write_report(
     data: dict[str, Any] = {
         "runs": [run.name for run in runs],
         "curves": _curves(runs),
+        "diagnostics": detection_diagnostics(runs, note),
         "detection": detection_galleries(runs, images, note, quiet=quiet),
         "classification": confusion_galleries(runs, 4 * images, note, quiet=quiet),
     }
@@ -79,6 +81,11 @@ def write_report(
         results=[row for run in runs for row in _results(run)],
         tables=_class_tables(runs, data["classification"]),
         differences=_differences(runs),
+        constants=[
+            (name, "NaN" if value is None else f"{value:.4g}")
+            for name, value in _constants(runs).items()
+            if not parse_metric(name)  # The tables contain the results of evaluations.
+        ],
         excitations=_excitations(runs),
         without_excitations=[run for run in runs if has_gates(run.cfg) and not _figures(run)],
         runs=runs,
@@ -103,17 +110,29 @@ def _write(output: Path, html: str) -> None:
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
-    """Return subsampled curves by metric and run, excluding per-class metrics."""
+    """Return subsampled curves by metric and run, excluding per-class and constant metrics."""
     curves: dict[str, dict[int, list[list[float]]]] = {}
+    constants = _constants(runs)
     for position, run in enumerate(runs):
         for name, points in run.curves.items():
-            if _class_of(name):
+            if _class_of(name) or name in constants:
                 continue
             step = -(-len(points) // MOST_POINTS)
             kept = points[::step] if points[-1] in points[::step] else [*points[::step], points[-1]]
             short = [[iteration, float(f"{value:.5g}")] for iteration, value in kept]
             curves.setdefault(name, {})[position] = short
     return curves
+
+
+def _constants(runs: list[Run]) -> dict[str, float | None]:
+    """Return the metrics whose logged values are all equal, with the value or None for NaN."""
+    values: dict[str, set[float | None]] = {}
+    for run in runs:
+        for name, points in run.curves.items():
+            if not _class_of(name):
+                finite = {value if math.isfinite(value) else None for _, value in points}
+                values.setdefault(name, set()).update(finite)
+    return {name: found.pop() for name, found in sorted(values.items()) if len(found) == 1}
 
 
 def _class_of(name: str) -> str | None:

@@ -211,6 +211,8 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, content
         return
     for key, value in content.items():
+        if key == "diagnostics":
+            continue
         yield from _flat(value, f"{prefix}/{key}" if prefix else str(key))
 
 

@@ -10,6 +10,9 @@ from PIL import Image
 
 from senet_transfer.data.detection.coco import register_datasets
 from senet_transfer.data.shapes.generate import make_shapes
+from senet_transfer.evaluation.coco_arrays import coco_arrays
+from senet_transfer.evaluation.diagnostics import diagnose
+from senet_transfer.utils.atomic_io import write_json
 from tests.analysis.report.run_folders import HOSTILE, training_rows, write_run
 
 
@@ -53,6 +56,8 @@ def detection_run(shapes):
         results = run / "inference" / data / "coco_instances_results.json"
         results.parent.mkdir(parents=True)
         results.write_text(json.dumps(found))
+        arrays = coco_arrays(content, found)
+        write_json(results.with_name("diagnostics.json"), {"bbox": diagnose(*arrays, classes)})
         return run
 
     return make

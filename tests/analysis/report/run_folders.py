@@ -28,7 +28,7 @@ def training_rows(iterations: int, decay: float) -> list[dict]:
             "iteration": step,
             "total_loss": 2 * decay**step + 0.1,
             "lr": 0.01,
-            "time": 0.5,
+            "time": 0.5 + step / 10_000,
             "eta_seconds": float(iterations - 1 - step),
             "elapsed_seconds": 0.5 * (step + 1),
             "peak_memory_mb": 800.0 + step,

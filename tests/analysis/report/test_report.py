@@ -328,6 +328,7 @@ def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", html)
 
 
+@pytest.mark.long
 def test_a_page_without_the_data_says_so_and_has_the_rest(
     detection_run, classification_run, tmp_path
 ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -102,6 +103,89 @@ def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
     assert min(scores) >= 95
     gallery.get_by_label("other").uncheck()
     assert cards.first.locator("figure").count() == 2
+
+
+@pytest.mark.long
+def test_an_image_is_enlarged_and_its_labels_are_switched_off(show, compared):
+    page = show(compared)
+    gallery = page.locator("#detection")
+    first = gallery.locator(".panels svg").first
+    labels = first.locator("text")
+    assert labels.first.is_visible()
+    gallery.get_by_label("labels").uncheck()
+    assert not labels.first.is_visible()
+    before = first.bounding_box()
+    first.click()
+    large = page.locator("dialog")
+    assert large.locator("svg").bounding_box()["width"] > 1.5 * before["width"]
+    assert large.locator("rect").count() == first.locator("rect").count()
+    assert not large.locator("text").first.is_visible()
+    large.get_by_label("labels").check()
+    assert large.locator("text").first.is_visible()
+    large.get_by_role("button", name="Close").click()
+    assert page.locator("dialog").count() == 0
+    first.press("Enter")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+    page.locator("#confusions img").first.click()
+    assert large.locator("img").is_visible()
+    page.keyboard.press("Escape")
+
+
+@pytest.mark.long
+def test_detections_are_filtered_by_type_of_error(show, compared):
+    page = show(compared)
+    gallery = page.locator("#detection")
+    gallery.get_by_label("error type").select_option("localisation")
+    boxes = gallery.locator("rect.wrong")
+    assert boxes.count() > 0
+    assert gallery.locator("rect.hit").count() == 0
+    found = json.loads(page.locator("#data").text_content())["detection"][0]["images"]
+    runs = ("0", "1")
+    expected = [
+        sum(
+            box[5] >= 50 and box[6] < 0 and box[7] == 1 for run in runs for box in one["found"][run]
+        )
+        for one in found
+    ]
+    assert gallery.locator("p[role=status]").inner_text() == f"{sum(map(bool, expected))} images."
+    assert sum(expected) >= boxes.count()
+
+
+@pytest.mark.long
+def test_diagnostics_start_with_a_sentence_and_follow_the_selected_run(show, compared):
+    page = show(compared)
+    part = page.locator("#diagnostics")
+    data = json.loads(page.locator("#data").text_content())["diagnostics"][0]
+    sentences = part.locator("h3 + p, p:has(b)").all_inner_texts()
+    assert [data["runs"][run]["summary"] in text for run, text in zip("01", sentences, strict=True)]
+    assert sentences[0].count("AP50") >= 1
+    costs = part.locator("table").first.locator("tbody tr").nth(1).locator("td").all_inner_texts()
+    expected = []
+    for run in "01":
+        error = data["runs"][run]["errors"]["localisation"]
+        expected += [f"{error['AP50']:.1f}", str(error["count"])]
+    assert costs == expected
+    for run in range(2):
+        part.get_by_label("run of the tables").select_option(str(run))
+        matrix = part.locator("table.confusion tbody tr")
+        shown = [row.locator("td").all_inner_texts() for row in matrix.all()]
+        counts = data["runs"][str(run)]["confusion"]["matrix"]
+        assert [[int(text or 0) for text in row] for row in shown] == counts
+
+
+@pytest.mark.long
+def test_precision_curves_change_with_the_class_and_none_is_constant(show, compared):
+    page = show(compared)
+    part = page.locator("#diagnostics")
+    assert part.locator(".chart path").count() == 2
+    part.get_by_label("class of the curve").select_option("star")
+    for way in part.locator(".chart path").all():
+        heights = re.findall(r"[\d.]+ ([\d.]+)", way.get_attribute("d"))
+        assert len(set(heights)) > 1
+    listed = page.get_by_label("another metric").locator("option").all_inner_texts()
+    assert "lr" not in listed
+    assert "Not drawn, because they never change: lr 0.01" in page.locator("#curves").inner_text()
 
 
 @pytest.mark.long

@@ -172,6 +172,7 @@ def test_single_shards_can_be_named(make_shards, serve):
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("break_after", [0, 700, 9000])
+@pytest.mark.long
 def test_a_broken_connection_is_taken_up_and_nothing_is_counted_twice(
     make_shards, serve, tmp_path, caplog, break_after, cached, ranges
 ):

@@ -15,7 +15,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, Untagge
 def saver(tmp_path, monkeypatch):
     """Return a function that saves a checkpoint of a model with a single weight."""
     monkeypatch.setattr(
-        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _: {}
+        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _, **__: {}
     )
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), keep=2)
     return lambda number: checkpointer.save(f"model_{number:07d}", iteration=number)
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp
 
 def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _: {}
+        "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _, **__: {}
     )
     UntaggedCheckpointer(nn.Linear(1, 1), str(tmp_path)).save("model_best")
     assert history.checkpoints(tmp_path) == []

@@ -34,17 +34,61 @@ function count(image, run, wanted, least) {
 }
 
 /** Draws an image with boxes: [left, top, width, height, class name, style]. */
-function panel(image, caption, boxes) {
-  const size = Math.max(image.width, image.height) / 20;
-  const drawing = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}` });
-  drawing.append(svg("image", { href: image.src, width: image.width, height: image.height }));
+function drawing(image, boxes, letters) {
+  const size = Math.max(image.width, image.height) * letters;
+  const made = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}` });
+  made.append(svg("image", { href: image.src, width: image.width, height: image.height }));
   for (const [left, top, width, height, , style] of boxes) {
-    drawing.append(svg("rect", { class: style, x: left, y: top, width, height }));
+    made.append(svg("rect", { class: style, x: left, y: top, width, height }));
   }
   for (const [left, top, , , text] of boxes) {
-    drawing.append(svg("text", { x: left + 2, y: Math.max(top + size, size), "font-size": size }, text));
+    made.append(svg("text", { x: left + size / 8, y: Math.max(top + size, size), "font-size": size }, text));
   }
-  return element("figure", {}, drawing, element("figcaption", {}, caption));
+  return made;
+}
+
+/** Creates a check box that shows or hides the labels of boxes in an element. */
+function labelControl(place, checked = true) {
+  const show = (on) => place.classList.toggle("plain", !on);
+  show(checked);
+  return element("label", {}, element("input", { type: "checkbox", checked, onchange: (event) => show(event.target.checked) }), " labels");
+}
+
+/** Shows an image in a dialog that fills the window, until it is closed or clicked. */
+function enlarge(content, caption, controls = []) {
+  const close = () => dialog.close();
+  const bar = element("div", { class: "controls" }, ...controls, element("button", { onclick: close }, "Close"));
+  const dialog = element("dialog", { "aria-label": caption, onclose: () => dialog.remove() }, bar, content, element("p", { class: "quiet" }, caption));
+  content.addEventListener("click", close);
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+/** Makes an element a button that enlarges an image. */
+function enlargeable(part, action) {
+  part.classList.add("enlargeable");
+  part.setAttribute("tabindex", "0");
+  part.setAttribute("role", "button");
+  part.addEventListener("click", action);
+  part.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") action();
+  });
+  return part;
+}
+
+/** Makes an <img> element enlargeable. */
+const enlargeableImage = (image) => enlargeable(image, () => enlarge(element("img", { src: image.src, alt: image.alt }), image.alt));
+
+/** Draws an image with boxes and a caption. A click enlarges it. */
+function panel(image, caption, boxes) {
+  const made = drawing(image, boxes, 1 / 20);
+  enlargeable(made, () => {
+    const plain = made.closest(".plain") !== null;
+    const large = drawing(image, boxes, 1 / 50);
+    enlarge(large, `${image.name}, ${caption}`, [labelControl(large, !plain)]);
+  });
+  made.setAttribute("aria-label", `enlarge ${image.name}`);
+  return element("figure", {}, made, element("figcaption", {}, caption));
 }
 
 /** Creates the container of a gallery's cards, and a function that shows a message and cards in it. */
@@ -87,18 +131,23 @@ function objectsPanel(image, classes, { runs, wanted, least }) {
 }
 
 /** Draws the detections of a run in an image. */
-function foundPanel(image, classes, run, name, { wanted, least }) {
+function foundPanel(image, classes, run, name, { wanted, least, error }) {
   const boxes = (image.found[run] ?? [])
-    .filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted))
+    .filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted) && (error < 0 || isError(box, error)))
     .map((box) => [...box.slice(0, 4), `${classes[box[4]]} ${box[5]}`, box[6] >= 0 ? "hit" : "wrong"]);
   const { hits, found, objects, f1 } = count(image, run, wanted, least);
   return panel(image, `${name}: ${hits} hits of ${objects} objects, ${found - hits} false, F1 ${f1.toFixed(2)}`, boxes);
 }
 
-/** Returns the images with objects or detections of the selected class, in the selected order. */
-function sortedImages(images, { runs, wanted, least, order }) {
+/** Returns whether a detection is an error of a type. */
+const isError = (box, error) => box[6] < 0 && box[7] === error;
+
+/** Returns the images with the selected class and error type, in the selected order. */
+function sortedImages(images, { runs, wanted, least, order, error }) {
   const kept = [];
   for (const image of images) {
+    const has = (run) => (image.found[run] ?? []).some((box) => box[5] >= least && (wanted < 0 || box[4] === wanted) && isError(box, error));
+    if (error >= 0 && ![...runs].some(has)) continue;
     const counts = [...runs].map((run) => count(image, run, wanted, least));
     if (wanted >= 0 && !counts.some((one) => one.objects + one.found)) continue;
     kept.push([image, counts.reduce((sum, one) => sum + one.f1, 0) / (counts.length || 1)]);
@@ -137,7 +186,7 @@ function runControl(state, run, name, draw) {
 /** Creates the gallery of the detections in one data set. */
 function detectionGallery(gallery, names) {
   const { images, total, classes } = gallery;
-  const state = { wanted: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
+  const state = { wanted: -1, error: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
   const { cards, parts, show } = board();
   const card = (image) => () => {
     const found = [...state.runs].map((run) => foundPanel(image, classes, run, names[run], state));
@@ -151,7 +200,14 @@ function detectionGallery(gallery, names) {
     show(`${kept.length} images.${part}`, kept.map(card));
   };
   const orders = [["worst", "worst first"], ["best", "best first"], ["name", "by file name"]];
-  const controls = element("div", { class: "controls" }, ...orderAndClass(state, orders, classes.entries(), draw), scoreControl(state, draw));
+  // Missed objects are no detections. They are marked among the objects.
+  const errors = gallery.errors.slice(0, -1).entries();
+  const errorControl = choice("error type", [["-1", "all detections"], ...errors], (event) => {
+    state.error = Number(event.target.value);
+    draw();
+  });
+  const lists = [...orderAndClass(state, orders, classes.entries(), draw), errorControl];
+  const controls = element("div", { class: "controls" }, ...lists, scoreControl(state, draw), labelControl(cards));
   if (gallery.runs.length > 1) controls.append(...gallery.runs.map((run) => runControl(state, run, names[run], draw)));
   draw();
   return [element("h3", {}, gallery.data), controls, ...parts];
@@ -160,7 +216,7 @@ function detectionGallery(gallery, names) {
 /** Creates a card with images of one class that were classified as another. */
 function confusedCard({ label, taken, count, of, examples }, { classes, images }) {
   const pictures = examples.map(([place, probability]) => {
-    const picture = images[place] ? [element("img", { src: images[place], alt: classes[label] })] : [];
+    const picture = images[place] ? [enlargeableImage(element("img", { src: images[place], alt: `${classes[label]} classified as ${classes[taken]}` }))] : [];
     return element("figure", {}, ...picture, element("figcaption", {}, `${probability}%`));
   });
   const [from, to] = [label, taken].map((place) => element("strong", {}, classes[place]));

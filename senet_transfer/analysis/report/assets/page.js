@@ -27,7 +27,7 @@ function curves() {
     place.append(element("div", {}, choice("another metric", others.map((name) => [name, name]), (event) => draw(event.target.value)), more));
     draw(others[0]);
   }
-  if (!known.length) place.append(element("p", {}, "Nothing is logged yet."));
+  if (!known.length) place.append(element("p", {}, "There is no metric that changes yet."));
   if (DATA.runs.length > 1) document.getElementById("legend").append(...legend(DATA.runs));
 }
 
@@ -42,6 +42,8 @@ function calibration(gallery) {
 
 for (const mark of document.querySelectorAll("i[data-run]")) mark.style.background = colour(Number(mark.dataset.run));
 curves();
+document.querySelectorAll(".diagnostics").forEach((place, number) => place.append(...diagnosticsParts(DATA.diagnostics[number], DATA.runs)));
+for (const image of document.querySelectorAll("#excitations img")) enlargeableImage(image);
 for (const gallery of DATA.detection) document.getElementById("detection").append(...detectionGallery(gallery, DATA.runs));
 for (const gallery of DATA.classification) {
   document.getElementById("confusions").append(...confusionGallery(gallery, DATA.runs));

@@ -1,0 +1,90 @@
+"""Diagnostics of detectors, as written by their evaluations."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.analysis.report.run_folder import Run, data_label
+from senet_transfer.errors import UserError
+from senet_transfer.evaluation.coco import DIAGNOSTICS
+from senet_transfer.evaluation.error_types import ERROR_TYPES
+
+# The largest confusion matrix that is shown whole. Of larger ones, the most confused classes are.
+MOST_CLASSES = 24
+
+_TASKS = {"bbox": "boxes", "segm": "masks"}
+_ERRORS = {
+    "classification": "found at the right place, with the wrong class",
+    "localisation": "found with the right class, at a poor position",
+    "both": "wrong class and poor position",
+    "duplicate": "found again although a better detection exists",
+    "background": "detection where there is no object",
+    "missed": "object that is not found",
+}
+
+
+def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Read the diagnostics of all runs.
+
+    Args:
+        runs: The runs to report on.
+        say: A function that is called with a message if a file can't be read.
+
+    Returns:
+        One dict per data set and IoU type with ``data`` and ``task`` (their labels) and ``runs``,
+        the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose` by run index, reduced
+        to what the page shows.
+    """
+    groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for position, run in enumerate(runs):
+        for folder, suffix in (("inference", ""), ("inference_TTA", " with augmentation")):
+            for name in run.cfg.DATASETS.TEST:
+                try:
+                    content = _read(run.folder / folder / name / DIAGNOSTICS)
+                except UserError as error:
+                    say(f"{run.name}: {error}")
+                    continue
+                for task, found in content.items():
+                    label = _TASKS[task] + suffix
+                    groups.setdefault((data_label(name), label), {})[position] = found
+    return [
+        {
+            "data": data,
+            "task": task,
+            "errors": [{"name": name, "text": _ERRORS[name]} for name in ERROR_TYPES],
+            "runs": {position: _shown(one) for position, one in found.items()},
+        }
+        for (data, task), found in groups.items()
+    ]
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the diagnostics by IoU type. They are empty if the file doesn't exist."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        if all(task in _TASKS and "confusion" in found for task, found in content.items()):
+            return content
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} can't be read: {error}. Repeat the evaluation.") from error
+    raise UserError(f"{path} contains no diagnostics. Repeat the evaluation.")
+
+
+def _shown(found: dict[str, Any]) -> dict[str, Any]:
+    """Return diagnostics with the part of the confusion matrix that the page shows."""
+    matrix = found["confusion"]["matrix"]
+    count = len(matrix) - 1
+    labels = list(range(count))
+    if count > MOST_CLASSES:
+
+        def confused(label: int) -> int:
+            row = sum(matrix[label][:count]) - matrix[label][label]
+            return row + sum(line[label] for line in matrix[:count]) - matrix[label][label]
+
+        labels = sorted(sorted(labels, key=lambda label: -confused(label))[:MOST_CLASSES])
+    kept = [*labels, count]
+    part = [[matrix[row][column] for column in kept] for row in kept]
+    confusion = {**found["confusion"], "matrix": part, "labels": labels, "classes": count}
+    return {**found, "confusion": confusion}

@@ -1,0 +1,93 @@
+"""Faster decoding and resizing of a detector's images than in Detectron2.
+
+Decoding with simplejpeg returns the same pixels as Pillow, because both bundle libjpeg-turbo.
+Resizing with PyTorch returns slightly different pixels, and is therefore an option for training.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from detectron2.data import transforms as T
+from PIL import Image
+
+from senet_transfer.data.images.decode import jpeg_size
+
+_COLOURS = ("RGB", "BGR")
+
+
+def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
+    """Decode a JPEG file with simplejpeg.
+
+    Args:
+        data: The encoded image.
+        image_format: "RGB" or "BGR".
+
+    Returns:
+        The same pixels as with Pillow, uint8 `(H, W, 3)`. None for another format of the file or
+        the pixels, and for damaged files, about which Pillow decides.
+    """
+    if image_format not in _COLOURS or jpeg_size(data) is None:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, image_format)
+    except ValueError:
+        return None
+
+
+def turn_upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Apply an EXIF orientation, 1-8, to pixels `(H, W, C)`."""
+    if orientation in (2, 3, 7, 8):  # mirrored horizontally first
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels)
+
+
+class TorchResize(T.ResizeTransform):
+    """Detectron2's `ResizeTransform` with PyTorch's antialiased bilinear interpolation.
+
+    The values differ from Pillow's by at most a few grey levels. Other interpolations and images
+    that are not uint8 `(H, W, C)` are resized by Detectron2.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Resize an image."""
+        interpolation = self.interp if interp is None else interp
+        bilinear = interpolation == Image.Resampling.BILINEAR
+        if not bilinear or img.dtype != np.uint8 or img.ndim != 3:
+            return super().apply_image(img, interp)
+        # PyTorch has a fast kernel for contiguous images whose channels are the last dimension.
+        image = torch.from_numpy(np.ascontiguousarray(img)).permute(2, 0, 1)[None]
+        size = (self.new_h, self.new_w)
+        found = F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+        return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
+
+
+class FastResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's `ResizeShortestEdge` with :class:`TorchResize`; it draws the same sizes."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Draw the size, and return the transform."""
+        found = super().get_transform(image)
+        if not isinstance(found, T.ResizeTransform):
+            return found
+        return TorchResize(found.h, found.w, found.new_h, found.new_w, found.interp)
+
+
+def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
+    """Return augmentations in which `ResizeShortestEdge` is replaced by the faster form."""
+    return [_fast(augmentation) for augmentation in augmentations]
+
+
+def _fast(augmentation: T.Augmentation) -> T.Augmentation:
+    if type(augmentation) is not T.ResizeShortestEdge:
+        return augmentation
+    style = "range" if augmentation.is_range else "choice"
+    return FastResizeShortestEdge(
+        augmentation.short_edge_length, augmentation.max_size, style, augmentation.interp
+    )

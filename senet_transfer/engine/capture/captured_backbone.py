@@ -1,0 +1,129 @@
+"""Detector backbone whose forward and backward passes are captured per image size."""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from senet_transfer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Features: TypeAlias = dict[str, Tensor]
+Forward: TypeAlias = Callable[[Tensor], Features]
+# Function that captures a module with sample arguments, such as `make_graphed_callables`.
+Capture: TypeAlias = Callable[[nn.Module, tuple[Tensor]], Forward]
+
+
+class CapturedBackbone:
+    """Replacement for the forward pass of a backbone, which is captured for frequent image sizes.
+
+    A batch of images has the size to which all of them are padded. A size is captured when it
+    occurs for the third time. At most ``max_sizes`` sizes are captured, because each takes memory
+    for the feature maps that it returns and for the gradients of the weights; all other sizes are
+    computed eagerly. Evaluation is always eager.
+
+    The pass is the same as without a capture. In particular, the statistics of batch norms, which
+    a capture would change, are restored. The gradients returned by a backward pass are overwritten
+    by the next one, so gradients of several passes must not be accumulated.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        capture: Capture | None = None,
+        *,
+        max_sizes: int = 8,
+        occurrences: int = 3,
+    ):
+        """
+        Args:
+            backbone: The backbone, with an FPN if it has one. Its ``forward`` is replaced.
+            capture: A function that captures a module for the given inputs. None captures CUDA
+                graphs, which share their memory except for the results.
+            max_sizes: The maximum number of captured sizes.
+            occurrences: The number of times that a size must occur to be captured.
+        """
+        self._backbone, self._forward = backbone, backbone.forward
+        self._capture = capture or _capture_on_gpu(torch.cuda.graph_pool_handle())
+        self._max_sizes, self._occurrences = max_sizes, occurrences
+        self._modules = list(backbone.modules())
+        self._captured: dict[Hashable, Forward] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._told = False
+        backbone.forward = self
+
+    def __call__(self, images: Tensor) -> Features:
+        """Return the feature maps of padded and normalised images ``(N, 3, H, W)``.
+
+        Raises:
+            UserError: If the backbone can't be captured.
+        """
+        if not (self._backbone.training and torch.is_grad_enabled()):
+            return self._forward(images)
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        modes = tuple(module.training for module in self._modules)
+        key = (images.shape, images.stride(), images.dtype, dtype, modes)
+        if key in self._captured:
+            return self._captured[key](images)
+        self._seen[key] += 1
+        if self._seen[key] < self._occurrences:
+            return self._forward(images)
+        if len(self._captured) == self._max_sizes:
+            if not self._told:
+                self._told = True
+                logger.info(
+                    "%d image sizes are captured as CUDA graphs. Other sizes are computed eagerly; "
+                    "a larger INPUT.SIZE_DIVISIBILITY reduces the number of sizes.",
+                    self._max_sizes,
+                )
+            return self._forward(images)
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+            self._captured[key] = self._capture_size(images)
+        return self._captured[key](images)
+
+    def _capture_size(self, images: Tensor) -> Forward:
+        buffers = [(buffer, buffer.clone()) for buffer in self._backbone.buffers()]
+        try:
+            captured = self._capture(_Forward(self._backbone, self._forward), (images.clone(),))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                "SOLVER.COMPILE is graph, but the backbone can't be captured as a CUDA graph: "
+                f"{str(error).splitlines()[0]} Set SOLVER.COMPILE to none or default."
+            ) from error
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        height, width = images.shape[2:]
+        logger.info("Captured the backbone for %d images of %dx%d.", len(images), height, width)
+        return captured
+
+
+class _Forward(nn.Module):
+    """Original forward pass of a backbone as a module with the backbone's parameters."""
+
+    def __init__(self, backbone: nn.Module, forward: Forward):
+        super().__init__()
+        self.backbone = backbone
+        self._original = forward
+
+    def forward(self, images: Tensor) -> Features:
+        return self._original(images)
+
+
+def _capture_on_gpu(pool: Any) -> Capture:
+    # With the default mode, "global", the threads of data loaders could not pin memory.
+    options: dict[str, Any] = {"allow_unused_input": True, "pool": pool}
+    if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+        options["capture_error_mode"] = "thread_local"
+
+    def capture(module: nn.Module, samples: tuple[Tensor]) -> Forward:
+        return torch.cuda.make_graphed_callables(module, samples, **options)
+
+    return capture
