@@ -73,3 +73,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
     if format == "BGR":
         images = images.flip(1)
     return (images - mean) / std
+
+
+def same_pixels(first: object, second: object) -> bool:
+    """Return whether two channel orders, means or stds are equal, the latter within 0.005."""
+    if not isinstance(first, list | tuple) or not isinstance(second, list | tuple):
+        return first == second
+    return len(first) == len(second) and all(
+        abs(a - b) < 0.005 for a, b in zip(first, second, strict=True)
+    )

@@ -38,7 +38,17 @@ AUTO_KEYS = (
     "CUDNN_BENCHMARK",
 )
 # All keys that accept "auto" as well as True and False.
-ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED")
+ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED", "MODEL.WEIGHTS_EMA")
+
+# Keys that a weight file determines, unless a user states them.
+FILE_KEYS = (
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.RESNETS.STEM_POOL",
+    "MODEL.SE.RELU_BEFORE",
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+)
 
 
 def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:
@@ -110,10 +120,25 @@ def _add_model_config(cfg: CfgNode) -> None:
     # required for a family that shares its tensor names with others, such as "torchvision_v2". If
     # empty, the family is detected.
     cfg.MODEL.WEIGHTS_FAMILY = ""
+    # The prefix of the network's tensor names, for a file that contains several networks, such as
+    # "encoder_q." or "teacher.". The other tensors are ignored.
+    cfg.MODEL.WEIGHTS_PREFIX = ""
+    # For a checkpoint with plain and averaged (EMA) weights: True takes the averaged weights, False
+    # the plain ones, and "auto" those that the project which wrote the file takes: the averaged
+    # ones of timm and mmengine, otherwise the plain ones.
+    cfg.MODEL.WEIGHTS_EMA = "auto"
+    # "strict": every tensor of the file must be used, except a classifier with a different number
+    # of classes. "ignore": only the backbone is loaded, without the file's classifier or projection
+    # head.
+    cfg.MODEL.WEIGHTS_HEAD = "strict"
     # If False, the stride placement, stem pooling, channel order, mean and std are taken from the
-    # file in MODEL.WEIGHTS. If True, they are taken from the config, and it is an error if the
-    # file differs.
+    # file in MODEL.WEIGHTS, except for the keys in WEIGHTS_KEEP. If True, they are all taken from
+    # the config. It is an error if the file itself, or its entry in the catalogue, states other
+    # values; a guess from the names of its tensors is replaced, which is logged.
     cfg.MODEL.WEIGHTS_PIN = False
+    # Those of these keys that are set in your own config file or options. They are listed here when
+    # the config is loaded, and are kept like those of a pinned config.
+    cfg.MODEL.WEIGHTS_KEEP = []
 
 
 def _add_data_config(cfg: CfgNode) -> None:
@@ -135,8 +160,8 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
-    # If True, a detector's training images are resized with PyTorch instead of Pillow, which is
-    # faster but changes the pixel values slightly. Evaluation always uses Pillow.
+    # If True, a detector's training images are enlarged with OpenCV instead of Pillow, which is
+    # three times as fast but changes pixel values by up to 1. Evaluation always uses Pillow.
     cfg.INPUT.FAST_RESIZE = False
 
 

@@ -9,10 +9,12 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from fvcore.common.config import BASE_KEY
 
 from senet_transfer.config.defaults import (
     ACCEPT_AUTO,
+    FILE_KEYS,
     config_items,
     config_value,
     get_senet_config,
@@ -40,6 +42,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         with _merge_errors(config_file), _accepts_auto(cfg):
             _merge_file(cfg, config_file)
+        _keep(cfg, _stated_keys(config_file))
     merge_options(cfg, options)
     return cfg
 
@@ -63,8 +66,44 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             _check_list("the command line", key, config_value(cfg, key), value)
         with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
+        _keep(cfg, set(options[::2]))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+
+
+def _keep(cfg: CfgNode, stated: set[str]) -> None:
+    """Add the keys that a weight file would change to ``MODEL.WEIGHTS_KEEP`` if they are stated."""
+    known = {*cfg.MODEL.WEIGHTS_KEEP, *stated}
+    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in known]
+
+
+def _stated_keys(path: str) -> set[str]:
+    """Return the keys that a user's config file and its own ``_BASE_`` files set.
+
+    The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
+    a run, which contains all keys, do not count as the user's statements.
+    """
+    own_base = os.path.realpath(str(resources.files("senet_transfer").joinpath("configs", "base")))
+    if os.path.dirname(os.path.realpath(path)) == own_base or "://" in path:
+        return set()
+    with open(path) as file:
+        content = yaml.safe_load(file) or {}
+    bases = content.pop(BASE_KEY, [])
+    found = set(_dotted(content))
+    if found >= {key for key, _ in config_items(get_cfg())}:
+        return set()
+    for base in bases if isinstance(bases, list) else [bases]:
+        base = os.path.expanduser(base)
+        found |= _stated_keys(os.path.join(os.path.dirname(path), base))
+    return found
+
+
+def _dotted(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -20,6 +21,7 @@ from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
+from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,8 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and names_published(weights):
         catalogue_entry(weights)
+    elif weights and os.path.isdir(weights):
+        sniff(Path(weights))  # raises an error that describes the folder
     elif weights and "://" not in weights and not os.path.isfile(weights):
         near = nearest_names(weights)
         hint = f" Published weights with a similar name: {near[0]}." if near else ""

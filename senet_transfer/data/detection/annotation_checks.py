@@ -52,6 +52,8 @@ class CocoSummary:
     num_zero_size: int = 0
     num_over_the_edge: int = 0
     num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
+    num_without_keypoints: int = 0  # annotations without `keypoints` or `num_keypoints`
+    keypoints: list[str] = field(default_factory=list)  # of the first category that has them
     most_objects: int = 0  # in one image, without crowds
     num_trainable: int = 0  # annotations that are not crowds and have a box
     num_odd_areas: int = 0  # annotations whose `area` does not fit their box
@@ -239,7 +241,16 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
         ],
         classes=[category["name"] for category in ordered],
         id_map={category["id"]: index for index, category in enumerate(ordered)},
+        keypoints=next(filter(None, map(_keypoint_names, ordered)), []),
     )
+
+
+def _keypoint_names(category: dict) -> list[str]:
+    """Return the names of a category's keypoints, or an empty list without valid names."""
+    names = category.get("keypoints")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) else []
 
 
 def _check_annotations(
@@ -274,6 +285,9 @@ def _check_annotations(
     summary.num_odd_areas = odd_areas
     summary.num_trainable = sum(
         1 for item in annotations if not item.get("iscrowd") and 0 not in item["bbox"][2:]
+    )
+    summary.num_without_keypoints = sum(
+        "keypoints" not in item or "num_keypoints" not in item for item in annotations
     )
     largest = max(max(item["bbox"]) for item in annotations)
     if largest == 0:
