@@ -142,6 +142,13 @@ def _add_model_config(cfg: CfgNode) -> None:
 
 
 def _add_data_config(cfg: CfgNode) -> None:
+    # [low, high]: the values that become black and white in images with 16 or 32 bits per channel,
+    # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
+    # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.
+    cfg.INPUT.VALUE_RANGE = ()
+    # The images of a detector are checked before training and evaluation: "header" compares their
+    # sizes with the annotations, and "decode" also reads them completely, which takes longer.
+    cfg.DATALOADER.CHECK_IMAGES = "header"
     # Additional data sets in COCO format: a list of [name, JSON file, image folder].
     cfg.DATASETS.REGISTER = []
     # The class names in the order of the class indices. They are read from the data sets at the
@@ -269,8 +276,8 @@ def _add_classification_config(cfg: CfgNode) -> None:
 
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""
-    # The maximum fraction of unreadable images, between 0 and 1. Training ends with an error if it
-    # is exceeded.
+    # The maximum fraction of unreadable images to skip in training, between 0 and 1, for detectors
+    # and classifiers. Training ends with an error if it is exceeded.
     cfg.DATALOADER.MAX_SKIP_RATIO = 0.01
     # The number of samples in a shard to shuffle together. Larger values need more memory.
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024

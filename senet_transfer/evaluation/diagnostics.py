@@ -36,6 +36,8 @@ COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 # Positions of IoU thresholds in IOU_THRESHOLDS.
 _IOU50, _IOU75, _IOU90 = 0, 5, 8
 _CURVES = {"0.5": _IOU50, "0.75": _IOU75, "0.9": _IOU90}
+# The number of objects for which the summary compares sizes.
+_MANY = 20
 # Decimal places of the precision in curves.
 _DIGITS = 4
 
@@ -310,8 +312,13 @@ def _confused(found: dict[str, Any]) -> str:
 
 def _worst_size(found: dict[str, Any]) -> str:
     """Return a sentence about the size of objects with the lowest AP, if it is much lower."""
-    known = [row for row in found["by_size"] if math.isfinite(row["AP"])]
-    worst = min(known, key=lambda row: row["AP"], default=None)
-    if worst is None or worst["AP"] > 0.75 * found["AP"]:
+    # The AP of a few objects says little.
+    known = [row for row in found["by_size"] if row["objects"] >= _MANY]
+    known.sort(key=lambda row: row["AP"])
+    if len(known) < 2 or known[0]["AP"] > 0.75 * known[-1]["AP"]:
         return ""
-    return f"The AP of {worst['size']} objects is lowest: {worst['AP']:.1f}."
+    worst, best = known[0], known[-1]
+    return (
+        f"The AP of {worst['size']} objects is {worst['AP']:.1f}, that of {best['size']} objects "
+        f"{best['AP']:.1f}."
+    )

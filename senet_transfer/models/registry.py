@@ -200,7 +200,8 @@ def build_backbone(
         norm=norm,
         **overrides,
     )
-    backbone.preprocessing = entry.preprocessing
+    pixels = entry.preprocessing
+    backbone.preprocessing = pixels.grey() if overrides.get("in_channels") == 1 else pixels
     set_fused(backbone, fused)
     return backbone
 
@@ -326,6 +327,8 @@ def _with_file_options(
         )
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
     stated = {key: value for key, value in source.options().items() if key in known}
+    if source.preprocessing and len(source.preprocessing.mean) == 1:
+        stated["in_channels"] = 1
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

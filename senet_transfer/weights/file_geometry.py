@@ -154,7 +154,8 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """Return the config keys that the file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
-        wanted["INPUT.FORMAT"] = source.preprocessing.format
+        # Grey images are given to a network for colour images as three equal channels.
+        wanted["INPUT.FORMAT"] = "L" if cfg.INPUT.FORMAT == "L" else source.preprocessing.format
         wanted["MODEL.PIXEL_MEAN"] = list(source.preprocessing.mean)
         wanted["MODEL.PIXEL_STD"] = list(source.preprocessing.std)
     arch = source.architecture

@@ -46,6 +46,7 @@ _PREFIXES = [
 
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
 @pytest.mark.parametrize("prefix", _PREFIXES)
+@pytest.mark.long
 def test_a_network_behind_a_prefix_loads_in_every_format(prefix, kind, tmp_path):
     FLAT_WRITERS[kind](prefixed(prefix, (peer := tiny()).state_dict()), tmp_path / "a")
     _assert_is(peer, tmp_path / "a")
@@ -129,6 +130,7 @@ def test_mmengine_s_checkpoints(tmp_path):
     _assert_is(peer, tmp_path / "epoch_3.pth")
 
 
+@pytest.mark.long
 def test_moco_s_checkpoints(tmp_path):
     query, key = tiny(1, classes=32), tiny(2, classes=32)
     path = tmp_path / "checkpoint_0003.pth.tar"
@@ -186,6 +188,7 @@ def test_a_part_of_the_backbone_is_never_ignored_as_a_head(head, tmp_path):
 # Averaged weights.
 
 
+@pytest.mark.long
 def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
     plain, ema = tiny(1), tiny(2)
     content = {

@@ -282,11 +282,14 @@ def _extent(mask: np.ndarray) -> Rect:
 
 
 def _bounds(boxes: Any) -> np.ndarray:
-    """Return the rectangles (N, 4) around boxes, which may be rotated."""
+    """Return the rectangles (N, 4) of boxes, or the topmost corners of rotated boxes."""
     boxes = boxes.tensor.numpy()
     if boxes.shape[1] == 4:
         return boxes
     x, y, w, h, angle = boxes.T
-    cos, sin = np.abs(np.cos(np.radians(angle))), np.abs(np.sin(np.radians(angle)))
-    half_w, half_h = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
-    return np.stack([x - half_w, y - half_h, x + half_w, y + half_h], 1)
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    # Half of the width and height as vectors; the y axis points down.
+    right, down = np.stack([w * cos, -w * sin]) / 2, np.stack([h * sin, h * cos]) / 2
+    corners = np.stack([-right - down, right - down, right + down, down - right]) + [x, y]
+    top = corners[corners[:, 1].argmin(0), :, np.arange(len(boxes))]
+    return np.concatenate([top, top], 1)
