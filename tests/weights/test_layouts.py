@@ -193,7 +193,7 @@ def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
         "torchvision": (layouts.torchvision_references(plain, ema), plain),
         "mmengine": (layouts.mmengine(plain.state_dict(), ema.state_dict()), ema),
         "basicsr": ({"params": plain.state_dict(), "params_ema": ema.state_dict()}, plain),
-        "beside": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
+        "next to": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
         "ema_state_dict": (
             {"model": plain.state_dict(), "ema_state_dict": ema.state_dict(), "epoch": 3},
             plain,

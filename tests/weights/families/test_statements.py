@@ -30,8 +30,8 @@ _SIZE = {"stem_out_channels": WIDTH, "res2_out_channels": WIDTH}
 _IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def _write(path: Path, **beside: object) -> Path:
-    torch.save({"state_dict": tiny().state_dict(), **beside}, path)
+def _write(path: Path, **extras: object) -> Path:
+    torch.save({"state_dict": tiny().state_dict(), **extras}, path)
     return path
 
 
@@ -39,7 +39,7 @@ def _write(path: Path, **beside: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "extras",
     [
         {"arch": "resnetblur18"},
         {"arch": "resnet50"},
@@ -58,13 +58,13 @@ def _write(path: Path, **beside: object) -> Path:
         {"meta": {"cfg": "backbone=dict(type='ResNet', depth=18, dilations=(1, 1, 2, 4)), neck="}},
     ],
 )
-def test_a_statement_that_contradicts_the_tensors_is_an_error(beside, tmp_path):
+def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
     with pytest.raises(UserError, match="its (entry|config)"):
-        create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **beside), **_SIZE)
+        create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **extras), **_SIZE)
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "extras",
     [
         *({"arch": "resnet18"}, {"arch": "resnet18.a1_in1k"}, {"arch": "tv_resnet18"}),
         *(
@@ -77,8 +77,8 @@ def test_a_statement_that_contradicts_the_tensors_is_an_error(beside, tmp_path):
         {"meta": {"cfg": "backbone=dict(depth=18, strides=(1, 2, 2, 2), style='pytorch')"}},
     ],
 )
-def test_a_statement_that_agrees_or_says_nothing_is_accepted(beside, tmp_path):
-    path = _write(tmp_path / "a.pth", **beside)
+def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
+    path = _write(tmp_path / "a.pth", **extras)
     model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
