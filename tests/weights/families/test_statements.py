@@ -18,6 +18,7 @@ from senet_transfer import (
 )
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.model_from import find_model
+from senet_transfer.export.conversion import convert_file
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.statements import statements_of
@@ -184,6 +185,12 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match=f"contains {name}"):
         create_classifier("resnet18", 365, weights=tmp_path / "own.pth")
 
+    convert_file(str(path), tmp_path / "converted.safetensors", check=True)
+    converted = create_classifier(name, 365, weights=tmp_path / "converted.safetensors").eval()
+    close(converted(_IMAGES), expected)
+    with pytest.raises(UserError, match="stem_pool"):
+        convert_file(str(path), tmp_path / "tv.pth", to="torchvision")
+
     # Without its statement, the file can't be told from a ResNet-18: the name of the model counts.
     torch.save(state, path)
     close(create_classifier(name, 365, weights=path).eval()(_IMAGES), expected)
@@ -202,6 +209,16 @@ def _config(tmp_path, path, yaml="", *options):
     return load_config(
         str(file), ["MODEL.BACKBONE.ARCH", "se_resnet18", "MODEL.WEIGHTS", str(path), *options]
     )
+
+
+def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_path):
+    text = "MODEL: {WEIGHTS: a.pth, WEIGHTS_PREFIX: encoder_q., WEIGHTS_HEAD: ignore}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    path = str(tmp_path / "config.yaml")
+    same = load_config(path, ["MODEL.WEIGHTS", "a.pth"]).MODEL
+    assert (same.WEIGHTS_PREFIX, same.WEIGHTS_HEAD) == ("encoder_q.", "ignore")
+    other = load_config(path, ["MODEL.WEIGHTS", "b.pth", "MODEL.WEIGHTS_PREFIX", "x"]).MODEL
+    assert (other.WEIGHTS_PREFIX, other.WEIGHTS_HEAD) == ("x", "strict")
 
 
 def _legacy(path):
