@@ -15,6 +15,7 @@ from senet_transfer.engine.checkpoints.classes import apply_file_classes, config
 from senet_transfer.engine.numerics import set_memory_format
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
+from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
@@ -104,7 +105,8 @@ class ModelSource:
         if source is None:
             return LoadedModel(set_memory_format(cfg, build_model(cfg)).eval(), cfg)
         apply_file_geometry(cfg, source)
-        model = set_memory_format(cfg, build_model(cfg))
+        with weights_follow():
+            model = set_memory_format(cfg, build_model(cfg))
         load_source(model, source, exact=True)
         return LoadedModel(model.eval(), cfg, source.family.name)
 
@@ -188,7 +190,7 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
-    with built_empty():
+    with built_empty(), weights_follow():
         model = build_model(cfg)
     return fill_empty(model).eval()
 

@@ -17,6 +17,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.detection.coco import (
@@ -33,6 +34,7 @@ from senet_transfer.data.detection.dataset_checks import (
     use_class_order,
     warn_of_many_objects,
 )
+from senet_transfer.data.detection.task_checks import stuff_classes, use_keypoints
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.classes import use_trained_classes
 from senet_transfer.engine.checkpoints.output_folder import (
@@ -44,6 +46,7 @@ from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import UserError
+from senet_transfer.evaluation.evaluators import check_evaluators
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
 
@@ -328,6 +331,13 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
             "'coco_2017_val'."
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
+    check_evaluators(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    _use_stuff(cfg, names, keep_classes=keep_classes)
+    if predicts(cfg) == {PIXELS}:
+        cfg.DATASETS.CLASSES, cfg.DATASETS.CATEGORY_IDS = [], []
+        return
+    if cfg.MODEL.KEYPOINT_ON:
+        use_keypoints(cfg, names)
     classes = dataset_classes(names)
     warn_of_many_objects(cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     if cfg.MODEL.MASK_ON:
@@ -344,6 +354,23 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> None:
+    """Copy the classes of a semantic segmentation to the config, if the model predicts them."""
+    if PIXELS not in predicts(cfg):
+        cfg.DATASETS.STUFF_CLASSES = []
+        return
+    classes, ignored = stuff_classes(names)
+    trained = list(cfg.DATASETS.STUFF_CLASSES)
+    if keep_classes and trained and trained != classes:
+        raise UserError(
+            f"The model was trained on the segmentation classes {trained}, but {names[0]} has the "
+            f"classes {classes}. Use data with the same classes in the same order."
+        )
+    cfg.DATASETS.STUFF_CLASSES = classes
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(classes)
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = ignored
 
 
 def _environment() -> str:

@@ -11,6 +11,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
@@ -66,6 +67,11 @@ def export_model(
             f"{output} selects the format {form}, but detectors can only be exported to "
             "TorchScript. Choose a name that ends in .ts, or export only the backbone with "
             "--backbone."
+        )
+    if PIXELS in predicts(cfg):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, and the export of "
+            "segmentation models is not supported. Export only the backbone with --backbone."
         )
     if not image:
         raise UserError(

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -22,6 +23,8 @@ from senet_transfer.weights.families.statements import WIDE_RESNET
 from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
+
+logger = logging.getLogger(__name__)
 
 # Descriptions of argument types in error messages.
 _KINDS = {int: "an integer >= 1", str: "a string", bool: "True or False", NoneType: "None"}
@@ -268,6 +271,13 @@ def create_backbone(
     )
     if source is not None:
         load_source(backbone, source)
+    elif norm == "FrozenBN":
+        logger.warning(
+            "%s is built with norm='FrozenBN' and without weights: its norms have the statistics "
+            "0 and 1, and training does not change them. Pass weights=, or call "
+            "senet_transfer.load_weights(backbone, path) before it is used.",
+            name,
+        )
     return backbone
 
 

@@ -178,8 +178,9 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
         )
     result = []
     for image, found, errors in zip(images, detections, _errors(images, detections), strict=True):
-        matches = match_detections(found.regions, found.classes, image)
-        columns = found.regions, found.scores, found.classes, matches, errors
+        boxes = np.asarray(found.regions)
+        matches = match_detections(boxes, found.classes, image)
+        columns = boxes, found.scores, found.classes, matches, errors
         result.append(Found(*(column[matches > -2] for column in columns)))
     return result
 

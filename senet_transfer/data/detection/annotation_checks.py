@@ -32,6 +32,8 @@ class CocoSummary:
     num_over_the_edge: int = 0
     num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
     num_without_segmentation: int = 0
+    num_without_keypoints: int = 0  # annotations without `keypoints` or `num_keypoints`
+    keypoints: list[str] = field(default_factory=list)  # of the first category that has them
     most_objects: int = 0  # in one image, without crowds
     warnings: list[str] = field(default_factory=list)
 
@@ -188,7 +190,16 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
         classes=[category["name"] for category in ordered],
         id_map={category["id"]: index for index, category in enumerate(ordered)},
         num_images=0,
+        keypoints=next(filter(None, map(_keypoint_names, ordered)), []),
     )
+
+
+def _keypoint_names(category: dict) -> list[str]:
+    """Return the names of a category's keypoints, or an empty list without valid names."""
+    names = category.get("keypoints")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) else []
 
 
 def _check_annotations(
@@ -217,6 +228,9 @@ def _check_annotations(
     summary.num_over_the_edge = over_the_edge
     summary.num_not_evaluable = not_evaluable
     summary.num_without_segmentation = sum(not item.get("segmentation") for item in annotations)
+    summary.num_without_keypoints = sum(
+        "keypoints" not in item or "num_keypoints" not in item for item in annotations
+    )
     if all(max(item["bbox"]) <= 1 for item in annotations):
         raise _bad(
             json_file,

@@ -20,6 +20,9 @@ from senet_transfer.errors import UserError
 
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
 
+# The words by which the names of two keypoints that a horizontal flip exchanges differ.
+_SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -99,10 +102,12 @@ class CocoDataset:
         by_id = [self.summary.classes[self.summary.id_map[number]] for number in ids]
         self.class_order = tuple(classes) if sorted(classes) == sorted(by_id) else ()
         self.summary.order_classes(self.class_order or by_id)
-        self.publish(self.summary.classes, self.summary.id_map)
+        self.publish(self.summary.classes, self.summary.id_map, self.summary.keypoints)
 
-    def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
-        """Write the classes and paths to the catalog's metadata, overwriting existing values.
+    def publish(
+        self, classes: Sequence[str], id_map: dict[int, int], keypoints: Sequence[str] = ()
+    ) -> None:
+        """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
 
         `Metadata` itself does not allow values to be changed, but they must change if the file has
         changed. The object is updated in place because evaluators and visualisers keep references
@@ -115,6 +120,10 @@ class CocoDataset:
             thing_classes=list(classes),
             thing_dataset_id_to_contiguous_id=dict(id_map),
         )
+        if keypoints:
+            vars(MetadataCatalog.get(self.name)).update(
+                keypoint_names=list(keypoints), keypoint_flip_map=flip_pairs(keypoints)
+            )
 
 
 class ShapesDataset(CocoDataset):
@@ -245,6 +254,17 @@ def registered_entry(name: str) -> object | None:
         return None
     # `.get` is not used because Detectron2's catalog overrides it to load the data set.
     return DatasetCatalog[name]
+
+
+def flip_pairs(keypoints: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of keypoints that a horizontal flip exchanges: left and right ones."""
+    pairs = []
+    for name in keypoints:
+        for left, right in _SIDES.items():
+            other = name.replace(left, right)
+            if other != name and other in keypoints:
+                pairs.append((name, other))
+    return pairs
 
 
 def _has_metadata(name: str) -> bool:

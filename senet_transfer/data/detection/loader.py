@@ -22,6 +22,7 @@ from detectron2.data import MapDataset, build_detection_test_loader, build_detec
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from senet_transfer.data.workers import ErrorsAsValues, RaisingLoader, init_worker
@@ -156,6 +157,9 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
     def is_wide(index: int) -> bool:
         record = records[index]
         if not {"width", "height"} <= record.keys():
+            # Detectron2's records of semantic segmentations contain no sizes.
+            with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
+                return image.width > image.height
             raise UserError(
                 f"The record of {record.get('file_name', 'an image')} has no width and height, "
                 "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the data set's "

@@ -25,9 +25,11 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     turn_upright,
@@ -55,6 +57,9 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: Whether to map annotations in addition to images.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
             used in messages.
+        labels: Number of classes in label images, and the label to ignore; None if the model does
+            not use them.
+        rotated: Whether the model uses rotated boxes.
         **kwargs: Other arguments of `DatasetMapper`.
     """
 
@@ -64,10 +69,13 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         annotation_files: Mapping[str, list[str]] | None = None,
+        labels: tuple[int, int] | None = None,
+        rotated: bool = False,
         **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
+        self.labels, self.rotated = labels, rotated
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -84,7 +92,13 @@ class CheckedDatasetMapper(DatasetMapper):
         # The config may be Detectron2's own, without this key.
         if is_train and cfg.INPUT.get("FAST_RESIZE", False):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
-        return {**theirs, "annotation_files": annotation_files}
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            **theirs,
+            "annotation_files": annotation_files,
+            "labels": (head.NUM_CLASSES, head.IGNORE_VALUE) if PIXELS in predicts(cfg) else None,
+            "rotated": predicts_rotated_boxes(cfg),
+        }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map an image's dictionary in the same way as `DatasetMapper`.
@@ -98,7 +112,7 @@ class CheckedDatasetMapper(DatasetMapper):
         sem_seg = None
         if "sem_seg_file_name" in dataset_dict:
             path = dataset_dict.pop("sem_seg_file_name")
-            sem_seg = detection_utils.read_image(path, "L").squeeze(2)
+            sem_seg = read_labels(path, image.shape[:2], self.labels)
 
         aug_input = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(aug_input)
@@ -116,6 +130,34 @@ class CheckedDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image_shape)
         return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        if not self.rotated:
+            self._check_keypoints(dataset_dict)
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        annotations = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        for annotation in annotations:
+            box = _rotated_box(annotation)
+            annotation["bbox"] = transforms.apply_rotated_box(np.array([box]))[0]
+        instances = detection_utils.annotations_to_instances_rotated(annotations, image_shape)
+        dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
+
+    def _check_keypoints(self, dataset_dict: dict) -> None:
+        """Add invisible keypoints to objects without keypoints, and check the number of others."""
+        if not self.use_keypoint or self.keypoint_hflip_indices is None:
+            return
+        length = 3 * len(self.keypoint_hflip_indices)
+        for annotation in dataset_dict["annotations"]:
+            annotation["keypoints"] = annotation.get("keypoints") or [0.0] * length
+            if len(annotation["keypoints"]) != length:
+                raise UserError(
+                    f"{self._describe(dataset_dict)} has an object with "
+                    f"{len(annotation['keypoints'])} keypoint values; expected {length}, three "
+                    "per keypoint of the category (x, y, visibility). Correct the annotation file."
+                )
 
     def _read(self, dataset_dict: dict) -> np.ndarray:
         path = dataset_dict["file_name"]
@@ -149,6 +191,55 @@ class CheckedDatasetMapper(DatasetMapper):
             if path.startswith(os.path.join(folder, "")):
                 known.append(f"listed in {' or '.join(json_files)}")
         return f"Image {path}" + (f" ({', '.join(known)})" if known else "")
+
+
+def _rotated_box(annotation: dict) -> list[float]:
+    box, mode = list(annotation["bbox"]), annotation["bbox_mode"]
+    if mode != BoxMode.XYWHA_ABS:
+        box = BoxMode.convert(BoxMode.convert(box, mode, BoxMode.XYWH_ABS), BoxMode.XYWH_ABS,
+                              BoxMode.XYWHA_ABS)  # fmt: skip
+    return [float(value) for value in box]
+
+
+def read_labels(
+    path: str, shape: tuple[int, int], labels: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Read the label image of a semantic segmentation.
+
+    Args:
+        path: Path of a single-channel image.
+        shape: Expected height and width.
+        labels: Number of classes, and the label to ignore; None accepts any label.
+
+    Returns:
+        The class of each pixel (H, W), uint8.
+
+    Raises:
+        UserError: If the file cannot be read, or has another size or unknown labels.
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            image: Image.Image = Image.open(file)
+            # The values of a palette image are its labels.
+            found = np.asarray(image if image.mode == "P" else image.convert("L"))
+    except Exception as error:  # decoders raise exceptions of many types for damaged files
+        raise UserError(
+            f"The label image {path} cannot be read: {_reason(path, error)}. Restore the file."
+        ) from error
+    if found.shape != tuple(shape):
+        raise UserError(
+            f"The label image {path} is {found.shape[1]}x{found.shape[0]} pixels (width x height); "
+            f"expected {shape[1]}x{shape[0]}, as its image."
+        )
+    if labels is not None:
+        count, ignored = labels
+        wrong = sorted(set(np.unique(found).tolist()) - {*range(count), ignored})
+        if wrong:
+            raise UserError(
+                f"The label image {path} contains the labels {wrong[:10]}; expected 0 to "
+                f"{count - 1} for the {count} classes, or {ignored} for pixels to ignore."
+            )
+    return found
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

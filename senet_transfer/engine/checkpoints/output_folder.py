@@ -26,6 +26,7 @@ _WRITTEN = (
     "events.out.tfevents.*",
     "nonfinite_[0-9]*_rank[0-9]*.json",
     "inference*/*/predictions.json",
+    "inference*/*/diagnostics.json",
     "inference*/*/box_proposals.pkl",
     "inference*/*/instances_predictions.pth",
     "inference*/*/*_instances_results.json",

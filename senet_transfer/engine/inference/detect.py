@@ -13,6 +13,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 
+from senet_transfer.config.architectures import PROPOSALS, predicts
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.engine.inference.annotations import (
     object_annotations,
@@ -140,7 +141,7 @@ class _Prediction:
 
 def _names(cfg: CfgNode) -> tuple[list[str], list[str]]:
     """Return the class names of a model's objects and of its semantic segmentation."""
-    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+    if predicts(cfg) == {PROPOSALS}:
         return ["object"], []
     return list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.STUFF_CLASSES)
 

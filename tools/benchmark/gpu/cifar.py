@@ -25,7 +25,7 @@ BATCH = 128
 # The engine writes metrics in every 20th step, so that a call of 20 steps contains one write.
 STEPS = 20
 # The settings that the engine selects on a GPU.
-_AUTO = dict.fromkeys(
+AUTO = dict.fromkeys(
     ("SOLVER.AMP.ENABLED", "SOLVER.TF32", "MODEL.CLASSIFIER.CHANNELS_LAST", "CUDNN_BENCHMARK"),
     "auto",
 )
@@ -52,7 +52,7 @@ def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dic
                 batch_size=settings.sized(BATCH, 4),
                 device=settings.device,
                 steps=settings.sized(STEPS, 2),
-                keys={**_AUTO, "SOLVER.COMPILE": mode},
+                keys={**AUTO, "SOLVER.COMPILE": mode},
             )
             steps[name], _ = stack.enter_context(loop)
         yield steps

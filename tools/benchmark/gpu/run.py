@@ -49,6 +49,7 @@ PARTS = {
     "cifar-graph": Part("cifar", "measure_graph", 45),
     "backbone": Part("detection", "measure_backbone", 40),
     "inference": Part("inference", "measure_inference", 40),
+    "images": Part("images", "measure_images", 40),
     "compiled": Part("classifier", "measure_compiled", 110),
     "cifar-eager": Part("cifar", "measure_eager", 30),
     "cifar-compiled": Part("cifar", "measure_compiled", 120),
