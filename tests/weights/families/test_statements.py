@@ -191,7 +191,7 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match="stem_pool"):
         convert_file(str(path), tmp_path / "tv.pth", to="torchvision")
 
-    # Without its statement, the file can't be told from a ResNet-18: the name of the model counts.
+    # Without its statement, the file could be a ResNet-18: the name of the model counts.
     torch.save(state, path)
     close(create_classifier(name, 365, weights=path).eval()(_IMAGES), expected)
     assert "CSAIL's wideresnet18" in examine(path).lookalikes
