@@ -64,11 +64,24 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
         for key, value in zip(options[::2], options[1::2], strict=True):
             _check_list("the command line", key, config_value(cfg, key), value)
+        _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
         with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
         _keep(cfg, set(options[::2]))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+
+
+def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
+    """Reset the keys that choose a part of a weight file if the options set another file.
+
+    For example, the config.yaml of a run names a file with several networks, and the options name
+    the run's checkpoint.
+    """
+    if cfg.MODEL.WEIGHTS and options.get("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) != cfg.MODEL.WEIGHTS:
+        default = get_senet_config()
+        for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
+            cfg.MODEL[key] = default.MODEL[key]
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:

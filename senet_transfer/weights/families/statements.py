@@ -193,7 +193,11 @@ def _mm_pixels(text: str) -> Preprocessing | None:
             return None
         values[key] = tuple(map(float, numbers))
     order = re.search(r"\b(?:to_rgb|bgr_to_rgb)=\s*(True|False)", text)
-    if order is None or 0.0 in values["std"]:
+    if (
+        order is None
+        or not all(abs(v) < 1000 for v in values["mean"])
+        or not all(0 < v < 1000 for v in values["std"])
+    ):
         return None
     mean, std = values["mean"], values["std"]
     return Preprocessing(

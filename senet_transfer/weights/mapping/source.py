@@ -333,8 +333,8 @@ def _head(
     tensor at most in its number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
     """
     own = {_start(name) for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)}
-    beside = set(outside)
-    return tuple(name for name in unknown if name in beside or _start(name) not in own)
+    surrounding = set(outside)
+    return tuple(name for name in unknown if name in surrounding or _start(name) not in own)
 
 
 def _start(name: str) -> str:
