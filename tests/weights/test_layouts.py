@@ -340,9 +340,7 @@ def test_a_sharded_model_loads_from_its_index(tmp_path):
     _assert_is(peer, index)
     with pytest.raises(UserError, match=r"one of the 2 files.*model\.safetensors\.index\.json"):
         _logits(tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(
-        UserError, match=r"Hugging Face model folder.*safetensors\.index\.json"
-    ):
+    with pytest.raises(UserError, match=r"Hugging Face model folder.*safetensors\.index\.json"):
         _logits(tmp_path)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     whole = safetensors.torch.load_file(shard)
