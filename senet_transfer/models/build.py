@@ -34,7 +34,7 @@ _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 @contextlib.contextmanager
 def weights_follow() -> Iterator[None]:
-    """Build models inside the context without the warning that their weights must be loaded."""
+    """Suppress, in this context, the warning that a model's weights must be loaded."""
     token = _weights_follow.set(True)
     try:
         yield
@@ -175,6 +175,12 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 
 
 def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
+    if getattr(backbone.stem, "pool", "") == "none":
+        raise UserError(
+            f"MODEL.BACKBONE.ARCH is {cfg.MODEL.BACKBONE.ARCH}, which is for classification only: "
+            "without a max pool in the stem, its feature maps have strides 2 to 16, but those of "
+            "an FPN have strides 4 to 32. Use resnet18."
+        )
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(
             "MODEL.BACKBONE.PADDING is 'valid'; expected 'same' or empty for an FPN. An FPN adds "

@@ -5,11 +5,18 @@ import re
 import pytest
 import safetensors.torch
 import torch
+from detectron2.modeling import build_model
 
-from senet_transfer import UserError, create_backbone, create_classifier
+from senet_transfer import UserError, apply_file_geometry, create_backbone, create_classifier
+from senet_transfer.config.load import load_config
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
+from senet_transfer.export.conversion import convert_file
+from senet_transfer.weights.choice import config_choice
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights import layouts
+from tests.weights.detectors import config
 from tests.weights.layouts import FLAT_WRITERS, WIDTH, prefixed, tiny, write_shards
+from tests.weights.peers import peer
 
 _SIZE = {"stem_out_channels": WIDTH, "res2_out_channels": WIDTH}
 _IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -46,6 +53,7 @@ _PREFIXES = [
 
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
 @pytest.mark.parametrize("prefix", _PREFIXES)
+@pytest.mark.long
 def test_a_network_behind_a_prefix_loads_in_every_format(prefix, kind, tmp_path):
     FLAT_WRITERS[kind](prefixed(prefix, (peer := tiny()).state_dict()), tmp_path / "a")
     _assert_is(peer, tmp_path / "a")
@@ -129,6 +137,7 @@ def test_mmengine_s_checkpoints(tmp_path):
     _assert_is(peer, tmp_path / "epoch_3.pth")
 
 
+@pytest.mark.long
 def test_moco_s_checkpoints(tmp_path):
     query, key = tiny(1, classes=32), tiny(2, classes=32)
     path = tmp_path / "checkpoint_0003.pth.tar"
@@ -145,6 +154,26 @@ def test_moco_s_checkpoints(tmp_path):
     _assert_backbone_is(query, path, prefix="encoder_q.", head="ignore")
 
 
+@pytest.mark.long
+def test_a_detector_starts_from_one_network_of_a_file_by_its_config(tmp_path):
+    state = {}
+    for start, seed in (("encoder_q.", 1), ("encoder_k.", 2)):
+        network = peer("torchvision", "resnet18", seed)
+        network.fc = torch.nn.Sequential(torch.nn.Linear(512, 8), torch.nn.ReLU())
+        state |= prefixed(f"module.{start}", network.state_dict())
+    torch.save({"arch": "resnet18", "state_dict": state}, path := tmp_path / "moco.pth.tar")
+    cfg = config("resnet18")
+    cfg.MODEL.WEIGHTS = str(path)
+    with pytest.raises(UserError, match="WEIGHTS_PREFIX"):
+        apply_file_geometry(cfg)
+    cfg.MODEL.WEIGHTS_PREFIX, cfg.MODEL.WEIGHTS_HEAD = "encoder_k.", "ignore"
+    apply_file_geometry(cfg)
+    model = build_model(cfg)
+    Checkpointer(model, choice=config_choice(cfg)).load(cfg.MODEL.WEIGHTS, [])
+    loaded = model.state_dict()["backbone.bottom_up.res5.0.conv1.weight"]
+    assert torch.equal(loaded, state["module.encoder_k.layer4.0.conv1.weight"])
+
+
 def test_dino_s_checkpoints(tmp_path):
     student, teacher = tiny(1), tiny(2)
     path = tmp_path / "checkpoint.pth"
@@ -156,6 +185,36 @@ def test_dino_s_checkpoints(tmp_path):
     _assert_backbone_is(teacher, path, prefix="teacher", head="ignore")
     _assert_backbone_is(student, path, prefix="student.", head="ignore")
     _assert_backbone_is(teacher, path, prefix="teacher.backbone.")
+
+
+def test_solo_learn_s_checkpoints_have_a_second_backbone(tmp_path):
+    online, target = tiny(1), tiny(2)
+    state = prefixed("backbone.", online.state_dict())
+    state |= prefixed("momentum_backbone.", target.state_dict())
+    state |= {"projector.0.weight": torch.ones(4, 64), "classifier.weight": torch.ones(5, 64)}
+    torch.save(layouts.lightning(state), path := tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"backbone\., momentum_backbone\."):
+        create_backbone("resnet18", weights=path, head="ignore", **_SIZE)
+    _assert_backbone_is(target, path, prefix="momentum_backbone.")
+
+
+def test_a_backbone_of_a_detector_of_torchvision(tmp_path):
+    state = prefixed("backbone.body.", (peer := tiny()).state_dict())
+    state |= {"backbone.fpn.inner_blocks.0.0.weight": torch.ones(4, 64, 1, 1)}
+    state |= {"rpn.head.conv.0.0.weight": torch.ones(4, 4, 3, 3)}
+    torch.save({"model": state}, path := tmp_path / "model.pth")
+    with pytest.raises(UserError, match="head='ignore'"):
+        create_backbone("resnet18", weights=path, **_SIZE)
+    _assert_backbone_is(peer, path, head="ignore")
+
+
+@pytest.mark.long
+def test_one_network_of_a_file_can_be_converted(tmp_path):
+    torch.save(layouts.moco(query := tiny(1), tiny(2)), path := tmp_path / "moco.pth.tar")
+    with pytest.raises(UserError, match=r"encoder_q\., encoder_k\."):
+        convert_file(str(path), tmp_path / "own.pth")
+    convert_file(str(path), tmp_path / "own.pth", prefix="encoder_q.", check=True)
+    _assert_backbone_is(query, tmp_path / "own.pth")
 
 
 def test_swav_s_checkpoints(tmp_path):
@@ -186,6 +245,7 @@ def test_a_part_of_the_backbone_is_never_ignored_as_a_head(head, tmp_path):
 # Averaged weights.
 
 
+@pytest.mark.long
 def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
     plain, ema = tiny(1), tiny(2)
     content = {
@@ -193,7 +253,7 @@ def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
         "torchvision": (layouts.torchvision_references(plain, ema), plain),
         "mmengine": (layouts.mmengine(plain.state_dict(), ema.state_dict()), ema),
         "basicsr": ({"params": plain.state_dict(), "params_ema": ema.state_dict()}, plain),
-        "beside": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
+        "next to": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
         "ema_state_dict": (
             {"model": plain.state_dict(), "ema_state_dict": ema.state_dict(), "epoch": 3},
             plain,
@@ -280,7 +340,7 @@ def test_a_sharded_model_loads_from_its_index(tmp_path):
     _assert_is(peer, index)
     with pytest.raises(UserError, match=r"one of the 2 files.*model\.safetensors\.index\.json"):
         _logits(tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"folder of Hugging Face.*model\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"Hugging Face model folder.*safetensors\.index\.json"):
         _logits(tmp_path)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     whole = safetensors.torch.load_file(shard)
@@ -337,8 +397,5 @@ def test_a_folder_is_named_for_what_it_is(files, words, tmp_path):
 
 
 def _from_config(path, *options):
-    from senet_transfer import apply_file_geometry
-    from senet_transfer.config.load import load_config
-
     cfg = load_config("", ["MODEL.BACKBONE.ARCH", "resnet18", "MODEL.WEIGHTS", str(path), *options])
     return apply_file_geometry(cfg)

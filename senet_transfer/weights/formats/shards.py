@@ -1,4 +1,4 @@
-"""Files of a sharded model, which an index lists, as written by huggingface_hub."""
+"""Files of a sharded model that are listed in an index, as written by huggingface_hub."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of, shown
 
-_MAX_INDEX = 2**26
+_MAX_INDEX = 2**24
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 

@@ -258,7 +258,7 @@ def _reject_model_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the entries of several networks next to each other, without what is beside them."""
+    """Return the entries of several networks next to each other, without what is next to them."""
     if _has_direct_tensors(tree):
         return None
     found = {key: tree[key] for key in _candidates(tree)}

@@ -64,17 +64,21 @@ def _networks(
     if _own(tensors, {}):
         yield prefix
         return
+    skipped = ""
     if family := _family(tensors, metadata):
         inner = _below(tensors, _BACKBONE)
         other = _family(inner, metadata) if _unknown(family, tensors) else None
-        yield prefix + _BACKBONE if other and not _unknown(other, inner) else prefix
-        return
+        if other is None or _unknown(other, inner):
+            yield prefix
+            return
+        yield prefix + _BACKBONE
+        skipped = _BACKBONE
     if depth == _MAX_DEPTH:
         return
     children: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         start, dot, rest = name.partition(".")
-        if dot:
+        if dot and start + dot != skipped:
             children.setdefault(start + dot, {})[rest] = tensor
     for start, inside in children.items():
         yield from _networks(inside, metadata, prefix + start, depth + 1)

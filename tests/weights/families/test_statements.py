@@ -18,6 +18,7 @@ from senet_transfer import (
 )
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.model_from import find_model
+from senet_transfer.export.conversion import convert_file
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.statements import statements_of
@@ -30,8 +31,8 @@ _SIZE = {"stem_out_channels": WIDTH, "res2_out_channels": WIDTH}
 _IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def _write(path: Path, **beside: object) -> Path:
-    torch.save({"state_dict": tiny().state_dict(), **beside}, path)
+def _write(path: Path, **extras: object) -> Path:
+    torch.save({"state_dict": tiny().state_dict(), **extras}, path)
     return path
 
 
@@ -39,7 +40,7 @@ def _write(path: Path, **beside: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "extras",
     [
         {"arch": "resnetblur18"},
         {"arch": "resnet50"},
@@ -58,13 +59,13 @@ def _write(path: Path, **beside: object) -> Path:
         {"meta": {"cfg": "backbone=dict(type='ResNet', depth=18, dilations=(1, 1, 2, 4)), neck="}},
     ],
 )
-def test_a_statement_that_contradicts_the_tensors_is_an_error(beside, tmp_path):
+def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
     with pytest.raises(UserError, match="its (entry|config)"):
-        create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **beside), **_SIZE)
+        create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **extras), **_SIZE)
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "extras",
     [
         *({"arch": "resnet18"}, {"arch": "resnet18.a1_in1k"}, {"arch": "tv_resnet18"}),
         *(
@@ -77,8 +78,8 @@ def test_a_statement_that_contradicts_the_tensors_is_an_error(beside, tmp_path):
         {"meta": {"cfg": "backbone=dict(depth=18, strides=(1, 2, 2, 2), style='pytorch')"}},
     ],
 )
-def test_a_statement_that_agrees_or_says_nothing_is_accepted(beside, tmp_path):
-    path = _write(tmp_path / "a.pth", **beside)
+def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
+    path = _write(tmp_path / "a.pth", **extras)
     model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
@@ -184,7 +185,13 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match=f"contains {name}"):
         create_classifier("resnet18", 365, weights=tmp_path / "own.pth")
 
-    # Without its statement, the file can't be told from a ResNet-18: the name of the model counts.
+    convert_file(str(path), tmp_path / "converted.safetensors", check=True)
+    converted = create_classifier(name, 365, weights=tmp_path / "converted.safetensors").eval()
+    close(converted(_IMAGES), expected)
+    with pytest.raises(UserError, match="stem_pool"):
+        convert_file(str(path), tmp_path / "tv.pth", to="torchvision")
+
+    # Without its statement, the file could be a ResNet-18: the name of the model counts.
     torch.save(state, path)
     close(create_classifier(name, 365, weights=path).eval()(_IMAGES), expected)
     assert "CSAIL's wideresnet18" in examine(path).lookalikes
@@ -202,6 +209,16 @@ def _config(tmp_path, path, yaml="", *options):
     return load_config(
         str(file), ["MODEL.BACKBONE.ARCH", "se_resnet18", "MODEL.WEIGHTS", str(path), *options]
     )
+
+
+def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_path):
+    text = "MODEL: {WEIGHTS: a.pth, WEIGHTS_PREFIX: encoder_q., WEIGHTS_HEAD: ignore}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    path = str(tmp_path / "config.yaml")
+    same = load_config(path, ["MODEL.WEIGHTS", "a.pth"]).MODEL
+    assert (same.WEIGHTS_PREFIX, same.WEIGHTS_HEAD) == ("encoder_q.", "ignore")
+    other = load_config(path, ["MODEL.WEIGHTS", "b.pth", "MODEL.WEIGHTS_PREFIX", "x"]).MODEL
+    assert (other.WEIGHTS_PREFIX, other.WEIGHTS_HEAD) == ("x", "strict")
 
 
 def _legacy(path):
