@@ -26,9 +26,17 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", read(document), re.S)
 
 
-def rows(document: str) -> list[list[str]]:
-    """Return the cells of all table rows in a document, without the separator rows."""
-    lines = [line for line in read(document).splitlines() if line.startswith("| ")]
+def rows(document: str, table: str = "") -> list[list[str]]:
+    """Return the cells of all table rows in a document, without the separator rows.
+
+    Args:
+        document: Path of the document.
+        table: The start of a table's header, to return the rows of this table only.
+    """
+    text = read(document)
+    if table:
+        text = table + text.partition(table)[2].partition("\n\n")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -106,7 +114,7 @@ def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial
 
 
 def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
-    _, *families = rows("docs/weights.md")
+    _, *families = rows("docs/weights.md", "| family |")
     assert {row[0].strip("`") for row in families} == set(FAMILIES)
     for family, _, name in families:
         if found := re.match(r"`([^`]+)`", name):

@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check that both files' networks give the same outputs",
     )
+    parser.add_argument(
+        "--backbone", action="store_true", help="leave out a classifier or a detector's heads"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--quiet", action="store_true", help="print only warnings")
     return parser
@@ -71,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
     setup_logger(name="senet_transfer").setLevel(logging.WARNING if args.quiet else logging.INFO)
     options = {"to": args.to, "family": args.family, "force": args.force, "check": args.check}
+    options["backbone_only"] = args.backbone
     ema = {"auto": None, "true": True, "false": False}[args.ema]
     with no_bars(args.quiet):
         comparison = convert_file(

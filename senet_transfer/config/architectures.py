@@ -1,4 +1,4 @@
-"""What Detectron2's meta-architectures predict, as their configs describe it."""
+"""Predictions of Detectron2's meta-architectures, according to their configs."""
 
 from detectron2.config import CfgNode
 

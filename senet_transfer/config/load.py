@@ -1,5 +1,6 @@
 """Loading of configs from files, built-in config names and command-line options."""
 
+import ast
 import contextlib
 import difflib
 import os
@@ -61,6 +62,8 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
+        for key, value in zip(options[::2], options[1::2], strict=True):
+            _check_list("the command line", key, config_value(cfg, key), value)
         _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
         with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
@@ -82,7 +85,7 @@ def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
-    """Add the keys that a weight file would change to ``MODEL.WEIGHTS_KEEP`` if they are stated."""
+    """Add keys that the user sets, and a weight file would change, to ``MODEL.WEIGHTS_KEEP``."""
     known = {*cfg.MODEL.WEIGHTS_KEEP, *stated}
     cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in known]
 
@@ -91,7 +94,7 @@ def _stated_keys(path: str) -> set[str]:
     """Return the keys that a user's config file and its own ``_BASE_`` files set.
 
     The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
-    a run, which contains all keys, do not count as the user's statements.
+    a run, which contains all keys, do not count as set by the user.
     """
     own_base = os.path.realpath(str(resources.files("senet_transfer").joinpath("configs", "base")))
     if os.path.dirname(os.path.realpath(path)) == own_base or "://" in path:
@@ -238,6 +241,9 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     Raises:
         UserError: If a key does not exist.
     """
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        # Reading errors are reported below.
+        _check_lists(path, cfg, cfg.load_yaml_with_base(path))
     try:
         # By default, Detectron2 falls back to an unsafe YAML loader, which runs code in YAML tags.
         cfg.merge_from_file(path, allow_unsafe=False)
@@ -246,6 +252,33 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         if unknown is None:
             raise
         raise UserError(f"In {path}: {_explain_unknown(cfg, unknown)}") from error
+
+
+def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> None:
+    """Raise a UserError if a key in a file's contents is text although its default is a list."""
+    for key, value in content.items():
+        if key not in cfg:
+            continue
+        if isinstance(value, dict) and isinstance(cfg[key], CfgNode):
+            _check_lists(source, cfg[key], value, f"{prefix}{key}.")
+        else:
+            _check_list(source, f"{prefix}{key}", cfg[key], value)
+
+
+def _check_list(source: str, key: str, default: Any, value: Any) -> None:
+    """Raise a UserError if a value is text although the key's default is a list.
+
+    In Python, parentheses without a comma are not a tuple: ``('my_train')`` is text.
+    """
+    if not isinstance(default, list | tuple) or not isinstance(value, str):
+        return
+    with contextlib.suppress(ValueError, SyntaxError):  # raised for text without quotes
+        value = ast.literal_eval(value)
+    if isinstance(value, str):
+        raise UserError(
+            f"In {source}: {key} is the text {value!r}; expected a list. A list of one element "
+            f"needs square brackets or a comma: \"['{value}']\" or \"('{value}',)\"."
+        )
 
 
 def _unknown_keys(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
-import cv2
 import torch
 
 from senet_transfer.errors import UserError
@@ -67,7 +66,6 @@ def init_worker(_worker: int) -> None:
     it.
     """
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     # Workers inherit the wakeup file descriptor, but their signals must not wake the main process.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,6 +10,7 @@ from torch import nn
 
 from senet_transfer.config import META_ARCHITECTURE, get_senet_config
 from senet_transfer.config.load import load_config, merge_options
+from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
 from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
 from senet_transfer.engine.numerics import set_memory_format
@@ -102,6 +103,7 @@ class ModelSource:
         cfg.defrost()
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
+        check_input(cfg)
         if source is None:
             return LoadedModel(set_memory_format(cfg, build_model(cfg)).eval(), cfg)
         apply_file_geometry(cfg, source)

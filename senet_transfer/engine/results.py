@@ -31,7 +31,7 @@ def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
     With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``. The
-    diagnostics are left out.
+    diagnostics are excluded.
     """
     found: dict[str, float] = {}
     for name, value in results.items():

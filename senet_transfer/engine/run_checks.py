@@ -15,7 +15,7 @@ from detectron2.modeling import (
 from detectron2.utils import comm
 
 from senet_transfer.config import config_items, is_classification
-from senet_transfer.config.validation import check_ranges
+from senet_transfer.config.validation import check_input, check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
@@ -52,6 +52,8 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     _check_norms(cfg)
     if not eval_only:
         _check_numbers(cfg)
+    check_input(cfg)
+    _check_anchors(cfg)
     check_augmentation(cfg)
     _check_padding(cfg)
     if not eval_only:
@@ -96,6 +98,35 @@ def _check_names(cfg: CfgNode) -> None:
                 "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which always builds a res5 stage without "
                 "SE blocks, but the backbone has SE blocks. Set MODEL.ROI_HEADS.NAME to "
                 "SENetRes5ROIHeads."
+            )
+
+
+def _check_anchors(cfg: CfgNode) -> None:
+    """Raise a UserError if the anchors' sizes or aspect ratios are not nested as Detectron2 needs.
+
+    Detectron2 accepts one list of numbers for all feature maps, or a list with one list per feature
+    map (or only one) inside.
+    """
+    anchors, features = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.RPN.IN_FEATURES
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        features = cfg.MODEL.RETINANET.IN_FEATURES
+    elif cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "ProposalNetwork", "PanopticFPN"):
+        return
+    for leaf in ("SIZES", "ASPECT_RATIOS"):
+        key, value = f"MODEL.ANCHOR_GENERATOR.{leaf}", anchors[leaf]
+        rows = value if any(isinstance(part, list | tuple) for part in value) else [value]
+        numbers = [part for row in rows for part in (row if isinstance(row, list | tuple) else ())]
+        nested = all(isinstance(row, list | tuple) and row for row in rows)
+        if not nested or any(not isinstance(n, int | float) or n <= 0 for n in numbers):
+            raise UserError(
+                f"{key} is {value}; expected positive numbers in one list for all feature maps, "
+                f"[32, 64], or in one list per feature map, [[32], [64], ...]."
+            )
+        if len(rows) not in (1, len(features)):
+            raise UserError(
+                f"{key} has {len(rows)} inner lists, but anchors are placed on {len(features)} "
+                f"feature maps ({', '.join(features)}). Expected one inner list for all feature "
+                "maps, or one for each."
             )
 
 

@@ -14,7 +14,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -35,6 +34,7 @@ from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
 from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -43,6 +43,7 @@ from senet_transfer.evaluation.evaluators import evaluator_kinds, other_evaluato
 from senet_transfer.evaluation.validation_loss import validation_losses
 from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
+from senet_transfer.utils.text import folder_name
 from senet_transfer.weights.choice import config_choice
 
 # Number of values to keep per metric for smoothing.
@@ -243,13 +244,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
-        """Return the source of graphs of the training step, or None for eager steps."""
+        """Return the source of graphs for the training step, or None for eager steps."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
 
     @classmethod
     def capture_backbone(cls, backbone: nn.Module) -> None:
-        """Replace the forward pass of a detector's backbone by one that is captured."""
+        """Replace the forward pass of a detector's backbone with a captured one."""
         CapturedBackbone(backbone)
 
     @classmethod
@@ -312,7 +313,7 @@ class Trainer(DefaultTrainer):
             return ClassificationEvaluator(
                 dataset.num_classes, len(dataset), with_loss=cfg.TEST.LOSS, output_dir=output_dir
             )
-        output_dir = os.path.join(cfg.OUTPUT_DIR, folder, dataset_name)
+        output_dir = os.path.join(cfg.OUTPUT_DIR, folder, folder_name(dataset_name))
         kinds = evaluator_kinds(cfg, dataset_name)
         found = [
             cls._coco_evaluator(cfg, dataset_name, output_dir)
@@ -393,7 +394,7 @@ class Trainer(DefaultTrainer):
         ]
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        results = cls.test(cfg, with_augmentation(cfg, model), evaluators)
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase]:

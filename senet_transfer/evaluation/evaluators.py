@@ -31,7 +31,7 @@ from senet_transfer.config.architectures import (
 )
 from senet_transfer.errors import UserError
 
-# What each kind of evaluator evaluates.
+# The predictions that each kind of evaluator evaluates.
 _EVALUATED = {
     "coco": {OBJECTS, PROPOSALS},
     "rotated": {OBJECTS, PROPOSALS},
@@ -56,7 +56,7 @@ _KINDS = {
     "cityscapes_sem_seg": ("cityscapes_sem_seg",),
 }
 
-# The package that a kind of evaluator imports, and what installs it.
+# The package that a kind of evaluator imports, and the command to install it.
 _PACKAGES = {
     "lvis": ("lvis", "pip install --no-deps lvis"),
     "panoptic": (
@@ -106,7 +106,7 @@ def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
 
 
 def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
-    """Check before a run that its data sets can be read and its predictions can be evaluated.
+    """Check before a run that its data sets can be read and its predictions evaluated.
 
     Args:
         cfg: The run's config.
@@ -115,10 +115,10 @@ def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
 
     Raises:
         UserError: If there is no evaluator for a data set, if its package is not installed, or if
-            the data set lacks metadata that the evaluator needs.
+            metadata that the evaluator needs is missing.
     """
     for name in train:
-        # Detectron2 also reads these annotations with the package.
+        # Detectron2 also reads these annotations with this package.
         if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
             _check_package("lvis", name)
     for name in test:
@@ -151,7 +151,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
         output_dir: The folder for the predictions.
     """
     if kind == "rotated":
-        # A cached file from an earlier run may describe different data.
+        # A file cached by an earlier run may describe different data.
         return RotatedCOCOEvaluator(name, output_dir=output_dir, allow_cached_coco=False)
     if kind == "sem_seg":
         return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=_read_labels)

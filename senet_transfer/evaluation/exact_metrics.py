@@ -1,13 +1,12 @@
-"""COCO metrics of faster-coco-eval, corrected to equal those of pycocotools to the last bit."""
+"""COCO metrics of faster-coco-eval, corrected to be bitwise identical to those of pycocotools."""
 
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-# The precision of pycocotools after one detection, which is correct: it divides by the number of
-# detections plus the smallest difference of doubles around 1. The sum equals the number for all
-# numbers except 1.
+# pycocotools' precision after a single, correct detection. pycocotools divides by the number of
+# detections plus the machine epsilon; the sum equals the number for all numbers except 1.
 _FIRST = 1 / (1 + np.spacing(1))
 
 
@@ -22,10 +21,10 @@ def recalls_of_two(counts: np.ndarray) -> np.ndarray:
 
 
 class ExactCOCOeval(COCOeval_faster):
-    """Metrics in C++ whose every bit is that of pycocotools.
+    """Metrics in C++ that are bitwise identical to those of pycocotools.
 
     faster-coco-eval differs in the last bit of a precision of 1 that is based on one detection, and
-    leaves out classes without objects in the evaluation of keypoints.
+    ignores classes without objects in the evaluation of keypoints.
     """
 
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):
@@ -62,7 +61,7 @@ class ExactCOCOeval(COCOeval_faster):
         self.eval["counts"][1] = len(usual)
 
     def _count_objects(self) -> np.ndarray:
-        """Return the number of objects that have to be found, by class and area range."""
+        """Return the number of objects to detect, by class and area range."""
         p = self.params
         items = self.cocoGt.loadAnns(self.cocoGt.getAnnIds(imgIds=p.imgIds, catIds=p.catIds))
         counted = [

@@ -57,6 +57,7 @@ def convert_file(
     family: str | None = None,
     force: bool = False,
     check: bool = False,
+    backbone_only: bool = False,
     **choice: Unpack[Choice],
 ) -> FileDifference | None:
     """Convert a weight file of any family to the format of this project or another project.
@@ -69,6 +70,8 @@ def convert_file(
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
         check: If True, compare the outputs of both files' networks.
+        backbone_only: If True, leave out the tensors of the classifier or of the detector's parts
+            outside the backbone.
         choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.
 
     Returns:
@@ -87,6 +90,8 @@ def convert_file(
     path, family = local_weights(weights, family)
     logger.info("Reading %s (%s)", path, _size(path))
     source = examine(path, family, **choice)
+    if backbone_only:
+        source = source.backbone_only()
     _check_complete(source)
     logger.info("Detected as %s%s", source.detected_as, _network(source))
     for note in write_converted(source, out, to):

@@ -1,8 +1,8 @@
 """Operators for rotated boxes in PyTorch, for builds of Detectron2 without compiled operators.
 
-Detectron2 implements them in C++ and CUDA. A build of another Python version, for example, does not
-contain them, and its rotated heads would then fail in the first step. These operators have the same
-names, arguments and results, but take more time and memory.
+Detectron2 implements them in C++ and CUDA. If its compiled extension is missing, for example for a
+new Python version, its rotated heads fail in the first step. The operators in this module have the
+same names, arguments and results, but need more time and memory.
 
 A rotated box has five numbers: centre x and y, width, height, and angle in degrees,
 counterclockwise.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 _NAMESPACE = "detectron2"
-# Numbers of pairs of boxes, and of regions, that are processed at a time.
+# Numbers of box pairs and of regions that are processed at a time.
 _PAIRS, _REGIONS = 2**16, 64
-# Number of boxes among which non-maximum suppression selects at a time.
+# Number of boxes that non-maximum suppression processes at a time.
 _BLOCK = 64
 # Boxes with a smaller area have an IoU of 0, as in Detectron2.
 _LEAST_AREA = 1e-14
@@ -37,7 +37,7 @@ _SCHEMAS = {
 
 
 def define_missing_operators() -> list[str]:
-    """Register the operators that Detectron2's build lacks, and return their names.
+    """Register the operators that are missing in Detectron2's build, and return their names.
 
     Repeated calls have no effect.
     """
@@ -68,7 +68,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def _near(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Return which pairs (N, M) of rotated boxes are close enough to overlap."""
+    """Return a mask (N, M) of the pairs of rotated boxes that are close enough to overlap."""
     distance = torch.cdist(boxes1[:, :2].double(), boxes2[:, :2].double())
     radius1, radius2 = (boxes[:, 2:4].double().norm(dim=1) / 2 for boxes in (boxes1, boxes2))
     return distance < radius1[:, None] + radius2
@@ -100,7 +100,7 @@ def _corners(boxes: Tensor) -> Tensor:
 
 
 def _intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
-    """Return the area (P,) common to pairs of rectangles (P, 4, 2).
+    """Return the intersection areas (P,) of pairs of rectangles (P, 4, 2).
 
     The common area is a convex polygon. Its corners are the corners of each rectangle inside the
     other, and the intersections of their edges.
@@ -114,7 +114,7 @@ def _intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
     angle = torch.atan2(offset[..., 1], offset[..., 0]).masked_fill(~valid, math.inf)
     order = angle.argsort(1)
     offset = offset.gather(1, order[..., None].expand_as(offset))
-    # Replace the unused points, which are last, by the first: they add no area.
+    # Replace the unused points at the end with the first point, which adds no area.
     used = torch.arange(points.shape[1], device=points.device) < valid.sum(1, keepdim=True)
     offset = torch.where(used[..., None], offset, offset[:, :1])
     x, y = offset.unbind(2)
@@ -123,7 +123,7 @@ def _intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
 
 
 def _inside(points: Tensor, corners: Tensor) -> Tensor:
-    """Return which points (P, K, 2) are in a rectangle (P, 4, 2)."""
+    """Return a mask (P, K) of the points (P, K, 2) inside the rectangles (P, 4, 2)."""
     origin = corners[:, :1]
     inside = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
     for edge in (corners[:, 1:2] - origin, corners[:, 3:4] - origin):
@@ -158,7 +158,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Args:
         boxes: Rotated boxes.
         scores: Their scores (N,).
-        iou_threshold: The IoU with a better box from which a box is suppressed.
+        iou_threshold: The IoU with a higher-scoring box above which a box is suppressed.
     """
     left = scores.argsort(descending=True, stable=True)
     kept = []
@@ -175,7 +175,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _overlapping(boxes1: Tensor, boxes2: Tensor, threshold: float) -> Tensor:
-    """Return which pairs (N, M) of rotated boxes have at least an IoU."""
+    """Return a mask (N, M) of the pairs of rotated boxes whose IoU reaches a threshold."""
     area1, area2 = boxes1[:, 2:4].prod(1)[:, None], boxes2[:, 2:4].prod(1)
     # The IoU is at most the ratio of the areas.
     possible = torch.minimum(area1, area2) >= 0.999 * threshold * torch.maximum(area1, area2)
@@ -199,7 +199,7 @@ def roi_align_rotated(
 
     Args:
         input: Feature maps (N, C, H, W).
-        rois: Regions (K, 6): the index of the image, and a rotated box.
+        rois: Regions (K, 6): an image index and a rotated box.
         spatial_scale: The size of the feature maps relative to that of the boxes.
         pooled_height: The number of rows of bins.
         pooled_width: The number of columns of bins.

@@ -200,7 +200,8 @@ def build_backbone(
         norm=norm,
         **overrides,
     )
-    backbone.preprocessing = entry.preprocessing
+    pixels = entry.preprocessing
+    backbone.preprocessing = pixels.grey() if overrides.get("in_channels") == 1 else pixels
     set_fused(backbone, fused)
     return backbone
 
@@ -296,7 +297,7 @@ def examine_weights(
 
 
 def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the options of a model that take precedence over a guess from a file's tensor names.
+    """Return the options that take precedence over values inferred from a file's tensor names.
 
     Args:
         entry: Registered model.
@@ -326,6 +327,8 @@ def _with_file_options(
         )
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
     stated = {key: value for key, value in source.options().items() if key in known}
+    if source.preprocessing and len(source.preprocessing.mean) == 1:
+        stated["in_channels"] = 1
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

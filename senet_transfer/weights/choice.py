@@ -1,4 +1,4 @@
-"""Choice of the network and of the tensors to take from a weight file."""
+"""Selection of the network and the tensors to load from a weight file."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -13,13 +13,13 @@ HEADS = ("strict", "ignore")
 
 
 class Choice(TypedDict, total=False):
-    """Keyword arguments that choose a network in a file; see :func:`senet_transfer.load_weights`.
+    """Keyword arguments that select a network in a file; see :func:`senet_transfer.load_weights`.
 
     Attributes:
         prefix: Prefix of the network's tensor names. None expects a single network.
-        ema: Whether to take the averaged weights; None or "auto" follows the file's project.
+        ema: Whether to load the averaged weights; None or "auto" follows the file's project.
         head: "strict" or "ignore".
-        stated: Names and values of the geometry and preprocessing that the user has stated.
+        stated: Geometry and preprocessing set by the user, by field name.
     """
 
     prefix: str | None
@@ -40,12 +40,12 @@ FILE_OPTIONS = {
 
 
 def kept_keys(cfg: CfgNode) -> tuple[str, ...]:
-    """Return the config keys whose values are kept if the weight file does not state others."""
+    """Return the config keys whose values are kept unless the weight file contradicts them."""
     return FILE_KEYS if cfg.MODEL.WEIGHTS_PIN else tuple(cfg.MODEL.WEIGHTS_KEEP)
 
 
 def stated_values(cfg: CfgNode) -> tuple[tuple[str, Any], ...]:
-    """Return the geometry and preprocessing that the config keeps, by their field names."""
+    """Return the geometry and preprocessing that the config keeps, by field name."""
     if cfg.MODEL.BACKBONE.ARCH == WIDE_RESNET:
         return (*_kept_values(cfg), ("stem_pool", "none"))
     return tuple(_kept_values(cfg))

@@ -98,7 +98,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
 
     Call this before building the model. The keys describe the stride placement, the stem pool, the
     channel order, the mean and std, and the SE layers (biases, rounding of the hidden widths, ReLU
-    before the gate). Changes are logged as a table. Keys that the user has stated
+    before the gate). Changes are logged as a table. Keys that the user has set
     (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are not changed.
 
     Args:
@@ -130,7 +130,7 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     if kept := [change for change in changes if change.key in kept_keys(cfg)]:
         lines = "\n".join(f"  {c.key}: {c.before}, but {c.after} in the file" for c in kept)
         raise UserError(
-            f"Your config states values that contradict {source.path}, detected as "
+            f"Your config sets values that contradict {source.path}, detected as "
             f"{source.detected_as}, which was trained with other values:\n{lines}\nRemove these "
             "keys from your config and options, or use different weights."
         )
@@ -154,7 +154,8 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """Return the config keys that the file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
-        wanted["INPUT.FORMAT"] = source.preprocessing.format
+        # Grey images are given to a network for colour images as three equal channels.
+        wanted["INPUT.FORMAT"] = "L" if cfg.INPUT.FORMAT == "L" else source.preprocessing.format
         wanted["MODEL.PIXEL_MEAN"] = list(source.preprocessing.mean)
         wanted["MODEL.PIXEL_STD"] = list(source.preprocessing.std)
     arch = source.architecture

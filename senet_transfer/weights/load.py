@@ -140,10 +140,14 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     fill(target, result.filled)
     own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
-    if target.pixels():
+    if pixels := target.pixels():
         # The model was built from a config, whose resizing and cropping replace the file's.
         preprocessing = replace(
-            preprocessing, resize=own.resize, crop=own.crop, interpolation=own.interpolation
+            preprocessing,
+            format=pixels.format,
+            resize=own.resize,
+            crop=own.crop,
+            interpolation=own.interpolation,
         )
     target.backbone.preprocessing = preprocessing
     notes = list(source.notes)
@@ -202,6 +206,9 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         ("std", "MODEL.PIXEL_STD"),
     ):
         theirs, built = getattr(file, name), getattr(model, name)
+        # A network for colour images can be given grey images as three equal channels.
+        if name == "format" and built == "L":
+            continue
         if not same_pixels(theirs, built):
             found.append(
                 f"The preprocessing differs: {name} is {theirs} for the file's network and {built} "

@@ -14,7 +14,7 @@ from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
 from senet_transfer.config.load import load_config
-from senet_transfer.data.detection.coco import flip_pairs
+from senet_transfer.data.detection.coco import flip_pairs, register_coco_dataset
 from senet_transfer.data.detection.mapper import read_labels
 from senet_transfer.engine.inference.detect import predict_images
 from senet_transfer.engine.inference.inputs import load_trained
@@ -192,11 +192,10 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
     check_evaluators(cfg, (), ("drawn",))
     evaluator = Trainer.build_evaluator(cfg, "drawn")
     evaluator.reset()
+    kinds = evaluator_kinds(cfg, "drawn")
     for index, (image, output) in enumerate(zip(images, outputs, strict=True)):
-        first = MetadataCatalog.get("drawn").get("evaluator_type") == "lvis"
-        image_id = (
-            image.path.stem if "pascal_voc" in evaluator_kinds(cfg, "drawn") else index + first
-        )
+        # The ids in the annotation file start at 1, and those of records at 0.
+        image_id = image.path.stem if kinds == ["pascal_voc"] else index + (kinds != ["rotated"])
         record = {"file_name": str(image.path), "image_id": image_id, "height": 64, "width": 96}
         evaluator.process([record], [output])
     return evaluator.evaluate()
@@ -238,6 +237,23 @@ def test_perfect_predictions_have_an_ap_of_100_and_half_of_them_of_50(kind, keys
     # objects of both classes reach the recalls up to 0.5: 51 of 101.
     expected = 50 if kind == "voc" else 100 * 51 / 101
     assert half["AP50"] == pytest.approx(expected, abs=0.01)
+
+
+def test_perfect_proposals_have_a_recall_of_100_and_half_of_them_of_50(images, tmp_path):
+    json_file = drawn.coco_file(tmp_path / "drawn.json", images)
+    register_coco_dataset("drawn", json_file, images[0].path.parent)
+    keys = {"MODEL.META_ARCHITECTURE": "ProposalNetwork"}
+    for first, expected in ((0, 100), (2, 50)):
+        outputs = []
+        for index, image in enumerate(images):
+            found = Instances((64, 96))
+            # Detectron2 requires at least one proposal per image.
+            boxes = image.boxes if index >= first else [(0, 0, 1, 1)]
+            found.proposal_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+            found.objectness_logits = torch.zeros(len(boxes))
+            outputs.append({"proposals": found})
+        results = evaluate(keys, outputs, images, tmp_path)["box_proposals"]
+        assert results["AR@100"] == pytest.approx(expected)
 
 
 def test_a_semantic_segmentation_is_evaluated_as_by_hand(images, tmp_path):

@@ -91,8 +91,8 @@ def engine_loop(
             written to its folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
-        steps: Number of steps of a call. Metrics are written in the last one.
-        keys: Other config keys and their values.
+        steps: Number of steps per call. Metrics are written in the last step.
+        keys: Additional config keys and their values.
     """
     words = {**_keys(name, data_file), **(keys or {})}
     cfg = load_config("", [str(word) for item in words.items() for word in item])
@@ -108,7 +108,7 @@ def engine_loop(
         set_write_period(writer, steps)
 
     def run() -> None:
-        with trainer.storage:  # Other loops have storages of their own.
+        with trainer.storage:  # Each loop has its own event storage.
             for _ in range(steps):
                 trainer.before_step()
                 trainer.run_step()

@@ -25,8 +25,8 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
         image_format: "RGB" or "BGR".
 
     Returns:
-        The same pixels as with Pillow, uint8 `(H, W, 3)`. None for another format of the file or
-        the pixels, and for damaged files, about which Pillow decides.
+        The same pixels as with Pillow, uint8 `(H, W, 3)`. None if the file or pixel format is not
+        supported or the file is damaged; Pillow must then read the file.
     """
     if image_format not in _COLOURS or jpeg_size(data) is None:
         return None
@@ -51,8 +51,8 @@ class FastResize(T.ResizeTransform):
     """Detectron2's `ResizeTransform` that enlarges images with OpenCV.
 
     The values differ from Pillow's by at most one grey level, because both interpolate linearly.
-    Pillow resizes images that become smaller, which OpenCV does not smooth, other interpolations,
-    and images that are not uint8 `(H, W, C)`.
+    Pillow is used for images that become smaller, which OpenCV does not smooth, for other
+    interpolations, and for images that are not uint8 `(H, W, C)`.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
@@ -78,7 +78,7 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Return augmentations in which `ResizeShortestEdge` is replaced by the faster form."""
+    """Return augmentations in which `ResizeShortestEdge` is replaced by the faster class."""
     return [_fast(augmentation) for augmentation in augmentations]
 
 

@@ -1,4 +1,4 @@
-"""Comparison of the classes of a trained model with those of the data sets."""
+"""Comparison of a trained model's class names with those of the data sets."""
 
 import logging
 import os
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def config_next_to(weights: str) -> str:
-    """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
+    """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none."""
     path = os.path.join(os.path.dirname(weights), "config.yaml")
     return path if weights and os.path.isfile(path) else ""
 
 
 def trained_classes(source: Source) -> list[str]:
-    """Return the class names of the model in a weight file, in the order of its outputs.
+    """Return a weight file's class names, in the order of the model's outputs.
 
     They are read from the file or, if it was written before version 0.1, from the ``config.yaml``
     next to it.
@@ -44,9 +44,9 @@ def trained_classes(source: Source) -> list[str]:
 
 
 def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool) -> None:
-    """Compare the classes of a run's data sets with those of the model from which it starts.
+    """Compare the classes of a run's data sets with those of the model that it starts from.
 
-    If a detector's data sets have the same classes in another order, they use the model's order.
+    If a detector's data sets have the same classes in a different order, the model's order is used.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
@@ -65,8 +65,8 @@ def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, k
         cfg.DATASETS.CLASSES = model
         cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
         logger.warning(
-            "The data sets have the classes of %s in another order. The order of the weights is "
-            "used: %s.",
+            "The data sets list the classes of %s in a different order. The order of the weights "
+            "is used: %s.",
             source.path,
             first_of(model),
         )

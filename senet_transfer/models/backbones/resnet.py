@@ -190,9 +190,8 @@ def build_places365_wideresnet18(
     """Build the network of CSAIL's file ``wideresnet18_places365.pth.tar``.
 
     The network is ResNet-18 without the max pool of the stem, so that its last feature map has
-    stride 16 (14x14 for images of 224x224). Its channels are those of ResNet-18 in spite of its
-    name. Source: ``wideresnet.py`` in CSAILVision/places365. See :func:`build_resnet` for the
-    arguments.
+    stride 16 (14x14 for images of 224x224). Despite its name, it is not wider than ResNet-18.
+    Source: ``wideresnet.py`` in CSAILVision/places365. See :func:`build_resnet` for the arguments.
     """
     stages = _stages(18, 1, 64, (64, 64), se, norm, stride_in_1x1=False, res5_dilation=1)
     stem = UnpooledStem(in_channels, norm=norm)

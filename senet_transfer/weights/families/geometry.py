@@ -27,7 +27,7 @@ class Geometry:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
             the 3x3 convolution (ResNet and ResNeXt with 50 or more layers).
         stem_pool: Border handling of the stem's max pool: "pad" (padding 1) or "ceil" (no padding,
-            ceil mode). "none" is a network without this pool, which is a model of its own and not
+            ceil mode). "none" means that the network has no such pool; it is a separate model, not
             an option.
         se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
@@ -45,7 +45,7 @@ class Geometry:
 
     @property
     def has_pool(self) -> bool:
-        """Return whether the stem has a max pool, as in all networks but one."""
+        """Return whether the stem has a max pool, as in all networks except one."""
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:

@@ -4,8 +4,8 @@ Each family has a record with its detection function, its tensor names, and prop
 shapes do not determine: stride placement, stem pool, channel order, mean and std. These are taken
 from the projects' own model code and network definitions.
 
-Networks with the same tensor names and shapes that compute different outputs, such as timm's
-``resnetaa50``, are known by what a file states about itself; see :mod:`~.statements`.
+Some networks have the same tensor names and shapes but compute different outputs, such as timm's
+``resnetaa50``. They are identified by the file's own statements; see :mod:`~.statements`.
 """
 
 import re

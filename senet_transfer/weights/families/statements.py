@@ -1,8 +1,8 @@
-"""Statements of a file about its network: the name of its architecture, or a config.
+"""Statements in a file about its network: the name of its architecture, or a config.
 
 Tensor names and shapes do not determine a network. Some networks have the same tensors as a
-supported one and compute different outputs, such as timm's ``resnetaa50``. What a training script
-stored next to the tensors can tell them apart.
+supported one and compute different outputs, such as timm's ``resnetaa50``. Values that a training
+script stored next to the tensors can distinguish them.
 """
 
 import re
@@ -18,7 +18,7 @@ from senet_transfer.weights.families.geometry import Geometry
 # which run_placesCNN_unified.py uses with the file wideresnet18_places365.pth.tar.
 WIDE_RESNET = "places365_wideresnet18"
 
-# Networks with the tensors of a supported network and other outputs. Source: timm/models/resnet.py.
+# Networks with a supported network's tensors but other outputs. Source: timm/models/resnet.py.
 _LOOKALIKES = {
     "resnet18": ("timm's resnetblur18", "CSAIL's wideresnet18"),
     "resnet50": ("timm's resnetaa50", "timm's resnetblur50"),
@@ -46,7 +46,7 @@ _TEXT = 2**16
 
 @dataclass(frozen=True)
 class Statements:
-    """Statements of a file about its network.
+    """Statements in a file about its network.
 
     Attributes:
         contradiction: Sentence about a statement that contradicts the tensors or the supported
@@ -63,7 +63,7 @@ class Statements:
 
     @property
     def recorded(self) -> frozenset[str]:
-        """Return the names of the fields of the geometry and preprocessing that are stated."""
+        """Return the field names of the stated geometry and preprocessing."""
         pixels = {"format", "mean", "std"} if self.preprocessing else set()
         return frozenset(pixels | ({"stem_pool"} if self.wide else set()))
 
@@ -114,14 +114,14 @@ def _names(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _plain(name: str) -> str:
-    """Return a network's name without its publisher and its tag, such as timm's ``.a1_in1k``."""
+    """Return a network's name without its publisher and tag, such as timm's ``.a1_in1k``."""
     return _PUBLISHERS.sub("", name.strip()).partition(".")[0].replace("-", "_")
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
-    """Return whether a name is that of the architecture, or None if it is unknown.
+    """Return whether a name refers to the architecture, or None if the name is unknown.
 
-    Widths are not compared, because scripts give small and wide networks the usual names.
+    Widths are not compared, because scripts also use the standard names for other widths.
     """
     name = _plain(name)
     depth = _depth(architecture)

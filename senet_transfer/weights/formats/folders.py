@@ -1,4 +1,4 @@
-"""Descriptions of folders that are given in place of a weight file."""
+"""Descriptions of folders that are given instead of a weight file."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _SUFFIXES = (
 
 
 def describe(folder: Path) -> str:
-    """Return what kind of folder this is, and which file to use, as two sentences."""
+    """Describe the kind of folder and the file to use instead, in two sentences."""
     names = {entry.name for entry in folder.iterdir()}
     inside = [name for name in sorted(names) if name.endswith(_SUFFIXES)]
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -54,7 +54,7 @@ def _hugging_face(folder: Path, inside: list[str]) -> str:
     # The index lists the parts, which can't be used alone.
     indices = [name for name in inside if name.endswith(".index.json")]
     best = [name for name in (*indices, *inside) if "safetensors" in name] or indices or inside
-    start = f"{folder} is a folder of Hugging Face; expected a weight file. "
+    start = f"{folder} is a Hugging Face model folder; expected a weight file. "
     return start + (
         f"Use {folder / best[0]}." if best else "It contains no weights. Check the path."
     )

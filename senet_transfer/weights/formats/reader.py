@@ -55,8 +55,8 @@ class WeightFile:
         layers: Layers of a Caffe file, with their parameters; empty for other formats.
         verified: Checks that the content passed: "sha256", "zip CRC", or "values" if there is no
             checksum and only the values were checked (see :func:`check_values`).
-        dropped: Names of tensors that were left out, with the reasons.
-        notes: Choices made between several sets of weights, as sentences.
+        dropped: Names of omitted tensors, with the reasons.
+        notes: Sentences about choices between several sets of weights.
     """
 
     path: Path
@@ -81,7 +81,7 @@ def read_tensors(
         path: Path of the file.
         sha256: Expected SHA-256 in hexadecimal, or at least its first eight digits, which
             publishers often include in file names.
-        wanted: Network to take from a file that contains several.
+        wanted: Network to read from a file that contains several.
 
     Raises:
         UserError: If the file is missing, is damaged, has an unknown format or a different hash,
@@ -120,7 +120,7 @@ def read_tensors(
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
     """Raise UserError for non-finite values and negative variances, which indicate damage.
 
-    Counters of batches are not checked: they have no effect, and overflow in half precision.
+    Batch counters are not checked: they have no effect, and overflow in half precision.
 
     Raises:
         UserError: If there are such values; the message lists the tensors.
@@ -183,7 +183,7 @@ def _from_safetensors(
     Args:
         files: Names of the tensors that each file must contain; None for any names.
         path: Path that the user gave, for messages.
-        wanted: Network to take.
+        wanted: Network to read.
     """
     with ExitStack() as stack:
         place: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Files of a sharded model, which an index lists, as written by huggingface_hub."""
+"""Files of a sharded model that are listed in an index, as written by huggingface_hub."""
 
 import json
 import re

@@ -100,6 +100,17 @@ class Source:
                 options |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
         return options
 
+    def backbone_only(self) -> "Source":
+        """Return this file without the tensors outside the backbone."""
+        tensors = {n: tensor for n, tensor in self.tensors.items() if n.startswith(names.BACKBONE)}
+        return replace(
+            self,
+            tensors=tensors,
+            original={name: name for name in tensors},
+            unknown=(),
+            detector=False,
+        )
+
 
 @once_per_file
 def examine(
@@ -466,16 +477,21 @@ def _class_names(file: WeightFile) -> tuple[str, ...]:
     return tuple(names)
 
 
+# Numbers of values for the mean and std of each image format.
+_CHANNELS = {"RGB": (3,), "BGR": (3,), "L": (1, 3)}
+
+
 def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
     known = {f.name: values[f.name] for f in fields(Preprocessing) if f.name in values}
     try:
         for name in ("mean", "std"):
             if name in known:
-                first, second, third = (float(value) for value in known[name])
-                known[name] = (first, second, third)
+                known[name] = tuple(float(value) for value in known[name])
         found = Preprocessing(**known)
-        if found.format not in ("RGB", "BGR") or found.interpolation not in ("bilinear", "bicubic"):
+        if found.format not in _CHANNELS or found.interpolation not in ("bilinear", "bicubic"):
             raise ValueError("unknown channel order or interpolation")
+        if len(found.mean) not in _CHANNELS[found.format] or len(found.std) != len(found.mean):
+            raise ValueError("wrong number of values for mean or std")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")
         return found

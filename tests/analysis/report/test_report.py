@@ -265,6 +265,7 @@ def test_hits_are_those_of_coco_evaluation():
 # ---- diagnostics
 
 
+@pytest.mark.long
 def test_diagnostics_are_those_of_the_evaluation_and_start_with_a_sentence(detection_run, tmp_path):
     folder = detection_run(tmp_path / "run", noise=0.3)
     path = folder / "inference" / "own" / "diagnostics.json"

@@ -50,7 +50,7 @@ DETECTORS: dict[str, tuple[bool, str | bool, bool]] = {
 # Height and width of the images of the batches, of which each contains only one shape.
 SHAPES = ((800, 1066), (800, 1200), (1200, 800), (800, 1333), (1066, 800), (800, 1216))
 OBJECTS = 7  # per image, as in COCO
-ROUNDS = 60  # steps of each detector, if there is enough time
+ROUNDS = 50  # steps of each detector, if there is enough time
 _AFTER = 5.0  # seconds for what follows the comparison
 READ_PERIOD = 20  # number of steps after which the losses are read, as in training
 

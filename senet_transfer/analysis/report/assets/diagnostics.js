@@ -154,7 +154,7 @@ function diagnosticsParts(gallery, names) {
   const list = runs.length > 1 ? [element("div", { class: "controls" }, choice("run of the tables", runs.map((run) => [run, names[run]]), (event) => draw(event.target.value)))] : [];
   return [
     element("div", { class: "columns" },
-      element("div", {}, errorTable(gallery, names), element("p", { class: "quiet" }, "The costs are the AP50 that correcting only one type of error would add (TIDE, Bolya et al. 2020). Errors are counted at all scores.")),
+      element("div", {}, errorTable(gallery, names), element("p", { class: "quiet" }, "The costs are the AP50 that correcting only one type of error would add at an IoU of 0.5 (TIDE, Bolya et al. 2020). What is lost at higher IoU is due to localisation, too. Errors are counted at all scores.")),
       precisionPart(gallery, names)),
     ...list, detail,
   ];
