@@ -99,6 +99,13 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
+        "--classes",
+        default="",
+        metavar="numeric|FILE",
+        help="order of a classifier's labels: class folders sorted as numbers, or a file with one "
+        "class name per line; default: sorted by name. The classes of a checkpoint have priority",
+    )
+    parser.add_argument(
         "--iou-types",
         metavar="TYPES",
         help="IoU types of a detector's diagnostics: bbox, segm or bbox,segm (TEST.DIAGNOSTICS)",

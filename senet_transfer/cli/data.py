@@ -41,18 +41,27 @@ def _folder_parser() -> argparse.ArgumentParser:
         "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
-    parser.add_argument(
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument(
         "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
+    )
+    order.add_argument(
+        "--classes",
+        metavar="numeric|FILE",
+        help="order of the labels: class folders sorted as numbers, or a file with one class name "
+        "per line; default: sorted by name",
     )
     return parser
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_folder
     from senet_transfer.data.shards.manifest import load_manifest
 
-    like = load_manifest(str(args.classes_from)) if args.classes_from else None
-    images = open_folder(args.source, like.classes if like else None, skip_empty=args.skip_broken)
+    classes = choose_classes(args.classes, args.source) if args.classes else None
+    if args.classes_from:
+        classes = load_manifest(str(args.classes_from)).classes
+    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
+from senet_transfer.data.images.class_names import sort_by_name
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
@@ -63,11 +64,15 @@ def split_path(folder: Path, split: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
+def read_images(
+    path: Path, *, classes: list[str] | None = None, quiet: bool = False
+) -> ImageArrays:
     """Read a split's images, sorted by class and file name.
 
     Args:
         path: Folder or archive with one folder per class.
+        classes: Class names in label order, including those of all class folders. None to sort
+            the names of the class folders.
         quiet: Do not show a progress bar.
 
     Raises:
@@ -84,7 +89,9 @@ def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
             "folder that contains the splits."
         )
     found.sort(key=lambda row: row[:2])
-    classes = sorted({group for group, _, _ in found})
+    groups = {group for group, _, _ in found}
+    if classes is None or not groups.issubset(classes):
+        classes = sort_by_name(groups, path)
     label_of = {group: label for label, group in enumerate(classes)}
     images = torch.from_numpy(np.stack([pixels for _, _, pixels in found]))
     labels = torch.tensor([label_of[group] for group, _, _ in found])

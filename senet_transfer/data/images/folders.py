@@ -6,6 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from senet_transfer.data.images.class_names import (
+    NUMERIC,
+    read_class_list,
+    sort_by_name,
+    sort_by_number,
+)
 from senet_transfer.data.images.listing import Images, find_listed_images, is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
@@ -56,7 +62,7 @@ def open_folder(
             f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
             "depend on whether these folders are classes. Remove the folders or add images."
         )
-    classes = found if classes is None else list(classes)
+    classes = sort_by_name(found, root) if classes is None else list(classes)
     unknown = sorted(set(found).difference(classes))
     if unknown:
         raise UserError(
@@ -67,6 +73,34 @@ def open_folder(
     names = [name for folder in found for name in by_class[folder]]
     labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)
     return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
+
+
+def choose_classes(choice: str, root: str | Path) -> list[str]:
+    """Return the class names in the order of ``--classes``.
+
+    Args:
+        choice: "numeric", or the path of a file with one class name per line.
+        root: Folder with one folder per class.
+
+    Raises:
+        UserError: If the file is invalid, or the class folders are not numbers.
+    """
+    return numeric_classes(root) if choice == NUMERIC else read_class_list(choice)
+
+
+def numeric_classes(root: str | Path) -> list[str]:
+    """Return the names of the class folders in a folder, sorted as numbers.
+
+    Raises:
+        UserError: If the path is not a folder, or a name is not a whole number.
+    """
+    if not Path(root).is_dir():
+        raise UserError(
+            f"--classes is numeric, but {root} is not a folder with one folder per class. Shards "
+            "and archives have fixed labels. Remove --classes."
+        )
+    found = [folder for folder, images in _images_by_folder(Path(root)).items() if images]
+    return sort_by_number(found, root)
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
