@@ -65,6 +65,28 @@ def _prepare_folder(args: argparse.Namespace) -> None:
     _write_shards(images, args.name, args)
 
 
+def _manifest_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write manifest.json and indices next to shards that another program has "
+        "written in webdataset's layout. Such shards are usable without them, but are then counted "
+        "at each start."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="file with one class name per line; default: numbers"
+    )
+    return parser
+
+
+def _write_manifest(args: argparse.Namespace) -> None:
+    from senet_transfer.data.images.class_names import read_class_list
+    from senet_transfer.data.shards.scan import write_manifest
+
+    classes = read_class_list(args.classes) if args.classes else None
+    manifest = write_manifest(args.folder, classes)
+    print(f"{args.folder}: {manifest.samples} images in {len(manifest.shards)} shards")
+
+
 def _cifar_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prepare CIFAR-10, CIFAR-100 or similar data.")
     add = parser.add_argument
@@ -190,6 +212,7 @@ class Preparation:
 PREPARATIONS = {
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
+    "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
 }

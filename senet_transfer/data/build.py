@@ -69,6 +69,12 @@ def use_classification_datasets(
         cfg.DATASETS.CLASSES = choose_classes(classes, _class_folders(cfg, first, eval_only))
     if not eval_only:
         cfg.DATASETS.CLASSES = list(open_train_dataset(cfg).classes)
+        if len(cfg.DATASETS.CLASSES) == 1:
+            raise UserError(
+                f"{cfg.DATASETS.TRAIN[0]} has a single class, {cfg.DATASETS.CLASSES[0]}; expected "
+                "two or more, because a classifier with one class is always right and learns "
+                "nothing. Pass the folder that contains the class folders."
+            )
     for name in cfg.DATASETS.TEST:
         cfg.DATASETS.CLASSES = list(open_test_dataset(cfg, name).classes)
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(cfg.DATASETS.CLASSES)

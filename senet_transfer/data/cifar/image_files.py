@@ -10,10 +10,9 @@ from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
 from senet_transfer.data.images.class_names import sort_by_name
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2")
 
@@ -85,8 +84,8 @@ def read_images(
     ]
     if not found:
         raise UserError(
-            f"{path} contains no images ({', '.join(SUFFIXES)}) in one folder per class. Pass the "
-            "folder that contains the splits."
+            f"{path} contains no images in one folder per class; expected files such as .png or "
+            ".jpg. Pass the folder that contains the splits."
         )
     found.sort(key=lambda row: row[:2])
     groups = {group for group, _, _ in found}
@@ -99,9 +98,11 @@ def read_images(
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str, bytes]]:
-    for group in (entry for entry in folder.iterdir() if entry.is_dir()):
+    for group in (
+        entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+    ):
         for path in group.iterdir():
-            if path.suffix.lower() in SUFFIXES:
+            if is_image_name(path.name):
                 yield group.name, path.name, path.read_bytes()
 
 
@@ -110,7 +111,7 @@ def _in_archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.
             name = PurePosixPath(member.name)
-            if member.isfile() and name.suffix.lower() in SUFFIXES:
+            if member.isfile() and is_image_name(member.name):
                 yield name.parent.name, name.name, read_member(archive, member, _MAX_BYTES)
 
 
