@@ -37,6 +37,7 @@ from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.numerics import set_memory_format, settings
+from senet_transfer.engine.run_checks import check_batch_norms
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
@@ -93,6 +94,7 @@ class Trainer(DefaultTrainer):
         self.step_seed = hooks.StepSeed(cfg.SEED)
         with config_errors("model"):
             model = self.build_model(cfg)
+        check_batch_norms(cfg, model)
         with config_errors("optimizer"):
             optimizer = self.build_optimizer(cfg, model)
         with config_errors("data loader"):
@@ -222,6 +224,8 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """Run the hooks or, if training was interrupted, only flush the metric writers."""
+        # Detectron2 counts an iteration after its loop even if a resumed run was complete.
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))
         if self.iter >= self.max_iter:
             super().after_train()
             return

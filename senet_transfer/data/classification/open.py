@@ -210,10 +210,14 @@ def _open_local(
     if path.name == MANIFEST:
         path = path.parent
     if (path / MANIFEST).is_file():
-        return ShardDataset(load_manifest(str(path), storage), str(path), storage)
+        manifest = load_manifest(str(path), storage)
+        _check_shards(manifest, path)
+        return ShardDataset(manifest, str(path), storage)
     if path.suffix == ".tar" and (path.parent / MANIFEST).is_file():
         names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
-        return _some_shards(str(path.parent), names, storage, None)
+        dataset = _some_shards(str(path.parent), names, storage, None)
+        _check_shards(dataset.manifest, path.parent)
+        return dataset
     matches = [Path(name) for name in sorted(glob.glob(str(path)))] if not path.exists() else []
     if not path.exists() and not matches:
         raise UserError(
@@ -237,6 +241,17 @@ def _open_local(
             "folder. Create shards with datasets/prepare_places365.py or prepare_folder.py."
         )
     return ImageDataset(open_folder(path, classes))
+
+
+def _check_shards(manifest: Manifest, folder: Path) -> None:
+    """Raise a UserError if local shards are missing, which training would find only later."""
+    missing = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
+    if missing:
+        raise UserError(
+            f"Cannot open {folder / missing[0]}: {len(missing)} of {len(manifest.shards)} shards "
+            f"listed in {MANIFEST} are missing: {first_of(missing, 5)}. Copy them again, or run "
+            "the preparation again."
+        )
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:
