@@ -1,6 +1,7 @@
 """Argument parsers shared by several commands, including the parser for training."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -146,6 +147,9 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
     hide_library_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of an image may contain characters that the terminal can't show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run_single

@@ -23,6 +23,7 @@ from senet_transfer.data.classification.loader import (
     build_classification_train_loader,
 )
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.class_names import match_names
 from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
@@ -100,7 +101,8 @@ def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False
         False if the data sets have other classes or fixed labels, such as those of shards. The
         config is not changed in this case.
     """
-    if not set(cfg.DATASETS.CLASSES) <= set(classes):
+    found = list(cfg.DATASETS.CLASSES)
+    if len(match_names(found, classes)) < len(found):
         return False
     ordered = cfg.clone()
     ordered.defrost()

@@ -8,7 +8,7 @@ import torch
 
 from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
-from senet_transfer.data.images.class_names import sort_by_name
+from senet_transfer.data.images.class_names import check_encoding, match_names, sort_by_name
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
@@ -89,11 +89,14 @@ def read_images(
         )
     found.sort(key=lambda row: row[:2])
     groups = {group for group, _, _ in found}
-    if classes is None or not groups.issubset(classes):
+    check_encoding(groups, path)
+    matches = match_names(groups, classes or ())
+    if classes is None or len(matches) < len(groups):
         classes = sort_by_name(groups, path)
+        matches = match_names(groups, classes)
     label_of = {group: label for label, group in enumerate(classes)}
     images = torch.from_numpy(np.stack([pixels for _, _, pixels in found]))
-    labels = torch.tensor([label_of[group] for group, _, _ in found])
+    labels = torch.tensor([label_of[matches[group]] for group, _, _ in found])
     return ImageArrays(images.permute(0, 3, 1, 2).contiguous(), labels, classes, str(path))
 
 

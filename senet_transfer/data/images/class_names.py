@@ -1,7 +1,9 @@
 """Order of the classes of a data set, which determines their labels."""
 
 import logging
+import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -76,6 +78,48 @@ def read_class_list(path: str | Path) -> list[str]:
             "once. Correct the file."
         )
     return names
+
+
+def match_names(found: Iterable[str], classes: Iterable[str]) -> dict[str, str]:
+    """Match the names of class folders with class names, also in another Unicode form.
+
+    macOS and some archives store accented letters as a letter and a combining accent (NFD), other
+    systems as one character (NFC).
+
+    Args:
+        found: Names of class folders.
+        classes: Class names.
+
+    Returns:
+        The class name of each folder, without the folders that match no class.
+    """
+    known = set(classes)
+    forms = {normal_form(name): name for name in known}
+    matches = {}
+    for name in found:
+        if name in known:
+            matches[name] = name
+        elif normal_form(name) in forms:
+            matches[name] = forms[normal_form(name)]
+    return matches
+
+
+def normal_form(name: str) -> str:
+    """Return a name in the Unicode form NFC."""
+    return unicodedata.normalize("NFC", name)
+
+
+def check_encoding(names: Iterable[str], root: str | Path) -> None:
+    """Raise a UserError for class names that are not UTF-8, which can't be stored in a model."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The name of the class folder {os.fsencode(name)!r} in {root} is not UTF-8, so it "
+                "can't be stored with the model. Rename the folder, for example with convmv -f "
+                "latin1 -t utf8."
+            ) from error
 
 
 def _is_number(name: str) -> bool:

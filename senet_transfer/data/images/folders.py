@@ -8,6 +8,8 @@ import numpy as np
 
 from senet_transfer.data.images.class_names import (
     NUMERIC,
+    check_encoding,
+    match_names,
     read_class_list,
     sort_by_name,
     sort_by_number,
@@ -67,9 +69,11 @@ def open_folder(
             f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
             "depend on whether these folders are classes. Remove the folders or add images."
         )
+    check_encoding(found, root)
     _check_splits(found, root, classes)
     classes = sort_by_name(found, root) if classes is None else list(classes)
-    unknown = sorted(set(found).difference(classes))
+    matches = match_names(found, classes)
+    unknown = sorted(set(found).difference(matches))
     if unknown:
         raise UserError(
             f"{len(unknown)} folders in {root} are not among the {len(classes)} expected classes: "
@@ -77,7 +81,9 @@ def open_folder(
         )
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
-    labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)
+    labels = np.array(
+        [label_of[matches[folder]] for folder in found for _ in by_class[folder]], np.int32
+    )
     return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
 
 
