@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS := 2
 # Processes of the GPU tests, which share the GPU. Most of their time is spent compiling kernels.
-GPU_WORKERS := 4
+GPU_WORKERS := 6
 TRAINING_TESTS := $(addprefix tests/engine/classification/test_,small_images.py training.py) \
 	$(addprefix tests/engine/test_,commands.py train_step.py trainer.py)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)

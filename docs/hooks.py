@@ -61,5 +61,6 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Remove the Sphinx role names in front of code in docstrings."""
-    return re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
+    """Remove the Sphinx role names in front of code in docstrings, and the path in `~path.name`."""
+    html = re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
+    return re.sub(r"<code>~[\w.]*?(\w+)</code>", r"<code>\1</code>", html)

@@ -1,9 +1,12 @@
 """Image preprocessing parameters and normalisation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Weights of red, green and blue in Pillow's conversion to grey (ITU-R 601), times 65536.
+_LUMA = (19595, 38470, 7471)
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,10 @@ class Preprocessing:
     """Parameters for converting an image to a model's input. The defaults are torchvision's.
 
     Attributes:
-        format: Channel order of the model's input, "RGB" or "BGR".
+        format: Channel order of the model's input, "RGB" or "BGR", or "L" for grey images.
         mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
+            With the format "L", a network with three input channels has three values: it is given
+            the grey image three times, and can start from weights for colour images.
         std: Standard deviation to divide by, in the same order and units.
         resize: Length in pixels to which the shorter side is resized for classification.
         crop: Side length in pixels of the center crop for classification.
@@ -20,15 +25,25 @@ class Preprocessing:
     """
 
     format: str = "RGB"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
 
     def channel_values(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and standard deviation as tensors of shape ``(3, 1, 1)``."""
-        return torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        """Return the mean and standard deviation as tensors of shape ``(C, 1, 1)``."""
+        return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+
+    def grey(self) -> "Preprocessing":
+        """Return the preprocessing for the same network with one input channel for grey images."""
+        order = reversed(_LUMA) if self.format == "BGR" else iter(_LUMA)
+        weights = [weight / 65536 for weight in order]
+        mean, std = (
+            round(sum(w * v for w, v in zip(weights, values, strict=True)), 3)
+            for values in (self.mean, self.std)
+        )
+        return replace(self, format="L", mean=(mean,), std=(std,))
 
 
 # Mean and std of the training images, which are neither resized nor cropped.
@@ -41,14 +56,29 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
 
     Args:
         images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
-        mean: Mean ``(3, 1, 1)``, in the channel order of ``format``.
-        std: Standard deviation ``(3, 1, 1)``, in the channel order of ``format``.
-        format: Channel order of the model's input, "RGB" or "BGR".
+        mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
+        std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
+        format: Channel order of the model's input, "RGB" or "BGR", or "L" to convert the images to
+            grey as Pillow does.
 
     Returns:
-        Normalised images of the same shape, in the dtype of ``mean`` and the channel order of
+        Normalised images ``(N, C, H, W)``, in the dtype of ``mean`` and the channel order of
         ``format``.
     """
+    if format == "L":
+        red, green, blue = images.to(mean.dtype).unbind(1)
+        # All products and sums are exact in float32.
+        grey = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + 32768
+        images = (grey / 65536).floor()[:, None]
     if format == "BGR":
         images = images.flip(1)
     return (images - mean) / std
+
+
+def same_pixels(first: object, second: object) -> bool:
+    """Return whether two channel orders, means or stds are equal, the latter within 0.005."""
+    if not isinstance(first, list | tuple) or not isinstance(second, list | tuple):
+        return first == second
+    return len(first) == len(second) and all(
+        abs(a - b) < 0.005 for a, b in zip(first, second, strict=True)
+    )

@@ -50,6 +50,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases(shared_data: Path) -> Path:
+    """Return the folder of detection data from public bug reports, next to the real data."""
+    cases = shared_data.parent / "cases" / "detection"
+    if not cases.is_dir():
+        pytest.skip(f"the detection data in ../shared/cases is missing ({cases})")
+    return cases
+
+
+@pytest.fixture(scope="session")
 def run_python(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., subprocess.CompletedProcess]]:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.modeling import build_model
 
 import senet_transfer
+from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.hub.catalogue import load_catalogue
 
@@ -24,9 +26,17 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", read(document), re.S)
 
 
-def rows(document: str) -> list[list[str]]:
-    """Return the cells of all table rows in a document, without the separator rows."""
-    lines = [line for line in read(document).splitlines() if line.startswith("| ")]
+def rows(document: str, table: str = "") -> list[list[str]]:
+    """Return the cells of all table rows in a document, without the separator rows.
+
+    Args:
+        document: Path of the document.
+        table: The start of a table's header, to return the rows of this table only.
+    """
+    text = read(document)
+    if table:
+        text = table + text.partition(table)[2].partition("\n\n")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -59,16 +69,52 @@ def test_the_python_example_runs():
 
 
 @pytest.mark.long
-def test_the_lazy_config_builds_an_fpn_on_an_se_backbone():
+def test_the_lazy_config_builds_an_fpn_on_an_se_backbone_with_weights(
+    tmp_path, zero_initial_weights
+):
     names: dict = {}
     exec(python_blocks("docs/python.md")[1], names)
+    config = names["backbone"].bottom_up
+    assert config.weights in load_catalogue()
+    trained = senet_transfer.create_backbone(config.name)
+    torch.nn.init.ones_(trained.res5[2].conv3.weight)
+    config.weights = str(tmp_path / "weights.pth")
+    senet_transfer.save_weights(trained, config.weights)
     fpn = instantiate(names["backbone"])
+    assert bool((fpn.bottom_up.res5[2].conv3.weight == 1).all())
     assert list(fpn(torch.randn(1, 3, 64, 64))) == ["p2", "p3", "p4", "p5", "p6"]
     assert any(".se." in key for key, _ in fpn.bottom_up.named_parameters())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["weights of a backbone", "checkpoint of a detector"])
+def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial_weights, kind):
+    cfg = senet_transfer.get_senet_config()
+    cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.ARCH = "cpu", "se_resnet18"
+    cfg.MODEL.BACKBONE.NAME = "build_senet_backbone"
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    if kind == "checkpoint of a detector":
+        model = build_model(cfg)
+        torch.nn.init.constant_(model.proposal_generator.rpn_head.conv.weight, 3)
+        Checkpointer(model, str(tmp_path)).save("weights")
+    else:
+        # A file whose geometry and preprocessing differ from Detectron2's defaults.
+        model = senet_transfer.create_backbone("se_resnet18", stem_pool="ceil")
+        torch.nn.init.ones_(model.res4[1].conv2.weight)
+        senet_transfer.save_weights(model, tmp_path / "weights.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    names: dict = {"cfg": cfg}
+    exec(python_blocks("docs/python.md")[2], names)
+    if kind == "checkpoint of a detector":
+        assert bool((names["model"].proposal_generator.rpn_head.conv.weight == 3).all())
+    else:
+        assert bool((names["model"].backbone.res4[1].conv2.weight == 1).all())
+        assert cfg.MODEL.RESNETS.STEM_POOL == "ceil"
+        assert cfg.INPUT.FORMAT == "RGB"
+
+
 def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
-    _, *families = rows("docs/weights.md")
+    _, *families = rows("docs/weights.md", "| family |")
     assert {row[0].strip("`") for row in families} == set(FAMILIES)
     for family, _, name in families:
         if found := re.match(r"`([^`]+)`", name):

@@ -6,8 +6,8 @@ intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
 
-The part `gpu` compares training and inference on a GPU with the targets, in at most six minutes. It
-has parts of its own, which can be selected after its name.
+The part `gpu` compares training and inference on a GPU with the targets, in at most six minutes.
+Its own parts can be selected after its name.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -50,14 +50,14 @@ def parser() -> argparse.ArgumentParser:
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("part gpu").add_argument
-    add("--budget", type=float, default=340.0, help="maximum seconds for all of it (340)")
+    add("--budget", type=float, default=340.0, help="maximum total time in seconds (340)")
     add(
         "--compiled",
         choices=["bf16", "all"],
         default="bf16",
         help="compile the networks in bfloat16 (bf16), or also in float16 and float32 (all)",
     )
-    add("--dry-run", action="store_true", help="run its code on a CPU with tiny sizes")
+    add("--dry-run", action="store_true", help="run the code on a CPU with tiny sizes")
     return parser
 
 

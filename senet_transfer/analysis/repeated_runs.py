@@ -68,7 +68,7 @@ def run_once(
     if found is not None:
         logger.info("The run in %s is already finished.", output_dir)
         return found
-    # Without a checkpoint, files of this run may still be left from an attempt that failed.
+    # A failed attempt without a checkpoint may still have left files of this run.
     resume = ["--resume"] if checkpoints(output_dir) else ["--overwrite"]
     command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", config_file]
     # Use a separate process because Detectron2's loggers and registries are global.

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser for training, with Detectron2's arguments and this project's flags."""
+    """Return the training parser with Detectron2's arguments and this project's options."""
     parser = Parser(epilog=_EPILOG)
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
@@ -123,14 +123,14 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite and the arguments of Detectron2's parser, whose import would be slow."""
+    """Add --overwrite and copies of Detectron2's arguments; importing Detectron2 would be slow."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     add(
         "--overwrite",
         action="store_true",
-        help="delete the files that an earlier run has written to OUTPUT_DIR, and train anew",
+        help="delete the files of an earlier run in OUTPUT_DIR, and train from scratch",
     )
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
     add("--num-gpus", type=int, default=1, help="number of processes per machine, one per GPU (1)")
@@ -167,7 +167,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "JSON", "FOLDER"),
         help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
         "DATASETS.TEST; can be repeated. If the config names no registered data, the first is "
-        "trained on and the second tested on",
+        "used for training and the second for evaluation",
     )
 
 

@@ -12,6 +12,7 @@ Examples:
     python tools/convert_weights.py cadene/se_resnet50 se_resnet50.pth
     python tools/convert_weights.py torchvision_v1/resnet50 R-50.pkl
     python tools/convert_weights.py classifier.pth seresnet50.pth --to timm
+    python tools/convert_weights.py moco.pth.tar resnet50.pth --prefix encoder_q. --head ignore
 """
 
 
@@ -37,9 +38,27 @@ def parser() -> argparse.ArgumentParser:
         help="weight family of IN, if its tensor names match several families",
     )
     parser.add_argument(
+        "--prefix", help="prefix of the network's tensor names, if IN contains several networks"
+    )
+    parser.add_argument(
+        "--ema",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="whether to take averaged (EMA) weights of IN; default: as its project does",
+    )
+    parser.add_argument(
+        "--head",
+        choices=("strict", "ignore"),
+        default="strict",
+        help="ignore: leave out the classifier or projection head of IN",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="check that both files' networks give the same outputs",
+    )
+    parser.add_argument(
+        "--backbone", action="store_true", help="leave out a classifier or a detector's heads"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--quiet", action="store_true", help="print only warnings")
@@ -55,8 +74,12 @@ def main(args: argparse.Namespace) -> None:
 
     setup_logger(name="senet_transfer").setLevel(logging.WARNING if args.quiet else logging.INFO)
     options = {"to": args.to, "family": args.family, "force": args.force, "check": args.check}
+    options["backbone_only"] = args.backbone
+    ema = {"auto": None, "true": True, "false": False}[args.ema]
     with no_bars(args.quiet):
-        comparison = convert_file(args.input, args.output, **options)
+        comparison = convert_file(
+            args.input, args.output, **options, prefix=args.prefix, ema=ema, head=args.head
+        )
     if comparison:
         print(f"Checked: {comparison}")
 

@@ -1,4 +1,4 @@
-"""``senet data``: preparation of data sets for training and evaluation."""
+"""``senet data``: preparation and checks of data sets for training and evaluation."""
 
 import argparse
 import logging
@@ -151,6 +151,49 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
     make_shape_classes(shapes, shapes.with_name(f"{shapes.name}_classes"))
 
 
+def _check_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Check detection data in COCO's format: the annotations, and all images by "
+        "reading them completely."
+    )
+    add = parser.add_argument
+    add("json_file", metavar="JSON", help="annotation file")
+    add("images", metavar="FOLDER", help="folder to which its file_names are relative")
+    add("--masks", action="store_true", help="check the outlines that instance masks require")
+    add("--headers-only", action="store_true", help="read only the sizes of the images")
+    add(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=(),
+        help="INPUT.VALUE_RANGE, for images with 16 or 32 bits per channel",
+    )
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.coco import (
+        CocoDataset,
+        register_coco_dataset,
+        registered_entry,
+    )
+    from senet_transfer.data.detection.dataset_checks import check_outlines, check_trainable
+    from senet_transfer.data.detection.image_checks import check_dataset_images
+
+    name = os.path.basename(args.json_file)
+    register_coco_dataset(name, args.json_file, args.images, outlines=args.masks)
+    dataset = registered_entry(name)
+    assert isinstance(dataset, CocoDataset)
+    check_trainable([name])
+    if args.masks:
+        check_outlines([name])
+    mode = "header" if args.headers_only else "decode"
+    count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
+    print(f"{args.json_file}: no errors in the annotations and {count} images")
+
+
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments shared by all commands that write shards."""
     parser = argparse.ArgumentParser(
@@ -203,13 +246,14 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
 
 @dataclass(frozen=True)
 class Preparation:
-    """Argument parser and main function for preparing a data set."""
+    """Argument parser and main function for preparing or checking a data set."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
 
 
 PREPARATIONS = {
+    "check": Preparation(_check_parser, _check),
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
     "manifest": Preparation(_manifest_parser, _write_manifest),
@@ -221,7 +265,7 @@ PREPARATIONS = {
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare a data set. To show its options, use NAME --help."
+        description="Prepare or check a data set. To show its options, use NAME --help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")

@@ -38,7 +38,17 @@ AUTO_KEYS = (
     "CUDNN_BENCHMARK",
 )
 # All keys that accept "auto" as well as True and False.
-ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED")
+ACCEPT_AUTO = (*AUTO_KEYS, "MODEL.SE.FUSED", "MODEL.WEIGHTS_EMA")
+
+# Keys whose values are taken from the weight file unless the user sets them.
+FILE_KEYS = (
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.RESNETS.STEM_POOL",
+    "MODEL.SE.RELU_BEFORE",
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+)
 
 
 def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:
@@ -110,13 +120,35 @@ def _add_model_config(cfg: CfgNode) -> None:
     # required for a family that shares its tensor names with others, such as "torchvision_v2". If
     # empty, the family is detected.
     cfg.MODEL.WEIGHTS_FAMILY = ""
+    # The prefix of the network's tensor names, for a file that contains several networks, such as
+    # "encoder_q." or "teacher.". The other tensors are ignored.
+    cfg.MODEL.WEIGHTS_PREFIX = ""
+    # For a checkpoint with plain and averaged (EMA) weights: True selects the averaged weights,
+    # False the plain ones, and "auto" those that the file's own project would load: the averaged
+    # ones for timm and mmengine, otherwise the plain ones.
+    cfg.MODEL.WEIGHTS_EMA = "auto"
+    # "strict": every tensor of the file must be used, except a classifier with a different number
+    # of classes. "ignore": only the backbone is loaded, without the file's classifier or projection
+    # head.
+    cfg.MODEL.WEIGHTS_HEAD = "strict"
     # If False, the stride placement, stem pooling, channel order, mean and std are taken from the
-    # file in MODEL.WEIGHTS. If True, they are taken from the config, and it is an error if the
-    # file differs.
+    # file in MODEL.WEIGHTS, except for the keys in WEIGHTS_KEEP. If True, they are all taken from
+    # the config. It is an error if the file itself, or its entry in the catalogue, states other
+    # values; a guess from the names of its tensors is replaced, which is logged.
     cfg.MODEL.WEIGHTS_PIN = False
+    # Those of these keys that are set in your own config file or options. They are listed here when
+    # the config is loaded, and are kept like those of a pinned config.
+    cfg.MODEL.WEIGHTS_KEEP = []
 
 
 def _add_data_config(cfg: CfgNode) -> None:
+    # [low, high]: the values that become black and white in images with 16 or 32 bits per channel,
+    # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
+    # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.
+    cfg.INPUT.VALUE_RANGE = ()
+    # The images of a detector are checked before training and evaluation: "header" compares their
+    # sizes with the annotations, and "decode" also reads them completely, which takes longer.
+    cfg.DATALOADER.CHECK_IMAGES = "header"
     # Additional data sets in COCO format: a list of [name, JSON file, image folder].
     cfg.DATASETS.REGISTER = []
     # The class names in the order of the class indices. They are read from the data sets at the
@@ -128,8 +160,8 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
-    # If True, a detector's training images are resized with PyTorch instead of Pillow, which is
-    # faster but changes the pixel values slightly. Evaluation always uses Pillow.
+    # If True, a detector's training images are enlarged with OpenCV instead of Pillow, which is
+    # three times as fast but changes pixel values by up to 1. Evaluation always uses Pillow.
     cfg.INPUT.FAST_RESIZE = False
 
 
@@ -156,8 +188,8 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # "default": compile the network for training and evaluation with torch.compile: a classifier as
     # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
     # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
-    # whole; or the backbone of a detector, for up to 8 image sizes. It needs a single process on a
-    # GPU. Checkpoints are the same as with "none".
+    # whole; or the backbone of a detector, for up to 8 image sizes. It requires a single process
+    # on a GPU. Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
@@ -214,7 +246,7 @@ def _add_epochs(cfg: CfgNode) -> None:
     # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
     # label smoothing.
     cfg.TEST.LOSS = False
-    # The IoU types for which an evaluation computes a detector's diagnostics (types of errors,
+    # The IoU types for which an evaluation computes a detector's diagnostics (error types,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
     cfg.TEST.DIAGNOSTICS = ("bbox", "segm")
@@ -244,8 +276,8 @@ def _add_classification_config(cfg: CfgNode) -> None:
 
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""
-    # The maximum fraction of unreadable images, between 0 and 1. Training ends with an error if it
-    # is exceeded.
+    # The maximum fraction of unreadable images to skip in training, between 0 and 1, for detectors
+    # and classifiers. Training ends with an error if it is exceeded.
     cfg.DATALOADER.MAX_SKIP_RATIO = 0.01
     # The number of samples in a shard to shuffle together. Larger values need more memory.
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024

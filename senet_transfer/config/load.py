@@ -1,5 +1,6 @@
 """Loading of configs from files, built-in config names and command-line options."""
 
+import ast
 import contextlib
 import difflib
 import os
@@ -8,10 +9,12 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from fvcore.common.config import BASE_KEY
 
 from senet_transfer.config.defaults import (
     ACCEPT_AUTO,
+    FILE_KEYS,
     config_items,
     config_value,
     get_senet_config,
@@ -48,6 +51,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         with _merge_errors(config_file), _accepts_auto(cfg):
             _merge_file(cfg, config_file)
+        _keep(cfg, _stated_keys(config_file))
     merge_options(cfg, options)
     return cfg
 
@@ -70,10 +74,61 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in _IN_EPOCHS.intersection(options[::2]):
             # yacs would reject 0.5 if a config file has a whole number.
             set_config_value(cfg, key, None)
+        for key, value in zip(options[::2], options[1::2], strict=True):
+            _check_list("the command line", key, config_value(cfg, key), value)
+        _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
         with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
+        _keep(cfg, set(options[::2]))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+
+
+def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
+    """Reset the keys that choose a part of a weight file if the options set another file.
+
+    For example, the config.yaml of a run names a file with several networks, and the options name
+    the run's checkpoint.
+    """
+    if cfg.MODEL.WEIGHTS and options.get("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) != cfg.MODEL.WEIGHTS:
+        default = get_senet_config()
+        for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
+            cfg.MODEL[key] = default.MODEL[key]
+
+
+def _keep(cfg: CfgNode, stated: set[str]) -> None:
+    """Add keys that the user sets, and a weight file would change, to ``MODEL.WEIGHTS_KEEP``."""
+    known = {*cfg.MODEL.WEIGHTS_KEEP, *stated}
+    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in known]
+
+
+def _stated_keys(path: str) -> set[str]:
+    """Return the keys that a user's config file and its own ``_BASE_`` files set.
+
+    The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
+    a run, which contains all keys, do not count as set by the user.
+    """
+    own_base = os.path.realpath(str(resources.files("senet_transfer").joinpath("configs", "base")))
+    if os.path.dirname(os.path.realpath(path)) == own_base or "://" in path:
+        return set()
+    with open(path) as file:
+        content = yaml.safe_load(file) or {}
+    bases = content.pop(BASE_KEY, [])
+    found = set(_dotted(content))
+    if found >= {key for key, _ in config_items(get_cfg())}:
+        return set()
+    for base in bases if isinstance(bases, list) else [bases]:
+        base = os.path.expanduser(base)
+        found |= _stated_keys(os.path.join(os.path.dirname(path), base))
+    return found
+
+
+def _dotted(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 @contextlib.contextmanager
@@ -198,6 +253,9 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     Raises:
         UserError: If a key does not exist.
     """
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        # Reading errors are reported below.
+        _check_lists(path, cfg, cfg.load_yaml_with_base(path))
     try:
         # By default, Detectron2 falls back to an unsafe YAML loader, which runs code in YAML tags.
         cfg.merge_from_file(path, allow_unsafe=False)
@@ -206,6 +264,33 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         if unknown is None:
             raise
         raise UserError(f"In {path}: {_explain_unknown(cfg, unknown)}") from error
+
+
+def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> None:
+    """Raise a UserError if a key in a file's contents is text although its default is a list."""
+    for key, value in content.items():
+        if key not in cfg:
+            continue
+        if isinstance(value, dict) and isinstance(cfg[key], CfgNode):
+            _check_lists(source, cfg[key], value, f"{prefix}{key}.")
+        else:
+            _check_list(source, f"{prefix}{key}", cfg[key], value)
+
+
+def _check_list(source: str, key: str, default: Any, value: Any) -> None:
+    """Raise a UserError if a value is text although the key's default is a list.
+
+    In Python, parentheses without a comma are not a tuple: ``('my_train')`` is text.
+    """
+    if not isinstance(default, list | tuple) or not isinstance(value, str):
+        return
+    with contextlib.suppress(ValueError, SyntaxError):  # raised for text without quotes
+        value = ast.literal_eval(value)
+    if isinstance(value, str):
+        raise UserError(
+            f"In {source}: {key} is the text {value!r}; expected a list. A list of one element "
+            f"needs square brackets or a comma: \"['{value}']\" or \"('{value}',)\"."
+        )
 
 
 def _unknown_keys(cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> Iterator[str]:

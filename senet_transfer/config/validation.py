@@ -66,7 +66,7 @@ RANGES = {
 }
 
 
-# IoU types of the diagnostics of detectors: boxes and masks.
+# IoU types of a detector's diagnostics: boxes and masks.
 IOU_TYPES = ("bbox", "segm")
 
 
@@ -79,6 +79,7 @@ _ELEMENTS: dict[str, Any] = {
     "DATASETS.PROPOSAL_FILES_TRAIN": "path",
     "DATASETS.REGISTER": "path",
     "DATASETS.STUFF_CLASSES": "name",
+    "INPUT.VALUE_RANGE": 0.0,
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
     "TEST.KEYPOINT_OKS_SIGMAS": 0.1,
@@ -160,6 +161,50 @@ def check_ranges(cfg: CfgNode) -> None:
         raise UserError(
             "SOLVER.CHECKPOINTS_KEPT is 1; expected 0 (keep all) or at least 2. If the only "
             "checkpoint were corrupted, there would be no earlier checkpoint to resume from."
+        )
+
+
+IMAGE_FORMATS = ("BGR", "RGB", "L")
+
+
+def check_input(cfg: CfgNode) -> None:
+    """Check the keys that describe the images given to the model.
+
+    Raises:
+        UserError: If the image format is not supported, or the mean, std or value range is invalid.
+    """
+    image_format = cfg.INPUT.FORMAT
+    if image_format not in IMAGE_FORMATS:
+        raise UserError(
+            f"INPUT.FORMAT is {image_format!r}; expected one of: {', '.join(IMAGE_FORMATS)}. Other "
+            "formats, such as Detectron2's YUV-BT.601, are not supported."
+        )
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    channels = (1, 3) if image_format == "L" else (3,)
+    if len(mean) not in channels or len(std) != len(mean):
+        expected = (
+            "1 value each, or 3 for a network with 3 input channels,"
+            if image_format == "L"
+            else "3 values each"
+        )
+        raise UserError(
+            f"MODEL.PIXEL_MEAN has {len(mean)} and MODEL.PIXEL_STD has {len(std)} values; expected "
+            f"{expected} for INPUT.FORMAT {image_format}."
+        )
+    if not all(math.isfinite(value) for value in (*mean, *std)) or 0 in std:
+        raise UserError(
+            f"MODEL.PIXEL_MEAN is {list(mean)} and MODEL.PIXEL_STD is {list(std)}; expected finite "
+            "numbers, and no standard deviation of 0."
+        )
+    limits = cfg.INPUT.VALUE_RANGE
+    if len(limits) not in (0, 2) or not all(map(math.isfinite, limits)):
+        raise UserError(
+            f"INPUT.VALUE_RANGE is {list(limits)}; expected [low, high], the values of black and "
+            "white, or an empty list."
+        )
+    if limits and limits[0] >= limits[1]:
+        raise UserError(
+            f"INPUT.VALUE_RANGE is {list(limits)}; expected the lower value first: [low, high]."
         )
 
 

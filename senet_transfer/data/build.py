@@ -244,6 +244,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         flip=options.FLIP,
         interpolation=options.INTERPOLATION,
         draft=options.DRAFT,
+        value_range=tuple(cfg.INPUT.VALUE_RANGE),
     )
 
 
@@ -255,6 +256,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
         resize=options.TEST_RESIZE,
         crop=options.TEST_CROP,
         interpolation=options.INTERPOLATION,
+        value_range=tuple(cfg.INPUT.VALUE_RANGE),
     )
 
 

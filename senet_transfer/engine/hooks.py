@@ -209,7 +209,7 @@ class ModelEMA(HookBase):
         self.model = model
         self.decay = decay
         self.guard = guard
-        # True if the trainer updates the average as a part of its step.
+        # True if the trainer updates the average within its step.
         self.in_step = False
         self.steps = 0
         self.average: dict[str, Tensor] = {}
@@ -220,12 +220,12 @@ class ModelEMA(HookBase):
             self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
 
     def after_step(self) -> None:
-        """Update the average, unless the trainer does."""
+        """Update the average, unless the trainer does so."""
         if not self.in_step:
             self.update(self.next_weight())
 
     def next_weight(self) -> float:
-        """Count a step, and return the weight of the model in its average, ``1 - d``."""
+        """Count a step, and return the model's weight in the average, ``1 - d``."""
         self.steps += 1
         return 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
 

@@ -10,23 +10,26 @@ from torch import nn
 
 from senet_transfer.config import META_ARCHITECTURE, get_senet_config, is_classification
 from senet_transfer.config.load import load_config, merge_options
+from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
 from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
 from senet_transfer.engine.numerics import set_memory_format
 from senet_transfer.engine.setup import use_available_device
 from senet_transfer.errors import UserError
+from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights import apply_file_geometry
+from senet_transfer.weights.choice import Choice, config_choice, stated_values
 from senet_transfer.weights.file_geometry import (
     OPTION_KEYS,
     examine_config_weights,
     local_weights,
 )
 from senet_transfer.weights.load import load_source
-from senet_transfer.weights.mapping.source import Source, examine
+from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class ModelSource:
         Raises:
             UserError: If the weight file can't be read.
         """
-        source = self.source or examine_config_weights(self.cfg)
+        source = _with_stated(self.cfg, self.source) or examine_config_weights(self.cfg)
         if source is None:
             return self
         cfg = self.cfg.clone()
@@ -101,10 +104,12 @@ class ModelSource:
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
         _check_class_count(cfg, found.config_file)
+        check_input(cfg)
         if source is None:
             return LoadedModel(set_memory_format(cfg, build_model(cfg)).eval(), cfg)
         apply_file_geometry(cfg, source)
-        model = set_memory_format(cfg, build_model(cfg))
+        with weights_follow():
+            model = set_memory_format(cfg, build_model(cfg))
         load_source(model, source, exact=True)
         return LoadedModel(model.eval(), cfg, source.family.name)
 
@@ -148,20 +153,36 @@ def find_model(
         raise UserError("Both --model and --config-file are given. Give only one of them.")
     if not model:
         config_file = config_file or config_next_to(weights)
-    family = family or dict(zip(options[::2], options[1::2], strict=False)).get(
-        "MODEL.WEIGHTS_FAMILY", ""
-    )
+    stated = _weight_options(options)
+    family = family or stated.MODEL.WEIGHTS_FAMILY
     if config_file:
         cfg, source = load_config(config_file, list(options)), None
     else:
-        cfg, source = _named(model, weights, family)
+        cfg, source = _named(model, weights, family, config_choice(stated))
         merge_options(cfg, list(options))
     if weights:
         if family or weights != cfg.MODEL.WEIGHTS:
             # The family in the config applies to the weights from which training started.
             cfg.MODEL.WEIGHTS_FAMILY = family
+        if weights != cfg.MODEL.WEIGHTS:
+            for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
+                cfg.MODEL[key] = stated.MODEL[key]
         cfg.MODEL.WEIGHTS = weights
     return ModelSource(cfg, source, config_file)
+
+
+def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
+    """Return a source with the preprocessing and geometry that the config's user has stated."""
+    return source and with_stated(source, stated_values(cfg))
+
+
+def _weight_options(options: Sequence[str]) -> CfgNode:
+    """Return the default config with the options that describe the weight file."""
+    cfg = get_senet_config()
+    pairs = zip(options[::2], options[1::2], strict=False)
+    found = [pair for pair in pairs if pair[0].startswith("MODEL.WEIGHTS_")]
+    merge_options(cfg, [word for pair in found for word in pair])
+    return cfg
 
 
 def model_config(
@@ -174,7 +195,7 @@ def model_config(
     """
     found = find_model(model, config_file, weights, options=options)
     if weights:
-        apply_file_geometry(found.cfg, found.source)
+        apply_file_geometry(found.cfg, _with_stated(found.cfg, found.source))
     return found.cfg
 
 
@@ -183,18 +204,21 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
-    with built_empty():
+    with built_empty(), weights_follow():
         model = build_model(cfg)
     return fill_empty(model).eval()
 
 
-def _named(name: str, weights: str, family: str) -> tuple[CfgNode, Source | None]:
+def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
     """Return the config and the weights of the classifier built by ``create_classifier``."""
     if name:
         model_entry(name)  # Reject an unknown name before reading a large file.
-    source = examine(*local_weights(weights, family or None)) if weights else None
+    source = None
+    if weights:
+        path, found = local_weights(weights, family or None)
+        source = examine(path, found, **choice)
     architecture = source.architecture if source else None
-    name = name or (architecture.name if architecture else "")
+    name = name or (source.model_name if source else "")
     if not name:
         raise UserError(
             "No model is specified. Give --model NAME (see senet_transfer.list_models()), "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
     With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``. The
-    diagnostics are left out.
+    diagnostics are excluded.
     """
     found: dict[str, float] = {}
     for name, value in results.items():
@@ -74,6 +75,9 @@ _HEADLINES = {
     "bbox/AP": "box AP {:.1f}",
     "segm/AP": "mask AP {:.1f}",
     "keypoints/AP": "keypoint AP {:.1f}",
+    "box_proposals/AR@1000": "box AR@1000 {:.1f}",
+    "sem_seg/mIoU": "mIoU {:.1f}",
+    "panoptic_seg/PQ": "PQ {:.1f}",
     "classification/top1_error": "top-1 error {:.1f}%",
     "classification/top5_error": "top-5 error {:.1f}%",
 }
@@ -86,6 +90,8 @@ _FILES = {
     "results": "results.json",
 }
 _NAME_WIDTH = 16
+# Names of the metrics of a single class.
+_OF_ONE_CLASS = re.compile(r"/(AP|IoU|BoundaryIoU|min\(IoU, B-Iou\)|ACC)-")
 
 
 def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir: str | Path) -> str:
@@ -101,7 +107,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
     rows = {
         name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
         for name, value in metrics(results).items()
-        if "/AP-" not in name  # of one class
+        if not _OF_ONE_CLASS.search(name)
     }
     evaluated = []
     for dataset in datasets:

@@ -4,6 +4,7 @@ import copy
 import difflib
 import logging
 import os
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -17,12 +18,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from senet_transfer.config import config_items, is_classification
-from senet_transfer.config.validation import check_ranges
+from senet_transfer.config.validation import check_input, check_ranges
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
+from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     _check_norms(cfg)
     if not eval_only:
         _check_numbers(cfg)
+    check_input(cfg)
+    _check_anchors(cfg)
     check_augmentation(cfg)
     _check_padding(cfg)
     if not eval_only:
@@ -100,10 +104,41 @@ def _check_names(cfg: CfgNode) -> None:
             )
 
 
+def _check_anchors(cfg: CfgNode) -> None:
+    """Raise a UserError if the anchors' sizes or aspect ratios are not nested as Detectron2 needs.
+
+    Detectron2 accepts one list of numbers for all feature maps, or a list with one list per feature
+    map (or only one) inside.
+    """
+    anchors, features = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.RPN.IN_FEATURES
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        features = cfg.MODEL.RETINANET.IN_FEATURES
+    elif cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "ProposalNetwork", "PanopticFPN"):
+        return
+    for leaf in ("SIZES", "ASPECT_RATIOS"):
+        key, value = f"MODEL.ANCHOR_GENERATOR.{leaf}", anchors[leaf]
+        rows = value if any(isinstance(part, list | tuple) for part in value) else [value]
+        numbers = [part for row in rows for part in (row if isinstance(row, list | tuple) else ())]
+        nested = all(isinstance(row, list | tuple) and row for row in rows)
+        if not nested or any(not isinstance(n, int | float) or n <= 0 for n in numbers):
+            raise UserError(
+                f"{key} is {value}; expected positive numbers in one list for all feature maps, "
+                f"[32, 64], or in one list per feature map, [[32], [64], ...]."
+            )
+        if len(rows) not in (1, len(features)):
+            raise UserError(
+                f"{key} has {len(rows)} inner lists, but anchors are placed on {len(features)} "
+                f"feature maps ({', '.join(features)}). Expected one inner list for all feature "
+                "maps, or one for each."
+            )
+
+
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and names_published(weights):
         catalogue_entry(weights)
+    elif weights and os.path.isdir(weights):
+        sniff(Path(weights))  # raises an error that describes the folder
     elif weights and "://" not in weights and not os.path.isfile(weights):
         near = nearest_names(weights)
         hint = f" Published weights with a similar name: {near[0]}." if near else ""
@@ -183,7 +218,9 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
     side = cfg.INPUT.CLASSIFICATION.CROP
     try:
         # On the device "meta", only shapes are computed.
-        copy.deepcopy(model.backbone).to("meta")(torch.zeros(1, 3, side, side, device="meta"))
+        copy.deepcopy(model.backbone).to("meta")(
+            torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), side, side, device="meta")
+        )
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise UserError(

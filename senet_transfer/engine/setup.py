@@ -1,5 +1,6 @@
 """Setup of a run: config, logging, data sets, device and checks."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.detection.coco import (
@@ -28,11 +30,14 @@ from senet_transfer.data.detection.coco import (
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
-    check_segmentations,
+    check_outlines,
+    check_trainable,
     dataset_classes,
     use_class_order,
     warn_of_many_objects,
 )
+from senet_transfer.data.detection.image_checks import MODES, check_images
+from senet_transfer.data.detection.task_checks import stuff_classes, use_keypoints
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.classes import use_trained_classes
 from senet_transfer.engine.checkpoints.output_folder import (
@@ -43,7 +48,8 @@ from senet_transfer.engine.checkpoints.output_folder import (
 from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
 from senet_transfer.engine.run_checks import check_run
-from senet_transfer.errors import UserError
+from senet_transfer.errors import RunError, UserError, check_choice
+from senet_transfer.evaluation.evaluators import check_evaluators
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
 
@@ -178,6 +184,8 @@ def _prepare(options: RunOptions) -> CfgNode:
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
+    if not is_classification(cfg):
+        _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     source = examine_config_weights(cfg, resumed)
     if source:
@@ -229,6 +237,9 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
+    # Detectron2 logs the traceback of every exception. These are printed when the command ends.
+    if record.exc_info and isinstance(record.exc_info[1], UserError | RunError):
+        return False
     message = record.getMessage()
     return not message.startswith("copypaste:") and not message.endswith("in csv format:")
 
@@ -270,9 +281,9 @@ def available_device(name: str, logger: logging.Logger) -> str:
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
     """Train on the first data set of ``--dataset``, and evaluate on the second.
 
-    This applies if the config names data sets that are not registered, as a recipe for a user's own
-    data does, and if the command line does not set the key. With ``--eval-only``, a single data set
-    is evaluated.
+    This applies if the config names data sets that are not registered, as the recipes for a user's
+    own data do, and if the command line does not set the key. With ``--eval-only``, a single data
+    set is evaluated.
 
     Args:
         cfg: The config, which is changed in place.
@@ -317,7 +328,8 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
             from those of the other data sets or the model.
     """
-    registered = [registered_entry(name) for name in register_datasets(cfg.DATASETS.REGISTER)]
+    names = register_datasets(cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON)
+    registered = [registered_entry(name) for name in names]
     # Store absolute paths, so that the saved config works from any folder.
     cfg.DATASETS.REGISTER = [
         [d.name, d.json_file, d.image_dir] for d in registered if isinstance(d, CocoDataset)
@@ -335,10 +347,19 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
             "'coco_2017_val'."
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)
+    check_evaluators(cfg, () if eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    _use_stuff(cfg, names, keep_classes=keep_classes)
+    if predicts(cfg) == {PIXELS}:
+        cfg.DATASETS.CLASSES, cfg.DATASETS.CATEGORY_IDS = [], []
+        return
+    if cfg.MODEL.KEYPOINT_ON:
+        use_keypoints(cfg, names)
     classes = dataset_classes(names)
+    if not eval_only:
+        check_trainable(cfg.DATASETS.TRAIN)
     warn_of_many_objects(cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     if cfg.MODEL.MASK_ON:
-        check_segmentations(names)
+        _use_mask_format(cfg, names)
     trained = list(cfg.DATASETS.CLASSES)
     if keep_classes and trained and trained != classes and not use_class_order(names, trained):
         raise UserError(
@@ -351,6 +372,67 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> None:
+    """Copy the classes of a semantic segmentation to the config, if the model predicts them."""
+    if PIXELS not in predicts(cfg):
+        cfg.DATASETS.STUFF_CLASSES = []
+        return
+    classes, ignored = stuff_classes(names)
+    trained = list(cfg.DATASETS.STUFF_CLASSES)
+    if keep_classes and trained and trained != classes:
+        raise UserError(
+            f"The model was trained on the segmentation classes {trained}, but {names[0]} has the "
+            f"classes {classes}. Use data with the same classes in the same order."
+        )
+    cfg.DATASETS.STUFF_CLASSES = classes
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(classes)
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = ignored
+
+
+def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
+    """Check the images of the data sets in the main process, for all processes.
+
+    Raises:
+        UserError: If images are unreadable or of another size than annotated.
+    """
+    check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
+    problem = ""
+    if comm.is_main_process():
+        names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        try:
+            check_images(
+                names,
+                mode=cfg.DATALOADER.CHECK_IMAGES,
+                value_range=cfg.INPUT.VALUE_RANGE,
+                max_size=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
+            )
+        except UserError as error:
+            problem = str(error)
+    problem = comm.all_gather(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Check the outlines of the objects, and set the mask format that they require.
+
+    Raises:
+        UserError: If an outline is missing or invalid, or a required package is not installed.
+    """
+    check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
+    if check_outlines(names) and cfg.INPUT.MASK_FORMAT == "polygon":
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        logging.getLogger(__name__).info(
+            "INPUT.MASK_FORMAT is set to bitmask, because outlines are run-length encodings."
+        )
+    crops = cfg.INPUT.CROP.ENABLED and cfg.INPUT.MASK_FORMAT == "polygon"
+    if crops and importlib.util.find_spec("shapely") is None:
+        raise UserError(
+            "INPUT.CROP.ENABLED with polygons requires the package shapely, which is not "
+            "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
+        )
 
 
 def _environment() -> str:

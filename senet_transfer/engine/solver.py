@@ -155,8 +155,8 @@ def fill_momentum(optimizer: torch.optim.SGD) -> None:
 def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
     """Temporarily replace the learning rates by tensors, one ``()`` per parameter group.
 
-    A graph of the optimizer's step reads these tensors in each replay, whereas a number would stay
-    the same. The scheduler and the checkpoints see numbers.
+    A graph of the optimizer's step reads these tensors in each replay, whereas a number would be
+    constant. The scheduler and the checkpoints use numbers.
     """
     groups = optimizer.param_groups
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -94,7 +94,7 @@ def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
 def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
-    training = {"iterations": trainer.iter}
+    training: dict[str, Any] = {"iterations": trainer.iter}
     if trainer.timer.steps:
         training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
     return {**trainer.results, "training": training}

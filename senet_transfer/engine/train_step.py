@@ -26,7 +26,7 @@ from senet_transfer.engine.solver import tensor_rates
 from senet_transfer.errors import UserError
 from senet_transfer.utils.private_api import scaler_state, skips_on_device
 
-# Name of the input of a captured step with the learning rates and the weight of the average.
+# Input of a captured step that contains the learning rates and the weight of the average.
 _NUMBERS = "numbers"
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -69,12 +69,12 @@ class StepTrainer(SimpleTrainer):
                 with an error.
             output_dir: The folder for reports about skipped steps. If empty, no reports are
                 written.
-            reads_after: Returns whether losses are read from the device, logged and checked after
-                an iteration. None reads them after each iteration. Without a fused optimizer, which
-                can skip a step on the device, the argument is ignored.
+            reads_after: A function that returns whether losses are read from the device, logged and
+                checked after the given iteration. None reads them after each iteration. It is
+                ignored without a fused optimizer, which can skip a step on the device.
             graphs: The source of graphs to capture the step, from the data loader's plan or batch
-                to the average, or None to run it eagerly. The batch must be a dict, and the losses
-                must not be read after each iteration.
+                to the average, or None to run it eagerly. It requires batches that are dicts, and
+                losses that are not read after each iteration.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
@@ -148,7 +148,7 @@ class StepTrainer(SimpleTrainer):
             self.read()
 
     def use_average(self, average: ModelEMA) -> None:
-        """Update an average of the weights as a part of captured steps."""
+        """Update the given average of the weights within captured steps."""
         if self._captured is not None:
             self._average = average
             average.in_step = True

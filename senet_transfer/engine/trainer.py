@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
-from detectron2.evaluation import DatasetEvaluator, verify_results
-from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -36,14 +34,18 @@ from senet_transfer.engine.capture.captured_backbone import CapturedBackbone
 from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
+from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.run_checks import check_batch_norms
 from senet_transfer.engine.train_step import StepTrainer
-from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from senet_transfer.evaluation.evaluators import evaluator_kinds, other_evaluator
 from senet_transfer.evaluation.validation_loss import validation_losses
+from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
+from senet_transfer.utils.text import folder_name
+from senet_transfer.weights.choice import config_choice
 
 # Number of values to keep per metric for smoothing.
 _HISTORY = 400
@@ -78,6 +80,8 @@ class Trainer(DefaultTrainer):
         periodic_writers: The hooks that write metrics.
     """
 
+    iter: int
+
     def __init__(self, cfg: CfgNode):
         """
         Args:
@@ -92,7 +96,7 @@ class Trainer(DefaultTrainer):
             images = len(classification.open_train_dataset(cfg))
             cfg = solver.epochs_to_iterations(cfg, images)
         self.step_seed = hooks.StepSeed(cfg.SEED)
-        with config_errors("model"):
+        with config_errors("model"), weights_follow():
             model = self.build_model(cfg)
         check_batch_norms(cfg, model)
         with config_errors("optimizer"):
@@ -123,6 +127,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             family=cfg.MODEL.WEIGHTS_FAMILY,
+            choice=config_choice(cfg),
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             classes=cfg.DATASETS.CLASSES,
             trainer=weakref.proxy(self),
@@ -245,13 +250,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
-        """Return the source of graphs of the training step, or None for eager steps."""
+        """Return the source of graphs for the training step, or None for eager steps."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
 
     @classmethod
     def capture_backbone(cls, backbone: nn.Module) -> None:
-        """Replace the forward pass of a detector's backbone by one that is captured."""
+        """Replace the forward pass of a detector's backbone with a captured one."""
         CapturedBackbone(backbone)
 
     @classmethod
@@ -298,12 +303,13 @@ class Trainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """Build the evaluator for a data set.
 
-        Detectors are evaluated with the COCO metrics, and classifiers with the top-1 and top-5
-        error. A detector's predictions and diagnostics are written to
+        Detectors are evaluated with the metrics of the data set's ``evaluator_type``, and
+        classifiers with the top-1 and top-5 error. A detector's predictions and diagnostics are
+        written to
         ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
-            UserError: If the detection data set is registered with metrics other than COCO's.
+            UserError: If the model's predictions can't be evaluated on the data set.
         """
         if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
@@ -313,15 +319,21 @@ class Trainer(DefaultTrainer):
             return ClassificationEvaluator(
                 dataset.num_classes, len(dataset), with_loss=cfg.TEST.LOSS, output_dir=output_dir
             )
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind != "coco":
-            raise UserError(
-                f"The evaluator_type of the data set {dataset_name} is {kind!r}, but only 'coco' "
-                "is supported. Register the data set in COCO format."
-            )
+        output_dir = os.path.join(cfg.OUTPUT_DIR, folder, folder_name(dataset_name))
+        kinds = evaluator_kinds(cfg, dataset_name)
+        found = [
+            cls._coco_evaluator(cfg, dataset_name, output_dir)
+            if kind == "coco"
+            else other_evaluator(kind, dataset_name, output_dir)
+            for kind in kinds
+        ]
+        return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+    @staticmethod
+    def _coco_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> FastCOCOEvaluator:
         return FastCOCOEvaluator(
             dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
+            output_dir=output_dir,
             # Detectron2 writes a JSON file for a data set that has none. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
@@ -388,7 +400,7 @@ class Trainer(DefaultTrainer):
         ]
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        results = cls.test(cfg, with_augmentation(cfg, model), evaluators)
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase]:

@@ -1,6 +1,6 @@
 """Detectron2's COCO evaluator with faster-coco-eval, which computes the metrics in C++.
 
-The results equal those of pycocotools to the last bit. It is used if faster-coco-eval isn't
+The results are bitwise identical to those of pycocotools, which is used if faster-coco-eval isn't
 installed.
 """
 
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's COCOEvaluator with faster-coco-eval, which is about eight times as fast.
 
-    The libraries for the metrics get numbers in place of the ids in the annotation file; see
-    :class:`~senet_transfer.evaluation.numbering.Numbering`. The files with predictions contain the
-    ids of the annotation file.
+    The metrics are computed with consecutive numbers instead of the ids in the annotation file; see
+    :class:`~senet_transfer.evaluation.numbering.Numbering`. The prediction files contain the ids of
+    the annotation file.
 
     Attributes:
         diagnostics: The diagnostics by IoU type; see
@@ -61,7 +61,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         Raises:
             UserError: If the annotation file can't be read.
         """
-        # Detectron2's class can't read all of the files that the loader of this project reads.
+        # Detectron2's class can't read all annotation files that this project's loader can read.
         with _replaced(coco_evaluation, "COCO", _read_truth):
             super().__init__(*arguments, use_fast_impl=False, **options)
         self.diagnostics: dict[str, dict[str, Any]] = {}

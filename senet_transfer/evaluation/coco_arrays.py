@@ -1,4 +1,4 @@
-"""Conversion of COCO ground truth and results to the arrays that diagnostics are computed from."""
+"""Conversion of COCO ground truth and results to arrays for the diagnostics."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,14 +20,14 @@ def coco_arrays(
     """Return the objects and detections in each image, in the order of the images' ids.
 
     Ids can be any numbers or text. Objects and detections whose image or category is unknown are
-    left out, as in the COCO metrics.
+    ignored, as in the COCO metrics.
 
     Args:
         dataset: The content of an annotation file.
         results: Detections in COCO's results format, with the ids of the annotation file.
         class_of_category: The class index by category id. If None, the classes are in the order of
             the category ids.
-        masks: If True, return masks, and otherwise boxes.
+        masks: If True, return masks instead of boxes.
     """
     images = {image["id"]: image for image in dataset["images"]}
     if class_of_category is None:

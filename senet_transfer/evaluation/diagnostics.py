@@ -1,4 +1,4 @@
-"""Diagnostics of a detector: where its precision and recall are lost.
+"""Diagnostics of a detector: the causes of lost precision and recall.
 
 The AP, precision and recall are those of the COCO metrics; see
 :mod:`~senet_transfer.evaluation.matching`. The error types are those of TIDE; see
@@ -30,12 +30,14 @@ from senet_transfer.evaluation.matching import (
 
 # COCO's ranges of an object's area, in square pixels.
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
-# The least number of objects of each group of images. A group ends where the next one starts.
+# Minimum number of objects per image in each group; a group ends where the next one starts.
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 # Positions of IoU thresholds in IOU_THRESHOLDS.
 _IOU50, _IOU75, _IOU90 = 0, 5, 8
 _CURVES = {"0.5": _IOU50, "0.75": _IOU75, "0.9": _IOU90}
+# The number of objects for which the summary compares sizes.
+_MANY = 20
 # Decimal places of the precision in curves.
 _DIGITS = 4
 
@@ -53,23 +55,23 @@ def diagnose(
     NaN. The result contains:
 
     - ``summary``: the main results in a few sentences;
-    - ``images``, ``objects``, ``detections``: their numbers;
+    - ``images``, ``objects``, ``detections``: the number of each;
     - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
-    - ``by_size``, ``by_count``: for groups of objects by their area, and of images by their
-      number of objects, the ``AP``, ``AP50`` and the numbers of objects and images;
-    - ``errors``: by error type, the ``AP50`` that it costs and its ``count``. The costs of
-      ``false_positive`` and ``false_negative`` are those of all errors of these kinds;
-    - ``error_AP50``: the AP50 from which the costs are computed, which counts classes that are
-      detected but that no object has;
+    - ``by_size``, ``by_count``: the ``AP``, ``AP50`` and the numbers of objects and images, for
+      groups of objects by area, and for groups of images by number of objects;
+    - ``errors``: for each error type, the ``AP50`` that it costs and the ``count``. The costs of
+      ``false_positive`` and ``false_negative`` are those of all such errors together;
+    - ``error_AP50``: the AP50 that the costs refer to, which includes classes that are detected
+      but have no objects;
     - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
       ``recall`` and ``F1`` of the detections above it;
-    - ``classes``: for each class, the numbers of objects and detections, the AP, the same
-      values as in ``best``, and the ``curve``;
-    - ``curves``: the mean interpolated precision of all classes at recalls of 0, 0.01, ..., 1,
-      by IoU threshold. The ``curve`` of a class is that for 0.5;
-    - ``confusion``: the ``matrix`` with the number of detections with at least the ``score`` by
-      class of the object (row) and of the detection (column). The last row counts detections
-      without an object, and the last column objects without a detection.
+    - ``classes``: for each class, the numbers of objects and detections, the AP, the values of
+      ``best`` for this class, and the ``curve``;
+    - ``curves``: for each IoU threshold, the interpolated precision at recalls of 0, 0.01, ...,
+      1, averaged over classes. The ``curve`` of a class is for the threshold 0.5;
+    - ``confusion``: the ``matrix`` counts the detections with at least the given ``score``, by
+      class of the object (row) and class of the detection (column). The last row counts
+      detections without an object, and the last column objects without a detection.
 
     Args:
         objects: The ground-truth objects in each image.
@@ -167,7 +169,7 @@ def _errors(costs: ErrorCosts) -> dict[str, dict[str, float]]:
 def _best_threshold(
     overlaps: Overlaps, matches: Matches, rows: Ints, label: int | None = None
 ) -> dict[str, float]:
-    """Return the threshold with the highest F1, and the precision, recall and F1 at it.
+    """Return the score threshold with the highest F1, and its precision, recall and F1.
 
     Args:
         overlaps: The detections and objects.
@@ -224,8 +226,8 @@ def _by_class(
 def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float) -> Ints:
     """Return the confusion matrix at an IoU of 0.5, ``(C + 1, C + 1)``.
 
-    True positives are those of the COCO metrics. Each other detection is matched, by decreasing
-    score, with the object of another class that has the highest IoU and is not matched yet.
+    True positives are those of the COCO metrics. By decreasing score, each other detection is
+    matched with the unmatched object of a different class that has the highest IoU.
     Detections in a crowd are not counted.
     """
     kept = np.zeros(len(overlaps.scores), bool)
@@ -266,13 +268,13 @@ def summary(found: dict[str, Any]) -> str:
 def _main_loss(found: dict[str, Any]) -> str:
     """Return a sentence about the largest part of the loss.
 
-    The errors at an IoU of 0.5 are compared with each other. What is lost between an IoU of 0.5 and
-    higher ones is due to localisation, too.
+    The costs of the error types at an IoU of 0.5 are compared with each other. Any loss at higher
+    IoU thresholds counts as localisation.
     """
     ap, ap50, ap75 = (found[name] for name in ("AP", "AP50", "AP75"))
     both = f"AP50 {ap50:.1f}, AP75 {ap75:.1f}"
     costs = {name: found["errors"][name]["AP50"] for name in _SENTENCES}
-    # The cost is undefined if no class is left when the errors are corrected.
+    # The cost is undefined if correcting the errors leaves no classes.
     losses = {name: cost if math.isfinite(cost) else 0.0 for name, cost in costs.items()}
     losses["localisation"] += max(ap50 - ap, 0)
     worst = max(losses, key=lambda name: losses[name])
@@ -310,8 +312,13 @@ def _confused(found: dict[str, Any]) -> str:
 
 def _worst_size(found: dict[str, Any]) -> str:
     """Return a sentence about the size of objects with the lowest AP, if it is much lower."""
-    known = [row for row in found["by_size"] if math.isfinite(row["AP"])]
-    worst = min(known, key=lambda row: row["AP"], default=None)
-    if worst is None or worst["AP"] > 0.75 * found["AP"]:
+    # The AP of a few objects says little.
+    known = [row for row in found["by_size"] if row["objects"] >= _MANY]
+    known.sort(key=lambda row: row["AP"])
+    if len(known) < 2 or known[0]["AP"] > 0.75 * known[-1]["AP"]:
         return ""
-    return f"The AP of {worst['size']} objects is lowest: {worst['AP']:.1f}."
+    worst, best = known[0], known[-1]
+    return (
+        f"The AP of {worst['size']} objects is {worst['AP']:.1f}, that of {best['size']} objects "
+        f"{best['AP']:.1f}."
+    )

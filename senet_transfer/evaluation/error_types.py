@@ -1,4 +1,4 @@
-"""Error types of a detector, and the AP that each of them costs.
+"""Error types of a detector and the AP that each of them costs.
 
 The definitions are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
 Errors" (ECCV 2020), and the numbers those of the authors' program. Each error is one of six types:
@@ -10,10 +10,10 @@ Errors" (ECCV 2020), and the numbers those of the authors' program. Each error i
 - background: IoU of at most 0.1 with all objects;
 - missed: an object without a detection, and without a classification or localisation error.
 
-The cost of a type is the AP at an IoU of 0.5 that correcting only this type would add. To correct a
-classification or localisation error is to turn the best such detection of each object into a true
-positive, and to remove the others. To correct the other types is to remove the detections, or the
-missed objects.
+The cost of a type is the AP at an IoU of 0.5 that correcting only this type would add. To correct
+classification or localisation errors, the best such detection of each object becomes a true
+positive, and the others are removed. To correct the other types, the detections or the missed
+objects are removed.
 """
 
 from collections.abc import Iterator
@@ -49,12 +49,11 @@ class Errors:
         kind: Index in :data:`ERROR_TYPES` of each detection's error, or -1 for a true positive and
             for a detection that isn't considered, ``(D,)``. Detections in a crowd have an error,
             but don't count as false positives.
-        target: Index of the object that a classification or localisation error is about, or -1,
-            ``(D,)``.
+        target: Index of the object of a classification or localisation error, or -1, ``(D,)``.
         corrected: True for the errors that become true positives when corrected, ``(D,)``.
         hit: True for true positives, ``(D,)``.
         ignored: True for detections in a crowd, ``(D,)``.
-        considered: True for the best detections of each image, ``(D,)``.
+        considered: True for the highest-scoring detections of each image, ``(D,)``.
         missed: True for missed objects, ``(G,)``.
         unmatched: True for objects without a true positive, ``(G,)``.
     """
@@ -74,8 +73,8 @@ class ErrorCosts:
     """The AP that errors cost, in percent.
 
     Attributes:
-        ap: AP at an IoU of 0.5. In contrast to the COCO metrics, it is 0 for a class that is
-            detected although no object has it.
+        ap: AP at an IoU of 0.5. In contrast to the COCO metrics, it is 0 for classes that are
+            detected but have no objects.
         costs: AP that correcting all errors of a type would add, by type.
         counts: Number of errors by type.
         false_positives: AP that removing all false positives would add.
@@ -117,7 +116,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
     other, other_iou = _best(overlaps, ~same & single)
     with_objects = np.zeros(overlaps.images, bool)
     with_objects[overlaps.object_image[~overlaps.crowd]] = True
-    # The first condition that holds decides.
+    # The first condition that is true determines the type.
     conditions = {
         _BACKGROUND: ~with_objects[overlaps.image],
         _LOCALISATION: (own_iou >= LEAST_OVERLAP) & (own_iou <= IOU),
@@ -128,7 +127,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
     kind = np.select(list(conditions.values()), list(conditions), _BACKGROUND)
     kind[hit | ~considered] = -1
     target = np.select([kind == _LOCALISATION, kind == _CLASSIFICATION], [own, other], -1)
-    # Only the detection with the highest score can be corrected to be that of an object.
+    # For each object, only the detection with the highest score can be corrected.
     candidates = np.flatnonzero(target >= 0)
     candidates = candidates[~used[target[candidates]]]
     corrected = np.zeros(len(kind), bool)
@@ -147,9 +146,9 @@ def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
 
 
 def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
-    """Return the object with the highest IoU in the selected pairs of each detection, and the IoU.
+    """Return each detection's object with the highest IoU in the selected pairs, and the IoU.
 
-    Detections that are in no pair have the object -1 and the IoU 0.
+    For detections without a pair, the object is -1 and the IoU is 0.
     """
     rows = np.flatnonzero(pairs)
     detection, target, iou = overlaps.detection[rows], overlaps.object[rows], overlaps.iou[rows]
@@ -163,7 +162,7 @@ def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
 
 @dataclass(frozen=True)
 class _Points:
-    """Detections that enter an AP, and the number of objects of each class."""
+    """Detections that contribute to an AP, and the number of objects of each class."""
 
     classes: Ints
     scores: Floats

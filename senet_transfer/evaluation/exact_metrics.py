@@ -1,21 +1,30 @@
-"""COCO metrics of faster-coco-eval, corrected to equal those of pycocotools to the last bit."""
+"""COCO metrics of faster-coco-eval, corrected to be bitwise identical to those of pycocotools."""
 
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-# The precision of pycocotools after one detection, which is correct: it divides by the number of
-# detections plus the smallest difference of doubles around 1. The sum equals the number for all
-# numbers except 1.
+# pycocotools' precision after a single, correct detection. pycocotools divides by the number of
+# detections plus the machine epsilon; the sum equals the number for all numbers except 1.
 _FIRST = 1 / (1 + np.spacing(1))
 
 
+def recalls_of_two(counts: np.ndarray) -> np.ndarray:
+    """Return a recall that two of n objects reach, but not one, for each number of objects.
+
+    The recalls are powers of two, so that a few are sufficient for all numbers. For fewer than two
+    objects, the result is 2, which is not reached.
+    """
+    _, exponents = np.frexp(np.maximum(counts, 1) - 1)
+    return np.ldexp(1.0, 1 - exponents)
+
+
 class ExactCOCOeval(COCOeval_faster):
-    """Metrics in C++ whose every bit is that of pycocotools.
+    """Metrics in C++ that are bitwise identical to those of pycocotools.
 
     faster-coco-eval differs in the last bit of a precision of 1 that is based on one detection, and
-    leaves out classes without objects in the evaluation of keypoints.
+    ignores classes without objects in the evaluation of keypoints.
     """
 
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):
@@ -32,9 +41,8 @@ class ExactCOCOeval(COCOeval_faster):
     def evaluate(self) -> None:
         """Match predictions with the ground truth, and compute precisions and recalls."""
         usual = self.params.recThrs
-        # A recall of 1.5 / n is reached by the second correct detection of n objects. The precision
-        # there is 1 if the first two detections are correct.
-        seconds = 1.5 / np.maximum(self._count_objects(), 1)
+        # The precision at these recalls is 1 if the first two detections are correct.
+        seconds = recalls_of_two(self._count_objects())
         self.params.recThrs = np.union1d(usual, seconds)
         try:
             super().evaluate()
@@ -53,7 +61,7 @@ class ExactCOCOeval(COCOeval_faster):
         self.eval["counts"][1] = len(usual)
 
     def _count_objects(self) -> np.ndarray:
-        """Return the number of objects that have to be found, by class and area range."""
+        """Return the number of objects to detect, by class and area range."""
         p = self.params
         items = self.cocoGt.loadAnns(self.cocoGt.getAnnIds(imgIds=p.imgIds, catIds=p.catIds))
         counted = [
@@ -62,7 +70,9 @@ class ExactCOCOeval(COCOeval_faster):
             if not item.get("iscrowd", 0)
             and (p.iouType != "keypoints" or item.get("num_keypoints", 0))
         ]
-        category = np.array([item["category_id"] for item in counted])
+        category = np.array([item["category_id"] for item in counted], np.int64)
         area = np.array([item["area"] for item in counted])
-        inside = [[(low <= area) & (area <= high) for low, high in p.areaRng]]
-        return (inside & (category == np.array(p.catIds)[:, None])[:, None]).sum(2)
+        index = np.searchsorted(p.catIds, category)
+        inside = [(low <= area) & (area <= high) for low, high in p.areaRng]
+        counts = [np.bincount(index[chosen], minlength=len(p.catIds)) for chosen in inside]
+        return np.stack(counts, axis=1)

@@ -1,6 +1,6 @@
 """Matches between detections and objects, and average precision, on flat arrays of all images.
 
-The definitions are those of the COCO metrics, and the results those of pycocotools.
+The definitions follow the COCO metrics, and the results equal those of pycocotools.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-# IoU below which a detection and an object don't overlap in any of the definitions.
+# Pairs of a detection and an object with a lower IoU are irrelevant for all definitions.
 LEAST_OVERLAP = 0.1
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # pycocotools' recall thresholds. Some differ from multiples of 0.01 in the last bit.
@@ -173,19 +173,19 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match each detection with the best object that no better-ranked detection has taken.
+    """Match each detection with the best object that is not matched with a higher-ranked detection.
 
-    As in the COCO metrics, an ignored object is taken only if no other is available, and a crowd
-    can be taken repeatedly.
+    As in the COCO metrics, an ignored object is matched only if no other is available, and a crowd
+    can be matched repeatedly.
 
     Args:
         overlaps: The detections and objects.
         pairs: The indices of the pairs that may be matched.
         rank: The rank of each detection. Detections with equal ranks must have no objects in
             common, ``(D,)``.
-        thresholds: The least IoU for a match, ``(T,)``.
+        thresholds: The minimum IoU for a match, ``(T,)``.
         ignored: True for objects that are ignored, ``(G,)``.
-        first_of_equal: If True, the first of several objects with equal IoU is taken, and otherwise
+        first_of_equal: If True, the first of several objects with equal IoU is matched, otherwise
             the last.
 
     Returns:
@@ -199,11 +199,11 @@ def greedy_matches(
     matches = np.full((len(thresholds), len(overlaps.scores)), -1)
     free = np.ones((len(thresholds), len(overlaps.crowd)), bool)
     bounds = np.searchsorted(rank[detection], np.arange(rank[detection].max(initial=-1) + 2))
-    # All detections with equal ranks are matched at once: their objects are different ones.
+    # All detections with equal ranks are matched at once, because they share no objects.
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         some, theirs, overlap = detection[begin:end], target[begin:end], iou[begin:end]
         for row, threshold in enumerate(thresholds):
-            # pycocotools lowers a threshold of 1, which an IoU can miss by rounding.
+            # pycocotools lowers a threshold of 1, because rounding can reduce the IoU.
             good = np.flatnonzero(free[row, theirs] & (overlap >= min(threshold, 1 - 1e-10)))
             best = good[_starts(some[good])]
             matches[row, some[best]] = theirs[best]
@@ -227,8 +227,8 @@ class Matches:
         ignored: True for detections that count neither as true nor as false positives, ``(T, D)``.
         match: Index of each detection's object, or -1, ``(T, D)``.
         counted: True for objects that are not ignored, ``(G,)``.
-        considered: Detections among the best of their image and class, sorted by class and, in a
-            class, by decreasing score, ``(N,)``.
+        considered: Indices of the highest-scoring detections of each image and class, sorted by
+            class and then by decreasing score, ``(N,)``.
     """
 
     hit: Bools
@@ -249,8 +249,8 @@ def match_by_class(
 
     Args:
         overlaps: The detections and objects.
-        area: The least and the largest area of an object in square pixels. Others are ignored.
-        thresholds: The least IoU for a match, ``(T,)``.
+        area: The minimum and maximum area in square pixels. Other objects are ignored.
+        thresholds: The minimum IoU for a match, ``(T,)``.
         max_detections: The number of detections per image and class to consider.
     """
     rank = rank_in_group(overlaps.classes, overlaps.image)

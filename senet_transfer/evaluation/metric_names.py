@@ -17,7 +17,7 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that the evaluations during training will return a metric, as far as it is known.
+    """Check that the evaluations during training will return a metric, if its task is known.
 
     Args:
         cfg: The config of the run.
@@ -57,7 +57,7 @@ def _known(cfg: CfgNode) -> list[str]:
 
 
 def _exists(cfg: CfgNode, name: str, known: list[str]) -> bool:
-    """Return True if a metric is known, or if it is of a task whose metrics are not known here."""
+    """Return whether a metric is known, or its task has metrics that are not listed here."""
     task = name.partition("/")[0]
     if task == "validation":
         return cfg.TEST.LOSS and (name in known or not is_classification(cfg))

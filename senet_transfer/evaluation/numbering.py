@@ -6,24 +6,24 @@ from typing import Any
 
 
 class Numbering:
-    """Numbers from 1 in place of the ids in an annotation file.
+    """Numbers from 1 that replace the ids in an annotation file.
 
-    The libraries for the COCO metrics fail without an error for some ids: they store ids as doubles
-    or 64-bit integers, and take a match with the annotation id 0 for no match. Images are numbered
-    in the order of their ids, which is the order in which pycocotools evaluates them. Categories
-    are numbered in the order of the classes, and annotations in the order of the file.
+    The libraries for the COCO metrics silently return wrong results for some ids: they store ids as
+    doubles or 64-bit integers, and treat a match with the annotation id 0 as no match. Images are
+    numbered in the order of their ids, which is the order in which pycocotools evaluates them.
+    Categories are numbered in the order of the classes, and annotations in the order of the file.
 
     Attributes:
-        dataset: A copy of the ground truth with numbers in place of ids. Annotations whose image or
-            category is not in the file are left out, because the metrics ignore them.
+        dataset: A copy of the ground truth with numbers instead of ids. Annotations whose image or
+            category is not in the file are omitted, because the metrics ignore them.
     """
 
     def __init__(self, dataset: dict[str, Any], class_of_category: dict[Any, int] | None = None):
         """
         Args:
             dataset: The content of an annotation file, which is not changed.
-            class_of_category: The class index by category id. Without it, the classes are in the
-                order of the category ids.
+            class_of_category: The class index by category id. If None, the classes are in the order
+                of the category ids.
         """
         classes = class_of_category or {}
         images = in_order(image["id"] for image in dataset["images"])
@@ -52,7 +52,7 @@ class Numbering:
         return [self._images[key] for key in ids]
 
     def results(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return copies of predictions in COCO's results format, with numbers in place of ids."""
+        """Return copies of predictions in COCO's results format, with numbers instead of ids."""
         return [self._numbered(result) for result in results]
 
     def _numbered(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +61,9 @@ class Numbering:
 
 
 def in_order(ids: Iterable[Any]) -> list[Any]:
-    """Return ids without duplicates in ascending order, or in the given order if it is undefined.
+    """Return unique ids in ascending order, or in the given order if they can't be compared.
 
-    Numbers and text have no common order.
+    Numbers can't be compared with text.
     """
     unique = list(dict.fromkeys(ids))
     try:

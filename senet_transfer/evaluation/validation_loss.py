@@ -11,21 +11,21 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Modules that behave as in evaluation, although the model computes losses.
+# Modules that remain in evaluation mode although the model computes losses.
 _EVALUATED = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout1d,
     nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
 
-# The running mean by which Detectron2's dense detectors normalise their losses.
+# Running mean with which Detectron2's dense detectors normalise their losses.
 _NORMALISER = "loss_normalizer"
 
 
 def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str, float]:
     """Return the mean losses per image, without changing the model.
 
-    The backbone, batch norms and dropout are in evaluation mode. A detector draws random samples of
-    its proposals; they are the same in each call. All processes must call this function together.
+    The backbone, batch norms and dropout are in evaluation mode. A detector's proposals are sampled
+    randomly, but identically in each call. All processes must call this function together.
 
     Args:
         model: A detector, which returns a dict of losses in training mode.
@@ -61,7 +61,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str
 
 @contextlib.contextmanager
 def _loss_mode(model: nn.Module) -> Iterator[None]:
-    """Put a detector into the mode in which it returns losses, and restore its state on exit."""
+    """Set a detector to the mode in which it returns losses, and restore its state on exit."""
     modes = [(module, module.training) for module in model.modules()]
     normaliser = vars(model).get(_NORMALISER)
     model.train()

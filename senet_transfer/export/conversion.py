@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.models.classifier import build_classifier
 from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
+from senet_transfer.weights.choice import Choice
 from senet_transfer.weights.convert import family_of, target_for, write_converted
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.file_geometry import local_weights
@@ -55,6 +57,8 @@ def convert_file(
     family: str | None = None,
     force: bool = False,
     check: bool = False,
+    backbone_only: bool = False,
+    **choice: Unpack[Choice],
 ) -> FileDifference | None:
     """Convert a weight file of any family to the format of this project or another project.
 
@@ -66,6 +70,9 @@ def convert_file(
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
         check: If True, compare the outputs of both files' networks.
+        backbone_only: If True, leave out the tensors of the classifier or of the detector's parts
+            outside the backbone.
+        choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.
 
     Returns:
         The result of the comparison, or None if ``check`` is False.
@@ -82,7 +89,9 @@ def convert_file(
         )
     path, family = local_weights(weights, family)
     logger.info("Reading %s (%s)", path, _size(path))
-    source = examine(path, family)
+    source = examine(path, family, **choice)
+    if backbone_only:
+        source = source.backbone_only()
     _check_complete(source)
     logger.info("Detected as %s%s", source.detected_as, _network(source))
     for note in write_converted(source, out, to):
@@ -107,20 +116,20 @@ def _network(source: Source) -> str:
     if source.architecture is None:
         return ""
     options = "".join(f", {name} {value}" for name, value in source.geometry.options().items())
-    return f": {source.architecture.name}{options}"
+    return f": {source.model_name}{options}"
 
 
 def _registered(source: Source) -> Architecture | None:
     """Return the file's architecture, or None if it is a detector or not a registered model."""
     arch = source.architecture
-    if arch is None or source.detector or arch.name not in list_models():
+    if arch is None or source.detector or source.model_name not in list_models():
         return None
     return arch
 
 
 def _model(source: Source, architecture: Architecture) -> nn.Module:
     """Build the network for a weight file, with a classifier if the file contains one."""
-    entry = model_entry(architecture.name)
+    entry = model_entry(source.model_name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
     if architecture.classes:
         return build_classifier(entry, architecture.classes, source, norm=norm)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, ProposalNetwork
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     The exported module takes one image of any size, uint8 or float32 ``(3, H, W)`` in 0-255. The
     caller must resize the image and order its channels as in training. The outputs are tensors,
     whose names are listed in the extra file ``outputs``: boxes in pixels, scores, classes, 28x28
-    masks (Mask R-CNN only), and the image size.
+    masks (Mask R-CNN only), and the image size. A region proposal network returns boxes and logits.
 
     Args:
         model: A Detectron2 meta-architecture.
@@ -54,12 +54,17 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
 def _infer(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Instances]:
     if isinstance(model, GeneralizedRCNN):
         return model.inference(inputs, do_postprocess=False)
-    return [found["instances"] for found in model(inputs)]
+    key = "proposals" if isinstance(model, ProposalNetwork) else "instances"
+    return [found[key] for found in model(inputs)]
 
 
 def _compare(path: str | Path, expected: Instances, found: Instances) -> None:
     same = len(found) == len(expected)
-    if same:
+    if same and expected.has("proposal_boxes"):
+        boxes = (found.proposal_boxes.tensor - expected.proposal_boxes.tensor).abs()
+        scores = (found.objectness_logits.sigmoid() - expected.objectness_logits.sigmoid()).abs()
+        same = bool((boxes <= BOX_TOLERANCE).all() and (scores <= SCORE_TOLERANCE).all())
+    elif same:
         boxes = (found.pred_boxes.tensor - expected.pred_boxes.tensor).abs()
         scores = (found.scores - expected.scores).abs()
         same = bool((boxes <= BOX_TOLERANCE).all() and (scores <= SCORE_TOLERANCE).all())

@@ -86,7 +86,7 @@ def export_network(
     # The caller's network stays on its device and in its mode.
     network = copy.deepcopy(network).cpu().eval()
     with torch.no_grad():
-        found = network(torch.zeros(1, 3, *size))
+        found = network(torch.zeros(1, len(preprocessing.mean), *size))
     if isinstance(found, dict):
         names = list(found)
     model = ImageModel(deploy(network), preprocessing).eval()

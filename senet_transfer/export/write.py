@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import PIXELS, predicts
+from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
@@ -68,6 +70,11 @@ def export_model(
             "TorchScript. Choose a name that ends in .ts, or export only the backbone with "
             "--backbone."
         )
+    if PIXELS in predicts(cfg):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, and the export of "
+            "segmentation models is not supported. Export only the backbone with --backbone."
+        )
     if not image:
         raise UserError(
             "A detector is exported by tracing, which requires an image. Use --image to specify an "
@@ -98,8 +105,8 @@ def format_of(output: str) -> str:
 def _read_image(path: str, cfg: CfgNode) -> Tensor:
     """Read and resize an image in the same way as Detectron2's evaluation."""
     try:
-        image = detection_utils.read_image(path, cfg.INPUT.FORMAT)
-    except OSError as error:
+        image = read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.VALUE_RANGE)
+    except (OSError, BrokenImageError) as error:
         raise UserError(
             f"{path} can't be read as an image: {error}. Choose a different image."
         ) from error

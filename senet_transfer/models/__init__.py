@@ -3,6 +3,7 @@
 Importing this package registers all models by name and with Detectron2.
 """
 
+from senet_transfer.layers.rotated_boxes import define_missing_operators
 from senet_transfer.models import backbones  # noqa: F401
 from senet_transfer.models.classifier import Classifier, create_classifier
 from senet_transfer.models.image_classifier import ImageClassifier
@@ -15,3 +16,5 @@ __all__ = [
     "create_classifier",
     "list_models",
 ]
+
+define_missing_operators()

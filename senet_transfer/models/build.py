@@ -3,6 +3,10 @@
 No other module reads the config keys that describe networks.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,6 +25,21 @@ from senet_transfer.utils.private_api import set_size_divisibility
 
 # Names of the builders of backbones with an FPN.
 FPN_BUILDERS = ("build_senet_fpn_backbone", "build_retinanet_senet_fpn_backbone")
+
+logger = logging.getLogger(__name__)
+
+# Whether the code that builds a model also loads and checks its weights.
+_weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
+
+
+@contextlib.contextmanager
+def weights_follow() -> Iterator[None]:
+    """Suppress, in this context, the warning that a model's weights must be loaded."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
@@ -116,6 +135,15 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     one if the list is empty.
     """
     entry, options = backbone_from_config(cfg)
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
+        logger.warning(
+            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have the "
+            "statistics 0 and 1. Detectron2's DetectionCheckpointer loads nothing from published "
+            "names and files of other projects. Call senet_transfer.apply_file_geometry(cfg) "
+            "before building the model and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
+            "after it.",
+            backbone_name(cfg),
+        )
     backbone = build_backbone(
         entry,
         out_features=list(cfg.MODEL.RESNETS.OUT_FEATURES) or None,
@@ -147,6 +175,12 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 
 
 def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
+    if getattr(backbone.stem, "pool", "") == "none":
+        raise UserError(
+            f"MODEL.BACKBONE.ARCH is {cfg.MODEL.BACKBONE.ARCH}, which is for classification only: "
+            "without a max pool in the stem, its feature maps have strides 2 to 16, but those of "
+            "an FPN have strides 4 to 32. Use resnet18."
+        )
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(
             "MODEL.BACKBONE.PADDING is 'valid'; expected 'same' or empty for an FPN. An FPN adds "

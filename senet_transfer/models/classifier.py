@@ -13,6 +13,7 @@ from senet_transfer.models.registry import (
     build_backbone,
     examine_weights,
     model_entry,
+    stated_options,
 )
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.load import load_source
@@ -82,6 +83,9 @@ def create_classifier(
     weights: str | Path | None = None,
     family: str | None = None,
     *,
+    prefix: str | None = None,
+    ema: bool | str | None = None,
+    head: str = "strict",
     dropout: float | None = None,
     **overrides: Any,
 ) -> Classifier:
@@ -94,6 +98,10 @@ def create_classifier(
             number of classes in the file differs from ``num_classes``, the linear layer is not
             loaded, and the log reports that it is untrained.
         family: Family of the file, required only if several families use the same tensor names.
+        prefix: Prefix of the network's tensor names in a file with several networks; see
+            :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
+        ema: Whether to load the averaged (EMA) weights; None follows the file's project.
+        head: "strict", or "ignore" to load a file without its classifier or projection head.
         dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's
             default.
         overrides: Network options; see :func:`senet_transfer.create_backbone`.
@@ -112,7 +120,8 @@ def create_classifier(
             "out_features can't be set for a classifier, which always uses the last stage. Remove "
             "it, or use create_backbone."
         )
-    source = examine_weights(weights, family)
+    stated = stated_options(entry, overrides)
+    source = examine_weights(weights, family, prefix=prefix, ema=ema, head=head, stated=stated)
     model = build_classifier(entry, num_classes, source, dropout=dropout, **overrides)
     if source is not None:
         load_source(model, source)

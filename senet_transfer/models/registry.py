@@ -3,12 +3,13 @@
 import difflib
 import fnmatch
 import inspect
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Unpack, get_args, get_type_hints
 
 from detectron2.modeling import Backbone
 from torch import nn
@@ -17,9 +18,13 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.fused.functions import check_fused, set_fused
 from senet_transfer.layers.squeeze_excitation import SEOptions
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.choice import Choice
+from senet_transfer.weights.families.statements import WIDE_RESNET
 from senet_transfer.weights.hub.catalogue import locate_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
+
+logger = logging.getLogger(__name__)
 
 # Descriptions of argument types in error messages.
 _KINDS = {int: "an integer >= 1", str: "a string", bool: "True or False", NoneType: "None"}
@@ -195,7 +200,8 @@ def build_backbone(
         norm=norm,
         **overrides,
     )
-    backbone.preprocessing = entry.preprocessing
+    pixels = entry.preprocessing
+    backbone.preprocessing = pixels.grey() if overrides.get("in_channels") == 1 else pixels
     set_fused(backbone, fused)
     return backbone
 
@@ -216,6 +222,9 @@ def create_backbone(
     weights: str | Path | None = None,
     family: str | None = None,
     *,
+    prefix: str | None = None,
+    ema: bool | str | None = None,
+    head: str = "strict",
     out_features: list[str] | None = None,
     norm: str = "BN",
     fused: str | bool = "auto",
@@ -234,6 +243,10 @@ def create_backbone(
         weights: Path of a weight file of any family, or a name from ``list_catalogue()``; see
             :func:`senet_transfer.load_weights`.
         family: Family of the file, required only if several families use the same tensor names.
+        prefix: Prefix of the network's tensor names in a file with several networks; see
+            :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
+        ema: Whether to load the averaged (EMA) weights; None follows the file's project.
+        head: "strict", or "ignore" to load a file without its classifier or projection head.
         out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
             the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
@@ -252,24 +265,48 @@ def create_backbone(
             network, or an option contradicts the file.
     """
     entry = model_entry(name)
-    source = examine_weights(weights, family)
+    stated = stated_options(entry, overrides)
+    source = examine_weights(weights, family, prefix=prefix, ema=ema, head=head, stated=stated)
     backbone = build_backbone(
         entry, source, out_features=out_features, norm=norm, fused=fused, **overrides
     )
     if source is not None:
         load_source(backbone, source)
+    elif norm == "FrozenBN":
+        logger.warning(
+            "%s is built with norm='FrozenBN' and without weights: its norms have the statistics "
+            "0 and 1, and training does not change them. Pass weights=, or call "
+            "senet_transfer.load_weights(backbone, path) before it is used.",
+            name,
+        )
     return backbone
 
 
-def examine_weights(weights: str | Path | None, family: str | None) -> Source | None:
+def examine_weights(
+    weights: str | Path | None, family: str | None, **choice: Unpack[Choice]
+) -> Source | None:
     """Examine the weight file for a model, or return None if no weights are given."""
     if weights is not None:
-        return examine(*locate_weights(weights, family))
+        path, family = locate_weights(weights, family)
+        return examine(path, family, **choice)
     if family is not None:
         raise UserError(
             f"family is {family!r}, but no weights are given. Set weights, or remove family."
         )
     return None
+
+
+def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the options that take precedence over values inferred from a file's tensor names.
+
+    Args:
+        entry: Registered model.
+        overrides: Options given by the user.
+    """
+    if entry.name == WIDE_RESNET:
+        return (("stem_pool", "none"),)
+    names = ("stride_in_1x1", "stem_pool", "se_relu_before")
+    return tuple((name, overrides[name]) for name in names if name in overrides)
 
 
 def _with_file_options(
@@ -282,8 +319,16 @@ def _with_file_options(
     """
     if source is None:
         return overrides
+    if not source.geometry.has_pool and "stem_pool" in entry.options():
+        raise UserError(
+            f"{source.path} contains {source.model_name}, which has no max pool in its stem, but "
+            f"the model is {entry.name}. Use the model {source.model_name} "
+            f"(MODEL.BACKBONE.ARCH {source.model_name})."
+        )
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
     stated = {key: value for key, value in source.options().items() if key in known}
+    if source.preprocessing and len(source.preprocessing.mean) == 1:
+        stated["in_channels"] = 1
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

@@ -120,7 +120,7 @@ def lerp_all(
     weight: float | Tensor,
     held: Tensor | None = None,
 ) -> None:
-    """Interpolate each target, in place, towards its value, in few kernels.
+    """Interpolate each target towards its value, in place and with few kernels.
 
     torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul``, ``torch._foreach_mul_``,
     ``torch._foreach_sub`` and ``torch._foreach_add_``.
@@ -210,7 +210,7 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 
 
 def set_size_divisibility(fpn: FPN, multiple: int) -> None:
-    """Set the number of pixels to whose multiples the images of an FPN are padded.
+    """Set the number of pixels to multiples of which an FPN's images are padded.
 
     Private API (Detectron2 0.6 to 0.7): ``FPN._size_divisibility``.
     """

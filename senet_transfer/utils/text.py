@@ -1,5 +1,6 @@
 """Formatting of text for messages."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -23,6 +24,15 @@ def shown(text: object, limit: int = 80) -> str:
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def folder_name(text: str) -> str:
+    """Return a name for a folder that contains only letters, digits, dots, dashes and underscores.
+
+    Other characters become underscores, so that a path or ``..`` stays inside the parent folder.
+    """
+    name = re.sub(r"[^\w.-]", "_", text)
+    return "_" * len(name) if set(name) <= {"."} else name
 
 
 def differences(found: Sequence[str], expected: Sequence[str], limit: int = 3) -> str:

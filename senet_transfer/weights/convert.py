@@ -202,11 +202,11 @@ def _keys_for_detectron2(source: Source) -> list[str]:
     if keys:
         notes.append(f"Set these keys in Detectron2's config: {', '.join(keys)}.")
     arch = source.architecture
-    if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool == "ceil"):
+    if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool in ("ceil", "none")):
         notes.append(
-            "Detectron2's own backbones do not support SE, the deep stem or the ceil-mode stem "
-            "pool, and Detectron2 ignores unknown tensors without an error. Load this file into a "
-            "senet_transfer backbone."
+            "Detectron2's own backbones do not support SE, the deep stem, or a stem pool that is "
+            "missing or in ceil mode, and Detectron2 ignores unknown tensors without an error. "
+            "Load this file into a senet_transfer backbone."
         )
     return notes
 

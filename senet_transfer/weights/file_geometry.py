@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,8 +12,10 @@ from tabulate import tabulate
 
 from senet_transfer.config import config_value
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import same_pixels
+from senet_transfer.weights.choice import Choice, config_choice, kept_keys
+from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import locate_weights, nearest_names
-from senet_transfer.weights.load import same_pixels
 from senet_transfer.weights.mapping.source import Source, examine
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
         path = PathManager.get_local_path(str(place))
     except Exception as error:  # the handlers of URL schemes raise various types
         raise UserError(f"Cannot download the weights {name}: {error}. Check the URL.") from error
+    if os.path.isdir(path):
+        sniff(Path(path))  # raises an error that describes the folder
     if not os.path.isfile(path):
         near = nearest_names(name)
         hint = f" Similar names in the catalogue: {', '.join(near)}." if near else ""
@@ -77,11 +82,15 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
     Raises:
         UserError: If the file can't be read, or its family is unknown.
     """
-    # MODEL.WEIGHTS_FAMILY applies only to MODEL.WEIGHTS. A checkpoint specifies its own family.
+    # MODEL.WEIGHTS_FAMILY and similar keys apply only to MODEL.WEIGHTS. A checkpoint specifies its
+    # own family.
     is_other = weights is not None and weights != cfg.MODEL.WEIGHTS
     family = None if is_other else cfg.MODEL.WEIGHTS_FAMILY or None
     name = cfg.MODEL.WEIGHTS if weights is None else weights
-    return examine(*local_weights(name, family)) if name else None
+    if not name:
+        return None
+    path, family = local_weights(name, family)
+    return examine(path, family, **(Choice() if is_other else config_choice(cfg)))
 
 
 def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
@@ -89,8 +98,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
 
     Call this before building the model. The keys describe the stride placement, the stem pool, the
     channel order, the mean and std, and the SE layers (biases, rounding of the hidden widths, ReLU
-    before the gate). Changes are logged as a table. If ``MODEL.WEIGHTS_PIN`` is True, the config is
-    not changed.
+    before the gate). Changes are logged as a table. Keys that the user has set
+    (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are not changed.
 
     Args:
         cfg: Config, which is changed in place even if it is frozen.
@@ -101,8 +110,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         The changes made to the config.
 
     Raises:
-        UserError: If the file can't be read, its family is unknown, or ``MODEL.WEIGHTS_PIN`` is
-            True and the config contradicts the file.
+        UserError: If the file can't be read, its family is unknown, or it states values that
+            contradict those keys.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []
@@ -117,6 +126,13 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
             f"MODEL.WEIGHTS_PIN is True, but {source.path}, detected as {source.detected_as}, was "
             f"trained with different values:\n{table}\nSet these keys to the file's values, or set "
             "MODEL.WEIGHTS_PIN to False."
+        )
+    if kept := [change for change in changes if change.key in kept_keys(cfg)]:
+        lines = "\n".join(f"  {c.key}: {c.before}, but {c.after} in the file" for c in kept)
+        raise UserError(
+            f"Your config sets values that contradict {source.path}, detected as "
+            f"{source.detected_as}, which was trained with other values:\n{lines}\nRemove these "
+            "keys from your config and options, or use different weights."
         )
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -138,7 +154,8 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """Return the config keys that the file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
-        wanted["INPUT.FORMAT"] = source.preprocessing.format
+        # Grey images are given to a network for colour images as three equal channels.
+        wanted["INPUT.FORMAT"] = "L" if cfg.INPUT.FORMAT == "L" else source.preprocessing.format
         wanted["MODEL.PIXEL_MEAN"] = list(source.preprocessing.mean)
         wanted["MODEL.PIXEL_STD"] = list(source.preprocessing.std)
     arch = source.architecture

@@ -2,14 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, same_pixels
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families.geometry import Geometry
 from senet_transfer.weights.hub.catalogue import locate_weights
@@ -34,6 +33,8 @@ class LoadReport:
         initialised: Names of the model's tensors that keep their initial values, with the reasons.
         ignored: Names of the file's tensors that were not used, with the reasons.
         notes: Other changes to the tensors, as sentences.
+        lookalikes: Other projects' networks with the same tensors, whose outputs differ, unless the
+            file excludes them.
         geometry: Geometry of the file's network. Unknown fields are None, and were assumed to equal
             the model's.
         preprocessing: Preprocessing that the model expects after loading.
@@ -46,6 +47,7 @@ class LoadReport:
     ignored: dict[str, str] = field(default_factory=dict)
     alternatives: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    lookalikes: tuple[str, ...] = ()
     geometry: Geometry = Geometry()
     preprocessing: Preprocessing = Preprocessing()
 
@@ -53,6 +55,11 @@ class LoadReport:
         lines = [f"{self.path}: {len(self.loaded)} tensors loaded, family {self.family}"]
         if self.alternatives:
             lines.append(f"  could also be: {', '.join(self.alternatives)}")
+        if self.lookalikes:
+            lines.append(
+                f"  has the same tensors as {' and '.join(self.lookalikes)}, whose outputs differ: "
+                "make sure that the file is not one of these"
+            )
         lines += _by_reason("initialised", self.initialised)
         lines += _by_reason("ignored", self.ignored)
         lines += [f"  note: {note}" for note in self.notes]
@@ -72,7 +79,15 @@ def _by_reason(what: str, reasons: dict[str, str]) -> list[str]:
     return lines
 
 
-def load_weights(model: nn.Module, path: str | Path, family: str | None = None) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    family: str | None = None,
+    *,
+    prefix: str | None = None,
+    ema: bool | str | None = None,
+    head: str = "strict",
+) -> LoadReport:
     """Load a weight file of any known family into a model.
 
     Every tensor of the backbone is loaded, including norm statistics, and every tensor in the file
@@ -87,6 +102,13 @@ def load_weights(model: nn.Module, path: str | Path, family: str | None = None) 
         path: Path of the file, or a name from ``list_catalogue()``.
         family: Family of the file, one of ``FAMILIES``. Required only if several families use the
             same tensor names.
+        prefix: Prefix of the network's tensor names in a file with several networks, such as
+            "encoder_q." or "teacher.". The other tensors are ignored.
+        ema: Whether to load the averaged (EMA) weights of a checkpoint that has both these and
+            plain weights. None or "auto" does what the project that wrote the file does; the report
+            says which weights were loaded.
+        head: "strict", or "ignore" to load only the backbone, without the file's classifier or
+            projection head.
 
     Returns:
         A report on the loaded tensors, which is also logged.
@@ -95,7 +117,8 @@ def load_weights(model: nn.Module, path: str | Path, family: str | None = None) 
         UserError: If the file is missing, damaged, of an unknown family, or does not fit the model,
             which is then left unchanged.
     """
-    return load_source(model, examine(*locate_weights(path, family)))
+    path, family = locate_weights(path, family)
+    return load_source(model, examine(path, family, prefix=prefix, ema=ema, head=head))
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:
@@ -117,10 +140,14 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     fill(target, result.filled)
     own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
-    if target.pixels():
+    if pixels := target.pixels():
         # The model was built from a config, whose resizing and cropping replace the file's.
         preprocessing = replace(
-            preprocessing, resize=own.resize, crop=own.crop, interpolation=own.interpolation
+            preprocessing,
+            format=pixels.format,
+            resize=own.resize,
+            crop=own.crop,
+            interpolation=own.interpolation,
         )
     target.backbone.preprocessing = preprocessing
     notes = list(source.notes)
@@ -133,9 +160,10 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
         family=source.family.name,
         loaded=tuple(target.own_names[name] for name in result.filled),
         initialised={target.own_names[name]: why for name, why in result.initialised.items()},
-        ignored=result.ignored,
+        ignored={**source.ignored, **result.ignored},
         alternatives=source.alternatives,
         notes=tuple(notes),
+        lookalikes=source.lookalikes,
         geometry=source.geometry,
         preprocessing=preprocessing,
     )
@@ -178,18 +206,12 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         ("std", "MODEL.PIXEL_STD"),
     ):
         theirs, built = getattr(file, name), getattr(model, name)
+        # A network for colour images can be given grey images as three equal channels.
+        if name == "format" and built == "L":
+            continue
         if not same_pixels(theirs, built):
             found.append(
                 f"The preprocessing differs: {name} is {theirs} for the file's network and {built} "
                 f"for the model ({key})."
             )
     return found
-
-
-def same_pixels(first: str | Sequence[float], second: str | Sequence[float]) -> bool:
-    """Return whether two channel orders, means or stds are equal within 0.005."""
-    if isinstance(first, str) or isinstance(second, str):
-        return first == second
-    return len(first) == len(second) and all(
-        abs(a - b) < 0.005 for a, b in zip(first, second, strict=True)
-    )

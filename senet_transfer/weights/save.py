@@ -18,6 +18,7 @@ from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.hashing import tensors_sha256
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry
+from senet_transfer.weights.families.statements import named_model
 from senet_transfer.weights.formats.reader import OWN_HASH, OWN_METADATA
 from senet_transfer.weights.mapping.target import Target, target_of
 
@@ -69,7 +70,7 @@ def own_metadata(
     """Return the metadata of a network from its description, without building a model."""
     metadata = {
         "version": _VERSION,
-        "model": architecture.name if architecture else "",
+        "model": named_model(architecture, geometry),
         "geometry": asdict(geometry),
         "source": source,
     }

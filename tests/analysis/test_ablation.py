@@ -82,6 +82,7 @@ def errors(*values: float) -> list[dict]:
     return [{"classification": {"top1_error": value}} for value in values]
 
 
+@pytest.mark.long
 def test_each_seed_of_all_variants_comes_before_the_next(variants, monkeypatch, tmp_path):
     runs = []
 

@@ -154,6 +154,7 @@ def test_boxes_and_areas_are_those_of_the_visible_masks(data_set, rendered):
             assert annotation["iscrowd"] == 0
 
 
+@pytest.mark.long
 def test_polygons_cover_the_visible_masks_and_their_boxes(data_set, rendered):
     coco = COCO(annotation_file(data_set, "train"))
     for index, (_, objects) in rendered.items():

@@ -8,7 +8,12 @@ from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.models.registry import model_entry
 
-PYRAMIDS = [name for name in list_models() if model_entry(name).preprocessing.crop > 32]
+CLASSIFIER = "places365_wideresnet18"
+PYRAMIDS = [
+    name
+    for name in list_models()
+    if model_entry(name).preprocessing.crop > 32 and name != CLASSIFIER
+]
 ONE_A_FAMILY = [
     "se_bn_inception",
     "se_inception_resnet_v2",
@@ -50,9 +55,15 @@ def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command
 
 
 def test_the_networks_for_small_images_are_the_ones_without_such_maps():
-    others = set(list_models()) - set(PYRAMIDS)
+    others = set(list_models()) - {*PYRAMIDS, CLASSIFIER}
     assert others
     assert all(name.removeprefix("se_").startswith(("cifar", "wrn", "shake")) for name in others)
+
+
+@pytest.mark.long
+def test_a_network_with_feature_maps_of_other_strides_is_for_classification_only(command):
+    with pytest.raises(UserError, match="for classification only"):
+        Trainer.build_model(setup(command(**keys_of(CLASSIFIER))))
 
 
 @pytest.mark.long

@@ -43,6 +43,7 @@ FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
+@pytest.mark.long
 def test_a_run_that_could_only_waste_time_is_refused_with_the_remedy(
     command, flags, overrides, words
 ):

@@ -200,6 +200,7 @@ def test_norms_and_biases_can_be_left_out_of_the_decay():
         assert group["nesterov"]
 
 
+@pytest.mark.long
 def test_two_rates_for_the_backbones_biases_are_refused():
     with pytest.raises(UserError, match="BIAS_LR_FACTOR is 2"):
         groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.BIAS_LR_FACTOR": "2.0"})

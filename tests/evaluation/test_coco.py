@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from senet_transfer.evaluation import coco as coco_metrics
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from senet_transfer.evaluation.exact_metrics import recalls_of_two
 from senet_transfer.utils.atomic_io import nonfinite_to_null
 
 SIDE, IMAGES, CLASSES = 160, 40, 5
@@ -164,3 +165,12 @@ def test_an_evaluation_writes_the_diagnostics_of_its_predictions(truth, masks, t
     # An evaluation that computes none leaves no old ones behind.
     evaluate(FastCOCOEvaluator("metrics_test", output_dir=str(tmp_path)), [])
     assert not (tmp_path / "diagnostics.json").exists()
+
+
+def test_two_objects_reach_the_recall_that_one_does_not():
+    counts = np.arange(2, 300_000)
+    recalls = recalls_of_two(counts)
+    assert (recalls > 1 / counts).all()
+    assert (recalls <= 2 / counts).all()
+    assert len(np.unique(recalls)) < 20
+    assert recalls_of_two(np.array([0, 1])).tolist() == [2, 2]

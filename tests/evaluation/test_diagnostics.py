@@ -351,3 +351,17 @@ def test_the_summary_names_the_most_confused_classes():
     found = [{**row, "class": place // 2} for place, row in enumerate(truth)]
     text = diagnose(*zip(image(truth, found), strict=True), ["a", "b"])["summary"]
     assert "2 of 4 objects of the class a are detected as b." in text
+
+
+def test_the_summary_compares_sizes_of_which_there_are_many_objects():
+    small = [box(20 * place, 0, 10, 10, label=0) for place in range(20)]
+    large = [box(200 * place, 50, 100, 100, label=0) for place in range(20)]
+
+    def text(*found):
+        data = image([*small, *large], [row for rows in found for row in rows])
+        return diagnose(*zip(data, strict=True), ["a"])["summary"]
+
+    assert text(small[:5], large).endswith(
+        "The AP of small objects is 25.7, that of large objects 100.0."
+    )
+    assert "large objects" not in text(small[:19], large)

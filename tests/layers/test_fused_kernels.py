@@ -382,14 +382,16 @@ def test_a_variance_far_below_the_mean(last):
 
 @runs_kernels
 def test_running_statistics_over_several_steps():
-    norm = nn.BatchNorm2d(5, momentum=0.3).to(DEVICE).double()
-    exact = copy.deepcopy(norm)
+    norm = nn.BatchNorm2d(5, momentum=0.3).to(DEVICE, DOUBLE)
+    exact = copy.deepcopy(norm).double()
     for seed in range(3):
         x = draw((2, 5, 3, 3), DOUBLE, False, seed)
         norm_relu(norm, x, True)
-        exact(x)
+        exact(x.double())
+    bound = 1e-7 if torch.float64 == DOUBLE else 1e-5
     for name, value in exact.state_dict().items():
-        torch.testing.assert_close(norm.state_dict()[name], value, rtol=1e-7, atol=1e-7)
+        found = norm.state_dict()[name].to(value.dtype)
+        torch.testing.assert_close(found, value, rtol=bound, atol=bound)
     assert norm.num_batches_tracked == 3
 
 
@@ -800,6 +802,7 @@ def mutated_kernels(name: str, folder: Path) -> object:
 
 
 @runs_kernels
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows this, and needs no compilation")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=fast_if(name in FAST)) for name in MUTATIONS],

@@ -124,6 +124,7 @@ def test_compiled_for_inference_on_few_images_or_many_it_computes_the_same(optio
 
 
 @pytest.mark.parametrize(("images", "calls"), [(1, 0), (8, 0), (9, 2)])
+@pytest.mark.long
 def test_compiled_for_inference_on_few_images_it_calls_no_matrix_library(images, calls):
     found = []
 

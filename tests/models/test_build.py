@@ -9,9 +9,15 @@ from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from senet_transfer import UserError, add_senet_config, create_backbone, get_senet_config
+from senet_transfer import (
+    UserError,
+    add_senet_config,
+    create_backbone,
+    get_senet_config,
+    save_weights,
+)
 from senet_transfer.config.load import load_config
-from senet_transfer.models.build import backbone_name
+from senet_transfer.models.build import backbone_name, weights_follow
 
 
 def config(**keys):
@@ -294,3 +300,22 @@ def test_a_named_and_a_described_backbone_have_their_models_name(keys, name, se)
 def test_a_name_with_se_stays_as_it_is(name, se):
     cfg = config(**{"MODEL.BACKBONE.ARCH": name, "MODEL.SE.ENABLED": se})
     assert backbone_name(cfg) == name
+
+
+def test_frozen_norms_without_statistics_are_warned_of(caplog, zero_initial_weights, tmp_path):
+    create_backbone("resnet18")
+    assert not caplog.records
+    create_backbone("resnet18", norm="FrozenBN")
+    assert "norm='FrozenBN' and without weights" in caplog.text
+    caplog.clear()
+    save_weights(create_backbone("resnet18"), tmp_path / "weights.pth")
+    create_backbone("resnet18", weights=tmp_path / "weights.pth", norm="FrozenBN")
+    assert [record.levelname for record in caplog.records if record.levelno >= 30] == []
+    cfg = config(**{"MODEL.BACKBONE.ARCH": "resnet18"})
+    assert cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    with weights_follow():
+        build(cfg)
+    assert "DetectionCheckpointer" not in caplog.text
+    build(cfg)
+    assert "FrozenBN" in caplog.text
+    assert "senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS)" in caplog.text

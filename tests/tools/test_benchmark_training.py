@@ -22,7 +22,8 @@ def test_the_plain_loop_and_the_engine_end_with_the_same_weights(tmp_path):
     data, name = random_images(40), "cifar_resnet8"
     save_images(data, tmp_path / "noise.safetensors", "noise")
     share = {"batch_size": 16, "device": "cpu"}
-    with engine_loop(name, tmp_path / "noise.safetensors", **share) as (steps, model):
+    with engine_loop(name, tmp_path / "noise.safetensors", **share) as (steps, trainer):
+        model = trainer.model
         before = copy.deepcopy(model.state_dict())
         plain = create_classifier(name, 10)
         plain.load_state_dict(before)

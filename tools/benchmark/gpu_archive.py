@@ -37,16 +37,16 @@ PACKED = (
     "pycocotools", "pytest", "pytest-xdist", "setuptools", "simplejpeg", "sortedcontainers",
     "tabulate", "termcolor", "timm", "webdataset", "yacs",
 )  # fmt: skip
-# Packages without wheels. They contain only Python code, so that any Python can build them.
+# Packages without wheels. They contain only Python code, so any Python version can build them.
 BUILT = ("antlr4-python3-runtime", "fvcore", "iopath")
-# Packages that the machine has, in any version.
+# Packages that must be installed on the machine, in any version.
 PROVIDED = (
     "torch", "torchvision", "triton", "numpy", "pillow", "opencv-python-headless", "protobuf",
     "safetensors", "huggingface-hub", "cloudpickle", "pyyaml", "packaging", "matplotlib",
     "tensorboard", "tqdm", "jinja2", "aiohttp", "pygments", "typing-extensions",
 )  # fmt: skip
 
-# The newest Linux on which binary wheels must run, as tags in order of preference.
+# Platform tags of binary wheels that the machine supports, in order of preference.
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 5)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64"]
 
@@ -87,11 +87,11 @@ def fetch_wheels(folder: Path) -> None:
 
 
 def check_wheels(folder: Path) -> None:
-    """Check that the wheels run on the machine and that no package is missing.
+    """Check that the wheels are compatible with the machine and that no package is missing.
 
     Raises:
-        PackError: If a wheel is for another Python or Linux, or a dependency is neither packed nor
-            provided.
+        PackError: If a wheel is for a different Python version or platform, or a dependency is
+            neither packed nor provided.
     """
     wheels = sorted(folder.glob("*.whl"))
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}

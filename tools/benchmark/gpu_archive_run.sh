@@ -66,7 +66,7 @@ benchmark() {
 tests() {
   cd "$PROJECT"
   [ -n "${DRY_RUN:-}" ] || export REQUIRE_GPU=1
-  exec "$PY" -m pytest -m gpu -rs -n 4 --dist worksteal -p no:cacheprovider $(grep -rl "pytest.mark.gpu" tests --include=*.py)
+  exec "$PY" -m pytest -m gpu -rs -n 6 --dist worksteal -p no:cacheprovider $(grep -rl "pytest.mark.gpu" tests --include=*.py)
 }
 
 export -f install benchmark tests

@@ -31,7 +31,7 @@ class Amounts:
     values: Mapping[str, float]
 
     def ratio(self, name: str) -> float:
-        """Return the ratio of a candidate over the baseline; NaN if that is 0."""
+        """Return the ratio of a candidate to the baseline; NaN if the baseline is 0."""
         below = self.values[self.baseline]
         return self.values[name] / below if below else math.nan
 

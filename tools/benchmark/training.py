@@ -82,16 +82,17 @@ def engine_loop(
     device: str,
     steps: int = STEPS,
     keys: Mapping[str, object] | None = None,
-) -> Iterator[tuple[Callable[[], None], nn.Module]]:
-    """Yield a function that runs training steps with the engine, and the model.
+) -> Iterator[tuple[Callable[[], None], Trainer]]:
+    """Yield a function that runs training steps with the engine, and the trainer.
 
     Args:
         name: Name of the network.
-        data_file: Prepared file of small images. Logs are written to its folder.
+        data_file: Prepared file of small images, or other data with the keys for it. Logs are
+            written to its folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
-        steps: Number of steps of a call. Metrics are written in the last one.
-        keys: Other config keys and their values.
+        steps: Number of steps per call. Metrics are written in the last step.
+        keys: Additional config keys and their values.
     """
     words = {**_keys(name, data_file), **(keys or {})}
     cfg = load_config("", [str(word) for item in words.items() for word in item])
@@ -107,7 +108,7 @@ def engine_loop(
         set_write_period(writer, steps)
 
     def run() -> None:
-        with trainer.storage:  # Other loops have storages of their own.
+        with trainer.storage:  # Each loop has its own event storage.
             for _ in range(steps):
                 trainer.before_step()
                 trainer.run_step()
@@ -117,7 +118,7 @@ def engine_loop(
     trainer.storage = EventStorage(0)
     with trainer.storage:
         trainer.before_train()
-    yield run, trainer.model
+    yield run, trainer
     with trainer.storage:
         for writer in trainer.periodic_writers:
             writer.after_train()

@@ -102,8 +102,11 @@ class _Box(nn.Module):
 
 
 def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
+    # Classifiers built by create_classifier have no normalisation.
+    pixels = getattr(model, "pixel_mean", None)
+    channels = len(model.preprocessing.mean) if pixels is None else len(pixels)
     try:
-        return measure(_Whole(model), torch.zeros(1, 3, *size))
+        return measure(_Whole(model), torch.zeros(1, channels, *size))
     except RuntimeError as error:
         raise UserError(
             f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. "

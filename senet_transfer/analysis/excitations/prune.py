@@ -27,6 +27,7 @@ from senet_transfer.models.backbones.blocks import SEBasicBlock, SEBottleneckBlo
 from senet_transfer.models.backbones.cifar_blocks import PreActBlock
 from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
 from senet_transfer.models.backbones.shufflenet import ShuffleUnit
+from senet_transfer.models.build import weights_follow
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.weights import save_weights
 
@@ -110,7 +111,8 @@ def without_gates(
         The network in evaluation mode on the model's device, or None if a gate doesn't directly
         follow a convolution into which its scale can be folded.
     """
-    pruned = build_model(cfg)
+    with weights_follow():
+        pruned = build_model(cfg)
     state = pruned.state_dict()
     state.update({name: value for name, value in model.state_dict().items() if name in state})
     pruned.load_state_dict(state)
@@ -218,7 +220,8 @@ def save_pruned(cfg: CfgNode, rows: list[Pruned], folder: str) -> str:
     path = str(Path(folder, "model.pth"))
     save_weights(best.model, path)
     cfg = cfg.clone()
-    cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_FAMILY = path, ""
+    cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_FAMILY, cfg.MODEL.WEIGHTS_PREFIX = path, "", ""
+    cfg.MODEL.WEIGHTS_EMA, cfg.MODEL.WEIGHTS_HEAD = "auto", "strict"
     cfg.OUTPUT_DIR = folder
     Path(folder, "config.yaml").write_text(cfg.dump())
     return path

@@ -1,7 +1,7 @@
 """Galleries of validation images with ground-truth objects and detections."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.error_types import ERROR_TYPES, classify_errors
 from senet_transfer.evaluation.matching import ImageDetections, ImageObjects, find_overlaps
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import folder_name
 
 # Detections with lower scores are not shown.
 LEAST_SCORE = 0.1
@@ -82,7 +83,7 @@ def detection_galleries(
 
 
 def _results_file(run: Run, name: str) -> Path:
-    return run.folder / "inference" / name / "coco_instances_results.json"
+    return run.folder / "inference" / folder_name(name) / "coco_instances_results.json"
 
 
 def _gallery(
@@ -111,7 +112,7 @@ def _gallery(
     most = 50 if len(read) <= 4 else 20
     entries = []
     for place in progress(chosen, desc=f"pictures of {name}", unit="image", quiet=quiet):
-        entry = _picture(images[place])
+        entry = _picture(images[place], runs[positions[0]].cfg.INPUT.get("VALUE_RANGE", ()))
         if isinstance(entry, str):
             say(entry)
             continue
@@ -178,8 +179,9 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
         )
     result = []
     for image, found, errors in zip(images, detections, _errors(images, detections), strict=True):
-        matches = match_detections(found.regions, found.classes, image)
-        columns = found.regions, found.scores, found.classes, matches, errors
+        boxes = np.asarray(found.regions)
+        matches = match_detections(boxes, found.classes, image)
+        columns = boxes, found.scores, found.classes, matches, errors
         result.append(Found(*(column[matches > -2] for column in columns)))
     return result
 
@@ -244,10 +246,10 @@ def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
     return order.tolist()
 
 
-def _picture(image: dict[str, Any]) -> dict[str, Any] | str:
+def _picture(image: dict[str, Any], value_range: Sequence[float]) -> dict[str, Any] | str:
     name = image["file_name"].rpartition("/")[2]
     try:
-        pixels = read_image(image["file_name"], "RGB")
+        pixels = read_image(image["file_name"], "RGB", value_range)
     except MemoryError:
         raise
     except Exception as error:  # Decoders raise various exceptions for corrupted files.

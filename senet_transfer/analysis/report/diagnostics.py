@@ -10,7 +10,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import DIAGNOSTICS
 from senet_transfer.evaluation.error_types import ERROR_TYPES
 
-# The largest confusion matrix that is shown whole. Of larger ones, the most confused classes are.
+# Maximum size of a complete confusion matrix. Of larger ones, the most confused classes are shown.
 MOST_CLASSES = 24
 
 _TASKS = {"bbox": "boxes", "segm": "masks"}

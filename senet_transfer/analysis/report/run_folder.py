@@ -201,6 +201,9 @@ def _read_results(run: Run) -> None:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}. Repeat the evaluation.") from error
+    training = content.get("training") if isinstance(content, dict) else None
+    if isinstance(training, dict) and training.get("iterations") == run.iterations:
+        run.eta_seconds = 0.0  # also if training has ended before the last planned iteration
     for name, value in _flat(content):
         if isinstance(value, int | float) and (found := parse_metric(name)):
             run.results[found] = float(value)

@@ -53,8 +53,8 @@ class CifarTrainLoader:
             rank: Rank of this process.
             world_size: Number of processes.
             device: Device on which the data is stored (150 MB for CIFAR) and augmented.
-            planned: If True, iterate over plans, from which :meth:`assemble` makes batches on the
-                device. It can then be a part of a CUDA graph.
+            planned: If True, iterate over plans, from which :meth:`assemble` builds batches on the
+                device, for example inside a CUDA graph.
 
         Raises:
             UserError: If an argument is out of range.
@@ -103,7 +103,7 @@ class CifarTrainLoader:
         return self.assemble({key: to_device(value, device) for key, value in plan.items()})
 
     def plan(self, iteration: int) -> dict[str, Tensor]:
-        """Return what determines this process's batch for an iteration, on the CPU.
+        """Return the random choices for this process's batch in an iteration, on the CPU.
 
         Returns:
             ``"index"``, the image indices, int64 ``(N,)``, and with augmentation the attributes of
@@ -122,7 +122,7 @@ class CifarTrainLoader:
         return plan | vars(draws.part(self.rank, self.batch_size))
 
     def assemble(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the batch of a plan whose tensors are on the loader's device."""
+        """Build the batch for a plan whose tensors are on the loader's device."""
         index = plan["index"]
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:

@@ -215,9 +215,9 @@ def _open_local(
         return ShardDataset(manifest, str(path), storage)
     if path.suffix == ".tar" and (path.parent / MANIFEST).is_file():
         names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
-        dataset = _some_shards(str(path.parent), names, storage, None)
-        _check_shards(dataset.manifest, path.parent)
-        return dataset
+        shards = _some_shards(str(path.parent), names, storage, None)
+        _check_shards(shards.manifest, path.parent)
+        return shards
     matches = [Path(name) for name in sorted(glob.glob(str(path)))] if not path.exists() else []
     if not path.exists() and not matches:
         raise UserError(

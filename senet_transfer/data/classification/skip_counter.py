@@ -7,6 +7,10 @@ from senet_transfer.errors import UserError
 # Minimum denominator of the skip ratio. Otherwise, a broken first sample would give a ratio of 1.
 RATIO_OVER = 1000
 
+_VERIFY = (
+    "Verify the data with datasets/prepare_places365.py --verify or prepare_folder.py --verify."
+)
+
 
 class SkipCounter:
     """Shared-memory counter of samples and broken samples across a rank's workers."""
@@ -42,11 +46,11 @@ class SkipCounter:
         self._counts[worker, 0] += total
         self._counts[worker, 1] += broken
 
-    def check(self, last: str) -> None:
+    def check(self, last: str, remedy: str = _VERIFY) -> None:
         """Raise a UserError if too many samples are broken; `last` describes the last one."""
         if self.skipped > self.max_ratio * max(self.seen, RATIO_OVER):
             raise UserError(
                 f"{self.skipped} of {self.seen} images cannot be decoded; expected at most "
-                f"{self.max_ratio:.2%}. The last one is {last}. Verify the data with "
-                "datasets/prepare_places365.py --verify or prepare_folder.py --verify."
+                f"{self.max_ratio:.2%} (DATALOADER.MAX_SKIP_RATIO). The last one is {last}. "
+                f"{remedy}"
             )

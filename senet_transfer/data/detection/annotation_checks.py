@@ -8,15 +8,36 @@ time that `json.load` takes.
 
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from senet_transfer.data.detection.file_names import (
+    describe_missing,
+    find_missing,
+    find_renamed,
+    is_inside,
+)
 from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.outlines import outline_problem
 from senet_transfer.errors import UserError
 
 _REPAIR = "Correct or remove the entry and save the file again"
 _BOX_FORM = "[x, y, width, height] in pixels"
+
+
+@dataclass
+class OutlineSummary:
+    """Summary of the outlines (`segmentation` entries) of an annotation file.
+
+    The problems are complete sentences about the first annotation that has one.
+    """
+
+    num_rle: int = 0  # run-length encodings of objects that are not crowds
+    num_missing: int = 0
+    num_invalid: int = 0
+    first_missing: str = ""
+    first_problem: str = ""
 
 
 @dataclass
@@ -25,31 +46,43 @@ class CocoSummary:
 
     classes: list[str]  # sorted by category id, as in Detectron2
     id_map: dict[int, int]  # category id in the file -> index into `classes`
-    num_images: int
+    num_images: int = 0
     num_annotations: int = 0
     num_crowd: int = 0
     num_zero_size: int = 0
     num_over_the_edge: int = 0
     num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
-    num_without_segmentation: int = 0
+    num_without_keypoints: int = 0  # annotations without `keypoints` or `num_keypoints`
+    keypoints: list[str] = field(default_factory=list)  # of the first category that has them
     most_objects: int = 0  # in one image, without crowds
+    num_trainable: int = 0  # annotations that are not crowds and have a box
+    num_odd_areas: int = 0  # annotations whose `area` does not fit their box
+    outlines: "OutlineSummary | None" = None  # None if the outlines were not examined
+    # File name, width, height and id of each image.
+    images: list[tuple[str, int, int, int]] = field(default_factory=list, repr=False)
+    renamed: dict[str, str] = field(default_factory=dict)  # listed file name -> existing file name
     warnings: list[str] = field(default_factory=list)
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Set the order of the classes, which must be the same classes as before."""
+        """Reorder the classes. The set of classes must not change."""
         ids = {self.classes[index]: number for number, index in self.id_map.items()}
         self.classes = list(classes)
         self.id_map = {ids[name]: index for index, name in enumerate(classes)}
 
 
-def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = False) -> CocoSummary:
+def read_coco_summary(
+    json_file: str, image_dir: str, *, allow_empty: bool = False, outlines: bool = False
+) -> CocoSummary:
     """Read and validate an annotation file, and check that its images exist.
+
+    Invalid outlines are not an error, because detectors of boxes do not use them.
 
     Args:
         json_file: Annotation file in COCO's instances format.
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Accept a file without usable annotations, such as that of a test set whose
             ground truth is not public.
+        outlines: Also examine the outlines of the objects.
 
     Raises:
         UserError: If the file is invalid. The message names the file and the first invalid entry.
@@ -61,16 +94,28 @@ def read_coco_summary(json_file: str, image_dir: str, *, allow_empty: bool = Fal
     sizes = _check_images(json_file, images)
     summary = _check_categories(json_file, categories)
     summary.num_images = len(images)
+    keys = ("file_name", "width", "height", "id")
+    summary.images = [tuple(image[key] for key in keys) for image in images]
     if not allow_empty or data.get("annotations", []) != []:
         annotations = _section(json_file, data, "annotations")
         _check_annotations(json_file, annotations, sizes, summary)
         if summary.num_crowd == len(annotations) and not allow_empty:
             raise UserError(
                 f"{json_file}: all {len(annotations)} annotations have iscrowd=1, which training "
-                "ignores; expected at least one object with iscrowd=0. Check how the file was "
-                "exported."
+                "ignores; expected at least one object with iscrowd=0. CVAT, for example, exports "
+                "objects drawn with the brush with iscrowd=1. If the annotations are single "
+                "objects, set iscrowd to 0."
             )
-    _check_files(json_file, [image["file_name"] for image in images], image_dir)
+        if outlines:
+            summary.outlines = _examine_outlines(annotations, sizes)
+    names = [image["file_name"] for image in images]
+    summary.renamed = _find_files(json_file, names, image_dir)
+    if summary.renamed:
+        listed, found = next(iter(summary.renamed.items()))
+        summary.warnings.append(
+            f"{json_file}: {len(summary.renamed)} of the {len(images)} file_names are spelled "
+            f"differently from the files that are read, such as {listed!r} for {found!r}."
+        )
     return summary
 
 
@@ -153,7 +198,7 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
     if not isinstance(name, str) or not name.strip():
         found = f"has file_name {name!r}" if "file_name" in image else "has no `file_name`"
         return found, "the image's path relative to the image folder"
-    if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
+    if not is_inside(name):
         return (
             f"has file_name {name!r}",
             "a path inside the image folder, without a leading slash and without `..`",
@@ -184,18 +229,35 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
             raise _bad(json_file, "categories", index, category, found, expected)
     _check_unique_ids(json_file, "categories", categories)
     ordered = sorted(categories, key=lambda category: category["id"])
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    doubtful = [group for group in alike.values() if len(group) > 1]
     return CocoSummary(
+        warnings=[
+            f"{json_file}: the class names {' and '.join(map(repr, group))} differ only in spaces "
+            "or upper and lower case. They are different classes; if that is a mistake, merge them."
+            for group in doubtful
+        ],
         classes=[category["name"] for category in ordered],
         id_map={category["id"]: index for index, category in enumerate(ordered)},
-        num_images=0,
+        keypoints=next(filter(None, map(_keypoint_names, ordered)), []),
     )
+
+
+def _keypoint_names(category: dict) -> list[str]:
+    """Return the names of a category's keypoints, or an empty list if they are invalid."""
+    names = category.get("keypoints")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) else []
 
 
 def _check_annotations(
     json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
 ) -> None:
     """Validate all annotations, and add counts and warnings for unusual ones to `summary`."""
-    id_map, over_the_edge, not_evaluable = summary.id_map, 0, 0
+    id_map, over_the_edge, not_evaluable, odd_areas = summary.id_map, 0, 0, 0
     for index, item in enumerate(annotations):
         if not _is_usual(item, sizes, id_map):
             problem = _annotation_problem(item, sizes, id_map)
@@ -206,8 +268,12 @@ def _check_annotations(
         # The tolerance is one pixel, because annotation tools round coordinates.
         if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
             over_the_edge += 1
-        if "area" not in item or "iscrowd" not in item:
+        area = item.get("area")
+        if area is None or item.get("iscrowd") is None:
             not_evaluable += 1
+        # The area of an outline is at most that of its box. Tolerances are for rounding.
+        if area is not None and w * h > 9 and not 1 < area < 1.1 * (w + 2) * (h + 2):
+            odd_areas += 1
     _check_unique_ids(json_file, "annotations", annotations)
     summary.num_annotations = len(annotations)
     summary.num_crowd = sum(1 for item in annotations if item.get("iscrowd"))
@@ -216,8 +282,21 @@ def _check_annotations(
     summary.num_zero_size = sum(1 for item in annotations if 0 in item["bbox"][2:])
     summary.num_over_the_edge = over_the_edge
     summary.num_not_evaluable = not_evaluable
-    summary.num_without_segmentation = sum(not item.get("segmentation") for item in annotations)
-    if all(max(item["bbox"]) <= 1 for item in annotations):
+    summary.num_odd_areas = odd_areas
+    summary.num_trainable = sum(
+        1 for item in annotations if not item.get("iscrowd") and 0 not in item["bbox"][2:]
+    )
+    summary.num_without_keypoints = sum(
+        "keypoints" not in item or "num_keypoints" not in item for item in annotations
+    )
+    largest = max(max(item["bbox"]) for item in annotations)
+    if largest == 0:
+        raise UserError(
+            f"{json_file}: all {len(annotations)} boxes are [0, 0, 0, 0]; expected {_BOX_FORM}. "
+            "Export the file again with boxes. If it has outlines, the boxes can be computed from "
+            "them."
+        )
+    if largest <= 1:
         raise _bad(
             json_file,
             "annotations",
@@ -249,7 +328,6 @@ def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
             and type(area) in (int, float)
             and -math.inf < area < math.inf
             and bool not in (type(x), type(y), type(w), type(h))
-            and _is_segmentation(item.get("segmentation"))
         )
     except (KeyError, TypeError, ValueError):
         return False
@@ -258,21 +336,6 @@ def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
 def _is_finite(value: object) -> bool:
     """Return True for a finite number."""
     return (type(value) is int or type(value) is float) and -math.inf < value < math.inf
-
-
-def _is_segmentation(value: object) -> bool:
-    """Return True for a segmentation that Detectron2 can load: polygons, RLE or empty."""
-    if type(value) is list:
-        # Detectron2 ignores polygons with fewer than three points and logs a warning.
-        return all(
-            type(polygon) is list and all(type(part) in (int, float) for part in polygon[:6])
-            for polygon in value
-        )
-    if type(value) is dict and value:
-        size = value.get("size")
-        lengths = type(size) is list and len(size) == 2 and all(type(n) is int for n in size)
-        return lengths and type(value.get("counts")) in (str, list)
-    return value is None or value == {}
 
 
 def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
@@ -286,16 +349,14 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
         value = item[key]
         if isinstance(value, Collection) and not isinstance(value, str) or value not in known:
             return f"has {key} {value!r}, which is not in `{of}`", _some_of(known)
-    if item.get("ignore", 0) != 0:
+    # Tools such as pandas write null for missing values.
+    if item.get("ignore") not in (0, None):
         return f"has `ignore` {item['ignore']!r}, which Detectron2 cannot load", "0 or no `ignore`"
-    if item.get("iscrowd", 0) not in (0, 1):
+    if item.get("iscrowd") not in (0, 1, None):
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
-    area = item.get("area", 0)
-    if not _is_finite(area):
+    area = item.get("area")
+    if area is not None and not _is_finite(area):
         return f"has area {area!r}", "a finite number of square pixels"
-    if not _is_segmentation(item.get("segmentation")):
-        found = f"has a segmentation that begins with {str(item['segmentation'])[:40]!r}"
-        return found, "a list of polygons, each a list of numbers, or {counts, size}"
     return _box_problem(item["bbox"], sizes[item["image_id"]])
 
 
@@ -312,6 +373,25 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
     return None
 
 
+def _examine_outlines(annotations: list[dict], sizes: dict) -> OutlineSummary:
+    found = OutlineSummary()
+    for index, item in enumerate(annotations):
+        outline = item.get("segmentation")
+        problem = outline_problem(outline, *sizes[item["image_id"]])
+        name = f"annotations[{index}] (id {item['id']!r})"
+        if problem:
+            found.num_invalid += 1
+            found.first_problem = (
+                found.first_problem or f"{name} {problem[0]}; expected {problem[1]}"
+            )
+        elif not outline:
+            found.num_missing += 1
+            found.first_missing = found.first_missing or f"{name} has no `segmentation`"
+        elif isinstance(outline, dict) and not item.get("iscrowd"):
+            found.num_rle += 1
+    return found
+
+
 def _some_of(known: Iterable) -> str:
     listed = list(known)
     kind = type(listed[0]).__name__
@@ -324,6 +404,16 @@ def _warnings(json_file: str, summary: CocoSummary) -> list[str]:
         found.append(
             f"{summary.num_zero_size} of {total} boxes have zero width or height; training ignores "
             "them"
+        )
+    if 2 * summary.num_crowd > total:
+        found.append(
+            f"{summary.num_crowd} of {total} annotations have iscrowd=1; training ignores them. If "
+            "they are single objects, set iscrowd to 0"
+        )
+    if 2 * summary.num_odd_areas > total:
+        found.append(
+            f"the `area` of {summary.num_odd_areas} of {total} annotations does not fit their box; "
+            "COCO's AP by object size (APs, APm, APl) depends on it. Training does not use it"
         )
     if summary.num_over_the_edge:
         found.append(
@@ -353,35 +443,20 @@ def _check_folder(image_dir: str, json_file: str) -> None:
     )
 
 
-def _check_files(json_file: str, names: list[str], image_dir: str) -> None:
-    """Raise an error if listed images are missing from the folder.
+def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, str]:
+    """Return the files that are listed under a different spelling of their name.
 
-    Listing each folder once is much faster on network storage than checking each file.
+    Raises:
+        UserError: If listed images are missing from the folder.
     """
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[os.path.dirname(name)].append(name)
-    missing = []
-    for folder, members in groups.items():
-        try:
-            there = set(os.listdir(os.path.join(image_dir, folder)))
-        except OSError:
-            there = set()
-        # Check these individually, because the file system may ignore case or not allow listing.
-        missing += [
-            name
-            for name in members
-            if os.path.basename(name) not in there
-            and not os.path.exists(os.path.join(image_dir, name))
-        ]
+    missing = find_missing(names, image_dir)
+    renamed = find_renamed(missing, image_dir) if missing else {}
+    missing = [name for name in missing if name not in renamed]
     if not missing:
-        return
-    bare = os.path.basename(missing[0].replace("\\", "/"))
-    hint = ""
-    if bare != missing[0] and os.path.exists(os.path.join(image_dir, bare)):
-        hint = f" The image folder contains {bare}, so the folder in the file_names is wrong."
+        return renamed
     raise UserError(
         f"{len(missing)} of the {len(names)} images listed in {json_file} are not in {image_dir}, "
-        f"for example {', '.join(missing[:3])}.{hint} Expected all file_names to be relative to "
-        "that folder. Pass the correct image folder, or remove these images from the file."
+        f"for example {', '.join(missing[:3])}.{describe_missing(missing, image_dir)} Expected all "
+        "file_names to be relative to that folder. Pass the correct image folder, or remove these "
+        "images from the file."
     )

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from senet_transfer.data.detection.annotation_checks import CocoSummary, read_coco_summary
+from senet_transfer.data.detection.records import read_records
 from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS
 from senet_transfer.errors import UserError
 
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
+
+# Words that distinguish the names of two keypoints that a horizontal flip exchanges.
+_SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +51,50 @@ class CocoDataset:
     _state: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
-        """Load the data set with Detectron2's loader.
+        """Load the data set in Detectron2's format.
 
         Raises:
             UserError: If the annotation file has changed and is no longer valid.
         """
-        self.refresh()
-        records = load_coco_json(self.json_file, self.image_dir)
-        id_map = self.summary.id_map if self.summary else {}
-        for record in records:
-            for item in record["annotations"]:
-                item["category_id"] = id_map[item["category_id"]]
+        summary = self.refresh()
+        records = read_records(self.json_file, self.image_dir, summary)
+        logger.info("Loaded %d images from %s", len(records), self.json_file)
         return records
 
-    def refresh(self) -> None:
+    def image_records(self) -> list[dict]:
+        """Return the path, size and id of each image, as in Detectron2's records."""
+        summary = self.refresh()
+        return [
+            {
+                "file_name": os.path.join(self.image_dir, summary.renamed.get(name, name)),
+                "width": width,
+                "height": height,
+                "image_id": number,
+            }
+            for name, width, height, number in summary.images
+        ]
+
+    def refresh(self, *, outlines: bool = False) -> CocoSummary:
         """Read and validate the annotation file, unless it is unchanged since the last call.
+
+        Args:
+            outlines: Also examine the outlines of the objects, which masks require.
+
+        Returns:
+            The file's summary.
 
         Raises:
             UserError: If the file is invalid. The metadata is not changed in this case.
         """
         state = _file_state(self.json_file)
-        if state is not None and state == self._state:
-            return
-        summary = read_coco_summary(self.json_file, self.image_dir, allow_empty=self.allow_empty)
+        known = self.summary
+        if known and state is not None and state == self._state:
+            if known.outlines is None and outlines:
+                # The file's warnings have already been logged.
+                self.summary = self._read(outlines)
+                self.order_classes(self.class_order)
+            return self.summary or known
+        summary = self._read(outlines)
         logger.info(
             "Data set '%s': %d images, %d annotations (%d crowd), %d classes",
             self.name,
@@ -83,15 +107,21 @@ class CocoDataset:
             logger.warning(warning)
         self.summary, self._state = summary, state
         self.order_classes(self.class_order)
+        return summary
+
+    def _read(self, outlines: bool) -> CocoSummary:
+        return read_coco_summary(
+            self.json_file, self.image_dir, allow_empty=self.allow_empty, outlines=outlines
+        )
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Use an order of the classes other than that of the category ids.
+        """Order the classes differently from the category ids.
 
-        It is needed for a model that was trained on data with other ids for the same classes.
+        A model requires this if its training data used different ids for the same classes.
 
         Args:
-            classes: The class names in the new order. If they are not those of the file, the order
-                of the ids is used.
+            classes: The class names in the new order. If they differ from the file's class names,
+                the order of the category ids is used.
         """
         if self.summary is None:
             return
@@ -99,10 +129,12 @@ class CocoDataset:
         by_id = [self.summary.classes[self.summary.id_map[number]] for number in ids]
         self.class_order = tuple(classes) if sorted(classes) == sorted(by_id) else ()
         self.summary.order_classes(self.class_order or by_id)
-        self.publish(self.summary.classes, self.summary.id_map)
+        self.publish(self.summary.classes, self.summary.id_map, self.summary.keypoints)
 
-    def publish(self, classes: Sequence[str], id_map: dict[int, int]) -> None:
-        """Write the classes and paths to the catalog's metadata, overwriting existing values.
+    def publish(
+        self, classes: Sequence[str], id_map: dict[int, int], keypoints: Sequence[str] = ()
+    ) -> None:
+        """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
 
         `Metadata` itself does not allow values to be changed, but they must change if the file has
         changed. The object is updated in place because evaluators and visualisers keep references
@@ -115,19 +147,23 @@ class CocoDataset:
             thing_classes=list(classes),
             thing_dataset_id_to_contiguous_id=dict(id_map),
         )
+        if keypoints:
+            vars(MetadataCatalog.get(self.name)).update(
+                keypoint_names=list(keypoints), keypoint_flip_map=flip_pairs(keypoints)
+            )
 
 
 class ShapesDataset(CocoDataset):
     """Split of the rendered shapes data set, whose files may not exist yet."""
 
-    def refresh(self) -> None:
+    def refresh(self, *, outlines: bool = False) -> CocoSummary:
         if not os.path.exists(self.json_file):
             raise UserError(
                 f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
                 "does not exist. Run `python datasets/prepare_shapes.py`, which takes a few "
                 "seconds (`make demo` also runs it)."
             )
-        super().refresh()
+        return super().refresh(outlines=outlines)
 
 
 def register_coco_dataset(
@@ -136,6 +172,7 @@ def register_coco_dataset(
     image_dir: str | os.PathLike,
     *,
     allow_empty: bool = False,
+    outlines: bool = False,
 ) -> None:
     """Validate a data set in COCO format, and register it with Detectron2.
 
@@ -148,6 +185,7 @@ def register_coco_dataset(
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Accept a file without objects, such as that of a test set whose ground truth is
             not public.
+        outlines: Also examine the outlines, so that a run with masks need not read the file again.
 
     Raises:
         UserError: If the file or folder is invalid, or the name belongs to a data set that was not
@@ -167,19 +205,20 @@ def register_coco_dataset(
             "different name."
         )
     if isinstance(known, CocoDataset) and known == dataset:
-        known.refresh()
+        known.refresh(outlines=outlines)
         known.order_classes(())
         return
-    dataset.refresh()
+    dataset.refresh(outlines=outlines)
     DatasetCatalog[name] = dataset
 
 
-def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
+def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = False) -> list[str]:
     """Register the data sets listed in `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
         entries: List of `[name, annotation file, image folder]` entries. `~` and `$VARS` in paths
             are expanded. Relative paths are relative to the working directory.
+        outlines: See :func:`register_coco_dataset`.
 
     Returns:
         The data set names in `entries`.
@@ -210,7 +249,7 @@ def register_datasets(entries: Sequence[Sequence[str]]) -> list[str]:
                 "expected unique names. Rename one of the data sets."
             )
     for name, (json_file, image_dir) in paths.items():
-        register_coco_dataset(name, json_file, image_dir)
+        register_coco_dataset(name, json_file, image_dir, outlines=outlines)
     return list(paths)
 
 
@@ -245,6 +284,17 @@ def registered_entry(name: str) -> object | None:
         return None
     # `.get` is not used because Detectron2's catalog overrides it to load the data set.
     return DatasetCatalog[name]
+
+
+def flip_pairs(keypoints: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of keypoints that a horizontal flip exchanges: left and right ones."""
+    pairs = []
+    for name in keypoints:
+        for left, right in _SIDES.items():
+            other = name.replace(left, right)
+            if other != name and other in keypoints:
+                pairs.append((name, other))
+    return pairs
 
 
 def _has_metadata(name: str) -> bool:

@@ -34,7 +34,8 @@ class CocoCrops(SingleImages):
         """
         summary = read_coco_summary(json_file, image_dir)
         content = read_json_object(json_file)
-        self.files = {image["id"]: image["file_name"] for image in content["images"]}
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        self.files = {key: summary.renamed.get(name, name) for key, name in names.items()}
         self.objects = [
             (item["image_id"], tuple(item["bbox"]), summary.id_map[item["category_id"]])
             for item in content["annotations"]

@@ -33,7 +33,7 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
             registered.
 
-    If a data set has the classes of the first in another order, it uses the order of the first.
+    If the classes of a data set are in a different order, the order of the first data set is used.
 
     Returns:
         The class names in the order of the model outputs; empty if there are no data sets.
@@ -65,10 +65,10 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
 
 
 def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
-    """Use a given order of classes in data sets, which otherwise have that of the category ids.
+    """Set the class order of data sets, which by default is the order of the category ids.
 
     Returns:
-        True on success. False if a data set has other classes or was not registered by this
+        True on success. False if a data set has different classes or was not registered by this
         project.
     """
     entries = [registered_entry(name) for name in names]
@@ -104,6 +104,12 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
             if name in evaluated:
                 _check_evaluable(dataset)
         else:
+            if name in evaluated and os.path.basename(name) != name and not _has_json(name):
+                raise UserError(
+                    f"The data set '{name}' can't be evaluated, because Detectron2 would write a "
+                    "file of this name outside the output folder. Register it under a name "
+                    "without slashes."
+                )
             problems = _missing_paths(name)
             if problems:
                 missing[name] = problems
@@ -124,7 +130,7 @@ def category_ids(name: str) -> list[int]:
 
 
 def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
-    """Log a warning for each data set in which an image has more objects than can be detected.
+    """Log a warning for each data set with images that contain more objects than can be detected.
 
     Args:
         names: Names of the data sets to evaluate.
@@ -146,23 +152,64 @@ def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
             )
 
 
-def check_segmentations(names: Sequence[str]) -> None:
-    """Check that all objects have the segmentations required by a mask head.
+def check_outlines(names: Sequence[str]) -> bool:
+    """Check that all objects have the outlines required by a mask head.
+
+    Returns:
+        True if an object's outline is a run-length encoding, which requires
+        ``INPUT.MASK_FORMAT: "bitmask"``.
 
     Raises:
-        UserError: If a data set registered by this project contains objects without a segmentation.
+        UserError: If a data set registered by this project contains an object without an outline,
+            or with an invalid one.
     """
+    has_rle = False
     for name in names:
         dataset = registered_entry(name)
-        if not isinstance(dataset, CocoDataset) or dataset.summary is None:
+        if not isinstance(dataset, CocoDataset):
             continue
-        lacking = dataset.summary.num_without_segmentation
-        if lacking:
-            raise UserError(
-                f"{dataset.json_file}: {lacking} of {dataset.summary.num_annotations} annotations "
-                "have no `segmentation`, which MODEL.MASK_ON requires for training and "
-                "evaluation. Export the file with segmentations, or set MODEL.MASK_ON to False."
-            )
+        summary = dataset.refresh(outlines=True)
+        found = summary.outlines
+        if found is None:
+            continue
+        for count, first in (
+            (found.num_invalid, found.first_problem),
+            (found.num_missing, found.first_missing),
+        ):
+            if count:
+                what = "an invalid `segmentation`" if first == found.first_problem else "none"
+                raise UserError(
+                    f"{dataset.json_file}: {first}. {count} of {summary.num_annotations} "
+                    f"annotations have {what}, but MODEL.MASK_ON requires a valid one for each "
+                    "object. Correct the file, or set MODEL.MASK_ON to False to train on the boxes."
+                )
+        has_rle = has_rle or found.num_rle > 0
+    return has_rle
+
+
+def check_trainable(names: Sequence[str]) -> None:
+    """Check that the training data contain an object to train on.
+
+    Data sets that are not registered by this project are not checked.
+
+    Raises:
+        UserError: If no data set has an object with a box that is not a crowd.
+    """
+    datasets = [registered_entry(name) for name in names]
+    own = [dataset for dataset in datasets if isinstance(dataset, CocoDataset)]
+    summaries = [dataset.refresh() for dataset in own]
+    if len(own) < len(datasets) or any(summary.num_trainable for summary in summaries):
+        return
+    total, zero, crowd = (
+        sum(getattr(summary, key) for summary in summaries)
+        for key in ("num_annotations", "num_zero_size", "num_crowd")
+    )
+    raise UserError(
+        f"{' and '.join(dataset.json_file for dataset in own)}: none of the {total} annotations "
+        f"can be trained on: {zero} boxes have zero width or height, and {crowd} annotations have "
+        "iscrowd=1. Expected objects with iscrowd=0 and a box [x, y, width, height] in pixels. "
+        "Check how the file was exported."
+    )
 
 
 def _classes(name: str) -> list[str]:
@@ -189,6 +236,10 @@ def _classes(name: str) -> list[str]:
             f"MetadataCatalog.get({name!r}).thing_classes in the code that registers it."
         )
     return list(classes)
+
+
+def _has_json(name: str) -> bool:
+    return bool(MetadataCatalog.get(name).get("json_file"))
 
 
 def _unknown(name: str) -> UserError:

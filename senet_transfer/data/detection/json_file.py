@@ -1,5 +1,6 @@
 """Loading of annotation files, with descriptive errors for files that are not JSON."""
 
+import codecs
 import json
 import os
 import stat
@@ -21,7 +22,8 @@ def read_json_object(path: str) -> dict:
     if problem:
         raise UserError(problem)
     try:
-        with open(path, encoding="utf-8") as file:
+        # Windows programs write a byte order mark, which this encoding skips.
+        with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
     except json.JSONDecodeError as error:
         # `from None` is used because the exception keeps the document, which may be hundreds of
@@ -65,7 +67,7 @@ def sniff_json(path: str) -> str | None:
         return f"Annotation file not found: {path}. Check the path; `~` and $VARS are expanded."
     except OSError as error:
         return f"Cannot read annotation file {path}: {error.strerror or error}. Check the file."
-    found = _describe_head(head.lstrip())
+    found = _describe_head(head.removeprefix(codecs.BOM_UTF8).lstrip())
     if found is not None:
         return _not_an_object(path, found)
     if not tail.rstrip().endswith(b"}"):
@@ -87,7 +89,6 @@ def _describe_head(head: bytes) -> str | None:
         b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` downloads the actual file)",
         b"PK": "a zip archive, which must be unpacked first",
         b"\x1f\x8b": "a gzip archive, which must be unpacked first",
-        b"\xef\xbb\xbf": "UTF-8 with a byte order mark, which the COCO tools cannot read",
         b"\xff\xfe": "UTF-16 text instead of UTF-8",
         b"\xfe\xff": "UTF-16 text instead of UTF-8",
     }

@@ -22,8 +22,11 @@ from detectron2.data import MapDataset, build_detection_test_loader, build_detec
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from senet_transfer.data.classification.skip_counter import SkipCounter
+from senet_transfer.data.detection.mapper import UnreadableImageError
 from senet_transfer.data.workers import ErrorsAsValues, RaisingLoader, init_worker
 from senet_transfer.errors import UserError
 
@@ -38,6 +41,8 @@ MANY_PASSES = 500
 # Separates the random streams of images from those of training steps, which are also seeded with
 # the seed and the rank.
 _IMAGES = 1
+
+_DATA_CHECK = "`senet data check` lists all unreadable images of a data set."
 
 
 def seed_generators(*entropy: int) -> None:
@@ -87,7 +92,7 @@ def build_train_loader(
     """
     # Detectron2's samplers draw a random seed if none is given.
     with seeded_rng(seed):
-        theirs = build_detection_train_loader(cfg, mapper=_unmapped)
+        theirs = _build_detectron2_loader(cfg)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
     records = parts.dataset
@@ -99,8 +104,9 @@ def build_train_loader(
         start_iter=start_iter,
     )
     images = MapDataset(records, ErrorsAsValues(mapper))
+    skips = SkipCounter(cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.get("MAX_SKIP_RATIO", 0.0))
     loader = DataLoader(
-        _SeededImages(images, seed, comm.get_rank()),
+        _SeededImages(images, seed, comm.get_rank(), skips),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -126,6 +132,19 @@ def build_test_loader(
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
     loader.worker_init_fn = init_worker
     return RaisingLoader(loader)
+
+
+def _build_detectron2_loader(cfg: CfgNode) -> Any:
+    try:
+        return build_detection_train_loader(cfg, mapper=_unmapped)
+    except AssertionError as error:
+        # Detectron2 asserts that images remain after it has removed those without objects.
+        raise UserError(
+            f"The training data {', '.join(cfg.DATASETS.TRAIN)} can't be used: {error} Expected "
+            "images with objects that are not crowds (and with MODEL.KEYPOINT_ON, at least "
+            f"{cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE} visible keypoints). Check the "
+            "annotations."
+        ) from error
 
 
 def _unmapped(record: dict) -> dict:
@@ -156,6 +175,9 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
     def is_wide(index: int) -> bool:
         record = records[index]
         if not {"width", "height"} <= record.keys():
+            # Detectron2's records of semantic segmentations contain no sizes.
+            with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
+                return image.width > image.height
             raise UserError(
                 f"The record of {record.get('file_name', 'an image')} has no width and height, "
                 "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the data set's "
@@ -205,12 +227,35 @@ class PlannedBatches(Sampler[list[Place]]):
 
 
 class _SeededImages(Dataset):
-    """Data set wrapper that seeds the random generators for each image from its position."""
+    """Data set wrapper that seeds the random generators for each image from its position.
 
-    def __init__(self, images: Dataset, seed: int, rank: int):
-        self.images, self.seed, self.rank = images, seed, rank
+    An unreadable image is replaced with the next readable one, and counted.
+    """
+
+    def __init__(self, images: Dataset, seed: int, rank: int, skips: SkipCounter):
+        self.images, self.seed, self.rank, self.skips = images, seed, rank, skips
+        self.warned: set[int] = set()  # images that this process has warned about
 
     def __getitem__(self, place: Place) -> Any:
         position, index = place
+        worker = get_worker_info()
+        counter = worker.id if worker else 0
         with seeded_rng(self.seed, self.rank, position, _IMAGES):
-            return self.images[index]
+            item = self.images[index]
+            broken = 0
+            while isinstance(item, UnreadableImageError):
+                broken += 1
+                self.skips.count(counter, 1, 1)
+                try:
+                    self.skips.check(str(item), _DATA_CHECK)
+                except UserError as error:
+                    # With a ratio of 0, every unreadable image is an error.
+                    return error if self.skips.max_ratio else item
+                if broken == len(self.images):
+                    return item
+                if index not in self.warned:
+                    self.warned.add(index)
+                    logger.warning("Skipping an image: %s", item)
+                item = self.images[(index + broken) % len(self.images)]
+            self.skips.count(counter, 0, 1)
+            return item

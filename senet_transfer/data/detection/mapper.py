@@ -5,9 +5,9 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - An image that cannot be read completely raises a `UserError` that includes the image's path, its
   id and its annotation file. This applies to truncated files even if other code has set Pillow's
   `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
-- 16-bit greyscale images are reduced to their upper 8 bits, as Pillow does for 16-bit colour
-  images. Pillow's greyscale conversion would clip all values above 255.
-- 32-bit integer and floating-point images are rejected, because their value range is unknown.
+- 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
+- 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
+  is unknown.
 
 Everything else, including the pixels of all other images, is the same as in Detectron2, unless
 ``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster.
@@ -16,7 +16,7 @@ Everything else, including the pixels of all other images, is the same as in Det
 import copy
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,14 +25,17 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     turn_upright,
     with_fast_resize,
 )
+from senet_transfer.data.images.decode import to_8_bit
 from senet_transfer.errors import UserError
 
 # Transpose operation for each EXIF orientation.
@@ -45,7 +48,17 @@ _EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_ROTATES = (5, 6, 7, 8)  # orientations that swap width and height
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+
+
+class UnreadableImageError(UserError):
+    """Error for an image file that cannot be decoded. Training skips and counts such images.
+
+    Attributes:
+        reason: The reason, without advice.
+    """
+
+    reason = ""
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -55,6 +68,10 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: Whether to map annotations in addition to images.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
             used in messages.
+        labels: Number of classes in label images, and the label to ignore; None if the model does
+            not use them.
+        rotated: Whether the model uses rotated boxes.
+        value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
         **kwargs: Other arguments of `DatasetMapper`.
     """
 
@@ -64,10 +81,15 @@ class CheckedDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         annotation_files: Mapping[str, list[str]] | None = None,
+        labels: tuple[int, int] | None = None,
+        rotated: bool = False,
+        value_range: Sequence[float] = (),
         **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
+        self.labels, self.rotated = labels, rotated
+        self.value_range = tuple(value_range)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -81,10 +103,17 @@ class CheckedDatasetMapper(DatasetMapper):
                 if folder and json_file:
                     annotation_files.setdefault(folder, []).append(json_file)
         theirs = super().from_config(cfg, is_train)
-        # The config may be Detectron2's own, without this key.
+        # The config may be Detectron2's own, without these keys.
         if is_train and cfg.INPUT.get("FAST_RESIZE", False):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
-        return {**theirs, "annotation_files": annotation_files}
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            **theirs,
+            "annotation_files": annotation_files,
+            "labels": (head.NUM_CLASSES, head.IGNORE_VALUE) if PIXELS in predicts(cfg) else None,
+            "rotated": predicts_rotated_boxes(cfg),
+            "value_range": cfg.INPUT.get("VALUE_RANGE", ()),
+        }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map an image's dictionary in the same way as `DatasetMapper`.
@@ -98,10 +127,18 @@ class CheckedDatasetMapper(DatasetMapper):
         sem_seg = None
         if "sem_seg_file_name" in dataset_dict:
             path = dataset_dict.pop("sem_seg_file_name")
-            sem_seg = detection_utils.read_image(path, "L").squeeze(2)
+            sem_seg = read_labels(path, image.shape[:2], self.labels)
 
         aug_input = T.AugInput(image, sem_seg=sem_seg)
-        transforms = self.augmentations(aug_input)
+        try:
+            transforms = self.augmentations(aug_input)
+        except ValueError as error:  # such as a side of 0 pixels after resizing
+            height, width = image.shape[:2]
+            raise UserError(
+                f"{self._describe(dataset_dict)} is {width}x{height} pixels and can't be "
+                f"transformed: {error}. Crop or split the image, or increase INPUT.MAX_SIZE_TRAIN "
+                "and INPUT.MAX_SIZE_TEST."
+            ) from error
         image, sem_seg = aug_input.image, aug_input.sem_seg
         image_shape = image.shape[:2]
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -117,86 +154,211 @@ class CheckedDatasetMapper(DatasetMapper):
             self._transform_annotations(dataset_dict, transforms, image_shape)
         return dataset_dict
 
-    def _read(self, dataset_dict: dict) -> np.ndarray:
-        path = dataset_dict["file_name"]
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        if self.rotated:
+            self._transform_rotated(dataset_dict, transforms, image_shape)
+            return
+        self._check_keypoints(dataset_dict)
+        if not self.use_instance_mask:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
         try:
-            image = read_image(path, self.image_format)
-        except MemoryError:
-            raise  # not caused by the file
-        # Decoders raise exceptions of many types for damaged files.
-        except Exception as error:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+        # Detectron2 and pycocotools raise exceptions of many types for invalid outlines.
+        except (AssertionError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self._describe(dataset_dict)} cannot be read: {_reason(path, error)}. Expected "
-                f"{_expected(dataset_dict)}. Restore the file, or remove the image from the "
-                "annotation file."
+                f"{self._describe(dataset_dict)} has annotations that can't be used: {error} "
+                f"(INPUT.MASK_FORMAT is {self.instance_mask_format!r}). Expected polygons with at "
+                "least three points, or run-length encodings with INPUT.MASK_FORMAT bitmask. "
+                "Correct the annotations of this image."
             ) from error
-        try:
-            detection_utils.check_image_size(dataset_dict, image)
-        except detection_utils.SizeMismatchError:
-            height, width = image.shape[:2]
-            raise UserError(
-                f"{self._describe(dataset_dict)} is {width}x{height} pixels (width x height); "
-                f"expected {_expected(dataset_dict)}, as annotated. "
-                f"{_size_advice(dataset_dict, (width, height))}"
-            ) from None
-        return image
+
+    def _transform_rotated(
+        self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        annotations = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        for annotation in annotations:
+            box = _rotated_box(annotation)
+            annotation["bbox"] = transforms.apply_rotated_box(np.array([box]))[0]
+        instances = detection_utils.annotations_to_instances_rotated(annotations, image_shape)
+        dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
+
+    def _check_keypoints(self, dataset_dict: dict) -> None:
+        """Add invisible keypoints to objects without keypoints, and check the number of others."""
+        if not self.use_keypoint or self.keypoint_hflip_indices is None:
+            return
+        length = 3 * len(self.keypoint_hflip_indices)
+        for annotation in dataset_dict["annotations"]:
+            annotation["keypoints"] = annotation.get("keypoints") or [0.0] * length
+            if len(annotation["keypoints"]) != length:
+                raise UserError(
+                    f"{self._describe(dataset_dict)} has an object with "
+                    f"{len(annotation['keypoints'])} keypoint values; expected {length}, three "
+                    "per keypoint of the category (x, y, visibility). Correct the annotation file."
+                )
+
+    def _read(self, dataset_dict: dict) -> np.ndarray:
+        return read_checked(
+            dataset_dict,
+            self.image_format,
+            value_range=self.value_range,
+            annotation_files=self.annotation_files,
+        )
 
     def _describe(self, dataset_dict: dict) -> str:
-        path, known = dataset_dict["file_name"], []
-        if "image_id" in dataset_dict:
-            known.append(f"id {dataset_dict['image_id']}")
-        for folder, json_files in self.annotation_files.items():
-            if path.startswith(os.path.join(folder, "")):
-                known.append(f"listed in {' or '.join(json_files)}")
-        return f"Image {path}" + (f" ({', '.join(known)})" if known else "")
+        return _describe(dataset_dict, self.annotation_files)
 
 
-def read_image(path: str, image_format: str) -> np.ndarray:
+def read_checked(
+    dataset_dict: dict,
+    image_format: str,
+    *,
+    value_range: Sequence[float] = (),
+    annotation_files: Mapping[str, list[str]],
+) -> np.ndarray:
+    """Read an image with :func:`read_image`, and compare its size with its dictionary.
+
+    Args:
+        dataset_dict: Image's dictionary in Detectron2's format.
+        image_format: See :func:`read_image`.
+        value_range: See :func:`read_image`.
+        annotation_files: Dictionary from image folder to the annotation files that list its images;
+            used in messages.
+
+    Raises:
+        UnreadableImageError: If the image cannot be read.
+        UserError: If its size differs from the size in the dictionary.
+    """
+    path, image_name = dataset_dict["file_name"], _describe(dataset_dict, annotation_files)
+    try:
+        image = read_image(path, image_format, value_range)
+    except MemoryError:
+        raise  # not caused by the file
+    # Decoders raise exceptions of many types for damaged files.
+    except Exception as error:
+        reason = _reason(path, error)
+        unreadable = UnreadableImageError(
+            f"{image_name} cannot be read: {reason}. Expected {_expected(dataset_dict)}. Restore "
+            "the file, or remove the image from the annotation file."
+        )
+        unreadable.reason = f"{path} cannot be read: {reason}"
+        raise unreadable from error
+    try:
+        detection_utils.check_image_size(dataset_dict, image)
+    except detection_utils.SizeMismatchError:
+        height, width = image.shape[:2]
+        raise UserError(
+            f"{image_name} is {width}x{height} pixels (width x height); expected "
+            f"{_expected(dataset_dict)}, as annotated. "
+            f"{_size_advice(dataset_dict, (width, height))}"
+        ) from None
+    return image
+
+
+def _describe(dataset_dict: dict, annotation_files: Mapping[str, list[str]]) -> str:
+    path, known = dataset_dict["file_name"], []
+    if "image_id" in dataset_dict:
+        known.append(f"id {dataset_dict['image_id']}")
+    for folder, json_files in annotation_files.items():
+        if path.startswith(os.path.join(folder, "")):
+            known.append(f"listed in {' or '.join(json_files)}")
+    return f"Image {path}" + (f" ({', '.join(known)})" if known else "")
+
+
+def _rotated_box(annotation: dict) -> list[float]:
+    box, mode = list(annotation["bbox"]), annotation["bbox_mode"]
+    if mode != BoxMode.XYWHA_ABS:
+        box = BoxMode.convert(BoxMode.convert(box, mode, BoxMode.XYWH_ABS), BoxMode.XYWH_ABS,
+                              BoxMode.XYWHA_ABS)  # fmt: skip
+    return [float(value) for value in box]
+
+
+def read_labels(
+    path: str, shape: tuple[int, int], labels: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Read the label image of a semantic segmentation.
+
+    Args:
+        path: Path of a single-channel image.
+        shape: Expected height and width.
+        labels: Number of classes, and the label to ignore; None accepts any label.
+
+    Returns:
+        The class of each pixel (H, W), uint8.
+
+    Raises:
+        UserError: If the file cannot be read, or has another size or unknown labels.
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            image: Image.Image = Image.open(file)
+            # The values of a palette image are its labels.
+            found = np.asarray(image if image.mode == "P" else image.convert("L"))
+    except Exception as error:  # decoders raise exceptions of many types for damaged files
+        raise UserError(
+            f"The label image {path} cannot be read: {_reason(path, error)}. Restore the file."
+        ) from error
+    if found.shape != tuple(shape):
+        raise UserError(
+            f"The label image {path} is {found.shape[1]}x{found.shape[0]} pixels (width x height); "
+            f"expected {shape[1]}x{shape[0]}, as its image."
+        )
+    if labels is not None:
+        count, ignored = labels
+        wrong = sorted(set(np.unique(found).tolist()) - {*range(count), ignored})
+        if wrong:
+            raise UserError(
+                f"The label image {path} contains the labels {wrong[:10]}; expected 0 to "
+                f"{count - 1} for the {count} classes, or {ignored} for pixels to ignore."
+            )
+    return found
+
+
+def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
     """Read a complete image with 8 bits per channel, and apply its EXIF orientation.
 
     Args:
         path: Path of an image in any format supported by Pillow.
-        image_format: "BGR", "RGB", or any other format supported by Detectron2's `read_image`.
+        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
+        value_range: Range of images with more than 8 bits per channel; see
+            :func:`senet_transfer.data.images.decode.to_8_bit`.
 
     Returns:
         The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
         format "YUV-BT.601".
 
     Raises:
-        UserError: If the image has 32-bit pixels.
+        BrokenImageError: If the image has 32 bits per value and no range is given.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with PathManager.open(path, "rb") as file:
         data = file.read()
     with _no_truncated_images():
         image: Image.Image = Image.open(io.BytesIO(data))
-        orientation = _exif_orientation(image)
+        orientation = exif_orientation(image)
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None
         if pixels is not None:
             return turn_upright(pixels, orientation)
         image.load()
+        image = to_8_bit(image, value_range, data)
         if orientation in _EXIF_TURNS:
             image = image.transpose(_EXIF_TURNS[orientation])
-        return detection_utils.convert_PIL_to_numpy(_to_8_bit(image), image_format)
+        return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
-def _exif_orientation(image: Image.Image) -> int | None:
+def is_turned_sideways(orientation: int | None) -> bool:
+    """Return whether an EXIF orientation swaps an image's width and height."""
+    return orientation in _SIDEWAYS
+
+
+def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises errors of many types for broken EXIF data
         return None
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise UserError(
-            f"its pixels are {kind}, whose value range is unknown; convert it to 8 bits per channel"
-        )
-    return image
 
 
 @contextmanager
@@ -242,8 +404,8 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
         )
     orientation = None
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
-        orientation = _exif_orientation(Image.open(file))
-    if orientation in _EXIF_ROTATES:
+        orientation = exif_orientation(Image.open(file))
+    if is_turned_sideways(orientation):
         return (
             f"Detectron2 rotates the image according to its EXIF orientation, {orientation}, but "
             "it was annotated without the rotation. Remove the EXIF tag if the boxes match the "

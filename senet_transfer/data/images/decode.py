@@ -1,5 +1,9 @@
 """Image decoding.
 
+All images are reduced to 8 bits per channel here, for detection and classification. 16-bit values
+are divided by 257, which maps 0-65535 to 0-255. The range of 32-bit integers and floating-point
+numbers must be given (``INPUT.VALUE_RANGE``), as for 12-bit data stored in 16 bits.
+
 Evaluation decodes images only with Pillow, so that its results match the usual pipeline of Pillow
 and torchvision. Training decodes JPEG images with simplejpeg, which is three times as fast. Both
 packages bundle libjpeg-turbo and return identical pixels.
@@ -8,7 +12,9 @@ packages bundle libjpeg-turbo and return identical pixels.
 import functools
 import io
 import warnings
+from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -18,13 +24,78 @@ from senet_transfer.data.images.file_types import FORMATS
 # Limits memory use: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 100_000_000
 
+# Value range for decoding an image only to check that it is whole.
+ANY_RANGE = (0.0, 1.0)
+
 
 class BrokenImageError(Exception):
     """Error for an image that cannot be decoded. Training skips and counts such images."""
 
 
-def decode_exact(data: bytes) -> Image.Image:
+def bits_of(image: Image.Image) -> int:
+    """Return the number of bits per value of an opened image: 8, 16 or 32; 1-bit images have 8."""
+    # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return 16
+    return 32 if image.mode in ("I", "F") else 8
+
+
+def to_8_bit(
+    image: Image.Image, value_range: Sequence[float] = (), data: bytes = b""
+) -> Image.Image:
+    """Convert an image with 16 or 32 bits per value to 8 bits.
+
+    Args:
+        image: Opened image. It is returned unchanged if it has 8 bits per value.
+        value_range: Values that are mapped to 0 and 255; empty to map the whole range of a 16-bit
+            image.
+        data: The encoded image, from which 16-bit colour images are read with their full precision
+            if ``value_range`` is given. Otherwise, Pillow returns their upper 8 bits.
+
+    Raises:
+        BrokenImageError: If the image has 32 bits per value and no range is given.
+    """
+    bits = bits_of(image)
+    if bits == 8:
+        deep = _deep_colours(image, data) if value_range and data else None
+        return image if deep is None else Image.fromarray(_scale(deep, value_range))
+    values = np.asarray(image)
+    if value_range:
+        return Image.fromarray(_scale(values, value_range))
+    if bits == 16:
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+    raise BrokenImageError(
+        f"its pixels are {kind}, whose value range is unknown; set INPUT.VALUE_RANGE to [low, "
+        "high], the values of black and white, or convert it to 8 bits per channel"
+    )
+
+
+def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    low, high = value_range
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
+
+
+def _deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Return a 16-bit colour image as uint16 RGB `(H, W, 3)`; None for other images."""
+    if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF", "PPM"):
+        return None
+    # Pillow does not report the bits of colour images. OpenCV ignores the EXIF orientation here.
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
+        return None
+    return np.ascontiguousarray(pixels[:, :, 2::-1])
+
+
+def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
+
+    In contrast to Pillow, images with more than 8 bits per channel are scaled, not clipped.
+
+    Args:
+        data: Encoded image.
+        value_range: See :func:`to_8_bit`.
 
     Raises:
         BrokenImageError: If the data is truncated, damaged, too large or not an image.
@@ -36,7 +107,7 @@ def decode_exact(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
-            return image.convert("RGB")
+            return to_8_bit(image, value_range, data).convert("RGB")
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
@@ -70,13 +141,16 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if usual else None
 
 
-def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
+def decode_fast(
+    data: bytes, min_size: int | None = None, value_range: Sequence[float] = ()
+) -> np.ndarray:
     """Decode an image for training.
 
     Args:
         data: Encoded image in any format that `decode_exact` supports.
         min_size: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if both sides keep at least
             this many pixels. This is faster, but changes the pixels. None to decode at full size.
+        value_range: See :func:`to_8_bit`.
 
     Returns:
         The image, uint8 RGB `(H, W, 3)`.
@@ -94,4 +168,4 @@ def decode_fast(data: bytes, min_size: int | None = None) -> np.ndarray:
             )
         except ValueError:
             pass  # Pillow decides whether the image is broken
-    return np.asarray(decode_exact(data))
+    return np.asarray(decode_exact(data, value_range))

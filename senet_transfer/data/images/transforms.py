@@ -41,6 +41,7 @@ class TrainTransform:
         interpolation: Antialiased interpolation, "bilinear" or "bicubic".
         draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
             large as the output. This is faster for large images, but changes the pixels.
+        value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
     """
 
     size: int = 224
@@ -49,6 +50,7 @@ class TrainTransform:
     flip: float = 0.5
     interpolation: str = "bilinear"
     draft: bool = False
+    value_range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         pairs = len(self.scale) == len(self.ratio) == 2
@@ -93,7 +95,7 @@ class TrainTransform:
         """Return the decoded pixels (H, W, 3) and the crop region (top, left, height, width)."""
         size = jpeg_size(data) if self.draft else None
         if size is None:
-            pixels = decode_fast(data)
+            pixels = decode_fast(data, value_range=self.value_range)
             full_height, full_width = pixels.shape[:2]
             return pixels, self.region(full_height, full_width, rng)
         top, left, height, width = self.region(*size, rng)
@@ -141,12 +143,14 @@ class EvalTransform:
         resize: Side length after resizing, in pixels.
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
+        value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
     """
 
     mode: str = "short_side"
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
+    value_range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
@@ -170,7 +174,8 @@ class EvalTransform:
             BrokenImageError: If the image cannot be decoded.
         """
         size = [self.resize] * (2 if self.mode == "squash" else 1)
-        image = F.resize(decode_exact(data), size, interpolation=_interpolation(self.interpolation))
+        decoded = decode_exact(data, self.value_range)
+        image = F.resize(decoded, size, interpolation=_interpolation(self.interpolation))
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":
             return torch.stack([F.pil_to_tensor(view) for view in F.ten_crop(image, square)])

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.data.images.decode import ANY_RANGE, BrokenImageError, decode_fast
 from senet_transfer.data.shards.manifest import Shard, load_manifest, parse_index
 from senet_transfer.data.shards.tar import read_shard
 from senet_transfer.errors import UserError
@@ -75,7 +75,7 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
                 stream.seek(place)
                 if not same:
                     return f"{path} does not match {where.name} at {sample.key}. Prepare it again."
-                decode_fast(sample.data)
+                decode_fast(sample.data, value_range=ANY_RANGE)
     except BrokenImageError as error:
         return f"{path} contains {sample.key}, which cannot be decoded: {error}. Prepare it again."
     except OSError as error:

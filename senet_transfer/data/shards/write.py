@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from senet_transfer.data.base import RawSample, make_key
-from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.data.images.decode import ANY_RANGE, BrokenImageError, decode_fast
 from senet_transfer.data.images.listing import Images, read_image_bytes
 from senet_transfer.data.shards.manifest import Manifest, Shard, parse_shard
 from senet_transfer.data.shards.tar import ShardWriter
@@ -179,7 +179,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
         data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
         try:
             # Decoding is the only reliable check, and is cheap compared with reading.
-            decode_fast(data)
+            decode_fast(data, value_range=ANY_RANGE)
         except BrokenImageError as error:
             skipped.append({"name": name, "reason": str(error)})
             continue

@@ -20,16 +20,16 @@ Capture: TypeAlias = Callable[[nn.Module, tuple[Tensor]], Forward]
 
 
 class CapturedBackbone:
-    """Replacement for the forward pass of a backbone, which is captured for frequent image sizes.
+    """Replacement for a backbone's forward pass that is captured for frequent image sizes.
 
-    A batch of images has the size to which all of them are padded. A size is captured when it
-    occurs for the third time. At most ``max_sizes`` sizes are captured, because each takes memory
-    for the feature maps that it returns and for the gradients of the weights; all other sizes are
-    computed eagerly. Evaluation is always eager.
+    The images of a batch are padded to a common size. By default, a size is captured when it occurs
+    for the third time. At most ``max_sizes`` sizes are captured, because each needs memory for its
+    feature maps and the gradients of the weights; all other sizes are computed eagerly. Evaluation
+    is always eager.
 
-    The pass is the same as without a capture. In particular, the statistics of batch norms, which
-    a capture would change, are restored. The gradients returned by a backward pass are overwritten
-    by the next one, so gradients of several passes must not be accumulated.
+    The results are the same as without capturing. In particular, the statistics of batch norms,
+    which a capture would change, are restored. The gradients returned by a backward pass are
+    overwritten by the next one, so gradients of several passes must not be accumulated.
     """
 
     def __init__(

@@ -21,15 +21,15 @@ _REMEDY = "Set SOLVER.COMPILE to none or default."
 
 
 class CapturedStep:
-    """Function on the device that is captured as a graph and then replayed.
+    """Step on the device that is captured as a graph and then replayed.
 
-    The first calls are eager: they are steps like all others, and they initialise what must not
-    happen during a capture, such as the optimizer's state and the choice of convolution algorithms.
-    A capture computes nothing. Therefore no state has to be restored afterwards, and all steps
-    compute the same, whether eager or replayed.
+    The first calls are eager. They are ordinary steps, and they also perform initialisations that
+    are impossible during a capture, such as those of the optimizer's state and the choice of
+    convolution algorithms. A capture only records the step without computing it, so no state has to
+    be restored afterwards. Eager and replayed steps compute the same values.
 
-    Inputs with other shapes than the captured ones, such as those of an incomplete batch, are
-    computed eagerly. After ``warm_up`` such calls in a row, the step is captured again; there is at
+    Inputs whose shapes differ from the captured ones, such as an incomplete batch, are computed
+    eagerly. After ``warm_up`` such calls in a row, the step is captured again; there is at
     most one graph.
     """
 
@@ -43,12 +43,12 @@ class CapturedStep:
     ):
         """
         Args:
-            function: The step. It takes tensors on the device by name, and returns tensors. It must
-                not read values from the device, nor depend on values of the host that change
-                between steps, except on ``state``.
+            function: The step. It takes a dict of tensors on the device, and returns tensors. It
+                must not read values from the device. Of the host's values that change between
+                steps, it may only depend on ``state``.
             graphs: The source of graphs.
-            state: Returns the host's values on which the step depends, such as the training modes
-                of the modules.
+            state: A function that returns the host's values on which the step depends, such as the
+                training modes of the modules.
             warm_up: The number of eager calls before a capture.
         """
         self._function, self._graphs, self._state = function, graphs, state
@@ -95,7 +95,7 @@ class CapturedStep:
     def _eager(self, inputs: Inputs) -> Outputs:
         if self._graph is not None and not self._told:
             self._told = True
-            logger.info("Inputs of other shapes than the captured step's are computed eagerly.")
+            logger.info("Inputs whose shapes differ from the captured ones are computed eagerly.")
         device = self._graphs.device
         inputs = {name: to_device(value, device) for name, value in inputs.items()}
         before = _random_state(device)
@@ -122,13 +122,13 @@ class CapturedStep:
 
 
 def _pinned(value: Tensor, target: Tensor) -> Tensor:
-    """Return the value in memory from which a copy to the target does not wait."""
+    """Return the value in pinned memory if the target is on a GPU, so that a copy does not wait."""
     on_host = value.device.type == "cpu" and target.device.type == "cuda"
     return value.pin_memory() if on_host else value
 
 
 def _random_state(device: torch.device) -> Hashable:
-    """Return the states of the host's random generators, of which a graph knows nothing."""
+    """Return the states of the host's random generators, which a graph can't advance."""
     name, keys, *rest = np.random.get_state()
     own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own

@@ -1,9 +1,9 @@
 """Capture of functions as CUDA graphs.
 
 A CUDA graph is a recording of kernels. Replaying it launches all of them at once, on the same
-memory as during the capture. Whatever the host computed during the capture, such as a number or the
-choice of a branch, is the same in every replay. Random numbers are the exception: PyTorch passes
-the current seed of the device's default generator to each replay.
+memory as during the capture. All values computed by the host during the capture, such as numbers
+and the choice of branches, are the same in every replay. Random numbers are the exception: PyTorch
+passes the current seed of the device's default generator to each replay.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,14 @@ class Graphs(Protocol):
     device: torch.device
 
     def warm_up(self, function: Function) -> Outputs:
-        """Call a function in the way in which it is captured later, and return its results."""
+        """Call a function under the same conditions as during a capture, and return its results."""
 
     def capture(self, function: Function) -> Graph:
         """Capture a function without computing anything."""
 
 
 class CudaGraphs:
-    """CUDA graphs of a device. Each has memory of its own, which is kept as long as the graph.
+    """CUDA graphs of a device. Each has its own memory, which is freed with the graph.
 
     Attributes:
         device: The device.
@@ -54,8 +54,8 @@ class CudaGraphs:
             device: A CUDA device.
         """
         self.device = device
-        # The default stream can't be captured. Libraries allocate their workspaces per stream, so
-        # that functions are warmed up on the same stream.
+        # The default stream can't be captured. Functions are warmed up on the same stream as they
+        # are captured on, because libraries allocate their workspaces per stream.
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Function) -> Outputs:

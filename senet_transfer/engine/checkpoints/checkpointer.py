@@ -12,6 +12,7 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
 from senet_transfer.utils.private_api import end_failed_load
+from senet_transfer.weights.choice import Choice
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.formats.reader import OWN_METADATA
 from senet_transfer.weights.load import LoadReport, load_source
@@ -40,6 +41,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         family: str = "",
+        choice: Choice | None = None,
         keep: int = 0,
         classes: Sequence[str] = (),
         **kwargs: Any,
@@ -50,12 +52,15 @@ class Checkpointer(DetectionCheckpointer):
             save_dir: The run's output folder.
             family: The family of weight files whose tensor names match several families
                 (``MODEL.WEIGHTS_FAMILY``). It doesn't apply to the checkpoints in ``save_dir``.
+            choice: The network to take from files that contain several (``MODEL.WEIGHTS_PREFIX``
+                and similar keys). It doesn't apply to checkpoints either.
             keep: The number of checkpoints to keep, or 0 to keep all. The oldest are deleted.
             classes: The class names in the order of the model's outputs, to store in checkpoints.
             kwargs: Additional arguments for Detectron2's ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.family = family
+        self.choice = choice or Choice()
         self.keep = keep
         self.classes = tuple(classes)
         self.report: LoadReport | None = None
@@ -132,8 +137,9 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
-        family = None if resumed else self._family
-        return {**state, "model": examine(filename, family)}
+        if resumed:
+            return {**state, "model": examine(filename)}
+        return {"model": examine(filename, self._family, **self.choice)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.report = load_source(self.model, checkpoint.pop("model"), exact=self._whole)

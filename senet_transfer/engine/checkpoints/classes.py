@@ -1,4 +1,4 @@
-"""Comparison of the classes of a trained model with those of the data sets."""
+"""Comparison of a trained model's class names with those of the data sets."""
 
 import logging
 import os
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def config_next_to(weights: str) -> str:
-    """Return the path of the ``config.yaml`` that training wrote next to a checkpoint, or ""."""
+    """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none."""
     path = os.path.join(os.path.dirname(weights), "config.yaml")
     return path if weights and os.path.isfile(path) else ""
 
 
 def trained_classes(source: Source) -> list[str]:
-    """Return the class names of the model in a weight file, in the order of its outputs.
+    """Return a weight file's class names, in the order of the model's outputs.
 
     They are read from the file or, if it was written before version 0.1, from the ``config.yaml``
     next to it.
@@ -47,10 +47,10 @@ def trained_classes(source: Source) -> list[str]:
 def use_trained_classes(
     cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool, eval_only: bool = False
 ) -> None:
-    """Compare the classes of a run's data sets with those of the model from which it starts.
+    """Compare the classes of a run's data sets with those of the model that it starts from.
 
-    If the data sets have the same classes in another order, they use the model's order, except for
-    classification data with fixed labels, such as shards.
+    If the data sets have the same classes in a different order, the model's order is used, except
+    for classification data with fixed labels, such as shards.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
@@ -76,8 +76,8 @@ def use_trained_classes(
         is_classification(cfg) and same and build.use_class_order(cfg, model, eval_only=eval_only)
     ):
         logger.warning(
-            "The data sets have the classes of %s in another order, or some of them. The order of "
-            "the weights is used: %s.",
+            "The data sets list the classes of %s in a different order, or some of them. The order "
+            "of the weights is used: %s.",
             source.path,
             first_of(model),
         )

@@ -1,4 +1,4 @@
-"""Protection of the files of an earlier run in the output folder of a new one."""
+"""Protection of an earlier run's files in the output folder of a new run."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LOG = "log.txt"
 # Files that identify a training run.
 _CHECKPOINTS = ("model_final.pth", "model_best.pth", "model_ema.pth", "model_[0-9]*[0-9].pth")
 _METRICS = "metrics.json"
-# All files that a run writes, except the log and those that the next run replaces at its start.
+# All files written by a run, except the log and files that the next run replaces at its start.
 _WRITTEN = (
     *(name for stem in _CHECKPOINTS for name in (stem, f"{stem}.sha256")),
     TAG,
@@ -26,6 +26,7 @@ _WRITTEN = (
     "events.out.tfevents.*",
     "nonfinite_[0-9]*_rank[0-9]*.json",
     "inference*/*/predictions.json",
+    "inference*/*/diagnostics.json",
     "inference*/*/box_proposals.pkl",
     "inference*/*/instances_predictions.pth",
     "inference*/*/*_instances_results.json",
@@ -37,7 +38,7 @@ _SHOWN = 3
 
 
 def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> None:
-    """Raise an error if a new training run would mix its files with those of an earlier run.
+    """Raise an error if the output folder of a new training run contains an earlier run.
 
     All processes of a job must call this function together, after every other check.
 
@@ -52,7 +53,7 @@ def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> No
             to delete.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    # The main process decides, because other processes may see a different state of the folder.
+    # Only the main process looks, because other processes may see a different state of the folder.
     found = comm.all_gather(_earlier(folder))[0]
     if not found or restarted and not overwrite:
         return
@@ -60,8 +61,8 @@ def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> No
         raise UserError(
             f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) contains an earlier run ({first_of(found, _SHOWN)}), "
             "whose files a new run would replace or mix with its own. To continue the earlier run, "
-            "add --resume. To keep it, set OUTPUT_DIR to another folder. To delete the files that "
-            "it has written and start anew, add --overwrite."
+            "add --resume. To keep it, set OUTPUT_DIR to another folder. To delete its files and "
+            "train from scratch, add --overwrite."
         )
     weights = os.path.realpath(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else ""
     written = list(_written(folder))
@@ -102,6 +103,6 @@ def drop_earlier_log(folder: str | Path, size: int) -> None:
 
 
 def log_size(folder: str | Path) -> int:
-    """Return the size of a folder's log in bytes, or 0 without one."""
+    """Return the size of a folder's log in bytes, or 0 if there is no log."""
     path = Path(folder, LOG)
     return path.stat().st_size if path.is_file() else 0

@@ -11,8 +11,8 @@ from pycocotools import mask as mask_util
 def objects(output: dict[str, Any], threshold: float) -> Instances | None:
     """Return the detected objects in a model's output for an image, or None if it detects none.
 
-    The proposals of a region proposal network are objects of class 0, whose score is the sigmoid of
-    the logit.
+    The proposals of a region proposal network become objects of class 0, and their scores are the
+    sigmoid of the logits.
 
     Args:
         output: The output of any of Detectron2's meta-architectures.
@@ -34,7 +34,7 @@ def objects(output: dict[str, Any], threshold: float) -> Instances | None:
 
 
 def object_annotations(found: Instances, image_id: int) -> list[dict[str, Any]]:
-    """Return COCO annotations of objects, whose ``category_id`` is the class index.
+    """Return COCO annotations of objects, with the class index as ``category_id``.
 
     The ``area`` is the mask's if there are masks, otherwise the box's. A rotated box has five
     numbers: centre x and y, width, height and angle in degrees, counterclockwise.
@@ -91,7 +91,7 @@ def segment_annotations(
 def segments(output: dict[str, Any]) -> dict[int, np.ndarray]:
     """Return the mask (H, W) of each class in a model's semantic segmentation of an image.
 
-    In a panoptic segmentation, these are the segments of stuff, which exclude the objects.
+    In a panoptic segmentation, only the stuff segments are returned, not the objects.
     """
     if "panoptic_seg" in output:
         ids, info = output["panoptic_seg"]

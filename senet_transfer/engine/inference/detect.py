@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
+from PIL import Image
 
+from senet_transfer.config.architectures import PROPOSALS, predicts
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.engine.inference.annotations import (
     object_annotations,
@@ -20,6 +22,7 @@ from senet_transfer.engine.inference.annotations import (
     segment_annotations,
     segments,
 )
+from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.inference.drawing import ClassNames, PredictionDrawing
 from senet_transfer.engine.inference.inputs import check_all_read, make_output_folder
 from senet_transfer.engine.model_from import LoadedModel
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Resize(ResizeShortestEdge):
-    """Detectron2's resizing, which keeps both sides of a very elongated image above 0 pixels."""
+    """Detectron2's resizing with sides of at least 1 pixel, for very elongated images."""
 
     def get_transform(self, image: np.ndarray) -> Transform:
         found = super().get_transform(image)
@@ -56,10 +59,17 @@ class Predictor(DefaultPredictor):
         self.cfg = cfg = loaded.cfg
         self.model = loaded.model
         if cfg.TEST.AUG.ENABLED:
-            self.model = GeneralizedRCNNWithTTA(cfg, self.model)
+            self.model = with_augmentation(cfg, self.model)
         sides = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST]
         self.aug = _Resize(sides, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
+
+    def __call__(self, original_image: np.ndarray) -> dict:
+        """Detect objects in a BGR image, uint8 ``(H, W, 3)``."""
+        if self.input_format == "L":
+            grey = Image.fromarray(original_image[:, :, ::-1]).convert("L")
+            original_image = np.asarray(grey)[:, :, None]
+        return super().__call__(original_image)
 
 
 def predict_images(
@@ -103,9 +113,9 @@ def predict_images(
     records, annotations, broken = [], [], []
     for image_id, path in enumerate(progress(images, unit="image", quiet=quiet), start=1):
         try:
-            image = _read(path)
+            image = _read(path, loaded.cfg.INPUT.VALUE_RANGE)
             prediction = _Prediction.of(predictor(image), threshold)
-        # An image whose prediction fails must not cost those of the other images.
+        # A failed prediction must not affect the other images.
         except Exception as error:
             broken.append(_problem(path, "no prediction", error))
             continue
@@ -140,7 +150,7 @@ class _Prediction:
 
 def _names(cfg: CfgNode) -> tuple[list[str], list[str]]:
     """Return the class names of a model's objects and of its semantic segmentation."""
-    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+    if predicts(cfg) == {PROPOSALS}:
         return ["object"], []
     return list(cfg.DATASETS.CLASSES), list(cfg.DATASETS.STUFF_CLASSES)
 
@@ -202,9 +212,9 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     return names
 
 
-def _read(path: str) -> np.ndarray:
+def _read(path: str, value_range: Sequence[float]) -> np.ndarray:
     try:
-        return read_image(path, "BGR")
+        return read_image(path, "BGR", value_range)
     # Decoders raise many kinds of exceptions for corrupted files.
     except Exception as error:
         raise UserError(f"{path} can't be read as an image: {error}. Remove it.") from error

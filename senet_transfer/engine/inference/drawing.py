@@ -1,4 +1,4 @@
-"""Drawing of predictions on images, with one colour per class and labels that do not overlap."""
+"""Drawings of predictions on images, with one colour per class and labels that do not overlap."""
 
 import colorsys
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ _SHORT_SIDE, _LONG_SIDE, _ENLARGED = 480, 4096, 4.0
 _LINE, _LEAST_LINE = 0.0033, 1.5
 _TEXT, _LEAST_TEXT = 0.021, 12.0
 _MASK_ALPHA = 0.45
-# Number of labels from which they become smaller, down to a factor.
+# With more labels than this, they are drawn smaller, down to the given factor.
 _MANY, _SMALLEST = 25, 0.75
-# Greatest distance between a label and its object, in heights of the label.
+# Maximum distance between a label and its object, as a multiple of the label's height.
 _FARTHEST = 8
 # Segments with fewer pixels are not drawn.
 _LEAST_AREA = 10
 
 
 def class_colour(index: int) -> Colour:
-    """Return the fixed RGB colour of a class, in 0-1. Neighbouring indices differ strongly."""
+    """Return a class's fixed RGB colour in [0, 1]. Colours of adjacent indices differ strongly."""
     # Multiples of the golden ratio spread the hues evenly for any number of classes.
     lightness = (0.50, 0.64, 0.38)[index % 3]
     return colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.9)
 
 
 def text_colour(background: Colour) -> str:
-    """Return "black" or "white", whichever has the higher contrast (WCAG 2) to a background."""
+    """Return "black" or "white", whichever has the higher contrast (WCAG 2) with a background."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
@@ -49,7 +49,7 @@ def text_colour(background: Colour) -> str:
 
 @dataclass(frozen=True)
 class ClassNames:
-    """Class names as they are drawn, and the fonts for them.
+    """Class names to draw, and the fonts for them.
 
     Attributes:
         things: The class names of objects.
@@ -69,9 +69,9 @@ class ClassNames:
 
 
 class PredictionDrawing(Visualizer):
-    """Detectron2's visualizer with fixed colours, and labels that do not cover each other.
+    """Detectron2's visualizer with fixed colours and labels that do not overlap.
 
-    A label that has no free place near its object is omitted; the object keeps its colour.
+    If there is no free space for a label near its object, the label is omitted.
 
     Attributes:
         labels: The rectangles of all labels, in pixels of the image.
@@ -87,7 +87,7 @@ class PredictionDrawing(Visualizer):
         scale = max(1.0, min(_ENLARGED, _SHORT_SIDE / short, _LONG_SIDE / long))
         super().__init__(image, Metadata(), scale=scale)
         self._classes = classes
-        # The size of the drawing, which a very elongated image would otherwise understate.
+        # The size of the drawing; the default would be too small for very elongated images.
         size = max(np.sqrt(self.output.width * self.output.height), long / 4) * scale
         self._line = max(_LEAST_LINE, _LINE * size)
         self._text = max(_LEAST_TEXT, _TEXT * size)
@@ -104,7 +104,7 @@ class PredictionDrawing(Visualizer):
         indices, scores = instances.pred_classes.tolist(), instances.scores.tolist()
         masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
         keypoints = instances.pred_keypoints if instances.has("pred_keypoints") else None
-        # Many labels are smaller, to cover less of the image.
+        # If there are many labels, they are drawn smaller, to hide less of the image.
         self._text *= np.clip(np.sqrt(_MANY / max(len(indices), 1)), _SMALLEST, 1)
         self.overlay_instances(
             boxes=instances.pred_boxes,
@@ -135,7 +135,7 @@ class PredictionDrawing(Visualizer):
         assigned_colors: list[Colour] | None = None,
         alpha: float = _MASK_ALPHA,
     ) -> VisImage:
-        """Draw the objects as Detectron2 does, then the labels where they are free."""
+        """Draw the objects as Detectron2 does, then the labels in free space."""
         if masks is not None:
             shape = self.output.height, self.output.width
             masks = [np.asarray(mask, dtype=np.uint8) for mask in masks]
@@ -183,7 +183,7 @@ class PredictionDrawing(Visualizer):
         )
 
     def draw_circle(self, circle_coord: Any, color: Any, radius: float = 3) -> VisImage:
-        """Draw a point of a skeleton, whose size depends on the image size."""
+        """Draw a keypoint whose size depends on the image size."""
         return super().draw_circle(circle_coord, color, 1.5 * self._line / self.output.scale)
 
     def _points(self, pixels: float) -> float:
@@ -194,7 +194,7 @@ class PredictionDrawing(Visualizer):
         return [withStroke(linewidth=width, foreground=(0, 0, 0, 0.55))]
 
     def _label(self, label: str, rect: Rect, colour: Colour) -> None:
-        """Write a label next to a rectangle, unless there is no free place."""
+        """Draw a label next to a rectangle if there is free space."""
         axes, scale = self.output.ax, self.output.scale
         text = axes.text(
             0,
@@ -227,10 +227,10 @@ class PredictionDrawing(Visualizer):
 def free_place(
     rect: Rect, size: tuple[float, float], image: tuple[float, float], taken: Sequence[Rect]
 ) -> tuple[float, float] | None:
-    """Return the top left corner for a label near an object, or None if there is no free place.
+    """Return the top left corner for a label near an object, or None if there is no free space.
 
     Args:
-        rect: The object.
+        rect: The object's rectangle.
         size: The label's width and height.
         image: The image's width and height. The label must be inside the image.
         taken: The rectangles of the other labels.
@@ -241,7 +241,7 @@ def free_place(
         return None
     preferred = [(x0, y0 - h), (x0, y0), (x0, y1), (x0, y1 - h), (x1 - w, y0 - h), (x1 - w, y1)]
     preferred += [(x1, y0), (x0 - w, y0)]
-    # Places farther away, from near to far.
+    # Positions farther away, from near to far.
     steps = np.arange(-_FARTHEST, _FARTHEST + 0.5, 0.5) * h
     grid = np.stack(np.meshgrid(x0 + steps, y0 - h + steps), -1).reshape(-1, 2)
     grid = grid[np.argsort(np.hypot(*(grid - (x0, y0 - h)).T), kind="stable")]
@@ -282,11 +282,14 @@ def _extent(mask: np.ndarray) -> Rect:
 
 
 def _bounds(boxes: Any) -> np.ndarray:
-    """Return the rectangles (N, 4) around boxes, which may be rotated."""
+    """Return the rectangles (N, 4) of boxes, or the topmost corners of rotated boxes."""
     boxes = boxes.tensor.numpy()
     if boxes.shape[1] == 4:
         return boxes
     x, y, w, h, angle = boxes.T
-    cos, sin = np.abs(np.cos(np.radians(angle))), np.abs(np.sin(np.radians(angle)))
-    half_w, half_h = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
-    return np.stack([x - half_w, y - half_h, x + half_w, y + half_h], 1)
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    # Half of the width and height as vectors; the y axis points down.
+    right, down = np.stack([w * cos, -w * sin]) / 2, np.stack([h * sin, h * cos]) / 2
+    corners = np.stack([-right - down, right - down, right + down, down - right]) + [x, y]
+    top = corners[corners[:, 1].argmin(0), :, np.arange(len(boxes))]
+    return np.concatenate([top, top], 1)

@@ -78,6 +78,7 @@ def run_evaluation(
         resize=view.resize if resize is None else resize,
         crop=view.crop if crop is None else crop,
         interpolation=view.interpolation,
+        value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
     )
     evaluation = evaluate_classifier(
         loaded.model,

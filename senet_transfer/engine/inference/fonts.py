@@ -17,7 +17,7 @@ _LONGEST = 40
 
 
 def drawable_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return class names that can be drawn, and the font families that contain their characters.
+    """Replace class names that can't be drawn, and find font families for all characters.
 
     A name with characters that no installed font contains is replaced by "class N", where N is its
     index from 0, with a warning.
@@ -37,8 +37,8 @@ def drawable_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     if replaced:
         listed = ", ".join(f"class {index} ({names[index]})" for index in replaced[:10])
         logger.warning(
-            "No installed font contains the characters %s, so drawings show the index in place of "
-            "the name for: %s%s. Install a font with these characters, such as Noto Sans CJK for "
+            "No installed font contains the characters %s, so drawings show the class index for: "
+            "%s%s. Install a font with these characters, such as Noto Sans CJK for "
             "Chinese, Japanese and Korean. JSON files contain the names unchanged.",
             "".join(sorted(missing)[:10]),
             listed,
@@ -54,13 +54,13 @@ def _one_line(name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _families(text: str) -> tuple[list[str], set[str]]:
-    """Return families that contain the characters of a text, and characters that none contains."""
+    """Return font families for the characters of a text, and the characters without a font."""
     missing = {c for c in text if unicodedata.category(c)[0] not in "CZ"}
     families, entries = [_DEFAULT], fontManager.ttflist
     first = next((entry for entry in entries if entry.name == _DEFAULT), None)
     if first is not None:
         missing -= _covered(first, missing)
-    # Regular faces first: of two families that contain the same characters, the earlier is used.
+    # Regular faces first: of two families with the same characters, the first is used.
     others = sorted(entries, key=lambda entry: (entry.style != "normal", str(entry.weight)))
     while missing:
         best = max(others, key=lambda entry: len(_covered(entry, missing)), default=None)
@@ -83,5 +83,5 @@ def _covered(entry: FontEntry, characters: set[str]) -> set[str]:
 
 
 def clear_cache() -> None:
-    """Forget which fonts contain which characters, after fonts were installed."""
+    """Clear the cache of the fonts' characters, after fonts were installed."""
     _families.cache_clear()

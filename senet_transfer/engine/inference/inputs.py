@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from senet_transfer.config.architectures import PROPOSALS, predicts
 from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
@@ -44,7 +45,9 @@ def load_trained(weights: str, config_file: str = "", options: Sequence[str] = (
     if not found.cfg.DATASETS.CLASSES:
         _take_classes(found.cfg)
     found = found.examined()
-    if not found.cfg.DATASETS.CLASSES:
+    named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
+    # The boxes of a region proposal network have no classes.
+    if not named and predicts(found.cfg) != {PROPOSALS}:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
             "in the run's output folder."

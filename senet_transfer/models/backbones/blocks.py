@@ -230,6 +230,20 @@ class ResNetStem(Fusable, BasicStem):
         return _stem_pool(conv_norm_relu(self.conv1, x, self.fused), self.pool)
 
 
+class UnpooledStem(Fusable, BasicStem):
+    """Stem of CSAIL's wideresnet18: a 7x7 convolution with stride 2, without a max pool."""
+
+    pool = "none"
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 64, *, norm: str = "BN"):
+        super().__init__(in_channels, out_channels, norm=norm)
+        self.stride = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``."""
+        return conv_norm_relu(self.conv1, x, self.fused)
+
+
 class SENet154Stem(Fusable, CNNBlockBase):
     """Stem of SENet-154, with three 3x3 convolutions (64, 64 and 128 channels) and a max pool.
 

@@ -18,6 +18,7 @@ from senet_transfer.models.backbones.blocks import (
     SEBottleneckBlock,
     SENet154Block,
     SENet154Stem,
+    UnpooledStem,
 )
 from senet_transfer.models.backbones.builder import build_backbone
 from senet_transfer.models.registry import register_model, register_with_se
@@ -178,10 +179,30 @@ def build_senet154(
     return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
+def build_places365_wideresnet18(
+    *,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> ResNet:
+    """Build the network of CSAIL's file ``wideresnet18_places365.pth.tar``.
+
+    The network is ResNet-18 without the max pool of the stem, so that its last feature map has
+    stride 16 (14x14 for images of 224x224). Despite its name, it is not wider than ResNet-18.
+    Source: ``wideresnet.py`` in CSAILVision/places365. See :func:`build_resnet` for the arguments.
+    """
+    stages = _stages(18, 1, 64, (64, 64), se, norm, stride_in_1x1=False, res5_dilation=1)
+    stem = UnpooledStem(in_channels, norm=norm)
+    return build_backbone(stem, stages, out_features=out_features, freeze_at=freeze_at)
+
+
 for _depth in BLOCKS_PER_STAGE:
     register_with_se(f"resnet{_depth}", build_resnet, depth=_depth)
 for _depth in (50, 101):
     register_with_se(
         f"resnext{_depth}_32x4d", build_resnet, depth=_depth, num_groups=32, width_per_group=4
     )
+register_model("places365_wideresnet18", build_places365_wideresnet18)
 register_model("senet154", build_senet154, has_se=True, dropout=0.2)

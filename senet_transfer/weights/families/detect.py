@@ -91,7 +91,7 @@ _own_names = having(
 )
 
 # State dicts of this project's other networks, whose norms are named as in Detectron2.
-_own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
+own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
 def own(tensors: Tensors, metadata: Metadata) -> bool:
@@ -100,7 +100,7 @@ def own(tensors: Tensors, metadata: Metadata) -> bool:
         return True
     if metadata.get("__author__"):
         return False
-    return _own_names(tensors, metadata) or _own_of_another_kind(tensors, metadata)
+    return _own_names(tensors, metadata) or own_of_another_kind(tensors, metadata)
 
 
 def detectron1(tensors: Tensors, metadata: Metadata) -> bool:

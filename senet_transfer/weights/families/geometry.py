@@ -27,7 +27,8 @@ class Geometry:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
             the 3x3 convolution (ResNet and ResNeXt with 50 or more layers).
         stem_pool: Border handling of the stem's max pool: "pad" (padding 1) or "ceil" (no padding,
-            ceil mode).
+            ceil mode). "none" means that the network has no such pool; it is a separate model, not
+            an option.
         se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
 
@@ -37,12 +38,22 @@ class Geometry:
 
     def options(self) -> dict[str, Any]:
         """Return the known options as keyword arguments for ``create_backbone``."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        if not self.has_pool:
+            del known["stem_pool"]
+        return known
+
+    @property
+    def has_pool(self) -> bool:
+        """Return whether the stem has a max pool, as in all networks except one."""
+        return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
         """Describe how this geometry (a file's) differs from a model's, as sentences."""
         found = []
-        for name, value in self.options().items():
+        for name, value in asdict(self).items():
+            if value is None:
+                continue
             built = getattr(model, name)
             if built is not None and built != value:
                 words, key = _WORDS[name]

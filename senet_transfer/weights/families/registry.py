@@ -4,9 +4,8 @@ Each family has a record with its detection function, its tensor names, and prop
 shapes do not determine: stride placement, stem pool, channel order, mean and std. These are taken
 from the projects' own model code and network definitions.
 
-Known limitation: timm networks with blurred or averaged downsampling (``resnetblur*``,
-``resnetaa*``, ``seresnetaa*`` with a plain stem) have the same tensor names and shapes as the plain
-networks. They can't be detected, so they are loaded as plain networks and give wrong outputs.
+Some networks have the same tensor names and shapes but compute different outputs, such as timm's
+``resnetaa50``. They are identified by the file's own statements; see :mod:`~.statements`.
 """
 
 import re
@@ -43,6 +42,7 @@ class Family:
             names have a different meaning.
         background: Networks whose published classifiers have 1001 classes. The first class, which
             is the background, is dropped.
+        plain: Whether other projects' networks have the same tensor names.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Family:
     affine_norms: bool = False
     rename_deep: names.Rename | None = None
     background: tuple[str, ...] = ()
+    plain: bool = False
 
     def renamed(self, found: Collection[str]) -> dict[str, str | None]:
         """Map each tensor name in a file to this project's name, or to None if it is unknown."""
@@ -193,6 +194,7 @@ _RECORDS = (
         names.torchvision,
         _stride_in_3x3,
         _always(_RGB),
+        plain=True,
     ),
     Family(
         "torchvision_v1",
@@ -201,6 +203,7 @@ _RECORDS = (
         names.first_match(names.torchvision, names_other.torchvision_vgg),
         _stride_in_3x3,
         _always(_RGB),
+        plain=True,
     ),
     Family(
         "torchvision_v2",
@@ -209,6 +212,7 @@ _RECORDS = (
         names.torchvision,
         _stride_in_3x3,
         _always(Preprocessing(resize=232)),
+        plain=True,
     ),
     Family(
         "timm",
@@ -222,6 +226,7 @@ _RECORDS = (
         ),
         rename_deep=names.timm_deep,
         background=("inception_resnet_v2",),
+        plain=True,
     ),
     Family(
         "moskomule",

@@ -18,6 +18,9 @@ _NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 # Prefixes of a classifier's tensors outside its backbone.
 CLASSIFIER = ("linear.", "neck.")
 
+# Prefixes of a backbone's tensors.
+BACKBONE = ("stem.", "res")
+
 
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
     """Return a rename function that applies the first rule whose pattern matches the whole name.

@@ -6,8 +6,10 @@ the memory and time for reading a file are bounded by its size.
 
 import io
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from senet_transfer.utils.safe_pickle import load_plain
 from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_caffemodel
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
-from senet_transfer.weights.formats.sniff import CAFFE, PICKLE, SAFETENSORS, TAR, ZIP, sniff
+from senet_transfer.weights.formats.shards import check_not_a_shard, shard_files
+from senet_transfer.weights.formats.sniff import CAFFE, INDEX, PICKLE, SAFETENSORS, TAR, ZIP, sniff
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
+from senet_transfer.weights.formats.tensor_names import ONLY_NETWORK, Wanted, select
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
 
 # Key of this project's own metadata, a dictionary stored with the tensors (as JSON in safetensors
@@ -43,14 +47,16 @@ class WeightFile:
         path: Path of the file.
         format: File format: "pth", "safetensors", "pkl" or "caffemodel".
         tensors: Tensors by name, which do not share memory with the file. Common wrappers are
-            removed, and so is the prefix ``module.`` if every name has it. Otherwise, the names are
-            those in the file.
+            removed, and so are the prefixes of training wrappers (see
+            :func:`~.tensor_names.select`). Otherwise, the names are those in the file.
         metadata: Small plain values stored with the tensors, such as ``arch``, ``epoch``, ``meta``,
             ``__author__``, ``matching_heuristics``, and this project's metadata under
             :data:`OWN_METADATA`.
         layers: Layers of a Caffe file, with their parameters; empty for other formats.
         verified: Checks that the content passed: "sha256", "zip CRC", or "values" if there is no
             checksum and only the values were checked (see :func:`check_values`).
+        dropped: Names of omitted tensors, with the reasons.
+        notes: Sentences about choices between several sets of weights.
     """
 
     path: Path
@@ -59,9 +65,13 @@ class WeightFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     layers: tuple[CaffeLayer, ...] = ()
     verified: tuple[str, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
+def read_tensors(
+    path: str | Path, sha256: str | None = None, wanted: Wanted = ONLY_NETWORK
+) -> WeightFile:
     """Read a weight file in a ``torch.save``, safetensors, pickle or Caffe format.
 
     If the same folder contains ``NAME.sha256``, as written by ``sha256sum``, this hash is verified
@@ -71,17 +81,18 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
         path: Path of the file.
         sha256: Expected SHA-256 in hexadecimal, or at least its first eight digits, which
             publishers often include in file names.
+        wanted: Network to read from a file that contains several.
 
     Raises:
         UserError: If the file is missing, is damaged, has an unknown format or a different hash,
-            contains no tensors, or contains objects other than tensors and plain values. The
-            message explains how to fix the problem.
+            contains no tensors or invalid values, or contains objects other than tensors and plain
+            values. The message explains how to fix the problem.
     """
     path = Path(path)
     kind = sniff(path)
     verified = verify_sha256(path, sha256)
     try:
-        name, checkpoint, layers = _READERS[kind](path)
+        name, checkpoint, layers = _READERS[kind](path, wanted)
         _verify_own_hash(path, checkpoint, verified)
     except (UserError, NameError, ImportError):  # the last two indicate a bug in this package
         raise
@@ -92,22 +103,34 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> WeightFile:
         ) from error
     if kind == ZIP:
         verified.append("zip CRC")
-    if not verified:
-        check_values(checkpoint.tensors, path)
-        verified.append("values")
+    # Checksums do not detect a training that diverged.
+    check_values(checkpoint.tensors, path)
     return WeightFile(
-        path, name, checkpoint.tensors, checkpoint.metadata, tuple(layers), tuple(verified)
+        path=path,
+        format=name,
+        tensors=checkpoint.tensors,
+        metadata=checkpoint.metadata,
+        layers=tuple(layers),
+        verified=tuple(verified) or ("values",),
+        dropped=checkpoint.dropped,
+        notes=checkpoint.notes,
     )
 
 
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
     """Raise UserError for non-finite values and negative variances, which indicate damage.
 
+    Batch counters are not checked: they have no effect, and overflow in half precision.
+
     Raises:
         UserError: If there are such values; the message lists the tensors.
     """
     bad = []
     for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            tensor = tensor.float()  # torch can't compare all float8 dtypes
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad.append(f"{shown(name)} (non-finite)")
         elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
@@ -122,9 +145,11 @@ def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights")
 def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) -> None:
     own = checkpoint.metadata.get(OWN_METADATA)
     stated = own.get(OWN_HASH) if isinstance(own, dict) else None
-    if stated is None:
+    if stated is None or checkpoint.dropped:  # the hash is that of all tensors
         return
-    if tensors_sha256(checkpoint.tensors) != stated:
+    names = checkpoint.file_names
+    renamed = {names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()}
+    if stated not in (tensors_sha256(renamed), tensors_sha256(checkpoint.tensors)):
         raise UserError(
             f"{path} does not contain the tensors that it was saved with: their SHA-256 differs "
             "from the one in the file's metadata. The file is damaged or was edited. Download or "
@@ -133,27 +158,64 @@ def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) ->
     verified.append("sha256")
 
 
-def _read_pickle(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+def _read_pickle(path: Path, wanted: Wanted) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     stream = io.BytesIO(path.read_bytes())
     first = load_plain(stream, path)
     if isinstance(first, int) and first == LEGACY_MAGIC:
-        return "pth", read_legacy(stream, path), []
-    return "pkl", collect(first, path, path.stat().st_size), []
+        return "pth", read_legacy(stream, path, wanted), []
+    return "pkl", collect(first, path, path.stat().st_size, wanted), []
 
 
-def _read_safetensors(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata: dict[str, Any] = dict(file.metadata() or {})
+def _read_safetensors(path: Path, wanted: Wanted) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    check_not_a_shard(path)
+    return "safetensors", _from_safetensors({path: None}, path, wanted), []
+
+
+def _read_shards(path: Path, wanted: Wanted) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+    return "safetensors", _from_safetensors(shard_files(path), path, wanted), []
+
+
+def _from_safetensors(
+    files: Mapping[Path, set[str] | None], path: Path, wanted: Wanted
+) -> Checkpoint:
+    """Read one network from safetensors files.
+
+    Args:
+        files: Names of the tensors that each file must contain; None for any names.
+        path: Path that the user gave, for messages.
+        wanted: Network to read.
+    """
+    with ExitStack() as stack:
+        place: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
+        for file, names in files.items():
+            opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            found = set(opened.keys())
+            if names is not None and found != names:
+                odd = first_of(map(shown, sorted(found ^ names)), _LISTED)
+                raise UserError(
+                    f"{file} does not contain the tensors that {path.name} states (different: "
+                    f"{odd}). Download all files again."
+                )
+            place |= dict.fromkeys(opened.keys(), opened)
+            metadata |= opened.metadata() or {}
+        if not place:
+            raise UserError(f"{path} contains no tensors. Check the file.")
+        if wanted.ema:
+            raise UserError(
+                f"{path} is a safetensors file, which has no separate EMA weights. Remove ema=True "
+                "(MODEL.WEIGHTS_EMA), or choose the network with prefix= (MODEL.WEIGHTS_PREFIX)."
+            )
+        if OWN_METADATA in metadata:
+            metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
+        sizes = {n: math.prod(file.get_slice(n).get_shape()) for n, file in place.items()}
+        selected = select(sizes, wanted.prefix, path)
         # Clone the tensors, because safetensors maps them from the file, which may be replaced.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    if not tensors:
-        raise UserError(f"{path} contains no tensors. Check the file.")
-    if OWN_METADATA in metadata:
-        metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
-    return "safetensors", Checkpoint(tensors, metadata), []
+        tensors = {n: place[own].get_tensor(own).clone() for n, own in selected.kept.items()}
+    return Checkpoint(tensors, metadata, selected.kept, selected.dropped)
 
 
-def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
+def _read_caffe(path: Path, _: Wanted) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     name, layers = read_caffemodel(path)
     tensors = caffe_tensors(layers, path)
     if not tensors:
@@ -163,10 +225,11 @@ def _read_caffe(path: Path) -> tuple[str, Checkpoint, list[CaffeLayer]]:
     return "caffemodel", Checkpoint(tensors, {"name": name}), layers
 
 
-_READERS: dict[str, Callable[[Path], tuple[str, Checkpoint, list[CaffeLayer]]]] = {
-    ZIP: lambda path: ("pth", read_zip(path), []),
-    TAR: lambda path: ("pth", read_tar(path), []),
+_READERS: dict[str, Callable[[Path, Wanted], tuple[str, Checkpoint, list[CaffeLayer]]]] = {
+    ZIP: lambda path, wanted: ("pth", read_zip(path, wanted), []),
+    TAR: lambda path, wanted: ("pth", read_tar(path, wanted), []),
     PICKLE: _read_pickle,
     SAFETENSORS: _read_safetensors,
+    INDEX: _read_shards,
     CAFFE: _read_caffe,
 }

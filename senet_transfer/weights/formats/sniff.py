@@ -6,12 +6,13 @@ from pathlib import Path
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import shown
+from senet_transfer.weights.formats import folders
 
 ZIP, TAR, PICKLE, SAFETENSORS, CAFFE = "zip", "tar", "pickle", "safetensors", "caffe"
+INDEX = "index"  # a JSON file that lists the files of a sharded model
 
 _HEAD = 4096
 _MAX_SAFETENSORS_HEADER = 100 * 2**20
-_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".pkl", ".caffemodel")
 # First bytes of protocol 0 and 1 pickles, which have no magic number: a container or a class.
 _OLD_PICKLE = re.compile(rb"[(}\]][dlqp(.]|c[A-Za-z_][\w.]*\n[\w.]+\n")
 _OTHER_FORMATS = (
@@ -29,7 +30,7 @@ _OTHER_FORMATS = (
 
 
 def sniff(path: Path) -> str:
-    """Detect the format of a file: ZIP, TAR, PICKLE, SAFETENSORS or CAFFE.
+    """Detect the format of a file: ZIP, TAR, PICKLE, SAFETENSORS, INDEX or CAFFE.
 
     Caffe files have no magic number, so CAFFE is returned for any binary file in no other known
     format.
@@ -38,6 +39,10 @@ def sniff(path: Path) -> str:
         UserError: If the file is missing, empty, or not a weight file.
     """
     head = _head(path)
+    if path.suffix == ".distcp" or path.name == ".metadata":
+        raise UserError(
+            f"{path} is a part of a distributed checkpoint. {folders.describe(path.parent)}"
+        )
     if head.startswith(b"PK\x03\x04"):
         return ZIP
     if head[257:262] == b"ustar":
@@ -51,6 +56,8 @@ def sniff(path: Path) -> str:
             raise UserError(f"{path} is {what}, not a weight file. {advice}.")
     if _OLD_PICKLE.match(head):
         return PICKLE
+    if head.lstrip()[:1] == b"{" and (path.name.endswith(".index.json") or b'"weight_map"' in head):
+        return INDEX
     _reject_text(path, head)
     return CAFFE
 
@@ -58,11 +65,7 @@ def sniff(path: Path) -> str:
 def _head(path: Path) -> bytes:
     try:
         if path.is_dir():
-            inside = sorted(f.name for f in path.iterdir() if f.suffix in _SUFFIXES)[:4]
-            advice = (
-                f"Use one of the files in it: {', '.join(inside)}" if inside else "Check the path"
-            )
-            raise UserError(f"{path} is a folder; expected a weight file. {advice}.")
+            raise UserError(folders.describe(path))
         if not path.exists():
             raise UserError(f"{path} does not exist. Check the path (relative to {Path.cwd()}).")
         if not path.is_file():

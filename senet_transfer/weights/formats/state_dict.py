@@ -4,10 +4,11 @@ Checkpoints wrap a model's tensors in many ways, and often contain the optimizer
 the arguments of the run. Only the model's tensors are read into memory.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import Placeholder, reject_class
 from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
+from senet_transfer.weights.formats.tensor_names import PREFIXES, Wanted, select
 
-# In order of precedence. If a file contains both "state_dict" and "state_dict_ema", or "model" and
-# "model_ema", the former is used.
+# In order of precedence.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -26,11 +27,17 @@ WRAPPERS = (
     "model",
     "net",
     "blobs",
-    "state_dict_ema",
-    "model_ema",
 )
-# Prefixes that DataParallel and torch.compile add to all of a model's tensor names.
-PREFIXES = ("module.", "_orig_mod.")
+# Names that are also those of a part of a network. They are only wrappers if no other dictionary
+# next to them contains tensors.
+_WEAK_WRAPPERS = ("module", "network", "params", "weights", "model_weights")
+# Keys of averaged weights: state_dict_ema (timm), model_ema (torchvision's references),
+# ema_state_dict (mmengine), params_ema (BasicSR), ema, swa_model, ...
+_AVERAGED = re.compile(
+    r"(.*[_.-])?(ema|swa)([_.-].*|\d*|[A-Z].*)|.*EMA|.*(averaged|average|avg)_model(_.*)?"
+)
+# Keys that take precedence over those of unknown dictionaries.
+_USUAL_AVERAGED = ("state_dict_ema", "model_ema")
 
 _TRAINER_STATE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
 _MAX_DEPTH = 5
@@ -43,35 +50,58 @@ _Source = TensorRef | np.ndarray
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a model by name, and the plain values stored with them."""
+    """Tensors of a model by name, and the plain values stored with them.
+
+    Attributes:
+        tensors: Tensors by name, without the prefixes of wrappers.
+        metadata: Small plain values.
+        file_names: Name of each tensor in its state dict in the file.
+        dropped: Names in the file of tensors that were left out, with the reasons.
+        notes: Choices made between several sets of weights, as sentences.
+    """
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, Any]
+    file_names: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def collect(tree: Any, path: Path, size: int) -> Checkpoint:
+def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
     """Extract a model's tensors from a checkpoint.
 
-    Common wrappers are removed, and so are the prefixes ``module.`` and ``_orig_mod.`` if every
-    name has them. Trainer state (optimizer, scheduler) is omitted, as are other objects of unknown
-    classes outside the model.
+    Common wrappers are removed, and so are the prefixes of wrappers for training; see
+    :func:`~.tensor_names.select`. Trainer state (optimizer, scheduler) is omitted, as are other
+    objects of unknown classes outside the model. If dictionaries of several networks are next to
+    each other, their keys become prefixes of the tensor names.
 
     Args:
         tree: Object stored in the file, with tensors that have not been read yet.
         path: Path of the file, for error messages.
         size: Size of the file in bytes, which limits the memory of its tensors.
+        wanted: Network to take from the file.
 
     Raises:
-        UserError: If the object contains no named tensors, or the model is or contains an object of
-            an unknown class.
+        UserError: If the object contains no named tensors, the model is or contains an object of an
+            unknown class, or the wanted network is not in the file.
     """
     metadata: dict[str, Any] = {}
+    notes: list[str] = []
+    prefix, averaged = wanted.prefix, False
     for _ in range(_MAX_DEPTH):
-        inner = _wrapper(tree) if isinstance(tree, dict) else None
-        if inner is None:
+        choice = _choose(tree, prefix, wanted.ema, path) if isinstance(tree, dict) else None
+        if choice is None:
             break
-        _take_plain(metadata, {k: v for k, v in tree.items() if v is not tree[inner]})
-        tree = tree[inner]
+        _take_plain(metadata, {k: v for k, v in tree.items() if v is not tree[choice.key]})
+        _check_partitions(tree, choice.key, path)
+        notes += [choice.note] if choice.note else []
+        averaged = averaged or choice.averaged
+        tree, prefix = tree[choice.key], choice.prefix
+    if wanted.ema and not averaged:
+        raise UserError(
+            f"{path} contains no EMA weights next to the model's. Remove ema=True "
+            "(MODEL.WEIGHTS_EMA), or choose the network with prefix= (MODEL.WEIGHTS_PREFIX)."
+        )
     if isinstance(tree, Placeholder):
         reject_class(path, tree.name)
     if not isinstance(tree, dict):
@@ -80,6 +110,25 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
             f"{path} contains a {kind}, so it is not a weight file. Expected a dictionary of named "
             "tensors, such as model.state_dict()."
         )
+    sources = _named_tensors(_networks(tree) or tree, path)
+    _take_plain(
+        metadata,
+        {k: v for k, v in tree.items() if not (isinstance(v, dict) or k in sources)},
+    )
+    if not sources:
+        _reject_model_objects(tree, path)
+        found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
+        raise UserError(f"{path} contains no model tensors (found: {found}). Check the file.")
+    # In a malicious file, many tensors may be views of the same few bytes. Tied weights add up to
+    # at most a small multiple of the file's size.
+    if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
+        raise ValueError("its tensors would require far more memory than the file's size")
+    selected = select({name: source.size for name, source in sources.items()}, prefix, path)
+    tensors = {name: to_tensor(sources[own]) for name, own in selected.kept.items()}
+    return Checkpoint(tensors, metadata, selected.kept, selected.dropped, tuple(notes))
+
+
+def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
     sources: dict[str, _Source] = {}
     for name, source in _leaves(tree):
         if isinstance(source, Placeholder):
@@ -87,19 +136,145 @@ def collect(tree: Any, path: Path, size: int) -> Checkpoint:
         if name in sources:
             raise ValueError(f"two tensors have the name {name}")
         sources[name] = source
-    _take_plain(
-        metadata,
-        {k: v for k, v in tree.items() if not (isinstance(v, dict) or k in sources)},
+    return sources
+
+
+class _Choice(NamedTuple):
+    """Key of a dictionary in a checkpoint, the rest of the prefix, and a note for the user."""
+
+    key: str
+    prefix: str
+    averaged: bool = False
+    note: str = ""
+
+
+def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | None:
+    """Choose the entry that contains the model, or return None if ``tree`` is a state dict."""
+    start = prefix.removesuffix(".") + "."
+    for key in tree if prefix else ():
+        if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(tree[key]):
+            return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
+    plain = _wrapper(tree)
+    averaged = [key for key in tree if isinstance(key, str) and _is_averaged(key, tree[key])]
+    if not averaged:
+        return _Choice(plain, prefix) if plain is not None else None
+    usual = [key for key in _USUAL_AVERAGED if key in averaged]
+    first = (usual or averaged)[0]
+    alone = not (_has_direct_tensors(tree) or len(_candidates(tree)) > 1)
+    if plain is None and ema is None and not alone and not usual:
+        return None
+    # A dictionary with another key can also be a loss with buffers, or a second network.
+    guessed = plain is not None and plain not in WRAPPERS
+    small = guessed and _count(tree[first]) > 2 * _count(tree[plain])
+    if plain in averaged or small or (guessed and usual and ema is not False):
+        plain = None
+    if plain is None:
+        if ema is False:
+            raise UserError(
+                f"{path} contains only EMA weights ({shown(first)}), but ema is False "
+                "(MODEL.WEIGHTS_EMA). Remove this setting."
+            )
+        return _Choice(first, prefix, True, f"the weights are EMA weights ({shown(first)})")
+    if _is_mmengine(tree) and first == "ema_state_dict" and plain == "state_dict":
+        # mmengine's EMAHook exchanges the values of these two entries when it saves a checkpoint.
+        names = ("ema_state_dict", "state_dict")
+        swapped = ", which mmengine saves in exchanged order"
+        take = ema is not False
+    else:
+        names, swapped = (plain, first), ""
+        take = ema if ema is not None else _is_timm(tree, plain, first)
+    used, other = (names[1], names[0]) if take else names
+    kinds = ("EMA", "plain") if take else ("plain", "EMA")
+    return _Choice(
+        used,
+        prefix,
+        take,
+        f"the {kinds[0]} weights ({shown(used)}) were taken; the file also contains {kinds[1]} "
+        f"weights ({shown(other)}){swapped}: set ema={not take} (MODEL.WEIGHTS_EMA) to use them",
     )
-    if not sources:
-        found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
-        raise UserError(f"{path} contains no model tensors (found: {found}). Check the file.")
-    # In a malicious file, many tensors may be views of the same few bytes. Tied weights add up to
-    # at most a small multiple of the file's size.
-    if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
-        raise ValueError("its tensors would require far more memory than the file's size")
-    tensors = {name: to_tensor(source) for name, source in _strip_prefixes(sources).items()}
-    return Checkpoint(tensors, metadata)
+
+
+def _is_averaged(key: str, value: Any) -> bool:
+    return bool(_AVERAGED.fullmatch(key)) and not _is_optimizer(key) and _is_network(value)
+
+
+def _is_optimizer(key: str) -> bool:
+    return any(word in key.lower() for word in ("optim", "sched", "scaler"))
+
+
+def _is_network(value: Any) -> bool:
+    """Return whether a value is a state dict, and not only counters."""
+    return isinstance(value, dict) and any(
+        is_numeric(leaf) and leaf.size > 1
+        for _, leaf in _leaves(value)
+        if not isinstance(leaf, Placeholder)
+    )
+
+
+def _count(value: dict) -> int:
+    return sum(1 for _ in _leaves(value))
+
+
+def _is_mmengine(tree: dict) -> bool:
+    meta = tree.get("meta")
+    return "message_hub" in tree or (isinstance(meta, dict) and "mmengine_version" in meta)
+
+
+def _is_timm(tree: dict, plain: str, averaged: str) -> bool:
+    """Return whether timm wrote a checkpoint, whose own loader takes the EMA weights."""
+    if (plain, averaged) != ("state_dict", "state_dict_ema"):
+        return False
+    names = [{_bare(name) for name, _ in _leaves(tree[key])} for key in (plain, averaged)]
+    return names[0] == names[1] - {"n_averaged"}
+
+
+def _bare(name: str) -> str:
+    while any(name.startswith(prefix) for prefix in PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _check_partitions(tree: dict, key: str, path: Path) -> None:
+    """Raise UserError for DeepSpeed's ZeRO-3 files, whose parameters are empty."""
+    if not ({"ds_config", "ds_version"} & tree.keys()) or not isinstance(tree[key], dict):
+        return
+    weights = [
+        leaf
+        for name, leaf in _leaves(tree[key])
+        if is_numeric(leaf) and name.endswith((".weight", ".bias"))
+    ]
+    if weights and not any(isinstance(w, _Source) and w.size for w in weights):
+        raise UserError(
+            f"{path} is one partition of a DeepSpeed ZeRO-3 checkpoint, whose parameters are "
+            "distributed over several files. Join them with DeepSpeed's script in the checkpoint "
+            "folder: python zero_to_fp32.py . weights."
+        )
+
+
+def _reject_model_objects(tree: dict, path: Path) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Placeholder) and _AVERAGED.fullmatch(str(key)):
+            reject_class(path, value.name)
+
+
+def _networks(tree: dict) -> dict | None:
+    """Return the entries of several networks next to each other, without what is next to them."""
+    if _has_direct_tensors(tree):
+        return None
+    found = {key: tree[key] for key in _candidates(tree)}
+    return found if len(found) > 1 and any(map(_is_nested, found.values())) else None
+
+
+def _is_nested(value: dict) -> bool:
+    return any(isinstance(name, str) and "." in name for name in value)
+
+
+def _candidates(tree: dict) -> list[str]:
+    return [
+        key
+        for key, value in tree.items()
+        if isinstance(key, str) and not _is_trainer_state(key) and _has_tensors(value)
+    ]
 
 
 def _wrapper(tree: dict) -> str | None:
@@ -107,14 +282,14 @@ def _wrapper(tree: dict) -> str | None:
     for key in WRAPPERS:
         if isinstance(tree.get(key), Placeholder) or _has_tensors(tree.get(key)):
             return key
-    if any(is_numeric(value) for value in tree.values()):
-        return None
-    inner = [
-        key
-        for key, value in tree.items()
-        if isinstance(key, str) and not _is_trainer_state(key) and _has_tensors(value)
-    ]
-    return inner[0] if len(inner) == 1 else None
+    inner = _candidates(tree)
+    if len(inner) == 1 and (inner[0] in _WEAK_WRAPPERS or not _has_direct_tensors(tree)):
+        return inner[0]
+    return None
+
+
+def _has_direct_tensors(tree: dict) -> bool:
+    return any(is_numeric(value) for value in tree.values())
 
 
 def _is_trainer_state(key: str) -> bool:
@@ -144,12 +319,6 @@ def _leaves(
             yield prefix + key, value
         elif isinstance(value, dict) and depth > 1 and (prefix or not _is_trainer_state(key)):
             yield from _leaves(value, depth - 1, f"{prefix}{key}.", budget)
-
-
-def _strip_prefixes(sources: dict[str, _Source]) -> dict[str, _Source]:
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in sources)), None):
-        sources = {name.removeprefix(prefix): source for name, source in sources.items()}
-    return sources
 
 
 def _take_plain(metadata: dict[str, Any], values: dict) -> None:

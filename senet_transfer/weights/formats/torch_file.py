@@ -33,6 +33,7 @@ from senet_transfer.utils.safe_pickle import (
 from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import Storage, TensorRef
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
+from senet_transfer.weights.formats.tensor_names import Wanted
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _CHUNK = 2**22
@@ -56,6 +57,35 @@ _DTYPES = {
 }
 
 
+# Dtypes that only _rebuild_tensor_v3 uses, with untyped storages.
+_UNTYPED = (
+    *(torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+)
+
+
+def _untyped_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> TensorRef:
+    """Return a tensor whose dtype is not that of its storage of bytes."""
+    dtype = dtype.value if isinstance(dtype, Named) else None
+    if not (isinstance(storage, Storage) and storage.dtype == torch.uint8):
+        raise ValueError("a tensor has no untyped storage")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor has no dtype")
+    numel = storage.numel // dtype.itemsize
+    nbytes = numel * dtype.itemsize
+    values = Storage(dtype, numel, lambda: storage.values[:nbytes].view(dtype))
+    return TensorRef(values, offset, shape, strides)
+
+
 def _empty_tensor() -> TensorRef:
     # Stand-in for torch.FloatTensor(), which old pickles create empty and fill with BUILD.
     return TensorRef(Storage(torch.float32, 0, bytearray), 0, (0,), (1,))
@@ -67,9 +97,10 @@ ALLOWED: Mapping[str, Any] = {
     **{f"{m}.{n}Storage": d for n, d in _DTYPES.items() for m in ("torch", "torch.cuda")},
     **{f"{m}.{n}Tensor": _empty_tensor for n in _DTYPES for m in ("torch", "torch.cuda")},
     "torch.storage.UntypedStorage": torch.uint8,
-    **{str(dtype): dtype for dtype in _DTYPES.values()},
+    **{str(dtype): dtype for dtype in (*_DTYPES.values(), *_UNTYPED)},
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": TensorRef,
+    "torch._utils._rebuild_tensor_v3": _untyped_tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch.Size": lambda shape=(): check_sizes(shape),
@@ -94,7 +125,7 @@ class _Storages(dict[Any, Storage]):
         return storage
 
 
-def read_zip(path: Path) -> Checkpoint:
+def read_zip(path: Path, wanted: Wanted) -> Checkpoint:
     """Read a zip file written by ``torch.save``, and verify the checksum of every record.
 
     Raises:
@@ -131,7 +162,7 @@ def read_zip(path: Path) -> Checkpoint:
 
         stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
         tree = load_plain(stream, path, ALLOWED, persistent_load)
-        return collect(tree, path, path.stat().st_size)
+        return collect(tree, path, path.stat().st_size, wanted)
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
@@ -162,7 +193,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
     return root
 
 
-def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
+def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
     """Read a file in torch's legacy format, starting after its magic number."""
     if load_plain(stream, path) != 1001:
         raise ValueError("the version of the legacy format is not 1001")
@@ -187,10 +218,10 @@ def read_legacy(stream: io.BytesIO, path: Path) -> Checkpoint:
         raise ValueError("its storages are not those that its tensors use")
     for key in keys:
         starts[key] = _skip_data(stream, storages[key])
-    return collect(tree, path, length_of(stream))
+    return collect(tree, path, length_of(stream), wanted)
 
 
-def read_tar(path: Path) -> Checkpoint:
+def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
     """Read torch's oldest format, a tar archive of ``storages``, ``tensors`` and ``pickle``."""
     with tarfile.open(path, mode="r:") as tar:
         members = {member.name: member for member in tar.getmembers()}
@@ -216,7 +247,7 @@ def read_tar(path: Path) -> Checkpoint:
         return identity[0] if isinstance(identity, tuple) else tensors[int(identity)]
 
     tree = load_plain(parts["pickle"], path, ALLOWED, persistent_load)
-    return collect(tree, path, path.stat().st_size)
+    return collect(tree, path, path.stat().st_size, wanted)
 
 
 def _tar_storages(stream: io.BytesIO, path: Path) -> dict[int, Storage]:

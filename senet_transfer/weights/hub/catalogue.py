@@ -5,19 +5,25 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.hub.download import check_sha256, fetch
 
 # Mapping from publishers' network names to this project's, if they differ.
-_RENAMED = {"bninception": "bn_inception", "inceptionresnetv2": "inception_resnet_v2"}
+_RENAMED = {
+    "bninception": "bn_inception",
+    "inceptionresnetv2": "inception_resnet_v2",
+    "wideresnet18": "places365_wideresnet18",
+}
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
@@ -37,6 +43,8 @@ class Entry:
         licence: Licence given by the publisher, or empty.
         note: Further information, or empty.
         by_hand: Whether the file must be downloaded by hand.
+        view: Fields of :class:`Preprocessing` that differ from the family's: resize, crop or
+            interpolation, as the publisher states them for this file.
     """
 
     name: str
@@ -48,6 +56,7 @@ class Entry:
     licence: str = ""
     note: str = ""
     by_hand: bool = False
+    view: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verified(self) -> bool:
@@ -78,6 +87,7 @@ def _entries(
     note: str = "",
     by_hand: bool = False,
     cache_prefix: str = "",
+    view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
     """Yield the entries of a group in ``catalogue.yaml``, whose header describes the arguments."""
     for name, path in files.items():
@@ -93,6 +103,7 @@ def _entries(
             licence=licence,
             note=note,
             by_hand=by_hand,
+            view=view or {},
         )
 
 
@@ -168,6 +179,20 @@ def resolve(name: str) -> Path:
 def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> None:
     """Verify a file once per process, and again only if its size or modification time changes."""
     check_sha256(path, sha256)
+
+
+def published_entries(path: str | Path) -> list[Entry]:
+    """Return the catalogue entries of a file, which is known by its name and verified by its hash.
+
+    Several publishers list the same file. A file without a hash in the catalogue is only known in
+    the cache, where it was downloaded by name.
+    """
+    path = Path(path)
+    named = [entry for entry in load_catalogue().values() if entry.file == path.name]
+    if not named:
+        return []
+    found = file_sha256(path)
+    return [e for e in named if (found.startswith(e.sha256) if e.sha256 else path == e.path)]
 
 
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
-from senet_transfer.weights.families.renaming import CLASSIFIER
+from senet_transfer.weights.families.renaming import BACKBONE, CLASSIFIER
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.mapping.target import Target
 
@@ -160,10 +160,68 @@ def check_match(result: Match, source: Source, target: Target) -> None:
     if result.fits or not any(wrong):
         return
     lines = "\n".join(f"  {line}" for line in [*filter(None, wrong), *problems])
+    start = f"{source.path}, detected as {source.detected_as}, "
+    if classes := _classes(result, source, target):
+        raise UserError(f"{classes}\n{start}does not fit the model, which is unchanged:\n{lines}")
+    if source.head and set(result.left_over) <= set(source.head) and not result.missing:
+        raise UserError(
+            f"{start}contains the model's backbone and other tensors, such as a head for "
+            f"pretraining. To load only the backbone, set head='ignore' "
+            f"(MODEL.WEIGHTS_HEAD ignore). The model is unchanged:\n{lines}"
+        )
     raise UserError(
-        f"{source.path}, detected as {source.detected_as}, does not fit the model, which is "
-        f"unchanged:\n{lines}\nUse a file for this network, or build the file's network. If the "
-        "detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+        f"{start}does not fit the model, which is unchanged:\n{lines}\n"
+        f"{_remedy(result, source, target)}"
+    )
+
+
+def _remedy(result: Match, source: Source, target: Target) -> str:
+    """Return advice that depends on which tensors differ."""
+    # Misfits are described as "name (shapes)".
+    misfits = [text.partition(" ")[0] for text in result.misfits]
+    outside = {target.own_names[name] for name in target.outside}
+    others = {theirs for ours, theirs in source.original.items() if not ours.startswith(BACKBONE)}
+    heads_only = (
+        source.detector
+        and outside.issuperset([*result.missing, *misfits])
+        and others.issuperset(result.left_over)
+    )
+    if heads_only and not (result.missing or result.left_over):
+        return (
+            "The detector in the file has another number of classes. Evaluate it on data with the "
+            "classes that it was trained on; to train it on other classes, leave out --eval-only "
+            "and --resume."
+        )
+    if heads_only:
+        return (
+            "Only the detector's parts outside the backbone differ. To train this model from the "
+            f"file's backbone, write the backbone to a file with `tools/convert_weights.py "
+            f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to it."
+        )
+    return (
+        "Use a file for this network, or build the file's network. If the detected family is "
+        "wrong, set family= or MODEL.WEIGHTS_FAMILY."
+    )
+
+
+def _classes(result: Match, source: Source, target: Target) -> str:
+    """Return advice for a classifier with a different number of classes, the only difference."""
+    pair = [tensors.get("linear.weight") for tensors in (source.tensors, target.tensors)]
+    only = result.misfits and not result.missing and not result.left_over
+    if not only or any(weight is None or not weight.ndim for weight in pair):
+        return ""
+    if any(
+        not misfit.startswith(target.own_names["linear.weight"][:-6]) for misfit in result.misfits
+    ):
+        return ""
+    found, expected = (len(weight) for weight in pair if weight is not None)
+    if found == expected:
+        return ""
+    return (
+        f"The file {source.path} is a classifier for {found} classes, but the model has {expected} "
+        f"classes. Use data with the {found} classes of the file, or train the file's network on "
+        f"these data first (MODEL.WEIGHTS {source.path} in a training run), which replaces its "
+        "classifier."
     )
 
 

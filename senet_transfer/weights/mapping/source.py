@@ -1,28 +1,40 @@
 """Examination of weight files: family, renamed tensors, architecture and geometry."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.errors import UserError, check_choice
+from senet_transfer.preprocessing import Preprocessing, same_pixels
 from senet_transfer.utils.read_once import once_per_file
 from senet_transfer.utils.text import first_of, shown
+from senet_transfer.weights.choice import HEADS, checked_ema
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.caffe_geometry import adjust_variances, stated_geometry
 from senet_transfer.weights.families.geometry import Geometry
 from senet_transfer.weights.families.registry import FAMILIES, Family, what_differs
+from senet_transfer.weights.families.statements import (
+    Statements,
+    lookalikes,
+    named_model,
+    statements_of,
+)
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile, read_tensors
+from senet_transfer.weights.formats.tensor_names import Wanted
+from senet_transfer.weights.hub.catalogue import Entry, published_entries
+from senet_transfer.weights.mapping.networks import only_network
 
 logger = logging.getLogger(__name__)
 
 _EPS = 1e-5
+_GEOMETRY = frozenset(field.name for field in fields(Geometry))
+_PIXELS = frozenset({"format", "mean", "std"})
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,12 @@ class Source:
         geometry: Backbone geometry, as far as it is known.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
+        ignored: Names in the file of tensors that were left out on purpose, with the reasons.
+        head: Those of ``unknown`` that do not belong to the backbone, such as a projection head.
+        lookalikes: Other projects' networks with the same tensors that compute different outputs,
+            if nothing in the file excludes them.
+        recorded: Names of the fields of the geometry and the preprocessing that the file itself or
+            the catalogue states. The others follow from the names of the tensors.
         classes: Class names in the order of the network's outputs; empty if they are unknown.
     """
 
@@ -56,12 +74,21 @@ class Source:
     geometry: Geometry
     preprocessing: Preprocessing | None
     detector: bool
+    ignored: dict[str, str] = field(default_factory=dict)
+    head: tuple[str, ...] = ()
+    lookalikes: tuple[str, ...] = ()
+    recorded: frozenset[str] = frozenset()
     classes: tuple[str, ...] = ()
 
     @property
     def detected_as(self) -> str:
         """Return the family's name and title, for messages."""
         return f"{self.family.name} ({self.family.title})"
+
+    @property
+    def model_name(self) -> str:
+        """Return the name of the network's model, or a description; empty if it is unknown."""
+        return named_model(self.architecture, self.geometry)
 
     def options(self) -> dict[str, Any]:
         """Return the known network options as keyword arguments for ``create_backbone``."""
@@ -73,23 +100,54 @@ class Source:
                 options |= {"se_ratio": arch.se_ratio, "se_divisor": arch.se_divisor}
         return options
 
+    def backbone_only(self) -> "Source":
+        """Return this file without the tensors outside the backbone."""
+        tensors = {n: tensor for n, tensor in self.tensors.items() if n.startswith(names.BACKBONE)}
+        return replace(
+            self,
+            tensors=tensors,
+            original={name: name for name in tensors},
+            unknown=(),
+            detector=False,
+        )
+
 
 @once_per_file
-def examine(path: str | Path, family: str | None = None) -> Source:
+def examine(
+    path: str | Path,
+    family: str | None = None,
+    *,
+    prefix: str | None = None,
+    ema: bool | str | None = None,
+    head: str = "strict",
+    stated: tuple[tuple[str, Any], ...] = (),
+) -> Source:
     """Read a weight file and detect its family, architecture, geometry and preprocessing.
 
     Args:
         path: Path of the file.
         family: Name of the file's family. If None, the family is detected. If several families
             match, the first one in ``FAMILIES`` is used, and the others are logged.
+        prefix: See :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
+        ema: Whether to take the averaged weights.
+        head: "strict" or "ignore".
+        stated: Names and values of the geometry and preprocessing that the user has stated; see
+            :func:`with_stated`.
 
     Raises:
-        UserError: If the file is missing or damaged, or its family is unknown or differs from
-            ``family``.
+        UserError: If the file is missing or damaged, contains several networks, or its family is
+            unknown or differs from ``family``.
     """
-    file = read_tensors(path)
-    found = _detect(file, family)
-    sources = [_understand(file, candidate) for candidate in found]
+    check_choice("head", head, HEADS)
+    wanted = Wanted(prefix or "", checked_ema(ema))
+    file, outside = only_network(read_tensors(path, wanted=wanted))
+    published = published_entries(path)
+    if family is None and len({entry.family for entry in published}) == 1:
+        family = published[0].family
+    sources = []
+    for candidate in _detect(file, family):
+        source = _understand(file, candidate, outside, ignore_head=head == "ignore")
+        sources.append(with_stated(_as_published(source, published), stated))
     first = sources[0]
     if family:
         return first
@@ -101,6 +159,46 @@ def examine(path: str | Path, family: str | None = None) -> Source:
             path, first.family.name, name, f", but differ in {difference}" if difference else "",
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
+
+
+def _as_published(source: Source, published: Iterable[Entry]) -> Source:
+    """Complete a source with what the catalogue states about the file."""
+    entry = next((entry for entry in published if entry.family == source.family.name), None)
+    if entry is None or source.preprocessing is None:
+        return source
+    return replace(
+        source,
+        preprocessing=replace(source.preprocessing, **entry.view),
+        recorded=source.recorded | _GEOMETRY | _PIXELS,
+        lookalikes=(),
+    )
+
+
+def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
+    """Replace a geometry and preprocessing that only follow from tensor names by the user's.
+
+    Values that the file itself or the catalogue states are not replaced.
+
+    Args:
+        source: Examined file.
+        stated: Names of fields of :class:`Geometry` and :class:`Preprocessing`, and their values.
+    """
+    notes = []
+    for name, value in stated:
+        part = "geometry" if name in _GEOMETRY else "preprocessing"
+        fields_of = getattr(source, part)
+        suggested = getattr(fields_of, name, None)
+        if name in source.recorded or suggested is None or same_pixels(suggested, value):
+            continue
+        if value == "none" and not any("wideresnet18" in name for name in source.lookalikes):
+            continue
+        source = replace(source, **{part: replace(fields_of, **{name: value})})
+        notes.append(
+            f"{name} is {value}, as stated, although the tensor names of the family "
+            f"{source.family.name} suggest {suggested}"
+        )
+        logger.info("%s: %s.", source.path, notes[-1])
+    return replace(source, notes=(*source.notes, *notes)) if notes else source
 
 
 def _detect(file: WeightFile, family: str | None) -> list[Family]:
@@ -130,7 +228,9 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     return found
 
 
-def _understand(file: WeightFile, family: Family) -> Source:
+def _understand(
+    file: WeightFile, family: Family, outside: tuple[str, ...], *, ignore_head: bool
+) -> Source:
     if differs := what_differs(file.tensors):
         raise UserError(
             f"{file.path}, detected as {family.name} ({family.title}), contains an unsupported "
@@ -139,6 +239,13 @@ def _understand(file: WeightFile, family: Family) -> Source:
     renamed = family.renamed(file.tensors)
     known = {name: ours for name, ours in renamed.items() if ours is not None}
     prefix = names.backbone_prefix(known.values())
+    unknown = [*(name for name, ours in renamed.items() if ours is None), *outside]
+    head = _head(unknown, outside, known)
+    ignored = dict(file.dropped)
+    if ignore_head:
+        known, removed = _without_head(known, prefix)
+        ignored |= dict.fromkeys([*removed, *head], "head: ignored as requested")
+        unknown = [name for name in unknown if name not in head]
     tensors: dict[str, Tensor] = {}
     original: dict[str, str] = {}
     for name, ours in known.items():
@@ -150,12 +257,22 @@ def _understand(file: WeightFile, family: Family) -> Source:
                 "files. Download it again."
             )
         tensors[ours], original[ours] = _reshaped(ours, file.tensors[name]), name
-    notes = [*_fold_biases(tensors), *(_expand_affine(tensors) if family.affine_norms else ())]
+    _convert_dtypes(tensors, file)
+    notes = [
+        *file.notes,
+        *_repair_counters(tensors),
+        *_fold_biases(tensors),
+        *(_expand_affine(tensors) if family.affine_norms else ()),
+    ]
     architecture = Architecture.of(tensors)
     if architecture and architecture.network in family.background and architecture.classes == 1001:
         notes += _drop_background(tensors)
         architecture = replace(architecture, classes=1000)
-    geometry, preprocessing = _computes(file, family, architecture)
+    geometry, preprocessing, recorded = _computes(file, family, architecture)
+    said = Statements()
+    if OWN_METADATA not in file.metadata:
+        said = statements_of(file.metadata, architecture)
+        geometry, preprocessing = _with_statements(file, family, said, geometry, preprocessing)
     if file.layers:
         notes += adjust_variances(file.layers, renamed, tensors, _EPS)
     return Source(
@@ -164,13 +281,114 @@ def _understand(file: WeightFile, family: Family) -> Source:
         alternatives={},
         tensors=tensors,
         original=original,
-        unknown=tuple(name for name, ours in renamed.items() if ours is None),
+        unknown=tuple(unknown),
         notes=tuple(notes),
         architecture=architecture,
         geometry=geometry,
         preprocessing=preprocessing,
         detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
         classes=_class_names(file),
+        ignored=ignored,
+        head=() if ignore_head else head,
+        recorded=recorded | said.recorded,
+        lookalikes=() if said.confirmed or not family.plain else lookalikes(architecture),
+    )
+
+
+def _with_statements(
+    file: WeightFile,
+    family: Family,
+    said: Statements,
+    geometry: Geometry,
+    preprocessing: Preprocessing | None,
+) -> tuple[Geometry, Preprocessing | None]:
+    """Complete the family's geometry and preprocessing with the file's own statements.
+
+    Raises:
+        UserError: If a statement contradicts the tensors, or no model is like the stated network.
+    """
+    if said.contradiction:
+        raise UserError(
+            f"{file.path}, detected as {family.name} ({family.title}): {said.contradiction}. The "
+            "network would compute other outputs than the one that was trained. Use weights of a "
+            "supported network. If the statement is wrong, save only the tensors: "
+            'torch.save(checkpoint["state_dict"], "weights.pth").'
+        )
+    if said.wide:
+        geometry = replace(geometry, stem_pool="none")
+    if said.preprocessing and preprocessing:
+        pixels = said.preprocessing
+        preprocessing = replace(
+            preprocessing, format=pixels.format, mean=pixels.mean, std=pixels.std
+        )
+    return geometry, preprocessing
+
+
+def _head(
+    unknown: Collection[str], outside: Collection[str], known: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the unknown names that do not look like a part of the backbone.
+
+    A name looks like a part of the backbone if its first component differs from that of a known
+    tensor at most in its number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
+    """
+    own = {_start(name) for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)}
+    surrounding = set(outside)
+    return tuple(name for name in unknown if name in surrounding or _start(name) not in own)
+
+
+def _start(name: str) -> str:
+    return name.partition(".")[0].rstrip("0123456789")
+
+
+def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
+    """Separate the backbone's tensors from those of a classifier or a detector's other parts."""
+    kept, removed = {}, []
+    for name, ours in known.items():
+        if ours.startswith(names.CLASSIFIER) or names.is_outside_backbone(ours, prefix):
+            removed.append(name)
+        else:
+            kept[name] = ours
+    return kept, removed
+
+
+def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
+    """Convert 8-bit floats, which have no arithmetic in PyTorch, to float32.
+
+    Raises:
+        UserError: If several numbers are packed into one element.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            try:
+                tensors[name] = tensor.float()
+            except (RuntimeError, NotImplementedError) as error:
+                raise UserError(
+                    f"{file.path}: {name} has the dtype {tensor.dtype}, which is not supported. "
+                    "Use the weights in float32, float16 or bfloat16."
+                ) from error
+
+
+def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
+    """Convert counters of batches to integer scalars, and drop those without a clear value.
+
+    Scripts that convert or average all tensors change the dtype and shape of these counters, which
+    have no effect on a network's outputs.
+    """
+    dropped = []
+    for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
+        values = tensors[name].flatten()
+        if not tensors[name].ndim and values.dtype == torch.int64:
+            continue
+        real = values.numel() and not values.is_complex()
+        if real and bool((values == values[0]).all()) and bool(values[0].double().abs() < 2**53):
+            tensors[name] = values[0].double().round().long()
+        else:
+            del tensors[name]
+            dropped.append(name)
+    shown_names = first_of(dropped, 2)
+    return [f"counters of batches without a valid value were dropped ({shown_names})"] * bool(
+        dropped
     )
 
 
@@ -213,17 +431,25 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
 
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
-) -> tuple[Geometry, Preprocessing | None]:
-    """Return the geometry and preprocessing from the file's metadata, or else from its family."""
+) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
+    """Return the geometry and preprocessing from the file's metadata, or else from its family.
+
+    Returns:
+        The geometry, the preprocessing, and the names of those of their fields that are not the
+        family's.
+    """
     if OWN_METADATA in file.metadata:
-        return _own_word(file)
+        geometry, preprocessing = _own_word(file)
+        return geometry, preprocessing, _GEOMETRY | _PIXELS
     if architecture is None:
-        return Geometry(), None
+        return Geometry(), None, frozenset()
     # Only residual networks have geometry options that the tensor shapes do not determine.
     geometry = Geometry() if architecture.network else family.geometry(architecture)
+    recorded: frozenset[str] = frozenset()
     if file.layers and not architecture.network:
         geometry = stated_geometry(file.path, file.layers, geometry)
-    return geometry, family.preprocessing(architecture)
+        recorded = _GEOMETRY
+    return geometry, family.preprocessing(architecture), recorded
 
 
 def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
@@ -251,16 +477,21 @@ def _class_names(file: WeightFile) -> tuple[str, ...]:
     return tuple(names)
 
 
+# Numbers of values for the mean and std of each image format.
+_CHANNELS = {"RGB": (3,), "BGR": (3,), "L": (1, 3)}
+
+
 def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
     known = {f.name: values[f.name] for f in fields(Preprocessing) if f.name in values}
     try:
         for name in ("mean", "std"):
             if name in known:
-                first, second, third = (float(value) for value in known[name])
-                known[name] = (first, second, third)
+                known[name] = tuple(float(value) for value in known[name])
         found = Preprocessing(**known)
-        if found.format not in ("RGB", "BGR") or found.interpolation not in ("bilinear", "bicubic"):
+        if found.format not in _CHANNELS or found.interpolation not in ("bilinear", "bicubic"):
             raise ValueError("unknown channel order or interpolation")
+        if len(found.mean) not in _CHANNELS[found.format] or len(found.std) != len(found.mean):
+            raise ValueError("wrong number of values for mean or std")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")
         return found

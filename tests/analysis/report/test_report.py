@@ -87,6 +87,14 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert "Nothing has been evaluated yet" in text
 
 
+def test_a_run_that_ended_early_is_finished(tmp_path):
+    folder = write_run(tmp_path / "run", [], training_rows(200, 0.99)[:5])
+    assert not load_run(folder).is_finished
+    for iterations, finished in ((80, False), (100, True)):
+        (folder / "results.json").write_text(json.dumps({"training": {"iterations": iterations}}))
+        assert load_run(folder).is_finished == finished
+
+
 def test_an_evaluation_after_the_last_step_is_no_step(tmp_path):
     rows = [*training_rows(100, 0.9), {"iteration": 100, "bbox/AP": 20.0}]
     loaded = load_run(write_run(tmp_path / "run", [], rows))
@@ -252,6 +260,60 @@ def test_hits_are_those_of_coco_evaluation():
             same = objects[hit]["id"] if hit >= 0 else hit
             assert expected[image, detection["score"]] == same
     assert {-2, -1} < set(expected.values())
+
+
+# ---- diagnostics
+
+
+@pytest.mark.long
+def test_diagnostics_are_those_of_the_evaluation_and_start_with_a_sentence(detection_run, tmp_path):
+    folder = detection_run(tmp_path / "run", noise=0.3)
+    path = folder / "inference" / "own" / "diagnostics.json"
+    written = json.loads(path.read_text())["bbox"]
+    found = page([folder], tmp_path)
+    part = found.data["diagnostics"][0]
+    assert (part["data"], part["task"]) == ("own", "boxes")
+    assert part["runs"]["0"]["errors"] == written["errors"]
+    assert part["runs"]["0"]["confusion"]["matrix"] == written["confusion"]["matrix"]
+    assert f"Diagnostics own, boxes {written['summary']}" in found.text
+    path.write_text('{"bbox": {}}')
+    found = page([folder], tmp_path)
+    assert found.data["diagnostics"] == []
+    assert any("diagnostics.json contains no diagnostics" in text for text in found.said)
+
+
+def test_of_many_classes_the_most_confused_ones_are_in_the_matrix(detection_run, tmp_path):
+    folder = detection_run(tmp_path / "run")
+    path = folder / "inference" / "own" / "diagnostics.json"
+    content = json.loads(path.read_text())
+    matrix = np.diag(np.full(61, 9))
+    matrix[50, 7], matrix[60, 3] = 4, 100  # 60 is the background.
+    content["bbox"]["confusion"]["matrix"] = matrix.tolist()
+    path.write_text(json.dumps(content))
+    confusion = page([folder], tmp_path).data["diagnostics"][0]["runs"]["0"]["confusion"]
+    assert {7, 50} < set(confusion["labels"])
+    assert confusion["classes"] == 60
+    kept = [*confusion["labels"], 60]
+    assert confusion["matrix"] == matrix[np.ix_(kept, kept)].tolist()
+
+
+def test_metrics_that_never_change_are_listed_and_not_drawn(tmp_path):
+    rows = [{"iteration": k, "lr": 0.01, "total_loss": 1 / (k + 1)} for k in range(9)]
+    rows[-1] |= {"bbox/AP": 20.0}
+    found = page([write_run(tmp_path / "run", [], rows)], tmp_path)
+    assert list(found.data["curves"]) == ["total_loss"]
+    assert "Not drawn, because they never change: lr 0.01." in found.text
+    other = [{**row, "lr": 0.02} for row in rows]
+    folders = [tmp_path / "run", write_run(tmp_path / "other", [], other)]
+    assert set(page(folders, tmp_path).data["curves"]) == {"total_loss", "lr"}
+
+
+def test_diagnostics_in_the_results_file_are_no_metrics(tmp_path):
+    run = write_run(tmp_path / "run", ["DATASETS.TEST", ("own",)], [])
+    results = {"bbox": {"AP": 30.0}, "diagnostics": {"bbox": {"AP": 30.0}}}
+    (run / "results.json").write_text(json.dumps(results))
+    os.utime(run / "metrics.json", (1, 1))
+    assert load_run(run).results == {("", "bbox", "AP"): 30.0}
 
 
 # ---- galleries

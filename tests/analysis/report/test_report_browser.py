@@ -109,7 +109,7 @@ def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
 def test_an_image_is_enlarged_and_its_labels_are_switched_off(show, compared):
     page = show(compared)
     gallery = page.locator("#detection")
-    first = gallery.locator(".panels svg").first
+    first = gallery.locator(".panels svg:has(rect.wrong)").first
     labels = first.locator("text")
     assert labels.first.is_visible()
     gallery.get_by_label("labels").uncheck()
@@ -122,6 +122,11 @@ def test_an_image_is_enlarged_and_its_labels_are_switched_off(show, compared):
     assert not large.locator("text").first.is_visible()
     large.get_by_label("labels").check()
     assert large.locator("text").first.is_visible()
+    # The labels of false positives include their type of error.
+    wrong = large.locator("rect.wrong").count()
+    texts = large.locator("text").all_text_contents()
+    types = ("classification", "localisation", "both", "duplicate", "background")
+    assert sum(text.endswith(types) for text in texts) == wrong > 0
     large.get_by_role("button", name="Close").click()
     assert page.locator("dialog").count() == 0
     first.press("Enter")

@@ -7,6 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from senet_transfer.data.detection.coco import CocoDataset, register_coco_dataset
+from senet_transfer.data.detection.dataset_checks import check_trainable
 from senet_transfer.errors import UserError
 
 REMOVED = object()
@@ -33,7 +34,6 @@ def spoil(data, path, value):
         ("<!DOCTYPE html><html>404</html>", "HTML"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         ("PK\x03\x04rest", "zip archive"),
-        ("\ufeff{}", "byte order mark"),
         ("a,b\n1,2", "begins with b'a,b"),
         ("[]", "contains a list"),
         ("{", "truncated"),
@@ -150,9 +150,6 @@ BAD_ENTRIES = [
     ("annotations.1.area", "12", "has area '12'"),
     ("annotations.1.ignore", 1, "has `ignore` 1"),
     ("annotations.1.iscrowd", "0", "has iscrowd '0'"),
-    ("annotations.1.segmentation", "x", "a list of polygons"),
-    ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6], "a list of polygons"),
-    ("annotations.1.segmentation", {"counts": [1]}, "a list of polygons"),
 ]
 
 
@@ -172,6 +169,49 @@ def test_boxes_as_fractions_of_the_image_are_refused(data, files):
         item["bbox"] = [0.1, 0.2, 0.3, 0.4]
     with pytest.raises(UserError, match="not fractions"):
         register_coco_dataset("mine", *files(data))
+
+
+def test_a_byte_order_mark_is_skipped(data, files):
+    path, images = files("\ufeff" + json.dumps(data))
+    register_coco_dataset("mine", path, images)
+    assert sum(len(image["annotations"]) for image in DatasetCatalog.get("mine")) == 3
+
+
+def test_boxes_that_are_all_zero_are_refused_as_such(data, files):
+    for item in data["annotations"]:
+        item["bbox"] = [0, 0, 0, 0]
+    with pytest.raises(UserError, match=r"all 3 boxes are \[0, 0, 0, 0\]"):
+        register_coco_dataset("mine", *files(data))
+
+
+def test_a_file_without_an_object_to_train_on_is_refused_for_training(data, files):
+    boxes = [3, 3, 0, 5], [4, 4, 5, 0], [1, 1, 9, 9]
+    for item, box in zip(data["annotations"], boxes, strict=True):
+        item["bbox"] = box
+    register_coco_dataset("mine", *files(data))
+    with pytest.raises(UserError, match="none of the 3 annotations.*2 boxes.*1 annotations have"):
+        check_trainable(["mine"])
+    data["annotations"][0]["bbox"] = [3, 3, 4, 5]
+    register_coco_dataset("other", *files(data, "other.json"))
+    check_trainable(["mine", "other"])
+
+
+@pytest.mark.parametrize("area", [0, 1, 1.0, 0.02, 1e6])
+def test_areas_that_do_not_fit_the_boxes_are_a_warning(area, data, files, caplog):
+    for item in data["annotations"]:
+        item["area"] = area
+    with caplog.at_level(logging.WARNING):
+        register_coco_dataset("mine", *files(data))
+    (said,) = caplog.messages
+    assert "the `area` of 3 of 3 annotations does not fit their box" in said
+
+
+def test_crowds_in_the_majority_are_a_warning(data, files, caplog):
+    data["annotations"][1]["iscrowd"] = 1
+    with caplog.at_level(logging.WARNING):
+        register_coco_dataset("mine", *files(data))
+    (said,) = caplog.messages
+    assert "2 of 3 annotations have iscrowd=1; training ignores them" in said
 
 
 def test_a_file_of_nothing_but_crowds_is_refused(data, files):
@@ -199,6 +239,10 @@ def test_a_test_set_without_ground_truth_registers_on_request(value, data, files
         ("annotations.1.bbox", [10, 10, 60, 5], r"extend beyond their image.*\[x1, y1, x2"),
         ("annotations.1.area", REMOVED, "1 of 3 annotations have no `area` or no `iscrowd`"),
         ("annotations.1.iscrowd", REMOVED, "1 of 3 annotations have no `area` or no `iscrowd`"),
+        ("annotations.1.area", None, "1 of 3 annotations have no `area` or no `iscrowd`"),
+        ("annotations.1.iscrowd", None, "1 of 3 annotations have no `area` or no `iscrowd`"),
+        ("categories.1.name", "Dog", "'dog' and 'Dog' differ only in spaces or upper and lower"),
+        ("categories.1.name", "dog ", "'dog' and 'dog ' differ only in spaces or upper and lower"),
     ],
 )
 def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, data, files, caplog):
@@ -222,10 +266,16 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
         ("annotations.1.id", 0),  # The evaluator numbers the annotations from 1.
         ("annotations.1.iscrowd", False),
         ("annotations.1.ignore", 0),
+        ("annotations.1.ignore", None),
+        ("annotations.1.ignore", False),
         ("annotations.1.segmentation", []),
         ("annotations.1.segmentation", None),
         ("annotations.1.segmentation", [[1, 2, 3, 4, 5, 6]]),
         ("annotations.1.segmentation", {"counts": [3072], "size": [48, 64]}),
+        # Outlines are not needed for boxes.
+        ("annotations.1.segmentation", "x"),
+        ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6]),
+        ("annotations.1.segmentation", {"counts": [1]}),
         ("images.2.file_name", "sub/./c.png"),
         ("info", None),
     ],

@@ -165,18 +165,54 @@ def test_images_of_every_8_bit_mode_load_as_detectron2_loads_them(mode, tmp_path
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_16_bit_images_keep_their_upper_8_bits(kind, channels, tmp_path, mapper):
+def test_16_bit_images_are_scaled_to_8_bits(kind, channels, tmp_path, mapper):
     pixels = np.random.default_rng(0).integers(0, 65536, (32, 48, channels)).astype(np.uint16)
     cv2.imwrite(str(tmp_path / f"a.{kind}"), pixels)
     image = mapper(record(tmp_path / f"a.{kind}"))["image"].permute(1, 2, 0)
-    assert np.array_equal(image, np.broadcast_to(pixels >> 8, (32, 48, 3)))
+    # Pillow decodes colours to their upper 8 bits.
+    expected = np.round(pixels / 257) if channels == 1 else pixels >> 8
+    assert np.array_equal(image, np.broadcast_to(expected, (32, 48, 3)))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bit_images_are_refused(dtype, tmp_path, mapper):
+def test_32_bit_images_without_a_range_are_refused(dtype, tmp_path, mapper):
     Image.fromarray(np.zeros((32, 48), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="convert it to 8 bits"):
+    with pytest.raises(UserError, match="INPUT.VALUE_RANGE.*convert it to 8 bits"):
         mapper(record(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("value_range", [(0, 4095), (-10, 3000.5)])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "kind"),
+    [
+        (np.uint16, 1, "png"),
+        (np.uint16, 3, "png"),
+        (np.uint16, 1, "tif"),
+        (np.uint16, 3, "tif"),
+        (np.int32, 1, "tif"),
+        (np.float32, 1, "tif"),
+    ],
+)
+def test_a_value_range_is_mapped_to_8_bits(dtype, channels, kind, value_range, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 5000, (32, 48, channels)).astype(dtype)
+    path = tmp_path / f"a.{kind}"
+    if dtype == np.uint16:
+        cv2.imwrite(str(path), pixels)
+    else:
+        Image.fromarray(pixels[:, :, 0]).save(path)
+    low, high = value_range
+    expected = np.round(np.clip((pixels.astype(float) - low) / (high - low) * 255.0, 0, 255))
+    mapper = CheckedDatasetMapper(
+        is_train=False, augmentations=[], image_format="BGR", value_range=value_range
+    )
+    image = mapper(record(path))["image"].permute(1, 2, 0)
+    assert np.array_equal(image, np.broadcast_to(expected, (32, 48, 3)))
+
+
+def test_a_value_range_leaves_8_bit_images_unchanged(tmp_path, photo):
+    photo.save(tmp_path / "a.png")
+    read = read_image(str(tmp_path / "a.png"), "RGB", (0, 4095))
+    assert np.array_equal(read, np.asarray(photo))
 
 
 # ------------------------------------------------------------- orientation and size
@@ -188,7 +224,7 @@ def test_images_are_turned_upright_before_their_size_is_compared(
     orientation, mode, tmp_path, photo, mapper
 ):
     gray = np.asarray(photo.convert("L"))
-    image = photo if mode == "RGB" else Image.fromarray(gray.astype(np.uint16) << 8)
+    image = photo if mode == "RGB" else Image.fromarray(gray.astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / "a.png"

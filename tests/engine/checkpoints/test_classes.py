@@ -87,10 +87,10 @@ def test_a_model_is_evaluated_with_its_own_order_of_classes(run, cases, caplog):
     cfg = make(plain, "--eval-only", **options)
     expected, truth = metrics(cfg, plain), labels("val")
     assert expected["AP"] > 30
-    assert not any("another order" in message for message in caplog.messages)
+    assert not any("a different order" in message for message in caplog.messages)
     with caplog.at_level(logging.WARNING):
         cfg = make(alpha, "--eval-only", **options)
-    assert any("in another order" in message for message in caplog.messages)
+    assert any("in a different order" in message for message in caplog.messages)
     assert cfg.DATASETS.CLASSES == OWN
     assert cfg.DATASETS.CATEGORY_IDS == [3, 2, 1]
     assert repr(metrics(cfg, plain)) == repr(expected)
@@ -183,7 +183,7 @@ def test_converted_models_keep_the_class_names(run, tmp_path):
 @pytest.mark.long
 def test_predictions_have_the_class_names_of_the_checkpoint(run, cases, tmp_path):
     make, weights = run
-    # The config of a run on the same classes in another order.
+    # The config of a run on the same classes in a different order.
     cfg = copy.deepcopy(make(cases / "val_alpha/val.json", **{"DATASETS.TRAIN": "('val',)"}))
     assert sorted(OWN) == cfg.DATASETS.CLASSES
     path = tmp_path / "recipe.yaml"

@@ -28,6 +28,7 @@ WRITTEN = (
     "nonfinite_0000003_rank0.json",
     "inference/my_val/coco_instances_results.json",
     "inference/my_val/instances_predictions.pth",
+    "inference/my_val/diagnostics.json",
     "inference_TTA/my_val/coco_instances_results.json",
     "inference/flowers/predictions.json",
 )

@@ -1,6 +1,7 @@
 """Tests of early stopping and of the validation loss of a classifier."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +106,7 @@ def test_an_interrupted_run_ends_where_it_would_have(command, tmp_path):
 @pytest.mark.slow
 def test_two_processes_end_together(words, tmp_path):
     line = words("--num-gpus", "2", "--dist-url", "auto", **CONSTANT)
-    result = call(".venv/bin/python", "tools/train_net.py", *line)
+    result = call(sys.executable, "tools/train_net.py", *line)
     assert result.returncode == 0, result.stderr
     saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
     assert saved["iteration"] == 2

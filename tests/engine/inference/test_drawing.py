@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, RotatedBoxes
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import FontProperties, findfont, fontManager
@@ -57,6 +57,7 @@ def test_the_colours_of_the_first_classes_differ_and_their_labels_are_readable()
 
 
 @pytest.mark.parametrize("count", [30, 300])
+@pytest.mark.long
 def test_labels_do_not_cover_each_other_and_are_inside_the_image(count):
     random = np.random.default_rng(count)
     corner = random.uniform(0, [600, 440], (count, 2))
@@ -68,6 +69,20 @@ def test_labels_do_not_cover_each_other_and_are_inside_the_image(count):
     for x0, y0, x1, y1 in drawing.labels:
         assert 0 <= x0 < x1 <= 640
         assert 0 <= y0 < y1 <= 480
+
+
+def test_the_label_of_a_rotated_box_touches_its_topmost_corner():
+    found = Instances(
+        (480, 640), pred_boxes=RotatedBoxes(torch.tensor([[300.0, 200, 200, 100, 30]]))
+    )
+    found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.5])
+    drawing = PredictionDrawing(np.zeros((480, 640, 3), np.uint8), ClassNames.of(["ship"]))
+    drawing.draw_instances(found)
+    # Half the width is (100, 0) and half the height (0, 50), turned counterclockwise.
+    cos, sin = np.sqrt(3) / 2, 0.5
+    corner = (300 + 100 * cos - 50 * sin, 200 - 100 * sin - 50 * cos)
+    x0, _, _, y1 = drawing.labels[0]
+    assert (x0, y1) == pytest.approx(corner, abs=0.01)
 
 
 def test_a_label_without_a_free_place_near_its_object_is_omitted():
@@ -141,6 +156,7 @@ def test_a_name_that_no_font_contains_becomes_its_index_with_a_warning(monkeypat
     assert "Noto Sans CJK" in caplog.text
 
 
+@pytest.mark.long
 def test_lines_are_wider_in_larger_images():
     widths = []
     for size in ((480, 640), (1440, 1920)):

@@ -41,7 +41,9 @@ def is_cifar(name: str) -> bool:
 
 def is_residual(name: str) -> bool:
     """Return whether a model is a ResNet, a ResNeXt or SENet-154."""
-    return "resn" in name and "inception" not in name and not is_cifar(name) or name == "senet154"
+    others = ("inception", "wideresnet18")
+    named = "resn" in name and not any(other in name for other in others) and not is_cifar(name)
+    return named or name == "senet154"
 
 
 def aligned(name: str) -> dict[str, str]:
@@ -146,7 +148,7 @@ def test_features_have_the_shapes_that_are_declared(name):
     stages = stages_of(name)
     backbone = create_backbone(name, out_features=stages, **aligned(name)).eval()
     assert isinstance(backbone, Backbone)
-    first = 1 if is_cifar(name) else 4
+    first = 1 if is_cifar(name) else 2 if "wideresnet18" in name else 4
     height, width = 16 * first, 24 * first
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, height, width))

@@ -137,9 +137,11 @@ def test_what_changes_is_logged_as_a_table(tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path):
-    cfg = config("resnet18")
-    cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
+def test_a_pinned_config_does_not_start_from_a_file_that_states_another_geometry(tmp_path):
+    cfg = config("se_resnet50")
+    cfg.MODEL.WEIGHTS = str(_own(tmp_path))
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = True
+    cfg.MODEL.RESNETS.STEM_POOL = "ceil"
     cfg.MODEL.WEIGHTS_PIN = True
     before = cfg.dump()
     with pytest.raises(UserError, match="WEIGHTS_PIN.*(?s:.*)INPUT.FORMAT"):
@@ -147,6 +149,16 @@ def test_a_pinned_config_does_not_start_from_a_file_of_another_geometry(tmp_path
     assert cfg.dump() == before
     cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = RGB
     assert apply_file_geometry(cfg) == []
+
+
+@pytest.mark.long
+def test_a_pinned_config_takes_precedence_over_the_names_of_tensors(tmp_path, caplog):
+    caplog.set_level("INFO", "senet_transfer")
+    cfg = config("resnet18")
+    cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
+    cfg.MODEL.WEIGHTS_PIN = True
+    assert apply_file_geometry(cfg) == []
+    assert "format is BGR, as stated, although the tensor names" in caplog.text
 
 
 @pytest.mark.long

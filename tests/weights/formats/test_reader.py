@@ -294,12 +294,12 @@ def test_possible_values_pass():
     )
 
 
-@pytest.mark.parametrize("kind", ["legacy", "safetensors", "pkl"])
-def test_impossible_values_are_looked_for_where_nothing_else_was_verified(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "pkl"])
+def test_impossible_values_are_looked_for_in_every_format(kind, tmp_path):
     tensors = {"w": torch.tensor([1.0, float("nan")])}
     path = tmp_path / "a"
-    if kind == "legacy":
-        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    if kind in ("zip", "legacy"):
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
     elif kind == "pkl":
         path.write_bytes(pickle.dumps({"w": tensors["w"].numpy()}))
     else:

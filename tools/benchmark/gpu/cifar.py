@@ -22,10 +22,10 @@ from benchmark.training import engine_loop, random_images
 from senet_transfer.data.cifar.in_memory import save_images
 
 BATCH = 128
-# The engine writes metrics in every 20th step, so that a call of 20 steps contains one write.
+# The engine writes metrics every 20 steps, so that a call with 20 steps includes one write.
 STEPS = 20
 # The settings that the engine selects on a GPU.
-_AUTO = dict.fromkeys(
+AUTO = dict.fromkeys(
     ("SOLVER.AMP.ENABLED", "SOLVER.TF32", "MODEL.CLASSIFIER.CHANNELS_LAST", "CUDNN_BENCHMARK"),
     "auto",
 )
@@ -37,7 +37,7 @@ def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dic
 
     Args:
         settings: The settings.
-        ways: The network and ``SOLVER.COMPILE``, by name of the candidate.
+        ways: The network and the value of ``SOLVER.COMPILE``, by candidate name.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -52,7 +52,7 @@ def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dic
                 batch_size=settings.sized(BATCH, 4),
                 device=settings.device,
                 steps=settings.sized(STEPS, 2),
-                keys={**_AUTO, "SOLVER.COMPILE": mode},
+                keys={**AUTO, "SOLVER.COMPILE": mode},
             )
             steps[name], _ = stack.enter_context(loop)
         yield steps

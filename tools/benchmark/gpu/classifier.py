@@ -98,7 +98,7 @@ def measure_training(settings: Settings) -> Iterator[Found]:
     yield amounts(what.format("time that the GPU is busy"), "ms", busy), {}
     host = {name: host_milliseconds(step) for name, step in steps.items()}
     yield amounts(what.format("time until all kernels are launched"), "ms", host), {}
-    eager = compare_steps(settings, what.format("eager"), steps, seconds=12, pairs=PAIRS)
+    eager = compare_steps(settings, what.format("eager"), steps, seconds=8, pairs=PAIRS)
     yield eager, {"eager": ratio_of(eager, SE), "eager_timm": ratio_of(eager, SE, TIMM_SE)}
 
 

@@ -1,5 +1,6 @@
 """Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's own."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ DETECTORS: dict[str, tuple[bool, str | bool, bool]] = {
 # Height and width of the images of the batches, of which each contains only one shape.
 SHAPES = ((800, 1066), (800, 1200), (1200, 800), (800, 1333), (1066, 800), (800, 1216))
 OBJECTS = 7  # per image, as in COCO
-ROUNDS = 60  # steps of each detector, if there is enough time
+ROUNDS = 50  # steps of each detector, if there is enough time
 _AFTER = 5.0  # seconds for what follows the comparison
 READ_PERIOD = 20  # number of steps after which the losses are read, as in training
 
@@ -102,16 +103,25 @@ def measure_backbone(settings: Settings) -> Iterator[Found]:
         compare_steps(settings, what.format("eager"), steps, seconds=4, pairs=[(SE, FUSED)]),
         {},
     )
+    last = torch.channels_last
     graphs = {
         name: captured(_backbone_step(settings, model, images, cache=False))
         for name, model in models.items()
     }
-    yield (
-        compare_steps(
-            settings, what.format("as a CUDA graph"), graphs, seconds=3, pairs=[(SE, FUSED)]
-        ),
-        {},
-    )
+    graphs |= {
+        f"{name}, channels last": captured(
+            _backbone_step(
+                settings,
+                copy.deepcopy(models[name]).to(memory_format=last),
+                images.to(memory_format=last),
+                cache=False,
+            )
+        )
+        for name in (PLAIN, SE)
+    }
+    pairs = [(SE, FUSED), (f"{SE}, channels last", f"{PLAIN}, channels last")]
+    title = what.format("as a CUDA graph")
+    yield compare_steps(settings, title, graphs, seconds=4, pairs=pairs), {}
 
 
 def recipe(settings: Settings, name: str) -> CfgNode:

@@ -107,12 +107,12 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return amounts with "plain" as the baseline."""
+    """Return a row of amounts with "plain" as the baseline."""
     return Amounts(what, unit, "plain", values)
 
 
 def host_milliseconds(step: Step) -> float:
-    """Return the time until all kernels of a step are launched: the least of three calls."""
+    """Return the time until all kernels of a step are launched: the minimum of three calls."""
     found = []
     for _ in range(3 if torch.cuda.is_available() else 1):
         synchronise()
@@ -124,7 +124,7 @@ def host_milliseconds(step: Step) -> float:
 
 
 def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
-    """Return the time in ms that the GPU is busy in a call, and its number of kernels.
+    """Return the time in ms that the GPU is busy during a call, and the number of kernels.
 
     Copies and fills count as kernels. Both numbers are medians over the calls, and 0 on a CPU.
     """

@@ -1,6 +1,6 @@
 """Steps in other processes, so that several networks can be compiled at the same time.
 
-While one process runs a step, the others wait, so that the steps can be compared.
+While one process runs a step, the others wait, so that they do not affect its time.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _RESERVE = 12.0
 
 
 class RemoteError(Exception):
-    """Error in the other process, or a lack of time."""
+    """Error or timeout in the other process."""
 
 
 class Remote:

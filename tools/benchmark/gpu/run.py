@@ -1,8 +1,8 @@
-"""Parts of the GPU benchmark, in processes of their own with limited time.
+"""Parts of the GPU benchmark, each in its own process with a time limit.
 
-An error in a kernel makes CUDA unusable for the rest of a process, and a compilation can take any
-time. Therefore each part runs in a process, which is ended when its time is over. All rows that it
-has sent by then are kept.
+An error in a kernel makes CUDA unusable for the rest of a process, and a compilation can take very
+long. Therefore each part runs in its own process, which is ended at its time limit. All rows
+reported by then are kept.
 """
 
 import importlib
@@ -50,13 +50,14 @@ PARTS = {
     "backbone": Part("detection", "measure_backbone", 40),
     "inference": Part("inference", "measure_inference", 40),
     "compiled": Part("classifier", "measure_compiled", 110),
-    "cifar-eager": Part("cifar", "measure_eager", 30),
+    "images": Part("images", "measure_images", 40),
     "cifar-compiled": Part("cifar", "measure_compiled", 120),
+    "cifar-eager": Part("cifar", "measure_eager", 30),
     "precisions": Part("classifier", "measure_precisions", 60),
 }
 # Modules that the parts import, which must not initialise CUDA.
 _MODULES = sorted({part.module for part in PARTS.values()})
-# A part with less time than this is not started.
+# A part is not started if less time than this is left.
 _LEAST = 12.0
 
 
@@ -215,11 +216,11 @@ def _receive(connection: Connection, name: str, settings: Settings, report: Repo
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """End a part's process and the processes that it has started, which are in its group."""
+    """End a part's process group: the process and those that it has started."""
     if process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # It is not yet the leader of a group, or nothing is left.
+        except ProcessLookupError:  # The process does not lead a group yet, or has already ended.
             process.kill()
     process.join()
 

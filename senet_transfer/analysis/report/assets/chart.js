@@ -144,6 +144,11 @@ function chart({ title, across, lines, range, diagonal = false }) {
 const hidden = new Set();
 const shown = (run) => !hidden.has(run);
 
+/** Hides the lines of the hidden runs in an element that was drawn later. */
+function hideLines(place) {
+  for (const run of hidden) for (const line of place.querySelectorAll(`[data-run="${run}"]`)) line.style.display = "none";
+}
+
 /** Creates check boxes that show and hide the lines of each run in all charts. */
 function legend(names) {
   return names.map((name, run) =>

@@ -66,7 +66,10 @@ function precisionChart(gallery, names, label) {
 /** Creates a chart of precision and recall with a list of the classes that have a curve. */
 function precisionPart(gallery, names) {
   const place = element("div");
-  const draw = (label) => place.replaceChildren(...precisionChart(gallery, names, label));
+  const draw = (label) => {
+    place.replaceChildren(...precisionChart(gallery, names, label));
+    hideLines(place);
+  };
   const found = Object.values(gallery.runs);
   const classes = found[0].classes.map(({ name }, label) => [label, name]);
   const curved = classes.filter(([label]) => found.some((one) => one.classes[label]?.curve.length && !isConstant(one.classes[label].curve)));
@@ -104,7 +107,7 @@ function classTable(found) {
   const known = found.classes.filter((one) => one.objects || one.detections);
   known.sort((a, b) => (a.AP ?? 101) - (b.AP ?? 101) || (a.name < b.name ? -1 : 1));
   const all = row("all classes", { ...found, ...found.best });
-  const made = table(["class", "AP", "AP50", "best threshold", "precision", "recall", "F1", "objects", "detections"], [all, ...known.map((one) => row(one.name, one))]);
+  const made = table(["class", "AP", "AP50", "threshold", "precision", "recall", "F1", "objects", "detections"], [all, ...known.map((one) => row(one.name, one))]);
   made.classList.add("tall");
   return made;
 }
@@ -143,6 +146,7 @@ function diagnosticsParts(gallery, names) {
     detail.replaceChildren(
       element("div", { class: "columns" }, ...groupTables(found)),
       element("h4", {}, "Classes"), classTable(found),
+      element("p", { class: "quiet" }, "Precision, recall and F1 are those of the detections with at least the threshold, at which F1 is highest."),
       element("h4", {}, "Confusion matrix"), ...confusionTable(found),
     );
   };
@@ -150,7 +154,7 @@ function diagnosticsParts(gallery, names) {
   const list = runs.length > 1 ? [element("div", { class: "controls" }, choice("run of the tables", runs.map((run) => [run, names[run]]), (event) => draw(event.target.value)))] : [];
   return [
     element("div", { class: "columns" },
-      element("div", {}, errorTable(gallery, names), element("p", { class: "quiet" }, "The costs are the AP50 that correcting only one type of error would add (TIDE, Bolya et al. 2020). Errors are counted at all scores.")),
+      element("div", {}, errorTable(gallery, names), element("p", { class: "quiet" }, "The costs are the AP50 that correcting only one type of error would add at an IoU of 0.5 (TIDE, Bolya et al. 2020). What is lost at higher IoU is due to localisation, too. Errors are counted at all scores.")),
       precisionPart(gallery, names)),
     ...list, detail,
   ];

@@ -33,16 +33,21 @@ function count(image, run, wanted, least) {
   return { objects: objects.length, found: found.length, hits, f1: both ? (2 * hits) / both : 1 };
 }
 
-/** Draws an image with boxes: [left, top, width, height, class name, style]. */
-function drawing(image, boxes, letters) {
+/**
+ * Draws an image with boxes: [left, top, width, height, label, style, note].
+ * @param {number} letters The size of the letters as a part of the image's longer side.
+ * @param {boolean} notes Whether to add the notes to the labels.
+ */
+function drawing(image, boxes, letters, notes = false) {
   const size = Math.max(image.width, image.height) * letters;
   const made = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}` });
   made.append(svg("image", { href: image.src, width: image.width, height: image.height }));
   for (const [left, top, width, height, , style] of boxes) {
     made.append(svg("rect", { class: style, x: left, y: top, width, height }));
   }
-  for (const [left, top, , , text] of boxes) {
-    made.append(svg("text", { x: left + size / 8, y: Math.max(top + size, size), "font-size": size }, text));
+  for (const [left, top, , , text, , note] of boxes) {
+    const label = notes && note ? `${text} ${note}` : text;
+    made.append(svg("text", { x: left + size / 8, y: Math.max(top + size, size), "font-size": size }, label));
   }
   return made;
 }
@@ -84,7 +89,7 @@ function panel(image, caption, boxes) {
   const made = drawing(image, boxes, 1 / 20);
   enlargeable(made, () => {
     const plain = made.closest(".plain") !== null;
-    const large = drawing(image, boxes, 1 / 50);
+    const large = drawing(image, boxes, 1 / 50, true);
     enlarge(large, `${image.name}, ${caption}`, [labelControl(large, !plain)]);
   });
   made.setAttribute("aria-label", `enlarge ${image.name}`);
@@ -124,17 +129,17 @@ function objectsPanel(image, classes, { runs, wanted, least }) {
     const hits = (image.found[run] ?? []).filter((box) => box[5] >= least && box[6] >= 0);
     return new Set(hits.map((box) => box[6]));
   });
-  const boxes = image.truth
-    .map((box, place) => [...box.slice(0, 4), classes[box[4]], taken.every((hits) => hits.has(place)) ? "truth" : "missed", box[4]])
-    .filter((box) => wanted < 0 || box[6] === wanted);
+  const boxes = [...image.truth.entries()]
+    .filter(([, box]) => wanted < 0 || box[4] === wanted)
+    .map(([place, box]) => [...box.slice(0, 4), classes[box[4]], taken.every((hits) => hits.has(place)) ? "truth" : "missed"]);
   return panel(image, "ground truth", boxes);
 }
 
 /** Draws the detections of a run in an image. */
-function foundPanel(image, classes, run, name, { wanted, least, error }) {
+function foundPanel(image, { classes, errors }, run, name, { wanted, least, error }) {
   const boxes = (image.found[run] ?? [])
     .filter((box) => box[5] >= least && (wanted < 0 || box[4] === wanted) && (error < 0 || isError(box, error)))
-    .map((box) => [...box.slice(0, 4), `${classes[box[4]]} ${box[5]}`, box[6] >= 0 ? "hit" : "wrong"]);
+    .map((box) => [...box.slice(0, 4), `${classes[box[4]]} ${box[5]}`, box[6] >= 0 ? "hit" : "wrong", box[6] >= 0 ? "" : errors[box[7]]]);
   const { hits, found, objects, f1 } = count(image, run, wanted, least);
   return panel(image, `${name}: ${hits} hits of ${objects} objects, ${found - hits} false, F1 ${f1.toFixed(2)}`, boxes);
 }
@@ -189,7 +194,7 @@ function detectionGallery(gallery, names) {
   const state = { wanted: -1, error: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
   const { cards, parts, show } = board();
   const card = (image) => () => {
-    const found = [...state.runs].map((run) => foundPanel(image, classes, run, names[run], state));
+    const found = [...state.runs].map((run) => foundPanel(image, gallery, run, names[run], state));
     const panels = element("div", { class: "panels" }, objectsPanel(image, classes, state), ...found);
     return element("div", { class: "card" }, element("p", {}, image.name), panels);
   };

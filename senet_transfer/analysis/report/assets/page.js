@@ -21,7 +21,7 @@ function curves() {
     const more = element("div");
     const draw = (metric) => {
       const made = curve(metric);
-      for (const run of hidden) for (const line of made.querySelectorAll(`[data-run="${run}"]`)) line.style.display = "none";
+      hideLines(made);
       more.replaceChildren(made);
     };
     place.append(element("div", {}, choice("another metric", others.map((name) => [name, name]), (event) => draw(event.target.value)), more));

@@ -1,0 +1,24 @@
+"""Predictions of Detectron2's meta-architectures, according to their configs."""
+
+from detectron2.config import CfgNode
+
+OBJECTS, PROPOSALS = "objects", "proposals"
+PIXELS, PANOPTIC = "classes of pixels", "panoptic segments"
+
+# All other meta-architectures predict objects.
+_OUTPUTS = {
+    "SemanticSegmentor": {PIXELS},
+    "PanopticFPN": {OBJECTS, PIXELS, PANOPTIC},
+    "ProposalNetwork": {PROPOSALS},
+}
+
+
+def predicts(cfg: CfgNode) -> set[str]:
+    """Return what a detector or segmentation model predicts, such as ``OBJECTS``."""
+    return set(_OUTPUTS.get(cfg.MODEL.META_ARCHITECTURE, {OBJECTS}))
+
+
+def predicts_rotated_boxes(cfg: CfgNode) -> bool:
+    """Return whether a model predicts rotated boxes."""
+    heads = cfg.MODEL.ROI_HEADS.NAME == "RROIHeads" and OBJECTS in predicts(cfg)
+    return heads or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN"

@@ -1,0 +1,163 @@
+"""Checks of a data set's image files before a run, which report all bad files at once."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from senet_transfer.data.detection.coco import CocoDataset, registered_entry
+from senet_transfer.data.detection.mapper import (
+    UnreadableImageError,
+    exif_orientation,
+    is_turned_sideways,
+    read_checked,
+)
+from senet_transfer.data.images.decode import bits_of
+from senet_transfer.errors import UserError
+from senet_transfer.utils.progress import progress
+
+MODES = ("header", "decode")
+
+# Number of 16-bit images whose values are examined.
+_SAMPLED = 8
+
+# 16-bit images below this value use less than a quarter of the range.
+_DIM = 1 << 14
+
+_LISTED = 50
+_THREADS = 8
+
+logger = logging.getLogger(__name__)
+
+
+def check_images(
+    names: Sequence[str],
+    *,
+    mode: str = "header",
+    value_range: Sequence[float] = (),
+    max_size: float = math.inf,
+) -> None:
+    """Check the images of data sets registered by this project.
+
+    Args:
+        names: Names of registered data sets. Those of other code are not checked.
+        mode: "header" reads only the files' headers, and compares the sizes with the annotations;
+            "decode" reads the images completely.
+        value_range: The key ``INPUT.VALUE_RANGE``.
+        max_size: The length in pixels to which longer sides are reduced.
+
+    Raises:
+        UserError: If images are unreadable or of another size than annotated. The message lists
+            all of them.
+    """
+    for name in dict.fromkeys(names):
+        dataset = registered_entry(name)
+        if isinstance(dataset, CocoDataset):
+            check_dataset_images(dataset, mode=mode, value_range=value_range, max_size=max_size)
+
+
+def check_dataset_images(
+    dataset: CocoDataset,
+    *,
+    mode: str = "header",
+    value_range: Sequence[float] = (),
+    max_size: float = math.inf,
+    quiet: bool = True,
+) -> int:
+    """Check the images of one data set; see :func:`check_images`.
+
+    Args:
+        dataset: The data set.
+        mode: One of :data:`MODES`.
+        value_range: The key ``INPUT.VALUE_RANGE``.
+        max_size: The length in pixels to which longer sides are reduced.
+        quiet: If True, show no progress bar.
+
+    Returns:
+        The number of images.
+    """
+    records = dataset.image_records()
+    read = partial(
+        read_checked,
+        image_format="BGR",
+        value_range=value_range,
+        annotation_files={dataset.image_dir: [dataset.json_file]},
+    )
+    check = read if mode == "decode" else partial(_check_header, read=read, value_range=value_range)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        done = pool.map(lambda record: _problem_of(check, record, max_size), records)
+        bar = progress(done, total=len(records), unit="image", desc=dataset.name, quiet=quiet)
+        problems = [problem for problem in bar if problem]
+    if problems:
+        more = len(problems) - _LISTED
+        listed = [*problems[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        raise UserError(
+            f"{len(problems)} of the {len(records)} images listed in {dataset.json_file} can't be "
+            "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these files, or remove them "
+            "from the annotation file."
+        )
+    _check_values(dataset, records, value_range)
+    return len(records)
+
+
+def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) -> str:
+    short, long = sorted((record["width"], record["height"]))
+    if max_size * short / long < 0.5:
+        return (
+            f"{record['file_name']} is {record['width']}x{record['height']} pixels: reduced to "
+            f"{max_size:g} pixels (INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST), its shorter side "
+            "would have no pixels. Crop or split it, or increase these keys"
+        )
+    try:
+        check(record)
+    except UnreadableImageError as error:
+        return error.reason
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _check_header(
+    record: dict, *, read: Callable[[dict], object], value_range: Sequence[float]
+) -> None:
+    """Check an image without decoding it; the complete check describes what is wrong with it."""
+    try:
+        with PathManager.open(record["file_name"], "rb") as file:
+            image = Image.open(file)
+            size = image.size
+            # Pillow decodes a PNG file to find EXIF data, unless it precedes the pixels.
+            if image.format != "PNG" or "exif" in image.info:
+                size = size[::-1] if is_turned_sideways(exif_orientation(image)) else size
+            fine = size == (record["width"], record["height"])
+            fine = fine and (bits_of(image) < 32 or bool(value_range))
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises exceptions of many types for damaged files
+        fine = False
+    if not fine:
+        read(record)
+
+
+def _check_values(dataset: CocoDataset, records: list[dict], value_range: Sequence[float]) -> None:
+    """Warn about 16-bit images that would be almost black, such as those with 12-bit data."""
+    step = max(1, len(records) // _SAMPLED)
+    largest = -1
+    for record in records[::step][:_SAMPLED]:
+        with PathManager.open(record["file_name"], "rb") as file:
+            image = Image.open(file)
+            if bits_of(image) != 16:
+                return
+            largest = max(largest, int(np.asarray(image).max()))
+    if value_range or not 0 <= largest < _DIM:
+        return
+    high = (1 << max(1, largest).bit_length()) - 1
+    logger.warning(
+        "%s: all values of the 16-bit images that were examined are below %d of 65535, so the "
+        "images are almost black. If they contain %d-bit data, set INPUT.VALUE_RANGE to [0, %d].",
+        dataset.json_file, high + 1, high.bit_length(), high,
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Conversion of an annotation file in COCO format to Detectron2's records.
+
+The records equal those of Detectron2's `load_coco_json`, with these differences: an object is not
+dropped for an invalid outline, but loses the outline; different spellings of a file name are
+resolved; and files with a byte order mark and null values are read.
+"""
+
+import os
+from collections import defaultdict
+
+from detectron2.structures import BoxMode
+from pycocotools import mask as mask_util
+
+from senet_transfer.data.detection.annotation_checks import CocoSummary
+from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.outlines import outline_problem, usable_polygons
+
+_KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
+
+
+def read_records(json_file: str, image_dir: str, summary: CocoSummary) -> list[dict]:
+    """Read an annotation file that has been validated.
+
+    Args:
+        json_file: Annotation file in COCO's instances format.
+        image_dir: Folder to which the `file_name` entries are relative.
+        summary: The file's summary.
+
+    Returns:
+        One dictionary per image in Detectron2's format, sorted by image id.
+    """
+    data = read_json_object(json_file)
+    by_image = defaultdict(list)
+    for item in data.get("annotations") or []:
+        by_image[item["image_id"]].append(item)
+    records = []
+    for image in sorted(data["images"], key=lambda image: image["id"]):
+        width, height = image["width"], image["height"]
+        objects = [_object(item, width, height, summary.id_map) for item in by_image[image["id"]]]
+        name = image["file_name"]
+        records.append(
+            {
+                "file_name": os.path.join(image_dir, summary.renamed.get(name, name)),
+                "height": height,
+                "width": width,
+                "image_id": image["id"],
+                "annotations": objects,
+            }
+        )
+    return records
+
+
+def _object(item: dict, width: int, height: int, id_map: dict[int, int]) -> dict:
+    found = {key: item[key] for key in _KEYS if item.get(key) is not None}
+    outline = item.get("segmentation")
+    if outline and outline_problem(outline, width, height) is None:
+        if isinstance(outline, list):
+            outline = usable_polygons(outline)
+        elif isinstance(outline["counts"], list):
+            outline = mask_util.frPyObjects(outline, *outline["size"])
+        found["segmentation"] = outline
+    points = item.get("keypoints")
+    if points:
+        # Keypoints are pixel indices, but boxes are continuous coordinates.
+        found["keypoints"] = [
+            value if index % 3 == 2 else value + 0.5 for index, value in enumerate(points)
+        ]
+    found["bbox_mode"] = BoxMode.XYWH_ABS
+    found["category_id"] = id_map[item["category_id"]]
+    return found

@@ -1,0 +1,113 @@
+"""Checks of data sets for semantic segmentation and keypoints before a run starts."""
+
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from senet_transfer.data.detection.coco import CocoDataset, registered_entry
+from senet_transfer.errors import UserError
+
+_SHOWN = 3
+# COCO's constants are defined for the 17 keypoints of its persons.
+_COCO_KEYPOINTS = 17
+_DEFAULT_IGNORED = 255
+
+
+def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
+    """Return the classes and the ignored label of data sets for semantic segmentation.
+
+    Args:
+        names: The names of registered data sets, at least one.
+
+    Raises:
+        UserError: If a data set has no classes or no label images, if label images are missing, or
+            if two data sets have different classes.
+    """
+    found = {name: _stuff(name) for name in names}
+    first, expected = next(iter(found.items()))
+    for name, other in found.items():
+        if other != expected:
+            raise UserError(
+                f"The data sets {first} and {name} have different classes of pixels or ignored "
+                f"labels: {expected} and {other}. All data sets of a run must have the same."
+            )
+    return expected
+
+
+def _stuff(name: str) -> tuple[list[str], int]:
+    records = DatasetCatalog.get(name)
+    # Loading the data set may have set its metadata.
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("stuff_classes"):
+        raise UserError(
+            f"The data set {name} has no classes of pixels, which this MODEL.META_ARCHITECTURE "
+            "needs; expected `stuff_classes` in its metadata. Set them in the code that registers "
+            f"the data set: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
+            "ignore_label=255)."
+        )
+    paths = [record.get("sem_seg_file_name") for record in records]
+    lacking = [str(path) for path in paths if not path or not os.path.isfile(path)]
+    if lacking or not records:
+        raise UserError(
+            f"{len(lacking)} of {len(records)} images of the data set {name} have no label image; "
+            "expected the path of an existing single-channel image in `sem_seg_file_name` of every "
+            f"record. Found: {', '.join(lacking[:_SHOWN]) or 'no images'}."
+        )
+    return list(metadata.stuff_classes), metadata.get("ignore_label", _DEFAULT_IGNORED)
+
+
+def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Check the keypoints of data sets, and copy their names and number to the config.
+
+    Args:
+        cfg: The run's config with ``MODEL.KEYPOINT_ON``, which is changed in place.
+        names: The names of registered data sets, at least one.
+
+    Raises:
+        UserError: If a data set has no keypoints, if two data sets have different keypoints, or if
+            ``TEST.KEYPOINT_OKS_SIGMAS`` does not fit them.
+    """
+    found = {name: _keypoints(name) for name in names}
+    first, keypoints = next(iter(found.items()))
+    for name, other in found.items():
+        if other != keypoints:
+            raise UserError(
+                f"The data sets {first} and {name} have different keypoints: {keypoints} and "
+                f"{other}. All data sets of a run must have the same keypoints in the same order."
+            )
+    for name in cfg.DATASETS.TEST:
+        dataset = registered_entry(name)
+        summary = dataset.summary if isinstance(dataset, CocoDataset) else None
+        if summary is not None and summary.num_without_keypoints:
+            raise UserError(
+                f"The data set {name}: {summary.num_without_keypoints} of "
+                f"{summary.num_annotations} annotations have no `keypoints` or `num_keypoints`, "
+                "which COCO's metric for keypoints requires. For an object without visible "
+                "keypoints, both are 0: three zeros per keypoint, and num_keypoints 0."
+            )
+    cfg.DATASETS.KEYPOINTS = keypoints
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints)
+    sigmas, count = list(cfg.TEST.KEYPOINT_OKS_SIGMAS), len(keypoints)
+    expected = (0, count) if count == _COCO_KEYPOINTS else (count,)
+    if cfg.DATASETS.TEST and len(sigmas) not in expected:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but the data has {count} "
+            f"keypoints ({', '.join(keypoints)}); expected one value per keypoint. It is the "
+            "typical deviation between annotators, relative to the object's size. COCO's values "
+            "are 0.025 (eyes) to 0.107 (hips). To use the same for all, set "
+            f"TEST.KEYPOINT_OKS_SIGMAS {[0.05] * count}."
+        )
+
+
+def _keypoints(name: str) -> list[str]:
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("keypoint_names"):
+        raise UserError(
+            f"The data set {name} has no names of keypoints, which MODEL.KEYPOINT_ON requires; "
+            "expected `keypoints` in the categories of its annotation file, as in COCO's person "
+            "keypoints, or `keypoint_names` in its metadata. Add them, or set MODEL.KEYPOINT_ON to "
+            "False."
+        )
+    return list(metadata.keypoint_names)

@@ -1,0 +1,23 @@
+"""Test-time augmentation of detectors."""
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from torch import nn
+
+
+def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA:
+    """Return a detector with the test-time augmentation of ``TEST.AUG``.
+
+    Detectron2's default sizes, 400 to 1200 pixels, are for ``INPUT.MIN_SIZE_TEST: 800``. If
+    ``TEST.AUG`` has its defaults, they are scaled to the config's test size.
+    """
+    theirs = get_cfg()
+    aug, default = cfg.TEST.AUG, theirs.TEST.AUG
+    factor = cfg.INPUT.MIN_SIZE_TEST / theirs.INPUT.MIN_SIZE_TEST
+    same = [*aug.MIN_SIZES, aug.MAX_SIZE] == [*default.MIN_SIZES, default.MAX_SIZE]
+    if same and factor not in (0, 1):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TEST.AUG.MIN_SIZES = [max(1, round(factor * size)) for size in default.MIN_SIZES]
+        cfg.TEST.AUG.MAX_SIZE = max(1, round(factor * default.MAX_SIZE))
+    return GeneralizedRCNNWithTTA(cfg, model)

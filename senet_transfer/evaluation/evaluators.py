@@ -1,0 +1,195 @@
+"""Detectron2's evaluators, selected by a data set's ``evaluator_type`` and the model's outputs."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    RotatedCOCOEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from senet_transfer.config.architectures import (
+    OBJECTS,
+    PANOPTIC,
+    PIXELS,
+    PROPOSALS,
+    predicts,
+    predicts_rotated_boxes,
+)
+from senet_transfer.errors import UserError
+
+# The predictions that each kind of evaluator evaluates.
+_EVALUATED = {
+    "coco": {OBJECTS, PROPOSALS},
+    "rotated": {OBJECTS, PROPOSALS},
+    "lvis": {OBJECTS, PROPOSALS},
+    "pascal_voc": {OBJECTS},
+    "sem_seg": {PIXELS},
+    "panoptic": {PANOPTIC},
+    "cityscapes_instance": {OBJECTS},
+    "cityscapes_sem_seg": {PIXELS},
+}
+
+# Kinds of evaluators for each `evaluator_type`.
+_KINDS = {
+    "coco": ("coco",),
+    "rotated_coco": ("rotated",),
+    "lvis": ("lvis",),
+    "pascal_voc": ("pascal_voc",),
+    "sem_seg": ("sem_seg",),
+    "coco_panoptic_seg": ("coco", "sem_seg", "panoptic"),
+    "ade20k_panoptic_seg": ("coco", "sem_seg", "panoptic"),
+    "cityscapes_instance": ("cityscapes_instance",),
+    "cityscapes_sem_seg": ("cityscapes_sem_seg",),
+}
+
+# The package that a kind of evaluator imports, and the command to install it.
+_PACKAGES = {
+    "lvis": ("lvis", "pip install --no-deps lvis"),
+    "panoptic": (
+        "panopticapi",
+        "pip install git+https://github.com/cocodataset/panopticapi.git",
+    ),
+    "cityscapes_instance": ("cityscapesscripts", "pip install cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "pip install cityscapesscripts"),
+}
+
+
+def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
+    """Return the kinds of evaluators for a model's predictions on a data set.
+
+    Args:
+        cfg: The model's config.
+        name: The name of a registered data set.
+
+    Raises:
+        UserError: If the data set's ``evaluator_type`` is unknown, or if none of its evaluators
+            evaluates the model's predictions.
+    """
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type", "coco")
+    if kind not in _KINDS:
+        raise UserError(
+            f"The evaluator_type of the data set {name} is {kind!r}; expected one of: "
+            f"{', '.join(_KINDS)}. Register the data set with one of these, or remove it from "
+            "DATASETS.TEST."
+        )
+    kinds = list(_KINDS[kind])
+    if kind == "coco" and predicts_rotated_boxes(cfg):
+        kinds = ["rotated"]
+    elif kind == "coco" and metadata.get("stuff_classes"):
+        kinds = ["coco", "sem_seg"]
+    predicted = predicts(cfg)
+    found = [kind for kind in kinds if _EVALUATED[kind] & predicted]
+    if not found:
+        needed = sorted(set().union(*(_EVALUATED[kind] for kind in kinds)))
+        raise UserError(
+            f"The evaluator_type of the data set {name} is {kind!r}, which evaluates "
+            f"{' and '.join(needed)}, but MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE}, which predicts {' and '.join(sorted(predicted))}. "
+            "Change DATASETS.TEST or MODEL.META_ARCHITECTURE."
+        )
+    return found
+
+
+def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
+    """Check before a run that its data sets can be read and its predictions evaluated.
+
+    Args:
+        cfg: The run's config.
+        train: The names of the data sets to train on.
+        test: The names of the data sets to evaluate.
+
+    Raises:
+        UserError: If there is no evaluator for a data set, if its package is not installed, or if
+            metadata that the evaluator needs is missing.
+    """
+    for name in train:
+        # Detectron2 also reads these annotations with this package.
+        if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
+            _check_package("lvis", name)
+    for name in test:
+        kinds = evaluator_kinds(cfg, name)
+        for kind in kinds:
+            _check_package(kind, name)
+        if "sem_seg" in kinds and MetadataCatalog.get(name).get("ignore_label") is None:
+            raise UserError(
+                f"The metadata of the data set {name} has no ignore_label, which the evaluation of "
+                "a semantic segmentation needs. Set it in the code that registers the data set: "
+                f"MetadataCatalog.get({name!r}).set(ignore_label=255)."
+            )
+
+
+def _check_package(kind: str, name: str) -> None:
+    package, command = _PACKAGES.get(kind, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"The data set {name} needs the package {package}, which is not installed. Install it "
+            f"with: {command}"
+        )
+
+
+def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
+    """Build an evaluator of any kind except "coco".
+
+    Args:
+        kind: One of :func:`evaluator_kinds`.
+        name: The name of the data set.
+        output_dir: The folder for the predictions.
+    """
+    if kind == "rotated":
+        # A file cached by an earlier run may describe different data.
+        return RotatedCOCOEvaluator(name, output_dir=output_dir, allow_cached_coco=False)
+    if kind == "sem_seg":
+        return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=_read_labels)
+    if kind == "panoptic":
+        return COCOPanopticEvaluator(name, output_dir)
+    if kind == "lvis":
+        return CurrentLVISEvaluator(name, output_dir=output_dir)
+    evaluators: dict[str, Any] = {
+        "pascal_voc": PascalVOCDetectionEvaluator,
+        "cityscapes_instance": CityscapesInstanceEvaluator,
+        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+    }
+    return evaluators[kind](name)
+
+
+class CurrentLVISEvaluator(LVISEvaluator):
+    """Detectron2's LVIS evaluator, which also works with current versions of NumPy."""
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Compute the metrics. All processes must call this method together."""
+        with _numpy_float():
+            return super().evaluate()
+
+
+@contextlib.contextmanager
+def _numpy_float() -> Iterator[None]:
+    """Define ``numpy.float``, which NumPy 1.24 removed and lvis 0.5.3 uses."""
+    if hasattr(np, "float"):
+        yield
+        return
+    setattr(np, "float", float)  # noqa: B010  # unknown to mypy
+    try:
+        yield
+    finally:
+        delattr(np, "float")
+
+
+def _read_labels(path: str, dtype: Any = None) -> np.ndarray:
+    # Detectron2's function passes copy=False, which NumPy 2 rejects.
+    with PathManager.open(path, "rb") as file:
+        return np.array(Image.open(file), dtype=dtype)

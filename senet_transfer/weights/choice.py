@@ -1,0 +1,87 @@
+"""Selection of the network and the tensors to load from a weight file."""
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+from detectron2.config import CfgNode
+
+from senet_transfer.config.defaults import FILE_KEYS, config_value
+from senet_transfer.errors import UserError, check_choice
+from senet_transfer.weights.families.statements import WIDE_RESNET
+
+HEADS = ("strict", "ignore")
+
+
+class Choice(TypedDict, total=False):
+    """Keyword arguments that select a network in a file; see :func:`senet_transfer.load_weights`.
+
+    Attributes:
+        prefix: Prefix of the network's tensor names. None expects a single network.
+        ema: Whether to load the averaged weights; None or "auto" follows the file's project.
+        head: "strict" or "ignore".
+        stated: Geometry and preprocessing set by the user, by field name.
+    """
+
+    prefix: str | None
+    ema: bool | str | None
+    head: str
+    stated: tuple[tuple[str, Any], ...]
+
+
+# Names of the fields of Geometry and Preprocessing, and their config keys.
+FILE_OPTIONS = {
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "stem_pool": "MODEL.RESNETS.STEM_POOL",
+    "se_relu_before": "MODEL.SE.RELU_BEFORE",
+    "format": "INPUT.FORMAT",
+    "mean": "MODEL.PIXEL_MEAN",
+    "std": "MODEL.PIXEL_STD",
+}
+
+
+def kept_keys(cfg: CfgNode) -> tuple[str, ...]:
+    """Return the config keys whose values are kept unless the weight file contradicts them."""
+    return FILE_KEYS if cfg.MODEL.WEIGHTS_PIN else tuple(cfg.MODEL.WEIGHTS_KEEP)
+
+
+def stated_values(cfg: CfgNode) -> tuple[tuple[str, Any], ...]:
+    """Return the geometry and preprocessing that the config keeps, by field name."""
+    if cfg.MODEL.BACKBONE.ARCH == WIDE_RESNET:
+        return (*_kept_values(cfg), ("stem_pool", "none"))
+    return tuple(_kept_values(cfg))
+
+
+def _kept_values(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
+    kept = kept_keys(cfg)
+    for name, key in FILE_OPTIONS.items():
+        if key in kept:
+            value = config_value(cfg, key)
+            yield name, tuple(value) if isinstance(value, list | tuple) else value
+
+
+def config_choice(cfg: CfgNode) -> Choice:
+    """Return the choice that a config specifies for ``MODEL.WEIGHTS``.
+
+    Raises:
+        UserError: If a value is invalid.
+    """
+    check_choice("MODEL.WEIGHTS_HEAD", cfg.MODEL.WEIGHTS_HEAD, HEADS)
+    return Choice(
+        prefix=cfg.MODEL.WEIGHTS_PREFIX or None,
+        ema=checked_ema(cfg.MODEL.WEIGHTS_EMA),
+        head=cfg.MODEL.WEIGHTS_HEAD,
+        stated=stated_values(cfg),
+    )
+
+
+def checked_ema(ema: bool | str | None) -> bool | None:
+    """Return the choice of EMA weights, with None for "auto".
+
+    Raises:
+        UserError: If the value is invalid.
+    """
+    if ema in (None, "auto"):
+        return None
+    if not isinstance(ema, bool):
+        raise UserError(f"ema is {ema!r}; expected True, False, None or 'auto'.")
+    return ema

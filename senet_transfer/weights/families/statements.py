@@ -1,0 +1,207 @@
+"""Statements in a file about its network: the name of its architecture, or a config.
+
+Tensor names and shapes do not determine a network. Some networks have the same tensors as a
+supported one and compute different outputs, such as timm's ``resnetaa50``. Values that a training
+script stored next to the tensors can distinguish them.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.families.architecture import Architecture
+from senet_transfer.weights.families.geometry import Geometry
+
+# CSAIL's ResNet-18 without the stem's max pool. Source: wideresnet.py in CSAILVision/places365,
+# which run_placesCNN_unified.py uses with the file wideresnet18_places365.pth.tar.
+WIDE_RESNET = "places365_wideresnet18"
+
+# Networks with a supported network's tensors but other outputs. Source: timm/models/resnet.py.
+_LOOKALIKES = {
+    "resnet18": ("timm's resnetblur18", "CSAIL's wideresnet18"),
+    "resnet50": ("timm's resnetaa50", "timm's resnetblur50"),
+}
+
+_NAME_KEYS = ("arch", "architecture", "model_name", "arch_name")
+# Keys for the options of a run, in which the network may also be called "model" or "backbone".
+_OPTION_KEYS = ("hyper_parameters", "args", "config", "hparams", "cfg", "opt")
+
+_RESNET = re.compile(
+    r"(se_?)?(resnet|resnext)_?(18|34|50|101|152)(?:_?(\d+)x(\d+)d)?", re.IGNORECASE
+)
+_WIDE = re.compile(r"wide_?resnet_?(50|101)_2", re.IGNORECASE)
+_WIDE_18 = re.compile(r"(places365_)?wideresnet18(_places365)?", re.IGNORECASE)
+# Anti-aliased and blurred downsampling, other stems and shortcuts (c, d, s, t), dilation.
+_OTHERS = re.compile(
+    r"(?:(?:se|eca)_?)?res(?:net|next)(?:aa|blur|rs|v2_?)_?\d+\w*"
+    r"|(?:(?:se|eca)_?)?res(?:net|next)_?\d+(?:c|d|e|s|t|ts)"
+    r"|(?:deeplabv3|deeplabv3_plus|fcn|pspnet)_resnet\d+",
+    re.IGNORECASE,
+)
+_PUBLISHERS = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|models[./]|tv_|gluon_|legacy_)+")
+_TEXT = 2**16
+
+
+@dataclass(frozen=True)
+class Statements:
+    """Statements in a file about its network.
+
+    Attributes:
+        contradiction: Sentence about a statement that contradicts the tensors or the supported
+            networks; empty if there is none.
+        confirmed: Whether a statement names the network that the tensors suggest.
+        wide: Whether the network is CSAIL's ``wideresnet18``.
+        preprocessing: Channel order, mean and std; None if they are not stated.
+    """
+
+    contradiction: str = ""
+    confirmed: bool = False
+    wide: bool = False
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """Return the field names of the stated geometry and preprocessing."""
+        pixels = {"format", "mean", "std"} if self.preprocessing else set()
+        return frozenset(pixels | ({"stem_pool"} if self.wide else set()))
+
+
+def statements_of(metadata: Mapping[str, Any], architecture: Architecture | None) -> Statements:
+    """Compare the statements in a file with the architecture of its tensors."""
+    if architecture is None:
+        return Statements()
+    found = Statements()
+    for key, name in _names(metadata):
+        judged = _judge(name, architecture)
+        if judged is False:
+            return Statements(
+                contradiction=f"its entry {key!r} is {name!r}, but its tensors are those of "
+                f"{architecture.name}"
+            )
+        wide = judged is True and bool(_WIDE_18.fullmatch(_plain(name)))
+        found = Statements(confirmed=found.confirmed or bool(judged), wide=found.wide or wide)
+    meta = metadata.get("meta")
+    for key in ("cfg", "config"):
+        text = meta.get(key) if isinstance(meta, Mapping) else None
+        if isinstance(text, str) and "backbone" in text[:_TEXT]:
+            return _from_mm_config(text[:_TEXT], architecture)
+    return found
+
+
+def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
+    """Return the name of a network's model, or a description; empty if it is unknown."""
+    if architecture is None:
+        return ""
+    return architecture.name if geometry.has_pool else WIDE_RESNET
+
+
+def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
+    """Return other projects' networks with the same tensors, whose outputs differ."""
+    return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
+
+
+def _names(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in _NAME_KEYS:
+        if isinstance(metadata.get(key), str):
+            yield key, metadata[key]
+    for outer in _OPTION_KEYS:
+        options = metadata.get(outer)
+        for key in (*_NAME_KEYS, "model", "backbone"):
+            if isinstance(options, Mapping) and isinstance(options.get(key), str):
+                yield f"{outer}.{key}", options[key]
+
+
+def _plain(name: str) -> str:
+    """Return a network's name without its publisher and tag, such as timm's ``.a1_in1k``."""
+    return _PUBLISHERS.sub("", name.strip()).partition(".")[0].replace("-", "_")
+
+
+def _judge(name: str, architecture: Architecture) -> bool | None:
+    """Return whether a name refers to the architecture, or None if the name is unknown.
+
+    Widths are not compared, because scripts also use the standard names for other widths.
+    """
+    name = _plain(name)
+    depth = _depth(architecture)
+    if _OTHERS.fullmatch(name):
+        return False
+    if depth is None:
+        # A CIFAR network, for example, or one without a name.
+        return True if name == architecture.name else None
+    if _WIDE_18.fullmatch(name):
+        return depth == "18" and not architecture.se_stages
+    if match := _WIDE.fullmatch(name):
+        return depth == match[1] and architecture.groups == 1
+    match = _RESNET.fullmatch(name)
+    if match is None:
+        return True if name == architecture.name else None
+    has_se, kind, stated, groups, width = match.groups()
+    # SE layers are visible in the tensors, and scripts often have an option for them.
+    if stated != depth or (has_se and not architecture.se_stages):
+        return False
+    if groups and (int(groups), int(width)) != (architecture.groups, architecture.width_per_group):
+        return False
+    return (kind.lower() == "resnext") == (architecture.groups > 1)
+
+
+def _depth(architecture: Architecture) -> str | None:
+    """Return the number of layers of a ResNet or ResNeXt, or None for other networks."""
+    match = re.match(r"(?:se_)?res(?:net|next)(\d+)(?:_\d+x\d+d)?$", architecture.name)
+    return match[1] if match and not architecture.network else None
+
+
+def _from_mm_config(text: str, architecture: Architecture) -> Statements:
+    """Read the backbone and the normalisation in a config of mmpretrain or mmdetection."""
+    backbone = text[text.index("backbone") :]
+    backbone = re.split(r"\b(?:neck|head|rpn_head|decode_head)\s*=", backbone)[0]
+    said = {
+        key: match[1]
+        for key in ("type", "depth", "style", "strides", "dilations", "deep_stem", "avg_down")
+        if (match := re.search(rf"\b{key}=\s*['\"]?(\([^)]*\)|[\w.]+)", backbone))
+    }
+    expected = {
+        "style": ("pytorch",),
+        "deep_stem": ("False",),
+        "avg_down": ("False",),
+        "strides": ("1222",),
+        "dilations": ("1111",),
+    }
+    for key, values in expected.items():
+        value = re.sub(r"[^\w]", "", said.get(key, values[0]))
+        if value not in values:
+            return Statements(
+                contradiction=f"its config has a backbone with {key}={said[key]}, which computes "
+                "other outputs than the supported networks"
+            )
+    depth = _depth(architecture)
+    if depth and said.get("depth", depth) != depth:
+        return Statements(
+            contradiction=f"its config has a backbone with depth={said['depth']}, but its tensors "
+            f"are those of {architecture.name}"
+        )
+    return Statements(confirmed="depth" in said, preprocessing=_mm_pixels(text))
+
+
+def _mm_pixels(text: str) -> Preprocessing | None:
+    values = {}
+    for key in ("mean", "std"):
+        match = re.search(rf"\b{key}=\s*[\[(]([-\d.,\s]+)[\])]", text)
+        numbers = re.findall(r"-?\d+\.?\d*", match[1]) if match else []
+        if len(numbers) != 3:
+            return None
+        values[key] = tuple(map(float, numbers))
+    order = re.search(r"\b(?:to_rgb|bgr_to_rgb)=\s*(True|False)", text)
+    if (
+        order is None
+        or not all(abs(v) < 1000 for v in values["mean"])
+        or not all(0 < v < 1000 for v in values["std"])
+    ):
+        return None
+    mean, std = values["mean"], values["std"]
+    return Preprocessing(
+        format="RGB" if order[1] == "True" else "BGR",
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )

@@ -1,0 +1,138 @@
+"""Selection of one network's tensors from the flat names of a state dict.
+
+Wrappers for distributed training, compilation and averaging change the names of a model's tensors,
+and training scripts store several networks, or counters, in one state dict. The same rules apply to
+all file formats.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of, shown
+
+# Prefixes that DataParallel and torch.compile add to all of a model's tensor names.
+PREFIXES = ("module.", "_orig_mod.")
+# Parts that torch.compile, FSDP, activation checkpointing and Lightning Fabric insert anywhere in a
+# name. No network has a module with one of these names.
+_INSERTED = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Counters of averaged models (torch.optim.swa_utils, mmengine, ema_pytorch), with one element.
+_COUNTERS = frozenset(
+    {"n_averaged", "steps", "step", "initted", "num_updates", "updates", "decay", "global_step"}
+)
+_AVERAGED_WRAPPERS = frozenset({"module", "ema_model", "online_model", "model", "averaged_model"})
+_FLAT_PARAMETER = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Choice of one network in a file that may contain several.
+
+    Attributes:
+        prefix: Prefix of the network's tensor names, or the key of its state dict, with or without
+            a dot at the end. Empty for a file with a single network.
+        ema: Whether to take the averaged (EMA) weights if the file contains both these and plain
+            weights. None follows the project that wrote the file.
+    """
+
+    prefix: str = ""
+    ema: bool | None = None
+
+
+ONLY_NETWORK = Wanted()
+
+
+@dataclass
+class Selected:
+    """Selected tensor names.
+
+    Attributes:
+        kept: Names in the file by their new names, without prefixes.
+        dropped: Names of the tensors that were left out, with the reasons.
+    """
+
+    kept: dict[str, str]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
+    """Select a network's tensors and remove the prefixes that wrappers have added.
+
+    Args:
+        sizes: Number of elements of each tensor by its name in the file.
+        prefix: Prefix of the network's names, which is removed; empty if there is none.
+        path: Path of the file, for error messages.
+
+    Raises:
+        UserError: If no name has the prefix, or the tensors are parts of FSDP's flat parameters.
+    """
+    flat = [name for name in sizes if _FLAT_PARAMETER.fullmatch(name)]
+    if flat:
+        raise UserError(
+            f"{path} contains flat parameters of FSDP ({first_of(flat, 2)}), from which the "
+            "network's tensors can't be restored without its code. Save the model again with "
+            "StateDictType.FULL_STATE_DICT, or with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and "
+            "full_state_dict=True."
+        )
+    selected = Selected(_without_inserted(sizes))
+    _drop_copies(selected)
+    _drop_counters(selected, sizes)
+    if prefix:
+        _keep_prefix(selected, prefix, path)
+    selected.kept = _stripped(selected.kept)
+    return selected
+
+
+def _without_inserted(names: Iterable[str]) -> dict[str, str]:
+    """Return the names in the file by their names without inserted parts, if these are unique."""
+    names = list(names)
+    kept = {_INSERTED.sub("", name): name for name in names}
+    return kept if len(kept) == len(names) else {name: name for name in names}
+
+
+def _drop_copies(selected: Selected) -> None:
+    """Drop the copies without averaging that mmcv's EMAHook registers as ``ema_conv1_weight``."""
+    copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
+    for name in copies & selected.kept.keys():
+        selected.dropped[selected.kept.pop(name)] = "copy of mmcv's EMAHook"
+
+
+def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
+    """Drop the counters of an averaged model, next to names that all begin with a wrapper's."""
+    found = {name for name, own in selected.kept.items() if name in _COUNTERS and sizes[own] == 1}
+    starts = {name.partition(".")[0] for name in selected.kept.keys() - found}
+    if not starts <= _AVERAGED_WRAPPERS:
+        found &= {"n_averaged"}
+    if len(found) < len(selected.kept):
+        for name in found:
+            selected.dropped[selected.kept.pop(name)] = "counter, not a part of the network"
+
+
+def _keep_prefix(selected: Selected, prefix: str, path: Path) -> None:
+    start = prefix.removesuffix(".") + "."
+    if not any(name.startswith(start) for name in selected.kept):
+        selected.kept = _stripped(selected.kept)
+    kept = {n.removeprefix(start): own for n, own in selected.kept.items() if n.startswith(start)}
+    if not kept:
+        known = dict.fromkeys(name.partition(".")[0] for name in selected.kept)
+        raise UserError(
+            f"{path} has no tensors with the prefix {shown(prefix)!r}. Its tensor names begin with "
+            f"{first_of(map(shown, known), 8)}."
+        )
+    for name, own in selected.kept.items():
+        if not name.startswith(start):
+            selected.dropped[own] = f"outside the prefix {start}"
+    selected.kept = kept
+
+
+def _stripped(kept: dict[str, str]) -> dict[str, str]:
+    while prefix := next(
+        (p for p in PREFIXES if kept and all(n.startswith(p) for n in kept)), None
+    ):
+        kept = {name.removeprefix(prefix): own for name, own in kept.items()}
+    return kept

@@ -1,0 +1,364 @@
+"""Tests that a file is loaded as what it says it is, and that the user's word counts."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from senet_transfer import (
+    UserError,
+    apply_file_geometry,
+    create_backbone,
+    create_classifier,
+    load_weights,
+    save_weights,
+)
+from senet_transfer.config.load import load_config
+from senet_transfer.engine.model_from import find_model
+from senet_transfer.export.conversion import convert_file
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.weights.families.architecture import Architecture
+from senet_transfer.weights.families.statements import statements_of
+from senet_transfer.weights.hub.catalogue import Entry, load_catalogue
+from senet_transfer.weights.mapping.source import examine
+from tests.weights.layouts import WIDTH, tiny
+from tests.weights.peers import peer, randomise, save
+
+_SIZE = {"stem_out_channels": WIDTH, "res2_out_channels": WIDTH}
+_IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def _write(path: Path, **extras: object) -> Path:
+    torch.save({"state_dict": tiny().state_dict(), **extras}, path)
+    return path
+
+
+# What a file says of its network.
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"arch": "resnetblur18"},
+        {"arch": "resnet50"},
+        {"arch": "resnet18d"},
+        {"arch": "seresnet18"},
+        {"architecture": "resnetaa18.x_in1k"},
+        {"arch": "deeplabv3_resnet18"},
+        {"hyper_parameters": {"arch": "resnet34", "lr": 0.1}},
+        {"args": {"model": "legacy_seresnet18"}},
+        {"meta": {"cfg": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))"}},
+        {
+            "meta": {
+                "config": "backbone=dict(\n    depth=18,\n    style='caffe',\n    type='ResNet')"
+            }
+        },
+        {"meta": {"cfg": "backbone=dict(type='ResNet', depth=18, dilations=(1, 1, 2, 4)), neck="}},
+    ],
+)
+def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
+    with pytest.raises(UserError, match="its (entry|config)"):
+        create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **extras), **_SIZE)
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        *({"arch": "resnet18"}, {"arch": "resnet18.a1_in1k"}, {"arch": "tv_resnet18"}),
+        *(
+            {"arch": "ResNet18"},
+            {"arch": "my_network"},
+            {"arch": "resnet18_finetuned"},
+            {"arch": 3},
+        ),
+        {"hyper_parameters": {"model": "resnet18"}},
+        {"meta": {"cfg": "backbone=dict(depth=18, strides=(1, 2, 2, 2), style='pytorch')"}},
+    ],
+)
+def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
+    path = _write(tmp_path / "a.pth", **extras)
+    model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def _described(name: str) -> Architecture:
+    with torch.device("meta"):
+        return Architecture.of(create_backbone(name).state_dict())
+
+
+def test_names_of_published_networks_agree_with_their_tensors():
+    for ours, theirs in (
+        (
+            "resnet50",
+            ("resnet50", "gluon_resnet50_v1b", "resnet50.ram_in1k", "timm/resnet50.tv_in1k"),
+        ),
+        ("resnext50_32x4d", ("resnext50_32x4d", "resnext50", "resnext50-32x4d")),
+        (
+            "se_resnet50",
+            ("seresnet50", "se_resnet50", "legacy_seresnet50", "SE-ResNet-50", "resnet50"),
+        ),
+    ):
+        architecture = _described(ours)
+        for name in theirs:
+            assert not statements_of({"arch": name}, architecture).contradiction, name
+
+
+@pytest.mark.parametrize("name", ["resnetblur18", "resnetblur50", "resnetaa50"])
+@pytest.mark.long
+def test_timm_s_lookalikes_are_named_in_the_report(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    other = f"resnet{name[-2:]}"
+    with torch.device("meta"):
+        shapes = [
+            {k: v.shape for k, v in timm.create_model(n).state_dict().items()}
+            for n in (name, other)
+        ]
+    assert shapes[0] == shapes[1]
+    state = {k: torch.full(v, 0.5) for k, v in shapes[0].items()}
+    torch.save(state, tmp_path / "a.pth")
+    assert f"timm's {name}" in examine(tmp_path / "a.pth").lookalikes
+    torch.save({"arch": other, "state_dict": state}, tmp_path / "a.pth")
+    assert examine(tmp_path / "a.pth").lookalikes == ()
+    torch.save({"arch": name, "state_dict": state}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=name):
+        examine(tmp_path / "a.pth")
+
+
+class WideResNet18(nn.Module):
+    """The network of CSAIL's wideresnet.py: ResNet-18 without a max pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for stage, outputs in enumerate((64, 128, 256, 512), 1):
+            shortcut = None
+            if inputs != outputs:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs)
+                )
+            first = BasicBlock(inputs, outputs, 1 if stage == 1 else 2, shortcut)
+            setattr(self, f"layer{stage}", nn.Sequential(first, BasicBlock(outputs, outputs)))
+            inputs = outputs
+        self.fc = nn.Linear(512, 365)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.long
+def test_csail_s_wideresnet18(tmp_path):
+    plain = randomise(WideResNet18())
+    state = {f"module.{name}": tensor for name, tensor in plain.state_dict().items()}
+    path = tmp_path / "wideresnet18_places365.pth.tar"
+    torch.save({"epoch": 90, "arch": "wideresnet18", "state_dict": state}, path)
+    with torch.no_grad():
+        expected = plain(_IMAGES)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    name = "places365_wideresnet18"
+
+    model = create_classifier(name, 365, weights=path).eval()
+    close(model(_IMAGES).detach(), expected)
+    assert model.backbone.output_shape()["res5"].stride == 16
+    for wrong in ("resnet18", "se_resnet18"):
+        with pytest.raises(UserError, match=f"contains {name}.*MODEL.BACKBONE.ARCH {name}"):
+            create_classifier(wrong, 365, weights=path)
+    with pytest.raises(UserError, match="stem's max pool is 'none'"):
+        load_weights(create_classifier("resnet18", 365), path)
+    with pytest.raises(UserError, match="no model called 'se_places365_wideresnet18'"):
+        create_classifier(f"se_{name}")
+
+    # By a config, without a name, and from a file of this project.
+    found = find_model(weights=str(path)).build().model
+    close(found({"image": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}).shape, (1, 365))
+    assert found.backbone.stem.pool == "none"
+    save_weights(model, tmp_path / "own.pth")
+    close(create_classifier(name, 365, weights=tmp_path / "own.pth").eval()(_IMAGES), expected)
+    with pytest.raises(UserError, match=f"contains {name}"):
+        create_classifier("resnet18", 365, weights=tmp_path / "own.pth")
+
+    convert_file(str(path), tmp_path / "converted.safetensors", check=True)
+    converted = create_classifier(name, 365, weights=tmp_path / "converted.safetensors").eval()
+    close(converted(_IMAGES), expected)
+    with pytest.raises(UserError, match="stem_pool"):
+        convert_file(str(path), tmp_path / "tv.pth", to="torchvision")
+
+    # Without its statement, the file could be a ResNet-18: the name of the model counts.
+    torch.save(state, path)
+    close(create_classifier(name, 365, weights=path).eval()(_IMAGES), expected)
+    assert "CSAIL's wideresnet18" in examine(path).lookalikes
+
+
+# What the user says.
+
+_HALF = [127.5, 127.5, 127.5]
+
+
+def _config(tmp_path, path, yaml="", *options):
+    file = tmp_path / "config.yaml"
+    base = Path(__file__).parents[3] / "configs" / "base" / "backbone.yaml"
+    file.write_text(f"_BASE_: {base}\n{yaml}")
+    return load_config(
+        str(file), ["MODEL.BACKBONE.ARCH", "se_resnet18", "MODEL.WEIGHTS", str(path), *options]
+    )
+
+
+def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_path):
+    text = "MODEL: {WEIGHTS: a.pth, WEIGHTS_PREFIX: encoder_q., WEIGHTS_HEAD: ignore}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    path = str(tmp_path / "config.yaml")
+    same = load_config(path, ["MODEL.WEIGHTS", "a.pth"]).MODEL
+    assert (same.WEIGHTS_PREFIX, same.WEIGHTS_HEAD) == ("encoder_q.", "ignore")
+    other = load_config(path, ["MODEL.WEIGHTS", "b.pth", "MODEL.WEIGHTS_PREFIX", "x"]).MODEL
+    assert (other.WEIGHTS_PREFIX, other.WEIGHTS_HEAD) == ("x", "strict")
+
+
+def _legacy(path):
+    """Write a file of timm's legacy_seresnet18, which has a pool in ceil mode."""
+    return save(peer("timm", "legacy_seresnet18"), path)
+
+
+@pytest.mark.long
+def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, caplog):
+    path = _legacy(tmp_path / "a.pth")
+    caplog.set_level("INFO", "senet_transfer")
+
+    cfg = _config(tmp_path, path)
+    apply_file_geometry(cfg)
+    assert cfg.MODEL.RESNETS.STEM_POOL == "ceil"  # inherited from configs/base
+    assert "as stated" not in caplog.text
+
+    text = "MODEL:\n  PIXEL_MEAN: [127.5, 127.5, 127.5]\n  RESNETS: {STEM_POOL: pad}\n"
+    options = ("MODEL.PIXEL_MEAN", str(_HALF), "MODEL.RESNETS.STEM_POOL", "pad")
+    for cfg in (_config(tmp_path, path, text), _config(tmp_path, path, "", *options)):
+        caplog.clear()
+        apply_file_geometry(cfg)
+        assert cfg.MODEL.PIXEL_MEAN == _HALF
+        assert cfg.MODEL.RESNETS.STEM_POOL == "pad"
+        assert "stem_pool is pad, as stated" in caplog.text
+        # The config.yaml of a run keeps this, although it contains all keys.
+        (tmp_path / "run.yaml").write_text(cfg.dump())
+        again = load_config(str(tmp_path / "run.yaml"))
+        assert again.MODEL.WEIGHTS_KEEP == cfg.MODEL.WEIGHTS_KEEP
+
+    cfg = _config(tmp_path, path, "", "MODEL.WEIGHTS_PIN", "True")
+    apply_file_geometry(cfg)
+    assert cfg.MODEL.RESNETS.STEM_POOL == "pad"  # as the comment in configs/base says
+    (tmp_path / "run.yaml").write_text(load_config("").dump())
+    assert load_config(str(tmp_path / "run.yaml")).MODEL.WEIGHTS_KEEP == []
+
+
+@pytest.mark.long
+def test_a_stated_mean_gives_the_logits_of_that_mean(tmp_path):
+    network = peer("torchvision", "resnet18")
+    path = save(network, tmp_path / "a.pth")
+    options = ["MODEL.PIXEL_MEAN", str(_HALF), "MODEL.PIXEL_STD", str(_HALF)]
+    found = find_model("resnet18", weights=str(path), options=options)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = network((image / 255 - 0.5) / 0.5)
+        logits = found.build().model({"image": image})
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.long
+def test_a_statement_that_contradicts_the_file_s_own_record_is_an_error(tmp_path):
+    backbone = create_backbone("se_resnet18", stem_pool="ceil", se_divisor=8)
+    save_weights(randomise(backbone), tmp_path / "own.pth")
+    options = ("MODEL.RESNETS.STEM_POOL", "pad")
+    with pytest.raises(UserError, match=r"Your config states.*(?s:.*)STEM_POOL: pad, but ceil"):
+        apply_file_geometry(_config(tmp_path, tmp_path / "own.pth", "", *options))
+    with pytest.raises(UserError, match="WEIGHTS_PIN is True"):
+        apply_file_geometry(
+            _config(tmp_path, tmp_path / "own.pth", "", "MODEL.WEIGHTS_PIN", "True")
+        )
+    with pytest.raises(UserError, match="stem_pool='pad' contradicts"):
+        create_backbone("se_resnet18", weights=tmp_path / "own.pth", stem_pool="pad")
+
+
+@pytest.mark.long
+def test_an_argument_wins_against_a_guess(tmp_path):
+    path = _legacy(tmp_path / "a.pth")
+    backbone = create_backbone("se_resnet18", weights=path, stem_pool="pad", se_relu_before=False)
+    assert backbone.stem.pool == "pad"
+    assert not backbone.res2[0].relu_before
+    assert create_backbone("se_resnet18", weights=path).stem.pool == "ceil"
+
+
+# What the publisher says.
+
+
+@pytest.mark.long
+def test_every_published_file_has_the_preprocessing_that_timm_states():
+    models = pytest.importorskip("timm").models
+    data = pytest.importorskip("timm.data")
+    differing = 0
+    for name, entry in load_catalogue().items():
+        if entry.family not in ("timm", "timm_legacy"):
+            continue
+        theirs = name.partition("/")[2]
+        theirs = f"legacy_{theirs}.in1k" if entry.family == "timm_legacy" else theirs
+        stated = models.get_pretrained_cfg(theirs).to_dict()
+        resolved = data.resolve_data_config(pretrained_cfg=stated)
+        transform = data.create_transform(**resolved)
+        ours = _published(entry)
+        assert ours.resize == transform.transforms[0].size, name
+        assert ours.crop == transform.transforms[1].size[0], name
+        assert ours.interpolation == resolved["interpolation"], name
+        assert ours.mean == pytest.approx([255 * value for value in resolved["mean"]]), name
+        assert ours.std == pytest.approx([255 * value for value in resolved["std"]]), name
+        differing += bool(entry.view)
+    assert differing == 31  # 30 of timm, and legacy_seresnet18
+
+
+def _published(entry: Entry) -> Preprocessing:
+    from dataclasses import replace
+
+    from senet_transfer.weights import FAMILIES
+
+    network = "inception_resnet_v2" if "inception" in entry.model else ""
+    architecture = Architecture((), False, 1, 64, False, (), 0, 1, True, 1000, network)
+    return replace(FAMILIES[entry.family].preprocessing(architecture), **entry.view)
+
+
+def test_a_published_file_is_known_by_its_name_and_hash(tmp_path, monkeypatch):
+    import hashlib
+
+    raw = _write(tmp_path / "x.pth").read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    path = tmp_path / f"resnet18-{digest}.pth"
+    path.write_bytes(raw)
+    view = {"resize": 168, "crop": 160}
+    entry = Entry("timm/x", "", path.name, digest, "timm", "resnet18", view=view)
+    monkeypatch.setitem(load_catalogue(), "timm/x", entry)
+    source = examine(path)
+    assert source.family.name == "timm"
+    assert source.preprocessing == Preprocessing(resize=168, crop=160, interpolation="bicubic")
+    assert source.lookalikes == ()
+    assert examine(path, "torchvision_v1").preprocessing == Preprocessing()
+    path.write_bytes(_write(tmp_path / "x.pth", epoch=3).read_bytes())
+    assert examine(path).family.name == "torchvision_v1"  # another file with this name
+
+
+# Other numbers of classes.
+
+
+def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
+    save_weights(create_classifier("cifar_resnet8", 8), tmp_path / "own.pth")
+    found = find_model(
+        "cifar_resnet8", weights=str(tmp_path / "own.pth"),
+        options=["MODEL.CLASSIFIER.NUM_CLASSES", "5"],
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        found.build()
+    first, _, rest = str(error.value).partition("\n")
+    assert "is a classifier for 8 classes, but the model has 5" in first
+    assert "linear.weight" in rest
