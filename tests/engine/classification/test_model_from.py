@@ -124,10 +124,10 @@ def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.model(x), expected(x))
-    # The user's preprocessing has precedence, but the file determines the network's geometry.
+    # The user's preprocessing has precedence over what the names of the file's tensors suggest.
     options = ["INPUT.CLASSIFICATION.TEST_RESIZE", "64", "INPUT.FORMAT", "BGR"]
     changed = find_model("resnet50", weights=path, options=options).build("cpu")
-    assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "RGB")
+    assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "BGR")
 
 
 @pytest.mark.long
