@@ -69,8 +69,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
     )
     assert "detect the same" in said
     # The checkpoint is the start of another run, whose config takes its format.
-    other = {"MODEL.WEIGHTS": weights, "OUTPUT_DIR": str(tmp_path / "other")}
-    cfg = setup(command(**{**SHORT, "INPUT.FORMAT": "BGR", **other}))
+    cfg = setup(command(**{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": str(tmp_path / "other")}))
     assert (cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN)) == ("L", channels)
 
 
