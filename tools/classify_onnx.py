@@ -12,20 +12,47 @@ import onnxruntime
 from PIL import Image
 
 
-def load(image_file: str, preprocessing: dict, size: int) -> np.ndarray:
-    """Load an image, resize its shorter side and take the central crop.
+def resized(image: Image.Image, resize: int, mode: str) -> tuple[int, int]:
+    """Return the width and height to which torchvision resizes an image."""
+    if mode == "squash":
+        return resize, resize
+    short, long = sorted(image.size)
+    length = int(resize * long / short)
+    return (resize, length) if image.width <= image.height else (length, resize)
+
+
+def load(
+    image_file: str, preprocessing: dict, size: tuple[int, int], mode: str = "short_side"
+) -> np.ndarray:
+    """Load an image, resize it and take the crops of the evaluation.
+
+    Args:
+        image_file: Path of the image.
+        preprocessing: The file's metadata of this name.
+        size: Height and width of the model's input.
+        mode: The file's metadata of this name: "short_side" and "squash" take the central crop;
+            "ten_crop" takes five crops of the image and of its mirror image.
 
     Returns:
-        Pixels in [0, 255], float32 ``(3, size, size)``.
+        Pixels in [0, 255], float32 ``(crops, 3, *size)``.
     """
     image = Image.open(image_file).convert("RGB")
-    scale = preprocessing["resize"] / min(image.size)
-    width, height = (max(size, int(side * scale)) for side in image.size)
+    height, width = size
     method = Image.Resampling[preprocessing["interpolation"].upper()]
-    image = image.resize((width, height), method)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image, np.float32).transpose(2, 0, 1)
+    image = image.resize(resized(image, max(preprocessing["resize"], *size), mode), method)
+    right, bottom = image.width - width, image.height - height
+    corners = [(round(right / 2), round(bottom / 2))]
+    if mode == "ten_crop":
+        corners += [(0, 0), (right, 0), (0, bottom), (right, bottom)]
+    images = [image]
+    if mode == "ten_crop":
+        images.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    crops = [
+        np.asarray(view.crop((left, top, left + width, top + height)), np.float32)
+        for view in images
+        for left, top in corners
+    ]
+    return np.stack(crops).transpose(0, 3, 1, 2)
 
 
 def main(model_file: str, *image_files: str) -> None:
@@ -34,10 +61,11 @@ def main(model_file: str, *image_files: str) -> None:
     # The exported network includes the channel order and the normalisation.
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing, classes = (json.loads(metadata[key]) for key in ("preprocessing", "classes"))
-    size = session.get_inputs()[0].shape[-1]
+    mode = json.loads(metadata.get("mode", '"short_side"'))
+    height, width = session.get_inputs()[0].shape[-2:]
     for image_file in image_files:
-        images = load(image_file, preprocessing, size)[None]
-        (logits,) = session.run(None, {"images": images})[0]
+        images = load(image_file, preprocessing, (height, width), mode)
+        logits = session.run(None, {"images": images})[0].mean(0)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = np.argsort(-shares)[:5]

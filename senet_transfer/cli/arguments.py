@@ -1,6 +1,7 @@
 """Argument parsers shared by several commands, including the parser for training."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -99,6 +100,13 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_detectron2_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
+        "--classes",
+        default="",
+        metavar="numeric|FILE",
+        help="order of a classifier's labels: class folders sorted as numbers, or a file with one "
+        "class name per line; default: sorted by name. The classes of a checkpoint have priority",
+    )
+    parser.add_argument(
         "--iou-types",
         metavar="TYPES",
         help="IoU types of a detector's diagnostics: bbox, segm or bbox,segm (TEST.DIAGNOSTICS)",
@@ -139,6 +147,9 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
     hide_library_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of an image may contain characters that the terminal can't show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.engine.launch import run_single

@@ -41,19 +41,50 @@ def _folder_parser() -> argparse.ArgumentParser:
         "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
-    parser.add_argument(
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument(
         "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
+    )
+    order.add_argument(
+        "--classes",
+        metavar="numeric|FILE",
+        help="order of the labels: class folders sorted as numbers, or a file with one class name "
+        "per line; default: sorted by name",
     )
     return parser
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_folder
     from senet_transfer.data.shards.manifest import load_manifest
 
-    like = load_manifest(str(args.classes_from)) if args.classes_from else None
-    images = open_folder(args.source, like.classes if like else None, skip_empty=args.skip_broken)
+    classes = choose_classes(args.classes, args.source) if args.classes else None
+    if args.classes_from:
+        classes = load_manifest(str(args.classes_from)).classes
+    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
+
+
+def _manifest_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write manifest.json and indices next to shards that another program has "
+        "written in webdataset's layout. Such shards are usable without them, but are then counted "
+        "at each start."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="file with one class name per line; default: numbers"
+    )
+    return parser
+
+
+def _write_manifest(args: argparse.Namespace) -> None:
+    from senet_transfer.data.images.class_names import read_class_list
+    from senet_transfer.data.shards.scan import write_manifest
+
+    classes = read_class_list(args.classes) if args.classes else None
+    manifest = write_manifest(args.folder, classes)
+    print(f"{args.folder}: {manifest.samples} images in {len(manifest.shards)} shards")
 
 
 def _cifar_parser() -> argparse.ArgumentParser:
@@ -225,6 +256,7 @@ PREPARATIONS = {
     "check": Preparation(_check_parser, _check),
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
+    "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
 }

@@ -48,7 +48,8 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add(
         "--predictions",
         default="",
-        help="CSV file to write, with the key, label and five most probable classes of each image",
+        help="CSV file to write, with the key, label, five most probable classes and path of each "
+        "image",
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add_running_arguments(parser)

@@ -44,6 +44,7 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
         config_file=args.config_file,
         options=options,
         datasets=tuple(map(tuple, args.dataset)),
+        classes=args.classes,
         resume=args.resume,
         eval_only=args.eval_only,
         deterministic=args.deterministic,

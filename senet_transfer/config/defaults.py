@@ -160,8 +160,8 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
-    # If True, a detector's training images are enlarged with OpenCV instead of Pillow, which is
-    # three times as fast but changes pixel values by up to 1. Evaluation always uses Pillow.
+    # If True, a detector's training images are enlarged with PyTorch instead of Pillow, which is
+    # over twice as fast but changes pixel values by up to 1. Evaluation always uses Pillow.
     cfg.INPUT.FAST_RESIZE = False
 
 

@@ -23,6 +23,15 @@ from senet_transfer.config.defaults import (
 from senet_transfer.config.validation import check_elements
 from senet_transfer.errors import UserError
 
+# Keys in epochs, whose values may be whole numbers or fractions.
+_IN_EPOCHS = {
+    "SOLVER.CHECKPOINT_EPOCHS",
+    "SOLVER.EPOCHS",
+    "SOLVER.FROZEN_BN_EPOCHS",
+    "SOLVER.WARMUP_EPOCHS",
+    "TEST.EVAL_EPOCHS",
+}
+
 
 def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load this project's defaults, merge a config file into them, then apply the options.
@@ -62,6 +71,9 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
+        for key in _IN_EPOCHS.intersection(options[::2]):
+            # yacs would reject 0.5 if a config file has a whole number.
+            set_config_value(cfg, key, None)
         for key, value in zip(options[::2], options[1::2], strict=True):
             _check_list("the command line", key, config_value(cfg, key), value)
         _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))

@@ -27,6 +27,11 @@ class RawSample:
     data: bytes
     origin: str
 
+    @property
+    def path(self) -> str:
+        """Path of the image, which for an image in a shard ends with its key."""
+        return f"{self.origin}/{self.key}" if self.origin.endswith(".tar") else self.origin
+
 
 def make_key(name: str, index: int) -> str:
     """Build a unique sample key from an image's path and its index in the image list.

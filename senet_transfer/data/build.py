@@ -6,11 +6,13 @@ All config keys for classification data are read in this module.
 import functools
 import os
 import re
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from senet_transfer.data.base import ClassificationDataset
+from senet_transfer.data.cifar.image_files import split_path
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.cifar.loader import CifarEvalLoader, CifarTrainLoader
 from senet_transfer.data.cifar.open import NAMES, cifar_name, is_prepared, open_cifar
@@ -21,6 +23,8 @@ from senet_transfer.data.classification.loader import (
     build_classification_train_loader,
 )
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.class_names import match_names
+from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
@@ -29,12 +33,16 @@ SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
 AUGMENTS = ("region", "pad_crop")
 
 
-def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+def use_classification_datasets(
+    cfg: CfgNode, *, eval_only: bool = False, classes: str = ""
+) -> None:
     """Open the data sets in the config, and store their absolute paths and classes in it.
 
     Args:
         cfg: Config, modified in place.
         eval_only: Open only the data sets in ``DATASETS.TEST``.
+        classes: Order of the labels: "numeric", or the path of a file with one class name per line.
+            If empty, ``DATASETS.CLASSES`` or, by default, the order of the data is used.
 
     Raises:
         UserError: If a data set is missing or damaged, or the data sets have different classes.
@@ -57,11 +65,58 @@ def use_classification_datasets(cfg: CfgNode, *, eval_only: bool = False) -> Non
     if not eval_only:
         cfg.DATASETS.TRAIN = tuple(find_dataset(name) for name in cfg.DATASETS.TRAIN)
     cfg.DATASETS.TEST = tuple(find_dataset(name) for name in cfg.DATASETS.TEST)
+    if classes:
+        first = cfg.DATASETS.TEST[0] if eval_only else cfg.DATASETS.TRAIN[0]
+        cfg.DATASETS.CLASSES = choose_classes(classes, _class_folders(cfg, first, eval_only))
     if not eval_only:
         cfg.DATASETS.CLASSES = list(open_train_dataset(cfg).classes)
+        if len(cfg.DATASETS.CLASSES) == 1:
+            raise UserError(
+                f"{cfg.DATASETS.TRAIN[0]} has a single class, {cfg.DATASETS.CLASSES[0]}; expected "
+                "two or more, because a classifier with one class is always right and learns "
+                "nothing. Pass the folder that contains the class folders."
+            )
     for name in cfg.DATASETS.TEST:
         cfg.DATASETS.CLASSES = list(open_test_dataset(cfg, name).classes)
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(cfg.DATASETS.CLASSES)
+
+
+def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:
+    """Return the path of the folder that contains a data set's class folders."""
+    path = Path(name)
+    if in_memory(cfg) and path.is_dir():
+        return split_path(path, "test" if eval_only else "train") or path
+    return path
+
+
+def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False) -> bool:
+    """Set the order of the classes in a config if its data sets can be labelled in that order.
+
+    Args:
+        cfg: Config after :func:`use_classification_datasets`.
+        classes: Class names, which are those of the data sets in another order, or more.
+        eval_only: Ignore the training data.
+
+    Returns:
+        False if the data sets have other classes or fixed labels, such as those of shards. The
+        config is not changed in this case.
+    """
+    found = list(cfg.DATASETS.CLASSES)
+    if len(match_names(found, classes)) < len(found):
+        return False
+    ordered = cfg.clone()
+    ordered.defrost()
+    ordered.DATASETS.CLASSES = list(classes)
+    try:
+        if not eval_only:
+            open_train_dataset(ordered)
+        for name in cfg.DATASETS.TEST:
+            open_test_dataset(ordered, name)
+    except UserError:
+        return False
+    cfg.DATASETS.CLASSES = list(classes)
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(classes)
+    return True
 
 
 def _check_augment(cfg: CfgNode) -> None:

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from senet_transfer.config import META_ARCHITECTURE, get_senet_config
+from senet_transfer.config import META_ARCHITECTURE, get_senet_config, is_classification
 from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
@@ -103,6 +103,7 @@ class ModelSource:
         cfg.defrost()
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
         use_available_device(cfg, logger)
+        _check_class_count(cfg, found.config_file)
         check_input(cfg)
         if source is None:
             return LoadedModel(set_memory_format(cfg, build_model(cfg)).eval(), cfg)
@@ -111,6 +112,17 @@ class ModelSource:
             model = set_memory_format(cfg, build_model(cfg))
         load_source(model, source, exact=True)
         return LoadedModel(model.eval(), cfg, source.family.name)
+
+
+def _check_class_count(cfg: CfgNode, config_file: str) -> None:
+    """Raise a UserError if a classifier has another number of outputs than class names."""
+    names, count = len(cfg.DATASETS.CLASSES), cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    if is_classification(cfg) and names and names != count:
+        raise UserError(
+            f"DATASETS.CLASSES has {names} names, but MODEL.CLASSIFIER.NUM_CLASSES is {count} "
+            f"({config_file or 'the config'}); expected one name per output of the model. Use the "
+            "config.yaml that training wrote next to the weights, or correct one of the keys."
+        )
 
 
 def find_model(

@@ -1,10 +1,12 @@
 """Config checks before the start of a run."""
 
+import copy
 import difflib
 import logging
 import os
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -13,6 +15,7 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
 )
 from detectron2.utils import comm
+from torch import nn
 
 from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.validation import check_input, check_ranges
@@ -195,6 +198,41 @@ def _check_norms(cfg: CfgNode) -> None:
             f"SyncBN needs GPUs, but this run has {processes} processes on the CPU. Set "
             f"{', '.join(synced)} to GN or BN."
         )
+
+
+def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
+    """Check that a classifier's batch norms have more than one value per channel in training.
+
+    With one image per forward pass and a last feature map of one pixel, the variance is undefined.
+
+    Args:
+        cfg: The run's config.
+        model: The classifier in training mode. It is not changed.
+
+    Raises:
+        UserError: If a batch norm would be given a single value per channel.
+    """
+    share = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // cfg.SOLVER.MICRO_BATCHES
+    if not is_classification(cfg) or share > 1:
+        return
+    side = cfg.INPUT.CLASSIFICATION.CROP
+    try:
+        # On the device "meta", only shapes are computed.
+        copy.deepcopy(model.backbone).to("meta")(
+            torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), side, side, device="meta")
+        )
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"Batch norm needs more than one value per channel, but with one image per forward "
+                f"pass and INPUT.CLASSIFICATION.CROP {side}, the last feature map has a single "
+                f"pixel (SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for "
+                f"{comm.get_world_size()} processes, SOLVER.MICRO_BATCHES is "
+                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch, a "
+                "larger crop, or MODEL.RESNETS.NORM GN or FrozenBN."
+            ) from error
+    except (RuntimeError, NotImplementedError):
+        logger.debug("The shapes of the network can't be computed.", exc_info=True)
 
 
 def _check_solver(cfg: CfgNode) -> None:

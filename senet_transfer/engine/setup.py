@@ -71,6 +71,7 @@ class RunOptions:
             default config is used.
         options: Alternating config keys and values that override the config file.
         datasets: COCO-format data sets to register, each as (name, JSON file, image folder).
+        classes: Order of a classifier's labels: "numeric", or a file with one class name per line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
         deterministic: If True, set the key ``DETERMINISTIC``.
@@ -81,6 +82,7 @@ class RunOptions:
     config_file: str = ""
     options: Sequence[str] = ()
     datasets: Sequence[Sequence[str]] = ()
+    classes: str = ""
     resume: bool = False
     eval_only: bool = False
     deterministic: bool = False
@@ -172,8 +174,13 @@ def _prepare(options: RunOptions) -> CfgNode:
     resolve_auto(cfg, before)
     cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *map(list, options.datasets)]
     if is_classification(cfg):
-        use_classification_datasets(cfg, eval_only=eval_only)
+        use_classification_datasets(cfg, eval_only=eval_only, classes=options.classes)
     else:
+        if options.classes:
+            raise UserError(
+                f"--classes is {options.classes}, but it is only supported for classifiers. The "
+                "classes of a detector are those of its JSON files. Remove --classes."
+            )
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
@@ -184,7 +191,7 @@ def _prepare(options: RunOptions) -> CfgNode:
     if source:
         apply_file_geometry(cfg, source)
         names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-        use_trained_classes(cfg, source, names, keeps=eval_only or resume)
+        use_trained_classes(cfg, source, names, keeps=eval_only or resume, eval_only=eval_only)
     if before:
         check_changes(cfg, before)
     if not (resume or eval_only):

@@ -1,5 +1,6 @@
 """Entry point for training and evaluation runs."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from senet_transfer.engine.results import (
 from senet_transfer.engine.setup import RunOptions, resumes, setup
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.errors import RunError, UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.progress import no_bars
 from senet_transfer.utils.read_once import read_once
@@ -41,6 +43,7 @@ def main(options: RunOptions) -> None:
         UserError: If the run can't start with these options.
         RunError: If the run fails for a reason other than a bug, such as a non-finite loss.
     """
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_has_traceback)
     with no_bars(options.quiet):
         with read_once():
             cfg = setup(options)
@@ -55,6 +58,11 @@ def main(options: RunOptions) -> None:
             print(f"\n{_summary(cfg, results, loaded)}", flush=True)
         if options.eval_only:  # Trainer.train verifies the results of a training run.
             verify_results(cfg, results)
+
+
+def _has_traceback(record: logging.LogRecord) -> bool:
+    """Return False for errors whose message is printed when the run ends, without a traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | RunError))
 
 
 def _summary(cfg: CfgNode, results: dict[str, Any], loaded: Trainer | nn.Module) -> str:
@@ -86,7 +94,7 @@ def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
 def _train(trainer: Trainer) -> dict[str, Any]:
     with stop_at_step_end():
         trainer.train()
-    training = {"iterations": trainer.iter}
+    training: dict[str, Any] = {"iterations": trainer.iter}
     if trainer.timer.steps:
         training["seconds_per_iteration"] = trainer.timer.seconds / trainer.timer.steps
     return {**trainer.results, "training": training}

@@ -36,6 +36,7 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.numerics import set_memory_format, settings
+from senet_transfer.engine.run_checks import check_batch_norms
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
@@ -79,6 +80,8 @@ class Trainer(DefaultTrainer):
         periodic_writers: The hooks that write metrics.
     """
 
+    iter: int
+
     def __init__(self, cfg: CfgNode):
         """
         Args:
@@ -95,6 +98,7 @@ class Trainer(DefaultTrainer):
         self.step_seed = hooks.StepSeed(cfg.SEED)
         with config_errors("model"), weights_follow():
             model = self.build_model(cfg)
+        check_batch_norms(cfg, model)
         with config_errors("optimizer"):
             optimizer = self.build_optimizer(cfg, model)
         with config_errors("data loader"):
@@ -225,6 +229,8 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """Run the hooks or, if training was interrupted, only flush the metric writers."""
+        # Detectron2 counts an iteration after its loop even if a resumed run was complete.
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))
         if self.iter >= self.max_iter:
             super().after_train()
             return

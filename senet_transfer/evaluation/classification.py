@@ -93,9 +93,10 @@ class Evaluation:
         }
 
     def write_predictions(self, path: str) -> None:
-        """Write a CSV file with one row per image: key, label, class name and top classes.
+        """Write a CSV file with one row per image: key, label, class name, top classes and path.
 
-        If the logits were kept, they are also written.
+        If the logits were kept, they are also written. The encoding is UTF-8, except that paths
+        which are not UTF-8 consist of the same bytes as on disk.
 
         Raises:
             UserError: If the file can't be written.
@@ -104,8 +105,9 @@ class Evaluation:
         header = ["key", "label", "class", *(f"top{place}" for place in range(1, top + 1))]
         if self.predictions and "logits" in self.predictions[0]:
             header += [f"logit{label}" for label in range(len(self.classes))]
+        header.append("path")
         try:
-            with open(path, "w", newline="") as file:
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(header)
                 for row in self.predictions:
@@ -113,7 +115,7 @@ class Evaluation:
                     logits = [f"{value:.9g}" for value in row.get("logits", ())]
                     label = row["label"]
                     best = [row["key"], label, self.classes[label], *row["top"]]
-                    writer.writerow(best + logits)
+                    writer.writerow([*best, *logits, row["path"]])
         except OSError as error:
             raise UserError(f"Cannot write predictions to {path}: {error}.") from error
 

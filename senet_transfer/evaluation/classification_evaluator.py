@@ -98,6 +98,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         probabilities = logits.softmax(1).amax(1).tolist()
         for row, key in enumerate(inputs["key"]):
             entry = {"key": key, "index": inputs["index"][row], "label": int(labels[row])}
+            entry["path"] = inputs["path"][row] if "path" in inputs else key
             entry |= {"top": best[row].tolist(), "probability": probabilities[row]}
             if self.keep_logits:
                 entry["logits"] = logits[row].tolist()

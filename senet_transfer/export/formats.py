@@ -54,6 +54,7 @@ def export_network(
     preprocessing: Preprocessing,
     size: tuple[int, int],
     classes: Sequence[str] = (),
+    mode: str = "short_side",
 ) -> float:
     """Export a network with folded batch norms, and compare the exported file with the network.
 
@@ -68,6 +69,9 @@ def export_network(
             of the exported network, and all settings are written to the file's metadata.
         size: The image height and width in pixels.
         classes: The class names for the metadata.
+        mode: The evaluation mode for the metadata; see
+            :class:`~senet_transfer.data.images.transforms.EvalTransform`. The logits of several
+            crops are averaged by the program that runs the file.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.
@@ -91,6 +95,7 @@ def export_network(
     metadata = {
         "preprocessing": json.dumps(asdict(preprocessing)),
         "classes": json.dumps(list(classes)),
+        "mode": json.dumps(mode),
     }
     write = {"onnx": _write_onnx, "torch_export": _write_exported, "torchscript": _write_traced}
     with torch.no_grad(), quiet():

@@ -61,6 +61,7 @@ def export_model(
             preprocessing=preprocessing,
             size=(size[0], size[-1]),
             classes=() if backbone_only else cfg.DATASETS.CLASSES,
+            mode=cfg.INPUT.CLASSIFICATION.TEST_MODE if is_classification(cfg) else "short_side",
         )
         return f"Compared with the eager network: the largest relative difference is {worst:.1e}."
     if form != "torchscript":

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 import types
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmark import gpu_archive
 from benchmark.gpu import run
@@ -187,3 +190,10 @@ def test_a_dependency_that_is_neither_packed_nor_provided_is_an_error(tmp_path, 
 def test_a_package_without_a_wheel_is_an_error(tmp_path):
     with pytest.raises(gpu_archive.PackError, match="There is no wheel of .*yacs"):
         gpu_archive.check_wheels(tmp_path)
+
+
+def test_every_dependency_of_the_project_is_packed_or_provided():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {canonicalize_name(Requirement(word).name) for word in project["dependencies"]}
+    assert names <= {canonicalize_name(n) for n in (*gpu_archive.PACKED, *gpu_archive.PROVIDED)}
+    assert {canonicalize_name(name) for name in gpu_archive.PACKED} <= gpu_archive.pins().keys()

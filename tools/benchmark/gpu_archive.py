@@ -34,8 +34,8 @@ LIMIT = 45_000_000  # bytes
 PACKED = (
     "antlr4-python3-runtime", "braceexpand", "execnet", "faster-coco-eval", "fsspec", "fvcore",
     "hydra-core", "hypothesis", "iniconfig", "iopath", "omegaconf", "pluggy", "portalocker",
-    "pycocotools", "pytest", "pytest-xdist", "setuptools", "simplejpeg", "sortedcontainers",
-    "tabulate", "termcolor", "timm", "webdataset", "yacs",
+    "pycocotools", "pytest", "pytest-xdist", "setuptools", "shapely", "simplejpeg",
+    "sortedcontainers", "tabulate", "termcolor", "timm", "webdataset", "yacs",
 )  # fmt: skip
 # Packages without wheels. They contain only Python code, so any Python version can build them.
 BUILT = ("antlr4-python3-runtime", "fvcore", "iopath")

@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
+from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import load_plain
 
@@ -200,7 +201,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             name = member.name.rpartition("/")[2]
             if name in wanted and member.isfile():
                 files[name] = read_member(archive, member, _MAX_BYTES)
-            elif not files and name.lower().endswith((".jpg", ".jpeg", ".png")):
+            elif not files and is_image_name(name):
                 break  # an archive of images, which may be large
     return files
 

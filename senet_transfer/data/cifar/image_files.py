@@ -8,11 +8,11 @@ import torch
 
 from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
+from senet_transfer.data.images.class_names import check_encoding, match_names, sort_by_name
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2")
 
@@ -63,11 +63,15 @@ def split_path(folder: Path, split: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
+def read_images(
+    path: Path, *, classes: list[str] | None = None, quiet: bool = False
+) -> ImageArrays:
     """Read a split's images, sorted by class and file name.
 
     Args:
         path: Folder or archive with one folder per class.
+        classes: Class names in label order, including those of all class folders. None to sort
+            the names of the class folders.
         quiet: Do not show a progress bar.
 
     Raises:
@@ -80,21 +84,28 @@ def read_images(path: Path, *, quiet: bool = False) -> ImageArrays:
     ]
     if not found:
         raise UserError(
-            f"{path} contains no images ({', '.join(SUFFIXES)}) in one folder per class. Pass the "
-            "folder that contains the splits."
+            f"{path} contains no images in one folder per class; expected files such as .png or "
+            ".jpg. Pass the folder that contains the splits."
         )
     found.sort(key=lambda row: row[:2])
-    classes = sorted({group for group, _, _ in found})
+    groups = {group for group, _, _ in found}
+    check_encoding(groups, path)
+    matches = match_names(groups, classes or ())
+    if classes is None or len(matches) < len(groups):
+        classes = sort_by_name(groups, path)
+        matches = match_names(groups, classes)
     label_of = {group: label for label, group in enumerate(classes)}
     images = torch.from_numpy(np.stack([pixels for _, _, pixels in found]))
-    labels = torch.tensor([label_of[group] for group, _, _ in found])
+    labels = torch.tensor([label_of[matches[group]] for group, _, _ in found])
     return ImageArrays(images.permute(0, 3, 1, 2).contiguous(), labels, classes, str(path))
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str, bytes]]:
-    for group in (entry for entry in folder.iterdir() if entry.is_dir()):
+    for group in (
+        entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+    ):
         for path in group.iterdir():
-            if path.suffix.lower() in SUFFIXES:
+            if is_image_name(path.name):
                 yield group.name, path.name, path.read_bytes()
 
 
@@ -103,7 +114,7 @@ def _in_archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.
             name = PurePosixPath(member.name)
-            if member.isfile() and name.suffix.lower() in SUFFIXES:
+            if member.isfile() and is_image_name(member.name):
                 yield name.parent.name, name.name, read_member(archive, member, _MAX_BYTES)
 
 

@@ -54,7 +54,7 @@ def open_cifar(
     Raises:
         UserError: If the data has an unsupported format, is damaged, or has different classes.
     """
-    data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split)
+    data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split, classes)
     if data is None:
         role = {"train": "train_standard", "test": "val"}[split]
         data = decode_all(open_dataset(path, split=role, classes=classes, cache_dir=cache_dir))
@@ -75,7 +75,7 @@ def is_prepared(path: str | Path) -> bool:
     return str(path).endswith(_PREPARED)
 
 
-def _open_split(path: Path, split: str) -> ImageArrays | None:
+def _open_split(path: Path, split: str, classes: list[str] | None) -> ImageArrays | None:
     """Open data in a format specific to small images; return None for other formats."""
     if is_prepared(path):
         return load_images(path)
@@ -88,7 +88,7 @@ def _open_split(path: Path, split: str) -> ImageArrays | None:
     if splits is not None:
         return splits[split]
     images = split_path(path, split)
-    return read_images(images) if images else None
+    return read_images(images, classes=classes) if images else None
 
 
 class ArrayDataset(SingleImages):

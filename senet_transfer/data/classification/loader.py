@@ -322,7 +322,8 @@ class _EvalBatches(IterableDataset):
             stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
                 places = list(range(first, first + len(samples)))
-                yield {**self._batch(samples, process), "index": places}
+                paths = [sample.path for sample in samples]
+                yield {**self._batch(samples, process), "index": places, "path": paths}
                 first += len(samples)
         except UserError as error:
             yield error

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages
+from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages, make_key
 from senet_transfer.data.images import places365
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.listing import Images
@@ -27,6 +27,7 @@ from senet_transfer.data.shards.manifest import (
     load_manifest,
     parse_index,
 )
+from senet_transfer.data.shards.scan import FOREIGN, find_shards, scan_shards
 from senet_transfer.data.shards.storage import (
     RemoteOptions,
     is_remote,
@@ -61,7 +62,12 @@ class ShardDataset(ClassificationDataset):
     """Data set of tar shards with a manifest. Each shard is a unit."""
 
     def __init__(
-        self, manifest: Manifest, base: str, storage: RemoteOptions, cache: ShardCache | None = None
+        self,
+        manifest: Manifest,
+        base: str,
+        storage: RemoteOptions,
+        cache: ShardCache | None = None,
+        indices: Sequence[np.ndarray] = (),
     ):
         """
         Args:
@@ -70,16 +76,23 @@ class ShardDataset(ClassificationDataset):
             storage: Options for reading remote files.
             cache: Cache for local copies of remote shards; None to read the shards without copying
                 them.
+            indices: Index of each shard; empty to read them from files when they are needed.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
         self.manifest = manifest
         self.storage = storage
         self.cache = cache
+        self._indices = dict(enumerate(indices))
 
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
         shard = self.manifest.shards[unit]
         url = self._place(shard)
+        if self.manifest.plan == FOREIGN:
+            first = int(self._ends[unit]) - shard.samples
+            for index in range(first + skip, first + shard.samples):
+                yield self.read_sample(index)
+            return
         with open_stream(url, self.storage, shard.bytes) as stream:
             samples = read_shard(stream, url, samples=shard.samples, num_classes=self.num_classes)
             yield from islice(samples, skip, None)
@@ -105,16 +118,15 @@ class ShardDataset(ClassificationDataset):
                 f"{url} contains no image of {size} bytes at offset {offset}: found {found}. The "
                 "shard does not match its index. Prepare the data again."
             )
+        if self.manifest.plan == FOREIGN:
+            # The header of a long name contains only its beginning, so the index makes it unique.
+            return RawSample(make_key(header.name, index), label, data[block:], url)
         check_member(header.name, url)
         return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.unit_sizes)
-
-    @functools.cached_property
-    def _indices(self) -> dict[int, np.ndarray]:
-        return {}
 
     def _index(self, unit: int) -> np.ndarray:
         if unit not in self._indices:
@@ -146,6 +158,7 @@ def open_dataset(
     - a folder of shards or its manifest.json, given as a local path or a remote address
       (`http(s)://`, `s3://` and other object stores);
     - individual shards in such a folder, given as the path of a `.tar` file or a glob pattern;
+    - local shards of webdataset without a manifest, which are read once to count their samples;
     - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
       or archive (`val_256.tar`) next to the lists;
     - a folder with one folder per class.
@@ -197,18 +210,30 @@ def _open_local(
     if path.name == MANIFEST:
         path = path.parent
     if (path / MANIFEST).is_file():
-        return ShardDataset(load_manifest(str(path), storage), str(path), storage)
+        manifest = load_manifest(str(path), storage)
+        _check_shards(manifest, path)
+        return ShardDataset(manifest, str(path), storage)
     if path.suffix == ".tar" and (path.parent / MANIFEST).is_file():
         names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
-        return _some_shards(str(path.parent), names, storage, None)
-    if not path.exists():
+        shards = _some_shards(str(path.parent), names, storage, None)
+        _check_shards(shards.manifest, path.parent)
+        return shards
+    matches = [Path(name) for name in sorted(glob.glob(str(path)))] if not path.exists() else []
+    if not path.exists() and not matches:
         raise UserError(
             f"{path} does not exist; expected a folder or archive of images, or shards. Check the "
             "path."
         )
-    dataset = _open_places365(path, split, size)
+    dataset = None if matches else _open_places365(path, split, size)
     if dataset is not None:
         return dataset
+    if path.is_dir():
+        matches = find_shards(path)
+    elif path.suffix == ".tar":
+        matches = matches or [path]
+    if matches:
+        manifest, indices = scan_shards(matches, classes)
+        return ShardDataset(manifest, str(matches[0].parent), storage, indices=indices)
     if not path.is_dir():
         raise UserError(
             f"{path} has an unsupported format; expected a shard with {MANIFEST} in the same "
@@ -216,6 +241,17 @@ def _open_local(
             "folder. Create shards with datasets/prepare_places365.py or prepare_folder.py."
         )
     return ImageDataset(open_folder(path, classes))
+
+
+def _check_shards(manifest: Manifest, folder: Path) -> None:
+    """Raise a UserError if local shards are missing, which training would find only later."""
+    missing = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
+    if missing:
+        raise UserError(
+            f"Cannot open {folder / missing[0]}: {len(missing)} of {len(manifest.shards)} shards "
+            f"listed in {MANIFEST} are missing: {first_of(missing, 5)}. Copy them again, or run "
+            "the preparation again."
+        )
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:

@@ -1,14 +1,15 @@
 """Faster decoding and resizing of a detector's images than in Detectron2.
 
 Decoding with simplejpeg returns the same pixels as Pillow, because both bundle libjpeg-turbo.
-Enlarging with OpenCV returns slightly different pixels, and is therefore an option for training.
+Enlarging with PyTorch returns slightly different pixels, and is therefore an option for training.
 """
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import simplejpeg
+import torch
+import torch.nn.functional as F
 from detectron2.data import transforms as T
 from PIL import Image
 
@@ -48,11 +49,12 @@ def turn_upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
 
 
 class FastResize(T.ResizeTransform):
-    """Detectron2's `ResizeTransform` that enlarges images with OpenCV.
+    """Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 
     The values differ from Pillow's by at most one grey level, because both interpolate linearly.
-    Pillow is used for images that become smaller, which OpenCV does not smooth, for other
-    interpolations, and for images that are not uint8 `(H, W, C)`.
+    Pillow is used for images that become smaller, where it is faster, for other interpolations, and
+    for images that are not uint8 `(H, W, C)`. OpenCV is avoided because its threads do not survive
+    the fork of a worker process, which would wait for them forever.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
@@ -62,8 +64,11 @@ class FastResize(T.ResizeTransform):
         grows = self.new_h >= self.h and self.new_w >= self.w
         if not (bilinear and grows and img.dtype == np.uint8 and img.ndim == 3):
             return super().apply_image(img, interp)
-        found = cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
-        return found.reshape(self.new_h, self.new_w, img.shape[2])
+        image = torch.from_numpy(np.array(img.transpose(2, 0, 1), order="C"))[None]
+        size = (self.new_h, self.new_w)
+        found = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        # The mapper returns images (C, H, W), so that the layout of the result saves a copy.
+        return found[0].permute(1, 2, 0).numpy()
 
 
 class FastResizeShortestEdge(T.ResizeShortestEdge):

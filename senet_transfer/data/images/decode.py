@@ -9,6 +9,7 @@ and torchvision. Training decodes JPEG images with simplejpeg, which is three ti
 packages bundle libjpeg-turbo and return identical pixels.
 """
 
+import functools
 import io
 import warnings
 from collections.abc import Sequence
@@ -18,9 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-# Formats that Pillow is allowed to open. Some of its other plugins run external programs or are
-# rarely tested.
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+from senet_transfer.data.images.file_types import FORMATS
 
 # Limits memory use: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 100_000_000
@@ -105,7 +104,7 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns about palettes, metadata and sizes. Relevant problems raise exceptions.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
             return to_8_bit(image, value_range, data).convert("RGB")
@@ -113,6 +112,13 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Return the formats that Pillow is allowed to open, without those of later versions."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encode_exact(image: Image.Image) -> bytes:

@@ -6,9 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from senet_transfer.data.images.listing import Images, find_listed_images, is_image_name
+from senet_transfer.data.images.class_names import (
+    NUMERIC,
+    check_encoding,
+    match_names,
+    read_class_list,
+    sort_by_name,
+    sort_by_number,
+)
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
+
+# Names of folders that contain the class folders of a split.
+_SPLITS = {"test", "testing", "train", "training", "val", "valid", "validation"}
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +59,8 @@ def open_folder(
         )
     if not any(by_class.values()):
         raise UserError(
-            f"No images found in {root}; expected .jpg or .png files in one folder per class."
+            f"No images found in {root}; expected image files, such as .jpg or .png, in one "
+            "folder per class."
         )
     found = sorted(folder for folder, images in by_class.items() if images)
     empty = sorted(set(by_class).difference(found))
@@ -56,8 +69,11 @@ def open_folder(
             f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
             "depend on whether these folders are classes. Remove the folders or add images."
         )
-    classes = found if classes is None else list(classes)
-    unknown = sorted(set(found).difference(classes))
+    check_encoding(found, root)
+    _check_splits(found, root, classes)
+    classes = sort_by_name(found, root) if classes is None else list(classes)
+    matches = match_names(found, classes)
+    unknown = sorted(set(found).difference(matches))
     if unknown:
         raise UserError(
             f"{len(unknown)} folders in {root} are not among the {len(classes)} expected classes: "
@@ -65,21 +81,64 @@ def open_folder(
         )
     label_of = {name: label for label, name in enumerate(classes)}
     names = [name for folder in found for name in by_class[folder]]
-    labels = np.array([label_of[folder] for folder in found for _ in by_class[folder]], np.int32)
+    labels = np.array(
+        [label_of[matches[folder]] for folder in found for _ in by_class[folder]], np.int32
+    )
     return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
+
+
+def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> None:
+    """Raise a UserError if the folders are those of several splits, not of classes."""
+    tops = {folder.partition("/")[0] for folder in found}
+    if len(tops) < 2 or not {top.lower() for top in tops} <= _SPLITS:
+        return
+    if classes is None or not set(found).issubset(classes):
+        raise UserError(
+            f"{root} contains the folders {first_of(sorted(tops))}, which are splits, not classes. "
+            f"Pass one of them, such as {root / min(tops, key=len)}. If they are classes, list "
+            "them in a file for --classes, or in DATASETS.CLASSES."
+        )
+
+
+def choose_classes(choice: str, root: str | Path) -> list[str]:
+    """Return the class names in the order of ``--classes``.
+
+    Args:
+        choice: "numeric", or the path of a file with one class name per line.
+        root: Folder with one folder per class.
+
+    Raises:
+        UserError: If the file is invalid, or the class folders are not numbers.
+    """
+    return numeric_classes(root) if choice == NUMERIC else read_class_list(choice)
+
+
+def numeric_classes(root: str | Path) -> list[str]:
+    """Return the names of the class folders in a folder, sorted as numbers.
+
+    Raises:
+        UserError: If the path is not a folder, or a name is not a whole number.
+    """
+    if not Path(root).is_dir():
+        raise UserError(
+            f"--classes is numeric, but {root} is not a folder with one folder per class. Shards "
+            "and archives have fixed labels. Remove --classes."
+        )
+    found = [folder for folder, images in _images_by_folder(Path(root)).items() if images]
+    return sort_by_number(found, root)
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
     """Return sorted image paths by folder, including empty folders without subfolders."""
     by_folder: dict[str, list[str]] = {}
     for path, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         folder = Path(path).relative_to(root).as_posix()
         folder = "" if folder == "." else folder
         images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
         if images or (folder and not folders):
             by_folder[folder] = images
-        others = [name for name in files if not is_image_name(name) and not name.startswith(".")]
+        others = [name for name in files if not is_image_name(name) and not is_hidden(name)]
         if others:
             logger.warning(
                 "Ignoring %d files in %s that are not images: %s",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from senet_transfer.data.base import RawSample, make_key
+from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
@@ -134,12 +135,6 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
                 if is_image_name(name):
                     found.setdefault(name, (0, 1))
     return found
-
-
-def is_image_name(name: str) -> bool:
-    """Return True if a file name is that of a JPEG or PNG image and is not hidden."""
-    base = name.rpartition("/")[2].lower()
-    return base.endswith((".jpg", ".jpeg", ".png")) and not base.startswith(".")
 
 
 def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
     total = int(blocks.sum()) * tarfile.BLOCKSIZE
     count = min(math.ceil(total / (shard_mb * 1e6)), len(images))
     digest = hashlib.sha256(f"{PLAN_VERSION} {split} {seed} {count}\n".encode())
-    digest.update("\n".join(images.classes).encode() + b"\n\n" + "\n".join(images.names).encode())
+    digest.update("\n".join(images.classes).encode() + b"\n\n" + _names(images.names))
     digest.update(images.labels.tobytes())
     plan = digest.hexdigest()
     return [
@@ -185,6 +185,11 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
             continue
         key = make_key(name, int(plan.indices[place]))
         yield RawSample(key, int(plan.labels[place]), data, name)
+
+
+def _names(names: Sequence[str]) -> bytes:
+    # Names that are not UTF-8 are hashed as the bytes on disk.
+    return "\n".join(names).encode("utf-8", "surrogateescape")
 
 
 def _json_name(shard_name: str) -> str:

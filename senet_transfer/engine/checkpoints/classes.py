@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
+from senet_transfer.data import build
 from senet_transfer.data.detection.dataset_checks import category_ids, use_class_order
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import differences, first_of
@@ -43,10 +44,13 @@ def trained_classes(source: Source) -> list[str]:
         return []
 
 
-def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool) -> None:
+def use_trained_classes(
+    cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool, eval_only: bool = False
+) -> None:
     """Compare the classes of a run's data sets with those of the model that it starts from.
 
-    If a detector's data sets have the same classes in a different order, the model's order is used.
+    If the data sets have the same classes in a different order, the model's order is used, except
+    for classification data with fixed labels, such as shards.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
@@ -54,6 +58,7 @@ def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, k
         names: The names of the run's data sets.
         keeps: True if the model is evaluated or its training is resumed. False if its weights
             initialise a new model, which may have other classes.
+        eval_only: True for a run that does not read the training data.
 
     Raises:
         UserError: If ``keeps`` is True and the classes differ.
@@ -61,12 +66,18 @@ def use_trained_classes(cfg: CfgNode, source: Source, names: Sequence[str], *, k
     model, data = trained_classes(source), list(cfg.DATASETS.CLASSES)
     if not model or model == data:
         return
-    if not is_classification(cfg) and use_class_order(names, model):
+    detector = not is_classification(cfg) and use_class_order(names, model)
+    if detector:
         cfg.DATASETS.CLASSES = model
         cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
+    # Data for evaluation may lack classes of the model.
+    same = keeps or len(model) == len(data)
+    if detector or (
+        is_classification(cfg) and same and build.use_class_order(cfg, model, eval_only=eval_only)
+    ):
         logger.warning(
-            "The data sets list the classes of %s in a different order. The order of the weights "
-            "is used: %s.",
+            "The data sets list the classes of %s in a different order, or some of them. The order "
+            "of the weights is used: %s.",
             source.path,
             first_of(model),
         )

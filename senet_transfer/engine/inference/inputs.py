@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 from detectron2.config import CfgNode
@@ -10,11 +11,10 @@ from detectron2.data import MetadataCatalog
 from senet_transfer.config.architectures import PROPOSALS, predicts
 from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # Number of images to list in an error.
 _LISTED = 10
@@ -75,19 +75,28 @@ def find_images(inputs: Iterable[str]) -> list[str]:
     found: set[str] = set()
     for name in inputs:
         if os.path.isdir(name):
-            paths = [os.path.join(name, entry) for entry in os.listdir(name)]
-            paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+            paths = [
+                os.path.join(name, entry) for entry in os.listdir(name) if is_image_name(entry)
+            ]
         else:
             # Check for a file first, because its name may contain glob characters.
-            paths = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+            paths = [name] if os.path.isfile(name) else _matches(name)
         paths = [path for path in paths if os.path.isfile(path)]
         if not paths:
             raise UserError(
                 f"No image matches {name}. Expected an image file, a folder with images "
-                f"({', '.join(IMAGE_SUFFIXES)}), or a pattern such as 'images/*.jpg'."
+                "such as .jpg or .png files, or a pattern such as 'images/*.jpg'."
             )
         found.update(paths)
     return sorted(found)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a glob pattern, except for hidden files below its folder."""
+    folder = os.path.dirname(re.split(r"[*?\[]", pattern)[0])
+    return [
+        path for path in glob.glob(pattern, recursive=True) if not is_hidden(path[len(folder) :])
+    ]
 
 
 def make_output_folder(path: str) -> None:

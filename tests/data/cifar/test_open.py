@@ -88,7 +88,13 @@ def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
 
 def test_other_classes_are_refused(tree):
     with pytest.raises(UserError, match=r"3 classes .* 3 expected classes.*'cat' instead of 'dog'"):
-        open_cifar(tree, split="test", classes=["dog", "cat", "ship"])
+        open_cifar(tree, split="test", classes=["dog", "cat", "plane"])
+
+
+def test_folders_are_labelled_in_the_order_of_the_expected_classes(tree):
+    found = open_cifar(tree, split="test", classes=["dog", "cat", "ship"])
+    assert found.classes == ["dog", "cat", "ship"]
+    assert found.labels.tolist() == [1] * 4 + [0] * 4 + [2] * 4
 
 
 def test_a_broken_image_is_named(tmp_path):

@@ -1,0 +1,211 @@
+"""Shards without a manifest, as webdataset and other programs write them.
+
+The members of a sample are consecutive files with the same name up to the first dot: an image, and
+its label in a `.cls` file or as the number `label` or `cls` in a `.json` file. Other members, such
+as captions, are ignored. The headers are read once when the data set is opened, to count and locate
+the samples.
+"""
+
+import hashlib
+import json
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.shards.manifest import MANIFEST, Manifest, Shard
+from senet_transfer.errors import UserError
+from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import first_of
+
+# Value of `Manifest.plan` for shards that were not written by this project.
+FOREIGN = "shards of another program"
+
+# A label is a small file. A larger one is not read.
+_MAX_LABEL = 1 << 20
+
+logger = logging.getLogger(__name__)
+
+
+def scan_shards(
+    paths: Sequence[Path], classes: list[str] | None = None, *, checksums: bool = False
+) -> tuple[Manifest, list[np.ndarray]]:
+    """Count and locate the samples in shards without a manifest.
+
+    Args:
+        paths: Tar files in one folder.
+        classes: Class names in label order. None to name the classes "0", "1" and so on, up to the
+            largest label.
+        checksums: Compute the checksums of the files, which requires reading them completely.
+
+    Returns:
+        The manifest, and the index of each shard, int64 `(n, 3)` with each image's offset, size and
+        label.
+
+    Raises:
+        UserError: If a file is not a complete, uncompressed tar file of labelled images.
+    """
+    indices = []
+    for path in progress(paths, unit="shard", desc="count", quiet=len(paths) < 16):
+        indices.append(_scan(path))
+    largest = max(int(index[:, 2].max()) for index in indices)
+    if classes is None:
+        classes = [str(label) for label in range(largest + 1)]
+    elif largest >= len(classes):
+        raise UserError(
+            f"The shards in {paths[0].parent} have labels up to {largest}, but there are "
+            f"{len(classes)} classes; expected labels from 0 to {len(classes) - 1}. List all "
+            "classes, or use the data of these classes."
+        )
+    shards = [
+        Shard(
+            path.name,
+            len(index),
+            path.stat().st_size,
+            _checksum(path) if checksums else "",
+            dict(Counter(index[:, 2].tolist())),
+        )
+        for path, index in zip(paths, indices, strict=True)
+    ]
+    manifest = Manifest(classes, shards, plan=FOREIGN)
+    logger.info(
+        "%s: counted %d images with %d labels in %d shards without %s.",
+        paths[0].parent, manifest.samples, largest + 1, len(shards), MANIFEST,
+    )  # fmt: skip
+    return manifest, indices
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Return the tar files in a folder without class folders, sorted by name."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    if any(entry.is_dir() for entry in entries):
+        return []
+    return sorted(entry for entry in entries if entry.suffix == ".tar" and entry.is_file())
+
+
+def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Manifest:
+    """Write the manifest and the indices of shards that another program has written.
+
+    Args:
+        folder: Folder with tar files.
+        classes: Class names in label order, or None for numbers.
+
+    Raises:
+        UserError: If the folder has a manifest, or its files are not shards of labelled images.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder / MANIFEST} exists already. Delete it to write a new one.")
+    paths = find_shards(folder) if folder.is_dir() else []
+    if not paths:
+        raise UserError(
+            f"{folder} contains no shards; expected a folder with .tar files and without "
+            "subfolders. Check the path."
+        )
+    manifest, indices = scan_shards(paths, classes, checksums=True)
+    try:
+        for shard, index in zip(manifest.shards, indices, strict=True):
+            with atomic_file(folder / shard.index_name) as stream:
+                np.save(stream, index)
+        manifest.save(folder)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error}. Copy the shards first.") from error
+    return manifest
+
+
+def _scan(path: Path) -> np.ndarray:
+    """Return the index of a tar file."""
+    rows = []
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for key, members in _samples(tar):
+                rows.append(_row(path, key, members, stream))
+            # Without the marker at its end, the file is truncated, which tarfile does not report.
+            stream.seek(tar.offset)
+            complete = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"Cannot read shard {path}: {error}. Expected a complete, uncompressed tar file. Copy "
+            "it again."
+        ) from error
+    if not rows:
+        raise UserError(
+            f"Shard {path} contains no samples; expected images with labels in .cls or .json files "
+            f"of the same name. Without {MANIFEST}, this is the layout of webdataset."
+        )
+    index = np.array(rows, np.int64)
+    if not complete or int((index[:, 0] + index[:, 1]).max()) > size:
+        raise UserError(
+            f"Shard {path} is truncated or damaged: after {len(rows)} samples, it ends at byte "
+            f"{size} without the end marker of a tar file. Copy it again."
+        )
+    return index
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yield consecutive members with the same key, by extension."""
+    key, members = "", dict[str, tarfile.TarInfo]()
+    for member in tar:
+        # TarFile would keep all members in memory.
+        tar.members = []  # type: ignore[attr-defined]  # not in typeshed
+        name = member.name.removeprefix("./")
+        if not member.isreg() or is_hidden(name):
+            continue
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        found = f"{folder}/{stem}" if folder else stem
+        if found != key and members:
+            yield key, members
+            members = {}
+        key = found
+        members[extension.lower()] = member
+    if members:
+        yield key, members
+
+
+def _row(
+    path: Path, key: str, members: dict[str, tarfile.TarInfo], stream: BinaryIO
+) -> tuple[int, int, int]:
+    images = [name for name in members if is_image_name(f"image.{name}")]
+    label = _label(members, stream)
+    if len(images) != 1 or label is None:
+        raise UserError(
+            f"Sample {key} in shard {path} has {len(images)} images and the members "
+            f"{first_of(members)}; expected one image, and its label as a number in {key}.cls or "
+            f'as "label" in {key}.json. Convert the data to one folder per class, or write such '
+            "shards."
+        )
+    image = members[images[0]]
+    return image.offset_data, image.size, label
+
+
+def _label(members: dict[str, tarfile.TarInfo], stream: BinaryIO) -> int | None:
+    for name in ("cls", "json"):
+        member = members.get(name)
+        if member is None or member.size > _MAX_LABEL:
+            continue
+        before = stream.tell()
+        stream.seek(member.offset_data)
+        data = stream.read(member.size)
+        stream.seek(before)
+        try:
+            value = json.loads(data)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            value = value.get("label", value.get("cls"))
+        if type(value) is int and 0 <= value < 2**31:
+            return value
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
