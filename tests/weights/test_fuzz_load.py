@@ -88,7 +88,7 @@ def test_mutated_names_shapes_and_metadata(family, tmp_path, monkeypatch):
     loaded = 0
     for _ in range(1000):
         mutated = _mutate(file, rng)
-        monkeypatch.setattr(source_module, "read_tensors", lambda path, f=mutated: f)
+        monkeypatch.setattr(source_module, "read_tensors", lambda path, f=mutated, **_: f)
         before = model.backbone.res5[0].conv1.weight.clone()
         start = time.perf_counter()
         try:
