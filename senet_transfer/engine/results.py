@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import DIAGNOSTICS
 from senet_transfer.utils.atomic_io import write_json
+from senet_transfer.utils.text import folder_name
 
 
 def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> None:
@@ -58,7 +59,7 @@ def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
     found = dict(results)
     for folder, suffix in (("inference", ""), ("inference_TTA", "_TTA")):
         for name in cfg.DATASETS.TEST:
-            path = Path(cfg.OUTPUT_DIR, folder, name, DIAGNOSTICS)
+            path = Path(cfg.OUTPUT_DIR, folder, folder_name(name), DIAGNOSTICS)
             if not path.is_file() or (suffix and not cfg.TEST.AUG.ENABLED):
                 continue
             content = json.loads(path.read_text())

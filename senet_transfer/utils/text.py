@@ -27,11 +27,11 @@ def shown(text: object, limit: int = 80) -> str:
 
 
 def folder_name(text: str) -> str:
-    """Return a name for a folder that contains only letters, digits, dots, dashes and underscores.
+    """Return the name of a folder for a text, which stays inside the parent folder.
 
-    Other characters become underscores, so that a path or ``..`` stays inside the parent folder.
+    Slashes, backslashes and control characters become underscores, and so do the dots of ``..``.
     """
-    name = re.sub(r"[^\w.-]", "_", text)
+    name = re.sub(r"[/\\\x00-\x1f]", "_", text)
     return "_" * len(name) if set(name) <= {"."} else name
 
 

@@ -9,6 +9,7 @@ from senet_transfer.analysis.report.run_folder import Run, data_label
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import DIAGNOSTICS
 from senet_transfer.evaluation.error_types import ERROR_TYPES
+from senet_transfer.utils.text import folder_name
 
 # Maximum size of a complete confusion matrix. Of larger ones, the most confused classes are shown.
 MOST_CLASSES = 24
@@ -41,7 +42,7 @@ def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[d
         for folder, suffix in (("inference", ""), ("inference_TTA", " with augmentation")):
             for name in run.cfg.DATASETS.TEST:
                 try:
-                    content = _read(run.folder / folder / name / DIAGNOSTICS)
+                    content = _read(run.folder / folder / folder_name(name) / DIAGNOSTICS)
                 except UserError as error:
                     say(f"{run.name}: {error}")
                     continue

@@ -13,6 +13,7 @@ from senet_transfer.data.shapes.generate import make_shapes
 from senet_transfer.evaluation.coco_arrays import coco_arrays
 from senet_transfer.evaluation.diagnostics import diagnose
 from senet_transfer.utils.atomic_io import write_json
+from senet_transfer.utils.text import folder_name
 from tests.analysis.report.run_folders import HOSTILE, training_rows, write_run
 
 
@@ -53,7 +54,7 @@ def detection_run(shapes):
         rows = [*training_rows(200, 0.98 - noise / 10), {"iteration": 199, **last}]
         keys = ["DATASETS.TEST", (data,), "DATASETS.REGISTER", register, *options]
         run = write_run(folder, ["DATASETS.CLASSES", classes, *keys], rows)
-        results = run / "inference" / data / "coco_instances_results.json"
+        results = run / "inference" / folder_name(data) / "coco_instances_results.json"
         results.parent.mkdir(parents=True)
         results.write_text(json.dumps(found))
         arrays = coco_arrays(content, found)
