@@ -58,6 +58,7 @@ def test_a_header_names_the_command_the_expectation_and_the_hardware(path):
 
 
 @every_config
+@pytest.mark.long
 def test_every_config_has_a_smoke_test_config_that_inherits_from_it(path):
     smoke = path.parent / "instant" / path.name
     bases = yaml.safe_load(smoke.read_text())["_BASE_"]
@@ -115,6 +116,7 @@ CIFAR_RECIPES = [
 
 
 @pytest.mark.parametrize(("data", "net"), CIFAR_RECIPES)
+@pytest.mark.long
 def test_cifar_recipes_are_the_original_papers(data, net):
     names = f"{data}_{net}", f"{data}_se_{net}"
     assert difference(*names) == {"MODEL.SE.ENABLED"}

@@ -167,6 +167,7 @@ def test_polygons_cover_the_visible_masks_and_their_boxes(data_set, rendered):
             np.testing.assert_allclose(*edges, atol=1)
 
 
+@pytest.mark.long
 def test_visible_masks_show_one_shape_each(rendered):
     """Check that masks are disjoint and that the pixels of each have one colour."""
     for image, objects in rendered.values():
@@ -228,6 +229,7 @@ def test_nearly_hidden_shapes_occur(rendered, monkeypatch):
     assert everything > sum(len(objects) for _, objects in rendered.values())
 
 
+@pytest.mark.long
 def test_sizes_and_aspects_vary(data_set):
     coco = COCO(annotation_file(data_set, "train"))
     longest = np.array([max(a["bbox"][2:]) for a in coco.anns.values()])
@@ -246,6 +248,7 @@ def test_topmost_shapes_take_turns_so_that_a_few_images_have_every_class(rendere
         assert set(topmost[start : start + len(SHAPE_CLASSES)]) == set(SHAPE_CLASSES)
 
 
+@pytest.mark.long
 def test_every_class_is_in_the_training_and_tiny_splits_and_none_prevails(data_set):
     for split in ("train", "tiny"):
         coco = COCO(annotation_file(data_set, split))

@@ -92,6 +92,7 @@ def test_grey_images_start_from_weights_for_colours(command, tmp_path):
     assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
 
 
+@pytest.mark.long
 def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
     backbone = create_backbone("se_resnet18", in_channels=1)
     assert backbone.preprocessing.format == "L"

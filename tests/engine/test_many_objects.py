@@ -56,6 +56,7 @@ def test_perfect_detections_of_256_objects_score_100_where_the_limit_allows(
     assert not any("DETECTIONS_PER_IMAGE" in message for message in caplog.messages)
 
 
+@pytest.mark.long
 def test_the_default_limit_equals_pycocotools_and_is_warned_of(dense, tmp_path, caplog):
     evaluate, file = dense
     with caplog.at_level(logging.WARNING):

@@ -54,6 +54,7 @@ def test_auto_is_fast_on_a_gpu(supports_bfloat16, config, deterministic, benchma
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_the_configs_of_this_project_keep_their_precision(path, supports_bfloat16):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cuda"])
     before = numerics.settings(cfg)

@@ -238,6 +238,7 @@ def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
         run.resume = True
 
 
+@pytest.mark.long
 def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
     options = [word for item in SMALL.items() for word in item]
     own = ("own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny")

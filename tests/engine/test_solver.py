@@ -82,7 +82,7 @@ def test_epochs_are_iterations_rounded_up():
         ({"SOLVER.EPOCHS": "3", "SOLVER.STEPS": "(5,)"}, "SOLVER.STEPS.*only one of the two"),
         ({"SOLVER.EPOCHS": "-1"}, "SOLVER.EPOCHS is -1"),
         ({"SOLVER.EPOCHS": "many"}, "SOLVER.EPOCHS is 'many'"),
-        ({"SOLVER.EPOCHS": "3", "TEST.EVAL_EPOCHS": "0"}, "EVAL_EPOCHS is 0.0"),
+        ({"SOLVER.EPOCHS": "3", "TEST.EVAL_EPOCHS": "0"}, "EVAL_EPOCHS is 0;"),
     ],
 )
 def test_counting_in_both_or_in_nonsense_is_refused(overrides, words):

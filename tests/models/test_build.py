@@ -134,6 +134,7 @@ def test_every_se_key_reaches_the_blocks():
         ("null", "", "auto"),
     ],
 )
+@pytest.mark.long
 def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
     written, given, expected, tmp_path
 ):
@@ -302,6 +303,7 @@ def test_a_name_with_se_stays_as_it_is(name, se):
     assert backbone_name(cfg) == name
 
 
+@pytest.mark.long
 def test_frozen_norms_without_statistics_are_warned_of(caplog, zero_initial_weights, tmp_path):
     create_backbone("resnet18")
     assert not caplog.records

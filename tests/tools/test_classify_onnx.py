@@ -17,6 +17,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "classify_onnx
 
 @pytest.mark.parametrize("resize", [224, 235, 256, 299])
 @pytest.mark.parametrize("short", [1, 3, 97, 333, 480, 768, 1537])
+@pytest.mark.long
 def test_sizes_equal_torchvisions_for_every_side(resize, short):
     resized = SCRIPT["resized"]
     for side in range(1, 5001):

@@ -308,6 +308,7 @@ def test_an_object_in_the_model_is_rejected_by_name(content, protocol, tmp_path)
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", NEXT_TO_A_MODEL)
+@pytest.mark.long
 def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp_path):
     value = NEXT_TO_A_MODEL[name]()
     content = {

@@ -78,6 +78,7 @@ def test_wrappers_inside_the_network_and_counters_are_left_out(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
 def test_several_networks_are_named_and_one_can_be_chosen(kind, tmp_path):
     student, teacher = tiny(1), tiny(2)
     path = tmp_path / "a"
@@ -290,6 +291,7 @@ def test_a_file_with_averaged_weights_only(key, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
 def test_half_precision_and_odd_counters_of_batches(kind, tmp_path):
     peer = tiny()
     half, seven = torch.tensor(7.0).half(), torch.tensor([7])

@@ -282,6 +282,7 @@ def test_diagnostics_are_those_of_the_evaluation_and_start_with_a_sentence(detec
     assert any("diagnostics.json contains no diagnostics" in text for text in found.said)
 
 
+@pytest.mark.long
 def test_of_many_classes_the_most_confused_ones_are_in_the_matrix(detection_run, tmp_path):
     folder = detection_run(tmp_path / "run")
     path = folder / "inference" / "own" / "diagnostics.json"

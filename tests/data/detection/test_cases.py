@@ -141,6 +141,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("case", READ)
+@pytest.mark.long
 def test_a_file_is_read_whole_with_a_warning_where_it_is_odd(case, shared_cases, caplog):
     objects, warning = READ[case]
     with caplog.at_level(logging.WARNING, logger="senet_transfer"):
@@ -355,6 +356,7 @@ EVALUATED = [
 
 
 @pytest.mark.parametrize("case", EVALUATED)
+@pytest.mark.long
 def test_metrics_are_pycocotools_for_numbered_ids(case, shared_cases, tmp_path):
     json_file, images = paths(shared_cases, case)
     content = json.loads(json_file.read_text())

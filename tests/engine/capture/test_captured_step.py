@@ -191,6 +191,7 @@ def test_captured_steps_are_the_eager_ones_to_the_last_bit(name, options):
     assert graphs.replays == (3 if len(set(options.get("sizes", (4,)))) > 1 else 4)
 
 
+@pytest.mark.long
 def test_captured_steps_are_those_without_graphs():
     # The rates are powers of 2. Only the average's weight is rounded to float32.
     expected, losses = train("cifar_resnet8", None)

@@ -130,6 +130,7 @@ def stated_pool(x: torch.Tensor, pool: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("pool", ["pad", "ceil"])
 @pytest.mark.parametrize("side", [30, 32])
+@pytest.mark.long
 def test_the_stem_pool_ends_as_asked(pool, side):
     stem = randomise(create_backbone("resnet18", stem_pool=pool, out_features=["stem"])).stem
     x = torch.randn(1, 3, 2 * side, 2 * side)

@@ -178,6 +178,7 @@ def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tens
         ),
     ],
 )
+@pytest.mark.long
 def test_the_small_networks_compute_their_papers_tables(name, stated, placement):
     options = {"se_placement": placement} if placement else {}
     backbone = create_backbone(name, out_features=STAGES, **options)

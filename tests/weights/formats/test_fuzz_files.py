@@ -199,6 +199,7 @@ _COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("count", _COUNTS)
 @pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.long
 def test_a_damaged_file_loads_as_it_says_or_is_refused(name, count, tmp_path):
     _fuzz(name, count, tmp_path / "fuzzed", _CHECKS.get(name, _is_sound))
 
