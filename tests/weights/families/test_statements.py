@@ -274,7 +274,7 @@ def test_a_statement_that_contradicts_the_file_s_own_record_is_an_error(tmp_path
     backbone = create_backbone("se_resnet18", stem_pool="ceil", se_divisor=8)
     save_weights(randomise(backbone), tmp_path / "own.pth")
     options = ("MODEL.RESNETS.STEM_POOL", "pad")
-    with pytest.raises(UserError, match=r"Your config states.*(?s:.*)STEM_POOL: pad, but ceil"):
+    with pytest.raises(UserError, match=r"Your config sets.*(?s:.*)STEM_POOL: pad, but ceil"):
         apply_file_geometry(_config(tmp_path, tmp_path / "own.pth", "", *options))
     with pytest.raises(UserError, match="WEIGHTS_PIN is True"):
         apply_file_geometry(
