@@ -98,8 +98,12 @@ def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
     """Add keys that the user sets, and a weight file would change, to ``MODEL.WEIGHTS_KEEP``."""
-    known = {*cfg.MODEL.WEIGHTS_KEEP, *stated}
-    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in known]
+    kept = cfg.MODEL.WEIGHTS_KEEP or []
+    if wrong := [key for key in kept if key not in FILE_KEYS]:
+        raise UserError(
+            f"MODEL.WEIGHTS_KEEP contains {wrong[0]!r}; expected some of {', '.join(FILE_KEYS)}."
+        )
+    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in kept or key in stated]
 
 
 def _stated_keys(path: str) -> set[str]:

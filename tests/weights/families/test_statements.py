@@ -362,3 +362,13 @@ def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
     first, _, rest = str(error.value).partition("\n")
     assert "is a classifier for 8 classes, but the model has 5" in first
     assert "linear.weight" in rest
+
+
+@pytest.mark.parametrize("value", ["['MODEL.PIXEL_MEANS']", "[['MODEL.PIXEL_MEAN']]", "[3]"])
+def test_only_keys_that_a_file_would_change_are_kept(value):
+    with pytest.raises(UserError, match=r"MODEL.WEIGHTS_KEEP (contains|is) .*; expected"):
+        load_config("", ["MODEL.WEIGHTS_KEEP", value])
+
+
+def test_no_list_of_kept_keys_is_an_empty_one():
+    assert load_config("", ["MODEL.WEIGHTS_KEEP", "None"]).MODEL.WEIGHTS_KEEP == []
