@@ -74,7 +74,8 @@ def _instant(words: list[str]) -> list[str]:
 def _overwriting(words: list[str]) -> list[str]:
     """Let a command train in a folder in which another command of the sandbox has trained."""
     flags = {"--resume", "--eval-only", "--overwrite"}
-    if not {"tools/train_net.py", "senet-train"} & set(words) or flags & set(words):
+    trains = {"tools/train_net.py", "senet-train"} & set(words) or words[:2] == ["senet", "train"]
+    if not trains or flags & set(words):
         return words
     place = words.index("--config-file")
     return [*words[:place], "--overwrite", *words[place:]]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+import webdataset
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
@@ -130,6 +131,17 @@ def _places365_shards(split: str) -> Callable[[Path], None]:
     return make
 
 
+def _foreign_shards(root: Path) -> None:
+    """Write a shard without a manifest, and the names of its classes."""
+    folder = root / "shards/train"
+    folder.mkdir(parents=True)
+    image = np.zeros((40, 40, 3), np.uint8)
+    with webdataset.TarWriter(str(folder / "train-000000.tar")) as tar:
+        for number in range(4):
+            tar.write({"__key__": f"{number:06d}", "jpg": image, "cls": number % 2})
+    (root / "classes.txt").write_text("cat\ndog\n")
+
+
 def _cifar_archive(root: Path) -> None:
     write_tar(root / "cifar-10-python.tar.gz", official_files("cifar-10-python"))
 
@@ -205,6 +217,7 @@ STAND_INS = (
         (rf"places365/{split}", f"datasets/places365/{split}", _places365_shards(split))
         for split in ("val", "train_standard", "train_challenge")
     ),
+    (r"shards/train", "shards/train", _foreign_shards),
     (r"cifar-10-python\.tar\.gz|--download cifar10", "cifar-10-python.tar.gz", _cifar_archive),
     (r"cifar10_(train|test)", "datasets/cifar10", _cifar("cifar10")),
     (r"cifar100_(train|test)", "datasets/cifar100", _cifar("cifar100")),
