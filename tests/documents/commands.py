@@ -22,8 +22,8 @@ _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 # Commands that no test can run, with the reason. test_documented_commands.py still parses them.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
-    r"make setup.*|pip install .*": "installs; test_installation.py and test_packaging.py do",
-    r"make (test(-fast|-narrow|-slow|-faults)?|lint)": "runs the tests, or checks all files",
+    r"make setup.*|pip install.*": "installs; test_installation.py and test_packaging.py do",
+    r"make (test(-fast|-narrow|-slow|-faults|-gpu)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
