@@ -277,10 +277,13 @@ def prepare(name: str, words: list[str] | None = None) -> None:
 
     Args:
         name: One of :data:`PREPARATIONS`.
-        words: The arguments. If None, the command-line arguments are used.
+        words: The arguments after ``senet data NAME``. If None, those of the script are used.
     """
     preparation = PREPARATIONS[name]
-    args = preparation.parser().parse_args(words)
+    own = preparation.parser()
+    if words is not None:
+        own.prog = f"{own.prog} {name}"
+    args = own.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run_command(preparation.main, args)
 

@@ -231,7 +231,7 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
                 f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch, a "
                 "larger crop, or MODEL.RESNETS.NORM GN or FrozenBN."
             ) from error
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         logger.debug("The shapes of the network can't be computed.", exc_info=True)
 
 

@@ -362,7 +362,7 @@ def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             try:
                 tensors[name] = tensor.float()
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 raise UserError(
                     f"{file.path}: {name} has the dtype {tensor.dtype}, which is not supported. "
                     "Use the weights in float32, float16 or bfloat16."
