@@ -2,11 +2,11 @@
 
     python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
     python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
-    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
+    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.onnx
 
 The suffix of --output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
-Classifiers and backbones can be exported to all formats, but detectors only to TorchScript.
-tools/classify_onnx.py runs an exported classifier without torch.
+Classifiers and backbones can be exported to all formats, but detectors only to ONNX and
+TorchScript. tools/classify_onnx.py and tools/detect_onnx.py run ONNX files without torch.
 """
 
 import argparse
@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="image size in pixels: one side length, or height and width; default: the test crop",
     )
-    add("--image", default="", help="image for tracing a detector")
+    add(
+        "--image",
+        default="",
+        help="image that shows objects, for tracing and comparing a detector; required for .ts",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

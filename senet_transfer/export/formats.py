@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
+from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, normalise
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
@@ -55,6 +56,7 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
     mode: str = "short_side",
+    value_range: Sequence[float] = (),
 ) -> float:
     """Export a network with folded batch norms, and compare the exported file with the network.
 
@@ -72,6 +74,8 @@ def export_network(
         mode: The evaluation mode for the metadata; see
             :class:`~senet_transfer.data.images.transforms.EvalTransform`. The logits of several
             crops are averaged by the program that runs the file.
+        value_range: The value range of images with more than 8 bits per channel for the metadata;
+            see :func:`~senet_transfer.data.images.decode.to_8_bit`.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.
@@ -96,6 +100,8 @@ def export_network(
         "preprocessing": json.dumps(asdict(preprocessing)),
         "classes": json.dumps(list(classes)),
         "mode": json.dumps(mode),
+        "value_range": json.dumps(list(value_range)),
+        "task": json.dumps("classification" if names == ["logits"] else "features"),
     }
     write = {"onnx": _write_onnx, "torch_export": _write_exported, "torchscript": _write_traced}
     with torch.no_grad(), quiet():
@@ -106,13 +112,15 @@ def export_network(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress warnings from the exporters about their internals."""
-    exporter = logging.getLogger("torch.onnx")
-    before = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = {logging.getLogger(name): 0 for name in ("torch.onnx", "torch.fx")}
+    for logger in loggers:
+        loggers[logger] = logger.level
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    exporter.setLevel(before)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
 
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -121,15 +129,7 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 def _write_onnx(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"ONNX export requires the package {error.name}, which is not installed. Run pip "
-            "install 'senet_transfer[export]'."
-        ) from error
+    require_onnx()
     program = torch.onnx.export(
         model,
         (example,),
@@ -139,10 +139,8 @@ def _write_onnx(
         output_names=names,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
-    program.model.metadata_props.update(metadata)
-    program.save(str(path))
-    onnx.checker.check_model(str(path), full_check=True)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    write_onnx(program.model_proto, path, metadata)
+    session = open_session(path)
     return lambda images: [
         torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
     ]

@@ -290,9 +290,9 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
         (["--output", "model.ts"], "No model is specified"),
         (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (
-            ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.onnx"]
+            ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.pt2"]
             + ["MODEL.WEIGHTS", ""],
-            "can only be exported to TorchScript",
+            "can only be exported to ONNX and TorchScript",
         ),
     ],
 )
