@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export and TorchScript, checked against the eager network."""
+"""Export to ONNX, torch.export, AOTInductor and TorchScript, checked against the eager network."""
 
 import copy
 import json
@@ -17,7 +17,13 @@ from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, normalise
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
+FORMATS = {
+    "onnx": ".onnx",
+    "torch_export": ".pt2",
+    "torchscript": ".ts",
+    # torch.export's program, compiled by AOTInductor for this machine's processor.
+    "aot_inductor": ".pt2",
+}
 
 # Relative to the largest output. The outputs differ because float32 rounding depends on the order
 # of operations.
@@ -103,7 +109,12 @@ def export_network(
         "value_range": json.dumps(list(value_range)),
         "task": json.dumps("classification" if names == ["logits"] else "features"),
     }
-    write = {"onnx": _write_onnx, "torch_export": _write_exported, "torchscript": _write_traced}
+    write = {
+        "onnx": _write_onnx,
+        "torch_export": _write_exported,
+        "torchscript": _write_traced,
+        "aot_inductor": _write_compiled,
+    }
     with torch.no_grad(), quiet():
         run = write[form](model, example, Path(path), names, metadata)
     return _check(path, eager, run, 255 * torch.rand(3, 3, *size))
@@ -149,10 +160,38 @@ def _write_onnx(
 def _write_exported(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
+    extra = {**metadata, "outputs": json.dumps(names)}
+    torch.export.save(_program(model, example), path, extra_files=extra)
+    return torch.export.load(path).module()
+
+
+def _write_compiled(
+    model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
+) -> Run:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    extra = {**metadata, "outputs": json.dumps(names)}
+    try:
+        aoti_compile_and_package(
+            _program(model, example),
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": extra},
+        )
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
+            "the environment variable CXX to its path."
+        ) from error
+    return aoti_load_package(str(path))
+
+
+def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files={**metadata, "outputs": json.dumps(names)})
-    return torch.export.load(path).module()
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # It contains the paths of this machine.
+    return program
 
 
 def _write_traced(

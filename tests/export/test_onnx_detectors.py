@@ -83,19 +83,26 @@ def check_detections(
     return len(found)
 
 
-@pytest.mark.long
-def test_a_small_mask_rcnn_detects_the_same_in_onnx_runtime_without_torch(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[LoadedModel, Path, list[str]]:
+    """Return an untrained Mask R-CNN, its ONNX file and the paths of two images."""
     narrow = ["MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"]
-    loaded = untrained("MODEL.MASK_ON", "True", *narrow)
-    draw = np.random.default_rng(0)
+    loaded = untrained("MODEL.MASK_ON", "True", "INPUT.FORMAT", "BGR", *narrow)
+    folder, draw = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     images = []
     for name, shape in (("a", (9, 13, 3)), ("b", (14, 7, 3))):
         coarse = Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8))
-        images.append(str(tmp_path / f"{name}.png"))
+        images.append(str(folder / f"{name}.png"))
         coarse.resize((shape[1] * 20, shape[0] * 20), Image.Resampling.BICUBIC).save(images[-1])
-    model = tmp_path / "model.onnx"
+    model = folder / "model.onnx"
     said = export_model(loaded.model, loaded.cfg, str(model), image=images[0])
     assert "both detect the same 200 objects with scores above 0.05." in said
+    return loaded, model, images
+
+
+@pytest.mark.long
+def test_a_small_mask_rcnn_detects_the_same_in_onnx_runtime_without_torch(small, tmp_path):
+    loaded, model, images = small
     assert check_detections(loaded, model, images, tmp_path, 0.0) == 200
 
     stored = model.read_bytes()
@@ -108,6 +115,11 @@ def test_a_small_mask_rcnn_detects_the_same_in_onnx_runtime_without_torch(tmp_pa
     shapes = {each.name: each.shape[1:] for each in session.get_outputs()}
     assert shapes == {"boxes": [4], "scores": [], "classes": [], "masks": [28, 28]}
 
+
+@pytest.mark.long
+def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypatch):
+    loaded, _, images = small
+
     def wrong(network: torch.nn.Module) -> torch.nn.Module:
         network = deploy(network)
         network.roi_heads.box_predictor.bbox_pred.bias.data += 0.5
@@ -115,7 +127,22 @@ def test_a_small_mask_rcnn_detects_the_same_in_onnx_runtime_without_torch(tmp_pa
 
     monkeypatch.setattr(onnx_detectors, "deploy", wrong)
     with pytest.raises(UserError, match="which differ from the 100 objects detected by the model"):
-        export_model(loaded.model, loaded.cfg, str(model))
+        export_model(loaded.model, loaded.cfg, str(tmp_path / "model.onnx"), image=images[0])
+
+
+@pytest.mark.long
+def test_openvino_detects_the_same(small):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install)")
+    _, model, images = small
+    pixels = np.asarray(Image.open(images[1]), np.float32).transpose(2, 0, 1).copy()
+    session = onnxruntime.InferenceSession(str(model))
+    names = [each.name for each in session.get_outputs()]
+    # On processors with bfloat16 units, OpenVINO's default is bfloat16.
+    compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled({"image": pixels})
+    for name, expected in zip(names, session.run(names, {"image": pixels}), strict=True):
+        assert len(expected) == 100
+        np.testing.assert_allclose(found[name], expected, atol=0.1 if name == "boxes" else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -217,16 +244,16 @@ def test_an_overfitted_detector_detects_the_same_in_onnx_runtime(
     export.command(["--weights", weights, "--output", str(model)])
     assert "both detect the same" in capsys.readouterr().out
     loaded = load_trained(weights)
+    assert loaded.cfg.INPUT.FORMAT == "RGB"
     assert check_detections(loaded, model, images, tmp_path, 0.5) >= 20
 
     # ONNX Runtime and the eager model at a second size, and on an image without objects.
     session = onnxruntime.InferenceSession(str(model))
     above = 0
     for path in images:
-        bgr = cv2.resize(cv2.imread(path), (208, 160))
-        expected = loaded.model([{"image": torch.from_numpy(bgr).permute(2, 0, 1)}])[0]["instances"]
-        rgb = bgr[:, :, ::-1].transpose(2, 0, 1).astype(np.float32)
-        boxes, scores = session.run(["boxes", "scores"], {"image": rgb})
+        rgb = cv2.resize(cv2.imread(path), (208, 160))[:, :, ::-1].transpose(2, 0, 1)
+        expected = loaded.model([{"image": torch.from_numpy(rgb.copy())}])[0]["instances"]
+        boxes, scores = session.run(["boxes", "scores"], {"image": rgb.astype(np.float32)})
         assert len(boxes) == len(expected)
         difference = np.abs(boxes - expected.pred_boxes.tensor.detach().numpy())
         assert difference.max(initial=0) <= 0.1
