@@ -226,10 +226,12 @@ def _import(args: argparse.Namespace) -> None:
             f"{args.output / split}.json: {summary.num_images} images, "
             f"{summary.num_annotations} objects, {len(summary.classes)} classes"
         )
-    named = " ".join(
-        f"--dataset my_{split} {args.output / split}.json {images}" for split in datasets
-    )
-    print(f"To train and evaluate: {named}")
+    options = [
+        f"--dataset my_{split} {args.output / split}.json {images}"
+        for split in ("train", "val")
+        if split in datasets
+    ]
+    print(f"Options of a training command: {' '.join(options)}")
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:

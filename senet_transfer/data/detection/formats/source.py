@@ -178,8 +178,9 @@ def _format_of(path: Path) -> str | None:
     return None
 
 
-def split_path(path: str) -> tuple[str, str]:
+def split_path(path: str | os.PathLike) -> tuple[str, str]:
     """Divide a path such as `data.yaml:val` into the path and the name of the split, or ""."""
+    path = os.fspath(path)
     before, _, split = path.rpartition(":")
     if split in SPLITS and os.path.exists(before) and not os.path.exists(path):
         return before, split
