@@ -154,12 +154,22 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
 
 def _check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Check detection data in COCO's format: the annotations, and all images by "
-        "reading them completely."
+        description="Check detection data: the annotations, and all images by reading them "
+        "completely."
     )
     add = parser.add_argument
-    add("json_file", metavar="JSON", help="annotation file")
-    add("images", metavar="FOLDER", help="folder to which its file_names are relative")
+    add(
+        "json_file",
+        metavar="PATH",
+        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        "format, followed by the split if there are several (data.yaml:train)",
+    )
+    add(
+        "images",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder to which its file_names are relative; default: the format's usual folder",
+    )
     add("--masks", action="store_true", help="check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
     add(

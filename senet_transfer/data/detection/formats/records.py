@@ -91,11 +91,12 @@ def to_coco(data: ImportedData, split: str) -> dict[str, Any]:
             annotation = {"id": len(annotations) + 1, "image_id": number, **_annotation(item)}
             annotation["category_id"] = ids[item.label]
             annotations.append(annotation)
+    scope = " (in all splits together)" if len(data.splits) > 1 else ""
     return {
         "images": images,
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for name, number in ids.items()],
-        NOTES: [f"{count} {text}" for text, count in sorted(data.notes.items())],
+        NOTES: [f"{count} {text}{scope}" for text, count in sorted(data.notes.items())],
     }
 
 

@@ -55,6 +55,7 @@ def read(location: Path, folder: Path) -> ImportedData:
         os.path.splitext(name)[0]: _read_image(annotations / name, name, images, data)
         for name in names
     }
+    _check_unique(list(read_images.values()))
     lists = {split: location / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
     for split, path in lists.items():
         if path.is_file():
@@ -67,6 +68,17 @@ def read(location: Path, folder: Path) -> ImportedData:
     if unused:
         data.notes["XML files are in no list in ImageSets/Main and are not used"] = unused
     return data
+
+
+def _check_unique(found: list[ImportedImage]) -> None:
+    first: dict[str, str] = {}
+    for image in found:
+        other = first.setdefault(image.file_name, image.source)
+        if other != image.source:
+            raise UserError(
+                f"{other} and {image.source} belong to the same image, {image.file_name}; expected "
+                "an image for each. Correct the <filename> of one, or add its image."
+            )
 
 
 def _listed(path: Path, read_images: dict[str, ImportedImage]) -> list[ImportedImage]:

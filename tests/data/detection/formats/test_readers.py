@@ -76,7 +76,7 @@ def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data
     classes, found = [], {}
     for path in (root / "Annotations").iterdir():
         xml = ElementTree.parse(path).getroot()
-        boxes, classes = detections_from_xml_obj(xml, classes, (640, 480))
+        boxes, classes = detections_from_xml_obj(xml, classes, (1, 1))
         found[f"{path.stem}.jpg"] = boxes
     counts = [
         assert_equals_supervision(content, classes, by_name(found)) for content in datasets.values()
