@@ -13,8 +13,8 @@ from senet_transfer.cli import arguments as choices
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.main import COMMANDS
 from senet_transfer.data.cifar.archives import DOWNLOADS
-from senet_transfer.data.images.places365 import SIZES, SPLITS
 from senet_transfer.data.detection.formats.source import FORMATS
+from senet_transfer.data.images.places365 import SIZES, SPLITS
 from senet_transfer.data.images.transforms import EVAL_MODES
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.convert import TARGETS
