@@ -6,6 +6,7 @@ All errors name the file.
 import json
 import math
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
@@ -17,6 +18,15 @@ from PIL import Image
 from senet_transfer.data.images.decode import MAX_PIXELS, exif_orientation, is_turned_sideways
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
+
+# Aliases in a YAML file can describe lists of billions of elements in a few lines.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Return the start of a value's representation, for errors."""
+    return _SHORT.repr(value)[:60]
 
 
 def read_xml(path: str | Path) -> Element:
@@ -86,19 +96,15 @@ def number(value: object, name: str, where: str) -> float:
                 return found
     except (ValueError, OverflowError):
         pass
-    found_text = "no" if value is None else "the"
-    shown = "" if value is None else f" {str(value)[:40]!r}"
-    raise UserError(
-        f"{where} has {found_text} {name}{shown}; expected a finite number. Correct the file."
-    )
+    found_text = f"no {name}" if value is None else f"the {name} {shown(value)}"
+    raise UserError(f"{where} has {found_text}; expected a finite number. Correct the file.")
 
 
 def numbers(values: Any, name: str, where: str) -> list[float]:
     """Return a list of finite numbers; see :func:`number`."""
     if not isinstance(values, list | tuple):
         raise UserError(
-            f"{where} has the {name} {str(values)[:40]!r}; expected a list of numbers. Correct the "
-            "file."
+            f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct it."
         )
     return [number(value, name, where) for value in values]
 
@@ -108,7 +114,7 @@ def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
     pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
-            f"{where} has the {name} {str(values)[:40]!r}; expected a list of points [x, y]. "
+            f"{where} has the {name} {shown(values)}; expected a list of points [x, y]. "
             "Correct or remove the object."
         )
     return [(x, y) for x, y in pairs]
@@ -134,7 +140,7 @@ def label_text(value: object, where: str) -> str:
     """Return the name of a class without surrounding spaces."""
     if isinstance(value, str) and value.strip():
         return value.strip()
-    found = "no label" if value is None else f"the label {str(value)[:40]!r}"
+    found = "no label" if value is None else f"the label {shown(value)}"
     raise UserError(f"{where} has {found}; expected the name of a class. Correct the file.")
 
 
@@ -166,7 +172,7 @@ class ImageFolder:
             UserError: If the path is outside the folder.
         """
         if not isinstance(name, str) or not name.strip() or "\0" in name:
-            raise UserError(f"{where} has the image {name!r}; expected a file name.")
+            raise UserError(f"{where} has the image {shown(name)}; expected a file name.")
         path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))
         relative = os.path.relpath(path, self.root)
         if relative.split(os.sep)[0] == os.pardir:

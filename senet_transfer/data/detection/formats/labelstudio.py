@@ -78,7 +78,7 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
         return None
     if len(valid) > 1:
         data.notes["tasks have several annotations, of which the last one is read"] += 1
-    last = max(valid, key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
+    last = max(reversed(valid), key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
     regions = last.get("result")
     if not isinstance(regions, list) or not all(isinstance(r, dict) for r in regions):
         raise UserError(f"{where} has an annotation without a list `result`. Export it again.")
@@ -104,6 +104,8 @@ def _find_image(values: Any, where: str, images: ImageFolder) -> str:
 
     The URL of an image contains folders and a prefix of the server, which a local copy may lack.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} has no object `data`; expected Label Studio's JSON export.")
     texts = {key: value for key, value in values.items() if isinstance(value, str)}
     if "image" in texts:
         texts = {"image": texts["image"]}

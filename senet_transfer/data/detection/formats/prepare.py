@@ -28,7 +28,8 @@ def import_dataset(
     Raises:
         UserError: If a file is invalid, or the path contains no data in this format.
     """
-    source = find_source(Path(path).expanduser(), name)
+    path = Path(path).expanduser()
+    source = find_source(path, name)
     if source is None:
         found = "no files in this format" if os.path.exists(path) else "which does not exist"
         other = find_source(path) if os.path.exists(path) else None

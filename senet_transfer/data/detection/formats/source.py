@@ -13,6 +13,7 @@ from typing import Any
 
 from senet_transfer.data.detection.formats import cvat, labelme, labelstudio, via, voc, yolo
 from senet_transfer.data.detection.formats.records import (
+    NOTES,
     SPLIT_NAMES,
     SPLITS,
     ImportedData,
@@ -171,7 +172,7 @@ def _format_of(path: Path) -> str | None:
     key = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(\{?)', head)
     if key is None or key[1] in ("images", "annotations", "categories", "info", "licenses"):
         return None
-    if '"shapes"' in head or '"imagePath"' in head:
+    if re.search(r'"(shapes|imagePath)"\s*:', head):
         return "labelme"
     if key[1].startswith("_via_") or (key[2] and re.search(r'"(filename|fileref)"', head)):
         return "via"
@@ -211,7 +212,9 @@ def read_annotations(path: str, image_dir: str) -> dict[str, Any]:
     """
     place, split = split_path(path)
     if find_source(place) is None:
-        return read_json_object(path)
+        content = read_json_object(path)
+        content.pop(NOTES, None)
+        return content
     data = _imported(place, image_dir)
     return to_coco(data, _choose(data, split, place))
 

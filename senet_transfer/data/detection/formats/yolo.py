@@ -17,6 +17,7 @@ from senet_transfer.data.detection.formats.files import (
     list_files,
     number,
     read_text,
+    shown,
 )
 from senet_transfer.data.detection.formats.records import (
     ImportedData,
@@ -112,7 +113,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
     count = content.get("nc", len(names))
     if count != len(names):
         raise UserError(
-            f"{path}: `nc` is {str(count)[:20]}, but `names` contains {len(names)} names; expected "
+            f"{path}: `nc` is {shown(count)}, but `names` contains {len(names)} names; expected "
             "the same number. Correct the file."
         )
     return [str(name) for name in names]
@@ -124,7 +125,7 @@ def _key_points(content: dict, path: Path) -> int:
     if shape is None:
         return 0
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
-        raise UserError(f"{path}: `kpt_shape` is {str(shape)[:40]}; expected two whole numbers.")
+        raise UserError(f"{path}: `kpt_shape` is {shown(shape)}; expected two whole numbers.")
     return shape[0] * shape[1]
 
 

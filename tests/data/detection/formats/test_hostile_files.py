@@ -18,6 +18,11 @@ BOMB = (
     '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">'
     '<!ENTITY c SYSTEM "file:///etc/passwd">]>'
 )
+NO_DATA = '[{"data": 1, "annotations": [{"result": []}]}]'
+YAML_BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+    for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
 YOLO = "train: images\nnames: [cat, dog]\n"
 CVAT = (FIXTURES / "cvat_images.xml").read_text()
 LABELME = json.loads((FIXTURES / "labelme.json").read_text())
@@ -77,6 +82,9 @@ def voc(text):
         ("yolo", yolo("", "train: absent\nnames: [a]"), r"data.yaml: `train` is 'absent', but"),
         ("yolo", yolo("", "names: [a, yes]"), r"data.yaml: `names` is not valid"),
         ("yolo", yolo("", "names: [a]\nnc: 2"), r"data.yaml: `nc` is 2"),
+        ("yolo", yolo("", YAML_BOMB + "names: *j"), r"data.yaml: `names` is not valid"),
+        ("yolo", yolo("", YAML_BOMB + "names: [a]\ntrain: *j"), "data.yaml: `train` has the image"),
+        ("yolo", yolo("", YAML_BOMB + "names: [a]\nnc: *j"), "data.yaml: `nc` is"),
         ("yolo", yolo("", "names: [a"), "data.yaml is not valid YAML"),
         ("yolo", yolo("", "names: !!python/object/apply:os.getcwd []"), "data.yaml is not valid"),
         ("yolo", {"data.yaml": YOLO}, r"data.yaml: none of the 1 images has a label file"),
@@ -85,7 +93,7 @@ def voc(text):
         ("labelme", labelme(imagePath=None), "a.json has the image None"),
         ("labelme", labelme_shape(points=[[float("nan"), 1]]), "a.json: shape 1 has the points"),
         ("labelme", labelme_shape(points=[[1, 2, 3]]), "a.json: shape 1 has the points"),
-        ("labelme", labelme_shape(label=3), "a.json: shape 1 has the label '3'"),
+        ("labelme", labelme_shape(label=3), "a.json: shape 1 has the label 3"),
         ("labelme", labelme_shape(shape_type="heart"), "a.json: shape 1 has the shape_type"),
         ("labelme", labelme_shape(shape_type="mask", mask="!"), "a.json: shape 1 has a mask"),
         ("labelme", {"a.json": '{"shapes": [' + "[" * 10**5}, "a.json is not valid"),
@@ -98,8 +106,9 @@ def voc(text):
         ("cvat", cvat('left="70"', 'left="-70"'), "shape 4 is a mask of 4 x 3"),
         ("cvat", cvat('width="100"', 'width="1e99"'), "image 'a.png' has the size 1e99 x 80"),
         ("labelstudio", labelstudio("upload/3/0", "../../0"), r"a.json: task 11 .* without `..`"),
-        ("labelstudio", labelstudio("10.5", "NaN"), "a.json: task 11, region 1 has the x 'nan'"),
+        ("labelstudio", labelstudio("10.5", "NaN"), "a.json: task 11, region 1 has the x nan"),
         ("labelstudio", labelstudio('tion": 0,', 'tion": 90,'), "task 11, region 1 .*by 90"),
+        ("labelstudio", {"a.json": NO_DATA}, "task 1 has no object `data`"),
         ("labelstudio", {"a.json": "[{}, 1]"}, "a.json is not a list of tasks"),
         ("via", via('"a.png"', '"../a.png"'), r"a.json: '../a.png' has the image .*outside"),
         ("via", via('"filename": "a.', '"filename": "z.'), "a.json: 'z.png' lists the image"),
