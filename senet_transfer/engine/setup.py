@@ -6,21 +6,20 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
-from senet_transfer.data.build import use_classification_datasets
+from senet_transfer.data.build import use_class_weights, use_classification_datasets
+from senet_transfer.data.detection.augmentation.build import removes_parts
 from senet_transfer.data.detection.coco import (
     CocoDataset,
     register_datasets,
@@ -50,13 +49,9 @@ from senet_transfer.engine.numerics import apply_settings, resolve_auto, setting
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
+from senet_transfer.utils.environment import environment_report
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
-
-_RECORDED = (
-    "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
-    "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
-)  # fmt: skip
 
 # Environment variables in which launchers count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -70,7 +65,8 @@ class RunOptions:
         config_file: A YAML file, or the name of one of this project's configs. If empty, the
             default config is used.
         options: Alternating config keys and values that override the config file.
-        datasets: COCO-format data sets to register, each as (name, JSON file, image folder).
+        datasets: Data sets to register, each as (name, annotations) or (name, annotations, image
+            folder); see ``DATASETS.REGISTER``.
         classes: Order of a classifier's labels: "numeric", or a file with one class name per line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
@@ -125,7 +121,7 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", cfg.dump())
         history.write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
-        environment = _environment()
+        environment = environment_report()
         logger.info("Environment:\n%s", environment)
         history.write_text(Path(cfg.OUTPUT_DIR, "environment.txt"), environment)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
@@ -192,6 +188,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         apply_file_geometry(cfg, source)
         names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
         use_trained_classes(cfg, source, names, keeps=eval_only or resume, eval_only=eval_only)
+    use_class_weights(cfg, eval_only=eval_only)
     if before:
         check_changes(cfg, before)
     if not (resume or eval_only):
@@ -427,19 +424,10 @@ def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
         logging.getLogger(__name__).info(
             "INPUT.MASK_FORMAT is set to bitmask, because outlines are run-length encodings."
         )
-    crops = cfg.INPUT.CROP.ENABLED and cfg.INPUT.MASK_FORMAT == "polygon"
+    crops = removes_parts(cfg) and cfg.INPUT.MASK_FORMAT == "polygon"
     if crops and importlib.util.find_spec("shapely") is None:
+        key = "CROP" if cfg.INPUT.CROP.ENABLED else "LARGE_SCALE_JITTER"
         raise UserError(
-            "INPUT.CROP.ENABLED with polygons requires the package shapely, which is not "
+            f"INPUT.{key}.ENABLED with polygons requires the package shapely, which is not "
             "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
         )
-
-
-def _environment() -> str:
-    versions = []
-    for name in _RECORDED:
-        try:
-            versions.append(f"{name}=={metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{name}: not installed")
-    return "\n\n".join([" ".join(sys.argv), "\n".join(versions), collect_env_info()]) + "\n"

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from detectron2.engine import default_argument_parser
@@ -13,6 +14,7 @@ from senet_transfer.cli import arguments as choices
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.main import COMMANDS
 from senet_transfer.data.cifar.archives import DOWNLOADS
+from senet_transfer.data.detection.formats.source import FORMATS
 from senet_transfer.data.images.places365 import SIZES, SPLITS
 from senet_transfer.data.images.transforms import EVAL_MODES
 from senet_transfer.weights import FAMILIES
@@ -42,6 +44,7 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
     [
         (choices.ABLATION_AXES, PAPER),
         (choices.CIFAR_DOWNLOADS, DOWNLOADS),
+        (choices.DETECTION_FORMATS, tuple(FORMATS)),
         (choices.EVAL_MODES, EVAL_MODES),
         (choices.PLACES365_SIZES, SIZES),
         (choices.PLACES365_SPLITS, SPLITS),
@@ -68,6 +71,29 @@ def test_senet_passes_the_arguments_on_and_names_the_command():
     found = call(sys.executable, "-m", "senet_transfer.cli.main", "report", "--images")
     assert found.returncode == 2
     assert "usage: senet report" in found.stderr
+
+
+def test_a_shell_completes_commands_data_sets_and_options(tmp_path):
+    script = call(sys.executable, "-m", "senet_transfer.cli.main", "completion", "bash").stdout
+    (tmp_path / "senet.sh").write_text(script)
+    lines = {"senet dat": "data", "senet data che": "check", "senet predict --wei": "--weights"}
+    for line, expected in lines.items():
+        words = f"COMP_WORDS=({line}); COMP_CWORD={line.count(' ')}"
+        completed = f'. ./senet.sh; {words}; _shtab_senet; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(
+            ["bash", "-c", completed], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected
+
+
+@pytest.mark.long
+def test_env_prints_the_versions_that_a_bug_report_needs():
+    found = call(sys.executable, "-m", "senet_transfer.cli.main", "env").stdout
+    assert found.startswith("senet env\n")
+    for name in ("senet_transfer", "torch", "torchvision", "pillow"):
+        assert f"\n{name}=={metadata.version(name)}\n" in found
+    assert "detectron2" in found
+    assert "GPU available" in found
 
 
 SCRIPTS = sorted(
