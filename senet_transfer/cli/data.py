@@ -249,7 +249,7 @@ def _show(args: argparse.Namespace) -> None:
         args.data,
         val=args.val,
         images=args.images,
-        datasets=args.dataset,
+        datasets=[list(filter(None, words)) for words in args.dataset],
         config_file=args.config_file,
         options=args.opts,
     )

@@ -1,6 +1,6 @@
 """Training inputs as the training loader returns them, and the same images without augmentation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -56,7 +56,9 @@ def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     cfg.SOLVER.COMPILE = "none"
     cfg.SOLVER.MAX_ITER = 1  # A long schedule logs a warning.
     seed = max(cfg.SEED, 0)
-    views = _image_views if is_classification(cfg) else _object_views
+    views: Callable[[CfgNode, Any], Iterator[list[View]]] = (
+        _image_views if is_classification(cfg) else _object_views
+    )
     loaders = Trainer.build_train_loader(cfg, seed), _plain_loader(cfg, seed)
     streams = (islice(chain.from_iterable(views(cfg, loader)), count) for loader in loaders)
     return list(zip(*streams, strict=True))
@@ -133,9 +135,8 @@ def _image_views(cfg: CfgNode, loader: Iterable[dict[str, Any]]) -> Iterator[lis
 
 def _as_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
     """Return an image (C, H, W) as RGB, uint8 ``(H, W, 3)``; of many channels, the first three."""
-    if len(image) == 3:
-        rgb = convert_image_to_rgb(image.permute(1, 2, 0), image_format)
-    else:
-        channels = image if len(image) > 3 else image[:1].expand(3, -1, -1)
-        rgb = channels[:3].permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(np.rint(rgb).clip(0, 255).astype(np.uint8))
+    channels = image if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    rgb = channels[:3].permute(1, 2, 0)
+    if len(image) == 3 and image_format not in ("L", "RGB"):
+        rgb = torch.as_tensor(convert_image_to_rgb(rgb, image_format).copy())
+    return rgb.round().clamp(0, 255).byte().numpy()

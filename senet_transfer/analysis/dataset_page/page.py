@@ -315,12 +315,13 @@ def _class_findings(content: _Content) -> list[tuple[str, str]]:
         counts = split.class_counts()[1]
         what = "images" if split.objects is None else "objects"
         if imbalance(counts) >= MUCH_IMBALANCE:
-            most, least = counts.argmax(), np.where(counts, counts, counts.max()).argmin()
+            most = int(counts.argmax())
+            least = int(np.where(counts, counts, counts.max()).argmin())
             findings.append(
                 f"imbalanced {split.role}: {counts[most]:,} {what} of {split.classes[most]}, "
                 f"{counts[least]:,} of {split.classes[least]}."
             )
-        if empty := [split.classes[label] for label in np.flatnonzero(counts == 0)]:
+        if empty := [split.classes[label] for label in np.flatnonzero(counts == 0).tolist()]:
             classes = f"{len(empty):,} classes" if len(empty) > 1 else "one class"
             findings.append(f"{split.role} without {what} of {classes}: {first_of(empty, 5)}.")
     return [("classes", text) for text in findings]

@@ -156,10 +156,12 @@ def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
             same = names[0] == names[1]
             if overlap < (SAME if same else SAME_OTHER_CLASS):
                 continue
-            what = f"Two boxes of class {names[0]}" if same else f"A {names[0]} and a {names[1]}"
+            what = f"Two boxes of class {names[0]}"
+            if not same:
+                what = f"A box of class {names[0]} and one of class {names[1]}"
             yield Unusual(
                 "duplicate" if same else "conflict", overlap, image, (int(one), int(other)),
-                f"{what} have almost the same box (IoU {overlap:.2f}).",
+                f"{what} are almost the same (IoU {overlap:.2f}).",
             )  # fmt: skip
 
 
