@@ -68,7 +68,9 @@ def _plain_loader(cfg: CfgNode, seed: int) -> Iterable[Any]:
     if not is_classification(cfg):
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         mapper.is_train = True  # Map annotations, without augmentation.
-        return detection.build_train_loader(cfg, mapper, seed=seed)
+        plain = cfg.clone()
+        plain.INPUT.COPY_PASTE = 0.0
+        return detection.build_train_loader(plain, mapper, seed=seed)
     if classification.in_memory(cfg):
         plain = cfg.clone()
         plain.INPUT.CLASSIFICATION.FLIP = 0.0

@@ -258,6 +258,9 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
     if fit is None or not len(fit.overlaps):
         return None
     return {
+        "jitter": list(cfg.INPUT.LARGE_SCALE_JITTER.SIZE[::-1])
+        if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED
+        else None,
         "short": int(np.median(cfg.INPUT.MIN_SIZE_TRAIN)),
         "long": int(cfg.INPUT.MAX_SIZE_TRAIN),
         "unfit": 100 * (fit.overlaps < 0.5).mean(),

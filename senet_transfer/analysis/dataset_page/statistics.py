@@ -29,20 +29,22 @@ def imbalance(counts: np.ndarray) -> float:
 def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     """Return the factors by which training resizes images, ``(M, 2)`` for width and height.
 
-    Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; its median is used here.
+    Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; its median is used here. With
+    ``INPUT.LARGE_SCALE_JITTER``, the random factor is 1 here.
 
     Args:
         cfg: Config of a detector.
         sizes: Width and height of each image in pixels, ``(M, 2)``.
     """
-    short = int(np.median(cfg.INPUT.MIN_SIZE_TRAIN))
+    jitter = cfg.INPUT.LARGE_SCALE_JITTER
+    if jitter.ENABLED:
+        return np.repeat((np.array(jitter.SIZE[::-1]) / sizes).min(1, keepdims=True), 2, axis=1)
+    short, long = int(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
     if short == 0:
         return np.ones((len(sizes), 2))
     resized = [
-        ResizeShortestEdge.get_output_shape(
-            int(height), int(width), short, cfg.INPUT.MAX_SIZE_TRAIN
-        )
-        for width, height in sizes
+        ResizeShortestEdge.get_output_shape(height, width, short, long)
+        for width, height in sizes.tolist()
     ]
     return np.array(resized, np.float64).reshape(-1, 2)[:, ::-1] / sizes
 

@@ -64,6 +64,19 @@ def test_the_images_boxes_and_masks_shown_are_those_of_the_mapper(shapes_config)
 
 
 @pytest.mark.long
+def test_pasted_objects_are_only_in_the_training_input(shapes_config):
+    cfg = shapes_config.clone()
+    cfg.defrost()
+    cfg.INPUT.COPY_PASTE = 1.0
+    views, plain = zip(*training_views(cfg, 6), strict=True)
+    expected = [view for _, view in training_views(shapes_config, 6)]
+    assert [view.classes for view in plain] == [view.classes for view in expected]
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(plain, expected, strict=True))
+    pairs = zip(views, plain, strict=True)
+    assert any(len(view.classes) > len(other.classes) for view, other in pairs)
+
+
+@pytest.mark.long
 def test_a_card_contains_these_pixels_and_boxes(shapes_config):
     view, plain = training_views(shapes_config, 1)[0]
     card = input_card((view, plain), shapes_config.DATASETS.CLASSES, detection=True)

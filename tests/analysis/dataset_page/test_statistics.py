@@ -76,6 +76,8 @@ def test_objects_are_compared_with_the_config_s_anchors_in_the_resized_image():
     cfg = load_config("finetune_detector", ["INPUT.MIN_SIZE_TRAIN", "(640,)"])
     sizes = np.array([[640, 320]])
     assert training_scale(cfg, sizes).tolist() == [[1066 / 640, 533 / 320]]
+    jitter = load_config("finetune_detector", ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True"])
+    assert training_scale(jitter, sizes).tolist() == [[1024 / 640] * 2]
     # In the resized image, the first box equals the anchor of 64 pixels at the position (320, 320)
     # on the level of stride 8; the second one is twice as wide as the widest anchor.
     scale = 1066 / 640
