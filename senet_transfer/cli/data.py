@@ -196,6 +196,56 @@ def _check(args: argparse.Namespace) -> None:
     print(f"{args.json_file}: no errors in the annotations and {count} images")
 
 
+def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments shared by all commands that write shards."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help=source)
+    add("--output", type=Path, required=True, help="output folder for the shards of this split")
+    add("--seed", type=int, default=0, help="seed for the global shuffle")
+    add("--workers", type=int, default=2, help="number of processes")
+    add("--shard-mb", type=float, default=200, help="approximate shard size in MB")
+    add(
+        "--skip-broken",
+        type=int,
+        default=0,
+        help="maximum number of unreadable images to skip and record",
+    )
+    add("--verify", action="store_true", help="read all written shards and verify them")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> None:
+    """Write images to shards.
+
+    Args:
+        images: The images to write.
+        split: The prefix for the shard names.
+        args: The arguments parsed by :func:`_shards_parser`.
+    """
+    from senet_transfer.data.shards.verify import verify
+    from senet_transfer.data.shards.write import convert
+
+    manifest = convert(
+        images,
+        args.output,
+        split=split,
+        seed=args.seed,
+        shard_mb=args.shard_mb,
+        workers=args.workers,
+        skip_broken=args.skip_broken,
+        quiet=args.quiet,
+    )
+    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
+    if manifest.skipped:
+        print(f"skipped {len(manifest.skipped)} unreadable images, listed in manifest.json")
+    if args.verify:
+        verify(args.output, workers=args.workers, quiet=args.quiet)
+
+
 def _show_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Write an HTML page on the data of a detector or classifier: training inputs "
@@ -262,56 +312,6 @@ def _show(args: argparse.Namespace) -> None:
         quiet=args.quiet,
     )
     print(args.output)
-
-
-def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
-    """Return a parser with the arguments shared by all commands that write shards."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--source", type=Path, required=True, help=source)
-    add("--output", type=Path, required=True, help="output folder for the shards of this split")
-    add("--seed", type=int, default=0, help="seed for the global shuffle")
-    add("--workers", type=int, default=2, help="number of processes")
-    add("--shard-mb", type=float, default=200, help="approximate shard size in MB")
-    add(
-        "--skip-broken",
-        type=int,
-        default=0,
-        help="maximum number of unreadable images to skip and record",
-    )
-    add("--verify", action="store_true", help="read all written shards and verify them")
-    add("--quiet", action="store_true", help="no progress bars")
-    return parser
-
-
-def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> None:
-    """Write images to shards.
-
-    Args:
-        images: The images to write.
-        split: The prefix for the shard names.
-        args: The arguments parsed by :func:`_shards_parser`.
-    """
-    from senet_transfer.data.shards.verify import verify
-    from senet_transfer.data.shards.write import convert
-
-    manifest = convert(
-        images,
-        args.output,
-        split=split,
-        seed=args.seed,
-        shard_mb=args.shard_mb,
-        workers=args.workers,
-        skip_broken=args.skip_broken,
-        quiet=args.quiet,
-    )
-    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
-    if manifest.skipped:
-        print(f"skipped {len(manifest.skipped)} unreadable images, listed in manifest.json")
-    if args.verify:
-        verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
 @dataclass(frozen=True)
