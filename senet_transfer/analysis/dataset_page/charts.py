@@ -36,7 +36,9 @@ def object_charts(
     top = np.percentile(np.concatenate(counts), 99)
     step = max(1, math.ceil((top + 1) / _MOST_BINS))
     edges = np.arange(math.ceil((top + 1) / step) + 1) * step
-    labels = [f"{low}" for low in edges[:-1]]
+    labels = [f"{low}" if step == 1 else f"{low}-{low + step - 1}" for low in edges[:-1]]
+    if max(count.max() for count in counts) >= edges[-1]:
+        labels[-1] = f"{edges[-2]}+"
     ratios = [_ratio(one.boxes[:, 2:] - one.boxes[:, :2]) for one in objects]
     return [
         _chart("objects per image", "objects", labels, names, counts, edges),

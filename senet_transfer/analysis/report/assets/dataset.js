@@ -16,9 +16,9 @@ function histogram({ title, across, labels, ticks: marked, series, stacked }) {
     drawing.append(svg("text", { x: left - 5, y: y(at) + 4, "text-anchor": "end" }, `${short(at)}%`));
   }
   for (const bin of marked) {
-    drawing.append(svg("text", { x: left + (bin + 0.5) * step, y: height - bottom + 15, "text-anchor": "middle" }, labels[bin]));
+    drawing.append(svg("text", { x: left + (bin + 0.5) * step, y: height - bottom + 13, "text-anchor": "middle" }, labels[bin]));
   }
-  drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, across));
+  drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 1, "text-anchor": "middle" }, across));
   const bar = (0.84 * step) / (stacked ? 1 : series.length);
   labels.forEach((label, bin) => {
     let base = 0;
