@@ -27,6 +27,7 @@ NOT_RUN = {
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
+    r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
 
