@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="write drawings; default: only those of a detector",
     )
+    add(
+        "--cam",
+        action="store_true",
+        help="draw a classifier's class activation maps and what the last SE gate adds to them",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -62,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Run the model on the images and videos, and print the results and the paths of the files."""
+    from senet_transfer.engine.predictor.cam import class_activation_map
     from senet_transfer.engine.predictor.files import predict_files, predict_video
     from senet_transfer.engine.predictor.inputs import find_photos, is_video
     from senet_transfer.engine.predictor.load import load
@@ -80,13 +86,17 @@ def main(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         threshold=args.threshold,
     )
-    options = {"draw": args.draw, "quiet": args.quiet}
+    classifies = isinstance(predictor, Classifier)
+    if args.cam and not classifies:
+        raise UserError("--cam requires a classifier, but the model is a detector. Omit --cam.")
+    options = {"draw": True if args.cam else args.draw, "quiet": args.quiet}
     for name in videos:
         path, count = predict_video(predictor, name, args.output, limit=args.limit, **options)
         print(f"{name}: {count} frames, results in {path}")
     if not images:
         return
-    classifies = isinstance(predictor, Classifier)
+    if args.cam:
+        options["plot"] = lambda result: class_activation_map(predictor, result.photo).plot()
     path = predict_files(
         predictor,
         images,

@@ -38,6 +38,7 @@ def predict_files(
     workers: int = 0,
     quiet: bool = False,
     report: Callable[[Result], object] = lambda result: None,
+    plot: Callable[[Any], Image.Image] = lambda result: result.plot(),
 ) -> str:
     """Predict images, write the results and draw them.
 
@@ -52,6 +53,7 @@ def predict_files(
         workers: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
         report: Function to call with each result.
+        plot: Function that draws a result.
 
     Returns:
         The path of the results.
@@ -77,7 +79,7 @@ def predict_files(
             if draw:
                 name = result.photo.name
                 try:
-                    _save(result.plot(), drawings[name])
+                    _save(plot(result), drawings[name])
                 except Exception as error:
                     lacks = "no drawing, only its predictions"
                     broken.append(describe_problem(name, lacks, error))

@@ -21,11 +21,13 @@ from pycocotools import mask as mask_util
 
 import senet_transfer
 from senet_transfer import UserError
+from senet_transfer.cli.predict import main, parser
 from senet_transfer.config.load import load_config
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.images.places365 import places365_classes
 from senet_transfer.engine.model_from import find_model
+from senet_transfer.engine.predictor.cam import class_activation_map
 from senet_transfer.evaluation.classification import evaluate_classifier
 from senet_transfer.export.write import export_model
 from senet_transfer.weights.hub.catalogue import load_catalogue
@@ -300,3 +302,37 @@ def test_the_classes_of_places365_are_those_of_the_data_set():
     stated = {"indoor": False, "outdoor": True}
     for name, outdoor in places365_classes().items():
         assert stated.get(name.rpartition("/")[2], outdoor) == outdoor
+
+
+def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, photos, tmp_path):
+    key = "INPUT.CLASSIFICATION.TEST_"
+    predictor = senet_transfer.load(classifier, options=[f"{key}RESIZE", "100", f"{key}CROP", "96"])
+    model = predictor.run
+    blocks = []
+    last = model.backbone.res5[-1]
+    # Random gates are nearly equal.
+    torch.nn.init.normal_(last.se.fc2.weight, std=3)
+    with last.register_forward_hook(lambda block, inputs, output: blocks.append((*inputs, output))):
+        logits = model({"image": predictor.transform(photos.joinpath("a.jpg").read_bytes())[None]})
+    x, features = blocks[0]
+    inner = torch.relu(last.conv1(x))
+    # The block by hand, with the mean of its gate in place of the gate.
+    mean = last.se.gate(last.conv2(inner)).mean()
+    equal = torch.relu(x + mean * last.conv2(inner))
+    for label in range(3):
+        found = class_activation_map(predictor, photos / "a.jpg", label)
+        weight, bias = model.linear.weight[label], model.linear.bias[label]
+        for values, maps in ((found.cam, features), (found.plain, equal)):
+            expected = sum(weight[k] * maps[0, k] for k in range(len(weight)))
+            np.testing.assert_allclose(values, expected.detach(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found.cam.mean() + bias.item(), logits[0, label].item(), rtol=1e-4
+        )
+        assert found.cam.shape == (3, 3)
+        assert np.abs(found.added).max() > 1e-3
+    assert found.plot().size == (800, 430)
+    words = ["--weights", str(classifier), "--input", str(photos / "a.jpg"), "--cam", "--quiet"]
+    main(parser().parse_args([*words, "--output", str(tmp_path)]))
+    assert Image.open(tmp_path / "a.jpg").size == (800, 430)
+    most = class_activation_map(predictor, photos / "a.jpg")
+    assert [most.name] == predictor(photos / "a.jpg").names[:1]
