@@ -38,7 +38,8 @@ def _prepare_places365(args: argparse.Namespace) -> None:
 
 def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
+        "Convert labelled images to WebDataset shards.",
+        source="folder with one folder per class, or CSV file with the columns path and label",
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
     order = parser.add_mutually_exclusive_group()
@@ -55,13 +56,13 @@ def _folder_parser() -> argparse.ArgumentParser:
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import choose_classes, open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_images
     from senet_transfer.data.shards.manifest import load_manifest
 
     classes = choose_classes(args.classes, args.source) if args.classes else None
     if args.classes_from:
         classes = load_manifest(str(args.classes_from)).classes
-    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
+    images = open_images(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
 
 
