@@ -195,6 +195,53 @@ def _check(args: argparse.Namespace) -> None:
     print(f"{args.json_file}: no errors in the annotations and {count} images")
 
 
+def _split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Split a data set into training, validation and test data with equal fractions "
+        "of each class. One file per part is written; the images stay where they are."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        "one folder per class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    _add_split_arguments(parser)
+    return parser
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--val", type=float, default=0.2, help="fraction of images in val (0.2)")
+    parts.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="write K pairs of train and val for cross-validation: each image is in one val",
+    )
+    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add(
+        "--group-by",
+        default="",
+        metavar="PATTERN",
+        help="keep images together, such as the frames of a video: regular expression of a part of "
+        "their file names whose first group, or match if it has no groups, is the same",
+    )
+
+
+def _split(args: argparse.Namespace) -> None:
+    from senet_transfer.data.split_files import split_data
+    from senet_transfer.data.splits import Split
+
+    split = Split(args.val, args.test, args.folds, args.seed, args.group_by)
+    print(split_data(args.source, args.output, split))
+
+
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments shared by all commands that write shards."""
     parser = argparse.ArgumentParser(
@@ -260,6 +307,7 @@ PREPARATIONS = {
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
+    "split": Preparation(_split_parser, _split),
 }
 
 

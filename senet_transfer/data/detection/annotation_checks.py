@@ -89,6 +89,32 @@ def read_coco_summary(
     """
     _check_folder(image_dir, json_file)
     data = read_json_object(json_file)
+    summary = check_annotations(json_file, data, allow_empty=allow_empty, outlines=outlines)
+    names = [image["file_name"] for image in data["images"]]
+    summary.renamed = _find_files(json_file, names, image_dir)
+    if summary.renamed:
+        listed, found = next(iter(summary.renamed.items()))
+        summary.warnings.append(
+            f"{json_file}: {len(summary.renamed)} of the {len(names)} file_names are spelled "
+            f"differently from the files that are read, such as {listed!r} for {found!r}."
+        )
+    return summary
+
+
+def check_annotations(
+    json_file: str, data: dict, *, allow_empty: bool = False, outlines: bool = False
+) -> CocoSummary:
+    """Validate the content of an annotation file, but not that its images exist.
+
+    Args:
+        json_file: Path of the file; used in messages.
+        data: Content of the file.
+        allow_empty: See :func:`read_coco_summary`.
+        outlines: See :func:`read_coco_summary`.
+
+    Raises:
+        UserError: If the content is invalid.
+    """
     images = _section(json_file, data, "images")
     categories = _section(json_file, data, "categories")
     sizes = _check_images(json_file, images)
@@ -108,14 +134,6 @@ def read_coco_summary(
             )
         if outlines:
             summary.outlines = _examine_outlines(annotations, sizes)
-    names = [image["file_name"] for image in images]
-    summary.renamed = _find_files(json_file, names, image_dir)
-    if summary.renamed:
-        listed, found = next(iter(summary.renamed.items()))
-        summary.warnings.append(
-            f"{json_file}: {len(summary.renamed)} of the {len(images)} file_names are spelled "
-            f"differently from the files that are read, such as {listed!r} for {found!r}."
-        )
     return summary
 
 
