@@ -4,10 +4,11 @@ import csv
 import io
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -16,7 +17,7 @@ from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images.folders import open_images
 from senet_transfer.data.images.label_csv import COLUMNS, is_label_csv
 from senet_transfer.data.shards.manifest import MANIFEST
-from senet_transfer.data.splits import TEST, TRAIN, VAL, Split, split_images
+from senet_transfer.data.splits import TEST, TRAIN, Split, split_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.text import first_of, shown
@@ -62,29 +63,11 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
         UserError: If the data is invalid, a part would be empty, or a file already exists.
     """
     source, output = Path(source), Path(output)
-    data = _open_coco(source) if source.suffix == ".json" else _open_classes(source, output)
-    part_of = split_images(data.objects, split)
-    used = set(part_of.values())
-    parts = [part for part in dict.fromkeys([TRAIN, *split.fractions()]) if part in used]
-    _write(data, part_of, _files(parts, split.folds), output)
-    _warn(data, part_of, split.fractions())
-    return _table(data, part_of, parts)
-
-
-def _files(parts: list[str], folds: int) -> dict[str, list[str]]:
-    """Return the parts in each file, by the name of the file without extension."""
-    if not folds:
-        return {part: [part] for part in parts}
-    files = {}
-    for part in (f"fold{number}" for number in range(folds)):
-        files[f"{part}_train"] = [other for other in parts if other not in (part, TEST)]
-        files[f"{part}_val"] = [part]
-    return files | {part: [part] for part in parts if part == TEST}
-
-
-def _write(
-    data: _Source, part_of: Mapping[str, str], files: dict[str, list[str]], output: Path
-) -> None:
+    if source.suffix.lower() == ".json":
+        data = _coco_source(read_json_object(str(source)), source)
+    else:
+        data = _open_classes(source, output)
+    files, table = _split(data, split)
     paths = {name: output / f"{name}{data.suffix}" for name in files}
     existing = [str(path) for path in paths.values() if path.exists()]
     if existing:
@@ -93,32 +76,76 @@ def _write(
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, parts in files.items():
-            data.write(paths[name], {image for image, part in part_of.items() if part in parts})
+        for name, images in files.items():
+            data.write(paths[name], images)
     except OSError as error:
         raise UserError(
             f"Cannot write to {output}: {error}. Choose a different --output."
         ) from error
+    return table
 
 
-def _open_coco(path: Path) -> _Source:
-    data = read_json_object(str(path))
-    summary = check_annotations(str(path), data)
+def split_coco(
+    content: dict[str, Any], path: str | Path, split: Split
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Split the content of an annotation file in COCO's format.
+
+    Args:
+        content: Content of the file.
+        path: Path of the file; used in messages.
+        split: Options of the split.
+
+    Returns:
+        The content of each file as in :func:`split_data`, by its name without extension, and the
+        table.
+
+    Raises:
+        UserError: If the content is invalid, or a part would be empty.
+    """
+    files, table = _split(_coco_source(content, path), split)
+    return {name: _select(content, images) for name, images in files.items()}, table
+
+
+def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
+    """Return the images in each file, by the file's name without extension, and the table."""
+    part_of = split_images(data.objects, split)
+    images: dict[str, set[str]] = defaultdict(set)
+    for name, part in part_of.items():
+        images[part].add(name)
+    fractions = split.fractions()
+    parts = [part for part in dict.fromkeys([TRAIN, *fractions]) if part in images]
+    _warn(data, images, fractions)
+    files = {part: images[part] for part in parts}
+    if split.folds:
+        files = {}
+        for part in (part for part in parts if part not in (TRAIN, TEST)):
+            others = (images[other] for other in parts if other not in (part, TEST))
+            files |= {f"{part}_train": set().union(*others), f"{part}_val": images[part]}
+        files |= {part: images[part] for part in parts if part == TEST}
+    return files, _table(data, images, parts)
+
+
+def _coco_source(content: dict[str, Any], path: str | Path) -> _Source:
+    summary = check_annotations(str(path), content)
     class_of = {number: summary.classes[index] for number, index in summary.id_map.items()}
-    name_of = {image["id"]: image["file_name"] for image in data["images"]}
+    name_of = {image["id"]: image["file_name"] for image in content["images"]}
     objects: dict[str, Counter[str]] = {name: Counter() for name in name_of.values()}
-    for annotation in data["annotations"]:
+    for annotation in content["annotations"]:
         if not annotation.get("iscrowd"):
             objects[name_of[annotation["image_id"]]][class_of[annotation["category_id"]]] += 1
 
     def write(target: Path, names: Collection[str]) -> None:
-        images = [image for image in data["images"] if image["file_name"] in names]
-        ids = {image["id"] for image in images}
-        annotations = [item for item in data["annotations"] if item["image_id"] in ids]
-        content = {**data, "images": images, "annotations": annotations}
-        write_json(target, content, indent=None)
+        write_json(target, _select(content, names), indent=None)
 
     return _Source(summary.classes, objects, ".json", write)
+
+
+def _select(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the content of a COCO file with only the images with the given file names."""
+    images = [image for image in content["images"] if image["file_name"] in names]
+    ids = {image["id"] for image in images}
+    annotations = [item for item in content["annotations"] if item["image_id"] in ids]
+    return {**content, "images": images, "annotations": annotations}
 
 
 def _open_classes(path: Path, output: Path) -> _Source:
@@ -156,15 +183,23 @@ def _open_classes(path: Path, output: Path) -> _Source:
     return _Source(images.classes, objects, ".csv", write)
 
 
-def _warn(data: _Source, part_of: Mapping[str, str], fractions: Mapping[str, float]) -> None:
+def _count(data: _Source, images: Collection[str]) -> Counter[str]:
+    """Return the number of objects of each class in some images."""
+    counts: Counter[str] = Counter()
+    for name in images:
+        counts.update(data.objects[name])
+    return counts
+
+
+def _warn(
+    data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
+) -> None:
     """Warn about classes that are missing from a part, and about parts of another size."""
-    sizes = Counter(part_of.values())
-    found = Counter((part_of[name], label) for name in part_of for label in data.objects[name])
-    known = {label for _, label in found}
-    for part, size in sizes.items():
-        missing = [label for label in data.classes if label in known and not found[part, label]]
-        # In every fold, "train" is only a part of the training images.
-        if missing and (part != TRAIN or VAL in sizes):
+    known = _count(data, data.objects)
+    for part in fractions:
+        counts = _count(data, images[part])
+        missing = [label for label in data.classes if known[label] and not counts[label]]
+        if missing:
             logger.warning(
                 "No images of %d classes are in %s: %s. They have too few images or groups, or "
                 "these contain several classes; another --seed may help.",
@@ -172,28 +207,26 @@ def _warn(data: _Source, part_of: Mapping[str, str], fractions: Mapping[str, flo
                 part,
                 first_of(missing),
             )
-        wanted = fractions.get(part, size / len(part_of))
-        if abs(size / len(part_of) - wanted) > _TOLERANCE:
+        share = len(images[part]) / len(data.objects)
+        if abs(share - fractions[part]) > _TOLERANCE:
             logger.warning(
                 "%s contains %.1f%% of the images instead of %.1f%%, because of large groups or "
                 "of classes with few images.",
                 part,
-                100 * size / len(part_of),
-                100 * wanted,
+                100 * share,
+                100 * fractions[part],
             )
 
 
-def _table(data: _Source, part_of: Mapping[str, str], parts: list[str]) -> str:
+def _table(data: _Source, images: Mapping[str, Collection[str]], parts: list[str]) -> str:
     """Format the number of objects per class and part; the last row is the number of images."""
-    counts = {part: Counter[str]() for part in parts}
-    for name, part in part_of.items():
-        counts[part].update(data.objects[name])
-    sizes = Counter(part_of.values())
-    rows = [
-        [label, *(counts[part][label] for part in parts), sum(c[label] for c in counts.values())]
+    counts = [_count(data, images[part]) for part in parts]
+    rows: list[list[object]] = [
+        [label, *(count[label] for count in counts), sum(count[label] for count in counts)]
         for label in data.classes
     ]
-    images = [f"{sizes[part]} ({sizes[part] / len(part_of):.1%})" for part in parts]
-    rows.append(["images", *images, len(part_of)])
+    total = len(data.objects)
+    sizes = [len(images[part]) for part in parts]
+    rows.append(["images", *(f"{size} ({size / total:.1%})" for size in sizes), total])
     align = ["left", *["right"] * (len(parts) + 1)]
     return tabulate(rows, ["", *parts, "all"], colalign=align, disable_numparse=True)
