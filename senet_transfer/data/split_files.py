@@ -12,7 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from senet_transfer.data.detection.annotation_checks import check_annotations
+from senet_transfer.data.detection.annotation_checks import summarize_coco
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images.folders import open_images
 from senet_transfer.data.images.label_csv import COLUMNS, is_label_csv
@@ -126,7 +126,7 @@ def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
 
 
 def _coco_source(content: dict[str, Any], path: str | Path) -> _Source:
-    summary = check_annotations(str(path), content)
+    summary = summarize_coco(content, str(path), None)
     class_of = {number: summary.classes[index] for number, index in summary.id_map.items()}
     name_of = {image["id"]: image["file_name"] for image in content["images"]}
     objects: dict[str, Counter[str]] = {name: Counter() for name in name_of.values()}
