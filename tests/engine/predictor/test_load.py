@@ -205,6 +205,21 @@ def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2
     assert predictor.classes.categories[12] == {"id": 14, "name": "parking meter"}
 
 
+def test_an_exported_detector_finds_the_same_objects(detector, photos, tmp_path):
+    loaded = find_model(weights=str(detector / "model_final.pth")).build("cpu")
+    path = str(tmp_path / "detector.onnx")
+    export_model(loaded.model, loaded.cfg, path, image=str(photos / "a.jpg"))
+    expected = senet_transfer.load(detector, threshold=0)(photos / "b.jpg")
+    found = senet_transfer.load(path, threshold=0)(photos / "b.jpg")
+    assert len(found) == len(expected) == 4
+    assert (found.names, found.classes) == (expected.names, expected.classes)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert (found.masks != expected.masks).mean() < 0.01
+    with pytest.raises(UserError, match="runs on the CPU in the precision"):
+        senet_transfer.load(path, half=True)
+
+
 def test_an_image_is_predicted_from_a_path_pillow_an_array_or_a_tensor_and_lists_of_them(
     classifier, detector, photos, tmp_path
 ):
