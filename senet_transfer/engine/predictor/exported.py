@@ -13,7 +13,7 @@ from torch import Tensor
 
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
-from senet_transfer.engine.predictor.predictor import Classifier, Detector, Resize
+from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
@@ -22,7 +22,7 @@ _KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
 
 def load_exported(
     path: str, *, threshold: float, top: int, **options: Any
-) -> Classifier | Detector:
+) -> ClassifierPredictor | DetectorPredictor:
     """Return a predictor for an exported file; see :func:`senet_transfer.load`.
 
     Args:
@@ -93,7 +93,7 @@ def _open_traced(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, s
 
 def _classifier(
     run: Callable[[Tensor], Outputs], found: dict[str, Any], size: list, **options: Any
-) -> Classifier:
+) -> ClassifierPredictor:
     preprocessing = found["preprocessing"]
     height, width = size or [preprocessing["crop"]] * 2
     if height != width:
@@ -115,15 +115,17 @@ def _classifier(
             return run(images)[0]
         return run(images.flatten(0, 1))[0].unflatten(0, images.shape[:2]).mean(1)
 
-    return Classifier(logits, transform, Classes(tuple(found["classes"])), **options)
+    return ClassifierPredictor(logits, transform, Classes(tuple(found["classes"])), **options)
 
 
-def _detector(run: Callable[[Tensor], Outputs], found: dict[str, Any], **options: Any) -> Detector:
+def _detector(
+    run: Callable[[Tensor], Outputs], found: dict[str, Any], **options: Any
+) -> DetectorPredictor:
     def detect(inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         return [{"instances": _instances(run, found["outputs"], given)} for given in inputs]
 
     side = found["min_size"]
-    return Detector(
+    return DetectorPredictor(
         detect,
         Resize([side, side], found["max_size"]),
         Classes(tuple(found["classes"]), ids=tuple(found["category_ids"])),
