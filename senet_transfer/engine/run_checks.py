@@ -238,12 +238,6 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
 def _check_solver(cfg: CfgNode) -> None:
     _check_compile(cfg)
     check_epochs(cfg)
-    if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
-        raise UserError(
-            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but a schedule in epochs is only supported for "
-            "classifiers. For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the "
-            "number of iterations."
-        )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
     evaluates = (cfg.TEST.EVAL_PERIOD > 0 or counted) and cfg.DATASETS.TEST
     plateau = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR"
