@@ -75,6 +75,12 @@ def _own_coco(root: Path) -> None:
     shutil.copytree(root / "datasets/shapes/tiny", root / "images")
 
 
+def _my_data(root: Path) -> None:
+    for name in ("train", "val"):
+        shutil.copytree(root / "datasets/shapes/tiny", root / "my_data" / name)
+        shutil.copy(root / TINY, root / "my_data" / f"{name}.json")
+
+
 def _photos(root: Path) -> None:
     drawn = sorted((root / "datasets/shapes/tiny").iterdir())
     for place in ("photos/1.jpg", "photos/2.jpg", "more/3.jpg", "photo.jpg"):
@@ -210,6 +216,7 @@ STAND_INS = (
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
+    (r"my_data", "my_data", _my_data),
     (r"photos?\b|more/", "photos", _photos),
     (r"flowers|output/(model|config)", "flowers", _flowers),
     (r"SOURCE", "SOURCE", _places365),
