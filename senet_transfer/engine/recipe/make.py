@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from senet_transfer.config import config_value
 from senet_transfer.config.load import find_config, load_config
 from senet_transfer.data.own_data import DataPart, find_parts
+from senet_transfer.engine.checkpoints.output_folder import check_unused
 from senet_transfer.engine.recipe.facts import describe_data, describe_machine
 from senet_transfer.engine.recipe.rules import Choice, backbone, choose
 from senet_transfer.errors import UserError
@@ -57,6 +58,8 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
         try:
             _check(options)
             if not (resume and saved.is_file()):
+                if not options.overwrite:
+                    check_unused(saved.parent)
                 choices = _make(options)
         except UserError as error:
             problem = str(error)
@@ -66,7 +69,6 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
     if not choices:
         yield replace(options, config_file=str(saved))
         return
-    # The file is saved after the checks of the output folder, which may contain another run.
     with _config_file(choices) as path:
         yield replace(options, config_file=path, options=())
     if comm.is_main_process():
