@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from senet_transfer import UserError
+from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.config.load import load_config
 from senet_transfer.data.own_data import DataPart, find_parts
 from senet_transfer.data.shapes.class_folders import make_shape_classes
@@ -137,6 +137,18 @@ def test_without_a_connection_training_starts_from_random_weights(shapes, monkey
     assert found["_BASE_"].value == "scratch_detector"
     assert found["MODEL.WEIGHTS"].value == ""
     assert "can't be downloaded" in found["MODEL.WEIGHTS"].reason
+
+
+def test_the_backbone_is_that_of_the_users_weights(shapes, tmp_path):
+    path = tmp_path / "resnet18.pth"
+    save_weights(create_classifier("resnet18"), path)
+    options = ("MODEL.WEIGHTS", str(path), "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "a"))
+    given = RunOptions(data=str(shapes), options=options)
+    with make.use_recipe(given, resume=False) as used:
+        cfg = load_config(used.config_file)
+        (tmp_path / "a").mkdir()
+    assert str(path) == cfg.MODEL.WEIGHTS
+    assert (cfg.MODEL.BACKBONE.ARCH, cfg.MODEL.SE.ENABLED) == ("resnet18", False)
 
 
 def train(**options):

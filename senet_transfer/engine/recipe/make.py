@@ -18,7 +18,9 @@ from senet_transfer.engine.checkpoints.output_folder import check_unused
 from senet_transfer.engine.recipe.facts import describe_data, describe_machine
 from senet_transfer.engine.recipe.rules import Choice, backbone, choose
 from senet_transfer.errors import UserError
+from senet_transfer.models.registry import list_models
 from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import resolve
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
     if comm.is_main_process():
         with atomic_file(saved) as file:
             file.write((_HEADER.format(path=saved) + _text(choices)).encode())
-        lines = [f"{key} {value}: {reason}" for key, value, reason in choices]
+        lines = [f"{key} {json.dumps(value)}: {reason}" for key, value, reason in choices]
         logger.info("Settings for %s, saved to %s:\n%s", options.data, saved, "\n".join(lines))
 
 
@@ -96,8 +98,13 @@ def _make(options: "RunOptions") -> list[Choice]:
     """Choose the settings for a user's data, with those of the command line in their place."""
     parts = find_parts(options.data, options.val, options.images)
     stated = load_config("", options.options)
-    weights = stated.MODEL.WEIGHTS if "MODEL.WEIGHTS" in options.options[::2] else None
-    choices = choose_settings(*parts, weights=weights, device=stated.MODEL.DEVICE)
+    weights, arch = None, ""
+    if "MODEL.WEIGHTS" in options.options[::2]:
+        source = examine_config_weights(stated)
+        weights = stated.MODEL.WEIGHTS
+        # A network that is not in the list has a description instead of a name.
+        arch = source.model_name if source and source.model_name in list_models() else ""
+    choices = choose_settings(*parts, weights=weights, arch=arch, device=stated.MODEL.DEVICE)
     with _config_file(choices) as path:
         cfg = load_config(path, options.options)
     found = {choice.key: choice for choice in choices}
@@ -106,6 +113,7 @@ def _make(options: "RunOptions") -> list[Choice]:
     for key in options.options[::2]:
         found[key] = Choice(key, config_value(cfg, key), "set on the command line")
     if cfg.SOLVER.EPOCHS is None:
+        found = {key: choice for key, choice in found.items() if not key.endswith("_EPOCHS")}
         found["SOLVER.EPOCHS"] = Choice("SOLVER.EPOCHS", None, "SOLVER.MAX_ITER is set")
     return list(found.values())
 
@@ -120,7 +128,12 @@ def _config_file(choices: Iterable[Choice]) -> Iterator[str]:
 
 
 def choose_settings(
-    train: DataPart, val: DataPart | None, *, weights: str | None = None, device: str = "cuda"
+    train: DataPart,
+    val: DataPart | None,
+    *,
+    weights: str | None = None,
+    arch: str = "",
+    device: str = "cuda",
 ) -> list[Choice]:
     """Choose the settings for training on a data set on this machine.
 
@@ -129,6 +142,7 @@ def choose_settings(
         val: Validation data.
         weights: Pretrained weights, or "" for random weights. If None, published weights are
             downloaded, and random weights are used if that fails.
+        arch: Name of the network of ``weights``, if it is known.
         device: Device of the run.
 
     Raises:
@@ -144,7 +158,7 @@ def choose_settings(
     reason = ""
     if weights is None:
         weights, reason = _published_weights(backbone(machine)[1])
-    choices = choose(data, machine, weights)
+    choices = choose(data, machine, weights, arch)
     if reason:
         choices = [c._replace(reason=reason) if c.key == "MODEL.WEIGHTS" else c for c in choices]
     return [*choices, *_datasets(train, val)]

@@ -55,15 +55,17 @@ def backbone(machine: MachineFacts) -> tuple[str, str]:
     return "se_resnet18", "timm_legacy/seresnet18"
 
 
-def choose(data: DataFacts, machine: MachineFacts, weights: str) -> list[Choice]:
+def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "") -> list[Choice]:
     """Return the settings for a data set, in the order of their importance.
 
     Args:
         data: Facts about the data.
         machine: Facts about the machine.
         weights: Pretrained weights of the backbone, or "" for random weights.
+        arch: Name of the backbone of these weights, if they are the user's.
     """
-    arch = backbone(machine)[0] if weights else "se_resnet18"
+    why = "the network of the weight file" if arch else _why_backbone(machine, weights)
+    arch = arch or (backbone(machine)[0] if weights else "se_resnet18")
     base = "finetune" if weights else "scratch"
     choices = [
         Choice(
@@ -71,13 +73,15 @@ def choose(data: DataFacts, machine: MachineFacts, weights: str) -> list[Choice]
             f"{base}_{'detector' if data.task == 'detection' else 'folder'}",
             f"{data.task}, {data.images} training images, {data.classes} classes",
         ),
-        Choice("MODEL.BACKBONE.ARCH", arch, _why_backbone(machine, weights)),
+        Choice("MODEL.BACKBONE.ARCH", arch, why),
         Choice(
             "MODEL.WEIGHTS",
             weights,
             "ImageNet weights" if weights else "random weights: no pretrained weights",
         ),
     ]
+    if arch.partition("_")[0] not in ("se", "senet154"):
+        choices.append(Choice("MODEL.SE.ENABLED", False, "the network has no SE"))
     task = _detection if data.task == "detection" else _classification
     return [*choices, *task(data, machine, bool(weights))]
 
