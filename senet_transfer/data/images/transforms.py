@@ -6,6 +6,7 @@ All outputs are uint8; the model normalises them on its device.
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -42,6 +43,8 @@ class TrainTransform:
         draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
             large as the output. This is faster for large images, but changes the pixels.
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
+        augment: Further augmentation of the flipped crop, which draws from PyTorch's global
+            generator; see :func:`.build_augmentation`.
     """
 
     size: int = 224
@@ -51,6 +54,7 @@ class TrainTransform:
     interpolation: str = "bilinear"
     draft: bool = False
     value_range: tuple[float, ...] = ()
+    augment: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         pairs = len(self.scale) == len(self.ratio) == 2
@@ -87,7 +91,13 @@ class TrainTransform:
             interpolation=_interpolation(self.interpolation),
             antialias=True,
         )
-        return square[0].flip(-1) if rng.random() < self.flip else square[0]
+        image = square[0].flip(-1) if rng.random() < self.flip else square[0]
+        if self.augment is None:
+            return image
+        # Seeding one generator is faster than torch.manual_seed, and leaves GPUs alone.
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(rng.getrandbits(63))
+            return self.augment(image)
 
     def _decoded(
         self, data: bytes, rng: random.Random
