@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from senet_transfer.utils.import_hook import hide_library_warnings, without_scri
 # them with the originals.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
+DETECTION_FORMATS = ("voc", "yolo", "labelme", "cvat", "labelstudio", "via")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
 PLACES365_SIZES = ("256", "large")
 PLACES365_SPLITS = ("val", "train_standard", "train_challenge")
@@ -57,7 +59,7 @@ Resume after an interruption, or evaluate:
         MODEL.WEIGHTS output/model_final.pth
 
 Train on your own data with a config made for it (a detector or a classifier):
-    python tools/train_net.py --data my_data OUTPUT_DIR output/mine
+    python tools/train_net.py --data voc OUTPUT_DIR output/mine
 
 Train on your own data in COCO format (the classes are read from the JSON files):
     python tools/train_net.py --config-file configs/finetune_detector.yaml \\
@@ -67,6 +69,9 @@ Exit status: 0 for success; 1 for an error; 2 for invalid arguments, config or f
 or Ctrl-C stopped the run after it saved a checkpoint. A second signal stops the run immediately,
 with status 128 plus the signal number.
 """
+
+
+_CONFIG_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config options."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = _with_image_folders(list(sys.argv[1:] if args is None else args))
         pairs: list[str] = []
         while True:
             found = super().parse_args(words, namespace)
@@ -169,29 +174,47 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="PATH",
         help="train on this data with a config made for it, which is saved to "
-        "OUTPUT_DIR/recipe.yaml: a JSON file in COCO format, labelled images, or a folder with the "
-        "parts train and val",
+        "OUTPUT_DIR/recipe.yaml: annotations for detection as in --dataset, labelled images, or a "
+        "folder with the parts train and val",
     )
     add("--val", default="", metavar="PATH", help="validation data for --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the JSON files in --data and --val; default: next to them",
+        help="image folder of the annotations in --data and --val; default: it is searched for",
     )
 
 
+def _with_image_folders(words: list[str]) -> list[str]:
+    """Add an empty image folder to each ``--dataset NAME PATH`` without one.
+
+    The next word is the image folder, unless it is a flag or a config option.
+    """
+    found = []
+    for index, word in enumerate(words):
+        found.append(word)
+        if words[max(index - 2, 0)] == "--dataset" and index >= 2:
+            following = words[index + 1] if index + 1 < len(words) else "--"
+            is_key = _CONFIG_KEY.fullmatch(following) and not os.path.exists(following)
+            found += [""] if following.startswith("--") or is_key else []
+    return found
+
+
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--dataset NAME JSON FOLDER``, which can be repeated."""
+    """Add the argument ``--dataset NAME PATH [IMAGES]``, which can be repeated."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
-        metavar=("NAME", "JSON", "FOLDER"),
-        help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
-        "DATASETS.TEST; can be repeated. If the config names no registered data, the first is "
-        "used for training and the second for evaluation",
+        metavar=("NAME", "PATH", "[IMAGES]"),
+        help="register a data set under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
+        "be repeated. PATH is a JSON file in COCO's format, or a file or folder in the format of "
+        "Pascal VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split "
+        "if there are several (data.yaml:train). IMAGES is the image folder, by default that of "
+        "the format. If the config names no registered data, the first data set is used for "
+        "training and the second for evaluation",
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import (
     CIFAR_DOWNLOADS,
+    DETECTION_FORMATS,
     PLACES365_SIZES,
     PLACES365_SPLITS,
     run_command,
@@ -153,12 +154,22 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
 
 def _check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Check detection data in COCO's format: the annotations, and all images by "
-        "reading them completely."
+        description="Check detection data: the annotations, and all images by reading them "
+        "completely."
     )
     add = parser.add_argument
-    add("json_file", metavar="JSON", help="annotation file")
-    add("images", metavar="FOLDER", help="folder to which its file_names are relative")
+    add(
+        "json_file",
+        metavar="PATH",
+        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        "format, followed by the split if there are several (data.yaml:train)",
+    )
+    add(
+        "images",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder to which its file_names are relative; default: the format's usual folder",
+    )
     add("--masks", action="store_true", help="check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
     add(
@@ -192,6 +203,45 @@ def _check(args: argparse.Namespace) -> None:
     mode = "header" if args.headers_only else "decode"
     count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
     print(f"{args.json_file}: no errors in the annotations and {count} images")
+
+
+def _import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert annotations for detection to JSON files in COCO's format: train.json, "
+        "and val.json and test.json if the data set states these splits. The images are not copied."
+    )
+    add = parser.add_argument
+    add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
+    add(
+        "--source",
+        type=Path,
+        required=True,
+        help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
+        "Studio or VIA",
+    )
+    add("--output", type=Path, required=True, help="folder for the JSON files")
+    add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    return parser
+
+
+def _import(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
+
+    datasets, images = import_dataset(args.format, args.source, args.images)
+    summaries = write_dataset(datasets, args.output, images, source=str(args.source))
+    for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
+        logging.warning(warning)
+    for split, summary in summaries.items():
+        print(
+            f"{args.output / split}.json: {summary.num_images} images, "
+            f"{summary.num_annotations} objects, {len(summary.classes)} classes"
+        )
+    options = [
+        f"--dataset my_{split} {args.output / split}.json {images}"
+        for split in ("train", "val")
+        if split in datasets
+    ]
+    print(f"Options of a training command: {' '.join(options)}")
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
@@ -256,6 +306,7 @@ PREPARATIONS = {
     "check": Preparation(_check_parser, _check),
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
+    "import": Preparation(_import_parser, _import),
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),

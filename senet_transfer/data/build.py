@@ -55,7 +55,7 @@ def use_classification_datasets(
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset only support detection data in COCO format. For a "
+            "DATASETS.REGISTER and --dataset only support detection data. For a "
             "classifier, set the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:

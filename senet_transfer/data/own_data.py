@@ -2,20 +2,23 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
+from senet_transfer.data.detection.formats.source import find_source, split_path
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images import places365
+from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError
 
 # Names of the folders and files of each part, in lower case.
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation")
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation")
 
+TRAIN, VAL = "train", "val"
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
 
 
@@ -23,8 +26,9 @@ class DataPart(NamedTuple):
     """Training or validation data.
 
     Attributes:
-        path: JSON file in COCO format, or the path or address of labelled images.
-        image_dir: Folder with the images of a JSON file; empty for classification data.
+        path: Annotations for detection, as in `DATASETS.REGISTER`, or the path or address of
+            labelled images, as in `DATASETS.TRAIN` of a classifier.
+        image_dir: Folder with the images of annotations; empty for labelled images.
     """
 
     path: str
@@ -35,12 +39,12 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     """Find the training and validation data of a data set for detection or classification.
 
     Args:
-        path: JSON file in COCO format; folder that contains such files for the parts, as
-            `train.json`, `train/_annotations.coco.json` or `annotations/instances_train*.json`; or
-            labelled images as in `DATASETS.TRAIN` of a classifier, or a folder that contains them
-            in the folders `train` and `val`.
+        path: JSON file in COCO's format; folder that contains such files for the parts, as
+            `train.json`, `train/_annotations.coco.json` or `annotations/instances_train*.json`;
+            annotations in another supported format; or labelled images as in `DATASETS.TRAIN` of a
+            classifier, or a folder that contains them in the folders `train` and `val`.
         val: The same for the validation data; empty to search for it in `path`.
-        image_dir: Image folder of the JSON files; empty to search for it next to them.
+        image_dir: Image folder of the annotations; empty to search for it.
 
     Returns:
         The training data, and the validation data or None.
@@ -48,10 +52,10 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     Raises:
         UserError: If no data is found, or the two parts are of different kinds.
     """
-    train = _find(path, image_dir, TRAIN_NAMES) or _whole(path, image_dir)
-    found = _find(val or path, image_dir, VAL_NAMES)
-    if val and found is None:
-        found = _whole(val, image_dir)
+    train, found = _parts(path, image_dir)
+    if val:
+        whole, inner = _parts(val, image_dir)
+        found = inner or whole
     if found and bool(found.image_dir) != bool(train.image_dir):
         kinds = ["detection" if part.image_dir else "classification" for part in (train, found)]
         raise UserError(
@@ -61,62 +65,91 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     return train, found
 
 
-def _find(path: str, image_dir: str, names: Iterable[str]) -> DataPart | None:
-    """Return one part of the data in a folder, or None if the path is that of a single part."""
+def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
+    """Return the training data at a path, or all of its data, and the validation data or None."""
     folder = Path(path).expanduser()
-    if is_remote(path) or not folder.is_dir():
+    if is_remote(path) or (folder / MANIFEST).is_file():
+        return DataPart(find_dataset(path)), None
+    both = (_TRAIN_NAMES, _VAL_NAMES)
+    if folder.is_dir():
+        train, val = (_coco_file(folder, names) for names in both)
+        if train:
+            return _coco_part(train, image_dir), _coco_part(val, image_dir) if val else None
+    if annotated := _annotated(str(folder), image_dir):
+        return annotated
+    for file in (folder, *(folder / name for name in _COCO_NAMES)):
+        if file.suffix.lower() == ".json" and file.is_file():
+            return _coco_part(file, image_dir), None
+    if folder.is_dir():
+        train, val = (_subfolder(folder, names) for names in both)
+        if train:
+            return DataPart(str(train)), DataPart(str(val)) if val else None
+        if places365.has_lists(folder, "train_standard"):
+            part = DataPart(find_dataset(path))
+            return part, part if places365.has_lists(folder, "val") else None
+    return DataPart(find_dataset(path)), None
+
+
+def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
+    """Return the parts of annotations in another format than COCO's, or None for other data."""
+    place, split = split_path(path)
+    source = find_source(place)
+    if source is None:
         return None
+    folder = os.path.abspath(os.path.expanduser(image_dir) or source.image_folder())
+    whole = DataPart(os.path.abspath(path), folder)
+    splits = source.read(folder).splits
+    if split or len(splits) == 1:
+        return whole, None
+    train = next((name for name in (TRAIN, "trainval") if name in splits), None)
+    if train is None:
+        raise UserError(
+            f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Name the split to "
+            f"train on: --data {place}:{next(iter(splits))}."
+        )
+    val = whole._replace(path=f"{whole.path}:{VAL}") if VAL in splits and train == TRAIN else None
+    return whole._replace(path=f"{whole.path}:{train}"), val
+
+
+def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the JSON file of one part of the data in a folder."""
     for name in names:
-        # Windows and macOS ignore case in file names.
-        entries = {entry.name.lower(): entry for entry in folder.iterdir()}
-        pattern = re.compile(rf"(instances_)?{name}\d*\.json")
-        annotations = entries.get("annotations", folder)
+        annotations = folder / "annotations"
         listed = sorted(annotations.iterdir()) if annotations.is_dir() else []
-        files = [entries.get(f"{name}.json")]
-        files += [Path(folder, name, coco) for coco in _COCO_NAMES]
-        files += [file for file in listed if pattern.fullmatch(file.name.lower())]
-        for file in files:
-            if file and file.is_file():
-                return DataPart(str(file.absolute()), _image_dir(file, image_dir))
-        if name in entries and entries[name].is_dir():
-            return DataPart(str(entries[name].absolute()))
-    split = "val" if "val" in names else "train_standard"
-    if places365.has_lists(folder, split):
-        return DataPart(find_dataset(path))
+        pattern = re.compile(rf"(instances_)?{name}\d*\.json")
+        files = [folder / f"{name}.json", *(folder / name / coco for coco in _COCO_NAMES)]
+        files += [file for file in listed if pattern.fullmatch(file.name)]
+        if found := next((file for file in files if file.is_file()), None):
+            return found
     return None
 
 
-def _whole(path: str, image_dir: str) -> DataPart:
-    """Return the data at a path that is not divided into parts."""
-    folder = Path(path).expanduser()
-    files = [folder] if folder.suffix.lower() == ".json" else [folder / n for n in _COCO_NAMES]
-    for file in files:
-        if file.is_file():
-            return DataPart(str(file.absolute()), _image_dir(file, image_dir))
-    return DataPart(find_dataset(path))
+def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the folder of one part of the data; the case of its name is ignored."""
+    entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
+    return next((entries[name] for name in names if name in entries), None)
 
 
-def _image_dir(file: Path, image_dir: str) -> str:
-    """Return the folder to which the file names in a JSON file are relative.
+def _coco_part(file: Path, image_dir: str) -> DataPart:
+    """Return a JSON file with the folder to which its file names are relative.
 
     Raises:
         UserError: If the first image is in none of the usual folders.
     """
+    path = str(file.absolute())
     if image_dir:
-        return os.path.abspath(os.path.expanduser(image_dir))
-    images = read_json_object(str(file)).get("images")
+        return DataPart(path, os.path.abspath(os.path.expanduser(image_dir)))
+    images = read_json_object(path).get("images")
     first = images[0] if isinstance(images, list) and images else None
     name = first.get("file_name") if isinstance(first, dict) else None
     part = file.stem.lower().removeprefix("instances_")
     near = [file.absolute().parent, file.absolute().parent.parent]
     places = [place for base in near for place in (base, base / "images", base / part)]
     places += [base / "images" / part for base in near]
-    if not isinstance(name, str):
-        # The file is invalid, which is reported with its details when it is read.
-        return str(places[0])
     for place in places:
-        if (place / name.replace("\\", "/")).is_file():
-            return str(place)
+        # An invalid file is reported with its details when it is read.
+        if not isinstance(name, str) or (place / name.replace("\\", "/")).is_file():
+            return DataPart(path, str(place))
     raise UserError(
         f"The images of {file} are not found: {name} is in none of the folders "
         f"{', '.join(map(str, places))}. Give their folder: --images FOLDER."

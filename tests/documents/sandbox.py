@@ -75,10 +75,27 @@ def _own_coco(root: Path) -> None:
     shutil.copytree(root / "datasets/shapes/tiny", root / "images")
 
 
-def _my_data(root: Path) -> None:
-    for name in ("train", "val"):
-        shutil.copytree(root / "datasets/shapes/tiny", root / "my_data" / name)
-        shutil.copy(root / TINY, root / "my_data" / f"{name}.json")
+def _voc(root: Path) -> None:
+    """Write the shapes data set in Pascal VOC's format, with the same images in both splits."""
+    content = json.loads((root / TINY).read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    shutil.copytree(root / "datasets/shapes/tiny", root / "voc/JPEGImages")
+    (root / "voc/Annotations").mkdir()
+    for image in content["images"]:
+        text = ""
+        for item in content["annotations"]:
+            if item["image_id"] == image["id"]:
+                x, y, width, height = item["bbox"]
+                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+                box = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
+                name = names[item["category_id"]]
+                text += f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+        path = root / "voc/Annotations" / image["file_name"]
+        path.with_suffix(".xml").write_text(f"<annotation>{text}</annotation>")
+    stems = "\n".join(Path(image["file_name"]).stem for image in content["images"])
+    (root / "voc/ImageSets/Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"voc/ImageSets/Main/{split}.txt").write_text(stems)
 
 
 def _photos(root: Path) -> None:
@@ -216,7 +233,7 @@ STAND_INS = (
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
-    (r"my_data", "my_data", _my_data),
+    (r"\bvoc\b", "voc", _voc),
     (r"photos?\b|more/", "photos", _photos),
     (r"flowers|output/(model|config)", "flowers", _flowers),
     (r"SOURCE", "SOURCE", _places365),

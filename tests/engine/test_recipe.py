@@ -108,6 +108,16 @@ def test_the_parts_of_detection_data_are_found_in_the_usual_layouts(tmp_path, tr
     assert all((tmp_path / part.image_dir / "a.jpg").is_file() for part in parts)
 
 
+def test_pascal_vocs_image_sets_are_the_parts(shared_data):
+    bccd = shared_data / "bccd"
+    parts = find_parts(str(bccd))
+    images = str(bccd / "JPEGImages")
+    assert parts == (DataPart(f"{bccd}:train", images), DataPart(f"{bccd}:val", images))
+    found = describe_data(*parts)
+    listed = (bccd / "ImageSets" / "Main" / "train.txt").read_text().split()
+    assert (found.images, found.classes, found.short_side) == (len(listed), 3, 480)
+
+
 def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
     for folder in ("flowers/train/a", "flowers/val/a", "boxes"):
         (tmp_path / folder).mkdir(parents=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.annotation_checks import read_coco_summary
-from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.own_data import DataPart
 
 # Number of images of a classification data set whose size is read.
@@ -87,7 +87,7 @@ def describe_data(train: DataPart, val: DataPart) -> DataFacts:
     sides_by_id = {number: min(width, height) for _, width, height, number in summary.images}
     objects = [
         item
-        for item in read_json_object(train.path)["annotations"]
+        for item in read_annotations(*train)["annotations"]
         if not item.get("iscrowd") and 0 not in item["bbox"][2:]
     ]
     counts = Counter(item["category_id"] for item in objects)
