@@ -112,7 +112,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of a classifier's labels: class folders sorted as numbers, or a file with one "
+        help="order of a classifier's labels: class names sorted as numbers, or a file with one "
         "class name per line; default: sorted by name. The classes of a checkpoint have priority",
     )
     parser.add_argument(

@@ -39,7 +39,8 @@ def _prepare_places365(args: argparse.Namespace) -> None:
 
 def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
+        "Convert labelled images to WebDataset shards.",
+        source="folder with one folder per class, or CSV file with the columns path and label",
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
     order = parser.add_mutually_exclusive_group()
@@ -56,13 +57,13 @@ def _folder_parser() -> argparse.ArgumentParser:
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import choose_classes, open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_images
     from senet_transfer.data.shards.manifest import load_manifest
 
     classes = choose_classes(args.classes, args.source) if args.classes else None
     if args.classes_from:
         classes = load_manifest(str(args.classes_from)).classes
-    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
+    images = open_images(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
 
 
@@ -205,6 +206,53 @@ def _check(args: argparse.Namespace) -> None:
     print(f"{args.json_file}: no errors in the annotations and {count} images")
 
 
+def _split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Split a data set into training, validation and test data with equal fractions "
+        "of each class. One file per part is written; the images stay where they are."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        "one folder per class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    _add_split_arguments(parser)
+    return parser
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--val", type=float, default=0.2, help="fraction of images in val (0.2)")
+    parts.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="write K pairs of train and val for cross-validation: each image is in one val",
+    )
+    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add(
+        "--group-by",
+        default="",
+        metavar="PATTERN",
+        help="keep images together, such as the frames of a video: regular expression of a part of "
+        "their file names whose first group, or match if it has no groups, is the same",
+    )
+
+
+def _split(args: argparse.Namespace) -> None:
+    from senet_transfer.data.split_files import split_data
+    from senet_transfer.data.splits import Split
+
+    split = Split(args.val, args.test, args.folds, args.seed, args.group_by)
+    print(split_data(args.source, args.output, split))
+
+
 def _import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert annotations for detection to JSON files in COCO's format: train.json, "
@@ -310,6 +358,7 @@ PREPARATIONS = {
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
+    "split": Preparation(_split_parser, _split),
 }
 
 

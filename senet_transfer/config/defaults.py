@@ -301,10 +301,11 @@ def _add_classification_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
 
     # For classification, DATASETS.TRAIN and DATASETS.TEST contain paths or URLs of labelled images:
-    # shards, Places365 as downloaded, or one folder per class. With AUGMENT "pad_crop", CIFAR is
-    # also supported, as downloaded or by a name such as cifar10_train. Relative paths are searched
-    # in the working directory, then in $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must
-    # match the data. DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
+    # shards, Places365 as downloaded, one folder per class, or a CSV file with the columns path and
+    # label. With AUGMENT "pad_crop", CIFAR is also supported, as downloaded or by a name such as
+    # cifar10_train. Relative paths are searched in the working directory, then in
+    # $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must match the data.
+    # DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
 
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""

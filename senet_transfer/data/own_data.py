@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
-from senet_transfer.data.detection.formats.source import find_source, split_path
+from senet_transfer.data.detection.formats.prepare import write_dataset
+from senet_transfer.data.detection.formats.source import find_source, read_annotations, split_path
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images import places365
 from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote
+from senet_transfer.data.split_files import split_coco, split_data
+from senet_transfer.data.splits import TRAIN, VAL, Split
 from senet_transfer.errors import UserError
 
 # Names of the folders and files of each part, in lower case.
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 
-TRAIN, VAL = "train", "val"
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
 
 
@@ -63,6 +65,34 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
             "expected the same kind of data for training and validation. Correct --data or --val."
         )
     return train, found
+
+
+def divide(data: DataPart, folder: Path) -> tuple[DataPart, DataPart, str]:
+    """Split data into training and validation data, and write the files of both.
+
+    Args:
+        data: The data to split.
+        folder: Folder for the files; those of an earlier split are replaced.
+
+    Returns:
+        The training data, the validation data, and a table with the number of objects or images.
+
+    Raises:
+        UserError: If the data can't be split.
+    """
+    if data.image_dir:
+        # Without COCO's optional object `info`, which describes the original file.
+        lists = {k: v for k, v in read_annotations(*data).items() if isinstance(v, list)}
+        contents, table = split_coco(lists, data.path, Split())
+        write_dataset(contents, folder, data.image_dir, source=data.path)
+        names = [f"{name}.json" for name in (TRAIN, VAL)]
+    else:
+        names = [f"{name}.csv" for name in (TRAIN, VAL)]
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        table = split_data(data.path, folder, Split())
+    train, val = (DataPart(str(folder.absolute() / name), data.image_dir) for name in names)
+    return train, val, table
 
 
 def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:

@@ -3,13 +3,15 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.config.load import load_config
-from senet_transfer.data.own_data import DataPart, find_parts
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.own_data import DataPart, divide, find_parts
 from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.engine.recipe import make
 from senet_transfer.engine.recipe.facts import DataFacts, MachineFacts, describe_data
@@ -118,6 +120,25 @@ def test_pascal_vocs_image_sets_are_the_parts(shared_data):
     assert (found.images, found.classes, found.short_side) == (len(listed), 3, 480)
 
 
+def test_data_without_a_validation_part_is_split(shapes, tmp_path):
+    names = {}
+    whole, none = find_parts(f"{shapes}/annotations/instances_tiny.json")
+    assert (whole.image_dir, none) == (f"{shapes}/tiny", None)
+    for part in divide(whole, tmp_path / "boxes")[:2]:
+        images = json.loads(Path(part.path).read_text())["images"]
+        names[Path(part.path).name] = {image["file_name"] for image in images}
+    assert len(names["val.json"]) == 2
+    assert names["train.json"] | names["val.json"] == {p.name for p in (shapes / "tiny").iterdir()}
+    classes = make_shape_classes(shapes, tmp_path / "classes")
+    whole, none = find_parts(str(classes))
+    assert (whole, none) == (DataPart(str(classes)), None)
+    for _ in range(2):  # An earlier split is replaced.
+        train, val, _ = divide(whole, tmp_path / "labels")
+    counts = [len(open_dataset(part.path)) for part in (train, val)]
+    assert sum(counts) == len(open_dataset(classes))
+    assert describe_data(train, val).images == counts[0] > counts[1] > 0
+
+
 def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
     for folder in ("flowers/train/a", "flowers/val/a", "boxes"):
         (tmp_path / folder).mkdir(parents=True)
@@ -129,8 +150,6 @@ def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, mo
         find_parts(str(tmp_path / "flowers"), str(lost), str(tmp_path))
     train, _ = find_parts(str(tmp_path / "flowers"))
     assert train == DataPart(str(tmp_path / "flowers" / "train"))
-    with pytest.raises(UserError, match="no validation data.*--val"):
-        make.choose_settings(train, None)
     for given in ({"config_file": "finetune_folder"}, {"eval_only": True}):
         recipe = make.use_recipe(RunOptions(data="flowers", **given), resume=False)
         with pytest.raises(UserError, match="--data.*can't be combined with"), recipe:

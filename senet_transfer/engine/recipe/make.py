@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from senet_transfer.config import config_value
 from senet_transfer.config.load import find_config, load_config
-from senet_transfer.data.own_data import DataPart, find_parts
+from senet_transfer.data.own_data import DataPart, divide, find_parts
 from senet_transfer.engine.checkpoints.output_folder import check_unused
 from senet_transfer.engine.recipe.facts import describe_data, describe_machine
 from senet_transfer.engine.recipe.rules import Choice, backbone, choose
@@ -96,15 +96,19 @@ def _check(options: "RunOptions") -> None:
 
 def _make(options: "RunOptions") -> list[Choice]:
     """Choose the settings for a user's data, with those of the command line in their place."""
-    parts = find_parts(options.data, options.val, options.images)
     stated = load_config("", options.options)
+    train, val = find_parts(options.data, options.val, options.images)
+    if val is None:
+        train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"))
+        if not options.quiet:
+            print(table)
     weights, arch = None, ""
     if "MODEL.WEIGHTS" in options.options[::2]:
         source = examine_config_weights(stated)
         weights = stated.MODEL.WEIGHTS
         # A network that is not in the list has a description instead of a name.
         arch = source.model_name if source and source.model_name in list_models() else ""
-    choices = choose_settings(*parts, weights=weights, arch=arch, device=stated.MODEL.DEVICE)
+    choices = choose_settings(train, val, weights=weights, arch=arch, device=stated.MODEL.DEVICE)
     with _config_file(choices) as path:
         cfg = load_config(path, options.options)
     found = {choice.key: choice for choice in choices}
@@ -129,7 +133,7 @@ def _config_file(choices: Iterable[Choice]) -> Iterator[str]:
 
 def choose_settings(
     train: DataPart,
-    val: DataPart | None,
+    val: DataPart,
     *,
     weights: str | None = None,
     arch: str = "",
@@ -146,13 +150,8 @@ def choose_settings(
         device: Device of the run.
 
     Raises:
-        UserError: If the data is invalid, or if there is no validation data.
+        UserError: If the data is invalid.
     """
-    if val is None:
-        raise UserError(
-            f"There is no validation data in {train.path}. Divide the data with `senet data "
-            "split`, or give the path of the validation data: --val PATH."
-        )
     data = describe_data(train, val)
     machine = describe_machine(device)
     reason = ""
