@@ -187,7 +187,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_image_folders(words: list[str]) -> list[str]:
-    """Add an empty image folder to each ``--dataset NAME PATH`` without one.
+    """Add an empty image folder to each ``--dataset NAME JSON`` without one.
 
     The next word is the image folder, unless it is a flag or a config option.
     """
@@ -202,19 +202,19 @@ def _with_image_folders(words: list[str]) -> list[str]:
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--dataset NAME PATH [IMAGES]``, which can be repeated."""
+    """Add the argument ``--dataset NAME JSON [FOLDER]``, which can be repeated."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
-        metavar=("NAME", "PATH", "[IMAGES]"),
+        metavar=("NAME", "JSON", "FOLDER"),
         help="register a data set under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
-        "be repeated. PATH is a JSON file in COCO's format, or a file or folder in the format of "
-        "Pascal VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split "
-        "if there are several (data.yaml:train). IMAGES is the image folder, by default that of "
-        "the format. If the config names no registered data, the first data set is used for "
-        "training and the second for evaluation",
+        "be repeated. JSON is an annotation file in COCO format, or a file or folder of Pascal "
+        "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split if there "
+        "are several (data.yaml:train). FOLDER contains the images; it may be omitted if they are "
+        "in the usual folder of the format. If the config names no registered data, the first data "
+        "set is used for training and the second for evaluation",
     )
 
 
