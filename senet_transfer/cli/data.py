@@ -13,6 +13,8 @@ from senet_transfer.cli.arguments import (
     DETECTION_FORMATS,
     PLACES365_SIZES,
     PLACES365_SPLITS,
+    Parser,
+    add_dataset_argument,
     run_command,
 )
 from senet_transfer.errors import UserError
@@ -342,9 +344,77 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
         verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
+def _show_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Write an HTML page on the data of a detector or classifier: training inputs "
+        "with augmentation, statistics, duplicates, and unusual annotations."
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="training data: a JSON file in COCO's format, labelled images, or a registered name",
+    )
+    add("--val", default="", metavar="PATH", help="evaluation data")
+    add(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="image folder of the JSON files in --data and --val; default: the folder of the file",
+    )
+    add_dataset_argument(parser)
+    add(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
+        "finetune_folder for others. Without --data and --dataset, its data sets are used",
+    )
+    add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
+    add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
+    add(
+        "--limit",
+        type=int,
+        default=20_000,
+        help="maximum number of images per data set that are decoded; of larger data sets, a "
+        "random sample is used (20000)",
+    )
+    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def _show(args: argparse.Namespace) -> None:
+    from senet_transfer.analysis.dataset_page import data_config, write_data_page
+
+    for key in ("inputs", "limit", "workers"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} is {getattr(args, key)}; expected 1 or more.")
+    logging.getLogger().setLevel(logging.WARNING)
+    cfg = data_config(
+        args.data,
+        val=args.val,
+        images=args.images,
+        datasets=[list(filter(None, words)) for words in args.dataset],
+        config_file=args.config_file,
+        options=args.opts,
+    )
+    write_data_page(
+        cfg,
+        args.output,
+        inputs=args.inputs,
+        limit=args.limit,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    print(args.output)
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """Argument parser and main function for preparing or checking a data set."""
+    """Argument parser and main function for preparing, checking or showing a data set."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
@@ -359,13 +429,14 @@ PREPARATIONS = {
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
     "split": Preparation(_split_parser, _split),
+    "show": Preparation(_show_parser, _show),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare or check a data set. To show its options, use NAME --help."
+        description="Prepare, check or show a data set. To show its options, use NAME --help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
@@ -373,7 +444,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments for a data set and prepare it.
+    """Parse the arguments for a data set, and prepare, check or show it.
 
     Args:
         name: One of :data:`PREPARATIONS`.

@@ -101,7 +101,8 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("tools", "datasets")
     for path in (ROOT / folder).glob("*.py")
-    if path.name not in ("install_detectron2.py", "classify_onnx.py")
+    if path.name
+    not in ("install_detectron2.py", "classify_onnx.py", "detect_onnx.py", "onnx_images.py")
 )
 
 

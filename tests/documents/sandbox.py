@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pretrainedmodels
 import torch
 import torchvision
 import webdataset
@@ -190,6 +191,8 @@ def _published(root: Path) -> None:
     path = root / "published" / load_catalogue()["torchvision/resnet50"].file
     path.parent.mkdir()
     torch.save(torchvision.models.resnet50().state_dict(), path)
+    path = path.with_name(load_catalogue()["cadene/se_resnet50"].file)
+    torch.save(pretrainedmodels.se_resnet50(pretrained=None).state_dict(), path)
 
 
 def _caffemodel(root: Path) -> None:

@@ -358,7 +358,11 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with PathManager.open(path, "rb") as file:
-        data = file.read()
+        return decode_image(file.read(), image_format, value_range)
+
+
+def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Decode an encoded image in the same way as :func:`read_image`."""
     with _no_truncated_images():
         image: Image.Image = Image.open(io.BytesIO(data))
         orientation = exif_orientation(image)
