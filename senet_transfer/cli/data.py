@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from senet_transfer.cli.arguments import (
     CIFAR_DOWNLOADS,
@@ -225,10 +225,13 @@ def _split_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.2) -> None:
     add = parser.add_argument
     parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--val", type=float, default=0.2, help="fraction of images in val (0.2)")
+    shown = "no split" if val is None else val
+    parts.add_argument(
+        "--val", type=float, default=val, help=f"fraction of images in val ({shown})"
+    )
     parts.add_argument(
         "--folds",
         type=int,
@@ -258,7 +261,8 @@ def _split(args: argparse.Namespace) -> None:
 def _import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert annotations for detection to JSON files in COCO's format: train.json, "
-        "and val.json and test.json if the data set states these splits. The images are not copied."
+        "and val.json and test.json if the data set states these splits or --val is given. The "
+        "images are not copied."
     )
     add = parser.add_argument
     add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
@@ -271,6 +275,7 @@ def _import_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="folder for the JSON files")
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    _add_split_arguments(parser, val=None)
     return parser
 
 
@@ -278,6 +283,10 @@ def _import(args: argparse.Namespace) -> None:
     from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
 
     datasets, images = import_dataset(args.format, args.source, args.images)
+    if args.val is not None or args.folds:
+        datasets = _split_import(args, datasets)
+    elif args.test or args.group_by:
+        raise UserError("--test and --group-by require --val or --folds. Add one of them.")
     summaries = write_dataset(datasets, args.output, images, source=str(args.source))
     for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
         logging.warning(warning)
@@ -291,7 +300,30 @@ def _import(args: argparse.Namespace) -> None:
         for split in ("train", "val")
         if split in datasets
     ]
-    print(f"Options of a training command: {' '.join(options)}")
+    if args.folds:
+        options = [f"--folds {args.output} --images {images}"]
+    command = "tools/run_seeds.py" if args.folds else "a training command"
+    print(f"Options of {command}: {' '.join(options)}")
+
+
+def _split_import(
+    args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split imported data and print the table; raise an error if it is already split."""
+    from senet_transfer.data.split_files import split_coco
+    from senet_transfer.data.splits import Split
+
+    if len(datasets) > 1:
+        raise UserError(
+            f"{args.source} already contains the splits {', '.join(datasets)}, which --val and "
+            "--folds would mix. Omit these options to keep the splits."
+        )
+    val = 0.2 if args.val is None else args.val
+    split = Split(val, args.test, args.folds, args.seed, args.group_by)
+    content = next(iter(datasets.values()))
+    datasets, table = split_coco(content, args.source, split)
+    print(table)
+    return datasets
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:

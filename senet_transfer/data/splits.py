@@ -226,7 +226,6 @@ class _Allocation:
                 self._members[name].append(index)
         self._counts: list[Counter[str]] = [Counter() for _ in fractions]
         self._sizes = [0] * len(fractions)
-
         self._distribute()
         self._repair()
 

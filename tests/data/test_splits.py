@@ -159,6 +159,37 @@ def test_the_files_of_a_coco_split_contain_all_objects_once(shared_data, tmp_pat
     assert "images of 8 classes are in val: horse, bear, skis, banana, sand" in caplog.text
 
 
+@pytest.mark.long
+def test_imported_data_is_split_unless_it_states_its_splits(shared_data, tmp_path, capsys):
+    options = ["--from", "voc", "--output", str(tmp_path / "out"), "--val", "0.25"]
+    with pytest.raises(SystemExit):
+        prepare("import", ["--source", str(shared_data / "bccd"), *options])
+    assert "already contains the splits train, val, test" in capsys.readouterr().err
+    for name in ("Annotations", "JPEGImages"):
+        (tmp_path / name).symlink_to(shared_data / "bccd" / name)
+    prepare("import", ["--source", str(tmp_path), *options])
+    parts = [
+        json.loads((tmp_path / "out" / f"{part}.json").read_text()) for part in ("train", "val")
+    ]
+    names = [{image["file_name"] for image in part["images"]} for part in parts]
+    assert len(names[0] | names[1]) == len(names[0]) + len(names[1]) == 364
+    assert len(names[1]) == pytest.approx(0.25 * 364, abs=2)
+    text = [path.read_text() for path in (tmp_path / "Annotations").iterdir()]
+    for category in parts[0]["categories"]:
+        tag = f"<name>{category['name']}</name>"
+        total = sum(part.count(tag) for part in text)
+        counts = [
+            sum(item["category_id"] == category["id"] for item in part["annotations"])
+            for part in parts
+        ]
+        assert sum(counts) == total
+        assert counts[1] / total == pytest.approx(0.25, abs=0.03)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        prepare("import", ["--source", str(tmp_path), *options[:4], "--test", "0.1"])
+    assert "--test and --group-by require --val or --folds" in capsys.readouterr().err
+
+
 @pytest.fixture
 def tree(tmp_path):
     for label, size in (("a", 6), ("b c", 6), ("d", 1)):
