@@ -11,6 +11,7 @@ from senet_transfer.models.backbones import (  # noqa: F401
     resnet,
     shake_resnet,
     shufflenet,
+    timm_backbone,
     vgg,
     wide_resnet,
 )
