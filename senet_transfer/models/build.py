@@ -102,7 +102,7 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
     if cfg.MODEL.SE.ENABLED and entry.network:
         raise UserError(
             f"MODEL.SE.ENABLED is True, but {entry.name} has the SE layers that timm gives it, if "
-            "any. Remove MODEL.SE.ENABLED, or use a network of this project."
+            "any. Set MODEL.SE.ENABLED to None, or use a network of this project."
         )
     if cfg.MODEL.SE.ENABLED and not entry.has_se:
         return model_entry(f"se_{entry.name}")
