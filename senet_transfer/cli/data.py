@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import (
     CIFAR_DOWNLOADS,
+    DETECTION_FORMATS,
     PLACES365_SIZES,
     PLACES365_SPLITS,
+    Parser,
+    add_dataset_argument,
     run_command,
 )
 from senet_transfer.errors import UserError
@@ -153,12 +156,22 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
 
 def _check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Check detection data in COCO's format: the annotations, and all images by "
-        "reading them completely."
+        description="Check detection data: the annotations, and all images by reading them "
+        "completely."
     )
     add = parser.add_argument
-    add("json_file", metavar="JSON", help="annotation file")
-    add("images", metavar="FOLDER", help="folder to which its file_names are relative")
+    add(
+        "json_file",
+        metavar="PATH",
+        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        "format, followed by the split if there are several (data.yaml:train)",
+    )
+    add(
+        "images",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder to which its file_names are relative; default: the format's usual folder",
+    )
     add("--masks", action="store_true", help="check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
     add(
@@ -192,6 +205,45 @@ def _check(args: argparse.Namespace) -> None:
     mode = "header" if args.headers_only else "decode"
     count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
     print(f"{args.json_file}: no errors in the annotations and {count} images")
+
+
+def _import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert annotations for detection to JSON files in COCO's format: train.json, "
+        "and val.json and test.json if the data set states these splits. The images are not copied."
+    )
+    add = parser.add_argument
+    add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
+    add(
+        "--source",
+        type=Path,
+        required=True,
+        help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
+        "Studio or VIA",
+    )
+    add("--output", type=Path, required=True, help="folder for the JSON files")
+    add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    return parser
+
+
+def _import(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
+
+    datasets, images = import_dataset(args.format, args.source, args.images)
+    summaries = write_dataset(datasets, args.output, images, source=str(args.source))
+    for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
+        logging.warning(warning)
+    for split, summary in summaries.items():
+        print(
+            f"{args.output / split}.json: {summary.num_images} images, "
+            f"{summary.num_annotations} objects, {len(summary.classes)} classes"
+        )
+    options = [
+        f"--dataset my_{split} {args.output / split}.json {images}"
+        for split in ("train", "val")
+        if split in datasets
+    ]
+    print(f"Options of a training command: {' '.join(options)}")
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
@@ -244,9 +296,77 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
         verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
+def _show_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Write an HTML page on the data of a detector or classifier: training inputs "
+        "with augmentation, statistics, duplicates, and unusual annotations."
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="training data: a JSON file in COCO's format, labelled images, or a registered name",
+    )
+    add("--val", default="", metavar="PATH", help="evaluation data")
+    add(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="image folder of the JSON files in --data and --val; default: the folder of the file",
+    )
+    add_dataset_argument(parser)
+    add(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
+        "finetune_folder for others. Without --data and --dataset, its data sets are used",
+    )
+    add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
+    add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
+    add(
+        "--limit",
+        type=int,
+        default=20_000,
+        help="maximum number of images per data set that are decoded; of larger data sets, a "
+        "random sample is used (20000)",
+    )
+    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def _show(args: argparse.Namespace) -> None:
+    from senet_transfer.analysis.dataset_page import data_config, write_data_page
+
+    for key in ("inputs", "limit", "workers"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} is {getattr(args, key)}; expected 1 or more.")
+    logging.getLogger().setLevel(logging.WARNING)
+    cfg = data_config(
+        args.data,
+        val=args.val,
+        images=args.images,
+        datasets=[list(filter(None, words)) for words in args.dataset],
+        config_file=args.config_file,
+        options=args.opts,
+    )
+    write_data_page(
+        cfg,
+        args.output,
+        inputs=args.inputs,
+        limit=args.limit,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    print(args.output)
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """Argument parser and main function for preparing or checking a data set."""
+    """Argument parser and main function for preparing, checking or showing a data set."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
@@ -256,16 +376,18 @@ PREPARATIONS = {
     "check": Preparation(_check_parser, _check),
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
+    "import": Preparation(_import_parser, _import),
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
+    "show": Preparation(_show_parser, _show),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare or check a data set. To show its options, use NAME --help."
+        description="Prepare, check or show a data set. To show its options, use NAME --help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
@@ -273,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments for a data set and prepare it.
+    """Parse the arguments for a data set, and prepare, check or show it.
 
     Args:
         name: One of :data:`PREPARATIONS`.

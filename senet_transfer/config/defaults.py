@@ -150,7 +150,10 @@ def _add_data_config(cfg: CfgNode) -> None:
     # The images of a detector are checked before training and evaluation: "header" compares their
     # sizes with the annotations, and "decode" also reads them completely, which takes longer.
     cfg.DATALOADER.CHECK_IMAGES = "header"
-    # Additional data sets in COCO format: a list of [name, JSON file, image folder].
+    # Additional data sets for detection: a list of [name, annotations, image folder]. The
+    # annotations are a JSON file in COCO's format, or a file or folder in the format of Pascal VOC,
+    # YOLO, LabelMe, CVAT, Label Studio or VIA, followed by the split if there are several
+    # (data.yaml:train). The image folder may be omitted.
     cfg.DATASETS.REGISTER = []
     # The class names in the order of the class indices. They are read from the data sets at the
     # start of a run, so that the saved config is sufficient to interpret predictions.

@@ -55,7 +55,7 @@ def use_classification_datasets(
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset only support detection data in COCO format. For a "
+            "DATASETS.REGISTER and --dataset only support detection data. For a "
             "classifier, set the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
@@ -313,7 +313,10 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
 
 
 def train_loader(
-    cfg: CfgNode, seed: int, start_iter: int = 0
+    cfg: CfgNode,
+    seed: int,
+    start_iter: int = 0,
+    transform: TrainTransform | EvalTransform | None = None,
 ) -> ClassificationLoader | CifarTrainLoader:
     """Build this process's training loader.
 
@@ -321,6 +324,7 @@ def train_loader(
         cfg: Config of the run.
         seed: Random seed of the run; must be the same in all processes.
         start_iter: Iteration to start from.
+        transform: Transform instead of the config's, for images that are not kept in memory.
 
     Raises:
         UserError: If the sampler is not supported or the data cannot be opened.
@@ -350,7 +354,7 @@ def train_loader(
     return build_classification_train_loader(
         dataset,
         **share,
-        transform=train_transform(cfg),
+        transform=transform or train_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         class_aware=cfg.DATALOADER.SAMPLER_TRAIN == "ClassAwareSampler",
         shuffle_block=cfg.DATALOADER.SHUFFLE_BLOCK,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -183,9 +184,12 @@ class EvalTransform:
         Raises:
             BrokenImageError: If the image cannot be decoded.
         """
+        return self.view(decode_exact(data, self.value_range))
+
+    def view(self, image: Image.Image) -> Tensor:
+        """Return the same as :meth:`__call__` for a decoded RGB image."""
         size = [self.resize] * (2 if self.mode == "squash" else 1)
-        decoded = decode_exact(data, self.value_range)
-        image = F.resize(decoded, size, interpolation=_interpolation(self.interpolation))
+        image = F.resize(image, size, interpolation=_interpolation(self.interpolation))
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":
             return torch.stack([F.pil_to_tensor(view) for view in F.ten_crop(image, square)])
