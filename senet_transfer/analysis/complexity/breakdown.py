@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from senet_transfer.analysis.complexity.count import Cost, Measured, measure
 from senet_transfer.errors import UserError
-from senet_transfer.models.backbones.timm_backbone import TimmBackbone
 from senet_transfer.models.classifier import Classifier
+from senet_transfer.models.timm_backbone import TimmBackbone
 
 
 @dataclass(frozen=True)

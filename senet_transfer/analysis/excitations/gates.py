@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from senet_transfer.analysis.se_layers import is_se_layer, timm_gate
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
-from senet_transfer.models.backbones.timm_backbone import TimmBackbone
+from senet_transfer.models.timm_backbone import TimmBackbone
 
 _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 

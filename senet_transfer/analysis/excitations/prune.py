@@ -27,9 +27,9 @@ from senet_transfer.models.backbones.blocks import SEBasicBlock, SEBottleneckBlo
 from senet_transfer.models.backbones.cifar_blocks import PreActBlock
 from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
 from senet_transfer.models.backbones.shufflenet import ShuffleUnit
-from senet_transfer.models.backbones.timm_backbone import TimmBackbone
 from senet_transfer.models.build import weights_follow
 from senet_transfer.models.image_classifier import ImageClassifier
+from senet_transfer.models.timm_backbone import TimmBackbone
 from senet_transfer.weights import save_weights
 
 # Candidate names for the last convolution in the residual branch, by block class. The first name

@@ -11,7 +11,6 @@ from senet_transfer.models.backbones import (  # noqa: F401
     resnet,
     shake_resnet,
     shufflenet,
-    timm_backbone,
     vgg,
     wide_resnet,
 )
