@@ -76,8 +76,9 @@ def add_senet_config(cfg: CfgNode) -> None:
 
 
 def _add_model_config(cfg: CfgNode) -> None:
-    # A model name from `senet_transfer.list_models()`. If empty, `MODEL.RESNETS` describes a
-    # residual backbone (depth, groups, widths), as in Detectron2.
+    # A model name from `senet_transfer.list_models()`, or "timm/NAME" for a network that timm
+    # builds. If empty, `MODEL.RESNETS` describes a residual backbone (depth, groups, widths), as in
+    # Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
     # The padding in Inception-ResNet-v2: "valid", as in the published network, or "same", which
     # keeps feature maps aligned with the image. If empty, detectors use "same" and classifiers
