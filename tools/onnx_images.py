@@ -50,7 +50,7 @@ def read_image(
     try:
         image: Image.Image = Image.open(path)
         # Pillow reads 16-bit colour images with 8 bits.
-        deep_colours = image.mode in ("RGB", "RGBA") and "16" in str(image.tile)
+        deep_colours = image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", ""))
         # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image.load()

@@ -460,8 +460,8 @@ PREPARATIONS = {
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
-    "split": Preparation(_split_parser, _split),
     "show": Preparation(_show_parser, _show),
+    "split": Preparation(_split_parser, _split),
 }
 
 

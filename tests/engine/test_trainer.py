@@ -18,7 +18,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.inputs import find_photos
 from senet_transfer.engine.predictor.load import load, load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -147,7 +147,9 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
     photos = find_photos([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
     images = [photo.name for photo in photos]
     out = tmp_path / "predictions"
-    json_file = predict_files(Detector.of(loaded, threshold=0), images, str(out), quiet=True)
+    json_file = predict_files(
+        DetectorPredictor.of(loaded, threshold=0), images, str(out), quiet=True
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images

@@ -17,9 +17,10 @@ from pycocotools import mask as mask_util
 from senet_transfer import UserError
 from senet_transfer.cli import export, train
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.inference.detect import predict_images
-from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.model_from import LoadedModel
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.load import load_trained
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.export import deploy, onnx_detectors
 from senet_transfer.export.write import export_model
 
@@ -60,7 +61,8 @@ def check_detections(
     output = folder / "detections.json"
     detect_without_torch(model, *images, "--output", output, "--threshold", threshold)
     found = json.loads(output.read_text())
-    predicted = predict_images(loaded, images, str(folder), threshold=threshold, quiet=True)
+    predictor = DetectorPredictor.of(loaded, threshold=threshold)
+    predicted = predict_files(predictor, images, str(folder), draw=False, quiet=True)
     expected = json.loads(Path(predicted).read_text())["annotations"]
     assert len(found) == len(expected)
     for image_id, path in enumerate(images, start=1):
