@@ -196,6 +196,14 @@ def _add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.MICRO_BATCHES = 1
     # A factor for the backbone's learning rate. Values below 1 fine-tune the backbone gently.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # A factor for the learning rate per stage of the backbone: res5 has the factor d, res4 d^2, and
+    # so on to the stem. The other parts, such as the classifier, have the factor 1. Values below 1
+    # keep the early stages, which are the most general, close to the pretrained weights.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # Gradual unfreezing: all stages of the backbone are frozen at the start. The first number is
+    # the iteration from which the last stage is trained, the second that of the stage before it,
+    # and so on. Stages without a number stay frozen. If empty, no stage is frozen.
+    cfg.SOLVER.UNFREEZE_ITERS = ()
     # The batch norm statistics are frozen for this number of iterations at the end of training.
     # The network is then trained in the same form in which it is evaluated (the paper's appendix).
     cfg.SOLVER.FROZEN_BN_ITERS = 0
@@ -227,10 +235,11 @@ def _add_epochs(cfg: CfgNode) -> None:
     """Add the keys for schedules in epochs, and the key for selecting the best model."""
     # For classification only. Fractions of epochs are allowed. If EPOCHS is set, it replaces
     # MAX_ITER, and STEP_EPOCHS replaces STEPS. The other keys, if set, replace WARMUP_ITERS,
-    # FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD.
+    # UNFREEZE_ITERS, FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = None
+    cfg.SOLVER.UNFREEZE_EPOCHS = ()
     cfg.SOLVER.FROZEN_BN_EPOCHS = None
     cfg.SOLVER.CHECKPOINT_EPOCHS = None
     cfg.TEST.EVAL_EPOCHS = None

@@ -52,6 +52,7 @@ RANGES = {
     "SOLVER.FROZEN_BN_ITERS": (0, math.inf),
     "SOLVER.GAMMA": (0, math.inf),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.LAYER_DECAY": (0, 1),
     "SOLVER.MAX_ITER": (1, math.inf),
     "SOLVER.MAX_NONFINITE_STEPS": (0, math.inf),
     "SOLVER.MOMENTUM": (0, 1),
@@ -82,6 +83,8 @@ _ELEMENTS: dict[str, Any] = {
     "INPUT.VALUE_RANGE": 0.0,
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
+    "SOLVER.UNFREEZE_EPOCHS": 1,
+    "SOLVER.UNFREEZE_ITERS": 1,
     "TEST.KEYPOINT_OKS_SIGMAS": 0.1,
 }
 

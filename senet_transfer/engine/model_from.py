@@ -21,6 +21,7 @@ from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.choice import Choice, config_choice, stated_values
 from senet_transfer.weights.file_geometry import (
@@ -28,7 +29,7 @@ from senet_transfer.weights.file_geometry import (
     examine_config_weights,
     local_weights,
 )
-from senet_transfer.weights.load import load_source
+from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,14 @@ class ModelSource:
         apply_file_classes(cfg, source)
         return replace(self, cfg=cfg, source=source)
 
-    def build(self, device: str = "") -> LoadedModel:
+    def build(self, device: str = "", *, backbone_only: bool = False) -> LoadedModel:
         """Build the model with the geometry of its weight file, and load all of its weights.
 
         Args:
             device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
                 there are no GPUs, the model is built on the CPU.
+            backbone_only: If True, the weight file may have no classifier, or one for a different
+                number of classes. The model's linear layer is then random.
 
         Raises:
             UserError: If the weight file can't be read or does not match the model (including the
@@ -110,8 +113,20 @@ class ModelSource:
         apply_file_geometry(cfg, source)
         with weights_follow():
             model = set_memory_format(cfg, build_model(cfg))
-        load_source(model, source, exact=True)
+        report = load_source(model, source, exact=not backbone_only)
+        _check_backbone(report)
         return LoadedModel(model.eval(), cfg, source.family.name)
+
+
+def _check_backbone(report: LoadReport) -> None:
+    """Raise a UserError if a part of a classifier other than its linear layer is not loaded."""
+    random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
+    if random:
+        raise UserError(
+            f"{report.path} has no weights for {len(random)} tensors of the model: "
+            f"{first_of(list(random), 3)} ({next(iter(random.values()))}). Use weights for this "
+            "network, or build the file's network."
+        )
 
 
 def _check_class_count(cfg: CfgNode, config_file: str) -> None:
