@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Analyze the gates of an SE network; see --help for examples."""
 
-from senet_transfer.cli.gates import command
+from senet_transfer.cli.analysis.gates import command
 
 if __name__ == "__main__":
     command()

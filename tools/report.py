@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Create an HTML report on training runs; see --help for examples."""
 
-from senet_transfer.cli.report import command
+from senet_transfer.cli.analysis.report import command
 
 if __name__ == "__main__":
     command()

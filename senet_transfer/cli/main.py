@@ -20,12 +20,14 @@ COMMANDS = {
     "features": ("little_data.features", "write the features of a backbone for labelled images"),
     "probe": ("little_data.probe", "evaluate a backbone: linear probe and nearest neighbours"),
     "convert": ("convert", "convert weight files between formats"),
-    "report": ("report", "create an HTML report on training runs"),
+    "report": ("analysis.report", "create an HTML report on training runs"),
     "data": ("data", "prepare a data set"),
-    "complexity": ("complexity", "count parameters and multiply-accumulates"),
-    "gates": ("gates", "analyse the gates of an SE network"),
-    "sweep": ("sweep", "train a config with several seeds"),
-    "ablation": ("ablation", "train the SE variants in the paper"),
+    "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),
+    "gates": ("analysis.gates", "analyse the gates of an SE network"),
+    "sweep": ("analysis.sweep", "train a config with several seeds"),
+    "ablation": ("analysis.ablation", "train the SE variants in the paper"),
+    "env": ("environment", "print versions and hardware, for a bug report"),
+    "completion": ("completion", "print a script that completes commands in a shell"),
 }
 
 
@@ -51,7 +53,8 @@ def command() -> None:
     """Parse the arguments and run the command."""
     args = parser().parse_args()
     name, _ = COMMANDS[args.command]
-    sys.argv[0] = f"senet {args.command}"
+    # The usage texts and the record of a run name the command as it was typed.
+    sys.argv = [f"senet {args.command}", *args.arguments]
     importlib.import_module(f"senet_transfer.cli.{name}").command(args.arguments)
 
 

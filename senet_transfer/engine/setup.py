@@ -6,14 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
@@ -50,13 +48,9 @@ from senet_transfer.engine.numerics import apply_settings, resolve_auto, setting
 from senet_transfer.engine.run_checks import check_run
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
+from senet_transfer.utils.environment import environment_report
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
-
-_RECORDED = (
-    "senet_transfer", "torch", "torchvision", "numpy", "pillow", "fvcore", "iopath",
-    "pycocotools", "opencv-python-headless", "omegaconf", "yacs",
-)  # fmt: skip
 
 # Environment variables in which launchers count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -125,7 +119,7 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", cfg.dump())
         history.write_text(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
-        environment = _environment()
+        environment = environment_report()
         logger.info("Environment:\n%s", environment)
         history.write_text(Path(cfg.OUTPUT_DIR, "environment.txt"), environment)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
@@ -433,13 +427,3 @@ def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
             "INPUT.CROP.ENABLED with polygons requires the package shapely, which is not "
             "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
         )
-
-
-def _environment() -> str:
-    versions = []
-    for name in _RECORDED:
-        try:
-            versions.append(f"{name}=={metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{name}: not installed")
-    return "\n\n".join([" ".join(sys.argv), "\n".join(versions), collect_env_info()]) + "\n"

@@ -232,3 +232,11 @@ def is_initializing(module: ModuleType) -> bool:
     Private API (CPython 3.11 to 3.13): ``_initializing`` of a module spec.
     """
     return getattr(module.__spec__, "_initializing", False)
+
+
+def parser_arguments(parser: Any) -> list[Any]:
+    """Return the arguments of an ``ArgumentParser``, in the order of their definition.
+
+    Private API (Python 3.11 to 3.13): ``ArgumentParser._actions``.
+    """
+    return parser._actions

@@ -15,7 +15,8 @@ from senet_transfer.analysis.excitations.analyze import open_labelled
 from senet_transfer.analysis.excitations.collect import backbone_of, collect_excitations
 from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
-from senet_transfer.cli import evaluate, gates
+from senet_transfer.cli import evaluate
+from senet_transfer.cli.analysis import gates
 from senet_transfer.data.cifar.in_memory import save_images, split_file
 from senet_transfer.data.cifar.open import decode_all
 from senet_transfer.data.classification.open import open_dataset

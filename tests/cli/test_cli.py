@@ -4,6 +4,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from detectron2.engine import default_argument_parser
@@ -68,6 +69,29 @@ def test_senet_passes_the_arguments_on_and_names_the_command():
     found = call(sys.executable, "-m", "senet_transfer.cli.main", "report", "--images")
     assert found.returncode == 2
     assert "usage: senet report" in found.stderr
+
+
+def test_a_shell_completes_commands_data_sets_and_options(tmp_path):
+    script = call(sys.executable, "-m", "senet_transfer.cli.main", "completion", "bash").stdout
+    (tmp_path / "senet.sh").write_text(script)
+    lines = {"senet dat": "data", "senet data che": "check", "senet predict --wei": "--weights"}
+    for line, expected in lines.items():
+        words = f"COMP_WORDS=({line}); COMP_CWORD={line.count(' ')}"
+        completed = f'. ./senet.sh; {words}; _shtab_senet; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(
+            ["bash", "-c", completed], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected
+
+
+@pytest.mark.long
+def test_env_prints_the_versions_that_a_bug_report_needs():
+    found = call(sys.executable, "-m", "senet_transfer.cli.main", "env").stdout
+    assert found.startswith("senet env\n")
+    for name in ("senet_transfer", "torch", "torchvision", "pillow"):
+        assert f"\n{name}=={metadata.version(name)}\n" in found
+    assert "detectron2" in found
+    assert "GPU available" in found
 
 
 SCRIPTS = sorted(

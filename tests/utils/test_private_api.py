@@ -1,5 +1,6 @@
 """Tests that the private APIs used from other libraries still behave as expected."""
 
+import argparse
 import subprocess
 import sys
 from collections import OrderedDict
@@ -339,3 +340,9 @@ def test_the_cpu_group_has_all_processes(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
         comm._get_global_gloo_group.cache_clear()
+
+
+def test_the_arguments_of_a_parser_are_listed_in_order():
+    parser = argparse.ArgumentParser(add_help=False)
+    added = [parser.add_argument("file"), parser.add_argument("--size", type=int)]
+    assert private_api.parser_arguments(parser) == added

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from senet_transfer import UserError, create_classifier, save_weights
-from senet_transfer.cli import evaluate, gates, predict
+from senet_transfer.cli import evaluate, predict
+from senet_transfer.cli.analysis import gates
 from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.model_from import ModelSource, find_model, model_config
 from senet_transfer.engine.setup import setup

@@ -1,0 +1,1 @@
+"""Commands that analyse models and runs, or repeat runs to compare them."""
