@@ -45,6 +45,7 @@ FILE_KEYS = (
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "MODEL.RESNETS.STEM_POOL",
     "MODEL.SE.RELU_BEFORE",
+    "INPUT.CHANNELS",
     "INPUT.FORMAT",
     "MODEL.PIXEL_MEAN",
     "MODEL.PIXEL_STD",
@@ -142,6 +143,11 @@ def _add_model_config(cfg: CfgNode) -> None:
 
 
 def _add_data_config(cfg: CfgNode) -> None:
+    # The number of channels of the images, 1 to 16, for images that are neither colour nor grey
+    # images, such as multispectral TIFF or NPY files. The channels are used in the order of the
+    # file, and MODEL.PIXEL_MEAN and PIXEL_STD need one value for each. INPUT.FORMAT is then set to
+    # "C5" for 5 channels. If None, INPUT.FORMAT determines the channels.
+    cfg.INPUT.CHANNELS = None
     # [low, high]: the values that become black and white in images with 16 or 32 bits per channel,
     # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
     # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.

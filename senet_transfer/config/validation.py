@@ -11,8 +11,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.defaults import config_items, config_value, get_senet_config
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def check_ranges(cfg: CfgNode) -> None:
 
 
 IMAGE_FORMATS = ("BGR", "RGB", "L")
+MOST_CHANNELS = 16
 
 
 def check_input(cfg: CfgNode) -> None:
@@ -177,18 +179,20 @@ def check_input(cfg: CfgNode) -> None:
         UserError: If the image format is not supported, or the mean, std or value range is invalid.
     """
     image_format = cfg.INPUT.FORMAT
-    if image_format not in IMAGE_FORMATS:
+    count = channels_of(image_format)
+    if image_format not in IMAGE_FORMATS and count != (cfg.INPUT.CHANNELS or 0):
         raise UserError(
             f"INPUT.FORMAT is {image_format!r}; expected one of: {', '.join(IMAGE_FORMATS)}. Other "
-            "formats, such as Detectron2's YUV-BT.601, are not supported."
+            "formats, such as Detectron2's YUV-BT.601, are not supported. For images with other "
+            "channels, set INPUT.CHANNELS instead."
         )
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    channels = (1, 3) if image_format == "L" else (3,)
+    channels = (1, 3) if image_format == "L" else (count or 3,)
     if len(mean) not in channels or len(std) != len(mean):
         expected = (
             "1 value each, or 3 for a network with 3 input channels,"
             if image_format == "L"
-            else "3 values each"
+            else f"{count or 3} values each"
         )
         raise UserError(
             f"MODEL.PIXEL_MEAN has {len(mean)} and MODEL.PIXEL_STD has {len(std)} values; expected "
@@ -199,6 +203,7 @@ def check_input(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_MEAN is {list(mean)} and MODEL.PIXEL_STD is {list(std)}; expected finite "
             "numbers, and no standard deviation of 0."
         )
+    _check_channels(cfg, count)
     limits = cfg.INPUT.VALUE_RANGE
     if len(limits) not in (0, 2) or not all(map(math.isfinite, limits)):
         raise UserError(
@@ -209,6 +214,20 @@ def check_input(cfg: CfgNode) -> None:
         raise UserError(
             f"INPUT.VALUE_RANGE is {list(limits)}; expected the lower value first: [low, high]."
         )
+
+
+def _check_channels(cfg: CfgNode, count: int | None) -> None:
+    """Raise a UserError for settings that are not supported for images with many channels."""
+    for key, unsupported in (
+        ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED),
+        ("VIS_PERIOD", cfg.VIS_PERIOD > 0),
+        ("INPUT.CLASSIFICATION.AUGMENT", cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"),
+    ):
+        if count is not None and unsupported:
+            raise UserError(
+                f"{key} is {config_value(cfg, key)}, which is not supported with INPUT.CHANNELS "
+                f"{count}. Reset it to its default."
+            )
 
 
 @contextlib.contextmanager

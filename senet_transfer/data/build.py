@@ -28,6 +28,7 @@ from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.preprocessing import channels_of
 
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
 AUGMENTS = ("region", "pad_crop")
@@ -245,6 +246,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         interpolation=options.INTERPOLATION,
         draft=options.DRAFT,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
     )
 
 
@@ -257,6 +259,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
         crop=options.TEST_CROP,
         interpolation=options.INTERPOLATION,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
     )
 
 

@@ -20,7 +20,7 @@ from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.choice import Choice, config_choice, stated_values
@@ -248,6 +248,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.INPUT.FORMAT = preprocessing.format
+    cfg.INPUT.CHANNELS = channels_of(preprocessing.format)
     cfg.MODEL.PIXEL_MEAN = list(preprocessing.mean)
     cfg.MODEL.PIXEL_STD = list(preprocessing.std)
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import PIXELS, predicts
+from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
 from senet_transfer.models.image_classifier import preprocessing_of
+from senet_transfer.preprocessing import channels_of
 
 
 def export_model(
@@ -110,6 +112,7 @@ def _read_image(path: str, cfg: CfgNode) -> Tensor:
         raise UserError(
             f"{path} can't be read as an image: {error}. Choose a different image."
         ) from error
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    kind = ChannelResizeShortestEdge if channels_of(cfg.INPUT.FORMAT) else ResizeShortestEdge
+    resize = kind(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     image = resize.get_transform(image).apply_image(image)
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))

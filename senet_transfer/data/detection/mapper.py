@@ -33,10 +33,13 @@ from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotat
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     turn_upright,
+    with_channel_resize,
     with_fast_resize,
 )
+from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import to_8_bit
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 # Transpose operation for each EXIF orientation.
 _EXIF_TURNS = {
@@ -104,8 +107,10 @@ class CheckedDatasetMapper(DatasetMapper):
                     annotation_files.setdefault(folder, []).append(json_file)
         theirs = super().from_config(cfg, is_train)
         # The config may be Detectron2's own, without these keys.
-        if is_train and cfg.INPUT.get("FAST_RESIZE", False):
+        if is_train and cfg.INPUT.get("FAST_RESIZE", False) and not channels_of(cfg.INPUT.FORMAT):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
+        if channels_of(cfg.INPUT.FORMAT):
+            theirs["augmentations"] = with_channel_resize(theirs["augmentations"])
         head = cfg.MODEL.SEM_SEG_HEAD
         return {
             **theirs,
@@ -321,7 +326,10 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
 
     Args:
         path: Path of an image in any format supported by Pillow.
-        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
+        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`;
+            or "C5", for example, for images with 5 channels in any format supported by
+            :func:`~senet_transfer.data.images.channels.decode_channels`. The EXIF orientation of
+            such images is not applied.
         value_range: Range of images with more than 8 bits per channel; see
             :func:`senet_transfer.data.images.decode.to_8_bit`.
 
@@ -336,6 +344,8 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
     with PathManager.open(path, "rb") as file:
         data = file.read()
     with _no_truncated_images():
+        if channels := channels_of(image_format):
+            return decode_channels(data, channels, value_range)
         image: Image.Image = Image.open(io.BytesIO(data))
         orientation = exif_orientation(image)
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import decode_exact, decode_fast, jpeg_size
 from senet_transfer.errors import UserError
 
@@ -42,6 +44,8 @@ class TrainTransform:
         draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
             large as the output. This is faster for large images, but changes the pixels.
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
+        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
+            them, with ``C`` 3.
     """
 
     size: int = 224
@@ -51,6 +55,7 @@ class TrainTransform:
     interpolation: str = "bilinear"
     draft: bool = False
     value_range: tuple[float, ...] = ()
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         pairs = len(self.scale) == len(self.ratio) == 2
@@ -70,10 +75,10 @@ class TrainTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        return (3, self.size, self.size)
+        return (self.channels or 3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
-        """Return a random crop of an encoded image, uint8 RGB `(3, size, size)`.
+        """Return a random crop of an encoded image, uint8 `(C, size, size)`.
 
         Raises:
             BrokenImageError: If the image cannot be decoded.
@@ -92,10 +97,13 @@ class TrainTransform:
     def _decoded(
         self, data: bytes, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """Return the decoded pixels (H, W, 3) and the crop region (top, left, height, width)."""
-        size = jpeg_size(data) if self.draft else None
+        """Return the decoded pixels (H, W, C) and the crop region (top, left, height, width)."""
+        size = jpeg_size(data) if self.draft and not self.channels else None
         if size is None:
-            pixels = decode_fast(data, value_range=self.value_range)
+            if self.channels:
+                pixels = decode_channels(data, self.channels, self.value_range)
+            else:
+                pixels = decode_fast(data, value_range=self.value_range)
             full_height, full_width = pixels.shape[:2]
             return pixels, self.region(full_height, full_width, rng)
         top, left, height, width = self.region(*size, rng)
@@ -144,6 +152,8 @@ class EvalTransform:
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
+        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
+            them, with ``C`` 3.
     """
 
     mode: str = "short_side"
@@ -151,6 +161,7 @@ class EvalTransform:
     crop: int = 224
     interpolation: str = "bilinear"
     value_range: tuple[float, ...] = ()
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
@@ -164,17 +175,23 @@ class EvalTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        shape = (3, self.crop, self.crop)
+        shape = (self.channels or 3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
-        """Return the crop, uint8 RGB `(3, crop, crop)`; `(10, 3, crop, crop)` for mode "ten_crop".
+        """Return the crop, uint8 `(C, crop, crop)`; `(10, C, crop, crop)` for mode "ten_crop".
 
         Raises:
             BrokenImageError: If the image cannot be decoded.
         """
+        if self.channels:
+            pixels = decode_channels(data, self.channels, self.value_range)
+            bands = (Image.fromarray(pixels[..., band]) for band in range(self.channels))
+            return torch.cat([self._view(band) for band in bands], dim=-3)
+        return self._view(decode_exact(data, self.value_range))
+
+    def _view(self, decoded: Image.Image) -> Tensor:
         size = [self.resize] * (2 if self.mode == "squash" else 1)
-        decoded = decode_exact(data, self.value_range)
         image = F.resize(decoded, size, interpolation=_interpolation(self.interpolation))
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":

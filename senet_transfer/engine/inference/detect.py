@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from senet_transfer.config.architectures import PROPOSALS, predicts
+from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.engine.inference.annotations import (
     object_annotations,
@@ -28,6 +28,7 @@ from senet_transfer.engine.inference.inputs import check_all_read, make_output_f
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,11 @@ class _Resize(ResizeShortestEdge):
         if not isinstance(found, ResizeTransform) or min(found.new_h, found.new_w) > 0:
             return found
         new_h, new_w = max(found.new_h, 1), max(found.new_w, 1)
-        return ResizeTransform(found.h, found.w, new_h, new_w, found.interp)
+        return type(found)(found.h, found.w, new_h, new_w, found.interp)
+
+
+class _ResizeChannels(_Resize, ChannelResizeShortestEdge):
+    """The same for images with any number of channels."""
 
 
 class Predictor(DefaultPredictor):
@@ -61,11 +66,12 @@ class Predictor(DefaultPredictor):
         if cfg.TEST.AUG.ENABLED:
             self.model = with_augmentation(cfg, self.model)
         sides = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST]
-        self.aug = _Resize(sides, cfg.INPUT.MAX_SIZE_TEST)
+        resize = _ResizeChannels if channels_of(cfg.INPUT.FORMAT) else _Resize
+        self.aug = resize(sides, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
 
     def __call__(self, original_image: np.ndarray) -> dict:
-        """Detect objects in a BGR image, uint8 ``(H, W, 3)``."""
+        """Detect objects in a BGR image, or one with ``INPUT.CHANNELS``, uint8 ``(H, W, C)``."""
         if self.input_format == "L":
             grey = Image.fromarray(original_image[:, :, ::-1]).convert("L")
             original_image = np.asarray(grey)[:, :, None]
@@ -113,7 +119,7 @@ def predict_images(
     records, annotations, broken = [], [], []
     for image_id, path in enumerate(progress(images, unit="image", quiet=quiet), start=1):
         try:
-            image = _read(path, loaded.cfg.INPUT.VALUE_RANGE)
+            image = _read(path, loaded.cfg)
             prediction = _Prediction.of(predictor(image), threshold)
         # A failed prediction must not affect the other images.
         except Exception as error:
@@ -123,7 +129,8 @@ def predict_images(
         records.append({"id": image_id, "file_name": path, "height": height, "width": width})
         annotations += prediction.annotations(image_id, len(classes.things))
         try:
-            _draw(image, prediction, classes, drawn[path])
+            shown = _shown(image) if channels_of(loaded.cfg.INPUT.FORMAT) else image
+            _draw(shown, prediction, classes, drawn[path])
         except Exception as error:
             broken.append(_problem(path, "no drawing, only its predictions", error))
     json_file = os.path.join(output_dir, "predictions.json")
@@ -212,12 +219,21 @@ def _output_names(images: list[str], output_dir: str) -> dict[str, str]:
     return names
 
 
-def _read(path: str, value_range: Sequence[float]) -> np.ndarray:
+def _read(path: str, cfg: CfgNode) -> np.ndarray:
+    image_format = cfg.INPUT.FORMAT if channels_of(cfg.INPUT.FORMAT) else "BGR"
     try:
-        return read_image(path, "BGR", value_range)
+        return read_image(path, image_format, cfg.INPUT.VALUE_RANGE)
     # Decoders raise many kinds of exceptions for corrupted files.
     except Exception as error:
         raise UserError(f"{path} can't be read as an image: {error}. Remove it.") from error
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    """Return the first three channels of an image as a BGR image; a single one as grey."""
+    if image.shape[2] == 1:
+        return image.repeat(3, axis=2)
+    missing = max(3 - image.shape[2], 0)
+    return np.pad(image, ((0, 0), (0, 0), (0, missing)))[:, :, 2::-1]
 
 
 def _draw(image: np.ndarray, prediction: _Prediction, classes: ClassNames, path: str) -> None:

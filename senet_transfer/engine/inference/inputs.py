@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from senet_transfer.config.architectures import PROPOSALS, predicts
 from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
-from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
@@ -75,9 +75,11 @@ def find_images(inputs: Iterable[str]) -> list[str]:
     found: set[str] = set()
     for name in inputs:
         if os.path.isdir(name):
-            paths = [
-                os.path.join(name, entry) for entry in os.listdir(name) if is_image_name(entry)
-            ]
+            entries = os.listdir(name)
+            images = [entry for entry in entries if is_image_name(entry)]
+            # NumPy arrays are images if there are no other images.
+            images = images or [entry for entry in entries if is_array_name(entry)]
+            paths = [os.path.join(name, entry) for entry in images]
         else:
             # Check for a file first, because its name may contain glob characters.
             paths = [name] if os.path.isfile(name) else _matches(name)
