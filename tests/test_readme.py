@@ -9,6 +9,10 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
 import senet_transfer
+from senet_transfer.config import is_classification
+from senet_transfer.config.load import load_config
+from senet_transfer.data.detection.augmentation.build import check_detection_augmentation
+from senet_transfer.data.images.augmentation import build_augmentation
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.weights import FAMILIES
 from senet_transfer.weights.hub.catalogue import load_catalogue
@@ -126,6 +130,18 @@ def test_every_config_that_is_named_for_a_kind_of_data_exists():
     named = re.findall(r"`(\w+)`", table)
     assert len(named) == 4
     assert set(named) <= {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+
+
+@pytest.mark.long
+def test_the_configs_of_the_page_on_augmentation_are_valid(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", read("docs/augmentation.md"), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        (tmp_path / "mine.yaml").write_text(block.replace("configs/", f"{ROOT}/configs/"))
+        cfg = load_config(str(tmp_path / "mine.yaml"))
+        if not is_classification(cfg):
+            check_detection_augmentation(cfg)
+        assert is_classification(cfg) == (build_augmentation(cfg) is not None)
 
 
 def test_the_papers_results_are_those_of_the_configs_headers():

@@ -172,6 +172,25 @@ def _add_data_config(cfg: CfgNode) -> None:
 
 
 def _add_detection_input(cfg: CfgNode) -> None:
+    """Add the keys for a detector's inputs. All augmentation is for training only."""
+    # [minimum, maximum] of the factor by which the brightness, contrast or saturation of an image
+    # is multiplied, such as [0.8, 1.2]. If empty, it is not changed.
+    cfg.INPUT.BRIGHTNESS = ()
+    cfg.INPUT.CONTRAST = ()
+    cfg.INPUT.SATURATION = ()
+    # The probability of a vertical flip, in addition to RANDOM_FLIP.
+    cfg.INPUT.VERTICAL_FLIP = 0.0
+    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    cfg.INPUT.RIGHT_ANGLES = False
+    # Large-scale jitter (Ghiasi et al. 2021), instead of MIN_SIZE_TRAIN: an image is resized to fit
+    # in SIZE (height, width), multiplied by a random factor from SCALE, and cropped to SIZE.
+    cfg.INPUT.LARGE_SCALE_JITTER = CfgNode()
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
+    cfg.INPUT.LARGE_SCALE_JITTER.SCALE = (0.1, 2.0)
+    cfg.INPUT.LARGE_SCALE_JITTER.SIZE = (1024, 1024)
+    # The probability of copy-paste (Ghiasi et al. 2021): each object of another random image is
+    # pasted with probability 0.5. For models with masks.
+    cfg.INPUT.COPY_PASTE = 0.0
     # The images of a detector with an FPN are padded to multiples of this number of pixels, in
     # training and evaluation. A larger number reduces the number of image sizes. 0 selects the
     # FPN's largest stride, as in Detectron2.
@@ -276,6 +295,15 @@ def _add_classification_config(cfg: CfgNode) -> None:
     # default is used.
     cfg.MODEL.CLASSIFIER.DROPOUT = None
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # The training loss, "cross_entropy" or "focal", the softmax form of the focal loss of Lin et
+    # al. 2017, which reduces the loss of images that are classified well. A larger FOCAL_GAMMA
+    # reduces it more; 0 is the cross-entropy.
+    cfg.MODEL.CLASSIFIER.LOSS = "cross_entropy"
+    cfg.MODEL.CLASSIFIER.FOCAL_GAMMA = 2.0
+    # The weight of each class in the training loss, as in F.cross_entropy: a list in the order of
+    # DATASETS.CLASSES, or "auto", which is replaced at the start of a run by the inverse of each
+    # class's number of training images, scaled to a mean of 1. If None, all weights are 1.
+    cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
     # Alpha of the Beta distribution for mixup and CutMix, or 0 to disable them. If both are
     # enabled, one of them is selected at random for each batch.
     cfg.MODEL.CLASSIFIER.MIXUP = 0.0
@@ -317,6 +345,24 @@ def _add_classification_input(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFICATION.CUTOUT = 0
     # The probability of a horizontal flip, between 0 and 1.
     cfg.INPUT.CLASSIFICATION.FLIP = 0.5
+    # The keys up to ERASING add torchvision's augmentation to AUGMENT "region", in this order.
+    # The probability of a vertical flip.
+    cfg.INPUT.CLASSIFICATION.VERTICAL_FLIP = 0.0
+    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    cfg.INPUT.CLASSIFICATION.RIGHT_ANGLES = False
+    # "rand_augment" (Cubuk et al. 2020), "trivial_augment" (Mueller and Hutter 2021) or "none".
+    # RAND_AUGMENT is RandAugment's number of operations and their magnitude from 0 to 30.
+    cfg.INPUT.CLASSIFICATION.POLICY = "none"
+    cfg.INPUT.CLASSIFICATION.RAND_AUGMENT = (2, 9)
+    # The strengths of random changes of brightness, contrast, saturation and hue, such as
+    # (0.4, 0.4, 0.4, 0.1). If empty, the colours are not changed.
+    cfg.INPUT.CLASSIFICATION.COLOR_JITTER = ()
+    # The probability of a Gaussian blur, and the limits of its standard deviation in pixels.
+    cfg.INPUT.CLASSIFICATION.BLUR = 0.0
+    cfg.INPUT.CLASSIFICATION.BLUR_SIGMA = (0.1, 2.0)
+    # The probability of random erasing (Zhong et al. 2020), which fills a rectangle with
+    # MODEL.PIXEL_MEAN.
+    cfg.INPUT.CLASSIFICATION.ERASING = 0.0
     # If True, decode large JPEG images at a fraction of their size. This is faster but changes the
     # pixel values slightly.
     cfg.INPUT.CLASSIFICATION.DRAFT = False

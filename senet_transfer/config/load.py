@@ -23,8 +23,9 @@ from senet_transfer.config.defaults import (
 from senet_transfer.config.validation import MOST_CHANNELS, check_elements
 from senet_transfer.errors import UserError
 
-# Keys in epochs, whose values may be whole numbers or fractions.
-_IN_EPOCHS = {
+# Keys whose values may have several types: whole numbers or fractions of epochs, or text or a list.
+_SEVERAL_TYPES = {
+    "MODEL.CLASSIFIER.CLASS_WEIGHTS",
     "SOLVER.CHECKPOINT_EPOCHS",
     "SOLVER.EPOCHS",
     "SOLVER.FROZEN_BN_EPOCHS",
@@ -71,7 +72,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
-        for key in _IN_EPOCHS.intersection(options[::2]):
+        for key in _SEVERAL_TYPES.intersection(options[::2]):
             # yacs would reject 0.5 if a config file has a whole number.
             set_config_value(cfg, key, None)
         for key, value in zip(options[::2], options[1::2], strict=True):

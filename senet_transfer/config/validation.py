@@ -22,17 +22,23 @@ RANGES = {
     "DATALOADER.MAX_SKIP_RATIO": (0, 1),
     "DATALOADER.NUM_WORKERS": (0, 256),
     "DATALOADER.SHUFFLE_BLOCK": (1, math.inf),
+    "INPUT.CLASSIFICATION.BLUR": (0, 1),
     "INPUT.CLASSIFICATION.CROP": (1, math.inf),
+    "INPUT.CLASSIFICATION.ERASING": (0, 1),
     "INPUT.CLASSIFICATION.FLIP": (0, 1),
     "INPUT.CLASSIFICATION.TEST_CROP": (1, math.inf),
     "INPUT.CLASSIFICATION.TEST_RESIZE": (1, math.inf),
+    "INPUT.CLASSIFICATION.VERTICAL_FLIP": (0, 1),
+    "INPUT.COPY_PASTE": (0, 1),
     "INPUT.MAX_SIZE_TEST": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
     "INPUT.SIZE_DIVISIBILITY": (0, math.inf),
+    "INPUT.VERTICAL_FLIP": (0, 1),
     "MODEL.BACKBONE.FREEZE_AT": (0, 6),
     "MODEL.CLASSIFIER.CUTMIX": (0, math.inf),
     "MODEL.CLASSIFIER.DROPOUT": (0, 1),
+    "MODEL.CLASSIFIER.FOCAL_GAMMA": (0, math.inf),
     "MODEL.CLASSIFIER.LABEL_SMOOTHING": (0, 1),
     "MODEL.CLASSIFIER.MIXUP": (0, math.inf),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, math.inf),
@@ -81,6 +87,10 @@ _ELEMENTS: dict[str, Any] = {
     "DATASETS.PROPOSAL_FILES_TRAIN": "path",
     "DATASETS.REGISTER": "path",
     "DATASETS.STUFF_CLASSES": "name",
+    "INPUT.BRIGHTNESS": 0.0,
+    "INPUT.CLASSIFICATION.COLOR_JITTER": 0.0,
+    "INPUT.CONTRAST": 0.0,
+    "INPUT.SATURATION": 0.0,
     "INPUT.VALUE_RANGE": 0.0,
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
@@ -216,17 +226,26 @@ def check_input(cfg: CfgNode) -> None:
         )
 
 
+# Values of keys for images with INPUT.CHANNELS. Other values require colour images.
+_SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
+    "INPUT.CLASSIFICATION.AUGMENT": ("region",),
+    "INPUT.CLASSIFICATION.COLOR_JITTER": ((), []),
+    "INPUT.CLASSIFICATION.POLICY": ("none",),
+    "INPUT.LARGE_SCALE_JITTER.ENABLED": (False,),
+    "INPUT.SATURATION": ((), []),
+    "TEST.AUG.ENABLED": (False,),
+    "VIS_PERIOD": (0,),
+}
+
+
 def _check_channels(cfg: CfgNode, count: int | None) -> None:
     """Raise a UserError for settings that are not supported for images with many channels."""
-    for key, unsupported in (
-        ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED),
-        ("VIS_PERIOD", cfg.VIS_PERIOD > 0),
-        ("INPUT.CLASSIFICATION.AUGMENT", cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"),
-    ):
-        if count is not None and unsupported:
+    for key, supported in _SUPPORTED_WITH_CHANNELS.items():
+        value = config_value(cfg, key)
+        if count is not None and value not in supported:
             raise UserError(
-                f"{key} is {config_value(cfg, key)}, which is not supported with INPUT.CHANNELS "
-                f"{count}. Reset it to its default."
+                f"{key} is {value!r}, which is not supported with INPUT.CHANNELS {count}. Set it to "
+                f"{supported[0]!r}."
             )
 
 

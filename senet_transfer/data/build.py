@@ -1,16 +1,20 @@
 """Builders of classification data sets, transforms and loaders from a config.
 
-All config keys for classification data are read in this module.
+All config keys for classification data are read in this module, except those of the augmentation in
+:mod:`senet_transfer.data.images.augmentation`.
 """
 
 import functools
+import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from senet_transfer.config import is_classification
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.cifar.image_files import split_path
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
@@ -23,12 +27,14 @@ from senet_transfer.data.classification.loader import (
     build_classification_train_loader,
 )
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.augmentation import build_augmentation
 from senet_transfer.data.images.class_names import match_names
 from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.preprocessing import channels_of
+from senet_transfer.utils.text import first_of
 
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
 AUGMENTS = ("region", "pad_crop")
@@ -90,6 +96,42 @@ def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:
     return path
 
 
+def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Replace ``MODEL.CLASSIFIER.CLASS_WEIGHTS`` "auto" with numbers, and check them.
+
+    The weight of a class is proportional to 1 / its number of training images. The mean weight of
+    the classes with images is 1, which is also the weight of a class without images.
+
+    Args:
+        cfg: Config with its final classes, modified in place. That of a detector is not changed.
+        eval_only: If True, the config is not changed, because the weights are not used.
+
+    Raises:
+        UserError: If the weights are not one non-negative number per class.
+    """
+    if eval_only or not is_classification(cfg):
+        return
+    options = cfg.MODEL.CLASSIFIER
+    weights, count = options.CLASS_WEIGHTS, options.NUM_CLASSES
+    if weights == "auto":
+        labels = open_train_dataset(cfg).labels
+        found = np.bincount(np.asarray(labels() if callable(labels) else labels), minlength=count)
+        inverse = 1 / np.maximum(found, 1)
+        scaled = np.where(found, inverse / inverse[found > 0].mean(), 1.0)
+        options.CLASS_WEIGHTS = scaled.tolist()
+        return
+    if not weights:
+        return
+    numbers = isinstance(weights, list | tuple) and all(
+        type(value) in (int, float) and 0 <= value < math.inf for value in weights
+    )
+    if not numbers or len(weights) != count or not any(weights):
+        raise UserError(
+            f"MODEL.CLASSIFIER.CLASS_WEIGHTS is {weights!r}; expected auto, or {count} numbers of "
+            f"0 or more, in the order of the classes: {first_of(cfg.DATASETS.CLASSES)}."
+        )
+
+
 def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False) -> bool:
     """Set the order of the classes in a config if its data sets can be labelled in that order.
 
@@ -134,7 +176,8 @@ def _check_augment(cfg: CfgNode) -> None:
                 f"pixels and a TEST_MODE with a single view. Set all three sizes to {SIDE} and "
                 "TEST_MODE to short_side, or set AUGMENT to region."
             )
-    elif options.CUTOUT:
+    build_augmentation(cfg)
+    if options.CUTOUT and not in_memory(cfg):
         raise UserError(
             f"INPUT.CLASSIFICATION.CUTOUT is {options.CUTOUT}, but AUGMENT is region, which does "
             "not support Cutout. Set CUTOUT to 0 or AUGMENT to pad_crop."
@@ -247,6 +290,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         draft=options.DRAFT,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
         channels=channels_of(cfg.INPUT.FORMAT),
+        augment=build_augmentation(cfg),
     )
 
 

@@ -17,8 +17,15 @@ from detectron2.modeling import (
 from detectron2.utils import comm
 from torch import nn
 
-from senet_transfer.config import config_items, is_classification
+from senet_transfer.config import (
+    config_items,
+    config_value,
+    get_senet_config,
+    is_classification,
+)
 from senet_transfer.config.validation import check_input, check_ranges
+from senet_transfer.data.detection.augmentation.build import check_detection_augmentation
+from senet_transfer.data.images.augmentation import ENABLING_KEYS
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
@@ -28,6 +35,21 @@ from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
 
 logger = logging.getLogger(__name__)
+
+_OF_DETECTORS = (
+    "INPUT.BRIGHTNESS",
+    "INPUT.CONTRAST",
+    "INPUT.COPY_PASTE",
+    "INPUT.LARGE_SCALE_JITTER.ENABLED",
+    "INPUT.RIGHT_ANGLES",
+    "INPUT.SATURATION",
+    "INPUT.VERTICAL_FLIP",
+)
+_OF_CLASSIFIERS = (
+    *(f"INPUT.CLASSIFICATION.{key}" for key in ENABLING_KEYS),
+    "MODEL.CLASSIFIER.CLASS_WEIGHTS",
+    "MODEL.CLASSIFIER.LOSS",
+)
 
 
 def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
@@ -61,6 +83,10 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     _check_padding(cfg)
     if not eval_only:
         _check_solver(cfg)
+        _check_task_keys(cfg)
+        if not is_classification(cfg):
+            check_detection_augmentation(cfg)
+            _warn_of_sampler(cfg)
         _warn_of_learning_rate(cfg)
 
 
@@ -272,6 +298,32 @@ def _check_padding(cfg: CfgNode) -> None:
         raise UserError(
             f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors with "
             f"the MODEL.BACKBONE.NAME {' or '.join(FPN_BUILDERS)}. Set it to 0."
+        )
+
+
+def _check_task_keys(cfg: CfgNode) -> None:
+    """Raise a UserError if augmentation or losses of the other task are enabled."""
+    defaults = get_senet_config()
+    keys, task, other = _OF_CLASSIFIERS, "classifiers", "detectors"
+    if is_classification(cfg):
+        keys, task, other = _OF_DETECTORS, other, task
+    for key in keys:
+        value = config_value(cfg, key)
+        if value != config_value(defaults, key):
+            raise UserError(
+                f"{key} is {value!r}, which is only supported for {task}. Remove it. "
+                f"docs/augmentation.md lists the keys for {other}."
+            )
+
+
+def _warn_of_sampler(cfg: CfgNode) -> None:
+    options = cfg.DATALOADER
+    if options.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and options.REPEAT_THRESHOLD <= 0:
+        logger.warning(
+            "DATALOADER.SAMPLER_TRAIN is RepeatFactorTrainingSampler, but "
+            "DATALOADER.REPEAT_THRESHOLD is %g, so that no image is repeated. Set it to the "
+            "frequency below which a class's images are repeated, such as 0.1.",
+            options.REPEAT_THRESHOLD,
         )
 
 

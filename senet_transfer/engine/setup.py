@@ -18,7 +18,8 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
-from senet_transfer.data.build import use_classification_datasets
+from senet_transfer.data.build import use_class_weights, use_classification_datasets
+from senet_transfer.data.detection.augmentation.build import removes_parts
 from senet_transfer.data.detection.coco import (
     CocoDataset,
     register_datasets,
@@ -187,6 +188,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         apply_file_geometry(cfg, source)
         names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
         use_trained_classes(cfg, source, names, keeps=eval_only or resume, eval_only=eval_only)
+    use_class_weights(cfg, eval_only=eval_only)
     if before:
         check_changes(cfg, before)
     if not (resume or eval_only):
@@ -423,9 +425,10 @@ def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
         logging.getLogger(__name__).info(
             "INPUT.MASK_FORMAT is set to bitmask, because outlines are run-length encodings."
         )
-    crops = cfg.INPUT.CROP.ENABLED and cfg.INPUT.MASK_FORMAT == "polygon"
+    crops = removes_parts(cfg) and cfg.INPUT.MASK_FORMAT == "polygon"
     if crops and importlib.util.find_spec("shapely") is None:
+        key = "CROP" if cfg.INPUT.CROP.ENABLED else "LARGE_SCALE_JITTER"
         raise UserError(
-            "INPUT.CROP.ENABLED with polygons requires the package shapely, which is not "
+            f"INPUT.{key}.ENABLED with polygons requires the package shapely, which is not "
             "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
         )

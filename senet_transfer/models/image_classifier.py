@@ -1,6 +1,6 @@
 """Detectron2 meta-architecture for image classification."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,16 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.cutout import cut_out
+from senet_transfer.layers.focal_loss import softmax_focal_loss
 from senet_transfer.models.build import backbone_from_config
 from senet_transfer.models.classifier import Classifier
 from senet_transfer.preprocessing import Preprocessing, normalise
 
 _BACKBONE_BUILDER = "build_senet_backbone"
+
+LOSSES = ("cross_entropy", "focal")
 
 
 @META_ARCH_REGISTRY.register()
@@ -38,6 +41,9 @@ class ImageClassifier(Classifier):
         dropout: float = 0.0,
         neck: Callable[..., nn.Module] | None = None,
         label_smoothing: float = 0.0,
+        loss: str = "cross_entropy",
+        focal_gamma: float = 2.0,
+        class_weights: Sequence[float] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         cutout: int = 0,
@@ -51,6 +57,9 @@ class ImageClassifier(Classifier):
             dropout: Dropout probability before the linear layer, in [0, 1).
             neck: Function that builds a replacement for the pooling; see :class:`Classifier`.
             label_smoothing: Label smoothing of the loss, in [0, 1).
+            loss: Training loss, "cross_entropy" or "focal".
+            focal_gamma: Gamma of the focal loss, 0 or more.
+            class_weights: Weight of each class in the loss; None for equal weights.
             mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
                 both are enabled, one of the two is drawn for each batch.
@@ -68,8 +77,17 @@ class ImageClassifier(Classifier):
                 f"{mixup} and cutmix is {cutmix} (expected numbers >= 0). Set them in "
                 "MODEL.CLASSIFIER."
             )
+        check_choice("MODEL.CLASSIFIER.LOSS", loss, LOSSES)
+        if class_weights is not None and len(class_weights) != num_classes:
+            raise UserError(
+                f"MODEL.CLASSIFIER.CLASS_WEIGHTS has {len(class_weights)} numbers; expected one "
+                f"for each of the {num_classes} classes."
+            )
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
+        self.focal_gamma = focal_gamma if loss == "focal" else None
+        weights = None if class_weights is None else torch.tensor(class_weights).float()
+        self.register_buffer("class_weights", weights, persistent=False)
         self.cutout = cutout
         self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
@@ -85,7 +103,7 @@ class ImageClassifier(Classifier):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Return the constructor arguments for a config."""
         options = cfg.MODEL.CLASSIFIER
-        dropout, neck = options.DROPOUT, None
+        dropout, neck, weights = options.DROPOUT, None, options.CLASS_WEIGHTS
         if cfg.MODEL.BACKBONE.NAME == _BACKBONE_BUILDER:
             cfg = cfg.clone()
             cfg.defrost()
@@ -103,6 +121,10 @@ class ImageClassifier(Classifier):
             "dropout": dropout or 0.0,
             "neck": neck,
             "label_smoothing": options.LABEL_SMOOTHING,
+            "loss": options.LOSS,
+            "focal_gamma": options.FOCAL_GAMMA,
+            # A run replaces "auto" when it starts. Evaluation needs no weights.
+            "class_weights": None if weights == "auto" else weights or None,
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
             "cutout": cfg.INPUT.CLASSIFICATION.CUTOUT,
@@ -155,8 +177,10 @@ class ImageClassifier(Classifier):
             drawn = int(torch.randint(len(self.mixes), ()))
             images, target = self.mixes[drawn](images, target)
         logits = super().forward(images)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-        return {"loss_cls": loss}
+        options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
+        if self.focal_gamma is None:
+            return {"loss_cls": F.cross_entropy(logits, target, **options)}
+        return {"loss_cls": softmax_focal_loss(logits, target, gamma=self.focal_gamma, **options)}
 
 
 def preprocessing_of(cfg: CfgNode) -> Preprocessing:

@@ -138,7 +138,9 @@ def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_traini
 def test_no_command_hides_from_these_tests(document):
     text = DOCUMENTS[document]
     kinds = {kind for kind, _ in code(text)}
-    assert kinds <= {"sh", "bash", "python", "text", "inline"}, "specify each code block's language"
+    assert kinds <= {"sh", "bash", "python", "text", "yaml", "inline"}, (
+        "specify each code block's language"
+    )
     assert not re.search(
         r"^\s*\n(    |\t)\s*\S", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
     )

@@ -1,6 +1,7 @@
 """Tests of Detectron2's other meta-architectures and evaluators on a few drawn images."""
 
 import importlib.util
+import itertools
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances, RotatedBoxes
+from detectron2.utils.events import EventStorage
 from pycocotools import mask as mask_util
 
 from senet_transfer import UserError
@@ -159,11 +161,51 @@ def test_keypoints_are_trained_evaluated_and_predicted_with_their_names(images, 
 @pytest.mark.long
 def test_rotated_boxes_are_trained_evaluated_and_predicted(images, options, tmp_path):
     drawn.register_rotated("drawn", images)
-    trainer = trained(options(**ROTATED))
+    turns = {"INPUT.VERTICAL_FLIP": "0.5", "INPUT.RIGHT_ANGLES": "True",
+             "INPUT.BRIGHTNESS": "(0.8, 1.2)"}  # fmt: skip
+    trainer = trained(options(**ROTATED, **turns))
     assert set(trainer.results) == {"bbox"}
     assert trainer.results["bbox"]["AP"] >= 0
     found = predicted(images, tmp_path)
     assert {len(annotation["bbox"]) for annotation in found["annotations"]} == {5}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.RETINANET.NUM_CONVS": "1",
+         "MODEL.RETINANET.IN_FEATURES": "['p2', 'p3', 'p4', 'p5', 'p6']"},
+        {**MASKS, "INPUT.CROP.ENABLED": "True", "INPUT.MASK_FORMAT": "bitmask"},
+        {**MASKS, "INPUT.COPY_PASTE": "0.5"},
+        {"MODEL.KEYPOINT_ON": "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": "[16]",
+         "TEST.KEYPOINT_OKS_SIGMAS": "[0.1, 0.1, 0.1]",
+         "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": "0"},
+    ],
+    ids=["RetinaNet", "masks and crops", "copy-paste", "keypoints"],
+)  # fmt: skip
+def test_images_without_objects_train_as_background(keys, images, options, tmp_path):
+    path = drawn.coco_file(tmp_path / "drawn.json", images)
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+    path.write_text(json.dumps(content))
+    own = ("--dataset", "drawn", str(path), str(images[0].path.parent))
+    cfg = setup(options(*own, **keys, **{"DATALOADER.FILTER_EMPTY_ANNOTATIONS": "False"}))
+    model, loader = Trainer.build_model(cfg), Trainer.build_train_loader(cfg, 0)
+    samples = sum(itertools.islice(loader, 6), [])
+    assert {sample["image_id"] for sample in samples} == set(range(1, len(images) + 1))
+    samples.sort(key=lambda sample: len(sample["instances"]))
+    assert len(samples[1]["instances"]) == 0 < len(samples[-1]["instances"])
+    for batch in (samples[:2], [samples[0], samples[-1]]):
+        with EventStorage():
+            losses = model(batch)
+        assert all(loss.isfinite() for loss in losses.values())
+        model.zero_grad()
+        sum(losses.values()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        # The background is learnt.
+        assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.long

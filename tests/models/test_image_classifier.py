@@ -124,6 +124,50 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels(smoothing):
     torch.testing.assert_close(loss, -(target * log).sum(1).mean())
 
 
+@pytest.mark.parametrize("mixup", ["0.0", "0.4"])
+@pytest.mark.long
+def test_class_weights_are_those_of_cross_entropy(mixup):
+    weights = [0.5, 2.0, 0.0, 1.0, 1.0, 3.0, 0.25]
+    model = build(
+        **{
+            "MODEL.CLASSIFIER.CLASS_WEIGHTS": str(weights),
+            "MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1",
+            "MODEL.CLASSIFIER.MIXUP": mixup,
+        }
+    )
+    assert "class_weights" not in model.state_dict()
+    inputs = batch()
+    images, target = model.normalise(inputs["image"]), inputs["label"]
+    torch.manual_seed(5)
+    if float(mixup):
+        torch.randint(1, ())
+        images, target = MixUp(alpha=0.4, num_classes=7)(images, target)
+    logits = logits_of(model, images)
+    expected = F.cross_entropy(logits, target, torch.tensor(weights), label_smoothing=0.1)
+    torch.manual_seed(5)
+    torch.testing.assert_close(model(inputs)["loss_cls"], expected)
+    model.focal_gamma = 0.0
+    torch.manual_seed(5)
+    torch.testing.assert_close(model(inputs)["loss_cls"], expected)
+
+
+@pytest.mark.long
+def test_the_focal_loss_is_the_one_of_the_config():
+    options = {"MODEL.CLASSIFIER.LOSS": "focal", "MODEL.CLASSIFIER.FOCAL_GAMMA": "1.5"}
+    model, inputs = build(**options), batch()
+    logits = logits_of(model, model.normalise(inputs["image"])).double()
+    p = logits.softmax(1)[torch.arange(4), inputs["label"]]
+    expected = -((1 - p) ** 1.5 * p.log()).mean()
+    torch.testing.assert_close(model(inputs)["loss_cls"].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_losses_and_weights_that_do_not_exist_are_rejected():
+    with pytest.raises(UserError, match="LOSS is 'bce'; expected one of: cross_entropy, focal"):
+        build(**{"MODEL.CLASSIFIER.LOSS": "bce"})
+    with pytest.raises(UserError, match="has 2 numbers; expected one for each of the 7 classes"):
+        build(**{"MODEL.CLASSIFIER.CLASS_WEIGHTS": "[1.0, 2.0]"})
+
+
 @pytest.mark.parametrize(("key", "mix"), [("MIXUP", MixUp), ("CUTMIX", CutMix)])
 def test_mixed_images_have_the_loss_of_mixed_labels(key, mix):
     model = build(**{f"MODEL.CLASSIFIER.{key}": "0.4"})

@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from senet_transfer.data.classification.skip_counter import SkipCounter
+from senet_transfer.data.detection.augmentation.copy_paste import CopyPaste
 from senet_transfer.data.detection.mapper import UnreadableImageError
 from senet_transfer.data.workers import ErrorsAsValues, RaisingLoader, init_worker
 from senet_transfer.errors import UserError
@@ -90,9 +91,13 @@ def build_train_loader(
         seed: Random seed of the order and augmentation; must be the same in all processes.
         start_iter: Iteration to start from.
     """
-    # Detectron2's samplers draw a random seed if none is given.
+    # Detectron2's samplers draw a random seed if none is given, except for the
+    # RepeatFactorTrainingSampler, which is given the config's, where -1 stands for a random one.
+    seeded = cfg.clone()
+    seeded.defrost()
+    seeded.SEED = seed
     with seeded_rng(seed):
-        theirs = _build_detectron2_loader(cfg)
+        theirs = _build_detectron2_loader(seeded)
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
     records = parts.dataset
@@ -103,7 +108,9 @@ def build_train_loader(
         is_wide=_shapes(records) if grouped else None,
         start_iter=start_iter,
     )
-    images = MapDataset(records, ErrorsAsValues(mapper))
+    images: Dataset = MapDataset(records, ErrorsAsValues(mapper))
+    if cfg.INPUT.get("COPY_PASTE", 0):
+        images = CopyPaste(images, cfg.INPUT.COPY_PASTE)
     skips = SkipCounter(cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.get("MAX_SKIP_RATIO", 0.0))
     loader = DataLoader(
         _SeededImages(images, seed, comm.get_rank(), skips),

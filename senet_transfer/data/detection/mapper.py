@@ -9,6 +9,10 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
 
+- A vertical flip, which mirrors a person, also swaps left and right keypoints.
+- Cropping supports images without objects for models with masks.
+- ``INPUT`` has further augmentation, which is off by default.
+
 Everything else, including the pixels of all other images, is the same as in Detectron2, unless
 ``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster.
 """
@@ -25,11 +29,12 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances, Keypoints
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
+from senet_transfer.data.detection.augmentation.build import removes_parts, with_augmentation
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     turn_upright,
@@ -106,6 +111,9 @@ class CheckedDatasetMapper(DatasetMapper):
                 if folder and json_file:
                     annotation_files.setdefault(folder, []).append(json_file)
         theirs = super().from_config(cfg, is_train)
+        if is_train:
+            theirs["augmentations"] = with_augmentation(cfg, theirs["augmentations"])
+            theirs["recompute_boxes"] = removes_parts(cfg) and cfg.MODEL.MASK_ON
         # The config may be Detectron2's own, without these keys.
         if is_train and cfg.INPUT.get("FAST_RESIZE", False) and not channels_of(cfg.INPUT.FORMAT):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
@@ -166,8 +174,14 @@ class CheckedDatasetMapper(DatasetMapper):
             self._transform_rotated(dataset_dict, transforms, image_shape)
             return
         self._check_keypoints(dataset_dict)
+        if all(annotation.get("iscrowd", 0) for annotation in dataset_dict["annotations"]):
+            # Detectron2 can't recompute the boxes of an image without objects.
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = detection_utils.annotations_to_instances([], image_shape)
+            return
         if not self.use_instance_mask:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
+            self._swap_keypoints(dataset_dict["instances"], transforms)
             return
         try:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
@@ -179,6 +193,17 @@ class CheckedDatasetMapper(DatasetMapper):
                 "least three points, or run-length encodings with INPUT.MASK_FORMAT bitmask. "
                 "Correct the annotations of this image."
             ) from error
+        self._swap_keypoints(dataset_dict["instances"], transforms)
+
+    def _swap_keypoints(self, instances: Instances, transforms: T.TransformList) -> None:
+        """Swap left and right keypoints after a vertical flip. Detectron2 handles horizontal ones.
+
+        Both flips together are a rotation, and swap the keypoints twice.
+        """
+        flips = sum(isinstance(part, T.VFlipTransform) for part in transforms.transforms)
+        if flips % 2 and instances.has("gt_keypoints") and self.keypoint_hflip_indices is not None:
+            points = instances.gt_keypoints.tensor[:, list(self.keypoint_hflip_indices)]
+            instances.gt_keypoints = Keypoints(points)
 
     def _transform_rotated(
         self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]

@@ -6,6 +6,7 @@ All outputs are uint8; the model normalises them on its device.
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -46,6 +47,8 @@ class TrainTransform:
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
         channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
             them, with ``C`` 3.
+        augment: Further augmentation of the flipped crop, which draws from PyTorch's global
+            generator; see :func:`.build_augmentation`.
     """
 
     size: int = 224
@@ -56,6 +59,7 @@ class TrainTransform:
     draft: bool = False
     value_range: tuple[float, ...] = ()
     channels: int | None = None
+    augment: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         pairs = len(self.scale) == len(self.ratio) == 2
@@ -92,7 +96,13 @@ class TrainTransform:
             interpolation=_interpolation(self.interpolation),
             antialias=True,
         )
-        return square[0].flip(-1) if rng.random() < self.flip else square[0]
+        image = square[0].flip(-1) if rng.random() < self.flip else square[0]
+        if self.augment is None:
+            return image
+        # Seeding one generator is faster than torch.manual_seed, and leaves GPUs alone.
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(rng.getrandbits(63))
+            return self.augment(image)
 
     def _decoded(
         self, data: bytes, rng: random.Random

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from senet_transfer import UserError
 from senet_transfer.cli.export import main as export
@@ -61,6 +62,43 @@ def test_a_batch_norm_with_one_value_per_channel_is_found_at_start(
     else:
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             model(images)
+
+
+@pytest.mark.long
+def test_auto_class_weights_are_the_inverse_frequencies_with_a_mean_of_1(command, tmp_path):
+    data = tmp_path / "data"
+    for name, count in (("rare", 1), ("common", 4), ("medium", 2)):
+        (data / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (40, 40)).save(data / name / f"{index}.png")
+    auto = {"DATASETS.TRAIN": f"('{data}',)", "DATASETS.TEST": f"('{data}',)",
+            "MODEL.CLASSIFIER.CLASS_WEIGHTS": "auto"}  # fmt: skip
+    cfg = setup(command(**auto))
+    assert cfg.DATASETS.CLASSES == ["common", "medium", "rare"]
+    expected = [3 / 7, 6 / 7, 12 / 7]  # 1/4, 1/2 and 1, divided by their mean, 7/12
+    assert pytest.approx(expected) == cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS
+    assert Trainer.build_model(cfg).class_weights.tolist() == pytest.approx(expected)
+    saved = load_config(f"{cfg.OUTPUT_DIR}/config.yaml")
+    assert saved.MODEL.CLASSIFIER.CLASS_WEIGHTS == cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS
+    for weights in ("[1.0, 2.0]", "[1.0, -1.0, 2.0]", "[0, 0, 0]", "balanced"):
+        said = "expected auto, or 3 numbers of 0 or more, .*: common, medium, rare"
+        with pytest.raises(UserError, match=said):
+            setup(command("--overwrite", **{**auto, "MODEL.CLASSIFIER.CLASS_WEIGHTS": weights}))
+
+
+@pytest.mark.long
+def test_keys_of_detectors_are_rejected_and_augmentation_trains(command, train):
+    with pytest.raises(UserError, match="INPUT.BRIGHTNESS is .* only supported for detectors"):
+        setup(command(**{"INPUT.BRIGHTNESS": "(0.8, 1.2)"}))
+    trainer = train(
+        **{
+            "INPUT.CLASSIFICATION.POLICY": "trivial_augment",
+            "INPUT.CLASSIFICATION.ERASING": "0.5",
+            "MODEL.CLASSIFIER.LOSS": "focal",
+            "MODEL.CLASSIFIER.CLASS_WEIGHTS": "auto",
+        }
+    )
+    assert trainer.cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS == [1.0] * 4
 
 
 @pytest.mark.long

@@ -1,0 +1,1 @@
+"""Optional augmentation of a detector's training images."""

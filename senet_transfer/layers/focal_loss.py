@@ -1,0 +1,48 @@
+"""Focal loss of a softmax classifier (Lin et al. 2017, "Focal loss for dense object detection").
+
+Lin et al. define the loss for one sigmoid per class. This is its softmax form,
+
+    -sum_c t_c w_c (1 - p_c)^gamma log(p_c),
+
+for a target distribution t and class weights w. For hard labels it is -w_y (1 - p_y)^gamma
+log(p_y), and for gamma 0 it is the cross-entropy. With two classes, it equals the sigmoid form for
+the difference of the logits.
+"""
+
+import torch
+from torch import Tensor
+
+
+def softmax_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the mean focal loss of a batch.
+
+    Weights, label smoothing and the mean are those of `torch.nn.functional.cross_entropy`: with
+    class indices, the mean is weighted by the weights of the target classes.
+
+    Args:
+        logits: Logits `(N, C)`. The loss is computed in float32 or their higher precision.
+        target: Class indices `(N,)`, int64, or class probabilities `(N, C)`.
+        gamma: Exponent of the factor that reduces the loss of images that are classified well.
+        weight: Weight of each class, `(C,)`; None for equal weights.
+        label_smoothing: Label smoothing, in [0, 1).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log = logits.log_softmax(1)
+    total: Tensor | int = len(logits)
+    if target.dim() == 1:
+        if weight is not None:
+            total = weight[target].sum()
+        target = torch.zeros_like(log).scatter_(1, target[:, None], 1.0)
+    target = target.to(log.dtype) * (1 - label_smoothing) + label_smoothing / log.shape[1]
+    if weight is not None:
+        target = target * weight
+    # The minimum keeps the gradient finite at a probability of 1 for gamma below 1.
+    rest = (-log.expm1()).clamp_min(torch.finfo(log.dtype).eps)
+    return -(target * rest**gamma * log).sum() / total
