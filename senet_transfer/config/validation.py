@@ -244,8 +244,8 @@ def _check_channels(cfg: CfgNode, count: int | None) -> None:
         value = config_value(cfg, key)
         if count is not None and value not in supported:
             raise UserError(
-                f"{key} is {value!r}, which is not supported with INPUT.CHANNELS {count}. Set it to "
-                f"{supported[0]!r}."
+                f"{key} is {value!r}, which is not supported with INPUT.CHANNELS {count}. Set it "
+                f"to {supported[0]!r}."
             )
 
 
