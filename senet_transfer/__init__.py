@@ -17,6 +17,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it from here.
 
 if TYPE_CHECKING:
     from senet_transfer.config import add_senet_config, get_senet_config
+    from senet_transfer.engine.predictor.load import load
     from senet_transfer.export.deploy import deploy
     from senet_transfer.models import create_backbone, create_classifier, list_models
     from senet_transfer.weights import (
@@ -42,6 +43,7 @@ _PLACES = {
     "get_senet_config": "config",
     "list_catalogue": "weights",
     "list_models": "models",
+    "load": "engine.predictor.load",
     "load_weights": "weights",
     "save_weights": "weights",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "get_senet_config",
     "list_catalogue",
     "list_models",
+    "load",
     "load_weights",
     "save_weights",
 ]

@@ -68,7 +68,7 @@ def test_the_names_in_the_readmes_text_are_real():
 @pytest.mark.long
 def test_the_python_example_runs():
     names: dict = {}
-    exec(python_blocks("docs/python.md")[0], names)
+    exec(python_blocks("docs/python.md")[1], names)
     assert set(names["backbone"](torch.randn(1, 3, 64, 64))) == {"res2", "res5"}
 
 
@@ -77,7 +77,7 @@ def test_the_lazy_config_builds_an_fpn_on_an_se_backbone_with_weights(
     tmp_path, zero_initial_weights
 ):
     names: dict = {}
-    exec(python_blocks("docs/python.md")[1], names)
+    exec(python_blocks("docs/python.md")[2], names)
     config = names["backbone"].bottom_up
     assert config.weights in load_catalogue()
     trained = senet_transfer.create_backbone(config.name)
@@ -108,7 +108,7 @@ def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial
         senet_transfer.save_weights(model, tmp_path / "weights.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     names: dict = {"cfg": cfg}
-    exec(python_blocks("docs/python.md")[2], names)
+    exec(python_blocks("docs/python.md")[3], names)
     if kind == "checkpoint of a detector":
         assert bool((names["model"].proposal_generator.rpn_head.conv.weight == 3).all())
     else:

@@ -2,14 +2,19 @@
 """Classify images with an ONNX file from tools/export.py, using only onnxruntime, Pillow and numpy.
 
 python tools/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
+
+The program requires onnx_images.py next to it.
 """
 
-import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from onnx_images import open_model, read_image  # noqa: E402
 
 
 def resized(image: Image.Image, resize: int, mode: str) -> tuple[int, int]:
@@ -22,7 +27,11 @@ def resized(image: Image.Image, resize: int, mode: str) -> tuple[int, int]:
 
 
 def load(
-    image_file: str, preprocessing: dict, size: tuple[int, int], mode: str = "short_side"
+    image_file: str,
+    preprocessing: dict,
+    size: tuple[int, int],
+    mode: str = "short_side",
+    value_range: Sequence[float] = (),
 ) -> np.ndarray:
     """Load an image, resize it and take the crops of the evaluation.
 
@@ -32,11 +41,12 @@ def load(
         size: Height and width of the model's input.
         mode: The file's metadata of this name: "short_side" and "squash" take the central crop;
             "ten_crop" takes five crops of the image and of its mirror image.
+        value_range: The file's metadata of this name.
 
     Returns:
         Pixels in [0, 255], float32 ``(crops, 3, *size)``.
     """
-    image = Image.open(image_file).convert("RGB")
+    image = read_image(image_file, value_range).convert("RGB")
     height, width = size
     method = Image.Resampling[preprocessing["interpolation"].upper()]
     image = image.resize(resized(image, max(preprocessing["resize"], *size), mode), method)
@@ -57,14 +67,13 @@ def load(
 
 def main(model_file: str, *image_files: str) -> None:
     """Print the top five classes of each image."""
-    session = onnxruntime.InferenceSession(model_file, providers=["CPUExecutionProvider"])
+    session, metadata = open_model(model_file, "classification")
     # The exported network includes the channel order and the normalisation.
-    metadata = session.get_modelmeta().custom_metadata_map
-    preprocessing, classes = (json.loads(metadata[key]) for key in ("preprocessing", "classes"))
-    mode = json.loads(metadata.get("mode", '"short_side"'))
+    preprocessing, classes = metadata["preprocessing"], metadata["classes"]
+    mode, value_range = metadata.get("mode", "short_side"), metadata.get("value_range", ())
     height, width = session.get_inputs()[0].shape[-2:]
     for image_file in image_files:
-        images = load(image_file, preprocessing, (height, width), mode)
+        images = load(image_file, preprocessing, (height, width), mode, value_range)
         logits = session.run(None, {"images": images})[0].mean(0)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from senet_transfer.utils.import_hook import hide_library_warnings, without_scri
 # them with the originals.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
+DETECTION_FORMATS = ("voc", "yolo", "labelme", "cvat", "labelstudio", "via")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
 PLACES365_SIZES = ("256", "large")
 PLACES365_SPLITS = ("val", "train_standard", "train_challenge")
@@ -66,6 +68,9 @@ with status 128 plus the signal number.
 """
 
 
+_CONFIG_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
@@ -80,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config options."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = _with_image_folders(list(sys.argv[1:] if args is None else args))
         pairs: list[str] = []
         while True:
             found = super().parse_args(words, namespace)
@@ -103,7 +108,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of a classifier's labels: class folders sorted as numbers, or a file with one "
+        help="order of a classifier's labels: class names sorted as numbers, or a file with one "
         "class name per line; default: sorted by name. The classes of a checkpoint have priority",
     )
     parser.add_argument(
@@ -157,17 +162,35 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
     run_single(main, args)
 
 
+def _with_image_folders(words: list[str]) -> list[str]:
+    """Add an empty image folder to each ``--dataset NAME JSON`` without one.
+
+    The next word is the image folder, unless it is a flag or a config option.
+    """
+    found = []
+    for index, word in enumerate(words):
+        found.append(word)
+        if words[max(index - 2, 0)] == "--dataset" and index >= 2:
+            following = words[index + 1] if index + 1 < len(words) else "--"
+            is_key = _CONFIG_KEY.fullmatch(following) and not os.path.exists(following)
+            found += [""] if following.startswith("--") or is_key else []
+    return found
+
+
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``--dataset NAME JSON FOLDER``, which can be repeated."""
+    """Add the argument ``--dataset NAME JSON [FOLDER]``, which can be repeated."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
-        help="register a COCO-format data set under a name, for use in DATASETS.TRAIN and "
-        "DATASETS.TEST; can be repeated. If the config names no registered data, the first is "
-        "used for training and the second for evaluation",
+        help="register a data set under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
+        "be repeated. JSON is an annotation file in COCO format, or a file or folder of Pascal "
+        "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split if there "
+        "are several (data.yaml:train). FOLDER contains the images; it may be omitted if they are "
+        "in the usual folder of the format. If the config names no registered data, the first data "
+        "set is used for training and the second for evaluation",
     )
 
 

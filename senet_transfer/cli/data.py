@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from senet_transfer.cli.arguments import (
     CIFAR_DOWNLOADS,
+    DETECTION_FORMATS,
     PLACES365_SIZES,
     PLACES365_SPLITS,
+    Parser,
+    add_dataset_argument,
     run_command,
 )
 from senet_transfer.errors import UserError
@@ -38,7 +41,8 @@ def _prepare_places365(args: argparse.Namespace) -> None:
 
 def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
+        "Convert labelled images to WebDataset shards.",
+        source="folder with one folder per class, or CSV file with the columns path and label",
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
     order = parser.add_mutually_exclusive_group()
@@ -55,13 +59,13 @@ def _folder_parser() -> argparse.ArgumentParser:
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import choose_classes, open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_images
     from senet_transfer.data.shards.manifest import load_manifest
 
     classes = choose_classes(args.classes, args.source) if args.classes else None
     if args.classes_from:
         classes = load_manifest(str(args.classes_from)).classes
-    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
+    images = open_images(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
 
 
@@ -153,12 +157,22 @@ def _prepare_shapes(args: argparse.Namespace) -> None:
 
 def _check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Check detection data in COCO's format: the annotations, and all images by "
-        "reading them completely."
+        description="Check detection data: the annotations, and all images by reading them "
+        "completely."
     )
     add = parser.add_argument
-    add("json_file", metavar="JSON", help="annotation file")
-    add("images", metavar="FOLDER", help="folder to which its file_names are relative")
+    add(
+        "json_file",
+        metavar="PATH",
+        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        "format, followed by the split if there are several (data.yaml:train)",
+    )
+    add(
+        "images",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder to which its file_names are relative; default: the format's usual folder",
+    )
     add("--masks", action="store_true", help="check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
     add(
@@ -192,6 +206,124 @@ def _check(args: argparse.Namespace) -> None:
     mode = "header" if args.headers_only else "decode"
     count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
     print(f"{args.json_file}: no errors in the annotations and {count} images")
+
+
+def _split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Split a data set into training, validation and test data with equal fractions "
+        "of each class. One file per part is written; the images stay where they are."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        "one folder per class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    _add_split_arguments(parser)
+    return parser
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.2) -> None:
+    add = parser.add_argument
+    parts = parser.add_mutually_exclusive_group()
+    shown = "no split" if val is None else val
+    parts.add_argument(
+        "--val", type=float, default=val, help=f"fraction of images in val ({shown})"
+    )
+    parts.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="write K pairs of train and val for cross-validation: each image is in one val",
+    )
+    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add(
+        "--group-by",
+        default="",
+        metavar="PATTERN",
+        help="keep images together, such as the frames of a video: regular expression of a part of "
+        "their file names whose first group, or match if it has no groups, is the same",
+    )
+
+
+def _split(args: argparse.Namespace) -> None:
+    from senet_transfer.data.split_files import split_data
+    from senet_transfer.data.splits import Split
+
+    split = Split(args.val, args.test, args.folds, args.seed, args.group_by)
+    print(split_data(args.source, args.output, split))
+
+
+def _import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert annotations for detection to JSON files in COCO's format: train.json, "
+        "and val.json and test.json if the data set states these splits or --val is given. The "
+        "images are not copied."
+    )
+    add = parser.add_argument
+    add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
+    add(
+        "--source",
+        type=Path,
+        required=True,
+        help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
+        "Studio or VIA",
+    )
+    add("--output", type=Path, required=True, help="folder for the JSON files")
+    add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    _add_split_arguments(parser, val=None)
+    return parser
+
+
+def _import(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
+
+    datasets, images = import_dataset(args.format, args.source, args.images)
+    if args.val is not None or args.folds:
+        datasets = _split_import(args, datasets)
+    elif args.test or args.group_by:
+        raise UserError("--test and --group-by require --val or --folds. Add one of them.")
+    summaries = write_dataset(datasets, args.output, images, source=str(args.source))
+    for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
+        logging.warning(warning)
+    for split, summary in summaries.items():
+        print(
+            f"{args.output / split}.json: {summary.num_images} images, "
+            f"{summary.num_annotations} objects, {len(summary.classes)} classes"
+        )
+    options = [
+        f"--dataset my_{split} {args.output / split}.json {images}"
+        for split in ("train", "val")
+        if split in datasets
+    ]
+    if args.folds:
+        options = [f"--folds {args.output} --images {images}"]
+    command = "tools/run_seeds.py" if args.folds else "a training command"
+    print(f"Options of {command}: {' '.join(options)}")
+
+
+def _split_import(
+    args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split imported data and print the table; raise an error if it is already split."""
+    from senet_transfer.data.split_files import split_coco
+    from senet_transfer.data.splits import Split
+
+    if len(datasets) > 1:
+        raise UserError(
+            f"{args.source} already contains the splits {', '.join(datasets)}, which --val and "
+            "--folds would mix. Omit these options to keep the splits."
+        )
+    val = 0.2 if args.val is None else args.val
+    split = Split(val, args.test, args.folds, args.seed, args.group_by)
+    content = next(iter(datasets.values()))
+    datasets, table = split_coco(content, args.source, split)
+    print(table)
+    return datasets
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
@@ -244,9 +376,77 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
         verify(args.output, workers=args.workers, quiet=args.quiet)
 
 
+def _show_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Write an HTML page on the data of a detector or classifier: training inputs "
+        "with augmentation, statistics, duplicates, and unusual annotations."
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="training data: a JSON file in COCO's format, labelled images, or a registered name",
+    )
+    add("--val", default="", metavar="PATH", help="evaluation data")
+    add(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="image folder of the JSON files in --data and --val; default: the folder of the file",
+    )
+    add_dataset_argument(parser)
+    add(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
+        "finetune_folder for others. Without --data and --dataset, its data sets are used",
+    )
+    add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
+    add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
+    add(
+        "--limit",
+        type=int,
+        default=20_000,
+        help="maximum number of images per data set that are decoded; of larger data sets, a "
+        "random sample is used (20000)",
+    )
+    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def _show(args: argparse.Namespace) -> None:
+    from senet_transfer.analysis.dataset_page import data_config, write_data_page
+
+    for key in ("inputs", "limit", "workers"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} is {getattr(args, key)}; expected 1 or more.")
+    logging.getLogger().setLevel(logging.WARNING)
+    cfg = data_config(
+        args.data,
+        val=args.val,
+        images=args.images,
+        datasets=[list(filter(None, words)) for words in args.dataset],
+        config_file=args.config_file,
+        options=args.opts,
+    )
+    write_data_page(
+        cfg,
+        args.output,
+        inputs=args.inputs,
+        limit=args.limit,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    print(args.output)
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """Argument parser and main function for preparing or checking a data set."""
+    """Argument parser and main function for preparing, checking or showing a data set."""
 
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
@@ -256,16 +456,19 @@ PREPARATIONS = {
     "check": Preparation(_check_parser, _check),
     "cifar": Preparation(_cifar_parser, _prepare_cifar),
     "folder": Preparation(_folder_parser, _prepare_folder),
+    "import": Preparation(_import_parser, _import),
     "manifest": Preparation(_manifest_parser, _write_manifest),
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
+    "show": Preparation(_show_parser, _show),
+    "split": Preparation(_split_parser, _split),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare or check a data set. To show its options, use NAME --help."
+        description="Prepare, check or show a data set. To show its options, use NAME --help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
@@ -273,7 +476,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments for a data set and prepare it.
+    """Parse the arguments for a data set, and prepare, check or show it.
 
     Args:
         name: One of :data:`PREPARATIONS`.

@@ -2,11 +2,12 @@
 
     python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
     python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
-    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.ts
+    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.onnx
 
 The suffix of --output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
-Classifiers and backbones can be exported to all formats, but detectors only to TorchScript.
-tools/classify_onnx.py runs an exported classifier without torch.
+With --compile, AOTInductor compiles the .pt2 file for this machine's processor.
+Classifiers and backbones can be exported to all formats, but detectors only to ONNX and
+TorchScript. tools/classify_onnx.py and tools/detect_onnx.py run ONNX files without torch.
 """
 
 import argparse
@@ -30,7 +31,27 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="image size in pixels: one side length, or height and width; default: the test crop",
     )
-    add("--image", default="", help="image for tracing a detector")
+    add(
+        "--image",
+        default="",
+        help="image that shows objects, for tracing and comparing a detector; required for .ts",
+    )
+    add(
+        "--precision",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="number format of a classifier or backbone in an ONNX file; requires --calibration",
+    )
+    add(
+        "--calibration",
+        default="",
+        help="folder of images for --precision, if possible with one subfolder per class",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile a .pt2 file of a classifier or backbone with AOTInductor for this processor",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -42,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.export.write import export_model, format_of
     from senet_transfer.utils.progress import no_bars
 
-    format_of(args.output)  # Reject an invalid name before reading the weights.
+    format_of(
+        args.output, compiled=args.compile
+    )  # Reject an invalid name before reading the weights.
     with no_bars(args.quiet):
         found = find_model(args.model, args.config_file, args.weights, options=args.opts)
         loaded = found.build("cpu")
@@ -53,6 +76,9 @@ def main(args: argparse.Namespace) -> None:
             backbone_only=args.backbone,
             size=args.size,
             image=args.image,
+            precision=args.precision,
+            calibration=args.calibration,
+            compiled=args.compile,
         )
     print(compared)
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")

@@ -1,7 +1,12 @@
-"""Run a trained detector or classifier on images.
+"""Run a detector or classifier on images and videos.
+
+    senet predict --weights output/model_final.pth --input photos --output predictions
+    senet predict --weights cadene/se_resnet50 --input photo.jpg
+    senet predict --weights COCO-Detection/faster_rcnn_R_50_FPN_3x --input street.mp4
 
 A detector's detections are drawn on the images and written to a JSON file in COCO format. For a
-classifier, the five most probable classes of each image are printed and written to a JSON file.
+classifier, the five most probable classes of each image are printed and written to a JSON file. The
+results for a video are drawn to a video, and written to a file with one JSON object per frame.
 """
 
 import argparse
@@ -9,46 +14,102 @@ import argparse
 from senet_transfer.cli.arguments import Parser, run_command
 from senet_transfer.errors import UserError
 
+# A copy of FORMATS in senet_transfer/engine/predictor/files.py.
+FORMATS = ("json", "coco", "csv", "yolo")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="a trained model's checkpoint")
+    add(
+        "--weights",
+        required=True,
+        help="a checkpoint, the output folder of a run, an exported file, the name of published "
+        "weights, or a detector of Detectron2's model zoo",
+    )
     add("--config-file", default="", help="default: the config.yaml next to the weights")
-    add("--input", nargs="+", required=True, help="image files, folders or patterns")
-    add("--output", required=True, help="output folder for the drawings and the JSON file")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="image files, folders, patterns, .txt lists of images, http(s) addresses, video "
+        "files, streams (rtsp://...) or the index of a camera",
+    )
+    add("--output", default="predictions", help="output folder (predictions)")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="",
+        help="format of the results of images; default: coco for detectors, json for classifiers",
+    )
     add("--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (0.5)")
-    add("--limit", type=int, help="use only the first LIMIT images")
+    add("--limit", type=int, help="use only the first LIMIT images, or frames of a video")
+    add("--batch-size", type=int, default=1, help="number of images per batch (1)")
+    add("--workers", type=int, default=0, help="number of processes that decode images (0)")
+    add("--device", default="", help="device, such as cpu or cuda:1; default: a GPU if available")
+    add("--half", action="store_true", help="compute in half precision")
     add("--tta", action="store_true", help="use test-time augmentation")
+    add(
+        "--draw",
+        action=argparse.BooleanOptionalAction,
+        help="write drawings; default: only those of a detector",
+    )
+    add(
+        "--cam",
+        action="store_true",
+        help="draw a classifier's class activation maps and what the last SE gate adds to them",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the model on the images, and print the results and the paths of the files."""
-    from senet_transfer.config import is_classification
-    from senet_transfer.engine.inference.classify import classify_images
-    from senet_transfer.engine.inference.detect import predict_images
-    from senet_transfer.engine.inference.inputs import find_images, load_trained
+    """Run the model on the images and videos, and print the results and the paths of the files."""
+    from senet_transfer.engine.predictor.cam import class_activation_map
+    from senet_transfer.engine.predictor.files import predict_files, predict_video
+    from senet_transfer.engine.predictor.inputs import find_photos, is_video
+    from senet_transfer.engine.predictor.load import load
+    from senet_transfer.engine.predictor.predictor import Classifier
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; expected 1 or more.")
-    images = find_images(args.input)[: args.limit]
-    options = [*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())]
-    loaded = load_trained(args.weights, args.config_file, options)
-    if not is_classification(loaded.cfg):
-        json_file = predict_images(
-            loaded, images, args.output, threshold=args.threshold, quiet=args.quiet
-        )
-        print(f"{len(images)} images: drawings in {args.output}, detections in {json_file}")
+    videos = [name for name in args.input if is_video(name)]
+    images = find_photos([name for name in args.input if name not in videos])[: args.limit]
+    predictor = load(
+        args.weights,
+        config_file=args.config_file,
+        options=[*args.opts, *(("TEST.AUG.ENABLED", "True") if args.tta else ())],
+        device=args.device,
+        half=args.half,
+        batch_size=args.batch_size,
+        threshold=args.threshold,
+    )
+    classifies = isinstance(predictor, Classifier)
+    if args.cam and not classifies:
+        raise UserError("--cam requires a classifier, but the model is a detector. Omit --cam.")
+    options = {"draw": True if args.cam else args.draw, "quiet": args.quiet}
+    for name in videos:
+        path, count = predict_video(predictor, name, args.output, limit=args.limit, **options)
+        print(f"{name}: {count} frames, results in {path}")
+    if not images:
         return
-    json_file, found = classify_images(loaded, images, args.output, quiet=args.quiet)
-    for entry in found:
-        top = ", ".join(f"{row['class']} {row['probability']:.1%}" for row in entry["top"])
-        print(f"{entry['file_name']}: {top}")
-    print(f"{len(images)} images: predictions in {json_file}")
+    if args.cam:
+        options["plot"] = lambda result: class_activation_map(predictor, result.photo).plot()
+    path = predict_files(
+        predictor,
+        images,
+        args.output,
+        form=args.format,
+        workers=args.workers,
+        report=print if classifies else lambda result: None,
+        **options,
+    )
+    if classifies:
+        print(f"{len(images)} images: predictions in {path}")
+    else:
+        print(f"{len(images)} images: drawings in {args.output}, detections in {path}")
 
 
 def command(words: list[str] | None = None) -> None:

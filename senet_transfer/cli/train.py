@@ -43,7 +43,7 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
     return RunOptions(
         config_file=args.config_file,
         options=options,
-        datasets=tuple(map(tuple, args.dataset)),
+        datasets=tuple(tuple(words if words[2] else words[:2]) for words in args.dataset),
         classes=args.classes,
         resume=args.resume,
         eval_only=args.eval_only,

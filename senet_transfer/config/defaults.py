@@ -155,7 +155,10 @@ def _add_data_config(cfg: CfgNode) -> None:
     # The images of a detector are checked before training and evaluation: "header" compares their
     # sizes with the annotations, and "decode" also reads them completely, which takes longer.
     cfg.DATALOADER.CHECK_IMAGES = "header"
-    # Additional data sets in COCO format: a list of [name, JSON file, image folder].
+    # Additional data sets for detection: a list of [name, annotations, image folder]. The
+    # annotations are a JSON file in COCO's format, or a file or folder in the format of Pascal VOC,
+    # YOLO, LabelMe, CVAT, Label Studio or VIA, followed by the split if there are several
+    # (data.yaml:train). The image folder may be omitted.
     cfg.DATASETS.REGISTER = []
     # The class names in the order of the class indices. They are read from the data sets at the
     # start of a run, so that the saved config is sufficient to interpret predictions.
@@ -312,10 +315,11 @@ def _add_classification_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
 
     # For classification, DATASETS.TRAIN and DATASETS.TEST contain paths or URLs of labelled images:
-    # shards, Places365 as downloaded, or one folder per class. With AUGMENT "pad_crop", CIFAR is
-    # also supported, as downloaded or by a name such as cifar10_train. Relative paths are searched
-    # in the working directory, then in $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must
-    # match the data. DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
+    # shards, Places365 as downloaded, one folder per class, or a CSV file with the columns path and
+    # label. With AUGMENT "pad_crop", CIFAR is also supported, as downloaded or by a name such as
+    # cifar10_train. Relative paths are searched in the working directory, then in
+    # $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must match the data.
+    # DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
 
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""

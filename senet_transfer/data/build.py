@@ -56,13 +56,14 @@ def use_classification_datasets(
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset only support detection data in COCO format. For a "
+            "DATASETS.REGISTER and --dataset only support detection data. For a "
             "classifier, set the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
             f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected exactly one: a "
-            "folder of shards, or a folder with one folder per class. Set it to a single data set."
+            "folder of shards, a CSV file, or a folder with one folder per class. Set it to a "
+            "single data set."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
@@ -219,8 +220,8 @@ def find_dataset(name: str) -> str:
         remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
     else:
         remedy = (
-            "Expected a folder of shards, an official distribution of Places365 or CIFAR, or a "
-            "folder with one folder per class"
+            "Expected a folder of shards, an official distribution of Places365 or CIFAR, a CSV "
+            "file with the columns path and label, or a folder with one folder per class"
         )
     raise UserError(
         f"Data set {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
@@ -316,7 +317,10 @@ def small_augment(cfg: CfgNode) -> CifarAugment:
 
 
 def train_loader(
-    cfg: CfgNode, seed: int, start_iter: int = 0
+    cfg: CfgNode,
+    seed: int,
+    start_iter: int = 0,
+    transform: TrainTransform | EvalTransform | None = None,
 ) -> ClassificationLoader | CifarTrainLoader:
     """Build this process's training loader.
 
@@ -324,6 +328,7 @@ def train_loader(
         cfg: Config of the run.
         seed: Random seed of the run; must be the same in all processes.
         start_iter: Iteration to start from.
+        transform: Transform instead of the config's, for images that are not kept in memory.
 
     Raises:
         UserError: If the sampler is not supported or the data cannot be opened.
@@ -353,7 +358,7 @@ def train_loader(
     return build_classification_train_loader(
         dataset,
         **share,
-        transform=train_transform(cfg),
+        transform=transform or train_transform(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         class_aware=cfg.DATALOADER.SAMPLER_TRAIN == "ClassAwareSampler",
         shuffle_block=cfg.DATALOADER.SHUFFLE_BLOCK,

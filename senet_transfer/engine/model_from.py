@@ -12,6 +12,7 @@ from senet_transfer.config import META_ARCHITECTURE, get_senet_config, is_classi
 from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
+from senet_transfer.data.images.published_classes import published_classes
 from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
 from senet_transfer.engine.numerics import set_memory_format
 from senet_transfer.engine.setup import use_available_device
@@ -56,8 +57,14 @@ class LoadedModel:
 
     @property
     def classes(self) -> list[str]:
-        """Class names, or an empty list if they are unknown."""
-        return list(self.cfg.DATASETS.CLASSES)
+        """Class names, or an empty list if they are unknown.
+
+        The names of published classifiers, whose files don't contain them, are known here.
+        """
+        names = list(self.cfg.DATASETS.CLASSES)
+        if names or not is_classification(self.cfg):
+            return names
+        return published_classes(self.family, self.cfg.MODEL.CLASSIFIER.NUM_CLASSES)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ class RunOptions:
         config_file: A YAML file, or the name of one of this project's configs. If empty, the
             default config is used.
         options: Alternating config keys and values that override the config file.
-        datasets: COCO-format data sets to register, each as (name, JSON file, image folder).
+        datasets: Data sets to register, each as (name, annotations) or (name, annotations, image
+            folder); see ``DATASETS.REGISTER``.
         classes: Order of a classifier's labels: "numeric", or a file with one class name per line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 
-from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.evaluation.coco_arrays import coco_arrays
 from senet_transfer.evaluation.diagnostics import diagnose
 from senet_transfer.evaluation.numbering import Numbering
@@ -62,10 +63,14 @@ class FastCOCOEvaluator(COCOEvaluator):
             UserError: If the annotation file can't be read.
         """
         # Detectron2's class can't read all annotation files that this project's loader can read.
-        with _replaced(coco_evaluation, "COCO", _read_truth):
+        with _replaced(coco_evaluation, "COCO", self._read_truth):
             super().__init__(*arguments, use_fast_impl=False, **options)
         self.diagnostics: dict[str, dict[str, Any]] = {}
         self._iou_types = tuple(diagnostics)
+
+    def _read_truth(self, json_file: str) -> COCO:
+        image_dir = self._metadata.get("image_root") or os.path.dirname(json_file)
+        return _indexed(COCO(), read_annotations(json_file, image_dir))
 
     def reset(self) -> None:
         """Discard all predictions, and the diagnostics of an earlier evaluation."""
@@ -127,10 +132,6 @@ class FastCOCOEvaluator(COCOEvaluator):
         ):
             numbers = None if img_ids is None else numbering.image_numbers(img_ids)
             super()._eval_predictions(predictions, numbers)
-
-
-def _read_truth(json_file: str) -> COCO:
-    return _indexed(COCO(), read_json_object(json_file))
 
 
 def _indexed(truth: Any, dataset: dict[str, Any]) -> Any:

@@ -39,11 +39,11 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     """
     # The caller's model stays on its device and in its mode.
     model = copy.deepcopy(model).cpu().eval()
-    adapter = TracingAdapter(deploy(model), [{"image": image}], _infer)
-    part = image[:, image.shape[1] // 8 :, image.shape[2] // 16 :].contiguous()
+    adapter = TracingAdapter(deploy(model), [{"image": image}], infer)
+    part = crop(image)
     with torch.no_grad(), quiet():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
-        expected = _infer(model, [{"image": part}])[0]
+        expected = infer(model, [{"image": part}])[0]
         names = [*expected.get_fields(), "image_size"]
         torch.jit.save(traced, str(path), _extra_files={"outputs": json.dumps(names)})
         found = adapter.outputs_schema(torch.jit.load(str(path))(part))[0]
@@ -51,7 +51,13 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     return len(expected)
 
 
-def _infer(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Instances]:
+def crop(image: Tensor) -> Tensor:
+    """Return a crop of an image (C, H, W) with a different aspect ratio."""
+    return image[:, image.shape[1] // 8 :, image.shape[2] // 16 :].contiguous()
+
+
+def infer(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Instances]:
+    """Run a Detectron2 model on images, and return its results in pixels of these images."""
     if isinstance(model, GeneralizedRCNN):
         return model.inference(inputs, do_postprocess=False)
     key = "proposals" if isinstance(model, ProposalNetwork) else "instances"

@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export and TorchScript, checked against the eager network."""
+"""Export to ONNX, torch.export, AOTInductor and TorchScript, checked against the eager network."""
 
 import copy
 import json
@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
+from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
+FORMATS = {
+    "onnx": ".onnx",
+    "torch_export": ".pt2",
+    "torchscript": ".ts",
+    # torch.export's program, compiled by AOTInductor for this machine's processor.
+    "aot_inductor": ".pt2",
+}
 
 # Relative to the largest output. The outputs differ because float32 rounding depends on the order
 # of operations.
@@ -55,6 +62,7 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
     mode: str = "short_side",
+    value_range: Sequence[float] = (),
 ) -> float:
     """Export a network with folded batch norms, and compare the exported file with the network.
 
@@ -72,6 +80,8 @@ def export_network(
         mode: The evaluation mode for the metadata; see
             :class:`~senet_transfer.data.images.transforms.EvalTransform`. The logits of several
             crops are averaged by the program that runs the file.
+        value_range: The value range of images with more than 8 bits per channel for the metadata;
+            see :func:`~senet_transfer.data.images.decode.to_8_bit`.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.
@@ -97,8 +107,15 @@ def export_network(
         "preprocessing": json.dumps(asdict(preprocessing)),
         "classes": json.dumps(list(classes)),
         "mode": json.dumps(mode),
+        "value_range": json.dumps(list(value_range)),
+        "task": json.dumps("classification" if names == ["logits"] else "features"),
     }
-    write = {"onnx": _write_onnx, "torch_export": _write_exported, "torchscript": _write_traced}
+    write = {
+        "onnx": _write_onnx,
+        "torch_export": _write_exported,
+        "torchscript": _write_traced,
+        "aot_inductor": _write_compiled,
+    }
     with torch.no_grad(), quiet():
         run = write[form](model, example, Path(path), names, metadata)
     return _check(path, eager, run, 255 * torch.rand(3, channels, *size))
@@ -107,13 +124,15 @@ def export_network(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress warnings from the exporters about their internals."""
-    exporter = logging.getLogger("torch.onnx")
-    before = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = {logging.getLogger(name): 0 for name in ("torch.onnx", "torch.fx")}
+    for logger in loggers:
+        loggers[logger] = logger.level
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    exporter.setLevel(before)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
 
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -122,15 +141,7 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 def _write_onnx(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"ONNX export requires the package {error.name}, which is not installed. Run pip "
-            "install 'senet_transfer[export]'."
-        ) from error
+    require_onnx()
     program = torch.onnx.export(
         model,
         (example,),
@@ -140,10 +151,8 @@ def _write_onnx(
         output_names=names,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
-    program.model.metadata_props.update(metadata)
-    program.save(str(path))
-    onnx.checker.check_model(str(path), full_check=True)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    write_onnx(program.model_proto, path, metadata)
+    session = open_session(path)
     return lambda images: [
         torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
     ]
@@ -152,10 +161,38 @@ def _write_onnx(
 def _write_exported(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
+    extra = {**metadata, "outputs": json.dumps(names)}
+    torch.export.save(_program(model, example), path, extra_files=extra)
+    return torch.export.load(path).module()
+
+
+def _write_compiled(
+    model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
+) -> Run:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    extra = {**metadata, "outputs": json.dumps(names)}
+    try:
+        aoti_compile_and_package(
+            _program(model, example),
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": extra},
+        )
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
+            "the environment variable CXX to its path."
+        ) from error
+    return aoti_load_package(str(path))
+
+
+def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files={**metadata, "outputs": json.dumps(names)})
-    return torch.export.load(path).module()
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # It contains the paths of this machine.
+    return program
 
 
 def _write_traced(

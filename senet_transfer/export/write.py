@@ -5,18 +5,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
-from senet_transfer.config.architectures import PIXELS, predicts
+from senet_transfer.config.architectures import OBJECTS, PIXELS, predicts, predicts_rotated_boxes
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
+from senet_transfer.export.onnx_detectors import export_detector_to_onnx
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.preprocessing import channels_of
 
@@ -29,6 +32,9 @@ def export_model(
     backbone_only: bool = False,
     size: Sequence[int] | None = None,
     image: str = "",
+    precision: str = "float32",
+    calibration: str = "",
+    compiled: bool = False,
 ) -> str:
     """Export a classifier, a detector, or the backbone of either.
 
@@ -39,17 +45,30 @@ def export_model(
         backbone_only: If True, export only the backbone, which returns feature maps.
         size: The side length of square images, or the height and width, in pixels. If None, the
             test crop size is used.
-        image: The path of an image for tracing a detector.
+        image: The path of an image for tracing a detector, and for comparing it. It is required
+            for TorchScript.
+        precision: "float32" or, for classifiers and backbones in ONNX files, "float16" or "int8".
+        calibration: A folder of images with which the precision is compared with float32, and from
+            which the ranges of int8 activations are computed.
+        compiled: If True, compile a ``.pt2`` file with AOTInductor for this machine's processor.
 
     Returns:
-        A sentence with the result of the comparison with the eager model.
+        Sentences with the results of the comparison with the eager model.
 
     Raises:
         UserError: If the arguments are inconsistent, or if the exported file's outputs differ from
             the model's outputs.
     """
-    form = format_of(output)
-    if is_classification(cfg) or backbone_only:
+    form = format_of(output, compiled=compiled)
+    network = is_classification(cfg) or backbone_only
+    if precision != "float32" and not (network and form == "onnx" and calibration):
+        raise UserError(
+            f"--precision {precision} is available for classifiers and backbones in ONNX files "
+            f"(.onnx), and requires a folder of images (--calibration). The output is {output}, "
+            f"the architecture is {cfg.MODEL.META_ARCHITECTURE}, and the folder is "
+            f"{calibration!r}."
+        )
+    if network:
         preprocessing = preprocessing_of(cfg)
         size = tuple(size or [preprocessing.crop])
         if len(size) > 2 or any(side < 1 for side in size):
@@ -64,50 +83,141 @@ def export_model(
             size=(size[0], size[-1]),
             classes=() if backbone_only else cfg.DATASETS.CLASSES,
             mode=cfg.INPUT.CLASSIFICATION.TEST_MODE if is_classification(cfg) else "short_side",
+            value_range=cfg.INPUT.VALUE_RANGE,
         )
-        return f"Compared with the eager network: the largest relative difference is {worst:.1e}."
-    if form != "torchscript":
+        said = f"Compared with the eager network: the largest relative difference is {worst:.1e}."
+        if precision == "float32":
+            return said
+        return f"{said}\n{_convert(cfg, output, precision, calibration, size, backbone_only)}"
+    if form in ("torch_export", "aot_inductor"):
         raise UserError(
-            f"{output} selects the format {form}, but detectors can only be exported to "
-            "TorchScript. Choose a name that ends in .ts, or export only the backbone with "
-            "--backbone."
+            f"{output} selects the format {form}, but detectors can only be exported to ONNX and "
+            "TorchScript. Choose a name that ends in .onnx or .ts, or export only the backbone "
+            "with --backbone."
         )
     if PIXELS in predicts(cfg):
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, and the export of "
             "segmentation models is not supported. Export only the backbone with --backbone."
         )
+    if form == "onnx":
+        return _export_to_onnx(model, cfg, output, image)
     if not image:
         raise UserError(
             "A detector is exported by tracing, which requires an image. Use --image to specify an "
             "image that shows objects."
         )
-    found = export_detector(model, output, _read_image(image, cfg))
+    found = export_detector(model, output, _read_image(image, cfg, cfg.INPUT.FORMAT))
     return f"Compared with the eager detector: both detect the same {found} objects."
 
 
-def format_of(output: str) -> str:
+def _convert(
+    cfg: CfgNode,
+    output: str,
+    precision: str,
+    calibration: str,
+    size: Sequence[int],
+    backbone_only: bool,
+) -> str:
+    # It requires packages of the extra `export`.
+    from senet_transfer.export.precision import CalibrationImages, convert_precision
+
+    if size[0] != size[-1]:
+        raise UserError(
+            f"--size is {list(size)}; expected one side length with --precision {precision}, whose "
+            "images have square crops."
+        )
+    options = cfg.INPUT.CLASSIFICATION
+    transform = EvalTransform(
+        mode=options.TEST_MODE if is_classification(cfg) else "short_side",
+        resize=max(options.TEST_RESIZE, size[0]),
+        crop=size[0],
+        interpolation=options.INTERPOLATION,
+        value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
+    )
+    classes = () if backbone_only else cfg.DATASETS.CLASSES
+    images = CalibrationImages(calibration, transform, classes)
+    return convert_precision(output, precision, images)
+
+
+def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> str:
+    unsupported = None
+    if predicts(cfg) != {OBJECTS}:
+        unsupported = "only proposals"
+    elif predicts_rotated_boxes(cfg):
+        unsupported = "rotated boxes"
+    elif cfg.MODEL.KEYPOINT_ON:
+        unsupported = "keypoints"
+    if unsupported:
+        raise UserError(
+            f"The model predicts {unsupported}, but only detectors of boxes and masks can be "
+            "exported to ONNX. Choose a name that ends in .ts for TorchScript, or export only the "
+            "backbone with --backbone."
+        )
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
+        raise UserError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; expected RGB, BGR or L for export to ONNX. "
+            "Choose a name that ends in .ts for TorchScript."
+        )
+    metadata = {
+        "task": "detection",
+        "classes": list(cfg.DATASETS.CLASSES),
+        "category_ids": list(cfg.DATASETS.CATEGORY_IDS),
+        "format": cfg.INPUT.FORMAT,
+        "mean": list(cfg.MODEL.PIXEL_MEAN),
+        "std": list(cfg.MODEL.PIXEL_STD),
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "value_range": list(cfg.INPUT.VALUE_RANGE),
+    }
+    pixels = _read_image(image, cfg, "RGB") if image else _example(cfg)
+    compared = export_detector_to_onnx(
+        model, output, pixels, format=cfg.INPUT.FORMAT, metadata=metadata
+    )
+    return f"Compared with the eager detector in ONNX Runtime: {compared}"
+
+
+def _example(cfg: CfgNode) -> Tensor:
+    """Return an image of random colours that change gradually, for detectors without an image."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 255 * torch.rand(1, 3, 6, 8, generator=generator)
+    short = cfg.INPUT.MIN_SIZE_TEST or 800
+    (image,) = F.interpolate(coarse, (short, short * 4 // 3), mode="bilinear")
+    return image
+
+
+def format_of(output: str, *, compiled: bool = False) -> str:
     """Return the key of :data:`FORMATS` selected by the suffix of an output file.
+
+    Args:
+        output: The file.
+        compiled: Whether to compile it with AOTInductor.
 
     Raises:
         UserError: If the suffix is unknown, or if the file's folder does not exist.
     """
     suffix = os.path.splitext(output)[1]
-    forms = {value: key for key, value in FORMATS.items()}
-    if suffix not in forms:
+    forms = [name for name, value in FORMATS.items() if value == suffix]
+    if not forms:
         raise UserError(
             f"{output} ends in {suffix!r}, which is not the suffix of an export format. Expected "
-            f"one of: {', '.join(forms)}."
+            f"one of: {', '.join(dict.fromkeys(FORMATS.values()))}."
+        )
+    if compiled and "aot_inductor" not in forms:
+        raise UserError(
+            f"{output} ends in {suffix!r}, but only .pt2 files can be compiled. Choose a name that "
+            "ends in .pt2, or omit --compile."
         )
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise UserError(f"The folder {os.path.dirname(output)} does not exist. Create it first.")
-    return forms[suffix]
+    return "aot_inductor" if compiled else forms[0]
 
 
-def _read_image(path: str, cfg: CfgNode) -> Tensor:
+def _read_image(path: str, cfg: CfgNode, format: str) -> Tensor:
     """Read and resize an image in the same way as Detectron2's evaluation."""
     try:
-        image = read_image(path, cfg.INPUT.FORMAT, cfg.INPUT.VALUE_RANGE)
+        image = read_image(path, format, cfg.INPUT.VALUE_RANGE)
     except (OSError, BrokenImageError) as error:
         raise UserError(
             f"{path} can't be read as an image: {error}. Choose a different image."

@@ -14,6 +14,7 @@ from senet_transfer.cli import arguments as choices
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.main import COMMANDS
 from senet_transfer.data.cifar.archives import DOWNLOADS
+from senet_transfer.data.detection.formats.source import FORMATS
 from senet_transfer.data.images.places365 import SIZES, SPLITS
 from senet_transfer.data.images.transforms import EVAL_MODES
 from senet_transfer.weights import FAMILIES
@@ -43,6 +44,7 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
     [
         (choices.ABLATION_AXES, PAPER),
         (choices.CIFAR_DOWNLOADS, DOWNLOADS),
+        (choices.DETECTION_FORMATS, tuple(FORMATS)),
         (choices.EVAL_MODES, EVAL_MODES),
         (choices.PLACES365_SIZES, SIZES),
         (choices.PLACES365_SPLITS, SPLITS),
@@ -98,7 +100,8 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("tools", "datasets")
     for path in (ROOT / folder).glob("*.py")
-    if path.name not in ("install_detectron2.py", "classify_onnx.py")
+    if path.name
+    not in ("install_detectron2.py", "classify_onnx.py", "detect_onnx.py", "onnx_images.py")
 )
 
 

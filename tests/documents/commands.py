@@ -15,7 +15,7 @@ DOCUMENTS = {
     for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))
 }
 PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
-            "senet-predict", "senet-eval-places365")  # fmt: skip
+            "senet-predict", "senet-eval-places365", "ovc", "benchmark_app", "trtexec")  # fmt: skip
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
@@ -26,7 +26,10 @@ NOT_RUN = {
     r"make (test(-fast|-narrow|-slow|-faults|-gpu)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
+    r"(ovc|benchmark_app|trtexec) .*": "belongs to OpenVINO or TensorRT, which is not installed",
+    r"python tools/export\.py .* --compile": "compiles for minutes; test_export.py does",
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
+    r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
 
@@ -96,6 +99,7 @@ RULES = (
     Rule("one core can run one process",
          _replaced(r"(--num-gpus|--nproc-per-node|--workers) \d+", r"\1 1")),
     Rule("one seed takes the same path as all", _replaced(r"--seeds( \d+)+", "--seeds 0")),
+    Rule("two folds take the same path as five", _replaced(r"--folds 5", "--folds 2")),
     Rule("published weights can't be imitated: their name has their hash", _published),
     Rule("nothing is downloaded in the sandbox",
          _replaced(r"--download (cifar10)", r"--source cifar-10-python.tar.gz --output \1")),

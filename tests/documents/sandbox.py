@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pretrainedmodels
 import torch
 import torchvision
 import webdataset
@@ -70,9 +71,32 @@ def _coco(root: Path) -> None:
 
 
 def _own_coco(root: Path) -> None:
-    for name in ("train.json", "val.json"):
+    for name in ("train.json", "val.json", "annotations.json"):
         shutil.copy(root / TINY, root / name)
     shutil.copytree(root / "datasets/shapes/tiny", root / "images")
+
+
+def _voc(root: Path) -> None:
+    """Write the shapes data set in Pascal VOC's format, with the same images in both splits."""
+    content = json.loads((root / TINY).read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    shutil.copytree(root / "datasets/shapes/tiny", root / "voc/JPEGImages")
+    (root / "voc/Annotations").mkdir()
+    for image in content["images"]:
+        text = ""
+        for item in content["annotations"]:
+            if item["image_id"] == image["id"]:
+                x, y, width, height = item["bbox"]
+                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+                box = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
+                name = names[item["category_id"]]
+                text += f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+        path = root / "voc/Annotations" / image["file_name"]
+        path.with_suffix(".xml").write_text(f"<annotation>{text}</annotation>")
+    stems = "\n".join(Path(image["file_name"]).stem for image in content["images"])
+    (root / "voc/ImageSets/Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"voc/ImageSets/Main/{split}.txt").write_text(stems)
 
 
 def _photos(root: Path) -> None:
@@ -95,7 +119,7 @@ def _five_channels(root: Path) -> None:
 
 
 def _flowers(root: Path) -> None:
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test", "all"):
         (root / "flowers").mkdir(exist_ok=True)
         make_shape_classes(root / "datasets/shapes", root / "flowers" / split)
 
@@ -179,6 +203,8 @@ def _published(root: Path) -> None:
     path = root / "published" / load_catalogue()["torchvision/resnet50"].file
     path.parent.mkdir()
     torch.save(torchvision.models.resnet50().state_dict(), path)
+    path = path.with_name(load_catalogue()["cadene/se_resnet50"].file)
+    torch.save(pretrainedmodels.se_resnet50(pretrained=None).state_dict(), path)
 
 
 def _caffemodel(root: Path) -> None:
@@ -223,6 +249,7 @@ STAND_INS = (
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
     (r"five\.json", "five.json", _five_channels),
+    (r"\bvoc\b", "voc", _voc),
     (r"photos?\b|more/", "photos", _photos),
     (r"flowers|output/(model|config)", "flowers", _flowers),
     (r"SOURCE", "SOURCE", _places365),

@@ -15,9 +15,11 @@ from senet_transfer.cli import evaluate, predict
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.engine.inference.detect import predict_images
-from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.model_from import find_model
+from senet_transfer.engine.predictor.cam import class_activation_map
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.load import load, load_trained
+from senet_transfer.engine.predictor.predictor import Detector
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.train import main
 from senet_transfer.export.write import export_model
@@ -121,8 +123,12 @@ def test_a_classifier_is_trained_evaluated_exported_and_predicts(classify, tmp_p
             assert entry["probability"] == pytest.approx(float(probabilities[entry["label"]]), 1e-4)
 
     export_model(loaded.model, loaded.cfg, str(tmp_path / "five.ts"))
-    (logits,) = torch.jit.load(tmp_path / "five.ts")(pixels)
-    torch.testing.assert_close(logits.softmax(1), expected, rtol=1e-3, atol=1e-4)
+    values = [np.load(path) for path in paths]
+    for predictor in (load(weights), load(tmp_path / "five.ts")):
+        found = np.stack([result.probabilities for result in predictor(values)])
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    shown = class_activation_map(load(weights), str(paths[0])).view
+    assert np.array_equal(shown, pixels[0, :3].permute(1, 2, 0))
     # The checkpoint needs no config, and its channels contradict those of another config.
     named = find_model(weights=weights, options=["INPUT.VALUE_RANGE", "[0, 4095]"])
     assert named.cfg.INPUT.CHANNELS == 5
@@ -151,7 +157,8 @@ def test_a_detector_is_trained_evaluated_exported_and_predicts(command, shapes, 
     assert loaded.model.backbone.bottom_up.stem.conv1.weight.shape[1] == 5
 
     path = sorted((tmp_path / "images").iterdir())[0]
-    written = predict_images(loaded, [str(path)], str(tmp_path / "out"), threshold=0.0, quiet=True)
+    detector = Detector.of(loaded, threshold=0.0)
+    written = predict_files(detector, [str(path)], str(tmp_path / "out"), quiet=True)
     found = json.loads(Path(written).read_text())["annotations"]
     pixels = np.rint(np.load(path) / 4095 * 255).astype(np.uint8)
     size = [round(length * 64 / min(pixels.shape[:2])) for length in pixels.shape[1::-1]]

@@ -13,9 +13,10 @@ from PIL import Image
 from senet_transfer import UserError, create_backbone, load_weights, save_weights
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.inference.augmentation import with_augmentation
-from senet_transfer.engine.inference.detect import predict_images
-from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.model_from import find_model
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.load import load_trained
+from senet_transfer.engine.predictor.predictor import Detector
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.train import main
 from senet_transfer.export.write import export_model
@@ -41,7 +42,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
     photo = next((shapes / "val").glob("*.jpg"))
     grey = tmp_path / "grey.png"
     Image.open(photo).convert("L").save(grey)
-    path = predict_images(loaded, [str(grey)], str(tmp_path / "out"), threshold=0.0, quiet=True)
+    path = predict_files(Detector.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out"))
     found = json.loads(Path(path).read_text())["annotations"]
     # The expected detections are those of Detectron2's model for the grey pixels alone.
     image = cv2.imread(str(grey), cv2.IMREAD_GRAYSCALE)[:, :, None]

@@ -15,8 +15,10 @@ from pycocotools.cocoeval import COCOeval
 
 from senet_transfer import UserError
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.inference.detect import predict_images
-from senet_transfer.engine.inference.inputs import find_images, load_trained
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.inputs import find_photos
+from senet_transfer.engine.predictor.load import load, load_trained
+from senet_transfer.engine.predictor.predictor import Detector
 from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -113,9 +115,10 @@ def trained(command, tmp_path):
 def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, shapes, tmp_path):
     loaded = load_trained(trained)
     cfg = loaded.cfg
-    images = find_images([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
+    photos = find_photos([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
+    images = [photo.name for photo in photos]
     out = tmp_path / "predictions"
-    json_file = predict_images(loaded, images, str(out), threshold=0.0, quiet=True)
+    json_file = predict_files(Detector.of(loaded, threshold=0), images, str(out), quiet=True)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images
@@ -153,17 +156,17 @@ def setup_tta(command, weights):
 def test_images_are_found_by_file_folder_and_pattern_once_each(shapes):
     folder = shapes / "tiny"
     files = sorted(str(path) for path in folder.glob("*.jpg"))
-    assert find_images([str(folder)]) == files
-    assert find_images([str(folder / "*.jpg"), files[0]]) == files
+    for inputs in ([str(folder)], [str(folder / "*.jpg"), files[0]]):
+        assert [photo.name for photo in find_photos(inputs)] == files
     with pytest.raises(UserError, match="No image matches"):
-        find_images([str(folder / "*.png")])
+        find_photos([str(folder / "*.png")])
 
 
 @pytest.mark.long
 def test_a_drawing_never_overwrites_an_image(trained, shapes):
-    images = find_images([str(shapes / "tiny")])[:1]
+    images = find_photos([str(shapes / "tiny")])[:1]
     with pytest.raises(UserError, match="would be overwritten"):
-        predict_images(load_trained(trained), images, str(shapes / "tiny"), threshold=0.5)
+        predict_files(load(trained), images, str(shapes / "tiny"))
 
 
 @pytest.mark.long
@@ -172,9 +175,9 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(
 ):
     broken, out = tmp_path / "broken.jpg", tmp_path / "out"
     broken.write_bytes(b"not a picture")
-    images = [str(broken), *find_images([str(shapes / "tiny")])[:2]]
+    images = [str(broken), *sorted(map(str, (shapes / "tiny").glob("*.jpg")))[:2]]
     with pytest.raises(UserError, match="(?s)1 of 3 images.*broken.jpg can't be read"):
-        predict_images(load_trained(trained), images, str(out), threshold=0.5)
+        predict_files(load(trained), images, str(out))
     written = json.loads((out / "predictions.json").read_text())
     assert [image["file_name"] for image in written["images"]] == images[1:]
 
@@ -190,9 +193,9 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
     args = command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"})
     args = replace(args, datasets=[["own", str(json_file), str(shapes / "tiny")]])
     train(args)
-    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
-    images = find_images([str(shapes / "tiny")])[:2]
-    predict_images(loaded, images, str(tmp_path / "out"), threshold=0.0)
+    predictor = load(str(tmp_path / "run" / "model_final.pth"), threshold=0)
+    images = find_photos([str(shapes / "tiny")])[:2]
+    predict_files(predictor, images, str(tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [category["id"] for category in written["categories"]] == [10, 20, 30, 40, 50]
     assert {a["category_id"] for a in written["annotations"]} <= {10, 20, 30, 40, 50}

@@ -207,7 +207,10 @@ class Hidden(nn.Module):
         return self.fc(x.mean((2, 3))).relu()
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
+@pytest.mark.parametrize(
+    "form",
+    ["onnx", "torch_export", "torchscript", pytest.param("aot_inductor", marks=pytest.mark.slow)],
+)
 @pytest.mark.long
 def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     backbone = create_backbone("se_cifar_resnet8")
@@ -219,7 +222,14 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     )
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": preprocessing, "size": (32, 32)}
-    assert 0 <= export_network(model, path, **options) < 1e-5
+    assert 0 <= export_network(model, path, classes=["a", "b", "c"], **options) < 1e-5
+    if form in ("onnx", "torch_export"):
+        stored = path.read_bytes()
+        assert str(ROOT).encode() not in stored
+        assert b"site-packages" not in stored
+    if form == "aot_inductor":
+        metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
+        assert json.loads(metadata["classes"]) == ["a", "b", "c"]
 
 
 @pytest.mark.long
@@ -288,11 +298,15 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
             "folder missing does not exist",
         ),
         (["--output", "model.ts"], "No model is specified"),
+        (
+            ["--model", "se_resnet18", "--compile", "--output", "model.onnx"],
+            "only .pt2 files can be compiled",
+        ),
         (["--model", "se_resnet18", "--size", "0", "--output", "model.ts"], "expected one side"),
         (
-            ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.onnx"]
+            ["--config-file", "configs/faster_rcnn_se_r50.yaml", "--output", "model.pt2"]
             + ["MODEL.WEIGHTS", ""],
-            "can only be exported to TorchScript",
+            "can only be exported to ONNX and TorchScript",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from senet_transfer.data.base import RawSample
 from senet_transfer.data.cifar.in_memory import load_images, split_file
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.coco import register_coco_dataset
+from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact, decode_fast
 from senet_transfer.data.images.places365 import read_categories, read_list
@@ -34,6 +36,7 @@ from senet_transfer.engine.checkpoints.checkpointer import _training_state
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from tests.comparing import assert_same
+from tests.data.detection.formats.test_readers import FIXTURES, make_images
 
 pytestmark = pytest.mark.faults
 
@@ -164,6 +167,39 @@ def read_boxes(text: bytes) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         if "fuzzed" in catalog:
             catalog.pop("fuzzed")
+
+
+FORMAT_FILES = {
+    "voc": "<annotation><filename>a.png</filename><object><name>a</name><bndbox><xmin>1</xmin>"
+    "<ymin>2</ymin><xmax>8</xmax><ymax>7</ymax></bndbox></object></annotation>",
+    "yolo": "train: [images]\nnames: {0: a, 1: b}\nnc: 2\nkpt_shape: [1, 2]\n",
+    "labelme": (FIXTURES / "labelme.json").read_text().replace("..\\\\images\\\\", ""),
+    "cvat": (FIXTURES / "cvat_images.xml").read_text(),
+    "labelstudio": (FIXTURES / "labelstudio.json").read_text(),
+    "via": (FIXTURES / "via.json").read_text(),
+}
+FRAGMENTS = ["", "null", "true", "-1", "0", "1e999", "NaN", "[]", "{}", "[[1]]", '"x"', "..", "<a>"]
+
+
+@pytest.mark.parametrize("name", FORMAT_FILES)
+@fuzz(80)
+@given(st.data())
+def test_other_formats_with_any_change_are_read_or_refused(name, data):
+    text, suffix = FORMAT_FILES[name], {"voc": "xml", "yolo": "yaml", "cvat": "xml"}
+    if not (SCRATCH / "a.png").exists():
+        make_images(
+            SCRATCH, a=(100, 80), images__a=(100, 80), c=(64, 48), sub__b=(64, 48), b=(9, 9)
+        )
+    for _ in range(data.draw(st.integers(0, 3))):
+        # Replace a word or number, which keeps most files well-formed.
+        tokens = list(re.finditer(r"[\w.+-]+|.", text))
+        token = data.draw(st.sampled_from(tokens))
+        text = text[: token.start()] + data.draw(st.sampled_from(FRAGMENTS)) + text[token.end() :]
+    path = SCRATCH / f"a.{suffix.get(name, 'json')}"
+    path.write_text(text)
+    with contextlib.suppress(UserError):
+        datasets, images = import_dataset(name, SCRATCH if name == "voc" else path, SCRATCH)
+        write_dataset(datasets, SCRATCH / "out", images, source=str(path))
 
 
 @fuzz(400)

@@ -4,15 +4,21 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.data.images.decode import decode_exact
 from senet_transfer.data.images.transforms import EvalTransform
 
 pytest.importorskip("onnxruntime")
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "classify_onnx.py"))
+TOOLS = Path(__file__).parents[2] / "tools"
+SCRIPT = runpy.run_path(str(TOOLS / "classify_onnx.py"))
+SHARED = runpy.run_path(str(TOOLS / "onnx_images.py"))
 
 
 @pytest.mark.parametrize("resize", [224, 235, 256, 299])
@@ -41,3 +47,55 @@ def test_views_equal_those_of_the_evaluation(tmp_path, mode, size):
     assert sorted(view.tobytes() for view in found.astype(np.uint8)) == sorted(
         view.tobytes() for view in expected
     )
+
+
+@pytest.mark.parametrize("value_range", [(), (100, 3000)])
+@pytest.mark.parametrize("kind", ["grey16.png", "grey16.pgm", "grey16.tif", "float.tif", "rgb.png"])
+def test_pixels_equal_those_of_the_evaluation(tmp_path, kind, value_range):
+    values = np.random.RandomState(0).randint(0, 65536, (7, 9), np.uint16)
+    pixels = {"float.tif": values.astype(np.float32), "rgb.png": np.stack([values % 256] * 3, 2)}
+    stored = pixels.get(kind, values)
+    path = tmp_path / kind
+    Image.fromarray(stored.astype(np.uint8) if kind == "rgb.png" else stored).save(path)
+    if kind == "float.tif" and not value_range:
+        with pytest.raises(SystemExit, match="has 32 bits per channel"):
+            SHARED["read_image"](str(path), value_range)
+        return
+    found = np.asarray(SHARED["read_image"](str(path), value_range).convert("RGB"))
+    expected = np.asarray(decode_exact(path.read_bytes(), value_range))
+    assert np.array_equal(found, expected)
+
+
+def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)).save(
+        path, exif=exif
+    )
+    found = np.asarray(SHARED["read_image"](str(path), upright=True).convert("RGB"))
+    assert np.array_equal(found, read_image(str(path), "RGB"))
+    deep = tmp_path / "deep.png"
+    cv2.imwrite(str(deep), np.full((4, 4, 3), 3000, np.uint16))
+    with pytest.raises(SystemExit, match="colour image with 16 bits per channel"):
+        SHARED["read_image"](str(deep), (0, 4095))
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(SystemExit, match="can't be read as an image"):
+        SHARED["read_image"](str(path))
+
+
+def test_a_file_for_another_task_is_refused(tmp_path):
+    node = helper.make_node("Identity", ["x"], ["y"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    model = helper.make_model(
+        helper.make_graph([node], "graph", values[:1], values[1:]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    helper.set_model_props(model, {"task": '"detection"', "classes": "[]"})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SystemExit, match="is detection; expected classification"):
+        SHARED["open_model"](str(path), "classification")
+    with pytest.raises(SystemExit, match="can't be read as an ONNX file"):
+        SHARED["open_model"](str(tmp_path / "missing.onnx"), "detection")

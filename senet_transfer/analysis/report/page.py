@@ -1,27 +1,22 @@
-"""Writer for the report, a single self-contained HTML file."""
+"""Writer for the report on training runs."""
 
-import datetime
 import math
-import socket
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from senet_transfer.analysis.report.classification import confusion_galleries
 from senet_transfer.analysis.report.detection import detection_galleries
 from senet_transfer.analysis.report.diagnostics import detection_diagnostics
+from senet_transfer.analysis.report.html import write_html
 from senet_transfer.analysis.report.paper_rows import has_gates, paper_row
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.run_folder import Run, config_texts, data_label, parse_metric
 from senet_transfer.config import get_senet_config
-from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
-from senet_transfer.utils.atomic_io import atomic_file, nonfinite_to_null
 
 # Maximum number of points per curve.
 MOST_POINTS = 400
@@ -33,8 +28,6 @@ _SHOWN = {"AP": 2, "AP50": 2, "AP75": 2, "top1_error": 2, "top5_error": 2, "imag
 _LONGEST = 240
 
 _NAMES = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
-
-_ASSETS = "senet_transfer.analysis.report"
 
 
 def write_report(
@@ -71,11 +64,11 @@ def write_report(
         "detection": detection_galleries(runs, images, note, quiet=quiet),
         "classification": confusion_galleries(runs, 4 * images, note, quiet=quiet),
     }
-    html = _template().render(
+    write_html(
+        output,
+        "page.html",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        made=f"{datetime.datetime.now():%Y-%m-%d %H:%M} on {socket.gethostname()}",
-        asset=lambda name: resources.files(_ASSETS).joinpath("assets", name).read_text(),
-        data=nonfinite_to_null(data),
+        data=data,
         notes=notes,
         summaries=[_summary(run) for run in runs],
         results=[row for run in runs for row in _results(run)],
@@ -90,23 +83,6 @@ def write_report(
         without_excitations=[run for run in runs if has_gates(run.cfg) and not _figures(run)],
         runs=runs,
     )
-    _write(output, html)
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader(_ASSETS, "assets"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("page.html")
-
-
-def _write(output: Path, html: str) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output) as stream:
-            stream.write(html.encode())
-    except OSError as error:
-        raise UserError(f"The report {output} can't be written: {error}.") from error
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:

@@ -73,7 +73,7 @@ def build_classification_train_loader(
     dataset: ClassificationDataset,
     *,
     batch_size: int,
-    transform: TrainTransform,
+    transform: TrainTransform | EvalTransform,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
@@ -239,7 +239,7 @@ class _TrainBatches(IterableDataset):
     """Iterable over one worker's training batches."""
 
     dataset: ClassificationDataset
-    transform: TrainTransform
+    transform: TrainTransform | EvalTransform
     skips: SkipCounter
     batch_size: int
     place: _Place

@@ -18,7 +18,8 @@ from senet_transfer.data.detection.file_names import (
     find_renamed,
     is_inside,
 )
-from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.formats.records import NOTES, SOURCE
+from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.detection.outlines import outline_problem
 from senet_transfer.errors import UserError
 
@@ -73,12 +74,13 @@ class CocoSummary:
 def read_coco_summary(
     json_file: str, image_dir: str, *, allow_empty: bool = False, outlines: bool = False
 ) -> CocoSummary:
-    """Read and validate an annotation file, and check that its images exist.
+    """Read and validate annotations, and check that their images exist.
 
     Invalid outlines are not an error, because detectors of boxes do not use them.
 
     Args:
-        json_file: Annotation file in COCO's instances format.
+        json_file: Annotation file in COCO's instances format, or file or folder in another
+            supported format.
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Accept a file without usable annotations, such as that of a test set whose
             ground truth is not public.
@@ -88,7 +90,22 @@ def read_coco_summary(
         UserError: If the file is invalid. The message names the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
-    data = read_json_object(json_file)
+    data = read_annotations(json_file, image_dir)
+    return summarize_coco(data, json_file, image_dir, allow_empty=allow_empty, outlines=outlines)
+
+
+def summarize_coco(
+    data: dict,
+    json_file: str,
+    image_dir: str | None,
+    *,
+    allow_empty: bool = False,
+    outlines: bool = False,
+) -> CocoSummary:
+    """Validate the content of an annotation file; see :func:`read_coco_summary`.
+
+    If `image_dir` is None, the images need not exist.
+    """
     images = _section(json_file, data, "images")
     categories = _section(json_file, data, "categories")
     sizes = _check_images(json_file, images)
@@ -108,8 +125,10 @@ def read_coco_summary(
             )
         if outlines:
             summary.outlines = _examine_outlines(annotations, sizes)
-    names = [image["file_name"] for image in images]
-    summary.renamed = _find_files(json_file, names, image_dir)
+    summary.warnings += [f"{json_file}: {note}." for note in data.get(NOTES, ())]
+    if image_dir is not None:
+        names = [image["file_name"] for image in images]
+        summary.renamed = _find_files(json_file, names, image_dir)
     if summary.renamed:
         listed, found = next(iter(summary.renamed.items()))
         summary.warnings.append(
@@ -149,9 +168,16 @@ def _bad(
     json_file: str, section: str, index: int, item: object, found: str, expected: str
 ) -> UserError:
     name = f"{section}[{index}]"
-    if isinstance(item, dict) and "id" in item:
-        name += f" (id {item['id']!r})"
+    if isinstance(item, dict):
+        name = _entry_name(section, index, item)
     return UserError(f"{json_file}: {name} {found}; expected {expected}. {_REPAIR}.")
+
+
+def _entry_name(section: str, index: int, item: dict) -> str:
+    """Return the position of an entry in the file from which it was read."""
+    if SOURCE in item:
+        return str(item[SOURCE])
+    return f"{section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
 
 
 def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
@@ -378,7 +404,7 @@ def _examine_outlines(annotations: list[dict], sizes: dict) -> OutlineSummary:
     for index, item in enumerate(annotations):
         outline = item.get("segmentation")
         problem = outline_problem(outline, *sizes[item["image_id"]])
-        name = f"annotations[{index}] (id {item['id']!r})"
+        name = _entry_name("annotations", index, item)
         if problem:
             found.num_invalid += 1
             found.first_problem = (

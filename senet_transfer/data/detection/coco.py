@@ -1,4 +1,4 @@
-"""Detectron2 registration of detection data sets in COCO format.
+"""Detectron2 registration of detection data sets in COCO format and the formats converted to it.
 
 In contrast to Detectron2's `register_coco_instances`, the annotation file is validated on
 registration and whenever it has changed, a data set can be registered twice, and the class names
@@ -14,11 +14,17 @@ from dataclasses import dataclass, field
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from senet_transfer.data.detection.annotation_checks import CocoSummary, read_coco_summary
+from senet_transfer.data.detection.formats.source import (
+    annotations_exist,
+    annotations_state,
+    default_image_folder,
+)
 from senet_transfer.data.detection.records import read_records
 from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS
 from senet_transfer.errors import UserError
 
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
+_PARTS = (2, 3)  # the image folder is optional
 
 # Words that distinguish the names of two keypoints that a horizontal flip exchanges.
 _SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -35,7 +41,8 @@ class CocoDataset:
 
     Attributes:
         name: Data set name in the catalogs.
-        json_file: Annotation file in COCO format.
+        json_file: Annotation file in COCO format, or file or folder in another supported format,
+            which may end in a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Whether to accept a file without objects.
         summary: Summary of the file as last read; None if it has not been read.
@@ -48,7 +55,7 @@ class CocoDataset:
     allow_empty: bool = False
     summary: CocoSummary | None = field(default=None, compare=False, repr=False)
     class_order: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    _state: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    _state: object | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
         """Load the data set in Detectron2's format.
@@ -86,7 +93,7 @@ class CocoDataset:
         Raises:
             UserError: If the file is invalid. The metadata is not changed in this case.
         """
-        state = _file_state(self.json_file)
+        state = annotations_state(self.json_file, self.image_dir)
         known = self.summary
         if known and state is not None and state == self._state:
             if known.outlines is None and outlines:
@@ -169,20 +176,23 @@ class ShapesDataset(CocoDataset):
 def register_coco_dataset(
     name: str,
     json_file: str | os.PathLike,
-    image_dir: str | os.PathLike,
+    image_dir: str | os.PathLike | None = None,
     *,
     allow_empty: bool = False,
     outlines: bool = False,
 ) -> None:
-    """Validate a data set in COCO format, and register it with Detectron2.
+    """Validate a data set in COCO or another supported format, and register it with Detectron2.
 
     Registering the same data set again has no effect. Registering the same name with different
     paths replaces the earlier registration.
 
     Args:
         name: Data set name for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: Annotation file in COCO's instances format.
-        image_dir: Folder to which the `file_name` entries are relative.
+        json_file: Annotation file in COCO's instances format, or file or folder in another
+            supported format, such as a folder in Pascal VOC's format. It may end in a colon and the
+            name of a split: `voc:train`.
+        image_dir: Folder to which the `file_name` entries are relative; None selects the usual
+            folder of the format, and for COCO's format the folder of the file.
         allow_empty: Accept a file without objects, such as that of a test set whose ground truth is
             not public.
         outlines: Also examine the outlines, so that a run with masks need not read the file again.
@@ -195,7 +205,9 @@ def register_coco_dataset(
         raise UserError(
             f"The data set name is {name!r}; expected a non-empty string. Choose a name."
         )
-    dataset = CocoDataset(name, os.path.abspath(json_file), os.path.abspath(image_dir), allow_empty)
+    path = os.path.abspath(json_file)
+    folder = os.path.abspath(image_dir) if image_dir else default_image_folder(path)
+    dataset = CocoDataset(name, path, folder, allow_empty)
     known = registered_entry(name)
     # `type` is used instead of `isinstance` to protect the names of the shapes data set.
     if type(known) is not CocoDataset and (known is not None or _has_metadata(name)):
@@ -216,8 +228,9 @@ def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = Fals
     """Register the data sets listed in `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
-        entries: List of `[name, annotation file, image folder]` entries. `~` and `$VARS` in paths
-            are expanded. Relative paths are relative to the working directory.
+        entries: List of `[name, annotation file or folder, image folder]` entries. The image folder
+            may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are relative to
+            the working directory.
         outlines: See :func:`register_coco_dataset`.
 
     Returns:
@@ -232,24 +245,23 @@ def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = Fals
             f"DATASETS.REGISTER is {entries!r}; expected a list of data sets, such as "
             f"[{ENTRY_FORM}]. Correct the config."
         )
-    paths: dict[str, tuple[str, str]] = {}
+    paths: dict[str, list[str]] = {}
     for index, entry in enumerate(entries):
         strings = isinstance(entry, list | tuple) and all(isinstance(part, str) for part in entry)
-        if not strings or len(entry) != 3 or not all(part.strip() for part in entry):
+        if not strings or len(entry) not in _PARTS or not all(part.strip() for part in entry):
             raise UserError(
                 f"DATASETS.REGISTER[{index}] is {entry!r}; expected a name, an annotation file and "
                 f"an image folder, such as {ENTRY_FORM}. A single data set must also be in a list: "
                 f"[{ENTRY_FORM}]. Correct the config."
             )
-        name, json_file, image_dir = entry
-        expanded = _expand(json_file), _expand(image_dir)
+        name, expanded = entry[0], [_expand(path) for path in entry[1:]]
         if paths.setdefault(name, expanded) != expanded:
             raise UserError(
                 f"DATASETS.REGISTER lists '{name}' twice, with {paths[name]} and {expanded}; "
                 "expected unique names. Rename one of the data sets."
             )
-    for name, (json_file, image_dir) in paths.items():
-        register_coco_dataset(name, json_file, image_dir, outlines=outlines)
+    for name, expanded in paths.items():
+        register_coco_dataset(name, *expanded, outlines=outlines)
     return list(paths)
 
 
@@ -302,18 +314,10 @@ def _has_metadata(name: str) -> bool:
     return name in MetadataCatalog and len(vars(MetadataCatalog.get(name))) > 1
 
 
-def _file_state(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
 def _expand(path: str) -> str:
     expanded = os.path.abspath(os.path.expandvars(os.path.expanduser(path)))
     unset = re.search(r"\$(\w+|\{\w+\})", expanded)
-    if unset and not os.path.exists(expanded):
+    if unset and not annotations_exist(expanded):
         raise UserError(
             f"DATASETS.REGISTER contains the path {path}, but the environment variable {unset[0]} "
             "is not set. Set it, or use the full path."

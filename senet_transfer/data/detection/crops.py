@@ -8,7 +8,7 @@ from PIL import Image
 
 from senet_transfer.data.base import RawSample, SingleImages
 from senet_transfer.data.detection.annotation_checks import read_coco_summary
-from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import encode_exact
 from senet_transfer.errors import UserError
@@ -33,7 +33,7 @@ class CocoCrops(SingleImages):
             UserError: If the annotation file is invalid or contains no suitable object.
         """
         summary = read_coco_summary(json_file, image_dir)
-        content = read_json_object(json_file)
+        content = read_annotations(json_file, image_dir)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         self.files = {key: summary.renamed.get(name, name) for key, name in names.items()}
         self.objects = [

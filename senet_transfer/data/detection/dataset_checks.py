@@ -10,6 +10,7 @@ from itertools import zip_longest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from senet_transfer.data.detection.coco import ENTRY_FORM, CocoDataset, registered_entry
+from senet_transfer.data.detection.formats.source import annotations_exist
 from senet_transfer.data.detection.json_file import sniff_json
 from senet_transfer.errors import UserError
 
@@ -219,7 +220,7 @@ def _classes(name: str) -> list[str]:
         raise _unknown(name)
     if isinstance(dataset, CocoDataset):
         # The classes of the shapes data set are known before its files exist.
-        if os.path.exists(dataset.json_file):
+        if annotations_exist(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
         # Data sets registered with Detectron2's own function get their class names when they are

@@ -11,13 +11,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from senet_transfer.data.detection.coco import CocoDataset, registered_entry
-from senet_transfer.data.detection.mapper import (
-    UnreadableImageError,
-    exif_orientation,
-    is_turned_sideways,
-    read_checked,
-)
-from senet_transfer.data.images.decode import bits_of
+from senet_transfer.data.detection.mapper import UnreadableImageError, read_checked
+from senet_transfer.data.images.decode import bits_of, exif_orientation, is_turned_sideways
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.progress import progress

@@ -56,8 +56,9 @@ def sniff_json(path: str) -> str | None:
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return (
-                f"{path} is a folder; expected an annotation file in COCO format. Pass the path "
-                "of the file."
+                f"{path} is a folder; expected an annotation file in COCO format, or a folder with "
+                "annotations of Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA. Pass the "
+                "path of the file."
             )
         with open(path, "rb") as file:
             head = file.read(_SNIFFED_BYTES)

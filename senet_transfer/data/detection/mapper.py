@@ -31,7 +31,7 @@ from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode, Instances, Keypoints
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
 from senet_transfer.data.detection.augmentation.build import removes_parts, with_augmentation
@@ -42,7 +42,7 @@ from senet_transfer.data.detection.fast_images import (
     with_fast_resize,
 )
 from senet_transfer.data.images.channels import decode_channels
-from senet_transfer.data.images.decode import to_8_bit
+from senet_transfer.data.images.decode import exif_orientation, is_turned_sideways, to_8_bit
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
 
@@ -56,7 +56,6 @@ _EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class UnreadableImageError(UserError):
@@ -367,7 +366,11 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with PathManager.open(path, "rb") as file:
-        data = file.read()
+        return decode_image(file.read(), image_format, value_range)
+
+
+def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Decode an encoded image in the same way as :func:`read_image`."""
     with _no_truncated_images():
         if channels := channels_of(image_format):
             return decode_channels(data, channels, value_range)
@@ -381,19 +384,6 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
         if orientation in _EXIF_TURNS:
             image = image.transpose(_EXIF_TURNS[orientation])
         return detection_utils.convert_PIL_to_numpy(image, image_format)
-
-
-def is_turned_sideways(orientation: int | None) -> bool:
-    """Return whether an EXIF orientation swaps an image's width and height."""
-    return orientation in _SIDEWAYS
-
-
-def exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises errors of many types for broken EXIF data
-        return None
 
 
 @contextmanager

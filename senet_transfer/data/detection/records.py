@@ -12,7 +12,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
 from senet_transfer.data.detection.annotation_checks import CocoSummary
-from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.detection.outlines import outline_problem, usable_polygons
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
@@ -29,7 +29,7 @@ def read_records(json_file: str, image_dir: str, summary: CocoSummary) -> list[d
     Returns:
         One dictionary per image in Detectron2's format, sorted by image id.
     """
-    data = read_json_object(json_file)
+    data = read_annotations(json_file, image_dir)
     by_image = defaultdict(list)
     for item in data.get("annotations") or []:
         by_image[item["image_id"]].append(item)

@@ -52,6 +52,18 @@ def decode_channels(data: bytes, channels: int, value_range: Sequence[float] = (
         raise
     except Exception as error:  # decoders raise exceptions of many types for damaged files
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+    return to_channels(values, channels, value_range)
+
+
+def to_channels(values: np.ndarray, channels: int, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Convert the values of an image to 8 bits, and check the number of channels.
+
+    Args:
+        values: Numbers ``(H, W)`` or ``(H, W, C)``.
+        channels: See :func:`decode_channels`, as for ``value_range`` and the errors.
+        value_range: Values that are mapped to 0 and 255.
+    """
+    values = values[..., None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] != channels:
         raise BrokenImageError(
             f"its shape is {values.shape}; expected (height, width, {channels}), as set by "
@@ -74,7 +86,7 @@ def _to_8_bit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
 
 
 def _values(data: bytes) -> np.ndarray:
-    """Return the values of an image, ``(H, W, C)``, in the file's data type."""
+    """Return the values of an image in the file's data type."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(_TIFF) and (tifffile := _tifffile()) is not None:
@@ -83,7 +95,15 @@ def _values(data: bytes) -> np.ndarray:
         values = _pillow_values(data)
     if values.dtype.kind not in "uif":
         raise BrokenImageError(f"its values have the type {values.dtype}; expected numbers")
-    return values[..., None] if values.ndim == 2 else values
+    return values
+
+
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return the first three channels of an image ``(H, W, C)``, or a single one as grey."""
+    if pixels.shape[2] == 1:
+        return pixels.repeat(3, axis=2)
+    missing = max(3 - pixels.shape[2], 0)
+    return np.ascontiguousarray(np.pad(pixels, ((0, 0), (0, 0), (0, missing)))[:, :, :3])
 
 
 def _tifffile() -> Any:

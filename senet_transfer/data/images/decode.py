@@ -17,12 +17,14 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from senet_transfer.data.images.file_types import FORMATS
 
 # Limits memory use: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 100_000_000
+
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 # Value range for decoding an image only to check that it is whole.
 ANY_RANGE = (0.0, 1.0)
@@ -38,6 +40,19 @@ def bits_of(image: Image.Image) -> int:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return 16
     return 32 if image.mode in ("I", "F") else 8
+
+
+def is_turned_sideways(orientation: int | None) -> bool:
+    """Return whether an EXIF orientation swaps an image's width and height."""
+    return orientation in _SIDEWAYS
+
+
+def exif_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises errors of many types for broken EXIF data
+        return None
 
 
 def to_8_bit(

@@ -6,8 +6,10 @@ ambiguous. The train archives of Standard and Challenge unpack to folders with t
 Folders renamed by torchvision, with the variant appended, are also supported.
 """
 
+import functools
 import re
 import tarfile
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,14 @@ CATEGORIES = "categories_places365.txt"
 
 # Archives that contain the lists.
 _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challenge.tar")
+
+
+@functools.cache
+def places365_classes() -> dict[str, bool]:
+    """Return the 365 class names in label order, and whether each scene is outdoors."""
+    text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
+    rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    return {name: kind == "2" for name, kind in rows}
 
 
 def list_name(split: str) -> str:

@@ -195,14 +195,18 @@ class EvalTransform:
             BrokenImageError: If the image cannot be decoded.
         """
         if self.channels:
-            pixels = decode_channels(data, self.channels, self.value_range)
-            bands = (Image.fromarray(pixels[..., band]) for band in range(self.channels))
-            return torch.cat([self._view(band) for band in bands], dim=-3)
-        return self._view(decode_exact(data, self.value_range))
+            return self.view_of_channels(decode_channels(data, self.channels, self.value_range))
+        return self.view(decode_exact(data, self.value_range))
 
-    def _view(self, decoded: Image.Image) -> Tensor:
+    def view_of_channels(self, pixels: np.ndarray) -> Tensor:
+        """Return the same as :meth:`__call__` for the pixels of all channels, `(H, W, C)`."""
+        bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0).copy())
+        return torch.cat([self.view(band) for band in bands], dim=-3)
+
+    def view(self, image: Image.Image) -> Tensor:
+        """Return the same as :meth:`__call__` for a decoded RGB or grey image."""
         size = [self.resize] * (2 if self.mode == "squash" else 1)
-        image = F.resize(decoded, size, interpolation=_interpolation(self.interpolation))
+        image = F.resize(image, size, interpolation=_interpolation(self.interpolation))
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":
             return torch.stack([F.pil_to_tensor(view) for view in F.ten_crop(image, square)])

@@ -114,6 +114,13 @@ class PredictionDrawing(Visualizer):
             assigned_colors=[class_colour(index) for index in indices],
         )
 
+    def draw_classes(self, indices: Sequence[int], scores: Sequence[float]) -> None:
+        """Draw a classifier's classes and probabilities as a list in the top left corner."""
+        for index, score in zip(indices, scores, strict=True):
+            bottom = self.labels[-1][3] if self.labels else 0.0
+            label = f"{self._classes.things[index]} {score:.1%}"
+            self._label(label, (0.0, bottom, 0.0, bottom), class_colour(index))
+
     def draw_segments(self, segments: dict[int, np.ndarray]) -> None:
         """Draw a semantic segmentation, given the mask (H, W) of each class."""
         for index, mask in segments.items():

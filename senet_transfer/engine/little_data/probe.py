@@ -13,7 +13,6 @@ from torch import nn
 from senet_transfer.data.build import eval_transform, find_dataset
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import UntaggedCheckpointer
-from senet_transfer.engine.inference.inputs import make_output_folder
 from senet_transfer.engine.little_data.features import (
     extract_features,
     load_backbone,
@@ -22,6 +21,7 @@ from senet_transfer.engine.little_data.features import (
 from senet_transfer.engine.little_data.linear_probe import fit_linear_probe
 from senet_transfer.engine.little_data.neighbours import TEMPERATURE, neighbour_scores, top_errors
 from senet_transfer.engine.model_from import LoadedModel, ModelSource
+from senet_transfer.engine.predictor.files import make_output_folder
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name

@@ -156,7 +156,7 @@ def test_entries_register_with_home_and_variables_expanded(data, files, monkeypa
         ("mine", r"DATASETS.REGISTER is 'mine'; expected a list"),
         (None, r"DATASETS.REGISTER is None"),
         (["mine", "train.json", "images"], r"REGISTER\[0\] is 'mine'.*must also be in a list"),
-        ([["mine", "train.json"]], r"REGISTER\[0\] is \['mine', 'train.json'\]"),
+        ([["mine"]], r"REGISTER\[0\] is \['mine'\]"),
         ([["mine", "train.json", "images", "x"]], r"REGISTER\[0\]"),
         ([["mine", "train.json", 3]], r"REGISTER\[0\]"),
         ([["mine", "", "images"]], r"REGISTER\[0\]"),

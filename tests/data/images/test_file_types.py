@@ -18,7 +18,7 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.decode import decode_exact, decode_fast
 from senet_transfer.data.images.file_types import FORMATS, IMAGE_SUFFIXES, is_image_name
 from senet_transfer.data.shards.verify import verify
-from senet_transfer.engine.inference.inputs import find_images
+from senet_transfer.engine.predictor.inputs import find_photos
 from tests.data.drawn_places import command, jpeg
 
 SUFFIXES = (".jpg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".TIF", ".ppm",
@@ -94,7 +94,7 @@ def test_every_entry_finds_the_same_files(mixed, tmp_path, entry):
         names = [str(mixed / "train" / name) for name in ("cat", "dog")]
         if entry == "pattern":
             names = [str(mixed / "train" / "**" / f"*{suffix}") for suffix in SUFFIXES]
-        found = [decode_exact(Path(path).read_bytes()).tobytes() for path in find_images(names)]
+        found = [photo.pillow().tobytes() for photo in find_photos(names)]
     elif entry.startswith("cifar"):
         if entry == "cifar archive":
             for split in ("train", "test"):

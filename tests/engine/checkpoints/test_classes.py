@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from senet_transfer import UserError
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.inference.inputs import load_trained
+from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.weights.convert import write_converted

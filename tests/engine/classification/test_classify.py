@@ -9,18 +9,19 @@ from PIL import Image
 from torchvision import transforms
 
 from senet_transfer import UserError
-from senet_transfer.engine.inference.classify import classify_images
-from senet_transfer.engine.inference.inputs import find_images, load_trained
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.inputs import find_photos
+from senet_transfer.engine.predictor.load import load
 
 
 @pytest.mark.long
 def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tree, tmp_path):
     model = train().model.eval()
-    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
-    images = find_images([str(tree / "red"), str(tree / "nested" / "blue" / "0.jpg")])
-    json_file, found = classify_images(loaded, images, str(tmp_path / "out"), quiet=True)
-    assert json.loads(Path(json_file).read_text()) == found
-    assert [entry["file_name"] for entry in found] == images
+    predictor = load(tmp_path / "run" / "model_final.pth")
+    photos = find_photos([str(tree / "red"), str(tree / "nested" / "blue" / "0.jpg")])
+    json_file = predict_files(predictor, photos, str(tmp_path / "out"), quiet=True)
+    found = json.loads(Path(json_file).read_text())
+    assert [entry["file_name"] for entry in found] == [photo.name for photo in photos]
     view = transforms.Compose(
         [transforms.Resize(36), transforms.CenterCrop(32), transforms.PILToTensor()]
     )
@@ -31,7 +32,7 @@ def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tre
         assert [row["label"] for row in entry["top"]] == best.indices.tolist()
         assert [row["probability"] for row in entry["top"]] == pytest.approx(best.values.tolist())
         for row in entry["top"]:
-            assert row["class"] == loaded.classes[row["label"]]
+            assert row["class"] == predictor.classes.things[row["label"]]
 
 
 @pytest.mark.long
@@ -51,12 +52,12 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
 def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
     train()
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
+    predictor = load(tmp_path / "run" / "model_final.pth")
     images = [str(tmp_path / "broken.jpg"), str(tree / "red" / "0.jpg")]
     with pytest.raises(UserError, match="(?s)1 of 2 images can't be read.*broken.jpg"):
-        classify_images(loaded, images, str(tmp_path / "out"), quiet=True)
+        predict_files(predictor, images, str(tmp_path / "out"), quiet=True)
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert entry["file_name"] == images[1]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output folder .*file can't be created"):
-        classify_images(loaded, images, str(tmp_path / "file"))
+        predict_files(predictor, images, str(tmp_path / "file"))

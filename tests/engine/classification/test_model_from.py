@@ -10,8 +10,8 @@ import torch
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.cli import evaluate, predict
 from senet_transfer.cli.analysis import gates
-from senet_transfer.engine.inference.inputs import load_trained
 from senet_transfer.engine.model_from import ModelSource, find_model, model_config
+from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.train import main as run
 from senet_transfer.preprocessing import Preprocessing

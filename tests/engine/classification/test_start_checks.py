@@ -16,7 +16,7 @@ from senet_transfer.cli.predict import main as predict
 from senet_transfer.cli.predict import parser
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
-from senet_transfer.engine.inference.inputs import load_trained
+from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.solver import epochs_to_iterations
 from senet_transfer.engine.train import main

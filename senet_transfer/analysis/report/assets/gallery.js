@@ -34,7 +34,7 @@ function count(image, run, wanted, least) {
 }
 
 /**
- * Draws an image with boxes: [left, top, width, height, label, style, note].
+ * Draws an image with boxes: [left, top, width, height, label, style, note]. It may have outlines: [points, style].
  * @param {number} letters The size of the letters as a part of the image's longer side.
  * @param {boolean} notes Whether to add the notes to the labels.
  */
@@ -42,12 +42,16 @@ function drawing(image, boxes, letters, notes = false) {
   const size = Math.max(image.width, image.height) * letters;
   const made = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}` });
   made.append(svg("image", { href: image.src, width: image.width, height: image.height }));
+  for (const [points, style] of image.outlines ?? []) made.append(svg("polygon", { class: style, points }));
   for (const [left, top, width, height, , style] of boxes) {
     made.append(svg("rect", { class: style, x: left, y: top, width, height }));
   }
   for (const [left, top, , , text, , note] of boxes) {
     const label = notes && note ? `${text} ${note}` : text;
-    made.append(svg("text", { x: left + size / 8, y: Math.max(top + size, size), "font-size": size }, label));
+    // A label that would extend beyond the right or the lower edge ends there.
+    const fits = left + 0.65 * size * label.length < image.width;
+    const place = fits ? { x: left + size / 8 } : { x: image.width - size / 8, "text-anchor": "end" };
+    made.append(svg("text", { ...place, y: Math.min(Math.max(top + size, size), image.height - size / 4), "font-size": size }, label));
   }
   return made;
 }

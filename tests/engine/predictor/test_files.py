@@ -12,8 +12,9 @@ from torch import nn
 
 from senet_transfer import UserError
 from senet_transfer.config.defaults import get_senet_config
-from senet_transfer.engine.inference.detect import predict_images
 from senet_transfer.engine.model_from import LoadedModel
+from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.predictor import Detector
 
 
 class Answers(nn.Module):
@@ -57,7 +58,7 @@ def images(tmp_path) -> list[str]:
 
 
 def predict(model, images, tmp_path):
-    predict_images(model, images, str(tmp_path / "out"), threshold=0.5, quiet=True)
+    predict_files(Detector.of(model), images, str(tmp_path / "out"), quiet=True)
     return written(tmp_path)
 
 
@@ -100,7 +101,7 @@ def test_an_image_that_cannot_be_drawn_keeps_its_predictions(images, tmp_path, m
         raise ValueError("no glyph")
 
     monkeypatch.setattr(
-        "senet_transfer.engine.inference.detect.PredictionDrawing.draw_instances", fail
+        "senet_transfer.engine.inference.drawing.PredictionDrawing.draw_instances", fail
     )
     with pytest.raises(UserError, match="(?s)3 of 3 images.*no drawing.*no glyph"):
         predict(loaded(one_object), images, tmp_path)

@@ -1,0 +1,10 @@
+#!/usr/bin/env python
+"""Convert annotations of Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA to COCO's format.
+
+python datasets/prepare_coco.py --from voc --source SOURCE --output datasets/mine
+"""
+
+from senet_transfer.cli.data import prepare
+
+if __name__ == "__main__":
+    prepare("import")

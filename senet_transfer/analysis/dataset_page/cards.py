@@ -1,0 +1,139 @@
+"""Pictures of training inputs, unusual annotations and duplicates, as data for the page."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from senet_transfer.analysis.dataset_page.inputs import View
+from senet_transfer.analysis.dataset_page.splits import Split
+from senet_transfer.analysis.dataset_page.unusual import Unusual
+from senet_transfer.analysis.report.pictures import data_uri
+from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.data.images.decode import decode_fast
+
+# Maximum length of the longer side in pixels.
+SIDE, THUMBNAIL = 640, 160
+# Number of images that are shown of a group of duplicates.
+MOST_MEMBERS = 6
+# Side of a crop, as a multiple of the object's longer side, and its minimum in pixels.
+_CONTEXT, _LEAST_CROP = 2.5, 48
+# Minimum length of a picture's longer side in the units of the drawing.
+_LEAST_PICTURE = 320
+
+
+def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
+    """Return the pictures of a training input and of the same image without augmentation."""
+    panels = []
+    for view, text in zip(views, ("training input", "without augmentation"), strict=True):
+        height, width = view.pixels.shape[:2]
+        panels.append(_view_picture(view) | {"caption": f"{text}, {width} x {height} pixels"})
+    name = views[0].name.rpartition("/")[2]
+    label = "" if detection else classes[views[0].classes[0]]
+    return {"name": " · ".join(filter(None, (name, label))), "panels": panels}
+
+
+def _view_picture(view: View) -> dict[str, Any]:
+    source, (width, height) = data_uri(view.pixels, SIDE)
+    scale = width / view.pixels.shape[1]
+    boxes = [[*_rect(box * scale), k] for box, k in zip(view.boxes, view.classes, strict=False)]
+    outlines = [
+        [" ".join(f"{x:.1f},{y:.1f}" for x, y in points * scale), view.classes[place]]
+        for place, points in view.outlines
+    ]
+    return {
+        "name": view.name.rpartition("/")[2], "src": source, "width": width, "height": height,
+        "boxes": boxes, "outlines": outlines,
+    }  # fmt: skip
+
+
+def unusual_card(split: Split, item: Unusual, value_range: Sequence[float]) -> dict[str, Any]:
+    """Return the picture of an unusual annotation in its surroundings, or of a whole image.
+
+    Raises:
+        Exception: Any exception that a decoder raises for a damaged file.
+    """
+    name = split.name_of(item.image)
+    if split.files:
+        pixels = read_image(split.files[item.image], "RGB", value_range)
+    else:
+        pixels = decode_fast(split.images.read_sample(item.image).data, value_range=value_range)
+    boxes, classes = np.zeros((0, 4)), np.zeros(0, np.int64)
+    flagged = np.zeros(0, bool)
+    if split.objects is not None:
+        places = np.flatnonzero(split.objects.images == item.image)
+        boxes, classes = split.objects.boxes[places], split.objects.classes[places]
+        flagged = np.isin(places, item.objects)
+    left, top, right, bottom = crop_around(boxes[flagged], pixels.shape[1], pixels.shape[0])
+    source, (width, height) = data_uri(pixels[top:bottom, left:right], SIDE)
+    # Lines and labels are drawn in the units of the picture, so it must not be tiny.
+    enlarged = max(1.0, _LEAST_PICTURE / max(width, height))
+    width, height = round(width * enlarged), round(height * enlarged)
+    moved = (boxes - (left, top, left, top)) * (width / (right - left))
+    clipped = moved.clip(0, (width, height, width, height))
+    visible = (clipped[:, 2:] > clipped[:, :2]).all(1) | flagged
+    # The flagged boxes are drawn last, above the others.
+    order = [k for k in np.argsort(flagged, kind="stable") if visible[k]]
+    size = f"{right - left} x {bottom - top} pixels"
+    return {
+        "name": f"{split.role}: {name}",
+        "why": item.why,
+        "picture": {
+            "name": name, "src": source, "width": width, "height": height, "outlines": [],
+            "caption": f"crop of {size}" if item.objects else f"whole image, {size}",
+            "boxes": [[*_rect(clipped[k]), int(classes[k]), bool(flagged[k])] for k in order],
+        },
+    }  # fmt: skip
+
+
+def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the edges of a square with the boxes and their surroundings, inside an image.
+
+    Args:
+        boxes: Left, top, right and bottom in pixels, ``(N, 4)``. If there are none, the crop is the
+            whole image.
+        width: Width of the image.
+        height: Height of the image.
+    """
+    if not len(boxes):
+        return 0, 0, width, height
+    low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    side = max(_CONTEXT * (high - low).max(), _LEAST_CROP)
+    x, y = ((low + high) / 2).clip(0, (width, height))  # The centre may be outside the image.
+    return (
+        max(0, math.floor(x - side / 2)),
+        max(0, math.floor(y - side / 2)),
+        min(width, math.ceil(x + side / 2)),
+        min(height, math.ceil(y + side / 2)),
+    )
+
+
+def duplicates_card(
+    members: Sequence[tuple[Split, int]], *, identical: bool, value_range: Sequence[float]
+) -> dict[str, Any]:
+    """Return the pictures of a group of identical or almost identical images.
+
+    Args:
+        members: Data set and index of each image.
+        identical: True if the files are identical.
+        value_range: Range of images with more than 8 bits per channel.
+    """
+    pictures = []
+    for split, index in members[:MOST_MEMBERS]:
+        sample = split.images.read_sample(index)
+        pixels = decode_fast(sample.data, THUMBNAIL, value_range)
+        label = "" if split.files else f" ({split.classes[sample.label]})"
+        pictures.append({
+            "name": f"{split.role}: {split.name_of(index)}{label}",
+            "src": data_uri(pixels, THUMBNAIL)[0],
+        })  # fmt: skip
+    kind = "identical files" if identical else "almost identical images"
+    hidden = len(members) - len(pictures)
+    more = f", of which {len(pictures)} are shown" if hidden else ""
+    return {"kind": f"{len(members)} {kind}{more}", "members": pictures}
+
+
+def _rect(box: np.ndarray) -> list[float]:
+    """Return a box as left, top, width and height, rounded."""
+    return [round(float(v), 1) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])]

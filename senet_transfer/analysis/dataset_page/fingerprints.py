@@ -1,0 +1,214 @@
+"""Fingerprints of images, and the search for duplicates and near-duplicates with them."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from senet_transfer.data.base import ClassificationDataset
+from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.errors import UserError
+from senet_transfer.utils.parallel import run_parallel
+from senet_transfer.utils.progress import progress
+
+# Number of rows and columns of the compared brightnesses; there are 2 * SIDE * SIDE bits.
+SIDE = 11
+BITS = 2 * SIDE * SIDE
+# Maximum number of different bits of near-duplicates. On real photographs, at most this many
+# bits change if an image is recompressed, resized, brightened, or cropped by 2% at each border.
+# Different photographs differ in 20% of the bits or more.
+DISTANCE = BITS // 8
+# Images whose brightness has a lower standard deviation have no reliable bits.
+LEAST_CONTRAST = 4.0
+
+_WORDS = -(-BITS // 64)
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Properties of N images.
+
+    Attributes:
+        index: Index of each image in its data set, int64 ``(N,)``.
+        digests: Hash of each file, bytes ``(N,)``.
+        bits: Perceptual hash of each image, uint64 ``(N, 4)``.
+        sizes: Width and height in pixels, int64 ``(N, 2)``.
+        contrast: Standard deviation of the brightness, 0-127, ``(N,)``.
+        broken: Path of each unreadable image, and the reason.
+    """
+
+    index: np.ndarray
+    digests: np.ndarray
+    bits: np.ndarray
+    sizes: np.ndarray
+    contrast: np.ndarray
+    broken: list[tuple[str, str]]
+
+
+def difference_hash(image: Image.Image) -> np.ndarray:
+    """Return the perceptual hash of an image, uint64 ``(4,)``.
+
+    A bit states whether the brightness increases between two neighbours on a coarse grid, to the
+    right and downwards (the dHash of N. Krawetz, 2013, in both directions).
+    """
+    grey = image.convert("L")
+    across = np.asarray(grey.resize((SIDE + 1, SIDE), Image.Resampling.BOX))
+    down = np.asarray(grey.resize((SIDE, SIDE + 1), Image.Resampling.BOX))
+    bits = np.zeros(64 * _WORDS, bool)
+    bits[:BITS] = np.concatenate(
+        [(across[:, 1:] > across[:, :-1]).ravel(), (down[1:] > down[:-1]).ravel()]
+    )
+    return np.packbits(bits).view(np.uint64)
+
+
+def fingerprint_images(
+    images: ClassificationDataset,
+    *,
+    limit: int,
+    workers: int,
+    value_range: Sequence[float] = (),
+    quiet: bool = False,
+    name: str = "",
+) -> Fingerprints:
+    """Read and decode images, and compute their fingerprints.
+
+    JPEG images are decoded at a fraction of their size.
+
+    Args:
+        images: The images.
+        limit: Maximum number of images. Of larger data sets, a random sample is read, which
+            depends only on the number of images.
+        workers: Number of processes; 1 uses the current process.
+        value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
+        quiet: If True, show no progress bar.
+        name: Name of the data set, for the progress bar.
+    """
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
+    parts = np.array_split(chosen, 8 * workers)
+    tasks = [part.tolist() for part in parts if len(part)]
+    argument = (images, tuple(value_range))
+    calls: Iterable = (
+        run_parallel(_fingerprint_part, tasks, argument, workers)
+        if workers > 1
+        else ((part, _fingerprint_part(part, argument)) for part in tasks)
+    )
+    rows: list[tuple] = []
+    broken: list[tuple[str, str]] = []
+    with progress(total=len(chosen), desc=f"hashes of {name}", unit="image", quiet=quiet) as bar:
+        for part, (found, failed) in calls:
+            rows += found
+            broken += failed
+            bar.update(len(part))
+    rows.sort(key=lambda row: row[0])
+    index, digests, bits, sizes, contrast = zip(*rows, strict=True) if rows else ((),) * 5
+    return Fingerprints(
+        np.array(index, np.int64),
+        np.array(digests, "S16"),
+        np.array(bits, np.uint64).reshape(-1, _WORDS),
+        np.array(sizes, np.int64).reshape(-1, 2),
+        np.array(contrast, np.float64),
+        sorted(broken),
+    )
+
+
+def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], list]:
+    images, value_range = argument
+    found, broken = [], []
+    for index in part:
+        try:
+            sample = images.read_sample(index)
+        except UserError as error:
+            broken.append((str(index), str(error)))
+            continue
+        try:
+            small = decode_fast(sample.data, 4 * SIDE, value_range)
+            with Image.open(io.BytesIO(sample.data)) as opened:
+                size = opened.size
+        except BrokenImageError as error:
+            broken.append((sample.path, str(error)))
+            continue
+        image = Image.fromarray(small).convert("L")
+        contrast = float(np.asarray(image).std())
+        # Of the hash, the last byte is not 0, because NumPy would remove it.
+        digest = hashlib.blake2b(sample.data, digest_size=15).digest() + b"."
+        found.append((index, digest, difference_hash(image), size, contrast))
+    return found, broken
+
+
+def near_pairs(bits: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
+    """Return all pairs of hashes with at most a number of different bits.
+
+    Args:
+        bits: The hashes, uint64 ``(N, W)``. 10,000 hashes take about a second.
+        distance: Maximum number of different bits.
+
+    Returns:
+        The indices of each pair, the lower one first, int64 ``(P, 2)``, in ascending order.
+    """
+    found = [np.empty((0, 2), np.int64)]
+    for start in range(0, len(bits), _BLOCK):
+        rows, columns = bits[start : start + _BLOCK], bits[start:]
+        count = np.zeros((len(rows), len(columns)), np.uint8)
+        for word in range(bits.shape[1]):
+            count += np.bitwise_count(rows[:, word, None] ^ columns[None, :, word])
+        pairs = np.argwhere(count <= distance)
+        found.append(pairs[pairs[:, 0] < pairs[:, 1]] + start)
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """A group of images that are identical or almost identical.
+
+    Attributes:
+        members: Indices of the images, sorted.
+        identical: True if the files are identical.
+    """
+
+    members: list[int]
+    identical: bool
+
+
+def find_duplicates(
+    digests: np.ndarray, bits: np.ndarray, contrast: np.ndarray
+) -> list[Duplicates]:
+    """Group identical and almost identical images; see :class:`Fingerprints` for the arguments.
+
+    Images that almost lack contrast are only compared by their files.
+    """
+    parents = list(range(len(digests)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = index = parents[parents[index]]
+        return index
+
+    _join(np.unique(digests, return_inverse=True)[1], range(len(digests)), parents, root)
+    clear = np.flatnonzero(contrast >= LEAST_CONTRAST)
+    # Equal hashes are joined first, so that a set of thousands of equal images has few pairs.
+    unique, inverse = np.unique(bits[clear], axis=0, return_inverse=True)
+    first = _join(inverse.ravel(), clear.tolist(), parents, root)
+    for low, high in near_pairs(unique):
+        parents[root(first[int(high)])] = root(first[int(low)])
+    groups: dict[int, list[int]] = {}
+    for index in range(len(digests)):
+        groups.setdefault(root(index), []).append(index)
+    return [
+        Duplicates(group, len(set(digests[group].tolist())) == 1)
+        for group in sorted(groups.values())
+        if len(group) > 1
+    ]
+
+
+def _join(
+    keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
+) -> dict[int, int]:
+    """Join all items with equal keys, and return the first item of each key."""
+    first: dict[int, int] = {}
+    for key, item in zip(keys.tolist(), items, strict=True):
+        parents[root(item)] = root(first.setdefault(key, item))
+    return first

@@ -1,0 +1,227 @@
+"""Unusual annotations, which are often mistakes, and unusual images.
+
+Each check finds items and a score that sorts them. Scores of size, aspect ratio and count are
+robust deviations: the distance from the median, divided by 1.4826 times the median absolute
+deviation, which is the standard deviation of normally distributed values. Sizes and aspect ratios
+are compared on a logarithmic scale, and counts by their square roots.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from senet_transfer.analysis.dataset_page.fingerprints import LEAST_CONTRAST
+from senet_transfer.analysis.dataset_page.splits import Objects
+
+# Boxes with a shorter side in pixels can't be learned.
+LEAST_SIDE = 2.0
+# Part of a box outside the image, and IoUs of boxes that are almost the same.
+OUTSIDE, SAME, SAME_OTHER_CLASS = 0.05, 0.9, 0.8
+# Robust deviations of unusual sizes and aspect ratios, and of unusual numbers of objects.
+DEVIATION, FEW = 4.0, 3.0
+# Classes with fewer objects have no reliable median.
+LEAST_OBJECTS = 10
+# Boxes that are nearer to the border of the image than this number of pixels may be cut off.
+_BORDER = 2.0
+# Smallest assumed standard deviations. That of the square root of a Poisson variable is 0.5.
+_LEAST_SPREAD, _COUNT_SPREAD = 0.1, 0.5
+
+KINDS = {
+    "degenerate": f"box with a side shorter than {LEAST_SIDE:g} pixels",
+    "outside": f"more than {OUTSIDE:.0%} of the box outside the image",
+    "few": f"image with far fewer objects than the others (deviation of {FEW:g} or more)",
+    "duplicate": f"two boxes of the same class with an IoU of {SAME:g} or more",
+    "conflict": f"two boxes of different classes with an IoU of {SAME_OTHER_CLASS:g} or more",
+    "size": f"unusual size for the class (deviation of {DEVIATION:g} or more)",
+    "aspect": f"unusual aspect ratio for the class (deviation of {DEVIATION:g} or more)",
+}
+IMAGE_KINDS = {
+    "blank": f"image almost without contrast (standard deviation below {LEAST_CONTRAST:g})",
+    "size": f"unusual size (deviation of {DEVIATION:g} or more)",
+    "aspect": f"unusual aspect ratio (deviation of {DEVIATION:g} or more)",
+}
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """An unusual annotation or image.
+
+    Attributes:
+        kind: A key of :data:`KINDS` or :data:`IMAGE_KINDS`.
+        score: Score for comparisons within the kind; higher values are more unusual.
+        image: Index of the image.
+        objects: Indices of the objects; empty if the whole image is unusual.
+        why: The reason, as a sentence.
+        split: Number of the data set.
+    """
+
+    kind: str
+    score: float
+    image: int
+    objects: tuple[int, ...]
+    why: str
+    split: int = 0
+
+
+def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.ndarray:
+    """Return the robust deviation of each value from the median, with its sign."""
+    middle = np.median(values)
+    spread = 1.4826 * np.median(np.abs(values - middle))
+    return (values - middle) / max(spread, least_spread)
+
+
+def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
+    """Return the most unusual items. Kinds take turns; items of a kind are sorted by score.
+
+    An object or image appears only once.
+    """
+    ranked: dict[str, list[Unusual]] = {}
+    for item in sorted(found, key=lambda item: (-item.score, item.split, item.image)):
+        ranked.setdefault(item.kind, []).append(item)
+    order = [kind for kind in {**KINDS, **IMAGE_KINDS} if kind in ranked]
+    turns = [
+        (turn, order.index(kind), item) for kind in order for turn, item in enumerate(ranked[kind])
+    ]
+    chosen: dict[tuple, Unusual] = {}
+    for _, _, item in sorted(turns, key=lambda row: row[:2]):
+        chosen.setdefault((item.split, item.image, item.objects[:1]), item)
+    return list(chosen.values())[:count]
+
+
+def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusual]:
+    """Find unusual annotations in detection data."""
+    return [
+        *_degenerate(objects, classes),
+        *_outside(objects, classes),
+        *_few(objects),
+        *_overlapping(objects, classes),
+        *_extreme(objects, classes),
+    ]
+
+
+def _degenerate(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    for place in np.flatnonzero(sides.min(1) < LEAST_SIDE):
+        width, height = sides[place]
+        yield Unusual(
+            "degenerate", -float(width * height), int(objects.images[place]), (int(place),),
+            f"The box of this {classes[objects.classes[place]]} is {width:.3g} x {height:.3g} "
+            "pixels.",
+        )  # fmt: skip
+
+
+def _outside(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
+    sizes = objects.sizes[objects.images].astype(np.float64)
+    clipped = objects.boxes.clip(0, np.tile(sizes, 2))
+    areas, inside = (_areas(boxes) for boxes in (objects.boxes, clipped))
+    part = 1 - inside / np.maximum(areas, 1e-9)
+    for place in np.flatnonzero((part > OUTSIDE) & (areas > 0)):
+        width, height = sizes[place].astype(int)
+        yield Unusual(
+            "outside", float(part[place]), int(objects.images[place]), (int(place),),
+            f"{part[place]:.0%} of the box of this {classes[objects.classes[place]]} is outside "
+            f"the image of {width} x {height} pixels.",
+        )  # fmt: skip
+
+
+def _few(objects: Objects) -> Iterator[Unusual]:
+    counts = objects.counts
+    low, middle, high = (int(value) for value in np.percentile(counts, (25, 50, 75)))
+    deviation = -deviations(np.sqrt(counts), _COUNT_SPREAD)
+    for image in np.flatnonzero(deviation >= FEW):
+        count = counts[image]
+        yield Unusual(
+            "few", float(deviation[image]), int(image), (),
+            f"{'One object is' if count == 1 else f'{count} objects are'} annotated here. The "
+            f"median is {middle}, and half of the images have {low} to {high}. Check that all "
+            "objects are annotated.",
+        )  # fmt: skip
+
+
+def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
+    boxes = np.concatenate(
+        [objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]], axis=1
+    )
+    ends = np.cumsum(objects.counts)
+    for image, (first, end) in enumerate(zip(ends - objects.counts, ends, strict=True)):
+        if end - first < 2:
+            continue
+        own = boxes[first:end]
+        overlaps = np.triu(coco_mask.iou(own, own, np.zeros(len(own), np.uint8)), 1)
+        for one, other in np.argwhere(overlaps >= SAME_OTHER_CLASS) + first:
+            overlap = float(overlaps[one - first, other - first])
+            names = [classes[objects.classes[place]] for place in (one, other)]
+            same = names[0] == names[1]
+            if overlap < (SAME if same else SAME_OTHER_CLASS):
+                continue
+            what = f"Two boxes of class {names[0]}"
+            if not same:
+                what = f"A box of class {names[0]} and one of class {names[1]}"
+            yield Unusual(
+                "duplicate" if same else "conflict", overlap, image, (int(one), int(other)),
+                f"{what} are almost the same (IoU {overlap:.2f}).",
+            )  # fmt: skip
+
+
+def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
+    sides = np.maximum(objects.boxes[:, 2:] - objects.boxes[:, :2], 1e-9)
+    usable = sides.min(1) >= LEAST_SIDE  # The others are degenerate.
+    # Objects at the border may be cut off, which makes them smaller and more elongated.
+    sizes = objects.sizes[objects.images]
+    whole = (objects.boxes[:, :2] > _BORDER).all(1) & (objects.boxes[:, 2:] < sizes - _BORDER).all(
+        1
+    )
+    for label, name in enumerate(classes):
+        places = np.flatnonzero((objects.classes == label) & usable)
+        if len(places) < LEAST_OBJECTS:
+            continue
+        width, height = sides[places].T
+        for kind, values, text in (
+            ("size", np.sqrt(width * height), "is {0:.0f} pixels large (root of its area), the "
+             "median of the class is {1:.0f}"),
+            ("aspect", width / height, "is {0:.2g} times as wide as high, the median of the class "
+             "is {1:.2g}"),
+        ):  # fmt: skip
+            deviation = deviations(np.log(values))
+            judged = whole[places] | ((kind == "size") & (deviation > 0))
+            for k in np.flatnonzero((np.abs(deviation) >= DEVIATION) & judged):
+                place, score = int(places[k]), float(abs(deviation[k]))
+                yield Unusual(
+                    kind, score, int(objects.images[place]), (place,),
+                    f"This {name} {text.format(values[k], np.median(values))}: "
+                    f"{score:.1f} robust deviations.",
+                )  # fmt: skip
+
+
+def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -> list[Unusual]:
+    """Find unusual images in classification data; see ``Fingerprints`` for the arguments."""
+    if not len(index):
+        return []
+    found = []
+    for place in np.flatnonzero(contrast < LEAST_CONTRAST):
+        found.append(
+            Unusual(
+                "blank", -float(contrast[place]), int(index[place]), (),
+                f"The brightness has a standard deviation of {contrast[place]:.1f} grey levels.",
+            )
+        )  # fmt: skip
+    width, height = sizes.T.astype(np.float64)
+    for kind, values in (("size", np.sqrt(width * height)), ("aspect", width / height)):
+        deviation = deviations(np.log(values))
+        for place in np.flatnonzero(np.abs(deviation) >= DEVIATION):
+            score = float(abs(deviation[place]))
+            usual = np.median(sizes, axis=0).astype(int)
+            found.append(
+                Unusual(
+                    kind, score, int(index[place]), (),
+                    f"The image is {width[place]:.0f} x {height[place]:.0f} pixels, the medians "
+                    f"are {usual[0]} x {usual[1]}: {score:.1f} robust deviations.",
+                )
+            )  # fmt: skip
+    return found
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

@@ -1,0 +1,1 @@
+"""Readers of annotation formats, whose content is converted to COCO's format."""

@@ -1,0 +1,235 @@
+"""Reading of annotation files from untrusted sources, and search for their images.
+
+All errors name the file.
+"""
+
+import json
+import math
+import os
+import reprlib
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml.common import DefusedXmlException
+from defusedxml.ElementTree import parse
+from PIL import Image
+
+from senet_transfer.data.images.decode import MAX_PIXELS, exif_orientation, is_turned_sideways
+from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.errors import UserError
+
+# Aliases in a YAML file can describe lists of billions of elements in a few lines.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Return the start of a value's representation, for errors."""
+    return _SHORT.repr(value)[:60]
+
+
+def read_xml(path: str | Path) -> Element:
+    """Return the root of an XML file.
+
+    Raises:
+        UserError: If the file is not well-formed, or declares entities, which could expand to
+            gigabytes or contain other files.
+    """
+    try:
+        return parse(path).getroot()
+    except DefusedXmlException as error:
+        raise UserError(
+            f"{path} declares an entity or an external file ({type(error).__name__}), which is not "
+            "supported; expected plain XML as written by an annotation tool. Export it again."
+        ) from None
+    except (ParseError, ValueError, LookupError) as error:
+        raise UserError(f"{path} is not valid XML ({error}). Export the file again.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: If the file is not valid.
+    """
+    try:
+        return json.loads(read_text(path))
+    # `json` raises ValueError for numbers with thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Export the file again.") from None
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file in UTF-8, with or without a byte order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not text in UTF-8 ({error}). Save it in this encoding."
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"Cannot read {path}: {error.strerror or error}. Check the file.")
+
+
+def number(value: object, name: str, where: str) -> float:
+    """Return a finite number, which may be stored as text.
+
+    Args:
+        value: The value as read.
+        name: Its name in the file.
+        where: The place in the file, for the error.
+
+    Raises:
+        UserError: If the value is missing, not a number or not finite.
+    """
+    try:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            found = float(value)
+            if math.isfinite(found):
+                return found
+    except (ValueError, OverflowError):
+        pass
+    found_text = f"no {name}" if value is None else f"the {name} {shown(value)}"
+    raise UserError(f"{where} has {found_text}; expected a finite number. Correct the file.")
+
+
+def numbers(values: Any, name: str, where: str) -> list[float]:
+    """Return a list of finite numbers; see :func:`number`."""
+    if not isinstance(values, list | tuple):
+        raise UserError(
+            f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct it."
+        )
+    return [number(value, name, where) for value in values]
+
+
+def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
+    """Return a non-empty list of points, each of which is a list of two numbers."""
+    pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UserError(
+            f"{where} has the {name} {shown(values)}; expected a list of points [x, y]. "
+            "Correct or remove the object."
+        )
+    return [(x, y) for x, y in pairs]
+
+
+def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
+    """Return the width and height of an image, which must be positive whole numbers."""
+    sides = number(width, "width", where), number(height, "height", where)
+    if min(sides) < 1 or any(side != int(side) for side in sides):
+        raise UserError(
+            f"{where} has the size {width} x {height}; expected positive whole numbers of pixels. "
+            "Correct the file."
+        )
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise UserError(
+            f"{where} has the size {width} x {height}; at most {MAX_PIXELS} pixels are supported. "
+            "Correct the size, or divide the image."
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def label_text(value: object, where: str) -> str:
+    """Return the name of a class without surrounding spaces."""
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    found = "no label" if value is None else f"the label {shown(value)}"
+    raise UserError(f"{where} has {found}; expected the name of a class. Correct the file.")
+
+
+class ImageFolder:
+    """The folder to which the file names of a data set are relative."""
+
+    def __init__(self, root: str | Path):
+        """
+        Raises:
+            UserError: If the folder does not exist.
+        """
+        self.root = os.path.abspath(root)
+        if not os.path.isdir(self.root):
+            raise UserError(
+                f"Image folder {self.root} does not exist; expected the folder with the images. "
+                "Check the path."
+            )
+        self._by_stem: dict[str, str] | None = None
+
+    def name_of(self, name: object, base: str | Path, where: str) -> str:
+        """Return the path of an image relative to the folder.
+
+        Args:
+            name: The path in the annotation file.
+            base: The folder to which this path is relative.
+            where: The place in the annotation file, for the error.
+
+        Raises:
+            UserError: If the path is outside the folder.
+        """
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            raise UserError(f"{where} has the image {shown(name)}; expected a file name.")
+        path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))
+        relative = os.path.relpath(path, self.root)
+        if relative.split(os.sep)[0] == os.pardir:
+            raise UserError(
+                f"{where} has the image {name!r}, which is outside the image folder {self.root}. "
+                "Correct the path, or specify the folder that contains all images."
+            )
+        return relative
+
+    def exists(self, name: str) -> bool:
+        """Return True if an image with this relative path exists."""
+        return os.path.isfile(os.path.join(self.root, name))
+
+    def with_stem(self, stem: str) -> str | None:
+        """Return the image with this relative path without its extension; None if there is none."""
+        if self._by_stem is None:
+            names = list_files(self.root, is_image_name)
+            self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}
+        return self._by_stem.get(stem)
+
+    def size(self, name: str, where: str) -> tuple[int, int]:
+        """Return the width and height of an image as displayed, from the header of its file.
+
+        Raises:
+            UserError: If the image is missing or damaged.
+        """
+        path = os.path.join(self.root, name)
+        try:
+            with Image.open(path) as image:
+                turned = is_turned_sideways(exif_orientation(image))
+                return image.size[::-1] if turned else image.size
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises exceptions of many types for damaged files
+            found = "does not exist" if isinstance(error, FileNotFoundError) else "can't be read"
+            raise UserError(
+                f"{where} lists the image {path}, which {found} ({error}); its size is needed. "
+                "Restore the image, or specify the folder that contains the images."
+            ) from None
+
+
+def list_files(root: str | Path, accept: Any) -> list[str]:
+    """Return the relative paths of the files in a folder and its subfolders, sorted.
+
+    Args:
+        root: The folder.
+        accept: Function that returns True for the relative paths to list. Hidden files and folders
+            are not listed.
+    """
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        relative = os.path.relpath(folder, root)
+        found += [os.path.normpath(os.path.join(relative, name)) for name in names]
+    return sorted(name for name in found if accept(name) and not is_hidden(name))
+
+
+def first_folder(root: Path, *names: str) -> Path:
+    """Return the first existing subfolder with one of the names, or the folder itself."""
+    return next((root / name for name in names if (root / name).is_dir()), root)

@@ -1,0 +1,170 @@
+"""LabelMe: one JSON file per image.
+
+Shapes of the same label and group become one object, as in LabelMe's own conversion to COCO.
+Polygons, rotated rectangles, circles and masks have an outline; rectangles have none. Points and
+lines have no area and are skipped.
+"""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from senet_transfer.data.detection.formats import shapes
+from senet_transfer.data.detection.formats.files import (
+    ImageFolder,
+    image_sides,
+    label_text,
+    list_files,
+    points,
+    read_json,
+)
+from senet_transfer.data.detection.formats.records import (
+    ImportedData,
+    ImportedImage,
+    ImportedObject,
+    Outline,
+)
+from senet_transfer.errors import UserError
+
+_SKIPPED = ("line", "linestrip", "point", "points")
+# "rotation" is written by X-AnyLabeling, which uses LabelMe's format.
+_POLYGONS = ("polygon", "oriented_rectangle", "rotation", "", None)
+
+
+def image_folder(location: Path) -> Path:
+    """Return the folder with the images of a data set."""
+    return location if location.is_dir() else location.parent
+
+
+def read(location: Path, folder: Path) -> ImportedData:
+    """Read a data set.
+
+    Args:
+        location: Folder with JSON files, or a single file.
+        folder: Folder that contains the images.
+
+    Raises:
+        UserError: If a file is invalid.
+    """
+    data, images = ImportedData(splits={"train": []}), ImageFolder(folder)
+    paths = [location]
+    if location.is_dir():
+        names = list_files(location, lambda name: name.lower().endswith(".json"))
+        paths = [location / name for name in names]
+        data.files.append(str(location))
+    for path in paths:
+        data.files.append(str(path))
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+            if len(paths) == 1:
+                raise UserError(f"{path} has no list `shapes`; expected a file of LabelMe.")
+            data.notes["JSON files are not LabelMe's and are not used"] += 1
+            continue
+        data.splits["train"].append(_read_image(path, content, images, data))
+    return data
+
+
+def _read_image(
+    path: Path, content: dict[str, Any], images: ImageFolder, data: ImportedData
+) -> ImportedImage:
+    file_name = images.name_of(content.get("imagePath"), path.parent, str(path))
+    if not images.exists(file_name):
+        # The image may have been renamed together with its JSON file.
+        stem = os.path.relpath(path.with_suffix(""), images.root)
+        file_name = images.with_stem(stem) or images.with_stem(path.stem) or file_name
+    sides = content.get("imageWidth"), content.get("imageHeight")
+    if sides == (None, None):
+        width, height = images.size(file_name, str(path))
+    else:
+        width, height = image_sides(*sides, str(path))
+    image = ImportedImage(file_name, width, height, str(path))
+    groups: dict[tuple[str, str], ImportedObject] = {}
+    for index, shape in enumerate(content["shapes"], 1):
+        where = f"{path}: shape {index}"
+        if not isinstance(shape, dict):
+            raise UserError(f"{where} is {str(shape)[:40]!r}; expected an object {{...}}.")
+        item = _read_shape(shape, where, (width, height), data)
+        if item is None:
+            continue
+        group = shape.get("group_id")
+        earlier = groups.setdefault((item.label, str(group)), item) if group is not None else item
+        if earlier is item:
+            image.objects.append(item)
+        else:
+            _merge(earlier, item, data)
+    return image
+
+
+def _read_shape(
+    shape: dict[str, Any], where: str, size: tuple[int, int], data: ImportedData
+) -> ImportedObject | None:
+    label, kind = label_text(shape.get("label"), where), shape.get("shape_type")
+    if kind in _SKIPPED:
+        data.notes[f"shapes of type {kind} have no area and are skipped"] += 1
+        return None
+    corners = points(shape.get("points"), "points", where)
+    if kind in _POLYGONS:
+        return ImportedObject(label, *_with_source(shapes.polygon(corners), where))
+    if kind not in ("rectangle", "circle", "mask"):
+        raise UserError(
+            f"{where} has the shape_type {str(kind)[:40]!r}; expected a shape of LabelMe, such as "
+            "polygon or rectangle. Correct the file."
+        )
+    # LabelMe's version 4 wrote rectangles with two corners, and other tools write four.
+    if len(corners) != 2 and not (kind == "rectangle" and len(corners) == 4):
+        raise UserError(f"{where} is a {kind} with {len(corners)} points; expected 2.")
+    if kind == "rectangle":
+        return ImportedObject(label, shapes.box_of(corners), where)
+    if kind == "circle":
+        (x, y), (edge_x, edge_y) = corners
+        radius = float(np.hypot(edge_x - x, edge_y - y))
+        return ImportedObject(label, *_with_source(shapes.ellipse(x, y, radius, radius), where))
+    found = _read_mask(shape.get("mask"), corners, where, size)
+    if found is None:
+        data.notes["masks are empty and are skipped"] += 1
+        return None
+    return ImportedObject(label, *_with_source(found, where))
+
+
+def _with_source(
+    found: tuple[shapes.Box, Outline | None], where: str
+) -> tuple[shapes.Box, str, Outline | None]:
+    return found[0], where, found[1]
+
+
+def _read_mask(
+    text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
+) -> tuple[shapes.Box, Outline] | None:
+    """Read a mask, a PNG image of the pixels between two corners, both of which are included."""
+    (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
+    expected = right - left + 1, bottom - top + 1
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(str(text), validate=True)), formats=["PNG"])
+        inside = 0 <= left <= right < size[0] and 0 <= top <= bottom < size[1]
+        if inside and image.size == expected:
+            return shapes.mask(np.asarray(image.convert("L")) > 0, left, top, *size)
+        found = f"of {image.size[0]} x {image.size[1]} pixels"
+    except (binascii.Error, OSError, ValueError, SyntaxError) as error:
+        found = f"that can't be read ({error})"
+    raise UserError(
+        f"{where} has a mask {found}; expected a PNG image in base64 that covers its points, "
+        f"{expected[0]} x {expected[1]} pixels inside the image. Correct or remove the shape."
+    )
+
+
+def _merge(item: ImportedObject, other: ImportedObject, data: ImportedData) -> None:
+    """Add another shape of the same group to an object."""
+    item.box = shapes.box_of([item.box[:2], item.box[2:], other.box[:2], other.box[2:]])
+    both = item.outline, other.outline
+    if all(isinstance(outline, list) for outline in both):
+        item.outline = [*both[0], *both[1]]  # type: ignore[misc]
+    elif both != (None, None):
+        item.outline = None
+        data.notes["groups contain rectangles or masks, of which only the box is read"] += 1

@@ -1,0 +1,85 @@
+"""Conversion of a data set in another format to files in COCO's format."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.data.detection.annotation_checks import CocoSummary, summarize_coco
+from senet_transfer.data.detection.formats.records import NOTES, SOURCE, to_coco
+from senet_transfer.data.detection.formats.source import FORMATS, find_source
+from senet_transfer.errors import UserError
+from senet_transfer.utils.atomic_io import write_json
+
+
+def import_dataset(
+    name: str, path: str | os.PathLike, image_dir: str | os.PathLike | None = None
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Read a data set and convert it to COCO's format.
+
+    Args:
+        name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
+        path: The file or folder.
+        image_dir: The folder with the images; None selects the format's usual folder.
+
+    Returns:
+        The content of an annotation file by split ("train", "val" and "test"), and the image folder
+        to which the file names are relative.
+
+    Raises:
+        UserError: If a file is invalid, or the path contains no data in this format.
+    """
+    path = Path(path).expanduser()
+    source = find_source(path, name)
+    if source is None:
+        found = "no files in this format" if os.path.exists(path) else "which does not exist"
+        other = find_source(path) if os.path.exists(path) else None
+        if other is not None:
+            found = f"files in the format {other.format!r}"
+        raise UserError(
+            f"The data in {FORMATS[name].title} format was expected in {path}, {found}. Check the "
+            "path and the format."
+        )
+    folder = os.path.abspath(image_dir or source.image_folder())
+    data = source.read(folder)
+    if "train" in data.splits or "trainval" not in data.splits:
+        data.splits.pop("trainval", None)
+    else:
+        data.splits["train"] = data.splits.pop("trainval")
+    return {split: to_coco(data, split) for split in data.splits}, folder
+
+
+def write_dataset(
+    datasets: dict[str, dict[str, Any]], output: Path, image_dir: str, *, source: str
+) -> dict[str, CocoSummary]:
+    """Check data sets and write each to a JSON file in COCO's format.
+
+    Nothing is written if a check fails.
+
+    Args:
+        datasets: The content of the files by split.
+        output: The folder to write to.
+        image_dir: The folder to which the file names are relative.
+        source: The file or folder that was read, for errors.
+
+    Returns:
+        The summary of each split.
+
+    Raises:
+        UserError: If an annotation is invalid or an image is missing.
+    """
+    summaries = {
+        split: summarize_coco(content, source, image_dir, allow_empty=split != "train")
+        for split, content in datasets.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    for split, content in datasets.items():
+        write_json(output / f"{split}.json", _without_sources(content), indent=None)
+    return summaries
+
+
+def _without_sources(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: [{k: v for k, v in item.items() if k != SOURCE} for item in items]
+        for key, items in content.items()
+        if key != NOTES
+    }

@@ -1,0 +1,125 @@
+"""Records that all readers return, and their conversion to COCO's format."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+Outline = list[list[float]] | dict[str, Any]
+
+# Key of an image or annotation that names the place in the file from which it was read.
+SOURCE = "_source"
+# Key of the warnings about what could not be converted.
+NOTES = "_notes"
+
+SPLITS = ("train", "val", "test", "trainval")
+
+# Common names of splits, in lower case.
+SPLIT_NAMES = {
+    **{split: split for split in SPLITS},
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "testing": "test",
+}
+
+
+@dataclass
+class ImportedObject:
+    """An object with its box as left, top, right and bottom edge in pixels.
+
+    The edges are continuous coordinates: the top left pixel of an image extends from 0 to 1.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    source: str  # such as "a.xml: object 3"
+    outline: Outline | None = None  # polygons or a compressed run-length encoding
+    crowd: bool = False
+
+
+@dataclass
+class ImportedImage:
+    """An image with its objects; the file name is relative to the image folder."""
+
+    file_name: str
+    width: int
+    height: int
+    source: str
+    objects: list[ImportedObject] = field(default_factory=list)
+
+
+@dataclass
+class ImportedData:
+    """A data set that was read from another format.
+
+    Attributes:
+        splits: Images by split; a data set without a division into splits contains "train" only.
+        classes: Class names in the order of the category ids; if empty, they are sorted by name.
+        notes: Number of cases by description, such as "polylines were skipped".
+        files: All files and folders on which the content depends.
+    """
+
+    splits: dict[str, list[ImportedImage]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
+
+
+def to_coco(data: ImportedData, split: str) -> dict[str, Any]:
+    """Return a split in COCO's instances format.
+
+    Coordinates are rounded to a thousandth of a pixel. The categories are the same for all splits.
+    """
+    labels = {item.label for images in data.splits.values() for i in images for item in i.objects}
+    classes = data.classes or sorted(labels)
+    ids = {name: number for number, name in enumerate(classes, 1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, image in enumerate(data.splits[split], 1):
+        images.append(
+            {
+                "id": number,
+                "file_name": image.file_name,
+                "width": image.width,
+                "height": image.height,
+                SOURCE: image.source,
+            }
+        )
+        for item in image.objects:
+            annotation = {"id": len(annotations) + 1, "image_id": number, **_annotation(item)}
+            annotation["category_id"] = ids[item.label]
+            annotations.append(annotation)
+    scope = " (in all splits together)" if len(data.splits) > 1 else ""
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        NOTES: [f"{count} {text}{scope}" for text, count in sorted(data.notes.items())],
+    }
+
+
+def _annotation(item: ImportedObject) -> dict[str, Any]:
+    left, top, right, bottom = (round(value, 3) for value in item.box)
+    box = [left, top, round(right - left, 3), round(bottom - top, 3)]
+    outline = item.outline or []
+    if isinstance(outline, dict):
+        area = float(coco_mask.area(outline))
+    else:
+        outline = [[round(value, 3) for value in polygon] for polygon in outline]
+        area = sum(map(polygon_area, outline)) if outline else box[2] * box[3]
+    return {
+        "bbox": box,
+        "area": round(area, 3),
+        "iscrowd": int(item.crowd),
+        "segmentation": outline,
+        SOURCE: item.source,
+    }
+
+
+def polygon_area(polygon: list[float]) -> float:
+    """Return the area of a polygon x1, y1, x2, y2, ..., by the shoelace formula."""
+    xs, ys = polygon[0::2], polygon[1::2]
+    following = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+    return abs(sum(x * next_y - next_x * y for x, y, next_x, next_y in following)) / 2

@@ -1,0 +1,97 @@
+"""Boxes and polygons of the shapes that annotation tools draw.
+
+The y axis points down, so that a positive angle is a clockwise rotation.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from senet_transfer.data.detection.formats.records import Outline
+
+Box = tuple[float, float, float, float]
+
+# Circles and ellipses become polygons with this number of points, as in VIA's own COCO export.
+_ELLIPSE_POINTS = 72
+
+
+def box_of(points: Sequence[Sequence[float]]) -> Box:
+    """Return the smallest box that contains all points."""
+    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def polygon(points: Sequence[Sequence[float]]) -> tuple[Box, Outline]:
+    """Return the box and outline of a polygon."""
+    return box_of(points), [[float(value) for point in points for value in point]]
+
+
+def rotated_box(
+    box: Box, degrees: float, pivot: tuple[float, float] | None = None
+) -> tuple[Box, Outline | None]:
+    """Return the box and outline of a rectangle that is rotated clockwise.
+
+    A rectangle that is not rotated has no outline.
+
+    Args:
+        box: The rectangle before the rotation.
+        degrees: The angle.
+        pivot: The point around which it is rotated; None selects the centre.
+    """
+    if degrees % 360 == 0:
+        return box, None
+    left, top, right, bottom = box
+    x, y = pivot or ((left + right) / 2, (top + bottom) / 2)
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    corners = ((left, top), (right, top), (right, bottom), (left, bottom))
+    return polygon(
+        [(x + (a - x) * cos - (b - y) * sin, y + (a - x) * sin + (b - y) * cos) for a, b in corners]
+    )
+
+
+def ellipse(
+    x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0
+) -> tuple[Box, Outline]:
+    """Return the exact box of an ellipse and a polygon that approximates it.
+
+    Args:
+        x: The centre.
+        y: The centre.
+        radius_x: The horizontal radius before the rotation.
+        radius_y: The vertical radius before the rotation.
+        degrees: The angle of the clockwise rotation.
+    """
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    angles = np.arange(_ELLIPSE_POINTS) * (2 * math.pi / _ELLIPSE_POINTS)
+    a, b = radius_x * np.cos(angles), radius_y * np.sin(angles)
+    points = np.stack([x + a * cos - b * sin, y + a * sin + b * cos], axis=1)
+    half_width = math.hypot(radius_x * cos, radius_y * sin)
+    half_height = math.hypot(radius_x * sin, radius_y * cos)
+    box = x - half_width, y - half_height, x + half_width, y + half_height
+    return box, [points.ravel().tolist()]
+
+
+def mask(
+    pixels: np.ndarray, left: int, top: int, width: int, height: int
+) -> tuple[Box, Outline] | None:
+    """Return the box and run-length encoding of a mask; None if no pixel is set.
+
+    Args:
+        pixels: Boolean array, the part of the image that starts at ``left`` and ``top``. It must be
+            inside the image.
+        left: The first column.
+        top: The first row.
+        width: The image width.
+        height: The image height.
+    """
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    if not len(rows):
+        return None
+    whole = np.zeros((height, width), np.uint8, order="F")
+    whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    encoded = coco_mask.encode(whole)
+    outline = {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+    box = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
+    return tuple(map(float, box)), outline  # type: ignore[return-value]

@@ -1,0 +1,272 @@
+"""Detection of the format of an annotation file or folder, and reading of any format.
+
+A path may end in the name of a split, as in ``voc:train`` or ``data.yaml:val``.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.data.detection.formats import cvat, labelme, labelstudio, via, voc, yolo
+from senet_transfer.data.detection.formats.records import (
+    NOTES,
+    SPLIT_NAMES,
+    SPLITS,
+    ImportedData,
+    to_coco,
+)
+from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.errors import UserError
+
+# The number of bytes at the start of a file that are examined.
+_HEAD = 4096
+_YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format with the functions that read it.
+
+    Attributes:
+        title: The format's name.
+        image_folder: Function that returns the folder of the images of a file or folder.
+        read: Function that reads a file or folder, given the folder of the images.
+    """
+
+    title: str
+    image_folder: Callable[[Path], Path]
+    read: Callable[[Path, Path], ImportedData]
+
+
+FORMATS = {
+    "voc": Format("Pascal VOC", voc.image_folder, voc.read),
+    "yolo": Format("YOLO", yolo.image_folder, yolo.read),
+    "labelme": Format("LabelMe", labelme.image_folder, labelme.read),
+    "cvat": Format("CVAT", cvat.image_folder, cvat.read),
+    "labelstudio": Format("Label Studio", labelstudio.image_folder, labelstudio.read),
+    "via": Format("VIA", via.image_folder, via.read),
+}
+
+# Formats with one file per image.
+_FILE_PER_IMAGE = ("voc", "labelme")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Annotations in another format than COCO's.
+
+    Attributes:
+        format: A key of :data:`FORMATS`.
+        path: The file or folder that was given.
+        places: The file or folder to read by split. The key is empty if the format itself states
+            the splits, or there are none.
+    """
+
+    format: str
+    path: Path
+    places: dict[str, Path]
+
+    def image_folder(self) -> str:
+        """Return the folder with the images."""
+        if "" in self.places:
+            return os.path.abspath(FORMATS[self.format].image_folder(self.places[""]))
+        return os.path.abspath(self.path)
+
+    def read(self, image_dir: str | os.PathLike | None = None) -> ImportedData:
+        """Read the data set.
+
+        Args:
+            image_dir: The folder with the images; None selects :meth:`image_folder`.
+
+        Raises:
+            UserError: If a file is invalid.
+        """
+        root = Path(image_dir or self.image_folder())
+        read = FORMATS[self.format].read
+        if "" in self.places:
+            return read(self.places[""], root)
+        whole = ImportedData()
+        for split, place in self.places.items():
+            folder = FORMATS[self.format].image_folder(place)
+            if image_dir is not None:
+                folder = next((p for p in (root / place.name, root) if p.is_dir()), root)
+            part = read(place, folder)
+            prefix = os.path.relpath(folder, root)
+            whole.splits[split] = [image for images in part.splits.values() for image in images]
+            for image in whole.splits[split]:
+                image.file_name = os.path.normpath(os.path.join(prefix, image.file_name))
+            whole.classes += [name for name in part.classes if name not in whole.classes]
+            whole.notes += part.notes
+            whole.files += part.files
+        return whole
+
+
+def find_source(path: str | os.PathLike, name: str | None = None) -> Source | None:
+    """Return the annotations at a path; None if they are in none of the formats.
+
+    Args:
+        path: A file or folder. A folder may contain one folder per split.
+        name: The format, a key of :data:`FORMATS`; None detects it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = _in_folder(path, name)
+        if found:
+            return Source(found[0], path, {"": found[1]})
+        places = {}
+        for folder in sorted(path.iterdir()):
+            inner = _in_folder(folder, name) if folder.name.lower() in SPLIT_NAMES else None
+            if inner and (name is None or inner[0] == name):
+                name = inner[0]
+                places[SPLIT_NAMES[folder.name.lower()]] = inner[1]
+        return Source(name, path, places) if name and places else None
+    if not path.is_file():
+        return None
+    kind = name or _format_of(path)
+    if kind == "voc":
+        raise UserError(
+            f"{path} is a single file of Pascal VOC; expected the folder of the data set, which "
+            "contains the XML files. Specify the folder."
+        )
+    return Source(kind, path, {"": path}) if kind else None
+
+
+def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
+    """Return the format of a folder, and the file or folder to read."""
+    if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
+        return "voc", folder
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    # A YOLO data set may contain other files, such as those of its export.
+    first = [path for path in files if path.name in _YOLO_FILES]
+    for path in first + files:
+        kind = _format_of(path) if path.suffix.lower() in _SUFFIXES else None
+        if kind and name in (kind, None):
+            return kind, folder if kind in _FILE_PER_IMAGE else path
+    return None
+
+
+_SUFFIXES = (".xml", ".json", ".yaml", ".yml")
+
+
+def _format_of(path: Path) -> str | None:
+    """Return the format of a file from its extension and first bytes; None for COCO's."""
+    suffix = path.suffix.lower()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD).decode("utf-8-sig", "replace").lstrip()
+    except OSError:
+        return None
+    if suffix == ".xml":
+        root = re.search(r"<\s*([A-Za-z_][\w.-]*)", head)
+        return {"annotation": "voc", "annotations": "cvat"}.get(root[1] if root else "")
+    if suffix in (".yaml", ".yml"):
+        return "yolo" if re.search(r"^[\"']?names[\"']?\s*:", head, re.MULTILINE) else None
+    if head.startswith("["):
+        # COCO's format for results is a list, too.
+        results = '"image_id"' in head or '"score"' in head
+        return "labelstudio" if re.match(r"\[\s*\{", head) and not results else None
+    key = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(\{?)', head)
+    if key is None or key[1] in ("images", "annotations", "categories", "info", "licenses"):
+        return None
+    if re.search(r'"(shapes|imagePath)"\s*:', head):
+        return "labelme"
+    if key[1].startswith("_via_") or (key[2] and re.search(r'"(filename|fileref)"', head)):
+        return "via"
+    return None
+
+
+def split_path(path: str | os.PathLike) -> tuple[str, str]:
+    """Divide a path such as `data.yaml:val` into the path and the name of the split, or ""."""
+    path = os.fspath(path)
+    before, _, split = path.rpartition(":")
+    if split in SPLITS and os.path.exists(before) and not os.path.exists(path):
+        return before, split
+    return path, ""
+
+
+def annotations_exist(path: str) -> bool:
+    """Return True if the file or folder of a data set exists."""
+    return os.path.exists(split_path(path)[0])
+
+
+def default_image_folder(path: str) -> str:
+    """Return the folder of the images for annotations that were given without one."""
+    place, _ = split_path(path)
+    source = find_source(place)
+    return source.image_folder() if source else os.path.dirname(os.path.abspath(place))
+
+
+def read_annotations(path: str, image_dir: str) -> dict[str, Any]:
+    """Read annotations in any supported format as COCO's instances format.
+
+    Args:
+        path: A file or folder, optionally with a colon and the name of the split.
+        image_dir: The folder to which the file names are relative.
+
+    Raises:
+        UserError: If a file is invalid, or a split has to be chosen.
+    """
+    place, split = split_path(path)
+    if find_source(place) is None:
+        content = read_json_object(path)
+        content.pop(NOTES, None)
+        return content
+    data = _imported(place, image_dir)
+    return to_coco(data, _choose(data, split, place))
+
+
+def _choose(data: ImportedData, split: str, place: str) -> str:
+    if not split and len(data.splits) == 1:
+        return next(iter(data.splits))
+    if split in data.splits:
+        return split
+    choices = ", ".join(f"{place}:{name}" for name in data.splits)
+    found = f"no split {split!r}" if split else f"{len(data.splits)} splits"
+    raise UserError(f"{place} has {found}; expected one of: {choices}.")
+
+
+def annotations_state(path: str, image_dir: str) -> object | None:
+    """Return a value that changes whenever the annotations change; None if they are missing."""
+    place, _ = split_path(path)
+    if not os.path.exists(place):
+        return None
+    if find_source(place) is None:
+        return _state([place])
+    return _state(_imported(place, image_dir).files)
+
+
+def _imported(place: str, image_dir: str) -> ImportedData:
+    """Read annotations, unless they are unchanged since an earlier call."""
+    data, state = _read(place, image_dir)
+    if _state(data.files) != state:
+        _read.cache_clear()
+        data, _ = _read(place, image_dir)
+    return data
+
+
+# The training and validation data of a run.
+@lru_cache(maxsize=2)
+def _read(place: str, image_dir: str) -> tuple[ImportedData, object]:
+    source = find_source(place)
+    assert source is not None
+    data = source.read(image_dir)
+    return data, _state(data.files)
+
+
+def _state(paths: list[str]) -> tuple[int, int, int]:
+    """Return the number of files, the time of the last change and the total size."""
+    found = []
+    for path in dict.fromkeys(paths):
+        try:
+            found.append(os.stat(path))
+        except OSError:
+            continue
+    return (
+        len(found),
+        max((status.st_mtime_ns for status in found), default=0),
+        sum(status.st_size for status in found),
+    )

@@ -1,0 +1,136 @@
+"""Pascal VOC: one XML file per image, and lists of the images of each split.
+
+The corners in the files are pixel indices that start at 1 and include both ends. As in Detectron2
+and supervision, (xmin - 1, ymin - 1, xmax, ymax) are the edges of the box. Objects marked as
+`difficult` become crowds (`iscrowd`): VOC's metric does not count them and ignores detections of
+them, and COCO's metric does the same for crowds. The attributes `truncated`, `occluded` and `pose`
+and the boxes of parts have no equivalent.
+"""
+
+import os
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from senet_transfer.data.detection.formats.files import (
+    ImageFolder,
+    first_folder,
+    image_sides,
+    label_text,
+    list_files,
+    number,
+    read_text,
+    read_xml,
+)
+from senet_transfer.data.detection.formats.records import (
+    SPLITS,
+    ImportedData,
+    ImportedImage,
+    ImportedObject,
+)
+from senet_transfer.errors import UserError
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def image_folder(location: Path) -> Path:
+    """Return the folder with the images of a data set."""
+    return first_folder(location, "JPEGImages", "images", "Images")
+
+
+def read(location: Path, folder: Path) -> ImportedData:
+    """Read a data set.
+
+    Args:
+        location: Folder with `Annotations` and possibly `ImageSets`, or with XML files.
+        folder: Folder with the images.
+
+    Raises:
+        UserError: If a file is invalid.
+    """
+    data, images = ImportedData(), ImageFolder(folder)
+    annotations = first_folder(location, "Annotations")
+    names = list_files(annotations, lambda name: name.lower().endswith(".xml"))
+    data.files = [str(annotations / name) for name in names] + [str(annotations)]
+    read_images = {
+        os.path.splitext(name)[0]: _read_image(annotations / name, name, images, data)
+        for name in names
+    }
+    _check_unique(list(read_images.values()))
+    lists = {split: location / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
+    for split, path in lists.items():
+        if path.is_file():
+            data.files.append(str(path))
+            data.splits[split] = _listed(path, read_images)
+    if not data.splits:
+        data.splits["train"] = list(read_images.values())
+    used = {id(image) for split in data.splits.values() for image in split}
+    unused = len(read_images) - len(used)
+    if unused:
+        data.notes["XML files are in no list in ImageSets/Main and are not used"] = unused
+    return data
+
+
+def _check_unique(found: list[ImportedImage]) -> None:
+    first: dict[str, str] = {}
+    for image in found:
+        other = first.setdefault(image.file_name, image.source)
+        if other != image.source:
+            raise UserError(
+                f"{other} and {image.source} belong to the same image, {image.file_name}; expected "
+                "an image for each. Correct the <filename> of one, or add its image."
+            )
+
+
+def _listed(path: Path, read_images: dict[str, ImportedImage]) -> list[ImportedImage]:
+    found = {}
+    for number_of_line, line in enumerate(read_text(path).splitlines(), 1):
+        name = line.strip()
+        if not name:
+            continue
+        # Some tools write the name with its extension, or a label after it.
+        spellings = (name, os.path.splitext(name)[0], name.split()[0])
+        stem = next((word for word in spellings if word in read_images), None)
+        if stem is None:
+            raise UserError(
+                f"{path}: line {number_of_line} lists {name[:80]!r}, which has no XML file; "
+                "expected the name of an annotation file without its extension. Correct the list."
+            )
+        found[stem] = read_images[stem]
+    return list(found.values())
+
+
+def _read_image(path: Path, name: str, images: ImageFolder, data: ImportedData) -> ImportedImage:
+    root = read_xml(path)
+    if root.tag != "annotation":
+        raise UserError(
+            f"{path} has the root <{root.tag}>; expected <annotation>, as in Pascal VOC. Move "
+            "other XML files to another folder."
+        )
+    # The name of the XML file decides, because files are often renamed without editing the XML.
+    file_name = images.with_stem(os.path.splitext(name)[0])
+    if file_name is None:
+        file_name = images.name_of(root.findtext("filename"), images.root, str(path))
+    sides = root.findtext("size/width"), root.findtext("size/height")
+    if sides in ((None, None), ("0", "0")):
+        width, height = images.size(file_name, str(path))
+    else:
+        width, height = image_sides(*sides, str(path))
+    image = ImportedImage(file_name, width, height, str(path))
+    for index, item in enumerate(root.findall("object"), 1):
+        image.objects.append(_read_object(item, f"{path}: object {index}", data))
+    return image
+
+
+def _read_object(item: Element, where: str, data: ImportedData) -> ImportedObject:
+    label = label_text(item.findtext("name"), where)
+    left, top, right, bottom = (
+        number(item.findtext(f"bndbox/{corner}"), corner, where) for corner in _CORNERS
+    )
+    difficult = number(item.findtext("difficult") or "0", "difficult", where) != 0
+    if difficult:
+        data.notes["objects are marked as difficult, which become crowds (iscrowd=1)"] += 1
+    if left == right or top == bottom:
+        data.notes["objects have a box whose first and last pixel are the same"] += 1
+    if item.find("polygon") is not None:
+        data.notes["objects have a polygon, of which only the box is read"] += 1
+    return ImportedObject(label, (left - 1, top - 1, right, bottom), where, crowd=difficult)

@@ -1,0 +1,32 @@
+"""Class names of published classifiers, whose files don't contain them."""
+
+from senet_transfer.data.images.places365 import places365_classes
+
+# Weight families whose classifiers have ImageNet's 1000 classes in the order of torchvision. The
+# original Caffe models of SENet have another order, that of the ILSVRC development kit.
+_IMAGENET = (
+    "cadene",
+    "mmpretrain",
+    "moskomule",
+    "timm",
+    "timm_legacy",
+    "torchvision_v1",
+    "torchvision_v2",
+)
+_PLACES365 = ("places365", "places365_caffe")
+
+
+def published_classes(family: str, count: int) -> list[str]:
+    """Return the class names of a published classifier, or an empty list if they are unknown.
+
+    Args:
+        family: Family of the weight file.
+        count: Number of classes.
+    """
+    if family in _IMAGENET and count == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return list(ResNet50_Weights.DEFAULT.meta["categories"])
+    if family in _PLACES365 and count == 365:
+        return list(places365_classes())
+    return []

@@ -1,0 +1,1 @@
+"""Prediction on images and videos, with trained, published and exported models."""

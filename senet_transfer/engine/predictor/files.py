@@ -1,0 +1,336 @@
+"""Prediction on files and videos: drawings, and results in several formats."""
+
+import csv
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from senet_transfer.engine.predictor.inputs import Photo
+from senet_transfer.engine.predictor.predictions import Classification, Detections
+from senet_transfer.engine.predictor.predictor import Classifier, Detector, describe_problem
+from senet_transfer.engine.predictor.video import Video
+from senet_transfer.engine.results import write_results
+from senet_transfer.errors import UserError
+from senet_transfer.utils.progress import progress
+
+FORMATS = ("json", "coco", "csv", "yolo")
+
+# Number of problems to list in an error.
+_LISTED = 10
+
+Result = Classification | Detections
+
+
+def predict_files(
+    predictor: Classifier | Detector,
+    images: Sequence[str | Photo],
+    output_dir: str,
+    *,
+    form: str = "",
+    draw: bool | None = None,
+    batch_size: int = 0,
+    workers: int = 0,
+    quiet: bool = False,
+    report: Callable[[Result], object] = lambda result: None,
+    plot: Callable[[Any], Image.Image] = lambda result: result.plot(),
+) -> str:
+    """Predict images, write the results and draw them.
+
+    Args:
+        predictor: The predictor.
+        images: Paths of images, or the images found by :func:`~.inputs.find_photos`.
+        output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
+            ``labels`` of YOLO) and the drawings. A drawing has the relative path of its image.
+        form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
+        draw: If True, write drawings. By default, only those of a detector are written.
+        batch_size: See :meth:`Predictor.stream`.
+        workers: See :meth:`Predictor.stream`.
+        quiet: If True, show no progress bar.
+        report: Function to call with each result.
+        plot: Function that draws a result.
+
+    Returns:
+        The path of the results.
+
+    Raises:
+        UserError: If an argument is invalid, or if any image can't be processed. In the latter
+            case, the error lists these images and is raised after all other images have been
+            processed.
+    """
+    photos = list(map(Photo.of, images))
+    detects = isinstance(predictor, Detector)
+    draw = detects if draw is None else draw
+    drawings = output_names(photos, output_dir) if draw else {}
+    make_output_folder(output_dir)
+    writer = _writer(form, detects, output_dir)
+    numbers = {photo.name: number for number, photo in enumerate(photos, start=1)}
+    broken: list[str] = []
+    results = predictor.stream(photos, batch_size=batch_size, workers=workers, broken=broken)
+    with progress(total=len(photos), unit="image", quiet=quiet) as bar:
+        for result in results:
+            report(result)
+            writer.add(result, numbers[result.photo.name])
+            if draw:
+                name = result.photo.name
+                try:
+                    _save(plot(result), drawings[name])
+                except Exception as error:
+                    lacks = "no drawing, only its predictions"
+                    broken.append(describe_problem(name, lacks, error))
+            bar.update()
+    path = writer.close()
+    check_all_read(broken, len(photos), path)
+    return path
+
+
+def predict_video(
+    predictor: Classifier | Detector,
+    name: str,
+    output_dir: str,
+    *,
+    draw: bool | None = None,
+    limit: int | None = None,
+    batch_size: int = 0,
+    quiet: bool = False,
+) -> tuple[str, int]:
+    """Predict the frames of a video, write the results and a video with the results drawn.
+
+    The results are written to ``NAME.jsonl``: one JSON object per frame, with its index, its time
+    in seconds and the results. The video is ``NAME.mp4``. Memory use does not depend on the length
+    of the video.
+
+    Args:
+        predictor: The predictor.
+        name: Path of a video file, address of a stream, or index of a camera.
+        output_dir: The output folder.
+        draw: If True, write a video. By default, only that of a detector is written.
+        limit: The number of frames to predict; None for all.
+        batch_size: See :meth:`Predictor.stream`.
+        quiet: If True, show no progress bar.
+
+    Returns:
+        The path of the JSON lines, and the number of frames.
+
+    Raises:
+        UserError: If the video can't be read, or a file can't be written.
+    """
+    draw = isinstance(predictor, Detector) if draw is None else draw
+    make_output_folder(output_dir)
+    stem = os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
+    path = os.path.join(output_dir, f"{stem}.jsonl")
+    drawn = os.path.join(output_dir, f"{stem}.mp4")
+    if os.path.abspath(drawn) == os.path.abspath(name):
+        raise UserError(f"The video {name} would be overwritten by its drawing. Change --output.")
+    count, out = 0, None
+    with Video(name) as video, _opened(path) as lines:
+        try:
+            frames = itertools.islice(video, limit)
+            results = predictor.stream(frames, batch_size=batch_size)
+            for result in progress(results, total=video.frames, unit="frame", quiet=quiet):
+                row = {"frame": count, "seconds": round(count / video.rate, 6), **result.to_dict()}
+                del row["file_name"]
+                lines.write(json.dumps(row) + "\n")
+                if draw:
+                    image = np.asarray(result.plot())
+                    out = out or _video_writer(drawn, video.rate, image)
+                    out.write(image[:, :, ::-1])
+                count += 1
+        finally:
+            if out is not None:
+                out.release()
+    return path, count
+
+
+def _video_writer(path: str, rate: float, image: np.ndarray) -> cv2.VideoWriter:
+    height, width = image.shape[:2]
+    out = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
+    if not out.isOpened():
+        raise UserError(
+            f"The video {path} can't be written. Check that its folder is writable and that the "
+            "disk is not full."
+        )
+    return out
+
+
+def make_output_folder(path: str) -> None:
+    """Create the output folder for predictions, and raise a UserError if this fails."""
+    try:
+        os.makedirs(path or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The output folder {path} can't be created: {error}. Choose a different folder."
+        ) from error
+
+
+def check_all_read(broken: list[str], images: int, path: str) -> None:
+    """Raise a UserError with the reasons if any images could not be read or processed."""
+    if broken:
+        more = f"\n... and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
+        raise UserError(
+            f"{len(broken)} of {images} images can't be read or processed. The predictions for the "
+            f"others are in {path}. The reasons:\n" + "\n".join(broken[:_LISTED]) + more
+        )
+
+
+def output_names(photos: list[Photo], output_dir: str) -> dict[str, str]:
+    """Return the path of each image's drawing by the image's name.
+
+    Raises:
+        UserError: If two drawings would have the same path, or a drawing would replace its image.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for photo in photos:
+        name = os.path.join(output_dir, os.path.splitext(photo.relative)[0] + ".jpg")
+        if name in taken:
+            # The inputs include, for example, both a.png and a.jpg.
+            name = os.path.join(output_dir, photo.relative + ".jpg")
+        if name in taken:
+            raise UserError(
+                f"Two images would have the same drawing path {name}; one of them is {photo.name}. "
+                "Rename one of the images, or use two output folders."
+            )
+        if os.path.abspath(name) == os.path.abspath(photo.name):
+            raise UserError(
+                f"The image {photo.name} would be overwritten by its drawing. Change --output."
+            )
+        taken.add(name)
+        names[photo.name] = name
+    return names
+
+
+def _save(drawing: Image.Image, path: str) -> None:
+    make_output_folder(os.path.dirname(path))
+    if not cv2.imwrite(path, np.asarray(drawing)[:, :, ::-1]):
+        raise UserError(
+            f"The drawing {path} can't be written. Check that its folder is writable and that the "
+            "disk is not full."
+        )
+
+
+def _writer(form: str, detects: bool, output_dir: str) -> "_Writer":
+    form = form or ("coco" if detects else "json")
+    kinds: dict[str, type[_Writer]] = {"json": _Json, "csv": _Csv}
+    if detects:
+        kinds |= {"coco": _Coco, "yolo": _Yolo}
+    if form not in kinds:
+        raise UserError(
+            f"The format is {form!r}; expected one of: {', '.join(kinds)} for this model."
+        )
+    return kinds[form](output_dir)
+
+
+def _opened(path: str) -> IO[str]:
+    """Open a text file for writing; paths that are not UTF-8 are written as on disk."""
+    try:
+        make_output_folder(os.path.dirname(path))
+        return open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error}. Choose a different path.") from error
+
+
+class _Writer:
+    """Writer of results to ``predictions.json``; its base writes nothing."""
+
+    def __init__(self, output_dir: str):
+        self.output_dir = output_dir
+        self.path = os.path.join(output_dir, "predictions.json")
+
+    def add(self, result: Any, number: int) -> None:
+        """Add the result for an image, given its number among all images, from 1."""
+
+    def close(self) -> str:
+        """Write what is not written yet, and return the path."""
+        return self.path
+
+
+class _Json(_Writer):
+    """List with one dictionary per image."""
+
+    def __init__(self, output_dir: str):
+        super().__init__(output_dir)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, result: Result, number: int) -> None:
+        self.rows.append(result.to_dict())
+
+    def close(self) -> str:
+        write_results(self.path, self.rows)
+        return self.path
+
+
+class _Coco(_Writer):
+    """COCO's ``images``, ``annotations`` and ``categories``, with the numbers as image ids."""
+
+    def __init__(self, output_dir: str):
+        super().__init__(output_dir)
+        self.found: dict[str, list] = {"images": [], "annotations": [], "categories": []}
+
+    def add(self, result: Detections, number: int) -> None:
+        height, width = result.instances.image_size
+        self.found["categories"] = result.classes.categories
+        self.found["images"].append(
+            {"id": number, "file_name": result.photo.name, "height": height, "width": width}
+        )
+        for annotation in result.to_coco(number):
+            index = len(self.found["annotations"]) + 1
+            self.found["annotations"].append({**annotation, "id": index, "iscrowd": 0})
+
+    def close(self) -> str:
+        write_results(self.path, self.found, indent=None)
+        return self.path
+
+
+class _Csv(_Writer):
+    """Table with one row per object, or per class of an image."""
+
+    def __init__(self, output_dir: str):
+        self.path = os.path.join(output_dir, "predictions.csv")
+        self.file = _opened(self.path)
+        self.writer = csv.writer(self.file)
+        self.empty = True
+
+    def add(self, result: Result, number: int) -> None:
+        places: list[list[float]] = [[] for _ in result.names]
+        if isinstance(result, Detections):
+            places = result.boxes.tolist()
+        if self.empty:
+            corners = ["x1", "y1", "x2", "y2"] if isinstance(result, Detections) else []
+            self.writer.writerow(["file_name", "class", "label", "score", *corners])
+            self.empty = False
+        rows = zip(result.names, result.labels, result.scores, places, strict=True)
+        for name, label, score, place in rows:
+            numbers = [f"{value:.9g}" for value in (score, *place)]
+            self.writer.writerow([result.photo.name, name, int(label), *numbers])
+
+    def close(self) -> str:
+        self.file.close()
+        return self.path
+
+
+class _Yolo(_Writer):
+    """One text file per image in YOLO's format, with one line per object.
+
+    A line is the label, the centre, width and height of the box as fractions of the image size, and
+    the score.
+    """
+
+    def __init__(self, output_dir: str):
+        self.path = os.path.join(output_dir, "labels")
+        make_output_folder(self.path)
+
+    def add(self, result: Detections, number: int) -> None:
+        height, width = result.instances.image_size
+        path = os.path.join(self.path, os.path.splitext(result.photo.relative)[0] + ".txt")
+        with _opened(path) as file:
+            rows = zip(result.labels, result.boxes, result.scores, strict=True)
+            for label, (x1, y1, x2, y2), score in rows:
+                box = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height]
+                box += [(x2 - x1) / width, (y2 - y1) / height]
+                file.write(f"{label} {' '.join(f'{value:.6f}' for value in (*box, score))}\n")

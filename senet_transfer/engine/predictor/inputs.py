@@ -1,0 +1,222 @@
+"""Images to predict: files, folders, patterns, lists, addresses and images in memory."""
+
+import glob
+import os
+import re
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from senet_transfer.data.detection.mapper import decode_image
+from senet_transfer.data.images.channels import as_rgb, decode_channels, to_channels
+from senet_transfer.data.images.decode import decode_exact, to_8_bit
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
+from senet_transfer.errors import UserError
+
+VIDEO_SUFFIXES = (".avi", ".m3u8", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+_STREAMS = ("rtmp://", "rtp://", "rtsp://", "tcp://", "udp://")
+_TIMEOUT = 30.0  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """Image to predict. A file is read when its pixels are needed, and not kept in memory.
+
+    Attributes:
+        source: Path, http(s) address, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or
+            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. With ``channels``, an
+            array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
+        name: Path or address, or a description of an image in memory.
+        relative: Path of the image in its folder, after which output files are named.
+        value_range: See :func:`~senet_transfer.data.images.decode.to_8_bit`.
+        channels: Number of channels; None for colour and grey images.
+    """
+
+    source: Any
+    name: str = "image"
+    relative: str = ""
+    value_range: tuple[float, ...] = ()
+    channels: int | None = None
+
+    @classmethod
+    def of(cls, source: Any, name: str = "image") -> "Photo":
+        """Return the photo for a path, an address or an image in memory."""
+        if isinstance(source, Photo):
+            return source
+        if isinstance(source, str | os.PathLike):
+            path = os.fspath(source)
+            return cls(path, path, os.path.basename(path))
+        return cls(source, name, name)
+
+    def pillow(self) -> Image.Image:
+        """Return the RGB image as classifiers see it, without its EXIF orientation.
+
+        Raises:
+            UserError: If the image can't be read.
+        """
+        if self.channels:
+            return Image.fromarray(self.pixels())
+        try:
+            if isinstance(self.source, str):
+                return decode_exact(read_bytes(self.source), self.value_range)
+            return to_8_bit(_in_memory(self.source), self.value_range).convert("RGB")
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def pixels(self) -> np.ndarray:
+        """Return the image as detectors see it, upright: RGB, uint8 ``(H, W, 3)``.
+
+        Raises:
+            UserError: If the image can't be read.
+        """
+        if self.channels:
+            return as_rgb(self.bands(self.channels))
+        try:
+            if isinstance(self.source, str):
+                return decode_image(read_bytes(self.source), "RGB", self.value_range)
+            image = to_8_bit(ImageOps.exif_transpose(_in_memory(self.source)), self.value_range)
+            return np.asarray(image.convert("RGB"))
+        # Decoders raise exceptions of many types for damaged files.
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def bands(self, channels: int) -> np.ndarray:
+        """Return all channels of the image as the model sees them, uint8 ``(H, W, C)``.
+
+        Raises:
+            UserError: If the image can't be read, or has another number of channels.
+        """
+        try:
+            if isinstance(self.source, str):
+                return decode_channels(read_bytes(self.source), channels, self.value_range)
+            values = np.asarray(self.source)
+            if isinstance(self.source, torch.Tensor) and values.ndim == 3:
+                values = values.transpose(1, 2, 0)
+            return to_channels(values, channels, self.value_range)
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        return UserError(f"{self.name} can't be read as an image: {error}. Remove it.")
+
+
+def _in_memory(image: Any) -> Image.Image:
+    """Convert an image in memory to a PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    found = image
+    if isinstance(image, torch.Tensor):
+        found = image.detach().cpu().numpy()
+        if found.ndim == 3 and found.shape[0] in (1, 3):
+            found = found.transpose(1, 2, 0)
+    if isinstance(found, np.ndarray) and found.dtype == np.uint8:
+        if found.ndim == 3 and found.shape[2] == 1:
+            found = found[:, :, 0]
+        if found.size and (found.ndim == 2 or (found.ndim == 3 and found.shape[2] == 3)):
+            return Image.fromarray(np.ascontiguousarray(found))
+    shape, dtype = getattr(image, "shape", ""), getattr(image, "dtype", "")
+    given = " ".join(str(part) for part in (type(image).__name__, dtype, shape) if str(part))
+    raise UserError(
+        f"The image is a {given}; expected a path, an address, a PIL image, or RGB or grey pixels "
+        "in 0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
+    )
+
+
+def read_bytes(name: str) -> bytes:
+    """Return the content of a file or an http(s) address."""
+    if is_address(name):
+        with urllib.request.urlopen(name, timeout=_TIMEOUT) as answer:
+            return answer.read()
+    return Path(name).read_bytes()
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an http(s) address."""
+    return name.startswith(("http://", "https://"))
+
+
+def is_video(name: str) -> bool:
+    """Return whether a name is that of a video file, of a stream, or the index of a camera."""
+    if is_address(name):
+        return name.partition("?")[0].lower().endswith(VIDEO_SUFFIXES)
+    if name.startswith(_STREAMS) or (name.isdigit() and not os.path.exists(name)):
+        return True
+    return name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def find_photos(inputs: Iterable[str]) -> list[Photo]:
+    """Return the images given by paths, addresses, folders, glob patterns and lists of images.
+
+    Folders are searched recursively. A list is a ``.txt`` file with one path or address per line;
+    paths are relative to the list's folder or to the working directory.
+
+    Returns:
+        Each image once, sorted by name.
+
+    Raises:
+        UserError: If an input matches no image.
+    """
+    found: dict[str, Photo] = {}
+    for name in inputs:
+        photos = list(_photos(name))
+        if not photos:
+            raise UserError(
+                f"No image matches {name}. Expected an image file, a folder with images such as "
+                ".jpg or .png files, a pattern such as 'images/*.jpg', a .txt file with one path "
+                "per line, or an http(s) address."
+            )
+        for photo in photos:
+            found.setdefault(photo.name, photo)
+    return [found[name] for name in sorted(found)]
+
+
+def _photos(name: str) -> Iterator[Photo]:
+    if is_address(name):
+        yield Photo(name, name, os.path.basename(name.partition("?")[0]) or "image")
+    elif os.path.isdir(name):
+        names: list[str] = []
+        for folder, folders, files in os.walk(name):
+            folders[:] = [entry for entry in folders if not is_hidden(entry)]
+            names += [os.path.relpath(os.path.join(folder, entry), name) for entry in files]
+        # NumPy arrays are images if there are no other images.
+        for relative in [*filter(is_image_name, names)] or filter(is_array_name, names):
+            path = os.path.join(name, relative)
+            yield Photo(path, path, relative)
+    elif os.path.isfile(name) and name.lower().endswith(".txt"):
+        for line in _lines(name):
+            yield from _photos(line)
+    elif os.path.isfile(name):  # first, because its name may contain glob characters
+        yield Photo.of(name)
+    else:
+        folder = os.path.dirname(re.split(r"[*?\[]", name)[0])
+        for path in glob.glob(name, recursive=True):
+            relative = os.path.relpath(path, folder or ".")
+            if os.path.isfile(path) and not is_hidden(relative):
+                yield Photo(path, path, relative)
+
+
+def _lines(path: str) -> Iterator[str]:
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} can't be read as a list of images: {error}. Expected a UTF-8 text file with "
+            "one path or address per line."
+        ) from error
+    for line in map(str.strip, lines):
+        if line and not is_address(line):
+            near = os.path.join(os.path.dirname(path), line)
+            place = near if os.path.exists(near) else line
+            if not os.path.isfile(place):
+                raise UserError(f"{path} lists {line}, which is not a file. Correct the list.")
+            yield place
+        elif line:
+            yield line

@@ -1,0 +1,168 @@
+"""Predictors for trained models, published weights, configs and exported files."""
+
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import PIXELS, PROPOSALS, predicts
+from senet_transfer.config.load import find_config
+from senet_transfer.data.detection.coco import register_shapes
+from senet_transfer.data.detection.dataset_checks import category_ids
+from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
+from senet_transfer.engine.predictor.exported import SUFFIXES, load_exported
+from senet_transfer.engine.predictor.predictor import Classifier, Detector
+from senet_transfer.engine.run_checks import check_augmentation
+from senet_transfer.errors import UserError
+from senet_transfer.evaluation.classification_evaluator import TOP
+from senet_transfer.weights.hub.catalogue import names_published
+from senet_transfer.weights.hub.zoo import is_zoo_name, zoo_model
+
+# Checkpoints in the folder of a run, in order of preference.
+_CHECKPOINTS = ("model_best.pth", "model_final.pth")
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    config_file: str = "",
+    options: Sequence[str] = (),
+    device: str = "",
+    half: bool = False,
+    batch_size: int = 1,
+    threshold: float = 0.5,
+    top: int = TOP,
+) -> Classifier | Detector:
+    """Return a predictor, which is called with images.
+
+    ```python
+    predictor = senet_transfer.load("output/model_final.pth")
+    found = predictor("photo.jpg")
+    print(found.names, found.scores, found.boxes)
+    found.plot().save("drawing.jpg")
+    ```
+
+    Args:
+        source: The output folder of a run (its best model is loaded, otherwise its final model), a
+            checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
+            published name such as "cadene/se_resnet50", the name of a detector in Detectron2's
+            model zoo such as "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by
+            ``senet export`` (.onnx, .pt2 or .ts; of detectors, .onnx).
+        config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
+            without one, the file's metadata is used.
+        options: Alternating keys and values that override the config, such as
+            ``["INPUT.MIN_SIZE_TEST", "600"]``.
+        device: The device, such as "cpu" or "cuda:1". If empty, a GPU is used if there is one.
+        half: If True, compute in half precision: float16 on a GPU, bfloat16 on the CPU.
+        batch_size: The number of images per batch. Larger batches change results by rounding and,
+            because Detectron2 pads smaller images to the size of the largest, near the edges.
+        threshold: The minimum score of objects.
+        top: The number of classes that the results of a classifier list.
+
+    Returns:
+        A :class:`~senet_transfer.engine.predictor.predictor.Classifier`, which returns
+        :class:`~senet_transfer.engine.predictor.predictions.Classification`, or a
+        :class:`~senet_transfer.engine.predictor.predictor.Detector`, which returns
+        :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one
+        image, the results are bitwise identical to those of the evaluation.
+
+    Raises:
+        UserError: If the source is unknown, a file can't be read, or an argument is invalid.
+    """
+    name = os.fspath(source)
+    shared = {"half": half, "batch_size": batch_size}
+    if name.endswith(SUFFIXES):
+        _check_exported(name, device, half, [config_file, *options])
+        return load_exported(name, threshold=threshold, top=top, batch_size=batch_size)
+    loaded = load_trained(name, config_file, options, device)
+    if is_classification(loaded.cfg):
+        return Classifier.of(loaded, top=top, **shared)
+    return Detector.of(loaded, threshold=threshold, **shared)
+
+
+def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -> None:
+    """Raise a UserError for arguments that an exported file doesn't support."""
+    if not os.path.isfile(path):
+        raise UserError(f"The exported model {path} does not exist.")
+    if device not in ("", "cpu") or half or any(config):
+        raise UserError(
+            f"{path} is an exported model, which runs on the CPU in the precision and with the "
+            "settings of its export. Load the checkpoint to use a device, half precision or config "
+            "options."
+        )
+
+
+def load_trained(
+    weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
+) -> LoadedModel:
+    """Load a model that is not an exported file; see :func:`load` for the arguments."""
+    config_file, weights = _find(weights, config_file)
+    if not config_file and not names_published(weights) and not os.path.isfile(weights):
+        raise UserError(
+            f"The checkpoint {weights} does not exist. Give the path of a .pth file, the output "
+            "folder of a run, or the name of published weights (see "
+            "senet_transfer.list_catalogue())."
+        )
+    try:
+        found = find_model(config_file=config_file, weights=weights, options=options)
+    except UserError as error:
+        if config_file or names_published(weights):
+            raise
+        raise UserError(
+            f"{error} There is no config.yaml next to {weights}, where training writes it. If the "
+            "model has a config, give it with --config-file (config_file= in Python)."
+        ) from error
+    if not found.cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"{config_file} has no weights (MODEL.WEIGHTS is empty). Give a checkpoint of this "
+            "config, or published weights."
+        )
+    if not found.cfg.DATASETS.CLASSES:
+        _take_classes(found.cfg)
+    found = found.examined()
+    named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
+    # The boxes of a region proposal network have no classes.
+    if config_file and not named and predicts(found.cfg) != {PROPOSALS}:
+        raise UserError(
+            f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
+            "in the run's output folder."
+        )
+    check_augmentation(found.cfg)
+    return found.build(device)
+
+
+def _find(name: str, config_file: str) -> tuple[str, str]:
+    """Return the config file and the weights of a model; either may be empty."""
+    if is_zoo_name(name):
+        zoo_config, zoo_weights = zoo_model(name)
+        return config_file or zoo_config, str(zoo_weights)
+    folder = os.path.dirname(name) if os.path.basename(name) == "config.yaml" else name
+    if not config_file and os.path.isdir(folder or "."):
+        for checkpoint in _CHECKPOINTS:
+            path = os.path.join(folder, checkpoint)
+            if os.path.isfile(path):
+                return config_next_to(path), path
+        if os.path.isdir(name):
+            raise UserError(
+                f"The folder {name} contains neither {' nor '.join(_CHECKPOINTS)}; expected the "
+                "output folder of a finished run. Give the path of a checkpoint."
+            )
+    if name.endswith((".yaml", ".yml")):
+        return find_config(name), ""
+    return config_file or config_next_to(name), name
+
+
+def _take_classes(cfg: CfgNode) -> None:
+    """Copy the data sets' class names to the config if they are known without reading files."""
+    register_shapes()
+    for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
+        known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog else {}
+        if known.get("thing_classes"):
+            cfg.DATASETS.CLASSES = list(known["thing_classes"])
+            cfg.DATASETS.CATEGORY_IDS = category_ids(name)
+            cfg.DATASETS.KEYPOINTS = list(known.get("keypoint_names", ()))
+            if PIXELS in predicts(cfg):
+                cfg.DATASETS.STUFF_CLASSES = list(known.get("stuff_classes", ()))
+            return

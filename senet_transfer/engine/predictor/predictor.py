@@ -1,0 +1,379 @@
+"""Predictors, which apply a model to images in batches; see :func:`senet_transfer.load`."""
+
+import itertools
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Transform
+from detectron2.structures import Instances
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from senet_transfer.data.build import eval_transform
+from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
+from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.workers import init_worker
+from senet_transfer.engine.inference.augmentation import with_augmentation
+from senet_transfer.engine.model_from import LoadedModel
+from senet_transfer.engine.predictor.annotations import objects, segments
+from senet_transfer.engine.predictor.inputs import Photo, find_photos, is_address, is_video
+from senet_transfer.engine.predictor.predictions import Classes, Classification, Detections
+from senet_transfer.engine.predictor.video import Video
+from senet_transfer.errors import UserError
+from senet_transfer.evaluation.classification_evaluator import TOP
+from senet_transfer.preprocessing import channels_of
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result", Classification, Detections)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Image that is ready for the model.
+
+    Attributes:
+        photo: The image.
+        tensor: The model's input, uint8 ``(C, H, W)``, with a leading dimension for several views.
+            None if the image can't be read.
+        size: Height and width of the image.
+        problem: The reason why the image can't be read.
+    """
+
+    photo: Photo
+    tensor: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+    problem: UserError | None = None
+
+
+class Predictor(ABC, Generic[Result]):
+    """Model that is called with images, and returns their classes or the objects in them.
+
+    Attributes:
+        classes: The classes.
+        device: The model's device.
+        half: Whether the model computes in half precision: float16 on a GPU, bfloat16 on the CPU.
+        batch_size: The number of images per batch.
+    """
+
+    def __init__(
+        self,
+        classes: Classes,
+        *,
+        device: torch.device | str = "cpu",
+        value_range: Sequence[float] = (),
+        channels: int | None = None,
+        half: bool = False,
+        batch_size: int = 1,
+    ):
+        self.classes = classes
+        self.device = torch.device(device)
+        self.value_range = tuple(value_range)
+        self.channels = channels
+        self.half = half
+        self.batch_size = batch_size
+
+    def __call__(self, images: Any, *, batch_size: int = 0) -> Any:
+        """Predict images.
+
+        Args:
+            images: A path or http(s) address, a PIL image, RGB or grey pixels (an array
+                ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these;
+                or a folder, a glob pattern, a ``.txt`` list of paths or a video.
+            batch_size: The number of images per batch. By default, that of the predictor.
+
+        Returns:
+            The result for a single image, or a list with one result per image.
+
+        Raises:
+            UserError: If an image can't be read.
+        """
+        found = list(self.stream(images, batch_size=batch_size))
+        return found[0] if _is_single(images) else found
+
+    def stream(
+        self,
+        images: Any,
+        *,
+        batch_size: int = 0,
+        workers: int = 0,
+        broken: list[str] | None = None,
+    ) -> Iterator[Result]:
+        """Yield the results one by one, with a constant use of memory.
+
+        Args:
+            images: Images as in :meth:`__call__`, or any iterable of them.
+            batch_size: The number of images per batch. By default, that of the predictor.
+            workers: The number of processes that read and resize the images of a list or folder.
+            broken: A list to which the problems of images that can't be read or processed are
+                appended. If None, the first of them raises an error.
+        """
+        size = batch_size or self.batch_size
+        if size < 1 or workers < 0:
+            raise UserError(
+                f"batch_size is {size} and workers is {workers}; expected at least 1 image per "
+                "batch, and 0 or more workers."
+            )
+        photos = (
+            replace(photo, value_range=self.value_range, channels=self.channels)
+            for photo in _photos(images)
+        )
+        for batch in self._batches(photos, size, workers):
+            if broken is not None:
+                broken += [str(item.problem) for item in batch if item.problem]
+                batch = [item for item in batch if not item.problem]
+            yield from self._results(batch, broken)
+
+    def _batches(
+        self, photos: Iterator[Photo], size: int, workers: int
+    ) -> Iterator[list[Prepared]]:
+        if workers:
+            yield from DataLoader(
+                list(photos),
+                batch_size=size,
+                num_workers=workers,
+                collate_fn=self._prepared_batch,
+                worker_init_fn=init_worker,
+                # Creating an iterator draws a random number, not from PyTorch's global generator.
+                generator=torch.Generator(),
+            )
+            return
+        while batch := list(itertools.islice(photos, size)):
+            yield self._prepared_batch(batch)
+
+    def _prepared_batch(self, photos: list[Photo]) -> list[Prepared]:
+        return [self._prepared(photo) for photo in photos]
+
+    def _prepared(self, photo: Photo) -> Prepared:
+        try:
+            return self.prepare(photo)
+        except UserError as error:
+            return Prepared(photo, problem=error)
+        except Exception as error:  # such as a lack of memory
+            reason = describe_problem(photo.name, "no prediction", error)
+            return Prepared(photo, problem=UserError(reason))
+
+    def _results(self, batch: list[Prepared], broken: list[str] | None) -> Iterator[Result]:
+        """Yield the results for a batch, or for each of its images if that fails."""
+        try:
+            for item in batch:
+                if item.problem:
+                    raise item.problem
+            with torch.no_grad(), self._precision():
+                found = self.predict(batch) if batch else []
+        # A failed prediction must not affect the other images.
+        except Exception as error:
+            if broken is None:
+                raise
+            if len(batch) > 1:
+                for item in batch:
+                    yield from self._results([item], broken)
+            else:
+                broken.append(describe_problem(batch[0].photo.name, "no prediction", error))
+            return
+        yield from found
+
+    def _precision(self) -> AbstractContextManager:
+        kind = torch.bfloat16 if self.device.type == "cpu" else torch.float16
+        return torch.autocast(self.device.type, kind, enabled=self.half)
+
+    @abstractmethod
+    def prepare(self, photo: Photo) -> Prepared:
+        """Read and resize an image."""
+
+    @abstractmethod
+    def predict(self, batch: list[Prepared]) -> list[Result]:
+        """Return the results for a batch."""
+
+
+class Classifier(Predictor[Classification]):
+    """Predictor of the classes of images."""
+
+    def __init__(
+        self,
+        run: Callable[[dict[str, Tensor]], Tensor],
+        transform: EvalTransform,
+        classes: Classes,
+        *,
+        top: int = TOP,
+        **options: Any,
+    ):
+        """
+        Args:
+            run: Function that returns logits ``(N, C)`` for a batch ``{"image": images}``, uint8
+                RGB ``(N, 3, H, W)``.
+            transform: The evaluation transform.
+            classes: The classes.
+            top: The number of most probable classes in a result.
+            options: Further arguments of :class:`Predictor`.
+        """
+        super().__init__(
+            classes, value_range=transform.value_range, channels=transform.channels, **options
+        )
+        self.run, self.transform, self.top = run, transform, top
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, **options: Any) -> "Classifier":
+        """Return the predictor for a loaded classifier."""
+        count = loaded.model.linear.out_features
+        names = loaded.classes or [f"class {index}" for index in range(count)]
+        transform = eval_transform(loaded.cfg)
+        device = loaded.cfg.MODEL.DEVICE
+        return cls(loaded.model, transform, Classes(tuple(names)), device=device, **options)
+
+    def prepare(self, photo: Photo) -> Prepared:
+        if self.channels:
+            return Prepared(photo, self.transform.view_of_channels(photo.bands(self.channels)))
+        return Prepared(photo, self.transform.view(photo.pillow()))
+
+    def predict(self, batch: list[Prepared]) -> list[Classification]:
+        images = torch.stack([item.tensor for item in batch if item.tensor is not None])
+        logits = self.run({"image": images}).float()
+        if not logits.isfinite().all():
+            raise UserError(
+                f"The logits of {batch[0].photo.name} or of other images of its batch are not "
+                "finite. Either training diverged, or half precision is not enough for the model."
+            )
+        rows = logits.softmax(1).cpu().numpy()
+        return [
+            Classification.of(item.photo, row, self.classes, self.top)
+            for item, row in zip(batch, rows, strict=True)
+        ]
+
+
+class Detector(Predictor[Detections]):
+    """Predictor of objects, and of the segments of segmentation models."""
+
+    def __init__(
+        self,
+        run: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+        resize: ResizeShortestEdge,
+        classes: Classes,
+        *,
+        input_format: str = "BGR",
+        threshold: float = 0.5,
+        **options: Any,
+    ):
+        """
+        Args:
+            run: Function with the interface of Detectron2's meta-architectures.
+            resize: Resizing of the images.
+            classes: The classes.
+            input_format: The order of the model's channels, "L" for grey images, or "C5", for
+                example, for images with 5 channels.
+            threshold: The minimum score of the objects in a result.
+            options: Further arguments of :class:`Predictor`.
+        """
+        super().__init__(classes, channels=channels_of(input_format), **options)
+        if not 0 <= threshold <= 1:
+            raise UserError(f"The threshold is {threshold}; expected a score between 0 and 1.")
+        self.run, self.resize = run, resize
+        self.input_format, self.threshold = input_format, threshold
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, **options: Any) -> "Detector":
+        """Return the predictor for a loaded detector or segmentation model.
+
+        It uses test-time augmentation if ``TEST.AUG`` is enabled.
+        """
+        cfg = loaded.cfg
+        model = with_augmentation(cfg, loaded.model) if cfg.TEST.AUG.ENABLED else loaded.model
+        side = cfg.INPUT.MIN_SIZE_TEST
+        resize = ResizeChannels if channels_of(cfg.INPUT.FORMAT) else Resize
+        return cls(
+            model,
+            resize([side, side], cfg.INPUT.MAX_SIZE_TEST),
+            Classes.of(cfg),
+            input_format=cfg.INPUT.FORMAT,
+            value_range=cfg.INPUT.VALUE_RANGE,
+            device=cfg.MODEL.DEVICE,
+            **options,
+        )
+
+    def prepare(self, photo: Photo) -> Prepared:
+        pixels = photo.bands(self.channels) if self.channels else photo.pixels()
+        size = (pixels.shape[0], pixels.shape[1])
+        if self.input_format != "RGB" and not self.channels:
+            pixels = convert_PIL_to_numpy(Image.fromarray(pixels), self.input_format)
+        pixels = self.resize.get_transform(pixels).apply_image(pixels)
+        tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return Prepared(photo, tensor, size)
+
+    def predict(self, batch: list[Prepared]) -> list[Detections]:
+        inputs = [
+            {"image": item.tensor, "height": item.size[0], "width": item.size[1]} for item in batch
+        ]
+        results = []
+        for item, output in zip(batch, self.run(inputs), strict=True):
+            found = objects(output, self.threshold)
+            instances = Instances(item.size) if found is None else found
+            results.append(Detections(item.photo, instances, self.classes, segments(output)))
+        return results
+
+
+class Resize(ResizeShortestEdge):
+    """Detectron2's resizing with sides of at least 1 pixel, for very elongated images."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Return the transform for an image."""
+        found = super().get_transform(image)
+        if not isinstance(found, ResizeTransform) or min(found.new_h, found.new_w) > 0:
+            return found
+        new_h, new_w = max(found.new_h, 1), max(found.new_w, 1)
+        return type(found)(found.h, found.w, new_h, new_w, found.interp)
+
+
+class ResizeChannels(Resize, ChannelResizeShortestEdge):
+    """The same resizing for images with any number of channels."""
+
+
+def describe_problem(path: str, lacks: str, error: Exception) -> str:
+    """Return a sentence about an image that could not be processed, and log the traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    logger.info("The traceback for %s:", path, exc_info=error)
+    return f"{path} has {lacks}: {type(error).__name__}: {error or 'no message'}"
+
+
+def _is_single(images: Any) -> bool:
+    """Return whether an argument of a predictor is one image, not several."""
+    if isinstance(images, str | os.PathLike):
+        name = os.fspath(images)
+        return not is_video(name) and (is_address(name) or _is_file(name))
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim < 4
+    return isinstance(images, Image.Image | Photo)
+
+
+def _is_file(name: str) -> bool:
+    return os.path.isfile(name) and not name.lower().endswith(".txt")
+
+
+def _photos(images: Any) -> Iterator[Photo]:
+    """Yield the images given to a predictor."""
+    if isinstance(images, str | os.PathLike):
+        name = os.fspath(images)
+        if is_video(name):
+            with Video(name) as video:
+                yield from video
+        elif _is_single(name):
+            yield Photo.of(name)
+        else:
+            yield from find_photos([name])
+    elif isinstance(images, Iterable) and not _is_single(images):
+        for index, image in enumerate(images):
+            if isinstance(image, str | os.PathLike):
+                yield from _photos(image)
+            else:
+                yield Photo.of(image, f"image {index}")
+    else:
+        yield Photo.of(images)

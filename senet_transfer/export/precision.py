@@ -1,0 +1,146 @@
+"""Conversion of ONNX files to float16 and int8, with the accuracy before and after it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime import InferenceSession
+from onnxruntime.quantization import CalibrationDataReader, quant_pre_process, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+from torch import Tensor
+
+from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.errors import UserError
+from senet_transfer.export.onnx_file import open_session, write_onnx
+
+# Number of images from which the ranges of int8 activations are computed.
+_CALIBRATED = 512
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Images in a folder, for quantisation and for measuring the accuracy.
+
+    Attributes:
+        folder: The folder, which is searched with its subfolders.
+        transform: Maps an encoded image to the network's input, uint8 ``(3, H, W)``, or to several
+            crops, ``(crops, 3, H, W)``.
+        classes: The class names. The images are labelled if each is in a subfolder with the name
+            of a class.
+    """
+
+    folder: str
+    transform: Callable[[bytes], Tensor]
+    classes: Sequence[str] = ()
+
+    def paths(self) -> list[Path]:
+        """Return the sorted paths of the images, and raise a UserError if there are none."""
+        found = sorted(path for path in Path(self.folder).rglob("*") if is_image_name(path.name))
+        if not found:
+            raise UserError(
+                f"There are no images in the folder {self.folder}. Choose a folder that contains "
+                "images, such as those for validation."
+            )
+        return found
+
+    def labels(self) -> np.ndarray | None:
+        """Return the label of each image, or None if the folders are not named after classes."""
+        label = {name: index for index, name in enumerate(self.classes)}
+        names = [path.parent.relative_to(self.folder).as_posix() for path in self.paths()]
+        return np.array([label[name] for name in names]) if label.keys() >= set(names) else None
+
+    def batches(self, paths: Sequence[Path]) -> Iterator[np.ndarray]:
+        """Read the images, and yield the crops of each, float32 ``(crops, 3, H, W)``."""
+        for path in paths:
+            try:
+                image = self.transform(path.read_bytes()).numpy().astype(np.float32)
+            except (OSError, BrokenImageError) as error:
+                raise UserError(
+                    f"{path} can't be read as an image: {error}. Remove it from {self.folder}."
+                ) from error
+            yield image.reshape(-1, *image.shape[-3:])
+
+
+def convert_precision(path: str | Path, precision: str, images: CalibrationImages) -> str:
+    """Convert a network in an ONNX file, and compare it with the original network.
+
+    Its inputs and outputs remain float32.
+
+    Args:
+        path: An ONNX file of a classifier or backbone, which is replaced.
+        precision: "float16", or "int8" for static quantisation of convolutions and linear layers
+            with one scale per channel.
+        images: The images for the comparison and for the ranges of int8 activations.
+
+    Returns:
+        A sentence with the accuracy before and after the conversion.
+
+    Raises:
+        UserError: If there are no images, or if one of them can't be read.
+    """
+    paths = images.paths()
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
+        original, prepared, converted = (os.path.join(folder, f"{n}.onnx") for n in "abc")
+        shutil.copyfile(path, original)
+        model = onnx.load(original)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        if precision == "float16":
+            halved = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
+            halved.topological_sort()
+            model = halved.model
+        else:
+            quant_pre_process(original, prepared)
+            quantize_static(
+                prepared,
+                converted,
+                _Reader(images.batches(paths[:: -(-len(paths) // _CALIBRATED)])),
+                per_channel=True,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            )
+            model = onnx.load(converted)
+        write_onnx(model, path, metadata)
+        before, after = open_session(original), open_session(path)
+        return _compare(before, after, images, precision)
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, batches: Iterator[np.ndarray]):
+        self.batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        images = next(self.batches, None)
+        return None if images is None else {"images": images}
+
+
+def _compare(
+    before: InferenceSession, after: InferenceSession, images: CalibrationImages, precision: str
+) -> str:
+    """Return a sentence with the differences of the outputs and, of a classifier, the errors."""
+    squares, differences, classes = 0.0, 0.0, []
+    for batch in images.batches(images.paths()):
+        pair = [session.run(None, {"images": batch}) for session in (before, after)]
+        for expected, found in zip(*pair, strict=True):
+            squares += float((expected**2).sum())
+            differences += float(((found - expected) ** 2).sum())
+        classes.append([outputs[0].mean(0).argmax() for outputs in pair])
+    said = (
+        f"{precision} compared with float32 on {len(classes)} images in {images.folder}: the root "
+        f"mean square difference of the outputs is {(differences / squares) ** 0.5:.2%}"
+    )
+    if [output.name for output in before.get_outputs()] != ["logits"]:
+        return f"{said}."
+    predicted = np.array(classes)
+    same = (predicted[:, 0] == predicted[:, 1]).mean()
+    said += f", and {same:.1%} of the predicted classes are the same."
+    labels = images.labels()
+    if labels is not None:
+        errors = (predicted != labels[:, None]).mean(0)
+        said += f" The top-1 error is {errors[0]:.2%} before and {errors[1]:.2%} after."
+    return said

@@ -1,0 +1,98 @@
+"""Search for duplicates and near-duplicates."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from senet_transfer.analysis.dataset_page.fingerprints import (
+    DISTANCE,
+    find_duplicates,
+    fingerprint_images,
+    near_pairs,
+)
+from senet_transfer.analysis.dataset_page.splits import ImageFiles
+
+
+def groups(files, **options):
+    found = fingerprint_images(ImageFiles(files, "files"), limit=999, workers=1, **options)
+    duplicates = find_duplicates(found.digests, found.bits, found.contrast)
+    return found, [(group.members, group.identical) for group in duplicates]
+
+
+def test_near_pairs_equal_those_of_brute_force():
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2, (360, 256), dtype=np.uint8)
+    for index in range(60):  # pairs with 0 to 59 different bits
+        bits[300 + index] = bits[index]
+        bits[300 + index, :index] ^= 1
+    hashes = np.packbits(bits, axis=1).view(np.uint64)
+    different = (bits[:, None] != bits[None]).sum(2)
+    expected = np.argwhere(np.triu(different <= DISTANCE, 1))
+    found = near_pairs(hashes)
+    assert found.tolist() == expected.tolist()
+    assert len(found) == DISTANCE + 1
+
+
+def test_copies_are_found_and_different_images_are_not(tmp_path):
+    random = np.random.default_rng(0)
+
+    def drawn():
+        pixels = random.integers(0, 255, (15, 20, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC)
+
+    def jpeg(image, quality=90):
+        stored = io.BytesIO()
+        image.save(stored, "JPEG", quality=quality)
+        return stored.getvalue()
+
+    first, second = drawn(), drawn()
+    grey, white = (Image.new("RGB", (64, 64), (value,) * 3) for value in (128, 255))
+    contents = {
+        "a": jpeg(first),
+        "b": jpeg(first, 40),
+        "c": jpeg(first.resize((120, 90))),
+        "d": jpeg(ImageEnhance.Brightness(first).enhance(0.8)),
+        "e": jpeg(first.crop((4, 3, 316, 237))),
+        "f": jpeg(second),
+        "g": jpeg(second),
+        "h": jpeg(drawn()),
+        # Images without contrast have no reliable hash.
+        "i": jpeg(grey),
+        "j": jpeg(white),
+        "k": b"\xff\xd8 broken",
+    }
+    files = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        files.append(str(tmp_path / name))
+    found, duplicates = groups(files)
+    assert duplicates == [([0, 1, 2, 3, 4], False), ([5, 6], True)]
+    assert found.sizes[:3].tolist() == [[320, 240], [320, 240], [120, 90]]
+    assert [path for path, _ in found.broken] == [str(tmp_path / "k")]
+    assert found.index.tolist() == list(range(10))
+
+
+@pytest.mark.long
+def test_processes_find_the_same_and_a_limit_takes_a_sample(tree):
+    files = sorted(map(str, tree.rglob("*.png")))
+    images = ImageFiles(files, "files")
+    one, two = (fingerprint_images(images, limit=99, workers=workers) for workers in (1, 2))
+    for key in ("index", "digests", "bits", "sizes", "contrast"):
+        assert np.array_equal(getattr(one, key), getattr(two, key))
+    few = fingerprint_images(images, limit=4, workers=1)
+    assert len(few.index) == 4
+    assert np.array_equal(few.digests, one.digests[few.index])
+
+
+@pytest.mark.long
+def test_the_copy_in_the_published_blood_cells_is_found(shared_data):
+    # Two photographs of the same place, one of them in the published training list, the other one
+    # in the validation list.
+    names = [f"BloodImage_{number:05d}.jpg" for number in range(30, 60)]
+    folder = shared_data / "bccd" / "JPEGImages"
+    files = [str(folder / name) for name in names if (folder / name).exists()]
+    _, duplicates = groups(files)
+    shown = [[files[member][-9:-4] for member in members] for members, _ in duplicates]
+    assert shown == [["00037", "00038"]]

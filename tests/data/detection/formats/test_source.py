@@ -1,0 +1,160 @@
+"""Tests of other formats as data sets: detection, splits, registration and the command."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.coco import load_coco_json
+
+from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.data import prepare
+from senet_transfer.data.detection.coco import register_coco_dataset, register_datasets
+from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_outlines
+from senet_transfer.data.detection.formats.source import find_source
+from senet_transfer.errors import UserError
+from senet_transfer.evaluation.coco import FastCOCOEvaluator
+from tests.data.detection.formats.test_hostile_files import VOC, YOLO
+from tests.data.detection.formats.test_readers import FIXTURES, make_images
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Write a data set in Pascal VOC's format with two splits and a difficult object."""
+    root = tmp_path / "voc"
+    make_images(root / "JPEGImages", a=(64, 48), b=(64, 48), c=(64, 48))
+    (root / "Annotations").mkdir()
+    difficult = VOC.replace("<name>a", "<difficult>1</difficult><name>b")
+    for name, text in {"a": VOC, "b": difficult, "c": VOC}.items():
+        (root / "Annotations" / f"{name}.xml").write_text(text)
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    for split, names in {"train": "a\nb\n", "val": "c\n", "trainval": "a\nb\nc\n"}.items():
+        (lists / f"{split}.txt").write_text(names)
+    return root
+
+
+def test_the_format_is_detected_from_the_path(tmp_path, voc, data):
+    files = {
+        "cvat/annotations.xml": (FIXTURES / "cvat_images.xml").read_text(),
+        "yolo/data.yaml": YOLO,
+        "labelme/x.json": (FIXTURES / "labelme.json").read_text(),
+        "labelimg/x.xml": VOC,
+        "via/via_project.json": (FIXTURES / "via.json").read_text(),
+        "via1/via_region_data.json": '{"a.png3": {"fileref": "", "filename": "a.png"}}',
+        "labelstudio/x.json": (FIXTURES / "labelstudio.json").read_text(),
+        "coco/x.json": json.dumps(data),
+        "results/x.json": '[{"image_id": 3, "score": 0.5}]',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    expected = {
+        "voc": "voc", "cvat": "cvat", "cvat/annotations.xml": "cvat", "yolo": "yolo",
+        "yolo/data.yaml": "yolo", "labelme": "labelme", "labelme/x.json": "labelme",
+        "labelimg": "voc", "via": "via", "via1": "via", "labelstudio": "labelstudio",
+        "labelstudio/x.json": "labelstudio", "coco/x.json": None, "results/x.json": None,
+        "absent": None,
+    }  # fmt: skip
+    found = {path: find_source(tmp_path / path) for path in expected}
+    assert {path: source and source.format for path, source in found.items()} == expected
+    with pytest.raises(UserError, match="x.xml is a single file of Pascal VOC"):
+        find_source(tmp_path / "labelimg" / "x.xml")
+
+
+def test_voc_is_registered_by_split_and_equals_the_converted_file(tmp_path, voc, caplog):
+    caplog.set_level(logging.WARNING)
+    register_datasets([["train", f"{voc}:train"], ["val", f"{voc}:val", f"{voc}/JPEGImages"]])
+    assert "1 objects are marked as difficult, which become crowds (iscrowd=1)" in caplog.text
+    assert MetadataCatalog.get("train").thing_classes == ["a", "b"]
+    assert MetadataCatalog.get("val").thing_classes == ["a", "b"]
+    check_datasets_on_disk(["train", "val"], evaluated=["val"])
+    prepare("import", ["--from", "voc", "--source", str(voc), "--output", str(tmp_path / "out")])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.json", "val.json"]
+    for split in ("train", "val"):
+        converted = tmp_path / "out" / f"{split}.json"
+        # Detectron2 reads the converted file in the same way.
+        theirs = load_coco_json(str(converted), str(voc / "JPEGImages"))
+        mine = DatasetCatalog.get(split)
+        for record in theirs:
+            for item in record["annotations"]:
+                item.pop("segmentation", None)
+                item["category_id"] -= 1
+        assert mine == theirs
+        register_coco_dataset(f"{split}_json", converted, voc / "JPEGImages")
+        assert DatasetCatalog.get(f"{split}_json") == mine
+    evaluator = FastCOCOEvaluator("val", output_dir=None)
+    assert evaluator._coco_api.getAnnIds() == [1]
+    first = DatasetCatalog.get("train")[0]["annotations"][0]
+    assert (first["bbox"], first["iscrowd"]) == ([0, 1, 20, 8], 0)
+
+
+def test_a_changed_annotation_is_read_again(voc):
+    register_coco_dataset("mine", f"{voc}:val")
+    assert DatasetCatalog.get("mine")[0]["annotations"][0]["bbox"][2] == 20
+    (voc / "Annotations" / "c.xml").write_text(VOC.replace("<xmin>1<", "<xmin>700<"))
+    with pytest.raises(UserError, match="c.xml: object 1") as found:
+        DatasetCatalog.get("mine")
+    # The existing checks of COCO annotations name the file that was read.
+    assert "has bbox [699.0, 1.0, -679.0, 8.0] with a negative size" in str(found.value)
+
+
+def test_a_split_has_to_be_chosen(voc):
+    with pytest.raises(UserError, match=r"has 3 splits; expected one of: .*voc:train, .*voc:val"):
+        register_coco_dataset("mine", voc)
+    with pytest.raises(UserError, match=r"has no split 'test'; expected one of"):
+        register_coco_dataset("mine", f"{voc}:test")
+    with pytest.raises(UserError, match="not found"):
+        register_coco_dataset("mine", f"{voc}:other")
+
+
+def test_each_split_may_have_its_own_folder(tmp_path):
+    for split in ("train", "valid"):
+        make_images(tmp_path / split, a=(100, 80))
+        content = (FIXTURES / "labelme.json").read_text().replace("..\\\\images\\\\", "")
+        (tmp_path / split / "a.json").write_text(content)
+    register_coco_dataset("mine", f"{tmp_path}:val", outlines=True)
+    assert DatasetCatalog.get("mine")[0]["file_name"] == str(tmp_path / "valid" / "a.png")
+    # Rectangles have no outlines, which training with masks needs.
+    with pytest.raises(UserError, match=r"a.json: shape 1 has no `segmentation`. 1 of 6"):
+        check_outlines(["mine"])
+
+
+def test_the_command_writes_nothing_if_an_image_is_missing(tmp_path, voc, capsys):
+    (voc / "JPEGImages" / "c.png").unlink()
+    words = ["--from", "voc", "--source", str(voc), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        prepare("import", words)
+    assert "c.xml belong to the same image, a.png" in capsys.readouterr().err
+    text = (voc / "Annotations" / "c.xml").read_text()
+    (voc / "Annotations" / "c.xml").write_text(text.replace("a.png", "c.png"))
+    with pytest.raises(SystemExit, match="2"):
+        prepare("import", words)
+    assert "1 of the 1 images listed in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        prepare("import", ["--from", "cvat", *words[2:]])
+    assert "expected in" in capsys.readouterr().err
+    shutil.rmtree(voc)
+    with pytest.raises(SystemExit, match="2"):
+        prepare("import", words)
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "datasets", "opts"),
+    [
+        ("--dataset a p", [["a", "p", ""]], []),
+        ("--dataset a p SOLVER.MAX_ITER 3", [["a", "p", ""]], ["SOLVER.MAX_ITER", "3"]),
+        ("--dataset a p OUTPUT_DIR x", [["a", "p", ""]], ["OUTPUT_DIR", "x"]),
+        ("--dataset a p images SEED 1", [["a", "p", "images"]], ["SEED", "1"]),
+        ("--dataset a p --dataset b q i", [["a", "p", ""], ["b", "q", "i"]], []),
+        ("SEED 1 --dataset a p --resume", [["a", "p", ""]], ["SEED", "1"]),
+    ],
+)
+def test_the_image_folder_of_a_data_set_is_optional(words, datasets, opts):
+    args = argument_parser().parse_args(["--config-file", "x.yaml", *words.split()])
+    assert (args.dataset, args.opts) == (datasets, opts)

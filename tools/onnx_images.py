@@ -1,0 +1,76 @@
+"""Shared code of classify_onnx.py and detect_onnx.py, without torch.
+
+Images are read in the same way as by senet_transfer/data/images/decode.py.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict]:
+    """Open a file from tools/export.py, and return a session and the file's metadata.
+
+    Raises:
+        SystemExit: If the file can't be read, or is for another task than ``task``.
+    """
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises exceptions of many types
+        raise SystemExit(f"error: {path} can't be read as an ONNX file: {error}") from error
+    texts = session.get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(texts[key]) for key in texts if key != "task"}
+    # Files from before detectors could be exported contain no task.
+    found = json.loads(texts.get("task", '"classification"')) if "classes" in texts else "unknown"
+    if found != task:
+        raise SystemExit(
+            f"error: the task of {path} is {found}; expected {task}. classify_onnx.py runs "
+            "classifiers, and detect_onnx.py runs detectors, that tools/export.py has written."
+        )
+    return session, metadata
+
+
+def read_image(
+    path: str, value_range: Sequence[float] = (), *, upright: bool = False
+) -> Image.Image:
+    """Read an image with 8 bits per channel.
+
+    Args:
+        path: Path of the image.
+        value_range: The values of black and white in images with 16 or 32 bits per channel, from
+            the file's metadata. Without them, 16-bit images have the range from 0 to 65535.
+        upright: If True, apply the EXIF orientation, as for detectors.
+
+    Raises:
+        SystemExit: If the image can't be read, or its value range is unknown.
+    """
+    try:
+        image: Image.Image = Image.open(path)
+        # Pillow reads 16-bit colour images with 8 bits.
+        deep_colours = image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", ""))
+        # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
+        is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"error: {path} can't be read as an image: {error}") from error
+    if value_range and deep_colours:
+        raise SystemExit(
+            f"error: {path} is a colour image with 16 bits per channel, whose value range can't be "
+            "applied here. Convert it to 8 bits per channel."
+        )
+    if value_range and (is_16_bit or image.mode in ("I", "F")):
+        low, high = value_range
+        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
+        image = Image.fromarray(np.rint(np.nan_to_num(values).clip(0, 255)).astype(np.uint8))
+    elif is_16_bit:
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise SystemExit(
+            f"error: {path} has 32 bits per channel, and the model was trained without a value "
+            "range (INPUT.VALUE_RANGE). Convert it to 8 bits per channel."
+        )
+    return ImageOps.exif_transpose(image) if upright else image
