@@ -77,8 +77,9 @@ def add_senet_config(cfg: CfgNode) -> None:
 
 
 def _add_model_config(cfg: CfgNode) -> None:
-    # A model name from `senet_transfer.list_models()`. If empty, `MODEL.RESNETS` describes a
-    # residual backbone (depth, groups, widths), as in Detectron2.
+    # A model name from `senet_transfer.list_models()`, or "timm/NAME" for a network that timm
+    # builds. If empty, `MODEL.RESNETS` describes a residual backbone (depth, groups, widths), as in
+    # Detectron2.
     cfg.MODEL.BACKBONE.ARCH = ""
     # The padding in Inception-ResNet-v2: "valid", as in the published network, or "same", which
     # keeps feature maps aligned with the image. If empty, detectors use "same" and classifiers
@@ -261,9 +262,10 @@ def _add_solver_config(cfg: CfgNode) -> None:
 
 def _add_epochs(cfg: CfgNode) -> None:
     """Add the keys for schedules in epochs, and the key for selecting the best model."""
-    # For classification only. Fractions of epochs are allowed. If EPOCHS is set, it replaces
-    # MAX_ITER, and STEP_EPOCHS replaces STEPS. The other keys, if set, replace WARMUP_ITERS,
-    # UNFREEZE_ITERS, FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD.
+    # Fractions of epochs are allowed. If EPOCHS is set, it replaces MAX_ITER, and STEP_EPOCHS
+    # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, UNFREEZE_ITERS, FROZEN_BN_ITERS,
+    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. For a detector, an epoch consists of the images that
+    # remain after FILTER_EMPTY_ANNOTATIONS.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = None

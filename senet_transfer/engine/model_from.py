@@ -30,6 +30,8 @@ from senet_transfer.weights.file_geometry import (
     examine_config_weights,
     local_weights,
 )
+from senet_transfer.weights.hub.catalogue import only_in_timm
+from senet_transfer.weights.hub.timm_networks import is_timm
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
@@ -236,10 +238,13 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     if name:
         model_entry(name)  # Reject an unknown name before reading a large file.
     source = None
+    if not name and only_in_timm(weights):
+        name = weights
+    if is_timm(name):
+        choice["network"] = name
     if weights:
         path, found = local_weights(weights, family or None)
         source = examine(path, found, **choice)
-    architecture = source.architecture if source else None
     name = name or (source.model_name if source else "")
     if not name:
         raise UserError(
@@ -263,8 +268,8 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
     if preprocessing.resize == SIDE:
         cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation for CIFAR.
-    if architecture and architecture.classes:
-        cfg.MODEL.CLASSIFIER.NUM_CLASSES = architecture.classes
+    if source and source.num_classes:
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = source.num_classes
     for option, value in (source.options() if source else {}).items():
         cfg.merge_from_list([OPTION_KEYS[option], value])
     return cfg, source

@@ -119,7 +119,9 @@ def load_weights(
             which is then left unchanged.
     """
     path, family = locate_weights(path, family)
-    return load_source(model, examine(path, family, prefix=prefix, ema=ema, head=head))
+    network = target_of(model).network
+    source = examine(path, family, prefix=prefix, ema=ema, head=head, network=network)
+    return load_source(model, source)
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:

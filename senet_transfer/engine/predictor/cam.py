@@ -12,7 +12,7 @@ from torch import Tensor
 
 from senet_transfer.data.images.channels import as_rgb
 from senet_transfer.engine.predictor.inputs import Photo
-from senet_transfer.engine.predictor.predictor import Classifier
+from senet_transfer.engine.predictor.predictor import ClassifierPredictor
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 from senet_transfer.models.image_classifier import ImageClassifier
@@ -64,7 +64,7 @@ class ActivationMap:
 
 @torch.no_grad()
 def class_activation_map(
-    predictor: Classifier, image: Any, label: int | None = None
+    predictor: ClassifierPredictor, image: Any, label: int | None = None
 ) -> ActivationMap:
     """Return the class activation map of an image.
 

@@ -195,7 +195,7 @@ class Predictor(ABC, Generic[Result]):
         """Return the results for a batch."""
 
 
-class Classifier(Predictor[Classification]):
+class ClassifierPredictor(Predictor[Classification]):
     """Predictor of the classes of images."""
 
     def __init__(
@@ -222,7 +222,7 @@ class Classifier(Predictor[Classification]):
         self.run, self.transform, self.top = run, transform, top
 
     @classmethod
-    def of(cls, loaded: LoadedModel, **options: Any) -> "Classifier":
+    def of(cls, loaded: LoadedModel, **options: Any) -> "ClassifierPredictor":
         """Return the predictor for a loaded classifier."""
         count = loaded.model.linear.out_features
         names = loaded.classes or [f"class {index}" for index in range(count)]
@@ -250,7 +250,7 @@ class Classifier(Predictor[Classification]):
         ]
 
 
-class Detector(Predictor[Detections]):
+class DetectorPredictor(Predictor[Detections]):
     """Predictor of objects, and of the segments of segmentation models."""
 
     def __init__(
@@ -280,7 +280,7 @@ class Detector(Predictor[Detections]):
         self.input_format, self.threshold = input_format, threshold
 
     @classmethod
-    def of(cls, loaded: LoadedModel, **options: Any) -> "Detector":
+    def of(cls, loaded: LoadedModel, **options: Any) -> "DetectorPredictor":
         """Return the predictor for a loaded detector or segmentation model.
 
         It uses test-time augmentation if ``TEST.AUG`` is enabled.

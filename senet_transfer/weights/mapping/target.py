@@ -29,6 +29,7 @@ class Target:
         outside: Names of the tensors outside the backbone and the classifier.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Backbone geometry.
+        unused: Names of the tensors of timm's network that the backbone does not need.
     """
 
     model: nn.Module
@@ -38,12 +39,18 @@ class Target:
     outside: frozenset[str]
     architecture: Architecture | None
     geometry: Geometry
+    unused: frozenset[str] = frozenset()
 
     @property
     def has_frozen_norms(self) -> bool:
         """Return whether all batch norms of the backbone are frozen."""
         norms = [m for m in self.backbone.modules() if _is_norm(m)]
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
+
+    @property
+    def network(self) -> str:
+        """Return the name of timm's network, or an empty string for other backbones."""
+        return getattr(self.backbone, "model_name", "")
 
     def pixels(self) -> Preprocessing | None:
         """Return the channel order, mean and std if the model normalises images, otherwise None."""
@@ -104,6 +111,7 @@ def target_of(model: nn.Module) -> Target:
         ),
         architecture=Architecture.of(tensors),
         geometry=built_geometry(backbone, _stages(model, backbone)),
+        unused=getattr(backbone, "unused_tensors", frozenset()),
     )
 
 
