@@ -13,7 +13,7 @@ from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
 from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
 from senet_transfer.engine.predictor.exported import SUFFIXES, load_exported
-from senet_transfer.engine.predictor.predictor import Classifier, Detector
+from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import TOP
@@ -34,7 +34,7 @@ def load(
     batch_size: int = 1,
     threshold: float = 0.5,
     top: int = TOP,
-) -> Classifier | Detector:
+) -> ClassifierPredictor | DetectorPredictor:
     """Return a predictor, which is called with images.
 
     ```python
@@ -63,9 +63,9 @@ def load(
         top: The number of classes that the results of a classifier list.
 
     Returns:
-        A :class:`~senet_transfer.engine.predictor.predictor.Classifier`, which returns
+        A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Classification`, or a
-        :class:`~senet_transfer.engine.predictor.predictor.Detector`, which returns
+        :class:`~senet_transfer.engine.predictor.predictor.DetectorPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one
         image, the results are bitwise identical to those of the evaluation.
 
@@ -79,8 +79,8 @@ def load(
         return load_exported(name, threshold=threshold, top=top, batch_size=batch_size)
     loaded = load_trained(name, config_file, options, device)
     if is_classification(loaded.cfg):
-        return Classifier.of(loaded, top=top, **shared)
-    return Detector.of(loaded, threshold=threshold, **shared)
+        return ClassifierPredictor.of(loaded, top=top, **shared)
+    return DetectorPredictor.of(loaded, threshold=threshold, **shared)
 
 
 def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def load_trained(
             "config, or published weights."
         )
     if not found.cfg.DATASETS.CLASSES:
-        _take_classes(found.cfg)
+        take_classes(found.cfg)
     found = found.examined()
     named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
     # The boxes of a region proposal network have no classes.
@@ -155,7 +155,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
     return config_file or config_next_to(name), name
 
 
-def _take_classes(cfg: CfgNode) -> None:
+def take_classes(cfg: CfgNode) -> None:
     """Copy the data sets' class names to the config if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
