@@ -9,12 +9,13 @@ libraries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch.export
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.engine.hooks import PeriodicWriter
     from detectron2.modeling import FPN
@@ -183,6 +184,41 @@ def inductor_freezing() -> AbstractContextManager[None]:
     import torch._inductor.config
 
     return torch._inductor.config.patch(freezing=True)
+
+
+def compile_ahead(
+    program: torch.export.ExportedProgram, path: str, metadata: dict[str, str]
+) -> bool:
+    """Compile a program with AOTInductor, and return False if there is no C++ compiler.
+
+    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_compile_and_package``, which PyTorch
+    documents, and ``torch._inductor.exc.InvalidCxxCompiler``.
+
+    Args:
+        program: The program.
+        path: The ``.pt2`` file to write.
+        metadata: Texts to store in the file.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    configs = {"aot_inductor.metadata": metadata}
+    try:
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Return the function in a file from :func:`compile_ahead`, and the file's metadata.
+
+    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
+    """
+    from torch._inductor import aoti_load_package
+
+    compiled = aoti_load_package(path)
+    return compiled, compiled.get_metadata()
 
 
 def limit_history(storage: EventStorage, length: int) -> None:
