@@ -16,7 +16,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
-from senet_transfer.utils.private_api import compile_program, load_compiled
+from senet_transfer.utils.private_api import compile_program, open_compiled
 
 FORMATS = {
     "onnx": ".onnx",
@@ -179,7 +179,7 @@ def _write_compiled(
             f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
             "the environment variable CXX to its path."
         ) from error
-    return load_compiled(str(path))
+    return open_compiled(str(path))[0]
 
 
 def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

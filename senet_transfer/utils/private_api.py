@@ -9,7 +9,7 @@ libraries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -268,11 +268,12 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
         raise
 
 
-def load_compiled(path: str) -> Any:
-    """Return the function in a package of :func:`compile_program`, with ``get_metadata()``.
+def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Return the function in a file from :func:`compile_program`, and the file's metadata.
 
-    Private API (torch 2.11 to 2.14), although documented: ``torch._inductor.aoti_load_package``.
+    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
     """
     from torch._inductor import aoti_load_package
 
-    return aoti_load_package(path)
+    compiled = aoti_load_package(path)
+    return compiled, compiled.get_metadata()
