@@ -106,6 +106,7 @@ def export_network(
         "preprocessing": json.dumps(asdict(preprocessing)),
         "classes": json.dumps(list(classes)),
         "mode": json.dumps(mode),
+        "size": json.dumps(size),
         "value_range": json.dumps(list(value_range)),
         "task": json.dumps("classification" if names == ["logits"] else "features"),
     }

@@ -1,6 +1,7 @@
-"""Predictors for files written by ``senet export``: ONNX, torch.export and TorchScript."""
+"""Predictors for files written by ``senet export``."""
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from senet_transfer.engine.predictor.predictor import ClassifierPredictor, Detec
 from senet_transfer.errors import UserError
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
-_KEYS = ("preprocessing", "classes", "mode", "value_range")
+_KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
 
 
 def load_exported(
@@ -47,7 +48,7 @@ def load_exported(
     found = {key: json.loads(text) for key, text in metadata.items() if text}
     if found.get("task") == "detection":
         return _detector(run, found, threshold=threshold, **options)
-    if "preprocessing" not in found or "classes" not in found:
+    if found.get("task", "classification") != "classification" or "preprocessing" not in found:
         raise UserError(
             f"{path} does not describe its preprocessing, which prediction requires. Expected a "
             "classifier, or a detector in ONNX's format, written by senet export."
@@ -73,6 +74,12 @@ def _open_onnx(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, str
 
 
 def _open_program(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, str], list]:
+    with zipfile.ZipFile(path) as archive:
+        compiled = any("aotinductor" in name for name in archive.namelist())
+    if compiled:
+        model = torch._inductor.aoti_load_package(path)
+        stored = model.get_metadata()
+        return model, {key: stored.get(key, "") for key in _KEYS}, json.loads(stored["size"])
     texts = dict.fromkeys(_KEYS, "")
     program = torch.export.load(path, extra_files=texts)
     (example,), _ = program.example_inputs

@@ -120,7 +120,7 @@ def load_trained(
             "config, or published weights."
         )
     if not found.cfg.DATASETS.CLASSES:
-        _take_classes(found.cfg)
+        take_classes(found.cfg)
     found = found.examined()
     named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
     # The boxes of a region proposal network have no classes.
@@ -154,7 +154,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
     return config_file or config_next_to(name), name
 
 
-def _take_classes(cfg: CfgNode) -> None:
+def take_classes(cfg: CfgNode) -> None:
     """Copy the data sets' class names to the config if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
