@@ -247,9 +247,10 @@ def _add_solver_config(cfg: CfgNode) -> None:
 
 def _add_epochs(cfg: CfgNode) -> None:
     """Add the keys for schedules in epochs, and the key for selecting the best model."""
-    # For classification only. Fractions of epochs are allowed. If EPOCHS is set, it replaces
-    # MAX_ITER, and STEP_EPOCHS replaces STEPS. The other keys, if set, replace WARMUP_ITERS,
-    # FROZEN_BN_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD.
+    # Fractions of epochs are allowed. If EPOCHS is set, it replaces MAX_ITER, and STEP_EPOCHS
+    # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, FROZEN_BN_ITERS,
+    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. For a detector, an epoch consists of the images that
+    # remain after FILTER_EMPTY_ANNOTATIONS.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = None
@@ -300,10 +301,11 @@ def _add_classification_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
 
     # For classification, DATASETS.TRAIN and DATASETS.TEST contain paths or URLs of labelled images:
-    # shards, Places365 as downloaded, or one folder per class. With AUGMENT "pad_crop", CIFAR is
-    # also supported, as downloaded or by a name such as cifar10_train. Relative paths are searched
-    # in the working directory, then in $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must
-    # match the data. DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
+    # shards, Places365 as downloaded, one folder per class, or a CSV file with the columns path and
+    # label. With AUGMENT "pad_crop", CIFAR is also supported, as downloaded or by a name such as
+    # cifar10_train. Relative paths are searched in the working directory, then in
+    # $DETECTRON2_DATASETS. If DATASETS.CLASSES is set, it must match the data.
+    # DATALOADER.SAMPLER_TRAIN is "TrainingSampler" or "ClassAwareSampler".
 
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""

@@ -61,7 +61,8 @@ def use_classification_datasets(
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
             f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected exactly one: a "
-            "folder of shards, or a folder with one folder per class. Set it to a single data set."
+            "folder of shards, a CSV file, or a folder with one folder per class. Set it to a "
+            "single data set."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
@@ -218,8 +219,8 @@ def find_dataset(name: str) -> str:
         remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
     else:
         remedy = (
-            "Expected a folder of shards, an official distribution of Places365 or CIFAR, or a "
-            "folder with one folder per class"
+            "Expected a folder of shards, an official distribution of Places365 or CIFAR, a CSV "
+            "file with the columns path and label, or a folder with one folder per class"
         )
     raise UserError(
         f"Data set {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "

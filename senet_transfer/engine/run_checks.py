@@ -90,6 +90,12 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         _warn_of_learning_rate(cfg)
 
 
+def scratch_hint(cfg: CfgNode) -> str:
+    """Return a sentence that names the recipe for training without pretrained weights."""
+    name = "scratch_folder" if is_classification(cfg) else "scratch_detector"
+    return f"To train without pretrained weights, use --config-file configs/{name}.yaml."
+
+
 def check_augmentation(cfg: CfgNode) -> None:
     """Raise a UserError if ``TEST.AUG`` is enabled for a model that doesn't support it."""
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
@@ -171,8 +177,7 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             f"MODEL.WEIGHTS is {weights}, but this file does not exist "
             f"({os.path.abspath(weights)}). Set MODEL.WEIGHTS to the path of a pretrained weight "
-            "file. To train from scratch, use MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
-            f"MODEL.BACKBONE.FREEZE_AT 0.{hint}"
+            f"file.{hint} {scratch_hint(cfg)}"
         )
     if weights:
         return
@@ -185,9 +190,9 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         raise UserError(
             "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but frozen batch norms "
-            "need pretrained statistics. Set MODEL.WEIGHTS to a weight file, or train from scratch "
-            "with MODEL.RESNETS.NORM GN (or BN with at least 8 images per process) and "
-            "MODEL.BACKBONE.FREEZE_AT 0."
+            f"need pretrained statistics. Set MODEL.WEIGHTS to a weight file. {scratch_hint(cfg)} "
+            "In another config, set MODEL.RESNETS.NORM GN (or BN with at least 4 images per "
+            "process) and MODEL.BACKBONE.FREEZE_AT 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(
@@ -264,12 +269,6 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
 def _check_solver(cfg: CfgNode) -> None:
     _check_compile(cfg)
     check_epochs(cfg)
-    if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
-        raise UserError(
-            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but a schedule in epochs is only supported for "
-            "classifiers. For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the "
-            "number of iterations."
-        )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
     evaluates = (cfg.TEST.EVAL_PERIOD > 0 or counted) and cfg.DATASETS.TEST
     plateau = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR"

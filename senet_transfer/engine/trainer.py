@@ -102,7 +102,11 @@ class Trainer(DefaultTrainer):
         with config_errors("optimizer"):
             optimizer = self.build_optimizer(cfg, model)
         with config_errors("data loader"):
-            data_loader = self.build_train_loader(cfg, self.step_seed.seed)
+            data_loader: Any = self.build_train_loader(cfg, self.step_seed.seed)
+        if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
+            # The data set of the loader has no images that Detectron2 leaves out, such as those
+            # without objects.
+            cfg = solver.epochs_to_iterations(cfg, len(data_loader.dataset))
         self._device = next(model.parameters()).device
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.

@@ -71,7 +71,7 @@ def _coco(root: Path) -> None:
 
 
 def _own_coco(root: Path) -> None:
-    for name in ("train.json", "val.json"):
+    for name in ("train.json", "val.json", "annotations.json"):
         shutil.copy(root / TINY, root / name)
     shutil.copytree(root / "datasets/shapes/tiny", root / "images")
 
@@ -107,7 +107,7 @@ def _photos(root: Path) -> None:
 
 
 def _flowers(root: Path) -> None:
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test", "all"):
         (root / "flowers").mkdir(exist_ok=True)
         make_shape_classes(root / "datasets/shapes", root / "flowers" / split)
 

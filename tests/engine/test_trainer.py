@@ -67,6 +67,35 @@ def test_mixed_precision_trains_and_resumes_on_any_device(command, dtype, tmp_pa
     assert resumed.start_iter == 1
 
 
+@pytest.mark.long
+def test_an_epoch_of_a_detector_consists_of_the_images_with_objects(command, shapes, tmp_path):
+    content = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
+    empty = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != empty]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    keys = {
+        "DATASETS.REGISTER": str([["few", str(tmp_path / "few.json"), f"{shapes}/tiny"]]),
+        "DATASETS.TRAIN": "('few',)",
+        "SOLVER.EPOCHS": "2",
+        "SOLVER.STEP_EPOCHS": "(0.5, 1)",
+        "SOLVER.WARMUP_EPOCHS": "0.25",
+        "SOLVER.CHECKPOINT_EPOCHS": "0.5",
+        "TEST.EVAL_EPOCHS": "1",
+        "SOLVER.MAX_ITER": "40000",
+        "SOLVER.STEPS": "(30000,)",
+    }
+    # 7 of the 8 images have objects, so an epoch has 3.5 steps of 2 images.
+    trainer = train(command(**keys))
+    solver = trainer.cfg.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (7, (2, 4), 1)
+    assert (solver.CHECKPOINT_PERIOD, trainer.cfg.TEST.EVAL_PERIOD) == (2, 4)
+    assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 6
+    everything = {"DATALOADER.FILTER_EMPTY_ANNOTATIONS": "False", "OUTPUT_DIR": str(tmp_path / "b")}
+    assert Trainer(setup(command(**{**keys, **everything}))).max_iter == 8
+    longer = train(command("--resume", **{**keys, "SOLVER.EPOCHS": "2.5"}))
+    assert (longer.start_iter, longer.iter) == (7, 9)
+
+
 def test_another_precision_is_refused(command):
     amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float8"}
     with pytest.raises(UserError, match="float8.*expected float16 or bfloat16"):

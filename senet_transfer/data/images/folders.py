@@ -1,4 +1,4 @@
-"""Image folders with one folder per class."""
+"""Images in one folder per class, and the order of their classes."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from senet_transfer.data.images.class_names import (
     sort_by_number,
 )
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv, read_label_csv
 from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
@@ -23,6 +24,18 @@ from senet_transfer.utils.text import first_of
 _SPLITS = {"test", "testing", "train", "training", "val", "valid", "validation"}
 
 logger = logging.getLogger(__name__)
+
+
+def open_images(
+    source: str | Path, classes: list[str] | None = None, *, skip_empty: int = 0
+) -> Images:
+    """List the images in a folder with one folder per class, or in a CSV file.
+
+    See :func:`open_folder` and :func:`~senet_transfer.data.images.label_csv.open_label_csv`.
+    """
+    if is_label_csv(source):
+        return open_label_csv(source, classes, skip_missing=skip_empty)
+    return open_folder(source, classes, skip_empty=skip_empty)
 
 
 def open_folder(
@@ -105,24 +118,26 @@ def choose_classes(choice: str, root: str | Path) -> list[str]:
 
     Args:
         choice: "numeric", or the path of a file with one class name per line.
-        root: Folder with one folder per class.
+        root: Folder with one folder per class, or CSV file.
 
     Raises:
-        UserError: If the file is invalid, or the class folders are not numbers.
+        UserError: If the file is invalid, or the class names are not numbers.
     """
     return numeric_classes(root) if choice == NUMERIC else read_class_list(choice)
 
 
 def numeric_classes(root: str | Path) -> list[str]:
-    """Return the names of the class folders in a folder, sorted as numbers.
+    """Return the classes of a folder or CSV file, sorted as numbers.
 
     Raises:
-        UserError: If the path is not a folder, or a name is not a whole number.
+        UserError: If the path is neither, or a name is not a whole number.
     """
+    if is_label_csv(root):
+        return sort_by_number({label for label, _ in read_label_csv(root).values()}, root)
     if not Path(root).is_dir():
         raise UserError(
-            f"--classes is numeric, but {root} is not a folder with one folder per class. Shards "
-            "and archives have fixed labels. Remove --classes."
+            f"--classes is numeric, but {root} is neither a folder with one folder per class "
+            "nor a CSV file. Shards and archives have fixed labels. Remove --classes."
         )
     found = [folder for folder, images in _images_by_folder(Path(root)).items() if images]
     return sort_by_number(found, root)

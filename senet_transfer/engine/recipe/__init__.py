@@ -1,0 +1,1 @@
+"""Recipes that fit a user's data and machine (``senet train --data``)."""
