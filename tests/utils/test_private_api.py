@@ -124,6 +124,16 @@ def test_the_compiler_s_freezing_is_switched_on_and_off():
     assert not config.freezing
 
 
+@pytest.mark.slow
+def test_a_compiled_package_computes_the_same_and_keeps_its_metadata(tmp_path):
+    model, x = torch.nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    private_api.compile_package(torch.export.export(model, (x,)), tmp_path / "a.pt2", {"k": "v"})
+    loaded = private_api.load_package(tmp_path / "a.pt2")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+    assert loaded.get_metadata()["k"] == "v"
+
+
 def test_a_storage_keeps_a_limited_history():
     with EventStorage(0) as storage:
         private_api.limit_history(storage, 3)

@@ -15,6 +15,7 @@ from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
+from senet_transfer.utils.private_api import load_package
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
 _KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
@@ -77,7 +78,7 @@ def _open_program(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, 
     with zipfile.ZipFile(path) as archive:
         compiled = any("aotinductor" in name for name in archive.namelist())
     if compiled:
-        model = torch._inductor.aoti_load_package(path)
+        model = load_package(path)
         stored = model.get_metadata()
         return model, {key: stored.get(key, "") for key in _KEYS}, json.loads(stored["size"])
     texts = dict.fromkeys(_KEYS, "")
