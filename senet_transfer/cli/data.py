@@ -386,14 +386,14 @@ def _show_parser() -> argparse.ArgumentParser:
         "--data",
         default="",
         metavar="PATH",
-        help="training data: a JSON file in COCO's format, labelled images, or a registered name",
+        help="data as in `senet train --data`, or the name of a registered data set",
     )
-    add("--val", default="", metavar="PATH", help="evaluation data")
+    add("--val", default="", metavar="PATH", help="evaluation data; default: that of --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the JSON files in --data and --val; default: the folder of the file",
+        help="image folder of the annotations; default: it is searched for",
     )
     add_dataset_argument(parser)
     add(

@@ -137,8 +137,8 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
             f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Name the split to "
             f"train on: --data {place}:{next(iter(splits))}."
         )
-    val = whole._replace(path=f"{whole.path}:{VAL}") if VAL in splits and train == TRAIN else None
-    return whole._replace(path=f"{whole.path}:{train}"), val
+    found = [DataPart(f"{whole.path}:{name}", folder) for name in (train, VAL)]
+    return found[0], found[1] if VAL in splits and train == TRAIN else None
 
 
 def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:

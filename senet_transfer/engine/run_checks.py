@@ -32,7 +32,12 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.formats.sniff import sniff
-from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
+from senet_transfer.weights.hub.catalogue import (
+    catalogue_entry,
+    names_published,
+    nearest_names,
+    only_in_timm,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +173,8 @@ def _check_anchors(cfg: CfgNode) -> None:
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and names_published(weights):
-        catalogue_entry(weights)
+        if not only_in_timm(weights):
+            catalogue_entry(weights)
     elif weights and os.path.isdir(weights):
         sniff(Path(weights))  # raises an error that describes the folder
     elif weights and "://" not in weights and not os.path.isfile(weights):
@@ -340,6 +346,11 @@ def _check_compile(cfg: CfgNode) -> None:
         raise UserError(
             "SOLVER.COMPILE is graph, which supports a single process, but this run has "
             f"{comm.get_world_size()}. {remedy}"
+        )
+    if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
+        raise UserError(
+            "SOLVER.COMPILE is graph, but SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) changes which "
+            f"parameters are trained, which a captured step can't follow. {remedy}"
         )
     options = cfg.MODEL.CLASSIFIER
     if is_classification(cfg) and (options.MIXUP or options.CUTMIX):

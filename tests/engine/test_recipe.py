@@ -1,4 +1,4 @@
-"""Tests of recipes made for a user's data (`senet train --data`)."""
+"""Tests of recipes made for a user's data (`--data`)."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.config.load import load_config
@@ -24,6 +25,16 @@ from tests.engine.conftest import SMALL
 COCO = DataFacts("detection", 117_266, 80, 480, object_size=0.03, most_objects=93)
 GPUS = MachineFacts(gpu_memory=80.0, processes=8, cpus=64)
 CPU = MachineFacts(gpu_memory=0.0, processes=1, cpus=2)
+
+
+@pytest.fixture(autouse=True)
+def forget_datasets():
+    """Remove the data sets that a run registers, whose names other tests use."""
+    yield
+    for name in ("my_train", "my_val"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def settings(data: DataFacts, machine: MachineFacts, weights: str) -> dict:

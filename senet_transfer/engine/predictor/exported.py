@@ -15,6 +15,7 @@ from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.private_api import load_package
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
@@ -108,6 +109,7 @@ def _classifier(
         crop=height,
         interpolation=preprocessing["interpolation"],
         value_range=tuple(found.get("value_range", ())),
+        channels=channels_of(preprocessing["format"]),
     )
 
     def logits(batch: dict[str, Tensor]) -> Tensor:

@@ -47,9 +47,10 @@ def load(
     Args:
         source: The output folder of a run (its best model is loaded, otherwise its final model), a
             checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
-            published name such as "cadene/se_resnet50", the name of a detector in Detectron2's
-            model zoo such as "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by
-            ``senet export`` (.onnx, .pt2 or .ts; of detectors, .onnx).
+            published name such as "cadene/se_resnet50", or "timm/NAME" for weights that only timm
+            provides, the name of a detector in Detectron2's model zoo such as
+            "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by ``senet export`` (.onnx,
+            .pt2 or .ts; of detectors, .onnx).
         config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
             without one, the file's metadata is used.
         options: Alternating keys and values that override the config, such as

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 
 _HEADER = """\
-# Recipe made by `senet train --data`. To train with it again, or with changes:
+# Recipe made from data. To train with it again, or with changes:
 #     senet train --config-file {path} OUTPUT_DIR output/again
 """
 
@@ -113,7 +113,7 @@ def _make(options: "RunOptions") -> list[Choice]:
         cfg = load_config(path, options.options)
     found = {choice.key: choice for choice in choices}
     rate = round(cfg.SOLVER.REFERENCE_LR_PER_IMAGE * cfg.SOLVER.IMS_PER_BATCH, 8)
-    found["SOLVER.BASE_LR"] = found["SOLVER.BASE_LR"]._replace(value=rate)
+    found["SOLVER.BASE_LR"] = Choice("SOLVER.BASE_LR", rate, found["SOLVER.BASE_LR"].reason)
     for key in options.options[::2]:
         found[key] = Choice(key, config_value(cfg, key), "set on the command line")
     if cfg.SOLVER.EPOCHS is None:
@@ -159,7 +159,8 @@ def choose_settings(
         weights, reason = _published_weights(backbone(machine)[1])
     choices = choose(data, machine, weights, arch)
     if reason:
-        choices = [c._replace(reason=reason) if c.key == "MODEL.WEIGHTS" else c for c in choices]
+        key = "MODEL.WEIGHTS"
+        choices = [Choice(key, weights, reason) if c.key == key else c for c in choices]
     return [*choices, *_datasets(train, val)]
 
 

@@ -17,6 +17,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.hub.download import check_sha256, fetch
+from senet_transfer.weights.hub.timm_networks import fetch_timm, timm_publishes
 
 # Mapping from publishers' network names to this project's, if they differ.
 _RENAMED = {
@@ -153,6 +154,11 @@ def names_published(weights: str | Path) -> bool:
     return bool(slash) and any(name.startswith(f"{publisher}/") for name in load_catalogue())
 
 
+def only_in_timm(name: str) -> bool:
+    """Return whether a name is that of weights that timm, but not this catalogue, provides."""
+    return names_published(name) and name not in load_catalogue() and timm_publishes(name)
+
+
 def resolve(name: str) -> Path:
     """Return the path of published weights, after downloading them to torch.hub's cache if needed.
 
@@ -198,6 +204,8 @@ def published_entries(path: str | Path) -> list[Entry]:
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
     """Return the weight file and its family for a path or a catalogue name.
 
+    For a name "timm/NAME" that is not in the catalogue, timm downloads its pretrained weights.
+
     Args:
         weights: Path, which is returned unchanged even if it does not exist, or catalogue name.
         family: Family to use instead of the catalogue's; None uses the catalogue's.
@@ -210,4 +218,6 @@ def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str 
     if not names_published(weights):
         return weights, family
     name = str(weights)
+    if only_in_timm(name):
+        return fetch_timm(name), family or "timm"
     return resolve(name), family or catalogue_entry(name).family
