@@ -16,7 +16,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
-from senet_transfer.utils.private_api import compile_package, load_package
+from senet_transfer.utils.private_api import compile_program, open_compiled
 
 FORMATS = {
     "onnx": ".onnx",
@@ -172,8 +172,14 @@ def _write_compiled(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
     extra = {**metadata, "outputs": json.dumps(names)}
-    compile_package(_program(model, example), path, extra)
-    return load_package(path)
+    try:
+        compile_program(_program(model, example), str(path), extra)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
+            "the environment variable CXX to its path."
+        ) from error
+    return open_compiled(str(path))[0]
 
 
 def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

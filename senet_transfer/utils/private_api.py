@@ -9,25 +9,20 @@ libraries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from senet_transfer.errors import UserError
-
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.engine.hooks import PeriodicWriter
     from detectron2.modeling import FPN
     from detectron2.utils.events import EventStorage
     from torch import Tensor, nn
-    from torch._inductor.package import AOTICompiledModel
     from torch.amp import GradScaler
     from torch.distributed import ProcessGroup
+    from torch.export import ExportedProgram
     from torch.optim import Optimizer
 
 
@@ -191,42 +186,6 @@ def inductor_freezing() -> AbstractContextManager[None]:
     return torch._inductor.config.patch(freezing=True)
 
 
-def compile_package(
-    program: torch.export.ExportedProgram, path: str | Path, metadata: dict[str, str]
-) -> None:
-    """Compile a program of ``torch.export`` for this machine's processor, and write the package.
-
-    Private API (torch 2.11 to 2.14): ``torch._inductor``, where AOTInductor's functions are.
-
-    Raises:
-        UserError: If there is no C++ compiler.
-    """
-    from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": metadata},
-        )
-    except InvalidCxxCompiler as error:
-        raise UserError(
-            f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
-            "the environment variable CXX to its path."
-        ) from error
-
-
-def load_package(path: str | Path) -> AOTICompiledModel:
-    """Load a package written by :func:`compile_package`; its ``get_metadata`` returns the metadata.
-
-    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
-    """
-    from torch._inductor import aoti_load_package
-
-    return aoti_load_package(str(path))
-
-
 def limit_history(storage: EventStorage, length: int) -> None:
     """Limit the number of values that an event storage keeps for each metric.
 
@@ -282,3 +241,39 @@ def parser_arguments(parser: Any) -> list[Any]:
     Private API (Python 3.11 to 3.13): ``ArgumentParser._actions``.
     """
     return parser._actions
+
+
+def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, str]) -> None:
+    """Compile an exported program with AOTInductor, and write it to a package (``.pt2``).
+
+    Private API (torch 2.11 to 2.14), although documented: ``torch._inductor``.
+
+    Args:
+        program: The program.
+        path: The file to write.
+        metadata: Texts to store in the package.
+
+    Raises:
+        FileNotFoundError: If there is no C++ compiler.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    configs = {"aot_inductor.metadata": dict(metadata)}
+    try:
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    except InductorError as error:
+        if isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise FileNotFoundError("no C++ compiler was found") from error
+        raise
+
+
+def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Return the function in a file from :func:`compile_program`, and the file's metadata.
+
+    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
+    """
+    from torch._inductor import aoti_load_package
+
+    compiled = aoti_load_package(path)
+    return compiled, compiled.get_metadata()
