@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": ("predict", "run object detection or classification on images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
     "convert": ("convert", "convert weight files between formats"),
+    "push": ("push", "upload a model to the Hugging Face Hub"),
     "report": ("analysis.report", "create an HTML report on training runs"),
     "data": ("data", "prepare a data set"),
     "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),

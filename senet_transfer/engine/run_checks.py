@@ -33,6 +33,7 @@ from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
+from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and names_published(weights):
         catalogue_entry(weights)
+    elif is_hub_name(weights):
+        hub_weights(weights)
     elif weights and os.path.isdir(weights):
         sniff(Path(weights))  # raises an error that describes the folder
     elif weights and "://" not in weights and not os.path.isfile(weights):

@@ -17,6 +17,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.hub.download import check_sha256, fetch
+from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 
 # Mapping from publishers' network names to this project's, if they differ.
 _RENAMED = {
@@ -196,18 +197,21 @@ def published_entries(path: str | Path) -> list[Entry]:
 
 
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the weight file and its family for a path or a catalogue name.
+    """Return the weight file and its family for a path, a catalogue name or a Hub repository.
 
     Args:
-        weights: Path, which is returned unchanged even if it does not exist, or catalogue name.
+        weights: Path, which is returned unchanged even if it does not exist, catalogue name, or
+            name of a repository of the Hugging Face Hub, such as "hf-hub:owner/name".
         family: Family to use instead of the catalogue's; None uses the catalogue's.
 
     Raises:
-        UserError: If ``weights`` is neither a path nor a catalogue name, or :func:`resolve` fails.
+        UserError: If ``weights`` is neither a path nor a name, or the file can't be downloaded.
     """
     if not isinstance(weights, str | Path):
         raise UserError(f"The weights are {weights!r}; expected a path or a catalogue name.")
+    name = str(weights)
+    if is_hub_name(weights):
+        return hub_weights(name), family
     if not names_published(weights):
         return weights, family
-    name = str(weights)
     return resolve(name), family or catalogue_entry(name).family
