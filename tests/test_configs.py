@@ -23,7 +23,7 @@ COCO = [
     for path in CONFIGS
     if "coco.yaml" in path.read_text() or "faster_rcnn_fpn" in path.read_text()
 ]
-COCO = [path for path in COCO if not path.name.startswith("demo_")]
+COCO = [path for path in COCO if not path.name.startswith(("demo_", "scratch_"))]
 
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
@@ -77,7 +77,7 @@ def test_every_config_builds_its_backbone(path):
     with torch.device("meta"):
         backbone = build_backbone(cfg, ShapeSpec(channels=3))
     has_se = any(".se." in key for key, _ in backbone.named_parameters())
-    assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_"))
+    assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_", "scratch_"))
 
 
 def test_the_places_recipe_is_the_data_sets_own():

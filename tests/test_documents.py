@@ -26,7 +26,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # Titles of the tables, with the prefixes of the config names in each.
 TASKS = {
     "COCO": ("faster_rcnn_", "mask_rcnn_", "retinanet_"),
-    "Places365 and your own images": ("places365_", "finetune_"),
+    "Places365 and your own images": ("places365_", "finetune_", "scratch_"),
     "CIFAR": ("cifar10_", "cifar100_"),
     "Demos": ("demo_",),
 }

@@ -60,7 +60,8 @@ def detect(session: InferenceSession, metadata: dict, image: Image.Image) -> lis
     found = dict(zip(names, outputs, strict=True))
     scale = np.array(image.size * 2, np.float32) / np.array(size * 2, np.float32)
     boxes = np.clip(found["boxes"] * scale, 0, np.array(image.size * 2, np.float32))
-    ids = metadata["category_ids"] or list(range(1, len(metadata["classes"]) + 1))
+    # Without known ids, the first class has the id 1, as in COCO.
+    ids = metadata["category_ids"] or range(1, 1 + found["classes"].max(initial=0) + 1)
     objects = []
     for index in np.nonzero((boxes[:, 2:] > boxes[:, :2]).all(1))[0]:
         x1, y1, x2, y2 = boxes[index].tolist()

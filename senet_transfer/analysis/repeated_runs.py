@@ -9,7 +9,7 @@ import logging
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,71 @@ def run_seeds(
     return results
 
 
+def run_folds(
+    config_file: str,
+    folds: Mapping[str, Sequence[str]],
+    options: Sequence[str],
+    output_dir: str | Path,
+    **arguments: Any,
+) -> dict[str, dict[str, Any]]:
+    """Train on each fold, one after another, in ``output_dir/fold<N>``.
+
+    Args:
+        config_file: The config file.
+        folds: The config options of each fold, returned by :func:`fold_options`.
+        options: Alternating keys and values that override the config.
+        output_dir: The parent folder of all runs.
+        arguments: Keyword arguments for :func:`run_once`.
+
+    Returns:
+        The results by name of the fold.
+    """
+    return {
+        name: run_once(config_file, [*options, *data], Path(output_dir) / name, **arguments)
+        for name, data in folds.items()
+    }
+
+
+def fold_options(
+    config_file: str, folds: str | Path, options: Sequence[str], *, images: str | Path = ""
+) -> dict[str, list[str]]:
+    """Return the config options that select the data of each fold.
+
+    Args:
+        config_file: The config file, which determines whether the data is for classification.
+        folds: The folder with the files written by ``senet data split --folds K``.
+        options: Alternating keys and values that override the config.
+        images: The image folder of detection data.
+
+    Raises:
+        UserError: If there are no folds, or they don't fit the config.
+    """
+    suffix = ".csv" if is_classification(load_config(config_file, list(options))) else ".json"
+    folder = Path(folds).absolute()
+    found: dict[str, list[str]] = {}
+    while (folder / f"fold{len(found)}_train{suffix}").is_file():
+        name = f"fold{len(found)}"
+        paths = {part: str(folder / f"{name}_{part}{suffix}") for part in ("train", "val")}
+        names = dict(paths)
+        data = []
+        if suffix == ".json":
+            names = {part: f"{name}_{part}" for part in paths}
+            entries = [[names[part], paths[part], str(Path(images).absolute())] for part in paths]
+            data = ["DATASETS.REGISTER", repr(entries)]
+        for key, part in (("TRAIN", "train"), ("TEST", "val")):
+            data += [f"DATASETS.{key}", repr((names[part],))]
+        found[name] = data
+    if len(found) < 2:
+        raise UserError(
+            f"{folds} contains {len(found)} folds for {config_file}; expected fold0_train{suffix}, "
+            f"fold0_val{suffix}, fold1_train{suffix} and so on. Create them with senet data split "
+            "--folds 5."
+        )
+    if suffix == ".json" and not images:
+        raise UserError("The folds contain detection data. Give its image folder with --images.")
+    return found
+
+
 def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Return the mean and standard deviation of each metric reported by all runs.
 
@@ -158,20 +223,20 @@ def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[flo
     return summary
 
 
-def seeds_report(
-    config_file: str, options: Sequence[str], results: dict[int, dict[str, Any]]
+def runs_report(
+    config_file: str, options: Sequence[str], results: dict[str, dict[str, Any]]
 ) -> str:
-    """Format the results of :func:`run_seeds` as a table with one row per metric.
+    """Format the results of runs, by name, as a table with one row per metric.
 
     If the paper reports a result for the model and data set, it is added below the table.
     """
     cfg = load_config(config_file, list(options))
-    rows = {seed: metrics(result) for seed, result in results.items()}
+    rows = {name: metrics(result) for name, result in results.items()}
     table = [
         [name, *(f"{row[name]:.3f}" for row in rows.values()), f"{mean:.3f}", f"{deviation:.3f}"]
         for name, (mean, deviation) in mean_and_deviation(list(results.values())).items()
     ]
-    header = ["", *(f"seed {seed}" for seed in results), "mean", "std"]
+    header = ["", *results, "mean", "std"]
     lines = [tabulate(table, header, tablefmt="pipe", disable_numparse=True, stralign="right")]
     published = None
     if is_classification(cfg) and cfg.DATASETS.TEST:

@@ -58,6 +58,9 @@ Resume after an interruption, or evaluate:
     python tools/train_net.py --config-file output/config.yaml --eval-only \\
         MODEL.WEIGHTS output/model_final.pth
 
+Train on your own data with a config made for it (a detector or a classifier):
+    python tools/train_net.py --data voc OUTPUT_DIR output/mine
+
 Train on your own data in COCO format (the classes are read from the JSON files):
     python tools/train_net.py --config-file configs/finetune_detector.yaml \\
         --dataset my_train train.json images/ --dataset my_val val.json images/
@@ -103,12 +106,13 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return the training parser with Detectron2's arguments and this project's options."""
     parser = Parser(epilog=_EPILOG)
     _add_detectron2_arguments(parser)
+    add_data_arguments(parser)
     add_dataset_argument(parser)
     parser.add_argument(
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of a classifier's labels: class folders sorted as numbers, or a file with one "
+        help="order of a classifier's labels: class names sorted as numbers, or a file with one "
         "class name per line; default: sorted by name. The classes of a checkpoint have priority",
     )
     parser.add_argument(
@@ -160,6 +164,26 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
         from senet_transfer.engine.launch import run_single
 
     run_single(main, args)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that replace a config by a recipe for a user's data."""
+    add = parser.add_argument
+    add(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="train on this data with a config made for it, which is saved to "
+        "OUTPUT_DIR/recipe.yaml: annotations for detection as in --dataset, labelled images, or a "
+        "folder with the parts train and val",
+    )
+    add("--val", default="", metavar="PATH", help="validation data for --data")
+    add(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="image folder of the annotations in --data and --val; default: it is searched for",
+    )
 
 
 def _with_image_folders(words: list[str]) -> list[str]:

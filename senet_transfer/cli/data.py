@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from senet_transfer.cli.arguments import (
     CIFAR_DOWNLOADS,
@@ -41,7 +41,8 @@ def _prepare_places365(args: argparse.Namespace) -> None:
 
 def _folder_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
-        "Convert an image folder to WebDataset shards.", source="folder with one folder per class"
+        "Convert labelled images to WebDataset shards.",
+        source="folder with one folder per class, or CSV file with the columns path and label",
     )
     parser.add_argument("--name", default="images", help="prefix for the shard names")
     order = parser.add_mutually_exclusive_group()
@@ -58,13 +59,13 @@ def _folder_parser() -> argparse.ArgumentParser:
 
 
 def _prepare_folder(args: argparse.Namespace) -> None:
-    from senet_transfer.data.images.folders import choose_classes, open_folder
+    from senet_transfer.data.images.folders import choose_classes, open_images
     from senet_transfer.data.shards.manifest import load_manifest
 
     classes = choose_classes(args.classes, args.source) if args.classes else None
     if args.classes_from:
         classes = load_manifest(str(args.classes_from)).classes
-    images = open_folder(args.source, classes, skip_empty=args.skip_broken)
+    images = open_images(args.source, classes, skip_empty=args.skip_broken)
     _write_shards(images, args.name, args)
 
 
@@ -207,10 +208,61 @@ def _check(args: argparse.Namespace) -> None:
     print(f"{args.json_file}: no errors in the annotations and {count} images")
 
 
+def _split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Split a data set into training, validation and test data with equal fractions "
+        "of each class. One file per part is written; the images stay where they are."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        "one folder per class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    _add_split_arguments(parser)
+    return parser
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.2) -> None:
+    add = parser.add_argument
+    parts = parser.add_mutually_exclusive_group()
+    shown = "no split" if val is None else val
+    parts.add_argument(
+        "--val", type=float, default=val, help=f"fraction of images in val ({shown})"
+    )
+    parts.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="write K pairs of train and val for cross-validation: each image is in one val",
+    )
+    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add(
+        "--group-by",
+        default="",
+        metavar="PATTERN",
+        help="keep images together, such as the frames of a video: regular expression of a part of "
+        "their file names whose first group, or match if it has no groups, is the same",
+    )
+
+
+def _split(args: argparse.Namespace) -> None:
+    from senet_transfer.data.split_files import split_data
+    from senet_transfer.data.splits import Split
+
+    split = Split(args.val, args.test, args.folds, args.seed, args.group_by)
+    print(split_data(args.source, args.output, split))
+
+
 def _import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert annotations for detection to JSON files in COCO's format: train.json, "
-        "and val.json and test.json if the data set states these splits. The images are not copied."
+        "and val.json and test.json if the data set states these splits or --val is given. The "
+        "images are not copied."
     )
     add = parser.add_argument
     add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
@@ -223,6 +275,7 @@ def _import_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="folder for the JSON files")
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    _add_split_arguments(parser, val=None)
     return parser
 
 
@@ -230,6 +283,10 @@ def _import(args: argparse.Namespace) -> None:
     from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
 
     datasets, images = import_dataset(args.format, args.source, args.images)
+    if args.val is not None or args.folds:
+        datasets = _split_import(args, datasets)
+    elif args.test or args.group_by:
+        raise UserError("--test and --group-by require --val or --folds. Add one of them.")
     summaries = write_dataset(datasets, args.output, images, source=str(args.source))
     for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
         logging.warning(warning)
@@ -243,7 +300,30 @@ def _import(args: argparse.Namespace) -> None:
         for split in ("train", "val")
         if split in datasets
     ]
-    print(f"Options of a training command: {' '.join(options)}")
+    if args.folds:
+        options = [f"--folds {args.output} --images {images}"]
+    command = "tools/run_seeds.py" if args.folds else "a training command"
+    print(f"Options of {command}: {' '.join(options)}")
+
+
+def _split_import(
+    args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split imported data and print the table; raise an error if it is already split."""
+    from senet_transfer.data.split_files import split_coco
+    from senet_transfer.data.splits import Split
+
+    if len(datasets) > 1:
+        raise UserError(
+            f"{args.source} already contains the splits {', '.join(datasets)}, which --val and "
+            "--folds would mix. Omit these options to keep the splits."
+        )
+    val = 0.2 if args.val is None else args.val
+    split = Split(val, args.test, args.folds, args.seed, args.group_by)
+    content = next(iter(datasets.values()))
+    datasets, table = split_coco(content, args.source, split)
+    print(table)
+    return datasets
 
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
@@ -306,14 +386,14 @@ def _show_parser() -> argparse.ArgumentParser:
         "--data",
         default="",
         metavar="PATH",
-        help="training data: a JSON file in COCO's format, labelled images, or a registered name",
+        help="data as in `senet train --data`, or the name of a registered data set",
     )
-    add("--val", default="", metavar="PATH", help="evaluation data")
+    add("--val", default="", metavar="PATH", help="evaluation data; default: that of --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the JSON files in --data and --val; default: the folder of the file",
+        help="image folder of the annotations; default: it is searched for",
     )
     add_dataset_argument(parser)
     add(
@@ -381,6 +461,7 @@ PREPARATIONS = {
     "places365": Preparation(_places365_parser, _prepare_places365),
     "shapes": Preparation(_shapes_parser, _prepare_shapes),
     "show": Preparation(_show_parser, _show),
+    "split": Preparation(_split_parser, _split),
 }
 
 

@@ -38,8 +38,8 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         help="config file, instead of --model; default: the config.yaml next to the weights",
     )
     add(
-        "--data", default="", help="shards, a folder or an archive; default: the config's "
-        "DATASETS.TEST",
+        "--data", default="", help="shards, a folder, a CSV file or an archive; default: the "
+        "config's DATASETS.TEST",
     )  # fmt: skip
     add("--output", default="", help="JSON file to write")
     add("--crop-mode", choices=EVAL_MODES, help="default: the mode in the config, or short_side")

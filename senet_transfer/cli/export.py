@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Export the model, and print the result of the comparison and the file size."""
     from senet_transfer.engine.model_from import find_model
+    from senet_transfer.engine.predictor.load import take_classes
     from senet_transfer.export.write import export_model, format_of
     from senet_transfer.utils.progress import no_bars
 
@@ -68,6 +69,8 @@ def main(args: argparse.Namespace) -> None:
     )  # Reject an invalid name before reading the weights.
     with no_bars(args.quiet):
         found = find_model(args.model, args.config_file, args.weights, options=args.opts)
+        if not found.cfg.DATASETS.CLASSES:
+            take_classes(found.cfg)
         loaded = found.build("cpu")
         compared = export_model(
             loaded.model,

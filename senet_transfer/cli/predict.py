@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.engine.predictor.files import predict_files, predict_video
     from senet_transfer.engine.predictor.inputs import find_photos, is_video
     from senet_transfer.engine.predictor.load import load
-    from senet_transfer.engine.predictor.predictor import Classifier
+    from senet_transfer.engine.predictor.predictor import ClassifierPredictor
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; expected 1 or more.")
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         threshold=args.threshold,
     )
-    classifies = isinstance(predictor, Classifier)
+    classifies = isinstance(predictor, ClassifierPredictor)
     if args.cam and not classifies:
         raise UserError("--cam requires a classifier, but the model is a detector. Omit --cam.")
     options = {"draw": True if args.cam else args.draw, "quiet": args.quiet}

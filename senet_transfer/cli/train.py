@@ -50,6 +50,9 @@ def run_options(args: argparse.Namespace) -> "RunOptions":
         deterministic=args.deterministic,
         quiet=args.quiet,
         overwrite=args.overwrite,
+        data=args.data,
+        val=args.val,
+        images=args.images,
     )
 
 

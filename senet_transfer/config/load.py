@@ -20,7 +20,7 @@ from senet_transfer.config.defaults import (
     get_senet_config,
     set_config_value,
 )
-from senet_transfer.config.validation import check_elements
+from senet_transfer.config.validation import MOST_CHANNELS, check_elements
 from senet_transfer.errors import UserError
 
 # Keys whose values may have several types: whole numbers or fractions of epochs, or text or a list.
@@ -52,6 +52,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         _check_config_file(config_file)
         with _merge_errors(config_file), _accepts_auto(cfg):
             _merge_file(cfg, config_file)
+        _use_one_schedule(cfg, _schedule_keys(config_file))
         _keep(cfg, _stated_keys(config_file))
     merge_options(cfg, options)
     return cfg
@@ -80,9 +81,24 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
         with _merge_errors("the command line"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
+        _use_one_schedule(cfg, set(options[::2]))
         _keep(cfg, set(options[::2]))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+    _use_channels(cfg)
+
+
+def _use_channels(cfg: CfgNode) -> None:
+    """Set the image format to that of ``INPUT.CHANNELS``, if it is set."""
+    channels = cfg.INPUT.CHANNELS
+    if channels is None:
+        return
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise UserError(
+            f"INPUT.CHANNELS is {channels!r}; expected a number from 1 to {MOST_CHANNELS}, or None "
+            "for colour and grey images."
+        )
+    cfg.INPUT.FORMAT = f"C{channels}"
 
 
 def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
@@ -95,6 +111,40 @@ def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
         default = get_senet_config()
         for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
             cfg.MODEL[key] = default.MODEL[key]
+
+
+def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
+    """Remove the schedule in epochs or in iterations that the user's settings replace.
+
+    Args:
+        cfg: The config, which is changed in place.
+        stated: The keys that the user sets. If they include both schedules, nothing is removed.
+    """
+    default = get_senet_config().SOLVER
+    if "SOLVER.EPOCHS" in stated and "SOLVER.MAX_ITER" not in stated:
+        if cfg.SOLVER.EPOCHS is None:
+            return
+        for key in {"MAX_ITER", "STEPS"} - {key.removeprefix("SOLVER.") for key in stated}:
+            cfg.SOLVER[key] = default[key]
+    elif "SOLVER.MAX_ITER" in stated and "SOLVER.EPOCHS" not in stated:
+        cfg.SOLVER.EPOCHS = None
+
+
+def _schedule_keys(path: str) -> set[str]:
+    """Return the keys in a config file, or in the nearest of its bases with a schedule."""
+    if "://" in path:
+        return set()
+    with open(path) as file:
+        content = yaml.safe_load(file) or {}
+    bases = content.pop(BASE_KEY, [])
+    found = set(_dotted(content))
+    if found & {"SOLVER.EPOCHS", "SOLVER.MAX_ITER"}:
+        return found
+    for base in reversed(bases if isinstance(bases, list) else [bases]):
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if found := _schedule_keys(base):
+            return found
+    return set()
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:

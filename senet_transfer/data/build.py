@@ -33,6 +33,7 @@ from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.text import first_of
 
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
@@ -61,7 +62,8 @@ def use_classification_datasets(
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
             f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected exactly one: a "
-            "folder of shards, or a folder with one folder per class. Set it to a single data set."
+            "folder of shards, a CSV file, or a folder with one folder per class. Set it to a "
+            "single data set."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
@@ -218,8 +220,8 @@ def find_dataset(name: str) -> str:
         remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
     else:
         remedy = (
-            "Expected a folder of shards, an official distribution of Places365 or CIFAR, or a "
-            "folder with one folder per class"
+            "Expected a folder of shards, an official distribution of Places365 or CIFAR, a CSV "
+            "file with the columns path and label, or a folder with one folder per class"
         )
     raise UserError(
         f"Data set {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
@@ -288,6 +290,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         interpolation=options.INTERPOLATION,
         draft=options.DRAFT,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
         augment=build_augmentation(cfg),
     )
 
@@ -301,6 +304,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
         crop=options.TEST_CROP,
         interpolation=options.INTERPOLATION,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
     )
 
 

@@ -49,6 +49,11 @@ class RaisingLoader:
             raise TypeError(f"{type(self.loader).__name__} has no length")
         return len(self.loader)
 
+    @property
+    def dataset(self) -> Any:
+        """Return the data set of the wrapped PyTorch data loader."""
+        return self.loader.dataset  # type: ignore[attr-defined]  # an iterable may have none
+
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
             for item in batch if isinstance(batch, list) else [batch]:

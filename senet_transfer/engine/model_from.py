@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -20,8 +21,9 @@ from senet_transfer.errors import UserError
 from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
-from senet_transfer.models.registry import model_entry
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.models.registry import list_models, model_entry
+from senet_transfer.preprocessing import Preprocessing, channels_of
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.choice import Choice, config_choice, stated_values
 from senet_transfer.weights.file_geometry import (
@@ -29,7 +31,11 @@ from senet_transfer.weights.file_geometry import (
     examine_config_weights,
     local_weights,
 )
-from senet_transfer.weights.load import load_source
+from senet_transfer.weights.formats.timm_config import read_timm_config
+from senet_transfer.weights.hub.catalogue import only_in_timm, own_model
+from senet_transfer.weights.hub.timm_networks import PREFIX as TIMM_PREFIX
+from senet_transfer.weights.hub.timm_networks import is_timm
+from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
 logger = logging.getLogger(__name__)
@@ -94,12 +100,14 @@ class ModelSource:
         apply_file_classes(cfg, source)
         return replace(self, cfg=cfg, source=source)
 
-    def build(self, device: str = "") -> LoadedModel:
+    def build(self, device: str = "", *, backbone_only: bool = False) -> LoadedModel:
         """Build the model with the geometry of its weight file, and load all of its weights.
 
         Args:
             device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
                 there are no GPUs, the model is built on the CPU.
+            backbone_only: If True, the weight file may have no classifier, or one for a different
+                number of classes. The model's linear layer is then random.
 
         Raises:
             UserError: If the weight file can't be read or does not match the model (including the
@@ -117,8 +125,20 @@ class ModelSource:
         apply_file_geometry(cfg, source)
         with weights_follow():
             model = set_memory_format(cfg, build_model(cfg))
-        load_source(model, source, exact=True)
+        report = load_source(model, source, exact=not backbone_only)
+        _check_backbone(report)
         return LoadedModel(model.eval(), cfg, source.family.name)
+
+
+def _check_backbone(report: LoadReport) -> None:
+    """Raise a UserError if a part of a classifier other than its linear layer is not loaded."""
+    random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
+    if random:
+        raise UserError(
+            f"{report.path} has no weights for {len(random)} tensors of the model: "
+            f"{first_of(list(random), 3)} ({next(iter(random.values()))}). Use weights for this "
+            "network, or build the file's network."
+        )
 
 
 def _check_class_count(cfg: CfgNode, config_file: str) -> None:
@@ -216,15 +236,33 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
     return fill_empty(model).eval()
 
 
+def _timm_network(path: str) -> str:
+    """Return the name of timm's network that the ``config.json`` next to a weight file states.
+
+    Returns:
+        A name such as "timm/regnety_002". Empty if this project has the network, or if there is no
+        such file.
+    """
+    stated = read_timm_config(Path(path))
+    if stated is None or own_model(stated.architecture.removeprefix("legacy_")) in list_models():
+        return ""
+    return TIMM_PREFIX + stated.architecture
+
+
 def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
     """Return the config and the weights of the classifier built by ``create_classifier``."""
     if name:
         model_entry(name)  # Reject an unknown name before reading a large file.
     source = None
+    if not name and only_in_timm(weights):
+        name = weights
+    if is_timm(name):
+        choice["network"] = name
     if weights:
         path, found = local_weights(weights, family or None)
+        if not name and (network := _timm_network(path)):
+            choice["network"] = network
         source = examine(path, found, **choice)
-    architecture = source.architecture if source else None
     name = name or (source.model_name if source else "")
     if not name:
         raise UserError(
@@ -240,6 +278,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.INPUT.FORMAT = preprocessing.format
+    cfg.INPUT.CHANNELS = channels_of(preprocessing.format)
     cfg.MODEL.PIXEL_MEAN = list(preprocessing.mean)
     cfg.MODEL.PIXEL_STD = list(preprocessing.std)
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize
@@ -247,8 +286,8 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
     if preprocessing.resize == SIDE:
         cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation for CIFAR.
-    if architecture and architecture.classes:
-        cfg.MODEL.CLASSIFIER.NUM_CLASSES = architecture.classes
+    if source and source.num_classes:
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = source.num_classes
     for option, value in (source.options() if source else {}).items():
         cfg.merge_from_list([OPTION_KEYS[option], value])
     return cfg, source

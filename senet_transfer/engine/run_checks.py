@@ -32,7 +32,12 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
 from senet_transfer.weights.formats.sniff import sniff
-from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published, nearest_names
+from senet_transfer.weights.hub.catalogue import (
+    catalogue_entry,
+    names_published,
+    nearest_names,
+    only_in_timm,
+)
 from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -89,6 +94,12 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
             check_detection_augmentation(cfg)
             _warn_of_sampler(cfg)
         _warn_of_learning_rate(cfg)
+
+
+def scratch_hint(cfg: CfgNode) -> str:
+    """Return a sentence that names the recipe for training without pretrained weights."""
+    name = "scratch_folder" if is_classification(cfg) else "scratch_detector"
+    return f"To train without pretrained weights, use --config-file configs/{name}.yaml."
 
 
 def check_augmentation(cfg: CfgNode) -> None:
@@ -163,7 +174,8 @@ def _check_anchors(cfg: CfgNode) -> None:
 def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and names_published(weights):
-        catalogue_entry(weights)
+        if not only_in_timm(weights):
+            catalogue_entry(weights)
     elif is_hub_name(weights):
         hub_weights(weights)
     elif weights and os.path.isdir(weights):
@@ -174,8 +186,7 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             f"MODEL.WEIGHTS is {weights}, but this file does not exist "
             f"({os.path.abspath(weights)}). Set MODEL.WEIGHTS to the path of a pretrained weight "
-            "file. To train from scratch, use MODEL.WEIGHTS '' MODEL.RESNETS.NORM GN "
-            f"MODEL.BACKBONE.FREEZE_AT 0.{hint}"
+            f"file.{hint} {scratch_hint(cfg)}"
         )
     if weights:
         return
@@ -188,9 +199,9 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         raise UserError(
             "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but frozen batch norms "
-            "need pretrained statistics. Set MODEL.WEIGHTS to a weight file, or train from scratch "
-            "with MODEL.RESNETS.NORM GN (or BN with at least 8 images per process) and "
-            "MODEL.BACKBONE.FREEZE_AT 0."
+            f"need pretrained statistics. Set MODEL.WEIGHTS to a weight file. {scratch_hint(cfg)} "
+            "In another config, set MODEL.RESNETS.NORM GN (or BN with at least 4 images per "
+            "process) and MODEL.BACKBONE.FREEZE_AT 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(
@@ -267,12 +278,6 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
 def _check_solver(cfg: CfgNode) -> None:
     _check_compile(cfg)
     check_epochs(cfg)
-    if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
-        raise UserError(
-            f"SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}, but a schedule in epochs is only supported for "
-            "classifiers. For a detector, set SOLVER.EPOCHS to None and SOLVER.MAX_ITER to the "
-            "number of iterations."
-        )
     counted = cfg.SOLVER.EPOCHS is not None and cfg.TEST.EVAL_EPOCHS
     evaluates = (cfg.TEST.EVAL_PERIOD > 0 or counted) and cfg.DATASETS.TEST
     plateau = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR"
@@ -344,6 +349,11 @@ def _check_compile(cfg: CfgNode) -> None:
         raise UserError(
             "SOLVER.COMPILE is graph, which supports a single process, but this run has "
             f"{comm.get_world_size()}. {remedy}"
+        )
+    if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
+        raise UserError(
+            "SOLVER.COMPILE is graph, but SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) changes which "
+            f"parameters are trained, which a captured step can't follow. {remedy}"
         )
     options = cfg.MODEL.CLASSIFIER
     if is_classification(cfg) and (options.MIXUP or options.CUTMIX):

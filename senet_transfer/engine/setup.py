@@ -46,12 +46,16 @@ from senet_transfer.engine.checkpoints.output_folder import (
 )
 from senet_transfer.engine.checkpoints.resume import check_changes
 from senet_transfer.engine.numerics import apply_settings, resolve_auto, settings
-from senet_transfer.engine.run_checks import check_run
+from senet_transfer.engine.recipe.make import use_recipe
+from senet_transfer.engine.run_checks import check_run, scratch_hint
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.environment import environment_report
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
+from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published
+from senet_transfer.weights.mapping.source import Source
 
 # Environment variables in which launchers count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -73,6 +77,9 @@ class RunOptions:
         deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
         overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
+        data: Training data, for which a config is made instead of reading ``config_file``.
+        val: Validation data. If empty, it is searched for in ``data``.
+        images: Image folder of the JSON files in ``data`` and ``val``. If empty, it is found.
     """
 
     config_file: str = ""
@@ -84,6 +91,9 @@ class RunOptions:
     deterministic: bool = False
     quiet: bool = False
     overwrite: bool = False
+    data: str = ""
+    val: str = ""
+    images: str = ""
 
 
 def setup(options: RunOptions) -> CfgNode:
@@ -102,7 +112,8 @@ def setup(options: RunOptions) -> CfgNode:
         UserError: If the run can't start with these options.
     """
     try:
-        cfg = _prepare(options)
+        with use_recipe(options, resume=options.resume or _restarted()) as used:
+            cfg = _prepare(used)
     except UserError as error:
         error.on_all_ranks = True
         raise
@@ -183,7 +194,7 @@ def _prepare(options: RunOptions) -> CfgNode:
     if not is_classification(cfg):
         _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
-    source = examine_config_weights(cfg, resumed)
+    source = _examine_weights(cfg, resumed, eval_only=eval_only)
     if source:
         apply_file_geometry(cfg, source)
         names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
@@ -196,6 +207,17 @@ def _prepare(options: RunOptions) -> CfgNode:
         if options.overwrite and comm.is_main_process():
             drop_earlier_log(cfg.OUTPUT_DIR, logged)
     return cfg
+
+
+def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> Source | None:
+    """Examine the weight file; if it can't be downloaded, name the recipe that needs none."""
+    try:
+        return examine_config_weights(cfg, resumed)
+    except UserError as error:
+        name = cfg.MODEL.WEIGHTS
+        if eval_only or resumed or not names_published(name) or catalogue_entry(name).path.exists():
+            raise
+        raise UserError(f"{error} {scratch_hint(cfg)}") from error
 
 
 def _config_of_start(cfg: CfgNode, logger: logging.Logger) -> CfgNode | None:
@@ -404,6 +426,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
                 mode=cfg.DATALOADER.CHECK_IMAGES,
                 value_range=cfg.INPUT.VALUE_RANGE,
                 max_size=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
+                image_format=cfg.INPUT.FORMAT if channels_of(cfg.INPUT.FORMAT) else "BGR",
             )
         except UserError as error:
             problem = str(error)

@@ -4,7 +4,7 @@ Importing this package registers all models by name and with Detectron2.
 """
 
 from senet_transfer.layers.rotated_boxes import define_missing_operators
-from senet_transfer.models import backbones  # noqa: F401
+from senet_transfer.models import backbones, timm_backbone  # noqa: F401
 from senet_transfer.models.classifier import Classifier, create_classifier
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.models.registry import create_backbone, list_models

@@ -99,6 +99,11 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
             f"MODEL.BACKBONE.ARCH is {entry.name}, which has SE, but MODEL.SE.ENABLED is False. "
             "Set ARCH to the network without SE, or remove MODEL.SE.ENABLED."
         )
+    if cfg.MODEL.SE.ENABLED and entry.network:
+        raise UserError(
+            f"MODEL.SE.ENABLED is True, but {entry.name} has the SE layers that timm gives it, if "
+            "any. Set MODEL.SE.ENABLED to None, or use a network of this project."
+        )
     if cfg.MODEL.SE.ENABLED and not entry.has_se:
         return model_entry(f"se_{entry.name}")
     return entry
@@ -175,7 +180,7 @@ def build_retinanet_senet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 
 
 def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
-    if getattr(backbone.stem, "pool", "") == "none":
+    if getattr(getattr(backbone, "stem", None), "pool", "") == "none":
         raise UserError(
             f"MODEL.BACKBONE.ARCH is {cfg.MODEL.BACKBONE.ARCH}, which is for classification only: "
             "without a max pool in the stem, its feature maps have strides 2 to 16, but those of "
@@ -240,5 +245,10 @@ class SENetRes5ROIHeads(Res5ROIHeads):
         # Build the whole backbone and keep only its last stage. A separate description of this
         # stage could get out of sync with the backbone.
         entry, options = backbone_from_config(cfg)
+        if entry.network:
+            raise UserError(
+                f"MODEL.BACKBONE.ARCH is {entry.name}, but a C4 head takes its last stage from one "
+                "of this project's networks. Use a detector with an FPN."
+            )
         backbone = build_backbone(entry, out_features=["res5"], **{**options, "freeze_at": 0})
         return backbone.res5, backbone.output_shape()["res5"].channels

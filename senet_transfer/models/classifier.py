@@ -121,7 +121,9 @@ def create_classifier(
             "it, or use create_backbone."
         )
     stated = stated_options(entry, overrides)
-    source = examine_weights(weights, family, prefix=prefix, ema=ema, head=head, stated=stated)
+    source = examine_weights(
+        weights, family, prefix=prefix, ema=ema, head=head, stated=stated, network=entry.network
+    )
     model = build_classifier(entry, num_classes, source, dropout=dropout, **overrides)
     if source is not None:
         load_source(model, source)
@@ -146,8 +148,9 @@ def build_classifier(
             default.
         overrides: Options of :func:`~senet_transfer.models.registry.build_backbone`.
     """
+    out_features = [entry.pooled] if entry.pooled else None
     return Classifier(
-        build_backbone(entry, source, **overrides),
+        build_backbone(entry, source, out_features=out_features, **overrides),
         num_classes=num_classes,
         dropout=entry.dropout if dropout is None else dropout,
         neck=entry.neck,

@@ -107,11 +107,11 @@ class ImageClassifier(Classifier):
         if cfg.MODEL.BACKBONE.NAME == _BACKBONE_BUILDER:
             cfg = cfg.clone()
             cfg.defrost()
-            # An empty list selects the last stage. Detectron2's default is res4.
-            cfg.MODEL.RESNETS.OUT_FEATURES = []
             # Detectors need aligned feature maps, but the published classifiers do not use padding.
             cfg.MODEL.BACKBONE.PADDING = cfg.MODEL.BACKBONE.PADDING or "valid"
             entry, _ = backbone_from_config(cfg)
+            # An empty list selects the last stage. Detectron2's default is res4.
+            cfg.MODEL.RESNETS.OUT_FEATURES = [entry.pooled] if entry.pooled else []
             dropout = entry.dropout if dropout is None else dropout
             neck = entry.neck
         return {

@@ -17,10 +17,11 @@ from torch import nn
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.fused.functions import check_fused, set_fused
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.weights.choice import Choice
 from senet_transfer.weights.families.statements import WIDE_RESNET
 from senet_transfer.weights.hub.catalogue import locate_weights
+from senet_transfer.weights.hub.timm_networks import is_timm
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.source import Source, examine
 
@@ -49,6 +50,7 @@ class ModelEntry:
         neck: Function that builds the module between a classifier's last feature map and its linear
             layer. It takes the number of channels of the feature map and ``dropout``. The module
             must have an attribute ``out_channels``. None uses global average pooling.
+        pooled: Name of the feature that a classifier uses; empty for the last feature map.
     """
 
     name: str
@@ -58,6 +60,12 @@ class ModelEntry:
     dropout: float = 0.0
     preprocessing: Preprocessing = Preprocessing()
     neck: Callable[..., nn.Module] | None = None
+    pooled: str = ""
+
+    @property
+    def network(self) -> str:
+        """Return the name of timm's network, or an empty string for this project's networks."""
+        return self.name if is_timm(self.name) else ""
 
     def options(self) -> list[str]:
         """Return the names of the ``build`` arguments that the model name does not determine."""
@@ -70,6 +78,10 @@ _MODELS: dict[str, ModelEntry] = {}
 
 # Keys are name patterns, whose named groups are integer arguments of `build`.
 _FAMILIES: dict[str, ModelEntry] = {}
+
+# Keys are prefixes of names of another package's models. Values are functions that return the model
+# with a name, and the names that match a pattern.
+_PREFIXES: dict[str, tuple[Callable[[str], ModelEntry], Callable[[str], list[str]]]] = {}
 
 
 def register_model(
@@ -113,12 +125,29 @@ def register_family(
     _FAMILIES[pattern] = ModelEntry(pattern, build, fixed, False, preprocessing=preprocessing)
 
 
+def register_prefix(
+    prefix: str, entry: Callable[[str], ModelEntry], names: Callable[[str], list[str]]
+) -> None:
+    """Register all models whose names start with a prefix.
+
+    Args:
+        prefix: Prefix, such as "timm/".
+        entry: Function that returns the model with a name, or raises UserError.
+        names: Function that returns the names that match a shell-style pattern with this prefix.
+    """
+    _PREFIXES[prefix] = (entry, names)
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names of the models that match a shell-style pattern, such as "se_*".
 
     The list contains the paper's models. CIFAR networks of other depths and widths can also be
-    built by name, for example ``cifar_resnet20`` and ``se_wrn28_10``.
+    built by name, for example ``cifar_resnet20`` and ``se_wrn28_10``. A pattern such as
+    "timm/regnety*" lists timm's networks instead.
     """
+    for prefix, (_, names) in _PREFIXES.items():
+        if pattern.startswith(prefix):
+            return sorted(names(pattern))
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
@@ -128,6 +157,9 @@ def model_entry(name: str) -> ModelEntry:
     Raises:
         UserError: If there is no model with this name.
     """
+    for prefix, (prefixed, _) in _PREFIXES.items():
+        if isinstance(name, str) and name.startswith(prefix):
+            return prefixed(name)
     entry = (_MODELS.get(name) or _family_entry(name)) if isinstance(name, str) else None
     if entry is None:
         near = difflib.get_close_matches(str(name), _MODELS, n=4, cutoff=0.5)
@@ -175,6 +207,11 @@ def build_backbone(
     """
     overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
+    if se and entry.network:
+        raise UserError(
+            f"se_{next(iter(se))} can't be set for {entry.name}, because timm builds its SE "
+            "layers, if it has any. Remove the option, or use a network of this project."
+        )
     if se and not entry.has_se:
         raise UserError(
             f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Use a model whose name "
@@ -200,10 +237,19 @@ def build_backbone(
         norm=norm,
         **overrides,
     )
-    pixels = entry.preprocessing
-    backbone.preprocessing = pixels.grey() if overrides.get("in_channels") == 1 else pixels
+    backbone.preprocessing = _pixels(entry.preprocessing, overrides.get("in_channels", 3), source)
     set_fused(backbone, fused)
     return backbone
+
+
+def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
+    """Return the preprocessing for a number of input channels, in the format of the file."""
+    own = source.preprocessing if source else None
+    if own and channels_of(own.format) == channels:
+        return own
+    if channels == 3:
+        return pixels
+    return pixels.grey() if channels == 1 else pixels.with_channels(channels)
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
@@ -239,9 +285,10 @@ def create_backbone(
     use ``padding="same"`` for detectors.
 
     Args:
-        name: Model name; see :func:`list_models`.
+        name: Model name; see :func:`list_models`. "timm/NAME" is a network that timm builds.
         weights: Path of a weight file of any family, or a name from ``list_catalogue()``; see
-            :func:`senet_transfer.load_weights`.
+            :func:`senet_transfer.load_weights`. For timm's networks, a file with the state dict of
+            this network, or "timm/NAME" with the name of its pretrained weights.
         family: Family of the file, required only if several families use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks; see
             :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
@@ -266,7 +313,9 @@ def create_backbone(
     """
     entry = model_entry(name)
     stated = stated_options(entry, overrides)
-    source = examine_weights(weights, family, prefix=prefix, ema=ema, head=head, stated=stated)
+    source = examine_weights(
+        weights, family, prefix=prefix, ema=ema, head=head, stated=stated, network=entry.network
+    )
     backbone = build_backbone(
         entry, source, out_features=out_features, norm=norm, fused=fused, **overrides
     )
@@ -327,8 +376,8 @@ def _with_file_options(
         )
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
     stated = {key: value for key, value in source.options().items() if key in known}
-    if source.preprocessing and len(source.preprocessing.mean) == 1:
-        stated["in_channels"] = 1
+    if source.preprocessing and len(source.preprocessing.mean) != 3:
+        stated["in_channels"] = len(source.preprocessing.mean)
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

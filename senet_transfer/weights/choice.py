@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from senet_transfer.config.defaults import FILE_KEYS, config_value
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.weights.families.statements import WIDE_RESNET
+from senet_transfer.weights.hub.timm_networks import is_timm
 
 HEADS = ("strict", "ignore")
 
@@ -20,12 +21,15 @@ class Choice(TypedDict, total=False):
         ema: Whether to load the averaged weights; None or "auto" follows the file's project.
         head: "strict" or "ignore".
         stated: Geometry and preprocessing set by the user, by field name.
+        network: Name of timm's network whose state dict the file contains, unless this project
+            wrote the file; empty for this project's networks.
     """
 
     prefix: str | None
     ema: bool | str | None
     head: str
     stated: tuple[tuple[str, Any], ...]
+    network: str
 
 
 # Names of the fields of Geometry and Preprocessing, and their config keys.
@@ -71,6 +75,7 @@ def config_choice(cfg: CfgNode) -> Choice:
         ema=checked_ema(cfg.MODEL.WEIGHTS_EMA),
         head=cfg.MODEL.WEIGHTS_HEAD,
         stated=stated_values(cfg),
+        network=cfg.MODEL.BACKBONE.ARCH if is_timm(cfg.MODEL.BACKBONE.ARCH) else "",
     )
 
 

@@ -58,7 +58,8 @@ def _metadata(target: Target) -> dict[str, Any]:
             preprocessing, format=pixels.format, mean=pixels.mean, std=pixels.std
         )
     source = getattr(target.backbone, "weights_source", {})
-    return own_metadata(target.architecture, target.geometry, preprocessing, source)
+    metadata = own_metadata(target.architecture, target.geometry, preprocessing, source)
+    return {**metadata, "model": target.network} if target.network else metadata
 
 
 def own_metadata(

@@ -2,21 +2,30 @@
 
 import json
 import math
+import statistics
 import subprocess
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 
 from senet_transfer import UserError
 from senet_transfer.analysis.repeated_runs import (
     finished,
+    fold_options,
     mean_and_deviation,
     metrics,
     run_once,
     run_seeds,
-    seeds_report,
+    runs_report,
 )
+from senet_transfer.cli.analysis.sweep import command as sweep
+from senet_transfer.cli.data import prepare
+from senet_transfer.config.load import load_config
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images
+from senet_transfer.data.detection.coco import register_datasets
+from senet_transfer.data.split_files import split_data
+from senet_transfer.data.splits import Split
 
 CONFIG = "configs/instant/cifar10_se_resnet20.yaml"
 
@@ -94,11 +103,57 @@ def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
         (["SEED", "3"], "seed3", {"quiet": True}),
         (["SEED", "5"], "seed5", {"quiet": True}),
     ]
-    report = seeds_report(config, [], found).splitlines()
+    report = runs_report(config, [], {f"seed {n}": found[n] for n in found}).splitlines()
+    header = [cell.strip() for cell in report[0].strip("|").split("|")]
+    assert header == ["", "seed 3", "seed 5", "mean", "std"]
     cells = [cell.strip() for cell in report[2].strip("|").split("|")]
     assert cells == ["classification/top1_error", "7.000", "8.000", "7.500", "0.707"]
     assert "SE-ResNet-110: 5.21" in report[-1]
     assert "Table IV" in report[-1]
+
+
+@pytest.mark.long
+def test_a_classifier_is_trained_on_each_fold(tree, tmp_path, run_python, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "senet_transfer.analysis.repeated_runs.subprocess.run",
+        lambda command, **_: run_python(*command[1:]),
+    )
+    folds, output = tmp_path / "folds", tmp_path / "output"
+    prepare("split", [str(tree), "--output", str(folds), "--folds", "2"])
+    words = ["--config-file", CONFIG, "--folds", str(folds), "--output", str(output), "--quiet"]
+    sweep([*words, "MODEL.BACKBONE.ARCH", "cifar_resnet8"])
+    table = capsys.readouterr().out
+    rows = {row[1]: row[3::2] for row in map(str.split, table.splitlines()) if len(row) > 4}
+    errors = []
+    for fold in ("fold0", "fold1"):
+        found = finished(output / fold)["classification"]
+        lines = (folds / f"{fold}_val.csv").read_text().splitlines()
+        assert found["images"] == len(lines) - 1 == 8
+        errors.append(found["top1_error"])
+    expected = [*errors, statistics.mean(errors), statistics.stdev(errors)]
+    assert rows["classification/top1_error"][:4] == [f"{value:.3f}" for value in expected]
+
+
+@pytest.mark.long
+def test_folds_of_a_detector_are_registered_with_their_images(shared_data, tmp_path):
+    root = shared_data / "coco128"
+    source, images = root / "annotations" / "instances_train2017.json", root / "train2017"
+    split_data(source, tmp_path, Split(folds=2))
+    config = "configs/instant/demo_faster_rcnn_se_r18.yaml"
+    folds = fold_options(config, tmp_path, [], images=images)
+    cfg = load_config(config, folds["fold1"])
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("fold1_train",), ("fold1_val",))
+    register_datasets(cfg.DATASETS.REGISTER)
+    numbers = [len(DatasetCatalog.get(name)) for name in ("fold1_train", "fold1_val")]
+    written = [
+        json.loads((tmp_path / f"fold1_{part}.json").read_text()) for part in ("train", "val")
+    ]
+    assert numbers == [len(content["images"]) for content in written]
+    assert sum(numbers) == 128
+    with pytest.raises(UserError, match="image folder with --images"):
+        fold_options(config, tmp_path, [])
+    with pytest.raises(UserError, match=r"contains 0 folds for .*; expected fold0_train.csv"):
+        fold_options(CONFIG, tmp_path, [])
 
 
 def test_mean_and_deviation_are_those_of_a_sample():

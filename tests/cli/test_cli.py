@@ -35,7 +35,8 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
     # Our default is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
-    own = {"classes", "dataset", "deterministic", "iou_types", "overwrite", "quiet"}
+    own = {"classes", "data", "dataset", "deterministic", "images", "iou_types", "overwrite"}
+    own |= {"quiet", "val"}
     assert set(ours) - set(theirs) == own
 
 

@@ -20,7 +20,7 @@ from senet_transfer.data.detection.coco import flip_pairs, register_coco_dataset
 from senet_transfer.data.detection.mapper import read_labels
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.load import load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from senet_transfer.evaluation.evaluators import check_evaluators, evaluator_kinds
@@ -86,7 +86,9 @@ def trained(args) -> Trainer:
 def predicted(images, tmp_path) -> dict:
     loaded = load_trained(str(tmp_path / "run" / "model_final.pth"))
     paths = [str(image.path) for image in images]
-    predict_files(Detector.of(loaded, threshold=0), paths, str(tmp_path / "out"), quiet=True)
+    predict_files(
+        DetectorPredictor.of(loaded, threshold=0), paths, str(tmp_path / "out"), quiet=True
+    )
     assert len(list((tmp_path / "out").glob("*.jpg"))) == len(images)
     return json.loads((tmp_path / "out" / "predictions.json").read_text())
 

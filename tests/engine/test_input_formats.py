@@ -16,7 +16,7 @@ from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.model_from import find_model
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.load import load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.train import main
 from senet_transfer.export.write import export_model
@@ -42,7 +42,9 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
     photo = next((shapes / "val").glob("*.jpg"))
     grey = tmp_path / "grey.png"
     Image.open(photo).convert("L").save(grey)
-    path = predict_files(Detector.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out"))
+    path = predict_files(
+        DetectorPredictor.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out")
+    )
     found = json.loads(Path(path).read_text())["annotations"]
     # The expected detections are those of Detectron2's model for the grey pixels alone.
     image = cv2.imread(str(grey), cv2.IMREAD_GRAYSCALE)[:, :, None]

@@ -12,18 +12,21 @@ from senet_transfer.cli.train import run_options
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.setup import RunOptions, resumes, setup, use_named_datasets
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.weights.hub import download
+from senet_transfer.weights.hub.catalogue import catalogue_entry, load_catalogue
 from tests.engine.conftest import SMALL
 
 FROZEN = {"MODEL.RESNETS.NORM": "FrozenBN"}
+SCRATCH = r"configs/scratch_detector\.yaml"
 
 
 @pytest.mark.parametrize(
     ("flags", "overrides", "words"),
     [
-        ((), FROZEN, "FrozenBN and MODEL.WEIGHTS is empty.*NORM GN"),
+        ((), FROZEN, f"FrozenBN and MODEL.WEIGHTS is empty.*{SCRATCH}.*NORM GN"),
         (("--resume",), {}, "nothing to resume.*OUTPUT_DIR"),
         (("--eval-only",), {}, "random weights"),
-        ((), {"MODEL.WEIGHTS": "no/such.pth"}, "MODEL.WEIGHTS is no/such.pth.*does not exist"),
+        ((), {"MODEL.WEIGHTS": "no/such.pth"}, f"no/such.pth, but .* not exist.*{SCRATCH}"),
         ((), {"DATASETS.TRAIN": "('owm',)"}, "owm.*--dataset"),
         ((), {"MODEL.META_ARCHITECTURE": "RetinaNet", "TEST.AUG.ENABLED": "True"}, "augmentation"),
         ((), {"MODEL.SE.RATIOS": "8"}, "Did you mean MODEL.SE.RATIO or"),
@@ -49,6 +52,20 @@ def test_a_run_that_could_only_waste_time_is_refused_with_the_remedy(
 ):
     with pytest.raises(UserError, match=f"(?s){words}"):
         setup(command(*flags, **overrides))
+
+
+def test_weights_that_cannot_be_downloaded_are_answered_with_the_recipe_without(
+    command, monkeypatch, tmp_path
+):
+    # Nothing listens on this port.
+    entry = replace(
+        catalogue_entry("cadene/se_resnet50"), url="http://127.0.0.1:9/a.pth", file="a.pth"
+    )
+    monkeypatch.setitem(load_catalogue(), "cadene/se_resnet50", entry)
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"(?s)download.*{SCRATCH}"):
+        setup(command(**{"MODEL.WEIGHTS": "cadene/se_resnet50"}))
 
 
 def test_coco_that_is_not_on_disk_is_answered_with_layout_source_and_commands(

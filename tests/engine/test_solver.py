@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from senet_transfer import UserError, create_classifier
 from senet_transfer.config import get_senet_config
-from senet_transfer.config.load import load_config
+from senet_transfer.config.load import find_config, load_config
 from senet_transfer.engine.solver import (
     build_lr_scheduler,
     build_optimizer,
@@ -88,6 +88,27 @@ def test_epochs_are_iterations_rounded_up():
 def test_counting_in_both_or_in_nonsense_is_refused(overrides, words):
     with pytest.raises(UserError, match=words):
         check_epochs(config(**overrides))
+
+
+def test_the_last_schedule_replaces_one_in_other_units(tmp_path):
+    defaults = get_senet_config().SOLVER
+    replaced = load_config("faster_rcnn_se_r50", ["SOLVER.EPOCHS", "12"]).SOLVER
+    assert (replaced.EPOCHS, replaced.MAX_ITER) == (12, defaults.MAX_ITER)
+    assert defaults.STEPS == replaced.STEPS
+    replaced = load_config("places365_se_r152", ["SOLVER.MAX_ITER", "20"]).SOLVER
+    assert (replaced.EPOCHS, replaced.MAX_ITER) == (None, 20)
+    own = tmp_path / "own.yaml"
+    for base, schedule in (
+        ("places365_se_r152", "{MAX_ITER: 20}"),
+        ("faster_rcnn_se_r50", "{EPOCHS: 12}"),
+    ):
+        own.write_text(f"_BASE_: {find_config(base)}\nSOLVER: {schedule}\n")
+        check_epochs(load_config(str(own)))
+    # The nearest of several files with a schedule decides.
+    assert load_config(str(own)).SOLVER.EPOCHS == 12
+    (tmp_path / "mine.yaml").write_text("_BASE_: own.yaml\nSOLVER: {MAX_ITER: 30}\n")
+    solver = load_config(str(tmp_path / "mine.yaml")).SOLVER
+    assert (solver.EPOCHS, solver.MAX_ITER) == (None, 30)
 
 
 def test_whole_numbers_are_taken_where_the_key_holds_a_fraction():

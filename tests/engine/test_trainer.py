@@ -18,7 +18,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.inputs import find_photos
 from senet_transfer.engine.predictor.load import load, load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.engine.setup import resumes, setup
 from senet_transfer.engine.trainer import Trainer
 
@@ -65,6 +65,35 @@ def test_mixed_precision_trains_and_resumes_on_any_device(command, dtype, tmp_pa
     assert ("scale" in scaler) == (dtype == "float16")
     resumed = train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     assert resumed.start_iter == 1
+
+
+@pytest.mark.long
+def test_an_epoch_of_a_detector_consists_of_the_images_with_objects(command, shapes, tmp_path):
+    content = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
+    empty = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != empty]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    keys = {
+        "DATASETS.REGISTER": str([["few", str(tmp_path / "few.json"), f"{shapes}/tiny"]]),
+        "DATASETS.TRAIN": "('few',)",
+        "SOLVER.EPOCHS": "2",
+        "SOLVER.STEP_EPOCHS": "(0.5, 1)",
+        "SOLVER.WARMUP_EPOCHS": "0.25",
+        "SOLVER.CHECKPOINT_EPOCHS": "0.5",
+        "TEST.EVAL_EPOCHS": "1",
+        "SOLVER.MAX_ITER": "40000",
+        "SOLVER.STEPS": "(30000,)",
+    }
+    # 7 of the 8 images have objects, so an epoch has 3.5 steps of 2 images.
+    trainer = train(command(**keys))
+    solver = trainer.cfg.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (7, (2, 4), 1)
+    assert (solver.CHECKPOINT_PERIOD, trainer.cfg.TEST.EVAL_PERIOD) == (2, 4)
+    assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 6
+    everything = {"DATALOADER.FILTER_EMPTY_ANNOTATIONS": "False", "OUTPUT_DIR": str(tmp_path / "b")}
+    assert Trainer(setup(command(**{**keys, **everything}))).max_iter == 8
+    longer = train(command("--resume", **{**keys, "SOLVER.EPOCHS": "2.5"}))
+    assert (longer.start_iter, longer.iter) == (7, 9)
 
 
 def test_another_precision_is_refused(command):
@@ -118,7 +147,9 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
     photos = find_photos([str(shapes / "tiny"), str(shapes / "val" / "*.jpg")])[:3]
     images = [photo.name for photo in photos]
     out = tmp_path / "predictions"
-    json_file = predict_files(Detector.of(loaded, threshold=0), images, str(out), quiet=True)
+    json_file = predict_files(
+        DetectorPredictor.of(loaded, threshold=0), images, str(out), quiet=True
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
-from senet_transfer import UserError, create_backbone, create_classifier, list_models
+from senet_transfer import UserError, create_backbone, create_classifier, list_models, load
 from senet_transfer.config.load import load_config
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import find_model
@@ -230,6 +230,12 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
     if form == "aot_inductor":
         metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
         assert json.loads(metadata["classes"]) == ["a", "b", "c"]
+        image = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
+        found = load(path)(image)
+        with torch.no_grad():
+            logits = model({"image": torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)})
+        best = logits.softmax(1).max().item()
+        assert found.scores[0] == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.long

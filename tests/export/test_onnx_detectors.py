@@ -20,7 +20,7 @@ from senet_transfer.config.load import load_config
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.load import load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.export import deploy, onnx_detectors
 from senet_transfer.export.write import export_model
 
@@ -61,7 +61,7 @@ def check_detections(
     output = folder / "detections.json"
     detect_without_torch(model, *images, "--output", output, "--threshold", threshold)
     found = json.loads(output.read_text())
-    predictor = Detector.of(loaded, threshold=threshold)
+    predictor = DetectorPredictor.of(loaded, threshold=threshold)
     predicted = predict_files(predictor, images, str(folder), draw=False, quiet=True)
     expected = json.loads(Path(predicted).read_text())["annotations"]
     assert len(found) == len(expected)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from senet_transfer.analysis.complexity.count import Cost, Measured, measure
 from senet_transfer.errors import UserError
 from senet_transfer.models.classifier import Classifier
+from senet_transfer.models.timm_backbone import TimmBackbone
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,11 @@ def _detector(model: nn.Module, cfg: CfgNode, size: tuple[int, int]) -> Report:
 
 
 def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]:
-    children = model.get_submodule(backbone).named_children()
-    return {name: found.modules[f"model.{backbone}.{name}"] for name, _ in children}
+    module = model.get_submodule(backbone)
+    if isinstance(module, TimmBackbone):
+        backbone, module = f"{backbone}.net", module.net
+    costs = {name: found.modules[f"model.{backbone}.{name}"] for name, _ in module.named_children()}
+    return {name: cost for name, cost in costs.items() if cost.parameters}
 
 
 def _named(found: Measured) -> dict[str, Cost]:

@@ -18,7 +18,7 @@ from fvcore.nn import FlopCountAnalysis, jit_handles
 from fvcore.nn.jit_handles import Handle, get_shape
 from torch import Tensor, nn
 
-from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
+from senet_transfer.analysis.se_layers import is_se_layer
 
 # Convolutions and matrix products, and the fvcore functions that count their MACs.
 _PRODUCTS: dict[str, Handle] = {
@@ -37,8 +37,9 @@ _GATE = {"mean": "in", "amax": "in", "mul": "out", "addcmul": "out"}
 # Operators without cost under these rules, in addition to those that fvcore ignores by default.
 _FREE = (
     "adaptive_avg_pool2d", "add", "add_", "avg_pool2d", "batch_norm", "channel_shuffle", "clone",
-    "div", "group_norm", "lerp", "max_pool2d", "meshgrid", "mul_", "pad", "reciprocal", "rsqrt",
-    "rsub", "sigmoid", "sigmoid_", "softmax", "sub", "tanh", "unflatten", "upsample_nearest2d",
+    "div", "gelu", "group_norm", "hardsigmoid", "hardswish", "hardswish_", "layer_norm", "lerp",
+    "max_pool2d", "meshgrid", "mul_", "pad", "reciprocal", "rsqrt", "rsub", "sigmoid", "sigmoid_",
+    "silu", "silu_", "softmax", "sub", "tanh", "unflatten", "upsample_nearest2d",
 )  # fmt: skip
 
 _ACTIVATIONS, _GATE_WORK = "activations", "gate"
@@ -101,7 +102,7 @@ def measure(model: nn.Module, *inputs: Tensor) -> Measured:
     """Count the cost of one forward pass in evaluation mode.
 
     Args:
-        model: Any module. Its gates are the submodules of type :class:`SqueezeExcitation`.
+        model: Any module. Its gates are the SE layers, see :mod:`~.se_layers`.
         inputs: Inputs to the forward pass. The counts are for the whole batch.
     """
     modes = {module: module.training for module in model.modules()}
@@ -111,7 +112,7 @@ def measure(model: nn.Module, *inputs: Tensor) -> Measured:
         counts = analysis.by_module_and_operator()
     for module, training in modes.items():
         module.training = training
-    gates = {name for name, m in model.named_modules() if isinstance(m, SqueezeExcitation)}
+    gates = {name for name, m in model.named_modules() if is_se_layer(m)}
     gate_macs = {name: _products(counts[name]) + counts[name][_GATE_WORK] for name in gates}
     modules = {}
     for name, module in model.named_modules():

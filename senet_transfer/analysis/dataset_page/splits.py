@@ -1,6 +1,5 @@
 """Choice of the config and data sets of a page, and their images, labels and objects."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from senet_transfer.data.build import (
 from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import ArrayDataset, cifar_name, is_prepared
 from senet_transfer.data.detection.coco import register_shapes
-from senet_transfer.data.shards.manifest import MANIFEST
+from senet_transfer.data.own_data import find_parts
 from senet_transfer.engine.setup import use_datasets
 from senet_transfer.errors import UserError
 
@@ -175,10 +174,9 @@ def data_config(
     """Return a frozen config whose data sets are registered and checked as for training.
 
     Args:
-        data: Training data: the name of a registered data set, the path of a JSON file in COCO's
-            format, or the path of labelled images as in ``DATASETS.TRAIN`` of a classifier.
-        val: Evaluation data, in the same form.
-        images: Image folder of the JSON files; empty for the folder of each file.
+        data: Data as in ``senet train --data``, or the name of a registered data set.
+        val: Evaluation data, in the same form; empty to search for it in ``data``.
+        images: Image folder of annotation files; empty to search for it.
         datasets: Detection data sets as in ``--dataset``, which follow ``data`` and ``val``.
         config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning on
             this kind of data is used.
@@ -188,15 +186,7 @@ def data_config(
         UserError: If there is no data, or training would reject the data or the config.
     """
     register_shapes()
-    names, entries = [], []
-    for path in filter(None, (data, val)):
-        name = path
-        if path.lower().endswith(".json") and os.path.basename(path) != MANIFEST:
-            name = Path(path).stem
-            while name in names or name in DatasetCatalog:
-                name += "_"
-            entries.append([name, path, images or os.path.dirname(path) or "."])
-        names.append(name)
+    names, entries = _named(data, val, images)
     entries += [list(entry) for entry in datasets]
     names += [entry[0] for entry in datasets]
     if not names and not config_file:
@@ -228,6 +218,23 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
         left, top, width, height = box
         return left, top, left + width, top + height
     return BoxMode.convert(list(box), mode, BoxMode.XYXY_ABS)
+
+
+def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the data sets, and the entries to register for annotation files."""
+    if not data or data in DatasetCatalog:
+        return [name for name in (data, val) if name], []
+    names: list[str] = []
+    entries = []
+    for part in filter(None, find_parts(data, val, images)):
+        name = part.path
+        if part.image_dir:
+            name = Path(part.path).stem
+            while name in names or name in DatasetCatalog:
+                name += "_"
+            entries.append([name, *part])
+        names.append(name)
+    return names, entries
 
 
 def _recipe(names: Sequence[str], entries: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,6 @@ from senet_transfer.data.classification.loader import Batch, build_classificatio
 from senet_transfer.data.classification.subsets import ClassSample, draw
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
-from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.preprocessing import normalise
 from senet_transfer.utils.progress import progress
@@ -138,7 +137,7 @@ def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str
 
 
 def _batches(
-    model: nn.Module, gates: dict[str, SqueezeExcitation], loader: Iterable[Batch]
+    model: nn.Module, gates: dict[str, nn.Module], loader: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Yield the labels ``(N,)`` and the gate values, by name, for each batch."""
     with capture_gates(gates) as values:

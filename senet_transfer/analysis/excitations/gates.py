@@ -1,33 +1,42 @@
 """Gate names as in the paper, and recording of gate values."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from senet_transfer.analysis.se_layers import is_se_layer, timm_gate
 from senet_transfer.errors import UserError
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
+from senet_transfer.models.timm_backbone import TimmBackbone
 
 _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
-def gates_of(backbone: nn.Module) -> dict[str, SqueezeExcitation]:
+def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
     """Return a backbone's gates by name, in the order of its modules.
 
     Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
     named SE_4_6. If a gate is in a branch, its name ends with the branch's name. A gate outside all
-    stages is named after its module.
+    stages is named after its module. In timm's networks, the gates of a stage
+    are counted from 1, and stage 1 is the stem.
 
     Raises:
         UserError: If the backbone has no gates.
     """
-    found = {
-        _name(path): module
-        for path, module in backbone.named_modules()
-        if isinstance(module, SqueezeExcitation)
-    }
+    stages = backbone.stages if isinstance(backbone, TimmBackbone) else {}
+    counts: Counter[int] = Counter()
+    found = {}
+    for path, module in backbone.named_modules():
+        if is_se_layer(module):
+            name = _name(path)
+            if stage := stages.get(path.removeprefix("net.")):
+                counts[stage] += 1
+                name = f"SE_{stage}_{counts[stage]}"
+            found[name] = module
     if not found:
         raise UserError(
             "The network has no SE, so it has no gates to analyze. Use a checkpoint of an se_... "
@@ -53,7 +62,7 @@ def stage_of(name: str) -> int | None:
 
 
 @contextmanager
-def capture_gates(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Tensor]]:
+def capture_gates(gates: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Record gate values during forward passes.
 
     Yields:
@@ -62,13 +71,17 @@ def capture_gates(gates: dict[str, SqueezeExcitation]) -> Iterator[dict[str, Ten
     """
     values: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[[SqueezeExcitation, tuple[Tensor, ...], Any], None]:
-        def keep(module: SqueezeExcitation, inputs: tuple[Tensor, ...], output: Any) -> None:
-            values[name] = module.gate(inputs[0]).detach().float().mean((2, 3))
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            gate = module.gate(inputs[0]) if isinstance(module, SqueezeExcitation) else output
+            values[name] = gate.detach().float().mean((2, 3))
 
         return keep
 
-    handles = [gate.register_forward_hook(hook(name)) for name, gate in gates.items()]
+    handles = [
+        (timm_gate(layer) or layer).register_forward_hook(hook(name))
+        for name, layer in gates.items()
+    ]
     try:
         yield values
     finally:

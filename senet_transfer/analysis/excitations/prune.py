@@ -29,6 +29,7 @@ from senet_transfer.models.backbones.inception_resnet import InceptionResidualBl
 from senet_transfer.models.backbones.shufflenet import ShuffleUnit
 from senet_transfer.models.build import weights_follow
 from senet_transfer.models.image_classifier import ImageClassifier
+from senet_transfer.models.timm_backbone import TimmBackbone
 from senet_transfer.weights import save_weights
 
 # Candidate names for the last convolution in the residual branch, by block class. The first name
@@ -71,6 +72,11 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
         raise UserError(
             f"Gates can only be removed from a classifier, but the model is a "
             f"{type(model).__name__}. Prune the pretrained classifier of this model instead."
+        )
+    if isinstance(model.backbone, TimmBackbone):
+        raise UserError(
+            f"The gates of {model.backbone.model_name} can't be removed, because timm builds this "
+            "network. Use a network of this project, such as se_resnet50."
         )
     if cfg.MODEL.SE.RELU_BEFORE:
         raise UserError(

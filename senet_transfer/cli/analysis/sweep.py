@@ -1,9 +1,12 @@
-"""Train with several seeds, and print the mean, standard deviation and the result in the paper.
+"""Train with several seeds or folds, and print the mean, standard deviation and paper's result.
 
     python tools/run_seeds.py --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
 
-Each seed has a separate folder. After an interruption, repeat the command: finished runs are not
+    python tools/run_seeds.py --config-file configs/finetune_folder.yaml --folds flowers_folds \\
+        --output output/flowers_folds
+
+Each run has a separate folder. After an interruption, repeat the command: finished runs are not
 trained again, and an unfinished run is resumed.
 """
 
@@ -18,7 +21,14 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--config-file", required=True, help="config file to train with")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)"
+    )
+    runs.add_argument(
+        "--folds", default="", metavar="FOLDER", help="folds of senet data split, to train on each"
+    )
+    add("--images", default="", help="image folder, for folds of detection data")
     add("--output", required=True, help="parent folder of all runs")
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
@@ -30,18 +40,25 @@ def main(args: argparse.Namespace) -> None:
     """Train the unfinished runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
-    from senet_transfer.analysis.repeated_runs import run_seeds, seeds_report
+    from senet_transfer.analysis.repeated_runs import (
+        fold_options,
+        run_folds,
+        run_seeds,
+        runs_report,
+    )
 
     setup_logger(name="senet_transfer").setLevel(logging.INFO)
-    results = run_seeds(
-        args.config_file,
-        args.seeds,
-        args.opts,
-        args.output,
-        flags=("--num-gpus", str(args.num_gpus)),
-        quiet=args.quiet,
-    )
-    print(seeds_report(args.config_file, args.opts, results))
+    flags = ("--num-gpus", str(args.num_gpus))
+    common = {"flags": flags, "quiet": args.quiet}
+    if args.folds:
+        folds = fold_options(args.config_file, args.folds, args.opts, images=args.images)
+        results = run_folds(args.config_file, folds, args.opts, args.output, **common)
+        options = [*args.opts, *folds["fold0"]]
+    else:
+        seeds = run_seeds(args.config_file, args.seeds, args.opts, args.output, **common)
+        results = {f"seed {seed}": result for seed, result in seeds.items()}
+        options = args.opts
+    print(runs_report(args.config_file, options, results))
 
 
 def command(words: list[str] | None = None) -> None:

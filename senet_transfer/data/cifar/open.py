@@ -12,6 +12,7 @@ from senet_transfer.data.cifar.image_files import read_images, split_path
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays, load_images, split_file
 from senet_transfer.data.classification.open import check_classes, open_dataset
 from senet_transfer.data.images.decode import BrokenImageError, encode_exact
+from senet_transfer.data.images.label_csv import is_label_csv
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote, local_path
@@ -79,6 +80,8 @@ def _open_split(path: Path, split: str, classes: list[str] | None) -> ImageArray
     """Open data in a format specific to small images; return None for other formats."""
     if is_prepared(path):
         return load_images(path)
+    if is_label_csv(path):
+        return None
     folder = path if path.is_dir() else path.parent
     if not (path.is_file() or path.is_dir()) or (folder / MANIFEST).is_file():
         return None

@@ -18,6 +18,7 @@ import numpy as np
 from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages, make_key
 from senet_transfer.data.images import places365
 from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv
 from senet_transfer.data.images.listing import Images
 from senet_transfer.data.shards.cache import ShardCache
 from senet_transfer.data.shards.manifest import (
@@ -45,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class ImageDataset(SingleImages):
-    """Data set of images in a folder or archive."""
+    """Data set of images in a folder or archive, or listed in a CSV file."""
 
-    def __init__(self, images: Images):
-        super().__init__(images.classes, len(images), str(images.root))
+    def __init__(self, images: Images, origin: str | None = None):
+        super().__init__(images.classes, len(images), origin or str(images.root))
         self.images = images
 
     def labels(self) -> np.ndarray:
@@ -161,6 +162,7 @@ def open_dataset(
     - local shards of webdataset without a manifest, which are read once to count their samples;
     - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
       or archive (`val_256.tar`) next to the lists;
+    - a CSV file with the columns `path` and `label`;
     - a folder with one folder per class.
 
     Args:
@@ -168,8 +170,8 @@ def open_dataset(
         split: Places365 split ("val", "train_standard" or "train_challenge"); ignored if the path
             determines the split.
         size: Places365 image size, "256" or "large"; None to use the existing size, preferably 256.
-        classes: Expected class names in label order. In a folder with one folder per class, some
-            classes may have no images.
+        classes: Expected class names in label order. In a CSV file or a folder with one folder per
+            class, some classes may have no images.
         cache_dir: Folder for local copies of remote shards.
         storage: Options for reading remote files.
 
@@ -188,6 +190,8 @@ def open_dataset(
             dataset = _some_shards(base, [text.rpartition("/")[2]], storage, cache)
         else:
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
+    elif is_label_csv(local_path(text)):
+        dataset = ImageDataset(open_label_csv(local_path(text), classes), text)
     else:
         dataset = _open_local(local_path(text), split, size, classes, storage)
     check_classes(path, dataset.classes, classes)

@@ -97,12 +97,15 @@ def read_coco_summary(
 def summarize_coco(
     data: dict,
     json_file: str,
-    image_dir: str,
+    image_dir: str | None,
     *,
     allow_empty: bool = False,
     outlines: bool = False,
 ) -> CocoSummary:
-    """Validate the content of an annotation file; see :func:`read_coco_summary`."""
+    """Validate the content of an annotation file; see :func:`read_coco_summary`.
+
+    If `image_dir` is None, the images need not exist.
+    """
     images = _section(json_file, data, "images")
     categories = _section(json_file, data, "categories")
     sizes = _check_images(json_file, images)
@@ -123,8 +126,9 @@ def summarize_coco(
         if outlines:
             summary.outlines = _examine_outlines(annotations, sizes)
     summary.warnings += [f"{json_file}: {note}." for note in data.get(NOTES, ())]
-    names = [image["file_name"] for image in images]
-    summary.renamed = _find_files(json_file, names, image_dir)
+    if image_dir is not None:
+        names = [image["file_name"] for image in images]
+        summary.renamed = _find_files(json_file, names, image_dir)
     if summary.renamed:
         listed, found = next(iter(summary.renamed.items()))
         summary.warnings.append(

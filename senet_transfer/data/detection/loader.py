@@ -101,7 +101,8 @@ def build_train_loader(
     grouped = isinstance(theirs, AspectRatioGroupedDataset)
     parts = (theirs.dataset if grouped else theirs).dataset
     records = parts.dataset
-    _tell_passes(cfg, len(records))
+    if cfg.SOLVER.get("EPOCHS") is None:
+        _tell_passes(cfg, len(records))
     batches = PlannedBatches(
         parts.sampler,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
@@ -242,6 +243,9 @@ class _SeededImages(Dataset):
     def __init__(self, images: Dataset, seed: int, rank: int, skips: SkipCounter):
         self.images, self.seed, self.rank, self.skips = images, seed, rank, skips
         self.warned: set[int] = set()  # images that this process has warned about
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, place: Place) -> Any:
         position, index = place

@@ -24,14 +24,14 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
 
     Args:
         names: Class names.
-        root: Folder of the data set; used in the warning.
+        root: Folder or file of the data set; used in the warning.
     """
     by_name = sorted(names)
     if all(map(_is_number, by_name)):
         by_number = _sort_by_number(by_name)
         if by_number != by_name:
             logger.warning(
-                "The class folders in %s are numbers. Their labels are in the order of the names, "
+                "The classes in %s are numbers. Their labels are in the order of the names, "
                 "as in torchvision's ImageFolder: %s. The order of the numbers would be: %s. To "
                 "use it, add --classes numeric.",
                 root,
@@ -50,7 +50,7 @@ def sort_by_number(names: Iterable[str], root: str | Path) -> list[str]:
     others = sorted(name for name in names if not _is_number(name))
     if others:
         raise UserError(
-            f"--classes is {NUMERIC}, but {len(others)} class folders in {root} are not numbers: "
+            f"--classes is {NUMERIC}, but {len(others)} classes in {root} are not numbers: "
             f"{first_of(others)}. Rename them, or give a file with one class name per line."
         )
     return _sort_by_number(names)

@@ -1,7 +1,8 @@
-"""Image folders with one folder per class."""
+"""Images in one folder per class, and the order of their classes."""
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from senet_transfer.data.images.class_names import (
     sort_by_name,
     sort_by_number,
 )
-from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
+from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv, read_label_csv
 from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
@@ -23,6 +25,18 @@ from senet_transfer.utils.text import first_of
 _SPLITS = {"test", "testing", "train", "training", "val", "valid", "validation"}
 
 logger = logging.getLogger(__name__)
+
+
+def open_images(
+    source: str | Path, classes: list[str] | None = None, *, skip_empty: int = 0
+) -> Images:
+    """List the images in a folder with one folder per class, or in a CSV file.
+
+    See :func:`open_folder` and :func:`~senet_transfer.data.images.label_csv.open_label_csv`.
+    """
+    if is_label_csv(source):
+        return open_label_csv(source, classes, skip_missing=skip_empty)
+    return open_folder(source, classes, skip_empty=skip_empty)
 
 
 def open_folder(
@@ -105,40 +119,53 @@ def choose_classes(choice: str, root: str | Path) -> list[str]:
 
     Args:
         choice: "numeric", or the path of a file with one class name per line.
-        root: Folder with one folder per class.
+        root: Folder with one folder per class, or CSV file.
 
     Raises:
-        UserError: If the file is invalid, or the class folders are not numbers.
+        UserError: If the file is invalid, or the class names are not numbers.
     """
     return numeric_classes(root) if choice == NUMERIC else read_class_list(choice)
 
 
 def numeric_classes(root: str | Path) -> list[str]:
-    """Return the names of the class folders in a folder, sorted as numbers.
+    """Return the classes of a folder or CSV file, sorted as numbers.
 
     Raises:
-        UserError: If the path is not a folder, or a name is not a whole number.
+        UserError: If the path is neither, or a name is not a whole number.
     """
+    if is_label_csv(root):
+        return sort_by_number({label for label, _ in read_label_csv(root).values()}, root)
     if not Path(root).is_dir():
         raise UserError(
-            f"--classes is numeric, but {root} is not a folder with one folder per class. Shards "
-            "and archives have fixed labels. Remove --classes."
+            f"--classes is numeric, but {root} is neither a folder with one folder per class "
+            "nor a CSV file. Shards and archives have fixed labels. Remove --classes."
         )
     found = [folder for folder, images in _images_by_folder(Path(root)).items() if images]
     return sort_by_number(found, root)
 
 
-def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Return sorted image paths by folder, including empty folders without subfolders."""
-    by_folder: dict[str, list[str]] = {}
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` yields, in order and without hidden folders."""
     for path, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield path, folders, files
+
+
+def _images_by_folder(root: Path) -> dict[str, list[str]]:
+    """Return sorted image paths by folder, including empty folders without subfolders.
+
+    NumPy arrays are images if there are no other images.
+    """
+    photos = any(is_image_name(name) for _, _, files in _walk(root) for name in files)
+    is_image = is_image_name if photos else is_array_name
+    by_folder: dict[str, list[str]] = {}
+    for path, folders, files in _walk(root):
         folder = Path(path).relative_to(root).as_posix()
         folder = "" if folder == "." else folder
-        images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
+        images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
         if images or (folder and not folders):
             by_folder[folder] = images
-        others = [name for name in files if not is_image_name(name) and not is_hidden(name)]
+        others = [name for name in files if not is_image(name) and not is_hidden(name)]
         if others:
             logger.warning(
                 "Ignoring %d files in %s that are not images: %s",

@@ -10,6 +10,7 @@ _IMAGENET = (
     "moskomule",
     "timm",
     "timm_legacy",
+    "timm_network",
     "torchvision_v1",
     "torchvision_v2",
 )

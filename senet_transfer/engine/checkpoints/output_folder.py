@@ -58,12 +58,7 @@ def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> No
     if not found or restarted and not overwrite:
         return
     if not overwrite:
-        raise UserError(
-            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) contains an earlier run ({first_of(found, _SHOWN)}), "
-            "whose files a new run would replace or mix with its own. To continue the earlier run, "
-            "add --resume. To keep it, set OUTPUT_DIR to another folder. To delete its files and "
-            "train from scratch, add --overwrite."
-        )
+        raise _contains_earlier(folder, found)
     weights = os.path.realpath(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else ""
     written = list(_written(folder))
     if weights in map(os.path.realpath, written):
@@ -74,6 +69,21 @@ def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> No
     if comm.is_main_process():
         for path in written:
             path.unlink(missing_ok=True)
+
+
+def check_unused(folder: Path) -> None:
+    """Raise a UserError if the output folder of a new run contains an earlier run."""
+    if found := _earlier(folder):
+        raise _contains_earlier(folder, found)
+
+
+def _contains_earlier(folder: Path, found: list[str]) -> UserError:
+    return UserError(
+        f"OUTPUT_DIR ({folder}) contains an earlier run ({first_of(found, _SHOWN)}), "
+        "whose files a new run would replace or mix with its own. To continue the earlier run, "
+        "add --resume. To keep it, set OUTPUT_DIR to another folder. To delete its files and "
+        "train from scratch, add --overwrite."
+    )
 
 
 def _earlier(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
-"""Predictors for files written by ``senet export``: ONNX, torch.export and TorchScript."""
+"""Predictors for files written by ``senet export``."""
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
-from senet_transfer.engine.predictor.predictor import Classifier, Detector, Resize
+from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
-_KEYS = ("preprocessing", "classes", "mode", "value_range")
+_KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
 
 
 def load_exported(
     path: str, *, threshold: float, top: int, **options: Any
-) -> Classifier | Detector:
+) -> ClassifierPredictor | DetectorPredictor:
     """Return a predictor for an exported file; see :func:`senet_transfer.load`.
 
     Args:
@@ -47,7 +49,7 @@ def load_exported(
     found = {key: json.loads(text) for key, text in metadata.items() if text}
     if found.get("task") == "detection":
         return _detector(run, found, threshold=threshold, **options)
-    if "preprocessing" not in found or "classes" not in found:
+    if found.get("task", "classification") != "classification" or "preprocessing" not in found:
         raise UserError(
             f"{path} does not describe its preprocessing, which prediction requires. Expected a "
             "classifier, or a detector in ONNX's format, written by senet export."
@@ -73,6 +75,12 @@ def _open_onnx(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, str
 
 
 def _open_program(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, str], list]:
+    with zipfile.ZipFile(path) as archive:
+        compiled = any("aotinductor" in name for name in archive.namelist())
+    if compiled:
+        model = torch._inductor.aoti_load_package(path)
+        stored = model.get_metadata()
+        return model, {key: stored.get(key, "") for key in _KEYS}, json.loads(stored["size"])
     texts = dict.fromkeys(_KEYS, "")
     program = torch.export.load(path, extra_files=texts)
     (example,), _ = program.example_inputs
@@ -86,7 +94,7 @@ def _open_traced(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, s
 
 def _classifier(
     run: Callable[[Tensor], Outputs], found: dict[str, Any], size: list, **options: Any
-) -> Classifier:
+) -> ClassifierPredictor:
     preprocessing = found["preprocessing"]
     height, width = size or [preprocessing["crop"]] * 2
     if height != width:
@@ -100,6 +108,7 @@ def _classifier(
         crop=height,
         interpolation=preprocessing["interpolation"],
         value_range=tuple(found.get("value_range", ())),
+        channels=channels_of(preprocessing["format"]),
     )
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
@@ -108,15 +117,17 @@ def _classifier(
             return run(images)[0]
         return run(images.flatten(0, 1))[0].unflatten(0, images.shape[:2]).mean(1)
 
-    return Classifier(logits, transform, Classes(tuple(found["classes"])), **options)
+    return ClassifierPredictor(logits, transform, Classes(tuple(found["classes"])), **options)
 
 
-def _detector(run: Callable[[Tensor], Outputs], found: dict[str, Any], **options: Any) -> Detector:
+def _detector(
+    run: Callable[[Tensor], Outputs], found: dict[str, Any], **options: Any
+) -> DetectorPredictor:
     def detect(inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         return [{"instances": _instances(run, found["outputs"], given)} for given in inputs]
 
     side = found["min_size"]
-    return Detector(
+    return DetectorPredictor(
         detect,
         Resize([side, side], found["max_size"]),
         Classes(tuple(found["classes"]), ids=tuple(found["category_ids"])),

@@ -13,7 +13,11 @@ from PIL import Image
 
 from senet_transfer.engine.predictor.inputs import Photo
 from senet_transfer.engine.predictor.predictions import Classification, Detections
-from senet_transfer.engine.predictor.predictor import Classifier, Detector, describe_problem
+from senet_transfer.engine.predictor.predictor import (
+    ClassifierPredictor,
+    DetectorPredictor,
+    describe_problem,
+)
 from senet_transfer.engine.predictor.video import Video
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
@@ -28,7 +32,7 @@ Result = Classification | Detections
 
 
 def predict_files(
-    predictor: Classifier | Detector,
+    predictor: ClassifierPredictor | DetectorPredictor,
     images: Sequence[str | Photo],
     output_dir: str,
     *,
@@ -64,7 +68,7 @@ def predict_files(
             processed.
     """
     photos = list(map(Photo.of, images))
-    detects = isinstance(predictor, Detector)
+    detects = isinstance(predictor, DetectorPredictor)
     draw = detects if draw is None else draw
     drawings = output_names(photos, output_dir) if draw else {}
     make_output_folder(output_dir)
@@ -90,7 +94,7 @@ def predict_files(
 
 
 def predict_video(
-    predictor: Classifier | Detector,
+    predictor: ClassifierPredictor | DetectorPredictor,
     name: str,
     output_dir: str,
     *,
@@ -120,7 +124,7 @@ def predict_video(
     Raises:
         UserError: If the video can't be read, or a file can't be written.
     """
-    draw = isinstance(predictor, Detector) if draw is None else draw
+    draw = isinstance(predictor, DetectorPredictor) if draw is None else draw
     make_output_folder(output_dir)
     stem = os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
     path = os.path.join(output_dir, f"{stem}.jsonl")

@@ -13,7 +13,7 @@ from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
 from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
 from senet_transfer.engine.predictor.exported import SUFFIXES, load_exported
-from senet_transfer.engine.predictor.predictor import Classifier, Detector
+from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import TOP
@@ -35,7 +35,7 @@ def load(
     batch_size: int = 1,
     threshold: float = 0.5,
     top: int = TOP,
-) -> Classifier | Detector:
+) -> ClassifierPredictor | DetectorPredictor:
     """Return a predictor, which is called with images.
 
     ```python
@@ -48,8 +48,9 @@ def load(
     Args:
         source: The output folder of a run (its best model is loaded, otherwise its final model), a
             checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
-            published name such as "cadene/se_resnet50", a repository of the Hugging Face Hub such
-            as "hf-hub:owner/name", the name of a detector in Detectron2's model zoo such as
+            published name such as "cadene/se_resnet50", or "timm/NAME" for weights that only timm
+            provides, a repository of the Hugging Face Hub such as "hf-hub:owner/name", the name of
+            a detector in Detectron2's model zoo such as
             "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by ``senet export`` (.onnx,
             .pt2 or .ts; of detectors, .onnx).
         config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
@@ -64,9 +65,9 @@ def load(
         top: The number of classes that the results of a classifier list.
 
     Returns:
-        A :class:`~senet_transfer.engine.predictor.predictor.Classifier`, which returns
+        A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Classification`, or a
-        :class:`~senet_transfer.engine.predictor.predictor.Detector`, which returns
+        :class:`~senet_transfer.engine.predictor.predictor.DetectorPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one
         image, the results are bitwise identical to those of the evaluation.
 
@@ -80,8 +81,8 @@ def load(
         return load_exported(name, threshold=threshold, top=top, batch_size=batch_size)
     loaded = load_trained(name, config_file, options, device)
     if is_classification(loaded.cfg):
-        return Classifier.of(loaded, top=top, **shared)
-    return Detector.of(loaded, threshold=threshold, **shared)
+        return ClassifierPredictor.of(loaded, top=top, **shared)
+    return DetectorPredictor.of(loaded, threshold=threshold, **shared)
 
 
 def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -> None:
@@ -123,7 +124,7 @@ def load_trained(
             "config, or published weights."
         )
     if not found.cfg.DATASETS.CLASSES:
-        _take_classes(found.cfg)
+        take_classes(found.cfg)
     found = found.examined()
     classes = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
     # The boxes of a region proposal network have no classes.
@@ -159,7 +160,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
     return config_file or config_next_to(name), name
 
 
-def _take_classes(cfg: CfgNode) -> None:
+def take_classes(cfg: CfgNode) -> None:
     """Copy the data sets' class names to the config if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:

@@ -50,7 +50,7 @@ def model_card(
     evaluation = {key: value for key, value in results.items() if key != "training"}
     parts = [
         f"---\n{header.to_yaml()}\n---\n\n# {name.partition('/')[2]}",
-        f"Written by `senet push` of senet_transfer {__version__}.",
+        f"This model card was written by `senet push` (senet_transfer {__version__}).",
         _table(("property", "value"), _properties(cfg, metadata, family, data)),
         "## Use",
         "```python\nimport senet_transfer\n\n"
@@ -61,7 +61,7 @@ def model_card(
         tested = first_of((_escaped(data) for data in cfg.DATASETS.TEST), 4)
         parts += [
             "## Results",
-            f"Evaluation data: {tested or 'unknown'}. Metrics are in percent, except losses.",
+            f"Evaluation data: {tested or 'unknown'}.",
             _table(("metric", "value"), rows),
         ]
     if classes := [*cfg.DATASETS.CLASSES, *_stuff(cfg)]:

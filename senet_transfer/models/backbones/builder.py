@@ -47,8 +47,8 @@ def build_backbone(
     Raises:
         UserError: If ``out_features`` or ``freeze_at`` is invalid.
     """
-    _check_out_features(out_features, features)
-    _check_freeze_at(freeze_at, features)
+    check_out_features(out_features, features)
+    check_freeze_at(freeze_at, features)
     return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
 
 
@@ -92,7 +92,7 @@ def trunk_builder(
     return decorate
 
 
-def _check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
+def check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
     """Raise UserError unless ``out_features`` is None or a list of feature names."""
     if out_features is None:
         return
@@ -106,7 +106,7 @@ def _check_out_features(out_features: list[str] | None, features: tuple[str, ...
         )
 
 
-def _check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
+def check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
     """Raise UserError unless ``freeze_at`` is a valid number of stages."""
     if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(

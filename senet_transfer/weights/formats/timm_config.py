@@ -71,8 +71,8 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
         raise UserError(
             f"{path}, which describes {weights.name}, is not supported: {shown(error)}. Expected "
             "input_size, mean, std, crop_pct and interpolation (bilinear or bicubic) as timm "
-            "writes them for its ResNets, with the crop_mode center and no model_args that "
-            "change the network. Remove this file to load the weights without its statements."
+            "writes them, with the crop_mode center and no model_args that change the network. "
+            "Remove this file to load the weights without its statements."
         ) from error
 
 

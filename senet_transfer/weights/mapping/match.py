@@ -136,6 +136,8 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
         return "num_batches_tracked: frozen norms do not have it"
     if exact:
         return None
+    if name in target.unused:
+        return "the backbone does not need this part of the network"
     # A model whose last stage is res3, for example, ignores the file's res4 and res5.
     known_stage = _STAGE.match(name)
     if known_stage and not any(ours.startswith(known_stage[0]) for ours in target.tensors):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.preprocessing import Preprocessing, same_pixels
+from senet_transfer.preprocessing import Preprocessing, channels_of, same_pixels
 from senet_transfer.utils.read_once import once_per_file
 from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.choice import HEADS, checked_ema
@@ -25,9 +25,11 @@ from senet_transfer.weights.families.statements import (
     named_model,
     statements_of,
 )
+from senet_transfer.weights.families.timm_network import stated_network, timm_family
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile, read_tensors
 from senet_transfer.weights.formats.tensor_names import Wanted
 from senet_transfer.weights.hub.catalogue import Entry, published_entries
+from senet_transfer.weights.hub.timm_networks import is_timm, timm_preprocessing
 from senet_transfer.weights.mapping.networks import only_network
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Source:
         recorded: Names of the fields of the geometry and the preprocessing that the file itself or
             the catalogue states. The others follow from the names of the tensors.
         classes: Class names in the order of the network's outputs; empty if they are unknown.
+        network: Name of timm's network, such as "timm/regnety_002"; empty for other networks.
     """
 
     path: str
@@ -79,6 +82,7 @@ class Source:
     lookalikes: tuple[str, ...] = ()
     recorded: frozenset[str] = frozenset()
     classes: tuple[str, ...] = ()
+    network: str = ""
 
     @property
     def detected_as(self) -> str:
@@ -88,7 +92,13 @@ class Source:
     @property
     def model_name(self) -> str:
         """Return the name of the network's model, or a description; empty if it is unknown."""
-        return named_model(self.architecture, self.geometry)
+        return self.network or named_model(self.architecture, self.geometry)
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of outputs of the classifier, or 0 if there is no classifier."""
+        weight = self.tensors.get("linear.weight")
+        return len(weight) if weight is not None and weight.ndim else 0
 
     def options(self) -> dict[str, Any]:
         """Return the known network options as keyword arguments for ``create_backbone``."""
@@ -121,6 +131,7 @@ def examine(
     ema: bool | str | None = None,
     head: str = "strict",
     stated: tuple[tuple[str, Any], ...] = (),
+    network: str = "",
 ) -> Source:
     """Read a weight file and detect its family, architecture, geometry and preprocessing.
 
@@ -133,6 +144,8 @@ def examine(
         head: "strict" or "ignore".
         stated: Names and values of the geometry and preprocessing that the user has stated; see
             :func:`with_stated`.
+        network: Name of timm's network whose state dict the file contains, such as
+            "timm/regnety_002"; not used for files of this project.
 
     Raises:
         UserError: If the file is missing or damaged, contains several networks, or its family is
@@ -140,7 +153,10 @@ def examine(
     """
     check_choice("head", head, HEADS)
     wanted = Wanted(prefix or "", checked_ema(ema))
-    file, outside = only_network(read_tensors(path, wanted=wanted))
+    content = read_tensors(path, wanted=wanted)
+    if network and OWN_METADATA not in content.metadata:
+        return with_stated(_timm_source(content, network, family, head), stated)
+    file, outside = only_network(content)
     published = published_entries(path)
     if family is None and len({entry.family for entry in published}) == 1:
         family = published[0].family
@@ -159,6 +175,24 @@ def examine(
             path, first.family.name, name, f", but differ in {difference}" if difference else "",
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
+
+
+def _timm_source(file: WeightFile, network: str, family: str | None, head: str) -> Source:
+    """Return the content of a file with the state dict of timm's network.
+
+    Raises:
+        UserError: If the file is stated to belong to another family, or states another network.
+    """
+    if family not in (None, "timm"):
+        raise UserError(
+            f"The weight family is {family!r}, but the model is {network}, whose weights are state "
+            "dicts of this network, as written by timm. Omit the family."
+        )
+    said = {"architecture": file.timm.architecture} if file.timm else file.metadata
+    stated = stated_network(file.path, said, network)
+    pixels = file.timm.preprocessing if file.timm else timm_preprocessing(stated)
+    source = _understand(file, timm_family(network), (), ignore_head=head == "ignore")
+    return replace(source, preprocessing=pixels, network=network)
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
@@ -233,7 +267,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
 def _understand(
     file: WeightFile, family: Family, outside: tuple[str, ...], *, ignore_head: bool
 ) -> Source:
-    if differs := what_differs(file.tensors):
+    checked = OWN_METADATA not in file.metadata and family.name in FAMILIES
+    if checked and (differs := what_differs(file.tensors)):
         raise UserError(
             f"{file.path}, detected as {family.name} ({family.title}), contains an unsupported "
             f"network: {differs}. Use weights of a supported network."
@@ -290,6 +325,7 @@ def _understand(
         preprocessing=preprocessing,
         detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
         classes=_class_names(file),
+        network=_own_network(file),
         ignored=ignored,
         head=() if ignore_head else head,
         recorded=recorded | said.recorded,
@@ -397,8 +433,9 @@ def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    """Convert an SE layer's weight from a 1x1 convolution to a linear layer."""
-    if ".se.fc" in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+    """Convert a linear layer's weight that is stored as that of a 1x1 convolution."""
+    linear = name.startswith("linear.") or (name.startswith(names.BACKBONE) and ".se.fc" in name)
+    if linear and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
@@ -470,6 +507,13 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
     )
 
 
+def _own_network(file: WeightFile) -> str:
+    """Return the name of timm's network in the metadata of this project's file, if there is one."""
+    word = file.metadata.get(OWN_METADATA)
+    name = word.get("model") if isinstance(word, Mapping) else None
+    return name if isinstance(name, str) and is_timm(name) else ""
+
+
 def _class_names(file: WeightFile) -> tuple[str, ...]:
     if file.timm:
         return file.timm.classes
@@ -494,9 +538,10 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
             if name in known:
                 known[name] = tuple(float(value) for value in known[name])
         found = Preprocessing(**known)
-        if found.format not in _CHANNELS or found.interpolation not in ("bilinear", "bicubic"):
+        counts = _CHANNELS.get(found.format) or (channels_of(str(found.format)) or 0,)
+        if counts == (0,) or found.interpolation not in ("bilinear", "bicubic"):
             raise ValueError("unknown channel order or interpolation")
-        if len(found.mean) not in _CHANNELS[found.format] or len(found.std) != len(found.mean):
+        if len(found.mean) not in counts or len(found.std) != len(found.mean):
             raise ValueError("wrong number of values for mean or std")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")

@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry, built_geometry
@@ -29,6 +29,7 @@ class Target:
         outside: Names of the tensors outside the backbone and the classifier.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Backbone geometry.
+        unused: Names of the tensors of timm's network that the backbone does not need.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Target:
     outside: frozenset[str]
     architecture: Architecture | None
     geometry: Geometry
+    unused: frozenset[str] = frozenset()
 
     @property
     def has_frozen_norms(self) -> bool:
@@ -45,12 +47,18 @@ class Target:
         norms = [m for m in self.backbone.modules() if _is_norm(m)]
         return all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
+    @property
+    def network(self) -> str:
+        """Return the name of timm's network, or an empty string for other backbones."""
+        return getattr(self.backbone, "model_name", "")
+
     def pixels(self) -> Preprocessing | None:
         """Return the channel order, mean and std if the model normalises images, otherwise None."""
         mean, std = (getattr(self.model, name, None) for name in _CONFIG_BUFFERS)
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
-        order = getattr(self.model, "input_format", None) or self.backbone_preprocessing().format
+        own = self.backbone_preprocessing().format
+        order = own if channels_of(own) else getattr(self.model, "input_format", None) or own
         # Restore the config's decimals: 123.675 is 123.67500305 in float32.
         mean, std = (
             tuple(round(value, 4) for value in tensor.flatten().tolist()) for tensor in (mean, std)
@@ -103,6 +111,7 @@ def target_of(model: nn.Module) -> Target:
         ),
         architecture=Architecture.of(tensors),
         geometry=built_geometry(backbone, _stages(model, backbone)),
+        unused=getattr(backbone, "unused_tensors", frozenset()),
     )
 
 

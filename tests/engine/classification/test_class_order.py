@@ -88,7 +88,7 @@ def test_the_order_is_chosen_with_classes(command, numbered, tmp_path, caplog, c
 @pytest.mark.parametrize(
     ("choice", "complaint"),
     [
-        ("numeric", "class folders in .* are not numbers: blue"),
+        ("numeric", "classes in .* are not numbers: blue"),
         ("missing.txt", "Cannot read the class list missing.txt"),
         ("twice.txt", "contains red more than once"),
         ("empty.txt", "is empty"),

@@ -14,7 +14,7 @@ from senet_transfer import UserError
 from senet_transfer.config.defaults import get_senet_config
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.predictor.files import predict_files
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
@@ -58,7 +58,7 @@ def images(tmp_path) -> list[str]:
 
 
 def predict(model, images, tmp_path):
-    predict_files(Detector.of(model), images, str(tmp_path / "out"), quiet=True)
+    predict_files(DetectorPredictor.of(model), images, str(tmp_path / "out"), quiet=True)
     return written(tmp_path)
 
 

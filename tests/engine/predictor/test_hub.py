@@ -197,10 +197,26 @@ def test_files_of_timm_load_as_timm_states(architecture, timm_folder, hub, photo
     np.testing.assert_allclose(np.divide(pixels.mean, 255), model.default_cfg["mean"], atol=1e-6)
 
 
+def test_a_file_of_a_network_that_only_timm_has_loads_as_this_network(timm_folder, photos):
+    folder, model = timm_folder("regnety_002")
+    predictor = senet_transfer.load(folder, top=3)
+    assert set(predictor(photos / "a.jpg").names) == {"ant", "bee", "cow"}
+    built = senet_transfer.create_classifier(
+        "timm/regnety_002", 3, weights=folder / "model.safetensors"
+    ).eval()
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(built(image), model(image))
+    with pytest.raises(UserError, match="states that its network is regnety_002"):
+        senet_transfer.create_classifier(
+            "timm/regnety_004", 3, weights=folder / "model.safetensors"
+        )
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"architecture": "resnetblur18"}, "its tensors are those of resnet18"),
+        ({"architecture": "resnet34"}, "its tensors are those of resnet18"),
         ({"model_args": {"block_args": {}}}, "model_args contains block_args"),
         ({"model_args": {"global_pool": "catavgmax"}}, "global_pool is not avg"),
         ({"pretrained_cfg": {"mean": [0.5]}}, "input_size"),

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 import torchvision
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor
+from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -202,6 +205,21 @@ def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2
     assert predictor.classes.categories[12] == {"id": 14, "name": "parking meter"}
 
 
+def test_an_exported_detector_finds_the_same_objects(detector, photos, tmp_path):
+    loaded = find_model(weights=str(detector / "model_final.pth")).build("cpu")
+    path = str(tmp_path / "detector.onnx")
+    export_model(loaded.model, loaded.cfg, path, image=str(photos / "a.jpg"))
+    expected = senet_transfer.load(detector, threshold=0)(photos / "b.jpg")
+    found = senet_transfer.load(path, threshold=0)(photos / "b.jpg")
+    assert len(found) == len(expected) == 4
+    assert (found.names, found.classes) == (expected.names, expected.classes)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert (found.masks != expected.masks).mean() < 0.01
+    with pytest.raises(UserError, match="runs on the CPU in the precision"):
+        senet_transfer.load(path, half=True)
+
+
 def test_an_image_is_predicted_from_a_path_pillow_an_array_or_a_tensor_and_lists_of_them(
     classifier, detector, photos, tmp_path
 ):
@@ -336,3 +354,47 @@ def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, 
     assert Image.open(tmp_path / "a.jpg").size == (800, 430)
     most = class_activation_map(predictor, photos / "a.jpg")
     assert [most.name] == predictor(photos / "a.jpg").names[:1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_prediction_is_at_least_0_9_times_as_fast_as_the_evaluation(
+    kind, classifier, detector, shared_data, tmp_path
+):
+    """CPU time is measured, because other programs run on the machine."""
+    paths = sorted(map(str, (shared_data / "coco128").rglob("*.jpg")))[:64]
+    if kind == "classifier":
+        key = "INPUT.CLASSIFICATION.TEST_"
+        options = [f"{key}RESIZE", "256", f"{key}CROP", "224"]
+        predictor = senet_transfer.load(classifier, options=options, batch_size=16)
+        for index, path in enumerate(paths):
+            folder = tmp_path / f"class{index % 3}"
+            folder.mkdir(exist_ok=True)
+            shutil.copy(path, folder)
+        model, dataset = predictor.run, open_dataset(str(tmp_path), split="val")
+
+        def evaluate():
+            evaluate_classifier(model, dataset, predictor.transform, batch_size=16, quiet=True)
+    else:
+        options = ["INPUT.MIN_SIZE_TEST", "256", "INPUT.MAX_SIZE_TEST", "400"]
+        predictor = senet_transfer.load(detector, options=options)
+        cfg = find_model(weights=str(detector / "model_final.pth"), options=options).cfg
+        records = [{"file_name": path, "image_id": path} for path in paths]
+        for record in records:
+            record["width"], record["height"] = Image.open(record["file_name"]).size
+
+        def evaluate():
+            mapper = CheckedDatasetMapper(cfg, is_train=False)
+            loader = build_detection_test_loader(records, mapper=mapper)
+            inference_on_dataset(predictor.run, loader, DatasetEvaluators([]))
+
+    seconds: dict = {"evaluate": [], "predict": []}
+    for _ in range(4):
+        for name, function in (
+            ("evaluate", evaluate),
+            ("predict", lambda: list(predictor.stream(paths))),
+        ):
+            start = time.process_time()
+            function()
+            seconds[name].append(time.process_time() - start)
+    assert min(seconds["evaluate"]) / min(seconds["predict"]) >= 0.9

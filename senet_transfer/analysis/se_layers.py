@@ -1,0 +1,28 @@
+"""SE layers of this project's networks and of timm's."""
+
+from torch import nn
+
+from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
+
+# Names of timm's classes for SE layers, and of the submodules that return the gates.
+_TIMM = {
+    "EffectiveSEModule": ("gate",),
+    "SEModule": ("gate", "sigmoid"),
+    "SqueezeExcite": ("gate",),
+}
+
+
+def is_se_layer(module: nn.Module) -> bool:
+    """Return whether a module is an SE layer."""
+    return isinstance(module, SqueezeExcitation) or timm_gate(module) is not None
+
+
+def timm_gate(module: nn.Module) -> nn.Module | None:
+    """Return the submodule of one of timm's SE layers that returns the gates ``(N, C, 1, 1)``.
+
+    Returns:
+        The submodule, or None if the module is not an SE layer of timm.
+    """
+    kind = type(module)
+    names = _TIMM.get(kind.__name__, ()) if kind.__module__.startswith("timm.") else ()
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)

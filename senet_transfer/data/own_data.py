@@ -1,0 +1,186 @@
+"""Search for the training and validation data below a path that a user names."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from senet_transfer.data.build import find_dataset
+from senet_transfer.data.detection.formats.prepare import write_dataset
+from senet_transfer.data.detection.formats.source import find_source, read_annotations, split_path
+from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.images import places365
+from senet_transfer.data.shards.manifest import MANIFEST
+from senet_transfer.data.shards.storage import is_remote
+from senet_transfer.data.split_files import split_coco, split_data
+from senet_transfer.data.splits import TRAIN, VAL, Split
+from senet_transfer.errors import UserError
+
+# Names of the folders and files of each part, in lower case.
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation")
+
+_COCO_NAMES = "_annotations.coco.json", "annotations.json"
+
+
+class DataPart(NamedTuple):
+    """Training or validation data.
+
+    Attributes:
+        path: Annotations for detection, as in `DATASETS.REGISTER`, or the path or address of
+            labelled images, as in `DATASETS.TRAIN` of a classifier.
+        image_dir: Folder with the images of annotations; empty for labelled images.
+    """
+
+    path: str
+    image_dir: str = ""
+
+
+def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart, DataPart | None]:
+    """Find the training and validation data of a data set for detection or classification.
+
+    Args:
+        path: JSON file in COCO's format; folder that contains such files for the parts, as
+            `train.json`, `train/_annotations.coco.json` or `annotations/instances_train*.json`;
+            annotations in another supported format; or labelled images as in `DATASETS.TRAIN` of a
+            classifier, or a folder that contains them in the folders `train` and `val`.
+        val: The same for the validation data; empty to search for it in `path`.
+        image_dir: Image folder of the annotations; empty to search for it.
+
+    Returns:
+        The training data, and the validation data or None.
+
+    Raises:
+        UserError: If no data is found, or the two parts are of different kinds.
+    """
+    train, found = _parts(path, image_dir)
+    if val:
+        whole, inner = _parts(val, image_dir)
+        found = inner or whole
+    if found and bool(found.image_dir) != bool(train.image_dir):
+        kinds = ["detection" if part.image_dir else "classification" for part in (train, found)]
+        raise UserError(
+            f"{train.path} is data for {kinds[0]}, but {found.path} is data for {kinds[1]}; "
+            "expected the same kind of data for training and validation. Correct --data or --val."
+        )
+    return train, found
+
+
+def divide(data: DataPart, folder: Path) -> tuple[DataPart, DataPart, str]:
+    """Split data into training and validation data, and write the files of both.
+
+    Args:
+        data: The data to split.
+        folder: Folder for the files; those of an earlier split are replaced.
+
+    Returns:
+        The training data, the validation data, and a table with the number of objects or images.
+
+    Raises:
+        UserError: If the data can't be split.
+    """
+    if data.image_dir:
+        # Without COCO's optional object `info`, which describes the original file.
+        lists = {k: v for k, v in read_annotations(*data).items() if isinstance(v, list)}
+        contents, table = split_coco(lists, data.path, Split())
+        write_dataset(contents, folder, data.image_dir, source=data.path)
+        names = [f"{name}.json" for name in (TRAIN, VAL)]
+    else:
+        names = [f"{name}.csv" for name in (TRAIN, VAL)]
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        table = split_data(data.path, folder, Split())
+    train, val = (DataPart(str(folder.absolute() / name), data.image_dir) for name in names)
+    return train, val, table
+
+
+def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
+    """Return the training data at a path, or all of its data, and the validation data or None."""
+    folder = Path(path).expanduser()
+    if is_remote(path) or (folder / MANIFEST).is_file():
+        return DataPart(find_dataset(path)), None
+    both = (_TRAIN_NAMES, _VAL_NAMES)
+    if folder.is_dir():
+        train, val = (_coco_file(folder, names) for names in both)
+        if train:
+            return _coco_part(train, image_dir), _coco_part(val, image_dir) if val else None
+    if annotated := _annotated(str(folder), image_dir):
+        return annotated
+    for file in (folder, *(folder / name for name in _COCO_NAMES)):
+        if file.suffix.lower() == ".json" and file.is_file():
+            return _coco_part(file, image_dir), None
+    if folder.is_dir():
+        train, val = (_subfolder(folder, names) for names in both)
+        if train:
+            return DataPart(str(train)), DataPart(str(val)) if val else None
+        if places365.has_lists(folder, "train_standard"):
+            part = DataPart(find_dataset(path))
+            return part, part if places365.has_lists(folder, "val") else None
+    return DataPart(find_dataset(path)), None
+
+
+def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
+    """Return the parts of annotations in another format than COCO's, or None for other data."""
+    place, split = split_path(path)
+    source = find_source(place)
+    if source is None:
+        return None
+    folder = os.path.abspath(os.path.expanduser(image_dir) or source.image_folder())
+    whole = DataPart(os.path.abspath(path), folder)
+    splits = source.read(folder).splits
+    if split or len(splits) == 1:
+        return whole, None
+    train = next((name for name in (TRAIN, "trainval") if name in splits), None)
+    if train is None:
+        raise UserError(
+            f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Name the split to "
+            f"train on: --data {place}:{next(iter(splits))}."
+        )
+    found = [DataPart(f"{whole.path}:{name}", folder) for name in (train, VAL)]
+    return found[0], found[1] if VAL in splits and train == TRAIN else None
+
+
+def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the JSON file of one part of the data in a folder."""
+    for name in names:
+        annotations = folder / "annotations"
+        listed = sorted(annotations.iterdir()) if annotations.is_dir() else []
+        pattern = re.compile(rf"(instances_)?{name}\d*\.json")
+        files = [folder / f"{name}.json", *(folder / name / coco for coco in _COCO_NAMES)]
+        files += [file for file in listed if pattern.fullmatch(file.name)]
+        if found := next((file for file in files if file.is_file()), None):
+            return found
+    return None
+
+
+def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the folder of one part of the data; the case of its name is ignored."""
+    entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
+    return next((entries[name] for name in names if name in entries), None)
+
+
+def _coco_part(file: Path, image_dir: str) -> DataPart:
+    """Return a JSON file with the folder to which its file names are relative.
+
+    Raises:
+        UserError: If the first image is in none of the usual folders.
+    """
+    path = str(file.absolute())
+    if image_dir:
+        return DataPart(path, os.path.abspath(os.path.expanduser(image_dir)))
+    images = read_json_object(path).get("images")
+    first = images[0] if isinstance(images, list) and images else None
+    name = first.get("file_name") if isinstance(first, dict) else None
+    part = file.stem.lower().removeprefix("instances_")
+    near = [file.absolute().parent, file.absolute().parent.parent]
+    places = [place for base in near for place in (base, base / "images", base / part)]
+    places += [base / "images" / part for base in near]
+    for place in places:
+        # An invalid file is reported with its details when it is read.
+        if not isinstance(name, str) or (place / name.replace("\\", "/")).is_file():
+            return DataPart(path, str(place))
+    raise UserError(
+        f"The images of {file} are not found: {name} is in none of the folders "
+        f"{', '.join(map(str, places))}. Give their folder: --images FOLDER."
+    )

@@ -1,0 +1,117 @@
+"""Facts about a data set and a machine, on which a recipe depends."""
+
+import io
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from PIL import Image
+
+from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.detection.annotation_checks import read_coco_summary
+from senet_transfer.data.detection.formats.source import read_annotations
+from senet_transfer.data.own_data import DataPart
+
+# Number of images of a classification data set whose size is read.
+_SAMPLE = 100
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about training data.
+
+    Attributes:
+        task: "detection" or "classification".
+        images: Number of training images, for detection of those with objects.
+        classes: Number of classes.
+        short_side: Median of the images' shorter sides, in pixels.
+        object_size: 10th percentile of the objects' sizes (square root of the area), divided by
+            the shorter side of the image. All classes have the same weight, as in COCO's AP. 0 for
+            classification.
+        most_objects: Largest number of objects in an image; 0 for classification.
+    """
+
+    task: str
+    images: int
+    classes: int
+    short_side: int
+    object_size: float = 0.0
+    most_objects: int = 0
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Facts about the machine of a run.
+
+    Attributes:
+        gpu_memory: Memory of the smallest GPU, in GB; 0 for a run on the CPU.
+        processes: Number of processes of the run, one per GPU.
+        cpus: Number of CPU cores that this process may use.
+    """
+
+    gpu_memory: float
+    processes: int
+    cpus: int
+
+
+def describe_data(train: DataPart, val: DataPart) -> DataFacts:
+    """Read the facts about a data set.
+
+    Args:
+        train: Training data, of which everything but the largest number of objects is read.
+        val: Validation data.
+
+    Raises:
+        UserError: If the data is missing or invalid.
+    """
+    if not train.image_dir:
+        dataset = open_dataset(train.path, split="train_standard")
+        count = len(dataset)
+        indices = np.linspace(0, count - 1, min(count, _SAMPLE)).round().astype(int)
+        sides = []
+        for index in indices:
+            try:
+                with Image.open(io.BytesIO(dataset.read_sample(int(index)).data)) as image:
+                    sides.append(min(image.size))
+            except (OSError, ValueError):  # Pillow can't read it; training counts such images.
+                continue
+        return DataFacts(
+            "classification", count, dataset.num_classes, int(np.median(sides or [224]))
+        )
+    summaries = [read_coco_summary(*part) for part in (train, val)]
+    summary = summaries[0]
+    sides_by_id = {number: min(width, height) for _, width, height, number in summary.images}
+    objects = [
+        item
+        for item in read_annotations(*train)["annotations"]
+        if not item.get("iscrowd") and 0 not in item["bbox"][2:]
+    ]
+    counts = Counter(item["category_id"] for item in objects)
+    sizes = sorted(
+        (math.sqrt(w * h) / sides_by_id[item["image_id"]], 1 / counts[item["category_id"]])
+        for item in objects
+        for _, _, w, h in [item["bbox"]]
+    )
+    # The weights of a class sum up to 1.
+    place = np.searchsorted(np.cumsum([weight for _, weight in sizes]), 0.1 * len(counts))
+    return DataFacts(
+        "detection",
+        images=len({item["image_id"] for item in objects}),
+        classes=len(summary.classes),
+        short_side=int(np.median(list(sides_by_id.values()))),
+        object_size=sizes[place][0] if sizes else 1.0,
+        most_objects=max(part.most_objects for part in summaries),
+    )
+
+
+def describe_machine(device: str) -> MachineFacts:
+    """Read the facts about this machine for a run on a device, such as "cuda" or "cpu"."""
+    memory = 0.0
+    if device.startswith("cuda") and torch.cuda.is_available():
+        gpus = range(torch.cuda.device_count())
+        memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) / 2**30
+    return MachineFacts(round(memory, 1), comm.get_world_size(), len(os.sched_getaffinity(0)))

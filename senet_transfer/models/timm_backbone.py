@@ -1,0 +1,243 @@
+"""timm's networks as Detectron2 backbones.
+
+The module is timm's own, under the attribute ``net``, so its tensors have timm's names. Feature
+maps come from timm's ``forward_intermediates``, as with ``features_only=True``; layers that they do
+not need are removed.
+"""
+
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+from senet_transfer.errors import UserError
+from senet_transfer.layers.squeeze_excitation import SEOptions
+from senet_transfer.models.backbones.builder import FEATURES, check_freeze_at, check_out_features
+from senet_transfer.models.registry import ModelEntry, register_prefix
+from senet_transfer.weights.hub.timm_networks import (
+    PREFIX,
+    import_timm,
+    pretrained_config,
+    timm_preprocessing,
+)
+
+# Feature for classification: timm's output before the classifier, (N, C, 1, 1).
+POOLED = "pooled"
+
+_STRIDES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+# Side length in pixels of the images with which the sizes of feature maps are checked.
+_SIDE = 256
+_NAMES = (*_STRIDES.values(), POOLED)
+
+
+class TimmBackbone(Backbone):
+    """Backbone that returns the feature maps or the pooled features of one of timm's networks.
+
+    Attributes:
+        model_name: Name of the model, such as "timm/regnety_002".
+        net: timm's network without its classifier.
+        stages: Stage of each module of ``net``, by path. 1 is the stem, 2 to 5 end with the feature
+            maps res2 to res5, and 6 are later layers. Empty if timm does not name the stages.
+        unused_tensors: Names of the tensors of the whole network that this backbone does not have.
+    """
+
+    def __init__(
+        self, model_name: str, *, in_channels: int = 3, out_features: list[str] | None = None
+    ):
+        """
+        Args:
+            model_name: Name of the model, such as "timm/regnety_002".
+            in_channels: Number of image channels.
+            out_features: Names of the features to return, from "res2" to "res5", or only "pooled";
+                None returns "res5".
+
+        Raises:
+            UserError: If timm has no such network, the network has no feature maps with strides 4,
+                8, 16 and 32, or a name is invalid.
+        """
+        super().__init__()
+        config = pretrained_config(model_name)
+        check_out_features(out_features, _NAMES)
+        self.model_name = model_name
+        self._out_features = list(out_features or ["res5"])
+        if POOLED in self._out_features and len(self._out_features) > 1:
+            raise UserError(
+                f"out_features is {self._out_features}; expected feature maps or only {POOLED!r}."
+            )
+        net: Any = import_timm().create_model(
+            model_name.removeprefix(PREFIX), num_classes=0, in_chans=in_channels
+        )
+        tensors = net.state_dict().keys()
+        maps = _feature_maps(model_name, net)
+        self.stages = _stage_numbers(net, list(maps.values()))
+        self._shapes = {
+            name: ShapeSpec(channels=found["num_chs"], stride=found["reduction"])
+            for name, found in maps.items()
+        }
+        self._shapes[POOLED] = ShapeSpec(channels=net.head_hidden_size, stride=32)
+        # timm returns feature maps in the order of their indices.
+        self._maps = [name for name in maps if name in self._out_features]
+        if self._maps:
+            if config.get("fixed_input_size"):
+                raise UserError(
+                    f"{model_name} only takes images of {config['input_size'][-2:]} pixels, but a "
+                    "backbone for feature maps must take images of all sizes. Use a convolutional "
+                    "network."
+                )
+            indices = [maps[name]["index"] for name in self._maps]
+            self._indices = net.prune_intermediate_layers(indices, prune_norm=True)
+        self.net = net
+        self.unused_tensors = frozenset(f"net.{name}" for name in tensors - net.state_dict().keys())
+        if self._maps:
+            self._check_sizes(in_channels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map ``(N, in_channels, H, W)`` to features by name."""
+        if not self._maps:
+            return {POOLED: self.net(x).flatten(1)[:, :, None, None]}
+        found = self.net.forward_intermediates(
+            x, indices=self._indices, output_fmt="NCHW", intermediates_only=True
+        )
+        features = dict(zip(self._maps, found, strict=True))
+        return {name: features[name] for name in self._out_features}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return the channels and strides of the features by name."""
+        return {name: self._shapes[name] for name in self._out_features}
+
+    def _check_sizes(self, in_channels: int) -> None:
+        """Raise UserError unless the sizes of the feature maps are the image's by their strides."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        images = torch.empty(1, in_channels, _SIDE, _SIDE, device="meta")
+        self.eval()
+        features = torch.func.functional_call(self, empty, (images,))
+        self.train()
+        for name, shape in self.output_shape().items():
+            side = _SIDE // shape.stride
+            found, expected = features[name].shape[1:], (shape.channels, side, side)
+            if found != expected:
+                raise UserError(
+                    f"The feature map {name} of {self.model_name} has the shape {tuple(found)} for "
+                    f"images of {_SIDE} x {_SIDE} pixels; expected {expected}, with stride "
+                    f"{shape.stride}. Use a network whose convolutions are padded."
+                )
+
+    def freeze(self, freeze_at: int) -> None:
+        """Freeze the first stages: parameters get no gradients, and batch norms are fixed.
+
+        Args:
+            freeze_at: Number of stages, counted from the stem; 0 freezes nothing.
+        """
+        if freeze_at and not self.stages:
+            raise UserError(
+                f"freeze_at is {freeze_at}, but timm does not name the stages of "
+                f"{self.model_name}. Set it to 0 (MODEL.BACKBONE.FREEZE_AT)."
+            )
+        freeze_norm = import_timm().layers.freeze_batch_norm_2d
+        for path, module in list(self.net.named_modules()):
+            if path and self.stages.get(path, 6) <= freeze_at:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad = False
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                    self.net.set_submodule(path, freeze_norm(module))
+
+
+def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
+    """Return timm's records of the last feature maps with strides 4, 8, 16 and 32, by name.
+
+    Raises:
+        UserError: If the network has other strides.
+    """
+    records = getattr(net, "feature_info", None) or []
+    found = {
+        record["reduction"]: {**record, "index": index} for index, record in enumerate(records)
+    }
+    if not hasattr(net, "forward_intermediates") or not found.keys() >= _STRIDES.keys():
+        has = ", ".join(map(str, sorted(found))) or "none"
+        raise UserError(
+            f"The feature maps of {model_name} have the strides {has}; expected 4, 8, 16 and 32. "
+            "Use a network with these strides, such as timm/resnet50, timm/regnety_016, "
+            "timm/efficientnet_b0, timm/mobilenetv3_large_100 or timm/convnext_tiny."
+        )
+    return {name: found[stride] for stride, name in _STRIDES.items()}
+
+
+def _stage_numbers(net: nn.Module, maps: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the stage of each module by path, or an empty dict if it is unknown.
+
+    timm names the module that ends each stage. The modules of a network are in the order of
+    computation. The stem ends with the last feature map of a lower stride, if there is one,
+    otherwise before the last module of stage 2.
+    """
+    paths = [path for path, _ in net.named_modules() if path]
+
+    def inside(end: str) -> list[int]:
+        return [i for i, path in enumerate(paths) if f"{path}.".startswith(f"{end}.")]
+
+    stages = [inside(record["module"]) for record in maps]
+    early = [r for r in net.feature_info if r["reduction"] < maps[0]["reduction"]]
+    stem = inside(early[-1]["module"]) if early else stages[0][:1]
+    if not all([stem, *stages]):
+        return {}
+    ends = [stem[-1] if early else stem[0] - 1, *(stage[-1] for stage in stages)]
+    return {path: 1 + sum(i > end for end in ends) for i, path in enumerate(paths)}
+
+
+def build_timm(
+    *,
+    model_name: str,
+    se: SEOptions | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    out_features: list[str] | None = None,
+    freeze_at: int = 0,
+) -> TimmBackbone:
+    """Build one of timm's networks.
+
+    Args:
+        model_name: Name of the model, such as "timm/regnety_002".
+        se: Not used; the network has the SE layers that timm gives it.
+        norm: "BN" for timm's norms of any kind. "FrozenBN" and "SyncBN" convert batch norms.
+        in_channels: Number of image channels.
+        out_features: See :class:`TimmBackbone`.
+        freeze_at: Number of stages to freeze, counted from the stem.
+
+    Raises:
+        UserError: If timm is not installed, the network is not suitable, or an option is invalid.
+    """
+    check_freeze_at(freeze_at, FEATURES)
+    backbone = TimmBackbone(model_name, in_channels=in_channels, out_features=out_features)
+    layers = import_timm().layers
+    if norm == "GN":
+        raise UserError(
+            f"The norm is GN, but {model_name} has the norms that timm gives it. Expected BN "
+            "(timm's norms), FrozenBN or SyncBN (MODEL.RESNETS.NORM). For group norms, use a "
+            "network such as timm/resnet50_gn."
+        )
+    if norm == "FrozenBN":
+        backbone.net = layers.freeze_batch_norm_2d(backbone.net)
+    if norm == "SyncBN":
+        backbone.net = layers.convert_sync_batchnorm(backbone.net)
+    backbone.freeze(freeze_at)
+    return backbone
+
+
+def _entry(name: str) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        build=build_timm,
+        fixed={"model_name": name},
+        has_se=False,
+        preprocessing=timm_preprocessing(name),
+        pooled=POOLED,
+    )
+
+
+def _list(pattern: str) -> list[str]:
+    return [PREFIX + name for name in import_timm().list_models(pattern.removeprefix(PREFIX))]
+
+
+register_prefix(PREFIX, _entry, _list)
