@@ -386,7 +386,7 @@ def _show_parser() -> argparse.ArgumentParser:
         "--data",
         default="",
         metavar="PATH",
-        help="data as in `senet train --data`, or the name of a registered data set",
+        help="data as for the option --data of senet train, or the name of a registered data set",
     )
     add("--val", default="", metavar="PATH", help="evaluation data; default: that of --data")
     add(

@@ -346,3 +346,14 @@ def test_the_arguments_of_a_parser_are_listed_in_order():
     parser = argparse.ArgumentParser(add_help=False)
     added = [parser.add_argument("file"), parser.add_argument("--size", type=int)]
     assert private_api.parser_arguments(parser) == added
+
+
+def test_a_missing_compiler_is_reported_as_a_missing_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", _no_compiler)
+    program = torch.export.export(nn.ReLU(), (torch.ones(2),))
+    with pytest.raises(FileNotFoundError, match="no C\\+\\+ compiler"):
+        private_api.compile_program(program, str(tmp_path / "relu.pt2"), {})
+
+
+def _no_compiler() -> str:
+    raise torch._inductor.exc.InvalidCxxCompiler
