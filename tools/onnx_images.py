@@ -33,6 +33,15 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     return session, metadata
 
 
+def has_deep_colours(image: Image.Image) -> bool:
+    """Return whether an opened image has colours with 16 bits, which Pillow reduces to 8 bits."""
+    if image.mode not in ("RGB", "RGBA") or not getattr(image, "tile", ()):
+        return False
+    codec, _, _, args = image.tile[0]  # type: ignore[attr-defined]  # of ImageFile
+    args = args if isinstance(args, tuple) else (args,)
+    return ";16" in str(args[0]) or (codec == "ppm" and args[1] > 255)
+
+
 def read_image(
     path: str, value_range: Sequence[float] = (), *, upright: bool = False
 ) -> Image.Image:
@@ -49,8 +58,7 @@ def read_image(
     """
     try:
         image: Image.Image = Image.open(path)
-        # Pillow reads 16-bit colour images with 8 bits.
-        deep_colours = image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", ""))
+        deep_colours = has_deep_colours(image)
         # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image.load()
