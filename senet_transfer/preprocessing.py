@@ -1,5 +1,6 @@
 """Image preprocessing parameters and normalisation."""
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,8 @@ class Preprocessing:
     """Parameters for converting an image to a model's input. The defaults are torchvision's.
 
     Attributes:
-        format: Channel order of the model's input, "RGB" or "BGR", or "L" for grey images.
+        format: Channel order of the model's input, "RGB" or "BGR", or "L" for grey images, or "C5"
+            for images with 5 channels, in the order of their files.
         mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
             With the format "L", a network with three input channels has three values: it is given
             the grey image three times, and can start from weights for colour images.
@@ -45,6 +47,17 @@ class Preprocessing:
         )
         return replace(self, format="L", mean=(mean,), std=(std,))
 
+    def with_channels(self, count: int) -> "Preprocessing":
+        """Return the preprocessing for images with any number of channels, all normalised alike."""
+        grey = self.grey()
+        return replace(grey, format=f"C{count}", mean=grey.mean * count, std=grey.std * count)
+
+
+def channels_of(format: str) -> int | None:
+    """Return the number of channels in a format such as "C5"; None for RGB, BGR and L."""
+    match = re.fullmatch(r"C([1-9][0-9]*)", format)
+    return int(match[1]) if match else None
+
 
 # Mean and std of the training images, which are neither resized nor cropped.
 CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), resize=32, crop=32)
@@ -55,7 +68,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
     """Normalise RGB images and reorder their channels as a model expects.
 
     Args:
-        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
+        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``;
+            with a format such as "C5", images ``(N, 5, H, W)``.
         mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
         std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
         format: Channel order of the model's input, "RGB" or "BGR", or "L" to convert the images to

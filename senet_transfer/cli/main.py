@@ -17,6 +17,8 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate a classifier: errors, worst and most confused classes"),
     "predict": ("predict", "run object detection or classification on images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
+    "features": ("little_data.features", "write the features of a backbone for labelled images"),
+    "probe": ("little_data.probe", "evaluate a backbone: linear probe and nearest neighbours"),
     "convert": ("convert", "convert weight files between formats"),
     "report": ("analysis.report", "create an HTML report on training runs"),
     "data": ("data", "prepare a data set"),

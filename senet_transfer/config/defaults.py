@@ -45,6 +45,7 @@ FILE_KEYS = (
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "MODEL.RESNETS.STEM_POOL",
     "MODEL.SE.RELU_BEFORE",
+    "INPUT.CHANNELS",
     "INPUT.FORMAT",
     "MODEL.PIXEL_MEAN",
     "MODEL.PIXEL_STD",
@@ -143,6 +144,11 @@ def _add_model_config(cfg: CfgNode) -> None:
 
 
 def _add_data_config(cfg: CfgNode) -> None:
+    # The number of channels of the images, 1 to 16, for images that are neither colour nor grey
+    # images, such as multispectral TIFF or NPY files. The channels are used in the order of the
+    # file, and MODEL.PIXEL_MEAN and PIXEL_STD need one value for each. INPUT.FORMAT is then set to
+    # "C5" for 5 channels. If None, INPUT.FORMAT determines the channels.
+    cfg.INPUT.CHANNELS = None
     # [low, high]: the values that become black and white in images with 16 or 32 bits per channel,
     # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
     # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.
@@ -219,6 +225,14 @@ def _add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.MICRO_BATCHES = 1
     # A factor for the backbone's learning rate. Values below 1 fine-tune the backbone gently.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # A factor for the learning rate per stage of the backbone: res5 has the factor d, res4 d^2, and
+    # so on to the stem. The other parts, such as the classifier, have the factor 1. Values below 1
+    # keep the early stages, which are the most general, close to the pretrained weights.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # Gradual unfreezing: all stages of the backbone are frozen at the start. The first number is
+    # the iteration from which the last stage is trained, the second that of the stage before it,
+    # and so on. Stages without a number stay frozen. If empty, no stage is frozen.
+    cfg.SOLVER.UNFREEZE_ITERS = ()
     # The batch norm statistics are frozen for this number of iterations at the end of training.
     # The network is then trained in the same form in which it is evaluated (the paper's appendix).
     cfg.SOLVER.FROZEN_BN_ITERS = 0
@@ -249,12 +263,13 @@ def _add_solver_config(cfg: CfgNode) -> None:
 def _add_epochs(cfg: CfgNode) -> None:
     """Add the keys for schedules in epochs, and the key for selecting the best model."""
     # Fractions of epochs are allowed. If EPOCHS is set, it replaces MAX_ITER, and STEP_EPOCHS
-    # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, FROZEN_BN_ITERS,
+    # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, UNFREEZE_ITERS, FROZEN_BN_ITERS,
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. For a detector, an epoch consists of the images that
     # remain after FILTER_EMPTY_ANNOTATIONS.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = None
+    cfg.SOLVER.UNFREEZE_EPOCHS = ()
     cfg.SOLVER.FROZEN_BN_EPOCHS = None
     cfg.SOLVER.CHECKPOINT_EPOCHS = None
     cfg.TEST.EVAL_EPOCHS = None

@@ -20,7 +20,7 @@ from senet_transfer.config.defaults import (
     get_senet_config,
     set_config_value,
 )
-from senet_transfer.config.validation import check_elements
+from senet_transfer.config.validation import MOST_CHANNELS, check_elements
 from senet_transfer.errors import UserError
 
 # Keys whose values may have several types: whole numbers or fractions of epochs, or text or a list.
@@ -85,6 +85,20 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         _keep(cfg, set(options[::2]))
     _check_nothing_is_missing(cfg)
     check_elements(cfg)
+    _use_channels(cfg)
+
+
+def _use_channels(cfg: CfgNode) -> None:
+    """Set the image format to that of ``INPUT.CHANNELS``, if it is set."""
+    channels = cfg.INPUT.CHANNELS
+    if channels is None:
+        return
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise UserError(
+            f"INPUT.CHANNELS is {channels!r}; expected a number from 1 to {MOST_CHANNELS}, or None "
+            "for colour and grey images."
+        )
+    cfg.INPUT.FORMAT = f"C{channels}"
 
 
 def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:

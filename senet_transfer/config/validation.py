@@ -11,8 +11,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from senet_transfer.config.defaults import config_items, get_senet_config
+from senet_transfer.config.defaults import config_items, config_value, get_senet_config
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ RANGES = {
     "SOLVER.FROZEN_BN_ITERS": (0, math.inf),
     "SOLVER.GAMMA": (0, math.inf),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.LAYER_DECAY": (0, 1),
     "SOLVER.MAX_ITER": (1, math.inf),
     "SOLVER.MAX_NONFINITE_STEPS": (0, math.inf),
     "SOLVER.MOMENTUM": (0, 1),
@@ -92,6 +94,8 @@ _ELEMENTS: dict[str, Any] = {
     "INPUT.VALUE_RANGE": 0.0,
     "MODEL.FPN.IN_FEATURES": "res2",
     "SOLVER.STEP_EPOCHS": 1,
+    "SOLVER.UNFREEZE_EPOCHS": 1,
+    "SOLVER.UNFREEZE_ITERS": 1,
     "TEST.KEYPOINT_OKS_SIGMAS": 0.1,
 }
 
@@ -175,6 +179,7 @@ def check_ranges(cfg: CfgNode) -> None:
 
 
 IMAGE_FORMATS = ("BGR", "RGB", "L")
+MOST_CHANNELS = 16
 
 
 def check_input(cfg: CfgNode) -> None:
@@ -184,18 +189,20 @@ def check_input(cfg: CfgNode) -> None:
         UserError: If the image format is not supported, or the mean, std or value range is invalid.
     """
     image_format = cfg.INPUT.FORMAT
-    if image_format not in IMAGE_FORMATS:
+    count = channels_of(image_format)
+    if image_format not in IMAGE_FORMATS and count != (cfg.INPUT.CHANNELS or 0):
         raise UserError(
             f"INPUT.FORMAT is {image_format!r}; expected one of: {', '.join(IMAGE_FORMATS)}. Other "
-            "formats, such as Detectron2's YUV-BT.601, are not supported."
+            "formats, such as Detectron2's YUV-BT.601, are not supported. For images with other "
+            "channels, set INPUT.CHANNELS instead."
         )
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    channels = (1, 3) if image_format == "L" else (3,)
+    channels = (1, 3) if image_format == "L" else (count or 3,)
     if len(mean) not in channels or len(std) != len(mean):
         expected = (
             "1 value each, or 3 for a network with 3 input channels,"
             if image_format == "L"
-            else "3 values each"
+            else f"{count or 3} values each"
         )
         raise UserError(
             f"MODEL.PIXEL_MEAN has {len(mean)} and MODEL.PIXEL_STD has {len(std)} values; expected "
@@ -206,6 +213,7 @@ def check_input(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_MEAN is {list(mean)} and MODEL.PIXEL_STD is {list(std)}; expected finite "
             "numbers, and no standard deviation of 0."
         )
+    _check_channels(cfg, count)
     limits = cfg.INPUT.VALUE_RANGE
     if len(limits) not in (0, 2) or not all(map(math.isfinite, limits)):
         raise UserError(
@@ -216,6 +224,29 @@ def check_input(cfg: CfgNode) -> None:
         raise UserError(
             f"INPUT.VALUE_RANGE is {list(limits)}; expected the lower value first: [low, high]."
         )
+
+
+# Values of keys for images with INPUT.CHANNELS. Other values require colour images.
+_SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
+    "INPUT.CLASSIFICATION.AUGMENT": ("region",),
+    "INPUT.CLASSIFICATION.COLOR_JITTER": ((), []),
+    "INPUT.CLASSIFICATION.POLICY": ("none",),
+    "INPUT.LARGE_SCALE_JITTER.ENABLED": (False,),
+    "INPUT.SATURATION": ((), []),
+    "TEST.AUG.ENABLED": (False,),
+    "VIS_PERIOD": (0,),
+}
+
+
+def _check_channels(cfg: CfgNode, count: int | None) -> None:
+    """Raise a UserError for settings that are not supported for images with many channels."""
+    for key, supported in _SUPPORTED_WITH_CHANNELS.items():
+        value = config_value(cfg, key)
+        if count is not None and value not in supported:
+            raise UserError(
+                f"{key} is {value!r}, which is not supported with INPUT.CHANNELS {count}. Set it "
+                f"to {supported[0]!r}."
+            )
 
 
 @contextlib.contextmanager

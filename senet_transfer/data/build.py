@@ -33,6 +33,7 @@ from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.text import first_of
 
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
@@ -289,6 +290,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         interpolation=options.INTERPOLATION,
         draft=options.DRAFT,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
         augment=build_augmentation(cfg),
     )
 
@@ -302,6 +304,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
         crop=options.TEST_CROP,
         interpolation=options.INTERPOLATION,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
     )
 
 

@@ -21,7 +21,8 @@ from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.models.registry import model_entry
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.choice import Choice, config_choice, stated_values
 from senet_transfer.weights.file_geometry import (
@@ -31,7 +32,7 @@ from senet_transfer.weights.file_geometry import (
 )
 from senet_transfer.weights.hub.catalogue import only_in_timm
 from senet_transfer.weights.hub.timm_networks import is_timm
-from senet_transfer.weights.load import load_source
+from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,14 @@ class ModelSource:
         apply_file_classes(cfg, source)
         return replace(self, cfg=cfg, source=source)
 
-    def build(self, device: str = "") -> LoadedModel:
+    def build(self, device: str = "", *, backbone_only: bool = False) -> LoadedModel:
         """Build the model with the geometry of its weight file, and load all of its weights.
 
         Args:
             device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
                 there are no GPUs, the model is built on the CPU.
+            backbone_only: If True, the weight file may have no classifier, or one for a different
+                number of classes. The model's linear layer is then random.
 
         Raises:
             UserError: If the weight file can't be read or does not match the model (including the
@@ -119,8 +122,20 @@ class ModelSource:
         apply_file_geometry(cfg, source)
         with weights_follow():
             model = set_memory_format(cfg, build_model(cfg))
-        load_source(model, source, exact=True)
+        report = load_source(model, source, exact=not backbone_only)
+        _check_backbone(report)
         return LoadedModel(model.eval(), cfg, source.family.name)
+
+
+def _check_backbone(report: LoadReport) -> None:
+    """Raise a UserError if a part of a classifier other than its linear layer is not loaded."""
+    random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
+    if random:
+        raise UserError(
+            f"{report.path} has no weights for {len(random)} tensors of the model: "
+            f"{first_of(list(random), 3)} ({next(iter(random.values()))}). Use weights for this "
+            "network, or build the file's network."
+        )
 
 
 def _check_class_count(cfg: CfgNode, config_file: str) -> None:
@@ -245,6 +260,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.INPUT.FORMAT = preprocessing.format
+    cfg.INPUT.CHANNELS = channels_of(preprocessing.format)
     cfg.MODEL.PIXEL_MEAN = list(preprocessing.mean)
     cfg.MODEL.PIXEL_STD = list(preprocessing.std)
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize

@@ -347,6 +347,11 @@ def _check_compile(cfg: CfgNode) -> None:
             "SOLVER.COMPILE is graph, which supports a single process, but this run has "
             f"{comm.get_world_size()}. {remedy}"
         )
+    if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
+        raise UserError(
+            "SOLVER.COMPILE is graph, but SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) changes which "
+            f"parameters are trained, which a captured step can't follow. {remedy}"
+        )
     options = cfg.MODEL.CLASSIFIER
     if is_classification(cfg) and (options.MIXUP or options.CUTMIX):
         raise UserError(

@@ -50,6 +50,7 @@ from senet_transfer.engine.recipe.make import use_recipe
 from senet_transfer.engine.run_checks import check_run, scratch_hint
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.environment import environment_report
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
@@ -425,6 +426,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
                 mode=cfg.DATALOADER.CHECK_IMAGES,
                 value_range=cfg.INPUT.VALUE_RANGE,
                 max_size=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
+                image_format=cfg.INPUT.FORMAT if channels_of(cfg.INPUT.FORMAT) else "BGR",
             )
         except UserError as error:
             problem = str(error)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from senet_transfer.config import config_value, get_senet_config
+from senet_transfer.engine.little_data.stages import layer_factors
 from senet_transfer.errors import UserError
 from senet_transfer.utils.private_api import multiply_all, norms_of
 
@@ -80,6 +81,8 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     counted.defrost()
     counted.SOLVER.MAX_ITER = iterations(cfg.SOLVER.EPOCHS)
     counted.SOLVER.STEPS = tuple(iterations(epochs) for epochs in cfg.SOLVER.STEP_EPOCHS)
+    if cfg.SOLVER.UNFREEZE_EPOCHS:
+        counted.SOLVER.UNFREEZE_ITERS = tuple(map(iterations, cfg.SOLVER.UNFREEZE_EPOCHS))
     for key, in_epochs in _IN_EPOCHS.items():
         if epochs := config_value(cfg, in_epochs):
             node, _, leaf = key.rpartition(".")
@@ -96,7 +99,8 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer, SGD or AdamW, with Detectron2's parameter groups.
 
-    The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``.
+    The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``,
+    and in the backbone's stages also by a power of ``SOLVER.LAYER_DECAY``.
     On a GPU, the optimizer is fused, so that it can skip a step without waiting for the host.
 
     Raises:
@@ -105,12 +109,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     factor = solver.BACKBONE_MULTIPLIER
-    if factor != 1 and solver.BIAS_LR_FACTOR != 1:
-        # Detectron2 would use the same learning rate for all biases, including the backbone's.
-        raise UserError(
-            f"SOLVER.BACKBONE_MULTIPLIER is {factor:g} and SOLVER.BIAS_LR_FACTOR is "
-            f"{solver.BIAS_LR_FACTOR:g}, but only one of the two can differ from 1."
-        )
+    for key in ("BACKBONE_MULTIPLIER", "LAYER_DECAY"):
+        if solver[key] != 1 and solver.BIAS_LR_FACTOR != 1:
+            # Detectron2 would use the same learning rate for all biases, including the backbone's.
+            raise UserError(
+                f"SOLVER.{key} is {solver[key]:g} and SOLVER.BIAS_LR_FACTOR is "
+                f"{solver.BIAS_LR_FACTOR:g}, but only one of the two can differ from 1."
+            )
+    of_stage = layer_factors(model, solver.LAYER_DECAY) if solver.LAYER_DECAY != 1 else None
+
+    def lr_factor(name: str) -> float:
+        own = factor if name.startswith("backbone.") else 1.0
+        return own * of_stage(name) if of_stage else own
+
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -118,7 +129,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: factor if name.startswith("backbone.") else 1.0,
+        lr_factor_func=lr_factor,
     )
     options: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     fused = next(model.parameters()).device.type == "cuda"

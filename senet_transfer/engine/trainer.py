@@ -35,6 +35,7 @@ from senet_transfer.engine.capture.graphs import CudaGraphs, Graphs
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, UntaggedCheckpointer
 from senet_transfer.engine.inference.augmentation import with_augmentation
+from senet_transfer.engine.little_data.stages import GradualUnfreezing
 from senet_transfer.engine.numerics import set_memory_format, settings
 from senet_transfer.engine.run_checks import check_batch_norms
 from senet_transfer.engine.train_step import StepTrainer
@@ -445,11 +446,17 @@ class Trainer(DefaultTrainer):
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
         cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device), hooks.DataWaits()]
+        if cfg.SOLVER.UNFREEZE_ITERS:
+            own.append(GradualUnfreezing(model, cfg.SOLVER.UNFREEZE_ITERS, self._wrap_model))
         if cfg.SOLVER.FROZEN_BN_ITERS:
             own.append(hooks.FrozenStatistics(model, cfg.SOLVER.FROZEN_BN_ITERS))
         if self.average:
             own.append(self.average)
         return own
+
+    def _wrap_model(self) -> None:
+        """Wrap the model for distributed training after its trainable parameters have changed."""
+        self.model = self._trainer.guard.model = _distribute(self.checkpointer.model)
 
     def _savers(self) -> list[HookBase]:
         cfg, savers = self.cfg, []

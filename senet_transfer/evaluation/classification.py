@@ -147,14 +147,13 @@ def evaluate_classifier(
         UserError: If the number of classes differs, or if an image is missing or corrupted.
     """
     _check_classes(model, dataset)
-    loader = _loader(model, dataset, transform, batch_size, workers)
     evaluator = ClassificationEvaluator(
         dataset.num_classes,
         len(dataset),
         keep_predictions=keep_predictions,
         keep_logits=keep_logits,
     )
-    shown = _Shown(loader, len(dataset), quiet)
+    shown = eval_batches(model, dataset, transform, batch_size, workers, quiet)
     start = time.perf_counter()
     with torch.inference_mode():
         results = inference_on_dataset(model, shown, evaluator)
@@ -177,23 +176,28 @@ def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | Imag
         )
 
 
-def _loader(
+def eval_batches(
     model: ImageClassifier,
     dataset: ClassificationDataset | ImageArrays,
     transform: EvalTransform,
     batch_size: int,
     workers: int,
-) -> ClassificationLoader | CifarEvalLoader:
+    quiet: bool,
+) -> "ShownBatches":
+    """Return batches of all images of a data set for a model, with a progress bar."""
+    loader: ClassificationLoader | CifarEvalLoader
     if isinstance(dataset, ImageArrays):
         _check_view(dataset, transform)
-        return CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
-    return build_classification_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        transform=transform,
-        num_workers=workers,
-        pin_memory=model.device.type == "cuda",
-    )
+        loader = CifarEvalLoader(dataset, batch_size=batch_size, device=model.device)
+    else:
+        loader = build_classification_eval_loader(
+            dataset,
+            batch_size=batch_size,
+            transform=transform,
+            num_workers=workers,
+            pin_memory=model.device.type == "cuda",
+        )
+    return ShownBatches(loader, len(dataset), quiet)
 
 
 def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
@@ -206,7 +210,7 @@ def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
         )
 
 
-class _Shown:
+class ShownBatches:
     """Data loader wrapper that shows a progress bar and measures the time spent waiting."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):

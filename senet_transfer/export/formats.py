@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
-from senet_transfer.preprocessing import Preprocessing, normalise
+from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
 
 FORMATS = {
     "onnx": ".onnx",
@@ -48,7 +48,7 @@ class ImageModel(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits, or feature maps from fine to coarse, for RGB images ``(N, 3, H, W)``."""
+        """Return logits, or feature maps from fine to coarse, for images ``(N, C, H, W)``."""
         found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)
 
@@ -101,7 +101,8 @@ def export_network(
         names = list(found)
     model = ImageModel(deploy(network), preprocessing).eval()
     eager = ImageModel(network, preprocessing).eval()
-    example = 255 * torch.rand(2, 3, *size)
+    channels = channels_of(preprocessing.format) or 3
+    example = 255 * torch.rand(2, channels, *size)
     metadata = {
         "preprocessing": json.dumps(asdict(preprocessing)),
         "classes": json.dumps(list(classes)),
@@ -118,7 +119,7 @@ def export_network(
     }
     with torch.no_grad(), quiet():
         run = write[form](model, example, Path(path), names, metadata)
-    return _check(path, eager, run, 255 * torch.rand(3, 3, *size))
+    return _check(path, eager, run, 255 * torch.rand(3, channels, *size))
 
 
 @contextmanager

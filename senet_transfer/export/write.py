@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import OBJECTS, PIXELS, predicts, predicts_rotated_boxes
+from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.data.images.transforms import EvalTransform
@@ -20,6 +21,7 @@ from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
 from senet_transfer.export.onnx_detectors import export_detector_to_onnx
 from senet_transfer.models.image_classifier import preprocessing_of
+from senet_transfer.preprocessing import channels_of
 
 
 def export_model(
@@ -132,6 +134,7 @@ def _convert(
         crop=size[0],
         interpolation=options.INTERPOLATION,
         value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(cfg.INPUT.FORMAT),
     )
     classes = () if backbone_only else cfg.DATASETS.CLASSES
     images = CalibrationImages(calibration, transform, classes)
@@ -219,6 +222,7 @@ def _read_image(path: str, cfg: CfgNode, format: str) -> Tensor:
         raise UserError(
             f"{path} can't be read as an image: {error}. Choose a different image."
         ) from error
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    kind = ChannelResizeShortestEdge if channels_of(cfg.INPUT.FORMAT) else ResizeShortestEdge
+    resize = kind(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     image = resize.get_transform(image).apply_image(image)
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))

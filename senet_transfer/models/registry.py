@@ -17,7 +17,7 @@ from torch import nn
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.layers.fused.functions import check_fused, set_fused
 from senet_transfer.layers.squeeze_excitation import SEOptions
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.weights.choice import Choice
 from senet_transfer.weights.families.statements import WIDE_RESNET
 from senet_transfer.weights.hub.catalogue import locate_weights
@@ -237,10 +237,19 @@ def build_backbone(
         norm=norm,
         **overrides,
     )
-    pixels = entry.preprocessing
-    backbone.preprocessing = pixels.grey() if overrides.get("in_channels") == 1 else pixels
+    backbone.preprocessing = _pixels(entry.preprocessing, overrides.get("in_channels", 3), source)
     set_fused(backbone, fused)
     return backbone
+
+
+def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
+    """Return the preprocessing for a number of input channels, in the format of the file."""
+    own = source.preprocessing if source else None
+    if own and channels_of(own.format) == channels:
+        return own
+    if channels == 3:
+        return pixels
+    return pixels.grey() if channels == 1 else pixels.with_channels(channels)
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
@@ -367,8 +376,8 @@ def _with_file_options(
         )
     known = [*entry.options(), *(_SE_OVERRIDES if entry.has_se else ())]
     stated = {key: value for key, value in source.options().items() if key in known}
-    if source.preprocessing and len(source.preprocessing.mean) == 1:
-        stated["in_channels"] = 1
+    if source.preprocessing and len(source.preprocessing.mean) != 3:
+        stated["in_channels"] = len(source.preprocessing.mean)
     for key, value in stated.items():
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:

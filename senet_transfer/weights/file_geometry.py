@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from senet_transfer.config import config_value
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import same_pixels
+from senet_transfer.preprocessing import channels_of, same_pixels
 from senet_transfer.weights.choice import Choice, config_choice, kept_keys
 from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import locate_weights, nearest_names
@@ -154,10 +154,16 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """Return the config keys that the file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
-        # Grey images are given to a network for colour images as three equal channels.
-        wanted["INPUT.FORMAT"] = "L" if cfg.INPUT.FORMAT == "L" else source.preprocessing.format
-        wanted["MODEL.PIXEL_MEAN"] = list(source.preprocessing.mean)
-        wanted["MODEL.PIXEL_STD"] = list(source.preprocessing.std)
+        pixels, channels = source.preprocessing, channels_of(source.preprocessing.format)
+        # Weights for colour images are adapted to the channels in the config when they are loaded.
+        if channels or not channels_of(cfg.INPUT.FORMAT):
+            # Grey images are given to a network for colour images as three equal channels.
+            grey = cfg.INPUT.FORMAT == "L" and not channels
+            wanted["INPUT.FORMAT"] = "L" if grey else pixels.format
+            wanted["MODEL.PIXEL_MEAN"] = list(pixels.mean)
+            wanted["MODEL.PIXEL_STD"] = list(pixels.std)
+        if channels:
+            wanted["INPUT.CHANNELS"] = channels
     arch = source.architecture
     if arch and arch.se_stages and arch.se_ratio == cfg.MODEL.SE.RATIO:
         wanted["MODEL.SE.DIVISOR"] = arch.se_divisor

@@ -12,6 +12,7 @@ from senet_transfer.preprocessing import Preprocessing, same_pixels
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.families.geometry import Geometry
 from senet_transfer.weights.hub.catalogue import locate_weights
+from senet_transfer.weights.mapping.channels import adapt_channels
 from senet_transfer.weights.mapping.match import check_match, match
 from senet_transfer.weights.mapping.source import Source, examine
 from senet_transfer.weights.mapping.target import Target, fill, target_of
@@ -135,6 +136,8 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
         UserError: If the file does not fit the model, which is then left unchanged.
     """
     target = target_of(model)
+    if not exact:
+        source = adapt_channels(source, target)
     result = match(source, target, exact=exact)
     check_match(result, source, target)
     _check_norms(source, target)

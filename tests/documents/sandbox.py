@@ -106,6 +106,18 @@ def _photos(root: Path) -> None:
         shutil.copy(drawn.pop(), root / place)
 
 
+def _five_channels(root: Path) -> None:
+    """Write the shapes data set as NumPy arrays with five channels."""
+    content = json.loads((root / TINY).read_text())
+    (root / "five").mkdir()
+    for image in content["images"]:
+        path = root / "datasets/shapes/tiny" / image["file_name"]
+        pixels = 16 * np.asarray(Image.open(path).convert("RGB")).astype(np.uint16)
+        image["file_name"] = f"{path.stem}.npy"
+        np.save(root / "five" / image["file_name"], np.dstack([pixels, pixels[..., :2]]))
+    (root / "five.json").write_text(json.dumps(content))
+
+
 def _flowers(root: Path) -> None:
     for split in ("train", "val", "test", "all"):
         (root / "flowers").mkdir(exist_ok=True)
@@ -236,6 +248,7 @@ STAND_INS = (
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
     (r"coco_2017", "datasets/coco", _coco),
     (r"train\.json|val\.json", "train.json", _own_coco),
+    (r"five\.json", "five.json", _five_channels),
     (r"\bvoc\b", "voc", _voc),
     (r"photos?\b|more/", "photos", _photos),
     (r"flowers|output/(model|config)", "flowers", _flowers),

@@ -26,6 +26,7 @@ from senet_transfer.data.detection.crops import CocoCrops
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,6 @@ def _transform(loaded: LoadedModel) -> EvalTransform:
         resize=expected.resize,
         crop=expected.crop,
         interpolation=expected.interpolation,
+        value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(expected.format),
     )

@@ -82,15 +82,41 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
         return FastResize(found.h, found.w, found.new_h, found.new_w, found.interp)
 
 
+class ChannelResize(T.ResizeTransform):
+    """Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
+
+    Pillow has no images with five channels, and takes the last of two or four for transparency.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Resize an image `(H, W, C)`."""
+        bands = np.split(img, img.shape[2], axis=2)
+        return np.concatenate([super(ChannelResize, self).apply_image(b, interp) for b in bands], 2)
+
+
+class ChannelResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's `ResizeShortestEdge` with :class:`ChannelResize`."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Return the transform for an image."""
+        found = super().get_transform(image)
+        if isinstance(found, T.ResizeTransform):
+            return ChannelResize(found.h, found.w, found.new_h, found.new_w, found.interp)
+        return found
+
+
+def with_channel_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
+    """Return augmentations that resize images with any number of channels."""
+    return [_resized_by(ChannelResizeShortestEdge, augmentation) for augmentation in augmentations]
+
+
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
     """Return augmentations in which `ResizeShortestEdge` is replaced by the faster class."""
-    return [_fast(augmentation) for augmentation in augmentations]
+    return [_resized_by(FastResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 
-def _fast(augmentation: T.Augmentation) -> T.Augmentation:
+def _resized_by(kind: type[T.ResizeShortestEdge], augmentation: T.Augmentation) -> T.Augmentation:
     if type(augmentation) is not T.ResizeShortestEdge:
         return augmentation
     style = "range" if augmentation.is_range else "choice"
-    return FastResizeShortestEdge(
-        augmentation.short_edge_length, augmentation.max_size, style, augmentation.interp
-    )
+    return kind(augmentation.short_edge_length, augmentation.max_size, style, augmentation.interp)

@@ -14,6 +14,7 @@ from senet_transfer.data.detection.coco import CocoDataset, registered_entry
 from senet_transfer.data.detection.mapper import UnreadableImageError, read_checked
 from senet_transfer.data.images.decode import bits_of, exif_orientation, is_turned_sideways
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.progress import progress
 
 MODES = ("header", "decode")
@@ -36,6 +37,7 @@ def check_images(
     mode: str = "header",
     value_range: Sequence[float] = (),
     max_size: float = math.inf,
+    image_format: str = "BGR",
 ) -> None:
     """Check the images of data sets registered by this project.
 
@@ -45,6 +47,8 @@ def check_images(
             "decode" reads the images completely.
         value_range: The key ``INPUT.VALUE_RANGE``.
         max_size: The length in pixels to which longer sides are reduced.
+        image_format: See :func:`~.mapper.read_image`. Images with a format such as "C5" are read
+            completely in both modes.
 
     Raises:
         UserError: If images are unreadable or of another size than annotated. The message lists
@@ -53,7 +57,13 @@ def check_images(
     for name in dict.fromkeys(names):
         dataset = registered_entry(name)
         if isinstance(dataset, CocoDataset):
-            check_dataset_images(dataset, mode=mode, value_range=value_range, max_size=max_size)
+            check_dataset_images(
+                dataset,
+                mode=mode,
+                value_range=value_range,
+                max_size=max_size,
+                image_format=image_format,
+            )
 
 
 def check_dataset_images(
@@ -62,6 +72,7 @@ def check_dataset_images(
     mode: str = "header",
     value_range: Sequence[float] = (),
     max_size: float = math.inf,
+    image_format: str = "BGR",
     quiet: bool = True,
 ) -> int:
     """Check the images of one data set; see :func:`check_images`.
@@ -71,6 +82,7 @@ def check_dataset_images(
         mode: One of :data:`MODES`.
         value_range: The key ``INPUT.VALUE_RANGE``.
         max_size: The length in pixels to which longer sides are reduced.
+        image_format: See :func:`check_images`.
         quiet: If True, show no progress bar.
 
     Returns:
@@ -79,11 +91,12 @@ def check_dataset_images(
     records = dataset.image_records()
     read = partial(
         read_checked,
-        image_format="BGR",
+        image_format=image_format,
         value_range=value_range,
         annotation_files={dataset.image_dir: [dataset.json_file]},
     )
-    check = read if mode == "decode" else partial(_check_header, read=read, value_range=value_range)
+    whole = mode == "decode" or channels_of(image_format) is not None
+    check = read if whole else partial(_check_header, read=read, value_range=value_range)
     with ThreadPoolExecutor(_THREADS) as pool:
         done = pool.map(lambda record: _problem_of(check, record, max_size), records)
         bar = progress(done, total=len(records), unit="image", desc=dataset.name, quiet=quiet)
@@ -96,7 +109,8 @@ def check_dataset_images(
             "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these files, or remove them "
             "from the annotation file."
         )
-    _check_values(dataset, records, value_range)
+    if channels_of(image_format) is None:
+        _check_values(dataset, records, value_range)
     return len(records)
 
 

@@ -38,10 +38,13 @@ from senet_transfer.data.detection.augmentation.build import removes_parts, with
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     turn_upright,
+    with_channel_resize,
     with_fast_resize,
 )
+from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import exif_orientation, is_turned_sideways, to_8_bit
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 # Transpose operation for each EXIF orientation.
 _EXIF_TURNS = {
@@ -111,8 +114,10 @@ class CheckedDatasetMapper(DatasetMapper):
             theirs["augmentations"] = with_augmentation(cfg, theirs["augmentations"])
             theirs["recompute_boxes"] = removes_parts(cfg) and cfg.MODEL.MASK_ON
         # The config may be Detectron2's own, without these keys.
-        if is_train and cfg.INPUT.get("FAST_RESIZE", False):
+        if is_train and cfg.INPUT.get("FAST_RESIZE", False) and not channels_of(cfg.INPUT.FORMAT):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
+        if channels_of(cfg.INPUT.FORMAT):
+            theirs["augmentations"] = with_channel_resize(theirs["augmentations"])
         head = cfg.MODEL.SEM_SEG_HEAD
         return {
             **theirs,
@@ -345,7 +350,10 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
 
     Args:
         path: Path of an image in any format supported by Pillow.
-        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
+        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`;
+            or "C5", for example, for images with 5 channels in any format supported by
+            :func:`~senet_transfer.data.images.channels.decode_channels`. The EXIF orientation of
+            such images is not applied.
         value_range: Range of images with more than 8 bits per channel; see
             :func:`senet_transfer.data.images.decode.to_8_bit`.
 
@@ -364,6 +372,8 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
 def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
     """Decode an encoded image in the same way as :func:`read_image`."""
     with _no_truncated_images():
+        if channels := channels_of(image_format):
+            return decode_channels(data, channels, value_range)
         image: Image.Image = Image.open(io.BytesIO(data))
         orientation = exif_orientation(image)
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None

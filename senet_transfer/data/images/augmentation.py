@@ -69,7 +69,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
 def _mean_colour(cfg: CfgNode) -> list[float]:
     """Return the mean pixel in RGB order, which is 0 after normalisation, up to rounding."""
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
-    if len(mean) == 1:
+    if cfg.INPUT.FORMAT == "L" and len(mean) == 1:
         return mean * 3
     return mean[::-1] if cfg.INPUT.FORMAT == "BGR" else mean
 

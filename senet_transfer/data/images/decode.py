@@ -72,11 +72,11 @@ def to_8_bit(
     """
     bits = bits_of(image)
     if bits == 8:
-        deep = _deep_colours(image, data) if value_range and data else None
-        return image if deep is None else Image.fromarray(_scale(deep, value_range))
+        deep = deep_colours(image, data) if value_range and data else None
+        return image if deep is None else Image.fromarray(scale(deep, value_range))
     values = np.asarray(image)
     if value_range:
-        return Image.fromarray(_scale(values, value_range))
+        return Image.fromarray(scale(values, value_range))
     if bits == 16:
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
@@ -86,13 +86,14 @@ def to_8_bit(
     )
 
 
-def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+def scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    """Map the two values of a range to 0 and 255, and clip other values; NaN becomes black."""
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
 
 
-def _deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Return a 16-bit colour image as uint16 RGB `(H, W, 3)`; None for other images."""
     if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF", "PPM"):
         return None
@@ -119,7 +120,7 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns about palettes, metadata and sizes. Relevant problems raise exceptions.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_formats())
+            image = Image.open(io.BytesIO(data), formats=allowed_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
             return to_8_bit(image, value_range, data).convert("RGB")
@@ -130,7 +131,7 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> list[str]:
+def allowed_formats() -> list[str]:
     """Return the formats that Pillow is allowed to open, without those of later versions."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

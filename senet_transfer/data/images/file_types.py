@@ -52,6 +52,11 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in _SYSTEM for part in parts)
 
 
+def is_array_name(name: str) -> bool:
+    """Return True if a relative path is that of a NumPy array that is not hidden."""
+    return name.lower().endswith(".npy") and not is_hidden(name)
+
+
 def is_image_name(name: str) -> bool:
     """Return True if a relative path is that of an image that is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from senet_transfer.data.images.class_names import (
     sort_by_name,
     sort_by_number,
 )
-from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv, read_label_csv
 from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
@@ -143,17 +144,28 @@ def numeric_classes(root: str | Path) -> list[str]:
     return sort_by_number(found, root)
 
 
-def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Return sorted image paths by folder, including empty folders without subfolders."""
-    by_folder: dict[str, list[str]] = {}
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` yields, in order and without hidden folders."""
     for path, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield path, folders, files
+
+
+def _images_by_folder(root: Path) -> dict[str, list[str]]:
+    """Return sorted image paths by folder, including empty folders without subfolders.
+
+    NumPy arrays are images if there are no other images.
+    """
+    photos = any(is_image_name(name) for _, _, files in _walk(root) for name in files)
+    is_image = is_image_name if photos else is_array_name
+    by_folder: dict[str, list[str]] = {}
+    for path, folders, files in _walk(root):
         folder = Path(path).relative_to(root).as_posix()
         folder = "" if folder == "." else folder
-        images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
+        images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
         if images or (folder and not folders):
             by_folder[folder] = images
-        others = [name for name in files if not is_image_name(name) and not is_hidden(name)]
+        others = [name for name in files if not is_image(name) and not is_hidden(name)]
         if others:
             logger.warning(
                 "Ignoring %d files in %s that are not images: %s",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import decode_exact, decode_fast, jpeg_size
 from senet_transfer.errors import UserError
 
@@ -44,6 +45,8 @@ class TrainTransform:
         draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
             large as the output. This is faster for large images, but changes the pixels.
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
+        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
+            them, with ``C`` 3.
         augment: Further augmentation of the flipped crop, which draws from PyTorch's global
             generator; see :func:`.build_augmentation`.
     """
@@ -55,6 +58,7 @@ class TrainTransform:
     interpolation: str = "bilinear"
     draft: bool = False
     value_range: tuple[float, ...] = ()
+    channels: int | None = None
     augment: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -75,10 +79,10 @@ class TrainTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        return (3, self.size, self.size)
+        return (self.channels or 3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
-        """Return a random crop of an encoded image, uint8 RGB `(3, size, size)`.
+        """Return a random crop of an encoded image, uint8 `(C, size, size)`.
 
         Raises:
             BrokenImageError: If the image cannot be decoded.
@@ -103,10 +107,13 @@ class TrainTransform:
     def _decoded(
         self, data: bytes, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """Return the decoded pixels (H, W, 3) and the crop region (top, left, height, width)."""
-        size = jpeg_size(data) if self.draft else None
+        """Return the decoded pixels (H, W, C) and the crop region (top, left, height, width)."""
+        size = jpeg_size(data) if self.draft and not self.channels else None
         if size is None:
-            pixels = decode_fast(data, value_range=self.value_range)
+            if self.channels:
+                pixels = decode_channels(data, self.channels, self.value_range)
+            else:
+                pixels = decode_fast(data, value_range=self.value_range)
             full_height, full_width = pixels.shape[:2]
             return pixels, self.region(full_height, full_width, rng)
         top, left, height, width = self.region(*size, rng)
@@ -155,6 +162,8 @@ class EvalTransform:
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
         value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
+        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
+            them, with ``C`` 3.
     """
 
     mode: str = "short_side"
@@ -162,6 +171,7 @@ class EvalTransform:
     crop: int = 224
     interpolation: str = "bilinear"
     value_range: tuple[float, ...] = ()
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
@@ -175,19 +185,26 @@ class EvalTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        shape = (3, self.crop, self.crop)
+        shape = (self.channels or 3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
-        """Return the crop, uint8 RGB `(3, crop, crop)`; `(10, 3, crop, crop)` for mode "ten_crop".
+        """Return the crop, uint8 `(C, crop, crop)`; `(10, C, crop, crop)` for mode "ten_crop".
 
         Raises:
             BrokenImageError: If the image cannot be decoded.
         """
+        if self.channels:
+            return self.view_of_channels(decode_channels(data, self.channels, self.value_range))
         return self.view(decode_exact(data, self.value_range))
 
+    def view_of_channels(self, pixels: np.ndarray) -> Tensor:
+        """Return the same as :meth:`__call__` for the pixels of all channels, `(H, W, C)`."""
+        bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0).copy())
+        return torch.cat([self.view(band) for band in bands], dim=-3)
+
     def view(self, image: Image.Image) -> Tensor:
-        """Return the same as :meth:`__call__` for a decoded RGB image."""
+        """Return the same as :meth:`__call__` for a decoded RGB or grey image."""
         size = [self.resize] * (2 if self.mode == "squash" else 1)
         image = F.resize(image, size, interpolation=_interpolation(self.interpolation))
         square = [self.crop, self.crop]

@@ -11,8 +11,8 @@ from senet_transfer.errors import UserError
 
 # The optimizer state in a checkpoint includes these values, which override the config.
 _KEPT = (
-    "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.MOMENTUM",
-    "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_BIAS",
+    "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.LAYER_DECAY",
+    "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_BIAS",
     "SOLVER.WEIGHT_DECAY_NORM",
 )  # fmt: skip
 

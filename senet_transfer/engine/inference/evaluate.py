@@ -20,6 +20,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
 from senet_transfer.models.build import backbone_name
+from senet_transfer.preprocessing import channels_of
 
 
 def run_evaluation(
@@ -79,6 +80,7 @@ def run_evaluation(
         crop=view.crop if crop is None else crop,
         interpolation=view.interpolation,
         value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
+        channels=channels_of(view.format),
     )
     evaluation = evaluate_classifier(
         loaded.model,

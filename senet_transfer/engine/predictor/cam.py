@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from senet_transfer.data.images.channels import as_rgb
 from senet_transfer.engine.predictor.inputs import Photo
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor
 from senet_transfer.errors import UserError
@@ -86,7 +87,10 @@ def class_activation_map(
     transform = predictor.transform
     if transform.mode == "ten_crop":
         transform = replace(transform, mode="short_side")
-    view = transform.view(photo.pillow())
+    if transform.channels:
+        view = transform.view_of_channels(photo.bands(transform.channels))
+    else:
+        view = transform.view(photo.pillow())
     images = model.normalise(view[None])
     features = model.backbone(images)[model.feature]
     probabilities = model.linear(features.mean((2, 3))).softmax(1)[0]
@@ -101,7 +105,7 @@ def class_activation_map(
         with gates[-1].register_forward_hook(_scale_equally):
             plain = contributions(model.backbone(images)[model.feature])
     return ActivationMap(
-        view.permute(1, 2, 0).numpy(),
+        as_rgb(view.permute(1, 2, 0).numpy()),
         predictor.classes.things[label],
         float(probabilities[label]),
         contributions(features),

@@ -15,6 +15,7 @@ from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import channels_of
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
 _KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
@@ -107,6 +108,7 @@ def _classifier(
         crop=height,
         interpolation=preprocessing["interpolation"],
         value_range=tuple(found.get("value_range", ())),
+        channels=channels_of(preprocessing["format"]),
     )
 
     def logits(batch: dict[str, Tensor]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 
 from senet_transfer.data.detection.mapper import decode_image
+from senet_transfer.data.images.channels import as_rgb, decode_channels, to_channels
 from senet_transfer.data.images.decode import decode_exact, to_8_bit
-from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".m3u8", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -29,16 +30,19 @@ class Photo:
 
     Attributes:
         source: Path, http(s) address, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or
-            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8.
+            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. With ``channels``, an
+            array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
         name: Path or address, or a description of an image in memory.
         relative: Path of the image in its folder, after which output files are named.
         value_range: See :func:`~senet_transfer.data.images.decode.to_8_bit`.
+        channels: Number of channels; None for colour and grey images.
     """
 
     source: Any
     name: str = "image"
     relative: str = ""
     value_range: tuple[float, ...] = ()
+    channels: int | None = None
 
     @classmethod
     def of(cls, source: Any, name: str = "image") -> "Photo":
@@ -56,6 +60,8 @@ class Photo:
         Raises:
             UserError: If the image can't be read.
         """
+        if self.channels:
+            return Image.fromarray(self.pixels())
         try:
             if isinstance(self.source, str):
                 return decode_exact(read_bytes(self.source), self.value_range)
@@ -69,12 +75,30 @@ class Photo:
         Raises:
             UserError: If the image can't be read.
         """
+        if self.channels:
+            return as_rgb(self.bands(self.channels))
         try:
             if isinstance(self.source, str):
                 return decode_image(read_bytes(self.source), "RGB", self.value_range)
             image = to_8_bit(ImageOps.exif_transpose(_in_memory(self.source)), self.value_range)
             return np.asarray(image.convert("RGB"))
         # Decoders raise exceptions of many types for damaged files.
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def bands(self, channels: int) -> np.ndarray:
+        """Return all channels of the image as the model sees them, uint8 ``(H, W, C)``.
+
+        Raises:
+            UserError: If the image can't be read, or has another number of channels.
+        """
+        try:
+            if isinstance(self.source, str):
+                return decode_channels(read_bytes(self.source), channels, self.value_range)
+            values = np.asarray(self.source)
+            if isinstance(self.source, torch.Tensor) and values.ndim == 3:
+                values = values.transpose(1, 2, 0)
+            return to_channels(values, channels, self.value_range)
         except Exception as error:
             raise self._unreadable(error) from error
 
@@ -158,11 +182,14 @@ def _photos(name: str) -> Iterator[Photo]:
     if is_address(name):
         yield Photo(name, name, os.path.basename(name.partition("?")[0]) or "image")
     elif os.path.isdir(name):
+        names: list[str] = []
         for folder, folders, files in os.walk(name):
             folders[:] = [entry for entry in folders if not is_hidden(entry)]
-            for entry in filter(is_image_name, files):
-                path = os.path.join(folder, entry)
-                yield Photo(path, path, os.path.relpath(path, name))
+            names += [os.path.relpath(os.path.join(folder, entry), name) for entry in files]
+        # NumPy arrays are images if there are no other images.
+        for relative in [*filter(is_image_name, names)] or filter(is_array_name, names):
+            path = os.path.join(name, relative)
+            yield Photo(path, path, relative)
     elif os.path.isfile(name) and name.lower().endswith(".txt"):
         for line in _lines(name):
             yield from _photos(line)

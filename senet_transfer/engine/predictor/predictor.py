@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from senet_transfer.data.build import eval_transform
+from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.workers import init_worker
 from senet_transfer.engine.inference.augmentation import with_augmentation
@@ -29,6 +30,7 @@ from senet_transfer.engine.predictor.predictions import Classes, Classification,
 from senet_transfer.engine.predictor.video import Video
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import TOP
+from senet_transfer.preprocessing import channels_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +71,14 @@ class Predictor(ABC, Generic[Result]):
         *,
         device: torch.device | str = "cpu",
         value_range: Sequence[float] = (),
+        channels: int | None = None,
         half: bool = False,
         batch_size: int = 1,
     ):
         self.classes = classes
         self.device = torch.device(device)
         self.value_range = tuple(value_range)
+        self.channels = channels
         self.half = half
         self.batch_size = batch_size
 
@@ -119,7 +123,10 @@ class Predictor(ABC, Generic[Result]):
                 f"batch_size is {size} and workers is {workers}; expected at least 1 image per "
                 "batch, and 0 or more workers."
             )
-        photos = (replace(photo, value_range=self.value_range) for photo in _photos(images))
+        photos = (
+            replace(photo, value_range=self.value_range, channels=self.channels)
+            for photo in _photos(images)
+        )
         for batch in self._batches(photos, size, workers):
             if broken is not None:
                 broken += [str(item.problem) for item in batch if item.problem]
@@ -209,7 +216,9 @@ class ClassifierPredictor(Predictor[Classification]):
             top: The number of most probable classes in a result.
             options: Further arguments of :class:`Predictor`.
         """
-        super().__init__(classes, value_range=transform.value_range, **options)
+        super().__init__(
+            classes, value_range=transform.value_range, channels=transform.channels, **options
+        )
         self.run, self.transform, self.top = run, transform, top
 
     @classmethod
@@ -222,6 +231,8 @@ class ClassifierPredictor(Predictor[Classification]):
         return cls(loaded.model, transform, Classes(tuple(names)), device=device, **options)
 
     def prepare(self, photo: Photo) -> Prepared:
+        if self.channels:
+            return Prepared(photo, self.transform.view_of_channels(photo.bands(self.channels)))
         return Prepared(photo, self.transform.view(photo.pillow()))
 
     def predict(self, batch: list[Prepared]) -> list[Classification]:
@@ -257,11 +268,12 @@ class DetectorPredictor(Predictor[Detections]):
             run: Function with the interface of Detectron2's meta-architectures.
             resize: Resizing of the images.
             classes: The classes.
-            input_format: The order of the model's channels, or "L" for grey images.
+            input_format: The order of the model's channels, "L" for grey images, or "C5", for
+                example, for images with 5 channels.
             threshold: The minimum score of the objects in a result.
             options: Further arguments of :class:`Predictor`.
         """
-        super().__init__(classes, **options)
+        super().__init__(classes, channels=channels_of(input_format), **options)
         if not 0 <= threshold <= 1:
             raise UserError(f"The threshold is {threshold}; expected a score between 0 and 1.")
         self.run, self.resize = run, resize
@@ -276,9 +288,10 @@ class DetectorPredictor(Predictor[Detections]):
         cfg = loaded.cfg
         model = with_augmentation(cfg, loaded.model) if cfg.TEST.AUG.ENABLED else loaded.model
         side = cfg.INPUT.MIN_SIZE_TEST
+        resize = ResizeChannels if channels_of(cfg.INPUT.FORMAT) else Resize
         return cls(
             model,
-            Resize([side, side], cfg.INPUT.MAX_SIZE_TEST),
+            resize([side, side], cfg.INPUT.MAX_SIZE_TEST),
             Classes.of(cfg),
             input_format=cfg.INPUT.FORMAT,
             value_range=cfg.INPUT.VALUE_RANGE,
@@ -287,9 +300,9 @@ class DetectorPredictor(Predictor[Detections]):
         )
 
     def prepare(self, photo: Photo) -> Prepared:
-        pixels = photo.pixels()
+        pixels = photo.bands(self.channels) if self.channels else photo.pixels()
         size = (pixels.shape[0], pixels.shape[1])
-        if self.input_format != "RGB":
+        if self.input_format != "RGB" and not self.channels:
             pixels = convert_PIL_to_numpy(Image.fromarray(pixels), self.input_format)
         pixels = self.resize.get_transform(pixels).apply_image(pixels)
         tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -316,7 +329,11 @@ class Resize(ResizeShortestEdge):
         if not isinstance(found, ResizeTransform) or min(found.new_h, found.new_w) > 0:
             return found
         new_h, new_w = max(found.new_h, 1), max(found.new_w, 1)
-        return ResizeTransform(found.h, found.w, new_h, new_w, found.interp)
+        return type(found)(found.h, found.w, new_h, new_w, found.interp)
+
+
+class ResizeChannels(Resize, ChannelResizeShortestEdge):
+    """The same resizing for images with any number of channels."""
 
 
 def describe_problem(path: str, lacks: str, error: Exception) -> str:

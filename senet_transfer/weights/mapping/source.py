@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.preprocessing import Preprocessing, same_pixels
+from senet_transfer.preprocessing import Preprocessing, channels_of, same_pixels
 from senet_transfer.utils.read_once import once_per_file
 from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.choice import HEADS, checked_ema
@@ -530,9 +530,10 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
             if name in known:
                 known[name] = tuple(float(value) for value in known[name])
         found = Preprocessing(**known)
-        if found.format not in _CHANNELS or found.interpolation not in ("bilinear", "bicubic"):
+        counts = _CHANNELS.get(found.format) or (channels_of(str(found.format)) or 0,)
+        if counts == (0,) or found.interpolation not in ("bilinear", "bicubic"):
             raise ValueError("unknown channel order or interpolation")
-        if len(found.mean) not in _CHANNELS[found.format] or len(found.std) != len(found.mean):
+        if len(found.mean) not in counts or len(found.std) != len(found.mean):
             raise ValueError("wrong number of values for mean or std")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")

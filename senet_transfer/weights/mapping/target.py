@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry, built_geometry
@@ -57,7 +57,8 @@ class Target:
         mean, std = (getattr(self.model, name, None) for name in _CONFIG_BUFFERS)
         if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
             return None
-        order = getattr(self.model, "input_format", None) or self.backbone_preprocessing().format
+        own = self.backbone_preprocessing().format
+        order = own if channels_of(own) else getattr(self.model, "input_format", None) or own
         # Restore the config's decimals: 123.675 is 123.67500305 in float32.
         mean, std = (
             tuple(round(value, 4) for value in tensor.flatten().tolist()) for tensor in (mean, std)

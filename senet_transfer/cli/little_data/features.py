@@ -1,0 +1,70 @@
+"""Write the pooled features of a backbone for all images of a classification data set.
+
+    senet features --model se_resnet50 --weights se_resnet50.pth --data flowers/train \\
+        --output train.npz
+
+The file contains the features (one row per image), the labels, the paths of the images and the
+names of the classes. Features are the input of the classifier's linear layer: the last feature map,
+averaged over all positions. Any data can be read that training can read.
+"""
+
+import argparse
+
+from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that specify a backbone and the order of the labels."""
+    add = parser.add_argument
+    add("--model", default="", help="a name in senet_transfer.list_models()")
+    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
+    add("--family", default="", help="weight family, if the tensor names match several families")
+    add(
+        "--config-file",
+        default="",
+        help="config file, instead of --model; default: the config.yaml next to the weights",
+    )
+    add(
+        "--classes",
+        default="",
+        metavar="numeric|FILE",
+        help="order of the labels: class folders sorted as numbers, or a file with one class name "
+        "per line; default: the order of the data",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data", required=True, help="labelled images: a folder or shards")
+    parser.add_argument("--output", required=True, help=".npz or .safetensors file to write")
+    add_backbone_arguments(parser)
+    add_running_arguments(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compute the features, write them, and print their number."""
+    from senet_transfer.engine.little_data import features
+    from senet_transfer.engine.model_from import find_model
+
+    features.check_features_file(args.output)
+    found = find_model(
+        args.model, args.config_file, args.weights, family=args.family, options=args.opts
+    )
+    (dataset,) = features.open_labelled(found.cfg, test=args.data, classes=args.classes)
+    computed = features.extract_features(
+        features.load_backbone(found, args.device),
+        dataset,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    computed.write(args.output)
+    images, width = computed.features.shape
+    print(f"{images} images of {len(computed.classes)} classes, {width} features: {args.output}")
+
+
+def command(words: list[str] | None = None) -> None:
+    """Parse the arguments and run the command."""
+    run_command(main, parser().parse_args(words))

@@ -1,0 +1,151 @@
+"""Decoding of images with any number of channels, such as multispectral images.
+
+The supported files are NumPy arrays (.npy) of shape ``(H, W)`` or ``(H, W, C)``, TIFF files with
+several bands, pages or both, and all other formats that Pillow reads. The channels have the order
+of the file. The EXIF orientation is ignored.
+"""
+
+import importlib
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from senet_transfer.data.images.decode import (
+    MAX_PIXELS,
+    BrokenImageError,
+    allowed_formats,
+    deep_colours,
+    scale,
+)
+
+_NPY = b"\x93NUMPY"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MOST = 16
+
+
+def decode_channels(data: bytes, channels: int, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Decode an image with a given number of channels.
+
+    Args:
+        data: Encoded image.
+        channels: Expected number of channels.
+        value_range: Values that are mapped to 0 and 255. If empty, 8-bit values are unchanged,
+            16-bit values are divided by 257, and other values raise an error.
+
+    Returns:
+        The image, uint8 ``(H, W, channels)``.
+
+    Raises:
+        BrokenImageError: If the data is damaged, too large or not an image, has another number of
+            channels, or requires a value range.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in decode_exact
+            values = _values(data)
+    except BrokenImageError:
+        raise
+    except Exception as error:  # decoders raise exceptions of many types for damaged files
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+    return to_channels(values, channels, value_range)
+
+
+def to_channels(values: np.ndarray, channels: int, value_range: Sequence[float] = ()) -> np.ndarray:
+    """Convert the values of an image to 8 bits, and check the number of channels.
+
+    Args:
+        values: Numbers ``(H, W)`` or ``(H, W, C)``.
+        channels: See :func:`decode_channels`, as for ``value_range`` and the errors.
+        value_range: Values that are mapped to 0 and 255.
+    """
+    values = values[..., None] if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[2] != channels:
+        raise BrokenImageError(
+            f"its shape is {values.shape}; expected (height, width, {channels}), as set by "
+            "INPUT.CHANNELS"
+        )
+    return _to_8_bit(values, value_range)
+
+
+def _to_8_bit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    if value_range and values.dtype != np.uint8:
+        return scale(values, value_range)
+    if values.dtype == np.uint16:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise BrokenImageError(
+            f"its values have the type {values.dtype}, whose value range is unknown; set "
+            "INPUT.VALUE_RANGE to [low, high], the values of black and white"
+        )
+    return np.ascontiguousarray(values)
+
+
+def _values(data: bytes) -> np.ndarray:
+    """Return the values of an image in the file's data type."""
+    if data.startswith(_NPY):
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    elif data.startswith(_TIFF) and (tifffile := _tifffile()) is not None:
+        values = _tiff_values(tifffile, data)
+    else:
+        values = _pillow_values(data)
+    if values.dtype.kind not in "uif":
+        raise BrokenImageError(f"its values have the type {values.dtype}; expected numbers")
+    return values
+
+
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return the first three channels of an image ``(H, W, C)``, or a single one as grey."""
+    if pixels.shape[2] == 1:
+        return pixels.repeat(3, axis=2)
+    missing = max(3 - pixels.shape[2], 0)
+    return np.ascontiguousarray(np.pad(pixels, ((0, 0), (0, 0), (0, missing)))[:, :, :3])
+
+
+def _tifffile() -> Any:
+    """Return the module tifffile, or None if it is not installed."""
+    try:
+        return importlib.import_module("tifffile")
+    except ImportError:
+        return None
+
+
+def _tiff_values(tifffile: Any, data: bytes) -> np.ndarray:
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        _check_size(math.prod(series.shape))
+        if len(file.series) > 1 or not {"Y", "X"} <= set(series.axes):
+            raise BrokenImageError("its pages have different sizes; expected one image")
+        values = np.moveaxis(
+            series.asarray(), (series.axes.index("Y"), series.axes.index("X")), (0, 1)
+        )
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _pillow_values(data: bytes) -> np.ndarray:
+    try:
+        image = Image.open(io.BytesIO(data), formats=allowed_formats())
+    except Image.UnidentifiedImageError as error:
+        if not data.startswith(_TIFF):
+            raise
+        raise BrokenImageError(
+            "its TIFF format can only be read with the package tifffile; install it (pip install "
+            "tifffile), or save the image as .npy or with one page per channel"
+        ) from error
+    frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    _check_size(image.width * image.height * frames)
+    if frames == 1 and (deep := deep_colours(image, data)) is not None:
+        return deep
+    pages = ImageSequence.Iterator(image) if frames > 1 else [image]
+    parts = [np.asarray(page.convert("RGB") if page.mode == "P" else page) for page in pages]
+    parts = [255 * part.astype(np.uint8) if part.dtype == bool else part for part in parts]
+    return np.dstack(parts)
+
+
+def _check_size(values: int) -> None:
+    if values > MAX_PIXELS * _MOST:
+        raise BrokenImageError(f"{values} values exceed the size limit")

@@ -1,0 +1,1 @@
+"""Methods for small data sets: features, probes, and fine-tuning of the backbone by stages."""

@@ -1,0 +1,105 @@
+"""Fine-tuning by stages: learning rates that decay with depth, and gradual unfreezing."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.engine import HookBase
+from torch import nn
+
+from senet_transfer.errors import UserError
+
+# Modules of the stages in classifiers, in detectors with an FPN, and in detectors with a C4 head.
+_STAGE = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)(stem|res[2-5])")
+
+
+def backbone_stages(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the stages of a model's backbone by module name, from the stem to the last stage.
+
+    The last stage of a C4 detector is part of its head, but is also pretrained.
+    """
+    found = {name: module for name, module in model.named_modules() if _STAGE.fullmatch(name)}
+    order = ("stem", "res2", "res3", "res4", "res5")
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].rpartition(".")[2])))
+
+
+def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
+    """Return a function that maps a parameter's name to a factor for its learning rate.
+
+    The factor is 1 for parameters outside the stages, ``decay`` in the last stage, ``decay ** 2``
+    in the stage before it, and so on. This is BEiT's and timm's layer decay (Bao et al. 2022) with
+    the stages of the backbone as layers.
+
+    Raises:
+        UserError: If the backbone has no known stages.
+    """
+    stages = list(backbone_stages(model))
+    if not stages:
+        raise UserError(
+            f"SOLVER.LAYER_DECAY is {decay:g}, but the backbone has no stages called stem and res2 "
+            "to res5. Set it to 1."
+        )
+    powers = {f"{name}.": decay ** (len(stages) - depth) for depth, name in enumerate(stages)}
+
+    def factor(name: str) -> float:
+        return next((power for stage, power in powers.items() if name.startswith(stage)), 1.0)
+
+    return factor
+
+
+class GradualUnfreezing(HookBase):
+    """Hook that freezes a backbone's stages at the start and unfreezes them, the last one first.
+
+    The weights of a frozen stage do not change, its batch norms use their running statistics and
+    do not update them, and no gradients are computed for it. The frozen stages depend only on the
+    iteration, so that a resumed run continues exactly.
+    """
+
+    def __init__(self, model: nn.Module, starts: Sequence[int], wrap: Callable[[], Any]):
+        """
+        Args:
+            model: The model, without a wrapper for distributed training.
+            starts: The iterations from which the last stage, the stage before it, and so on are
+                trained. Stages without a number stay frozen.
+            wrap: A function that wraps the model for distributed training again. The wrapper only
+                supports the parameters that required gradients when it was created.
+
+        Raises:
+            UserError: If the numbers are not in ascending order, or there are more than stages.
+        """
+        stages = [
+            (name, stage, parameters)
+            for name, stage in reversed(backbone_stages(model).items())
+            if (parameters := [p for p in stage.parameters() if p.requires_grad])
+        ]
+        if len(starts) > len(stages):
+            raise UserError(
+                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) has {len(starts)} numbers, but the "
+                f"backbone has {len(stages)} trainable stages: "
+                f"{', '.join(name for name, *_ in stages)}. Give at most one number per stage, for "
+                "the last stage first. MODEL.BACKBONE.FREEZE_AT freezes stages permanently."
+            )
+        if list(starts) != sorted(starts) or any(start < 0 for start in starts):
+            raise UserError(
+                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) is {list(starts)}; expected numbers "
+                "of 0 or more in ascending order, because the last stage is unfrozen first."
+            )
+        self.stages = [(stage, parameters) for _, stage, parameters in stages]
+        self.starts = [*starts, *[math.inf] * (len(stages) - len(starts))]
+        self.wrap = wrap
+        self.trained: int | None = None
+
+    def before_step(self) -> None:
+        """Freeze and unfreeze stages, and keep frozen stages in evaluation mode."""
+        trained = sum(start <= self.trainer.iter for start in self.starts)
+        if trained != self.trained:
+            for place, (stage, parameters) in enumerate(self.stages):
+                stage.train(place < trained)
+                for parameter in parameters:
+                    parameter.requires_grad_(place < trained)
+            self.trained = trained
+            self.wrap()
+        # An evaluation puts the whole model back into training mode.
+        for stage, _ in self.stages[trained:]:
+            stage.eval()

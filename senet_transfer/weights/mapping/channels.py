@@ -1,0 +1,59 @@
+"""Adaptation of the first convolution of weights for colour images to other channels."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from senet_transfer.preprocessing import channels_of
+from senet_transfer.weights.mapping.source import Source
+from senet_transfer.weights.mapping.target import Target
+
+_COLOURS = 3
+
+
+def adapt_channels(source: Source, target: Target) -> Source:
+    """Return a file for colour images with its first convolution adapted to the model's channels.
+
+    The file is returned unchanged if the model is for colour or grey images, or the file is not for
+    colour images. A note in the source states what was done.
+
+    Args:
+        source: Examined file.
+        target: Model to load the file into.
+    """
+    pixels = target.pixels() or target.backbone_preprocessing()
+    channels, own = channels_of(pixels.format), source.preprocessing
+    if channels is None or own is None or channels_of(own.format) is not None:
+        return source
+    first = [
+        name
+        for name, tensor in source.tensors.items()
+        if name.startswith("stem.") and tensor.ndim == 4 and tensor.shape[1] == _COLOURS
+    ]
+    if len(first) != 1:
+        return source
+    weight = source.tensors[first[0]]
+    weight = weight.flip(1) if own.format == "BGR" else weight
+    how = "sum of the weights for red, green and blue"
+    if channels > 1:
+        how = f"weights for red, green and blue, repeated and multiplied by 3/{channels}"
+    adapted = replace(own, format=pixels.format, mean=pixels.mean, std=pixels.std)
+    return replace(
+        source,
+        tensors={**source.tensors, first[0]: adapted_weight(weight, channels)},
+        preprocessing=adapted,
+        notes=(*source.notes, f"{first[0]} was adapted to {channels} channels: {how}"),
+    )
+
+
+def adapted_weight(weight: Tensor, channels: int) -> Tensor:
+    """Return the weight of a convolution on RGB images, ``(O, 3, H, W)``, for other channels.
+
+    As in timm, a single channel has the sum of the weights. Otherwise, the weights are repeated and
+    scaled, so that equal channels have the same outputs as before.
+    """
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeated = torch.arange(channels) % _COLOURS
+    return (weight.float()[:, repeated] * (_COLOURS / channels)).to(weight.dtype)
