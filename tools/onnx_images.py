@@ -10,6 +10,10 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+# The formats in senet_transfer/data/images/file_types.py.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO",
+           "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")  # fmt: skip
+
 
 def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Open a file from tools/export.py, and return a session and the file's metadata.
@@ -31,6 +35,12 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
             "classifiers, and detect_onnx.py runs detectors, that tools/export.py has written."
         )
     return session, metadata
+
+
+def formats() -> list[str]:
+    """Return the formats of photographs, which Pillow reads without external programs."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def has_deep_colours(image: Image.Image) -> bool:
@@ -57,7 +67,7 @@ def read_image(
         SystemExit: If the image can't be read, or its value range is unknown.
     """
     try:
-        image: Image.Image = Image.open(path)
+        image: Image.Image = Image.open(path, formats=formats())
         deep_colours = has_deep_colours(image)
         # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")

@@ -1,4 +1,4 @@
-"""Odd image files in every place that reads images: the same pixels, or an error, in all of them."""
+"""Image files of all kinds: the same pixels, or an error, in every place that reads images."""
 
 import base64
 import functools
@@ -11,21 +11,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from senet_transfer import UserError
 from senet_transfer.analysis.report.classification import pictures
 from senet_transfer.config.load import load_config
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.mapper import read_image
-from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.decode import BrokenImageError, allowed_formats, decode_exact
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.write import convert
 from senet_transfer.engine.predictor.inputs import Photo
 
 pytest.importorskip("onnxruntime")
-SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "classify_onnx.py"))
+TOOLS = Path(__file__).parents[3] / "tools"
+SCRIPT = runpy.run_path(str(TOOLS / "classify_onnx.py"))
 SIDE = 16
 REJECTED = "rejected"
 RAMP = np.add.outer(np.arange(SIDE), np.arange(SIDE)) * 2000
@@ -91,7 +92,7 @@ def files() -> dict[str, bytes]:
     for suffix, form in {".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tga": "TGA"}.items():
         whole[f"rgb{suffix}"] = encoded(RGB, form)
     broken = {
-        "truncated.jpg": jpeg[: len(jpeg) * 3 // 4],
+        "truncated.jpg": jpeg[:-60],
         "truncated.png": whole["rgb.png"][:-60],
         "truncated.webp": whole["rgb.webp"][:-20],
         "html.jpg": b"<!DOCTYPE html><title>404</title>",
@@ -194,3 +195,25 @@ def test_every_entry_reads_the_same_pixels_or_rejects_the_file(folder, value_ran
             if not same:
                 different.append((entry, name, found if found is REJECTED else "pixels"))
     assert different == []
+
+
+def test_no_entry_runs_external_programs():
+    # Pillow opens EPS files with Ghostscript, if it is installed.
+    shared = runpy.run_path(str(TOOLS / "onnx_images.py"))
+    assert shared["formats"]() == allowed_formats()
+    assert "EPS" in Image.OPEN
+    assert "EPS" not in allowed_formats()
+
+
+def test_truncated_images_are_rejected_even_if_a_script_makes_pillow_accept_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = tmp_path / "truncated.jpg"
+    path.write_bytes(encoded(RGB.resize((300, 300)), "JPEG")[:-500])
+    Image.open(path).load()  # Pillow fills the missing rows
+    with pytest.raises(BrokenImageError):
+        decode_exact(path.read_bytes())
+    with pytest.raises(OSError, match="truncated"):
+        read_image(str(path), "RGB")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
