@@ -97,6 +97,7 @@ def test_a_detector_trains_except_in_frozen_stages(name):
         assert len(model.eval()([{"image": image}])) == 1
 
 
+@pytest.mark.long
 def test_stages_are_frozen_up_to_the_feature_map_of_their_name():
     backbone = create_backbone("timm/regnety_002", freeze_at=2)
     frozen = {key for key, p in backbone.named_parameters() if not p.requires_grad}
@@ -186,6 +187,7 @@ def test_timms_names_are_listed_on_request_only():
     assert not [name for name in list_models() if "/" in name]
 
 
+@pytest.mark.long
 def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict):
     other = timm.create_model("test_efficientnet")
     with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
@@ -197,6 +199,7 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
         create_backbone("timm/test_resnet", stated, family="torchvision_v1")
 
 
+@pytest.mark.long
 def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published, calls = peer("timm", "test_resnet"), []

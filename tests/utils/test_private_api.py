@@ -124,6 +124,17 @@ def test_the_compiler_s_freezing_is_switched_on_and_off():
     assert not config.freezing
 
 
+@pytest.mark.slow
+def test_a_compiled_package_computes_the_same_and_keeps_its_metadata(tmp_path):
+    model, x = torch.nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    path = str(tmp_path / "a.pt2")
+    private_api.compile_program(torch.export.export(model, (x,)), path, {"k": "v"})
+    loaded, metadata = private_api.open_compiled(path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+    assert metadata["k"] == "v"
+
+
 def test_a_storage_keeps_a_limited_history():
     with EventStorage(0) as storage:
         private_api.limit_history(storage, 3)

@@ -156,8 +156,12 @@ def names_published(weights: str | Path) -> bool:
 
 
 def only_in_timm(name: str) -> bool:
-    """Return whether a name is that of weights that timm, but not this catalogue, provides."""
-    return names_published(name) and name not in load_catalogue() and timm_publishes(name)
+    """Return whether a name is that of weights that timm, but not this catalogue, provides.
+
+    The name of a network without a tag is ambiguous if the catalogue has weights of this network.
+    """
+    known = any(other == name or other.startswith(f"{name}.") for other in load_catalogue())
+    return names_published(name) and not known and timm_publishes(name)
 
 
 def resolve(name: str) -> Path:
