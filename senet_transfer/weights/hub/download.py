@@ -2,8 +2,8 @@
 
 Files of the catalogue are not downloaded by torch.hub or huggingface_hub. torch.hub does not retry,
 and accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range, so it
-can mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of the
-file.
+can mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of
+the file.
 """
 
 import http.client
