@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
@@ -167,8 +168,9 @@ def test_every_recipe_starts_from_published_weights_of_its_own_backbone(path):
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
 def test_coco_recipes_are_detectron1s_2x(path):
     cfg = load_config(str(path))
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
-    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+    prefix = "keypoints_" if "keypoint" in path.stem else ""
+    assert (f"{prefix}coco_2017_train",) == cfg.DATASETS.TRAIN
+    assert (f"{prefix}coco_2017_val",) == cfg.DATASETS.TEST
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (16, 180_000)
     assert solver.STEPS == (120_000, 160_000)
@@ -180,6 +182,22 @@ def test_coco_recipes_are_detectron1s_2x(path):
     assert cfg.MODEL.RESNETS.NORM == "FrozenBN"
     assert cfg.INPUT.FORMAT == "RGB"
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "kept"),
+    [
+        ("cascade_rcnn_se_r50", "Misc/cascade_mask_rcnn_R_50_FPN_1x", {"MODEL.MASK_ON"}),
+        ("keypoint_rcnn_se_r50", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x", set()),
+    ],
+)
+def test_a_recipe_changes_faster_rcnn_as_detectron2s_baseline_does(name, theirs, kept):
+    faster = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    theirs = dict(flat(model_zoo.get_config(f"{theirs}.yaml")))
+    changed = {key for key, value in flat(faster) if theirs[key] != value} - kept
+    assert difference("faster_rcnn_se_r50", name) == changed
+    ours = dict(flat(load_config(str(ROOT / "configs" / f"{name}.yaml"))))
+    assert {key: ours[key] for key in changed} == {key: theirs[key] for key in changed}
 
 
 def test_the_fpn_recipe_has_detectron1s_heads():

@@ -25,7 +25,7 @@ TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # Titles of the tables, with the prefixes of the config names in each.
 TASKS = {
-    "COCO": ("faster_rcnn_", "mask_rcnn_", "retinanet_"),
+    "COCO": ("faster_rcnn_", "mask_rcnn_", "cascade_rcnn_", "keypoint_rcnn_", "retinanet_"),
     "Places365 and your own images": ("places365_", "finetune_", "scratch_"),
     "CIFAR": ("cifar10_", "cifar100_"),
     "Demos": ("demo_",),

@@ -19,13 +19,21 @@ def command(words: list[str] | None = None) -> None:
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.config.load import load_config
+        from senet_transfer.engine import train
         from senet_transfer.engine.launch import run
-        from senet_transfer.engine.train import main
 
+    options = run_options(args)
+    if args.config_file.endswith(".py"):
+        from senet_transfer.engine.lazy_config import train as lazy
+
+        main, device = lazy.main, lambda: lazy.load_lazy_config(options).train.device
+    else:
+        main = train.main
+        device = lambda: load_config(args.config_file, list(args.opts)).MODEL.DEVICE  # noqa: E731
     run(
         main,
-        run_options(args),
-        device=lambda: load_config(args.config_file, list(args.opts)).MODEL.DEVICE,
+        options,
+        device=device,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

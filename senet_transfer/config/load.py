@@ -245,8 +245,8 @@ def find_config(name: str) -> str:
 def _check_config_file(path: str) -> None:
     if path.endswith(".py"):
         raise UserError(
-            f"{path} is a LazyConfig, which this command doesn't support. Give a YAML config. In "
-            "Python, a LazyConfig can call senet_transfer.create_backbone."
+            f"{path} is a LazyConfig, which only `senet train` supports. Give a YAML config; see "
+            "docs/detectron2.md."
         )
     try:
         with open(path) as file:

@@ -8,18 +8,21 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from senet_transfer.config.load import load_config
 from senet_transfer.errors import UserError
+from senet_transfer.export.detectron2_config import detectron2_config
 from senet_transfer.models.classifier import build_classifier
 from senet_transfer.models.registry import build_backbone, list_models, model_entry
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.choice import Choice
-from senet_transfer.weights.convert import family_of, target_for, write_converted
+from senet_transfer.weights.convert import DETECTRON2, family_of, target_for, write_converted
 from senet_transfer.weights.families.architecture import Architecture
-from senet_transfer.weights.file_geometry import local_weights
+from senet_transfer.weights.file_geometry import apply_file_geometry, local_weights
 from senet_transfer.weights.load import load_source
 from senet_transfer.weights.mapping.match import check_match, match
 from senet_transfer.weights.mapping.source import Source, examine
 from senet_transfer.weights.mapping.target import target_of
+from senet_transfer.weights.save import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,9 @@ def convert_file(
 ) -> FileDifference | None:
     """Convert a weight file of any family to the format of this project or another project.
 
+    Of a run's detector, Detectron2's format includes a config with Detectron2's own keys, next to
+    ``out`` with the suffix ``.yaml``.
+
     Args:
         weights: The path of the file, or a name in the catalogue.
         out: The path of the new file. If ``to`` is None, ``.pth`` and ``.safetensors`` select this
@@ -83,10 +89,7 @@ def convert_file(
     """
     out = Path(out)
     to = target_for(out, to)
-    if out.exists() and not force:
-        raise UserError(
-            f"{out} already exists. Choose a different name, or replace it with --force."
-        )
+    _check_new(out, force)
     path, family = local_weights(weights, family)
     logger.info("Reading %s (%s)", path, _size(path))
     source = examine(path, family, **choice)
@@ -94,9 +97,18 @@ def convert_file(
         source = source.backbone_only()
     _check_complete(source)
     logger.info("Detected as %s%s", source.detected_as, _network(source))
+    config_out = out.with_suffix(".yaml")
+    config = None
+    if to == DETECTRON2 and source.detector:
+        config = _config_for_detectron2(source, out)
+        _check_new(config_out, force)
     for note in write_converted(source, out, to):
         logger.info(note)
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)
+    if config:
+        with written_whole(config_out) as partial:
+            partial.write_text(config)
+        logger.info("Wrote %s, a config with Detectron2's own keys", config_out)
     if not check:
         return None
     logger.info("Comparing the outputs of both files")
@@ -106,6 +118,27 @@ def convert_file(
             f"{out} does not give the same outputs as {path}: {comparison}. Don't use the new file."
         )
     return comparison
+
+
+def _check_new(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise UserError(
+            f"{path} already exists. Choose a different name, or replace it with --force."
+        )
+
+
+def _config_for_detectron2(source: Source, out: Path) -> str | None:
+    """Return the detector's config in Detectron2's keys, or None if its own config is missing."""
+    config_file = Path(source.path).with_name("config.yaml")
+    if not config_file.is_file():
+        logger.info(
+            "No config is written for Detectron2, because there is no config.yaml next to %s.",
+            source.path,
+        )
+        return None
+    cfg = load_config(str(config_file))
+    apply_file_geometry(cfg, source)
+    return detectron2_config(cfg, str(out)).dump()
 
 
 def _size(path: str | Path) -> str:

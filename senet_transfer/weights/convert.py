@@ -35,7 +35,7 @@ from senet_transfer.weights.save import (
 # files with this project's tensor names.
 MADE_FROM = "made_by_senet_transfer_from"
 
-_OURS, _DETECTRON2 = "senet_transfer", "detectron2"
+_OURS, DETECTRON2 = "senet_transfer", "detectron2"
 
 _RESNETS = frozenset({"resnet18", "resnet34", "resnet50", "resnet101", "resnet152"})
 _RESNEXTS = frozenset({"resnext50_32x4d", "resnext101_32x4d"})
@@ -95,7 +95,7 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-TARGETS = (_OURS, _DETECTRON2, *FORMATS)
+TARGETS = (_OURS, DETECTRON2, *FORMATS)
 
 
 def target_for(path: Path, to: str | None) -> str:
@@ -104,12 +104,12 @@ def target_for(path: Path, to: str | None) -> str:
     Raises:
         UserError: If the target is unknown or does not support this suffix.
     """
-    to = to or (_DETECTRON2 if path.suffix == ".pkl" else _OURS)
+    to = to or (DETECTRON2 if path.suffix == ".pkl" else _OURS)
     if to not in TARGETS:
         raise UserError(
             f"Weights can't be converted to {to!r}; expected one of: {', '.join(TARGETS)}."
         )
-    check_suffix(path, (".pkl",) if to == _DETECTRON2 else (".pth", ".safetensors"))
+    check_suffix(path, (".pkl",) if to == DETECTRON2 else (".pth", ".safetensors"))
     return to
 
 

@@ -155,6 +155,21 @@ def test_boxes_and_areas_are_those_of_the_visible_masks(data_set, rendered):
 
 
 @pytest.mark.long
+def test_keypoints_are_visible_pixels_at_the_four_edges_of_the_box(data_set, rendered):
+    coco = COCO(annotation_file(data_set, "train"))
+    assert coco.cats[1]["keypoints"] == ["left", "right", "top", "bottom"]
+    for index, (_, objects) in rendered.items():
+        annotations = coco.loadAnns(coco.getAnnIds([index]))
+        for annotation, shape in zip(annotations, objects, strict=True):
+            points = np.array(annotation["keypoints"]).reshape(4, 3)
+            assert (points[:, 2] == 2).all()
+            assert annotation["num_keypoints"] == 4
+            assert shape.mask[points[:, 1], points[:, 0]].all()
+            (left, right), (top, bottom) = points[:2, 0], points[2:, 1]
+            assert [left, top, right + 1 - left, bottom + 1 - top] == annotation["bbox"]
+
+
+@pytest.mark.long
 def test_polygons_cover_the_visible_masks_and_their_boxes(data_set, rendered):
     coco = COCO(annotation_file(data_set, "train"))
     for index, (_, objects) in rendered.items():

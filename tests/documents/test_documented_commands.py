@@ -113,6 +113,8 @@ def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
         return
     args = _parse(monkeypatch, script)
     config = getattr(args, "config_file", "")
+    if config.endswith(".py"):  # test_lazy_config.py loads it.
+        return
     if config and not config.startswith("output/"):
         monkeypatch.chdir(ROOT)
         assert config.startswith("configs/") or words[0] in (*INSTALLED, "senet")

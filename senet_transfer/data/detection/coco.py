@@ -20,7 +20,7 @@ from senet_transfer.data.detection.formats.source import (
     default_image_folder,
 )
 from senet_transfer.data.detection.records import read_records
-from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS
+from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_KEYPOINTS, SHAPE_SPLITS
 from senet_transfer.errors import UserError
 
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
@@ -286,7 +286,8 @@ def register_shapes() -> None:
                 "'%s' is already registered by other code; keeping that registration", name
             )
             continue
-        dataset.publish(SHAPE_CLASSES, {i + 1: i for i in range(len(SHAPE_CLASSES))})
+        id_map = {i + 1: i for i in range(len(SHAPE_CLASSES))}
+        dataset.publish(SHAPE_CLASSES, id_map, SHAPE_KEYPOINTS)
         DatasetCatalog[name] = dataset
 
 

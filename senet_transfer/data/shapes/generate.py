@@ -14,7 +14,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from senet_transfer.data.shapes.render import SHAPE_CLASSES, SHAPE_SPLITS, ShapeObject, render_image
+from senet_transfer.data.shapes.render import (
+    SHAPE_CLASSES,
+    SHAPE_KEYPOINTS,
+    SHAPE_SPLITS,
+    ShapeObject,
+    render_image,
+)
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
@@ -25,7 +31,7 @@ TINY_IMAGES = 8
 
 # Incremented whenever the images or annotations for a given seed change, so that a data set written
 # by an older release is not mistaken for a current one.
-VERSION = 2
+VERSION = 3
 
 JPEG_QUALITY = 92
 CONTOUR_SCALE = 4
@@ -187,7 +193,13 @@ def _coco(images: list[dict], annotations: list[dict]) -> dict:
         "info": {"description": "senet_transfer shapes", "version": str(VERSION)},
         "licenses": [],
         "categories": [
-            {"id": number, "name": name, "supercategory": "shape"}
+            {
+                "id": number,
+                "name": name,
+                "supercategory": "shape",
+                "keypoints": list(SHAPE_KEYPOINTS),
+                "skeleton": [],
+            }
             for number, name in enumerate(SHAPE_CLASSES, start=1)
         ],
         "images": images,
@@ -205,7 +217,19 @@ def _annotation(shape: ShapeObject, image_id: int, annotation_id: int) -> dict:
         "area": int(shape.mask.sum()),
         "iscrowd": 0,
         "segmentation": _polygons(shape.mask),
+        "keypoints": _keypoints(shape.mask),
+        "num_keypoints": len(SHAPE_KEYPOINTS),
     }
+
+
+def _keypoints(mask: np.ndarray) -> list[int]:
+    """Return the outermost pixels of a mask (H, W) in the order of `SHAPE_KEYPOINTS`.
+
+    Each keypoint has its coordinates x and y and COCO's value for a visible keypoint, 2.
+    """
+    y, x = np.nonzero(mask)
+    ends = (x.argmin(), x.argmax(), y.argmin(), y.argmax())
+    return [value for end in ends for value in (int(x[end]), int(y[end]), 2)]
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 SHAPE_CLASSES = ("circle", "square", "triangle", "star", "cross")
+SHAPE_KEYPOINTS = ("left", "right", "top", "bottom")
 SHAPE_SPLITS = ("train", "val", "tiny")
 
 IMAGE_SIDES = (128, 192)  # pixels, inclusive
