@@ -92,7 +92,7 @@ def test_images_whose_names_are_not_utf_8_are_drawn(images, tmp_path):
     assert os.fsencode(drawing.name) == b"caf\xe9 <&>\n.jpg"
     assert Image.open(drawing).format == "JPEG"
     with pytest.raises(UserError, match="is not UTF-8; expected UTF-8 for videos"):
-        predict_video(DetectorPredictor.of(loaded(one_object)), name + ".mp4", str(tmp_path))
+        predict_video(DetectorPredictor.of(loaded(one_object)), name + ".avi", str(tmp_path))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size 0"), MemoryError(), ZeroDivisionError("x")])
