@@ -10,6 +10,10 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+# The formats in senet_transfer/data/images/file_types.py.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO",
+           "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")  # fmt: skip
+
 
 def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Open a file from tools/export.py, and return a session and the file's metadata.
@@ -33,6 +37,21 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     return session, metadata
 
 
+def formats() -> list[str]:
+    """Return the formats of photographs, which Pillow reads without external programs."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def has_deep_colours(image: Image.Image) -> bool:
+    """Return whether an opened image has colours with 16 bits, which Pillow reduces to 8 bits."""
+    if image.mode not in ("RGB", "RGBA") or not getattr(image, "tile", ()):
+        return False
+    codec, _, _, args = image.tile[0]  # type: ignore[attr-defined]  # of ImageFile
+    args = args if isinstance(args, tuple) else (args,)
+    return ";16" in str(args[0]) or (codec == "ppm" and args[1] > 255)
+
+
 def read_image(
     path: str, value_range: Sequence[float] = (), *, upright: bool = False
 ) -> Image.Image:
@@ -48,9 +67,8 @@ def read_image(
         SystemExit: If the image can't be read, or its value range is unknown.
     """
     try:
-        image: Image.Image = Image.open(path)
-        # Pillow reads 16-bit colour images with 8 bits.
-        deep_colours = image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", ""))
+        image: Image.Image = Image.open(path, formats=formats())
+        deep_colours = has_deep_colours(image)
         # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image.load()

@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", metavar="IN", help="a weight file, or a name in the catalogue")
+    parser.add_argument(
+        "input", metavar="IN", help="a weight file, a name in the catalogue, or hf-hub:OWNER/NAME"
+    )
     parser.add_argument(
         "output",
         metavar="OUT",

@@ -20,6 +20,7 @@ COMMANDS = {
     "features": ("little_data.features", "write the features of a backbone for labelled images"),
     "probe": ("little_data.probe", "evaluate a backbone: linear probe and nearest neighbours"),
     "convert": ("convert", "convert weight files between formats"),
+    "push": ("push", "upload a model to the Hugging Face Hub"),
     "report": ("analysis.report", "create an HTML report on training runs"),
     "data": ("data", "prepare a data set"),
     "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),

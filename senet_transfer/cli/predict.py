@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "--weights",
         required=True,
         help="a checkpoint, the output folder of a run, an exported file, the name of published "
-        "weights, or a detector of Detectron2's model zoo",
+        "weights (also hf-hub:OWNER/NAME), or a detector of Detectron2's model zoo",
     )
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add(

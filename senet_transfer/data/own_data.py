@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.detection.formats.prepare import write_dataset
-from senet_transfer.data.detection.formats.source import find_source, read_annotations, split_path
+from senet_transfer.data.detection.formats.source import (
+    annotations_exist,
+    find_source,
+    read_annotations,
+    split_path,
+)
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images import places365
 from senet_transfer.data.shards.manifest import MANIFEST
@@ -97,21 +102,33 @@ def divide(data: DataPart, folder: Path) -> tuple[DataPart, DataPart, str]:
 
 def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
     """Return the training data at a path, or all of its data, and the validation data or None."""
-    folder = Path(path).expanduser()
-    if is_remote(path) or (folder / MANIFEST).is_file():
+    if is_remote(path):
+        return DataPart(path), None
+    path = os.path.expanduser(path)
+    if not annotations_exist(path):
+        path = find_dataset(path)  # relative to the root of all data
+    if Path(path, MANIFEST).is_file():
         return DataPart(find_dataset(path)), None
-    both = (_TRAIN_NAMES, _VAL_NAMES)
-    if folder.is_dir():
-        train, val = (_coco_file(folder, names) for names in both)
+    return _coco_parts(Path(path), image_dir) or _annotated(path, image_dir) or _image_parts(path)
+
+
+def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
+    """Return the parts of annotations in COCO's format, or None for other data."""
+    if path.is_dir():
+        train, val = (_coco_file(path, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
             return _coco_part(train, image_dir), _coco_part(val, image_dir) if val else None
-    if annotated := _annotated(str(folder), image_dir):
-        return annotated
-    for file in (folder, *(folder / name for name in _COCO_NAMES)):
-        if file.suffix.lower() == ".json" and file.is_file():
+    for file in (path, *(path / name for name in _COCO_NAMES)):
+        if file.suffix.lower() == ".json" and file.is_file() and find_source(file) is None:
             return _coco_part(file, image_dir), None
+    return None
+
+
+def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
+    """Return the parts of labelled images."""
+    folder = Path(path)
     if folder.is_dir():
-        train, val = (_subfolder(folder, names) for names in both)
+        train, val = (_subfolder(folder, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
             return DataPart(str(train)), DataPart(str(val)) if val else None
         if places365.has_lists(folder, "train_standard"):

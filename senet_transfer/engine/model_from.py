@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -20,7 +21,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.models.build import weights_follow
 from senet_transfer.models.empty import built_empty, fill_empty
 from senet_transfer.models.image_classifier import preprocessing_of
-from senet_transfer.models.registry import model_entry
+from senet_transfer.models.registry import list_models, model_entry
 from senet_transfer.preprocessing import Preprocessing, channels_of
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights import apply_file_geometry
@@ -30,7 +31,9 @@ from senet_transfer.weights.file_geometry import (
     examine_config_weights,
     local_weights,
 )
-from senet_transfer.weights.hub.catalogue import only_in_timm
+from senet_transfer.weights.formats.timm_config import read_timm_config
+from senet_transfer.weights.hub.catalogue import only_in_timm, own_model
+from senet_transfer.weights.hub.timm_networks import PREFIX as TIMM_PREFIX
 from senet_transfer.weights.hub.timm_networks import is_timm
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
@@ -233,6 +236,19 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
     return fill_empty(model).eval()
 
 
+def _timm_network(path: str) -> str:
+    """Return the name of timm's network that the ``config.json`` next to a weight file states.
+
+    Returns:
+        A name such as "timm/regnety_002". Empty if this project has the network, or if there is no
+        such file.
+    """
+    stated = read_timm_config(Path(path))
+    if stated is None or own_model(stated.architecture.removeprefix("legacy_")) in list_models():
+        return ""
+    return TIMM_PREFIX + stated.architecture
+
+
 def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
     """Return the config and the weights of the classifier built by ``create_classifier``."""
     if name:
@@ -244,6 +260,8 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
         choice["network"] = name
     if weights:
         path, found = local_weights(weights, family or None)
+        if not name and (network := _timm_network(path)):
+            choice["network"] = network
         source = examine(path, found, **choice)
     name = name or (source.model_name if source else "")
     if not name:

@@ -95,6 +95,15 @@ _NAME_WIDTH = 16
 _OF_ONE_CLASS = re.compile(r"/(AP|IoU|BoundaryIoU|min\(IoU, B-Iou\)|ACC)-")
 
 
+def metric_texts(results: dict[str, Any]) -> dict[str, str]:
+    """Return the metrics of a run's results as text by name, without those of single classes."""
+    return {
+        name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
+        for name, value in metrics(results).items()
+        if not _OF_ONE_CLASS.search(name)
+    }
+
+
 def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir: str | Path) -> str:
     """Return a sentence about a run, and a table of its metrics and files.
 
@@ -105,11 +114,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
         output_dir: The folder of the run. The files that it contains are listed.
     """
     by_dataset = {datasets[0]: results} if len(datasets) == 1 else results
-    rows = {
-        name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
-        for name, value in metrics(results).items()
-        if not _OF_ONE_CLASS.search(name)
-    }
+    rows = metric_texts(results)
     evaluated = []
     for dataset in datasets:
         found = metrics(by_dataset.get(dataset, {}))

@@ -38,6 +38,7 @@ from senet_transfer.weights.hub.catalogue import (
     nearest_names,
     only_in_timm,
 )
+from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,8 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
     if weights and names_published(weights):
         if not only_in_timm(weights):
             catalogue_entry(weights)
+    elif is_hub_name(weights):
+        hub_weights(weights)
     elif weights and os.path.isdir(weights):
         sniff(Path(weights))  # raises an error that describes the folder
     elif weights and "://" not in weights and not os.path.isfile(weights):

@@ -16,6 +16,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
+from senet_transfer.utils.private_api import compile_program, open_compiled
 
 FORMATS = {
     "onnx": ".onnx",
@@ -170,22 +171,15 @@ def _write_exported(
 def _write_compiled(
     model: nn.Module, example: Tensor, path: Path, names: list[str], metadata: dict[str, str]
 ) -> Run:
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-    from torch._inductor.exc import InvalidCxxCompiler
-
     extra = {**metadata, "outputs": json.dumps(names)}
     try:
-        aoti_compile_and_package(
-            _program(model, example),
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": extra},
-        )
-    except InvalidCxxCompiler as error:
+        compile_program(_program(model, example), str(path), extra)
+    except FileNotFoundError as error:
         raise UserError(
             f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
             "the environment variable CXX to its path."
         ) from error
-    return aoti_load_package(str(path))
+    return open_compiled(str(path))[0]
 
 
 def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

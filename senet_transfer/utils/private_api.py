@@ -9,7 +9,7 @@ libraries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.amp import GradScaler
     from torch.distributed import ProcessGroup
+    from torch.export import ExportedProgram
     from torch.optim import Optimizer
 
 
@@ -240,3 +241,39 @@ def parser_arguments(parser: Any) -> list[Any]:
     Private API (Python 3.11 to 3.13): ``ArgumentParser._actions``.
     """
     return parser._actions
+
+
+def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, str]) -> None:
+    """Compile an exported program with AOTInductor, and write it to a package (``.pt2``).
+
+    Private API (torch 2.11 to 2.14), although documented: ``torch._inductor``.
+
+    Args:
+        program: The program.
+        path: The file to write.
+        metadata: Texts to store in the package.
+
+    Raises:
+        FileNotFoundError: If there is no C++ compiler.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    configs = {"aot_inductor.metadata": dict(metadata)}
+    try:
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    except InductorError as error:
+        if isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise FileNotFoundError("no C++ compiler was found") from error
+        raise
+
+
+def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Return the function in a file from :func:`compile_program`, and the file's metadata.
+
+    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
+    """
+    from torch._inductor import aoti_load_package
+
+    compiled = aoti_load_package(path)
+    return compiled, compiled.get_metadata()

@@ -100,7 +100,8 @@ def load_weights(
 
     Args:
         model: Backbone, classifier, or Detectron2 detector with one of this project's backbones.
-        path: Path of the file, or a name from ``list_catalogue()``.
+        path: Path of the file, a name from ``list_catalogue()``, or a repository of the Hugging
+            Face Hub such as "hf-hub:owner/name".
         family: Family of the file, one of ``FAMILIES``. Required only if several families use the
             same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks, such as

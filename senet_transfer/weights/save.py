@@ -83,7 +83,7 @@ def own_metadata(
     return metadata
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
+def save_weights(model: nn.Module, path: str | Path, classes: Sequence[str] = ()) -> None:
     """Write a model's tensors and metadata to a ``.pth`` or ``.safetensors`` file.
 
     The file is written atomically: first to a temporary file, which is then renamed.
@@ -91,13 +91,14 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     Args:
         model: Backbone, classifier or detector.
         path: Path of the file; its suffix selects the format.
+        classes: Class names in the order of the model's outputs, if they are known.
 
     Raises:
         UserError: If the suffix is unknown, or the file can't be written.
     """
     target = target_of(model)
     tensors = {target.own_names[name]: tensor for name, tensor in target.tensors.items()}
-    write_own(Path(path), tensors, _metadata(target))
+    write_own(Path(path), tensors, with_classes(_metadata(target), classes))
 
 
 def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ NOT_RUN = {
     r"(ovc|benchmark_app|trtexec) .*": "belongs to OpenVINO or TensorRT, which is not installed",
     r"python tools/export\.py .* --compile": "compiles for minutes; test_export.py does",
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
+    r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",

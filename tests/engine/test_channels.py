@@ -19,7 +19,7 @@ from senet_transfer.engine.model_from import find_model
 from senet_transfer.engine.predictor.cam import class_activation_map
 from senet_transfer.engine.predictor.files import predict_files
 from senet_transfer.engine.predictor.load import load, load_trained
-from senet_transfer.engine.predictor.predictor import Detector
+from senet_transfer.engine.predictor.predictor import DetectorPredictor
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.train import main
 from senet_transfer.export.write import export_model
@@ -157,7 +157,7 @@ def test_a_detector_is_trained_evaluated_exported_and_predicts(command, shapes, 
     assert loaded.model.backbone.bottom_up.stem.conv1.weight.shape[1] == 5
 
     path = sorted((tmp_path / "images").iterdir())[0]
-    detector = Detector.of(loaded, threshold=0.0)
+    detector = DetectorPredictor.of(loaded, threshold=0.0)
     written = predict_files(detector, [str(path)], str(tmp_path / "out"), quiet=True)
     found = json.loads(Path(written).read_text())["annotations"]
     pixels = np.rint(np.load(path) / 4095 * 255).astype(np.uint8)

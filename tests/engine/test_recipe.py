@@ -161,6 +161,15 @@ def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, mo
         find_parts(str(tmp_path / "flowers"), str(lost), str(tmp_path))
     train, _ = find_parts(str(tmp_path / "flowers"))
     assert train == DataPart(str(tmp_path / "flowers" / "train"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "manifest.json").touch()
+    given = RunOptions(data=str(shards), options=("OUTPUT_DIR", str(tmp_path / "run")))
+    with (
+        pytest.raises(UserError, match="(?s)no validation data.*shards.*--val PATH"),
+        make.use_recipe(given, resume=False),
+    ):
+        pass
     for given in ({"config_file": "finetune_folder"}, {"eval_only": True}):
         recipe = make.use_recipe(RunOptions(data="flowers", **given), resume=False)
         with pytest.raises(UserError, match="--data.*can't be combined with"), recipe:

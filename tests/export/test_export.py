@@ -22,6 +22,7 @@ from senet_transfer.export import deploy, export_detector, export_network, forma
 from senet_transfer.export.write import export_model
 from senet_transfer.models.image_classifier import ImageClassifier, wrap_classifier
 from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.private_api import open_compiled
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -228,7 +229,7 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
         assert str(ROOT).encode() not in stored
         assert b"site-packages" not in stored
     if form == "aot_inductor":
-        metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
+        metadata = open_compiled(str(path))[1]
         assert json.loads(metadata["classes"]) == ["a", "b", "c"]
         image = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
         found = load(path)(image)

@@ -124,6 +124,17 @@ def test_the_compiler_s_freezing_is_switched_on_and_off():
     assert not config.freezing
 
 
+@pytest.mark.slow
+def test_a_compiled_package_computes_the_same_and_keeps_its_metadata(tmp_path):
+    model, x = torch.nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    path = str(tmp_path / "a.pt2")
+    private_api.compile_program(torch.export.export(model, (x,)), path, {"k": "v"})
+    loaded, metadata = private_api.open_compiled(path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+    assert metadata["k"] == "v"
+
+
 def test_a_storage_keeps_a_limited_history():
     with EventStorage(0) as storage:
         private_api.limit_history(storage, 3)
@@ -346,3 +357,14 @@ def test_the_arguments_of_a_parser_are_listed_in_order():
     parser = argparse.ArgumentParser(add_help=False)
     added = [parser.add_argument("file"), parser.add_argument("--size", type=int)]
     assert private_api.parser_arguments(parser) == added
+
+
+def test_a_missing_compiler_is_reported_as_a_missing_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", _no_compiler)
+    program = torch.export.export(nn.ReLU(), (torch.ones(2),))
+    with pytest.raises(FileNotFoundError, match="no C\\+\\+ compiler"):
+        private_api.compile_program(program, str(tmp_path / "relu.pt2"), {})
+
+
+def _no_compiler() -> str:
+    raise torch._inductor.exc.InvalidCxxCompiler

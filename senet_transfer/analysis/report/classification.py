@@ -144,7 +144,7 @@ def confusion_galleries(
         gallery = _gallery(name, list(classes), found, budget // len(groups))
         wanted = {place for pair in gallery["pairs"] for place, _ in pair["examples"]}
         cfg = runs[min(found)].cfg
-        gallery["images"] = _pictures(cfg, name, sorted(wanted), say, quiet)
+        gallery["images"] = pictures(cfg, name, sorted(wanted), say, quiet)
         galleries.append(gallery)
     return galleries
 
@@ -177,20 +177,30 @@ def _gallery(
     }
 
 
-def _pictures(
+def pictures(
     cfg: CfgNode, name: str, places: list[int], say: Callable[[str], None], quiet: bool
 ) -> dict[int, str]:
-    pictures: dict[int, str] = {}
+    """Return the images of a test set at the given places as data URIs, by place.
+
+    Args:
+        cfg: The run's config.
+        name: The data set's name in ``DATASETS.TEST``.
+        places: Indices of the images in the data set.
+        say: A function that is called with a message if an image can't be shown.
+        quiet: If True, show no progress bar.
+    """
+    found: dict[int, str] = {}
+    value_range = cfg.INPUT.get("VALUE_RANGE", ())
     try:
         dataset = open_test_dataset(cfg, name)
         for place in progress(
             places, desc=f"pictures of {data_label(name)}", unit="image", quiet=quiet
         ):
             if isinstance(dataset, ClassificationDataset):
-                pixels = decode_fast(dataset.read_sample(place).data, SIDE)
+                pixels = decode_fast(dataset.read_sample(place).data, SIDE, value_range)
             else:
                 pixels = dataset.images[place].permute(1, 2, 0).numpy()
-            pictures[place] = data_uri(pixels, SIDE)[0]
+            found[place] = data_uri(pixels, SIDE)[0]
     except (UserError, BrokenImageError, OSError, LookupError) as error:
         say(f"Some images of {name} can't be shown: {error}")
-    return pictures
+    return found

@@ -9,11 +9,13 @@ import glob
 import logging
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset.shardlists import expand_urls
 
 from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages, make_key
 from senet_transfer.data.images import places365
@@ -158,7 +160,8 @@ def open_dataset(
 
     - a folder of shards or its manifest.json, given as a local path or a remote address
       (`http(s)://`, `s3://` and other object stores);
-    - individual shards in such a folder, given as the path of a `.tar` file or a glob pattern;
+    - individual shards in such a folder, given as the path of a `.tar` file or a pattern with
+      wildcards (local shards) or braces, such as `train-{000..099}.tar`;
     - local shards of webdataset without a manifest, which are read once to count their samples;
     - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
       or archive (`val_256.tar`) next to the lists;
@@ -186,8 +189,10 @@ def open_dataset(
         cache = ShardCache(cache_dir) if cache_dir is not None else None
         base = text.rstrip("/").removesuffix("/" + MANIFEST)
         if base.endswith(".tar"):
-            base = base.rpartition("/")[0]
-            dataset = _some_shards(base, [text.rpartition("/")[2]], storage, cache)
+            addresses = _expand(text)
+            base = _common_folder(text, [address.rpartition("/")[0] for address in addresses])
+            names = [address.rpartition("/")[2] for address in addresses]
+            dataset = _some_shards(base, names, storage, cache)
         else:
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
     elif is_label_csv(local_path(text)):
@@ -218,11 +223,11 @@ def _open_local(
         _check_shards(manifest, path)
         return ShardDataset(manifest, str(path), storage)
     if path.suffix == ".tar" and (path.parent / MANIFEST).is_file():
-        names = sorted(Path(name).name for name in glob.glob(str(path))) or [path.name]
+        names = [match.name for match in _matches(path)] or [path.name]
         shards = _some_shards(str(path.parent), names, storage, None)
         _check_shards(shards.manifest, path.parent)
         return shards
-    matches = [Path(name) for name in sorted(glob.glob(str(path)))] if not path.exists() else []
+    matches = [] if path.exists() else _matches(path)
     if not path.exists() and not matches:
         raise UserError(
             f"{path} does not exist; expected a folder or archive of images, or shards. Check the "
@@ -245,6 +250,43 @@ def _open_local(
             "folder. Create shards with datasets/prepare_places365.py or prepare_folder.py."
         )
     return ImageDataset(open_folder(path, classes))
+
+
+def _expand(path: str) -> list[str]:
+    """Expand braces such as `{000..003}` or `{a,b}` in a path or address, as in webdataset."""
+    return expand_urls(path) if "{" in path else [path]
+
+
+def _common_folder(path: object, folders: Sequence[str]) -> str:
+    if len(set(folders)) > 1:
+        raise UserError(
+            f"{path} matches shards in {len(set(folders))} folders, such as "
+            f"{first_of(sorted(set(folders)), 2)}; expected shards in one folder. Pass several "
+            "data sets instead."
+        )
+    return folders[0]
+
+
+def _matches(path: Path) -> list[Path]:
+    """Return the files that match a pattern with wildcards and braces, in order.
+
+    Raises:
+        UserError: If a name from the braces has no match, or the files are in several folders.
+    """
+    if path.exists():
+        return [path]
+    names = _expand(str(path))
+    found = {name: sorted(glob.glob(name)) for name in names}
+    missing = [name for name in names if not found[name]]
+    if missing and len(names) > 1:
+        raise UserError(
+            f"{path} names {len(names)} shards, but {len(missing)} do not exist: "
+            f"{first_of(missing)}. Copy the missing shards, or correct the pattern."
+        )
+    matches = [Path(match) for group in found.values() for match in group]
+    if matches:
+        _common_folder(path, [str(match.parent) for match in matches])
+    return matches
 
 
 def _check_shards(manifest: Manifest, folder: Path) -> None:
@@ -300,5 +342,5 @@ def _some_shards(
             f"The manifest of {base} does not list the shards {first_of(unknown, 5)}. Pass only "
             "listed shards, or the whole folder."
         )
-    part = Manifest(manifest.classes, [by_name[name] for name in names], manifest.split)
+    part = replace(manifest, shards=[by_name[name] for name in names])
     return ShardDataset(part, base, storage, cache)

@@ -20,8 +20,8 @@ Everything else, including the pixels of all other images, is the same as in Det
 import copy
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode, Instances, Keypoints
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
 from senet_transfer.data.detection.augmentation.build import removes_parts, with_augmentation
@@ -42,7 +42,13 @@ from senet_transfer.data.detection.fast_images import (
     with_fast_resize,
 )
 from senet_transfer.data.images.channels import decode_channels
-from senet_transfer.data.images.decode import exif_orientation, is_turned_sideways, to_8_bit
+from senet_transfer.data.images.decode import (
+    allowed_formats,
+    exif_orientation,
+    is_turned_sideways,
+    no_truncated_images,
+    to_8_bit,
+)
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
 
@@ -349,7 +355,7 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
     """Read a complete image with 8 bits per channel, and apply its EXIF orientation.
 
     Args:
-        path: Path of an image in any format supported by Pillow.
+        path: Path of an image in one of the formats in `file_types.FORMATS`.
         image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`;
             or "C5", for example, for images with 5 channels in any format supported by
             :func:`~senet_transfer.data.images.channels.decode_channels`. The EXIF orientation of
@@ -371,10 +377,10 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
 
 def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
     """Decode an encoded image in the same way as :func:`read_image`."""
-    with _no_truncated_images():
+    with no_truncated_images():
         if channels := channels_of(image_format):
             return decode_channels(data, channels, value_range)
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=allowed_formats())
         orientation = exif_orientation(image)
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None
         if pixels is not None:
@@ -384,17 +390,6 @@ def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = 
         if orientation in _EXIF_TURNS:
             image = image.transpose(_EXIF_TURNS[orientation])
         return detection_utils.convert_PIL_to_numpy(image, image_format)
-
-
-@contextmanager
-def _no_truncated_images() -> Iterator[None]:
-    """Make Pillow raise an error for truncated files inside the context."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -410,7 +405,7 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         with PathManager.open(path, "rb") as file:
             head = file.read(20)
-        return f"it begins with {head!r}, which does not match any image format supported by Pillow"
+        return f"it begins with {head!r}, which does not match any supported image format"
     return str(error) or type(error).__name__
 
 

@@ -5,15 +5,15 @@ several bands, pages or both, and all other formats that Pillow reads. The chann
 of the file. The EXIF orientation is ignored.
 """
 
-import importlib
 import io
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import tifffile
 from PIL import Image, ImageSequence
+from tifffile import PHOTOMETRIC
 
 from senet_transfer.data.images.decode import (
     MAX_PIXELS,
@@ -89,8 +89,8 @@ def _values(data: bytes) -> np.ndarray:
     """Return the values of an image in the file's data type."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    elif data.startswith(_TIFF) and (tifffile := _tifffile()) is not None:
-        values = _tiff_values(tifffile, data)
+    elif data.startswith(_TIFF):
+        values = _tiff_values(data)
     else:
         values = _pillow_values(data)
     if values.dtype.kind not in "uif":
@@ -106,36 +106,27 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.pad(pixels, ((0, 0), (0, 0), (0, missing)))[:, :, :3])
 
 
-def _tifffile() -> Any:
-    """Return the module tifffile, or None if it is not installed."""
-    try:
-        return importlib.import_module("tifffile")
-    except ImportError:
-        return None
+def _tiff_values(data: bytes) -> np.ndarray:
+    """Return the values of a TIFF file ``(H, W, C)``.
 
-
-def _tiff_values(tifffile: Any, data: bytes) -> np.ndarray:
+    Pillow reads palettes, 1-bit images and the compressions that tifffile does not support by
+    itself, but only up to four bands.
+    """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series = file.series[0]
+        page, series = file.pages.first, file.series[0]
+        supported = page.compression in tifffile.TIFF.DECOMPRESSORS
+        if not supported or page.photometric == PHOTOMETRIC.PALETTE or page.bitspersample == 1:
+            return _pillow_values(data)
         _check_size(math.prod(series.shape))
         if len(file.series) > 1 or not {"Y", "X"} <= set(series.axes):
             raise BrokenImageError("its pages have different sizes; expected one image")
-        values = np.moveaxis(
-            series.asarray(), (series.axes.index("Y"), series.axes.index("X")), (0, 1)
-        )
+        sides = series.axes.index("Y"), series.axes.index("X")
+        values = np.moveaxis(series.asarray(), sides, (0, 1))
     return values.reshape(*values.shape[:2], -1)
 
 
 def _pillow_values(data: bytes) -> np.ndarray:
-    try:
-        image = Image.open(io.BytesIO(data), formats=allowed_formats())
-    except Image.UnidentifiedImageError as error:
-        if not data.startswith(_TIFF):
-            raise
-        raise BrokenImageError(
-            "its TIFF format can only be read with the package tifffile; install it (pip install "
-            "tifffile), or save the image as .npy or with one page per channel"
-        ) from error
+    image = Image.open(io.BytesIO(data), formats=allowed_formats())
     frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     _check_size(image.width * image.height * frames)
     if frames == 1 and (deep := deep_colours(image, data)) is not None:

@@ -9,15 +9,16 @@ and torchvision. Training decodes JPEG images with simplejpeg, which is three ti
 packages bundle libjpeg-turbo and return identical pixels.
 """
 
+import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from senet_transfer.data.images.file_types import FORMATS
 
@@ -104,6 +105,17 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     return np.ascontiguousarray(pixels[:, :, 2::-1])
 
 
+@contextlib.contextmanager
+def no_truncated_images() -> Iterator[None]:
+    """Make Pillow raise an error for truncated files inside the context."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
@@ -117,7 +129,7 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
         BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_truncated_images():
             # Pillow warns about palettes, metadata and sizes. Relevant problems raise exceptions.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=allowed_formats())

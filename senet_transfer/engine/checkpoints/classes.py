@@ -12,13 +12,19 @@ from senet_transfer.data import build
 from senet_transfer.data.detection.dataset_checks import category_ids, use_class_order
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import differences, first_of
+from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 from senet_transfer.weights.mapping.source import Source
 
 logger = logging.getLogger(__name__)
 
 
 def config_next_to(weights: str) -> str:
-    """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none."""
+    """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none.
+
+    The files of a repository of the Hugging Face Hub are downloaded.
+    """
+    if is_hub_name(weights):
+        weights = str(hub_weights(weights))
     path = os.path.join(os.path.dirname(weights), "config.yaml")
     return path if weights and os.path.isfile(path) else ""
 

@@ -16,6 +16,7 @@ from senet_transfer.engine.predictor.predictions import Classes
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
+from senet_transfer.utils.private_api import open_compiled
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
 _KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
@@ -78,8 +79,7 @@ def _open_program(path: str) -> tuple[Callable[[Tensor], Outputs], Mapping[str, 
     with zipfile.ZipFile(path) as archive:
         compiled = any("aotinductor" in name for name in archive.namelist())
     if compiled:
-        model = torch._inductor.aoti_load_package(path)
-        stored = model.get_metadata()
+        model, stored = open_compiled(path)
         return model, {key: stored.get(key, "") for key in _KEYS}, json.loads(stored["size"])
     texts = dict.fromkeys(_KEYS, "")
     program = torch.export.load(path, extra_files=texts)

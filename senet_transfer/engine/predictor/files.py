@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import IO, Any
@@ -22,6 +23,8 @@ from senet_transfer.engine.predictor.video import Video
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("json", "coco", "csv", "yolo")
 
@@ -107,7 +110,7 @@ def predict_video(
 
     The results are written to ``NAME.jsonl``: one JSON object per frame, with its index, its time
     in seconds and the results. The video is ``NAME.mp4``. Memory use does not depend on the length
-    of the video.
+    of the video. Ctrl-C ends a stream, and keeps the results until then.
 
     Args:
         predictor: The predictor.
@@ -145,6 +148,8 @@ def predict_video(
                     out = out or _video_writer(drawn, video.rate, image)
                     out.write(image[:, :, ::-1])
                 count += 1
+        except KeyboardInterrupt:  # the usual way to stop an endless stream
+            logger.info("Stopped after %d frames of %s.", count, name)
         finally:
             if out is not None:
                 out.release()

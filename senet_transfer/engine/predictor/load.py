@@ -18,10 +18,11 @@ from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import TOP
 from senet_transfer.weights.hub.catalogue import names_published
+from senet_transfer.weights.hub.repositories import is_hub_name
 from senet_transfer.weights.hub.zoo import is_zoo_name, zoo_model
 
-# Checkpoints in the folder of a run, in order of preference.
-_CHECKPOINTS = ("model_best.pth", "model_final.pth")
+# Checkpoints in the folder of a run, or a model from the Hugging Face Hub, in order of preference.
+_CHECKPOINTS = ("model_best.pth", "model_final.pth", "model.safetensors")
 
 
 def load(
@@ -48,7 +49,8 @@ def load(
         source: The output folder of a run (its best model is loaded, otherwise its final model), a
             checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
             published name such as "cadene/se_resnet50", or "timm/NAME" for weights that only timm
-            provides, the name of a detector in Detectron2's model zoo such as
+            provides, a repository of the Hugging Face Hub such as "hf-hub:owner/name", the name of
+            a detector in Detectron2's model zoo such as
             "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by ``senet export`` (.onnx,
             .pt2 or .ts; of detectors, .onnx).
         config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
@@ -74,7 +76,7 @@ def load(
     """
     name = os.fspath(source)
     shared = {"half": half, "batch_size": batch_size}
-    if name.endswith(SUFFIXES):
+    if name.endswith(SUFFIXES) and not is_hub_name(name):
         _check_exported(name, device, half, [config_file, *options])
         return load_exported(name, threshold=threshold, top=top, batch_size=batch_size)
     loaded = load_trained(name, config_file, options, device)
@@ -100,7 +102,8 @@ def load_trained(
 ) -> LoadedModel:
     """Load a model that is not an exported file; see :func:`load` for the arguments."""
     config_file, weights = _find(weights, config_file)
-    if not config_file and not names_published(weights) and not os.path.isfile(weights):
+    named = names_published(weights) or is_hub_name(weights)
+    if not config_file and not named and not os.path.isfile(weights):
         raise UserError(
             f"The checkpoint {weights} does not exist. Give the path of a .pth file, the output "
             "folder of a run, or the name of published weights (see "
@@ -109,7 +112,7 @@ def load_trained(
     try:
         found = find_model(config_file=config_file, weights=weights, options=options)
     except UserError as error:
-        if config_file or names_published(weights):
+        if config_file or named:
             raise
         raise UserError(
             f"{error} There is no config.yaml next to {weights}, where training writes it. If the "
@@ -123,9 +126,9 @@ def load_trained(
     if not found.cfg.DATASETS.CLASSES:
         take_classes(found.cfg)
     found = found.examined()
-    named = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
+    classes = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
     # The boxes of a region proposal network have no classes.
-    if config_file and not named and predicts(found.cfg) != {PROPOSALS}:
+    if config_file and not classes and predicts(found.cfg) != {PROPOSALS}:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
             "in the run's output folder."
@@ -136,6 +139,8 @@ def load_trained(
 
 def _find(name: str, config_file: str) -> tuple[str, str]:
     """Return the config file and the weights of a model; either may be empty."""
+    if is_hub_name(name):
+        return config_file or config_next_to(name), name
     if is_zoo_name(name):
         zoo_config, zoo_weights = zoo_model(name)
         return config_file or zoo_config, str(zoo_weights)

@@ -113,7 +113,8 @@ class Predictor(ABC, Generic[Result]):
         Args:
             images: Images as in :meth:`__call__`, or any iterable of them.
             batch_size: The number of images per batch. By default, that of the predictor.
-            workers: The number of processes that read and resize the images of a list or folder.
+            workers: The number of processes that read and resize images. Videos are read by this
+                process only.
             broken: A list to which the problems of images that can't be read or processed are
                 appended. If None, the first of them raises an error.
         """
@@ -123,6 +124,8 @@ class Predictor(ABC, Generic[Result]):
                 f"batch_size is {size} and workers is {workers}; expected at least 1 image per "
                 "batch, and 0 or more workers."
             )
+        if isinstance(images, str | os.PathLike) and is_video(os.fspath(images)):
+            workers = 0
         photos = (
             replace(photo, value_range=self.value_range, channels=self.channels)
             for photo in _photos(images)

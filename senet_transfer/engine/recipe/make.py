@@ -99,7 +99,13 @@ def _make(options: "RunOptions") -> list[Choice]:
     stated = load_config("", options.options)
     train, val = find_parts(options.data, options.val, options.images)
     if val is None:
-        train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"))
+        try:
+            train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"))
+        except UserError as error:
+            raise UserError(
+                f"There is no validation data in {options.data}, and the data can't be split: "
+                f"{error} Give the path of the validation data: --val PATH."
+            ) from error
         if not options.quiet:
             print(table)
     weights, arch = None, ""

@@ -7,12 +7,13 @@ script stored next to the tensors can distinguish them.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry
+from senet_transfer.weights.formats.timm_config import TimmConfig
 
 # CSAIL's ResNet-18 without the stem's max pool. Source: wideresnet.py in CSAILVision/places365,
 # which run_placesCNN_unified.py uses with the file wideresnet18_places365.pth.tar.
@@ -54,26 +55,32 @@ class Statements:
         confirmed: Whether a statement names the network that the tensors suggest.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not stated.
+        timm: Content of timm's ``config.json``, which determines the geometry and all of the
+            preprocessing; None if there is no such file.
     """
 
     contradiction: str = ""
     confirmed: bool = False
     wide: bool = False
     preprocessing: Preprocessing | None = None
+    timm: TimmConfig | None = None
 
     @property
     def recorded(self) -> frozenset[str]:
         """Return the field names of the stated geometry and preprocessing."""
-        pixels = {"format", "mean", "std"} if self.preprocessing else set()
-        return frozenset(pixels | ({"stem_pool"} if self.wide else set()))
+        pixels = {"format", "mean", "std"} if self.preprocessing or self.timm else set()
+        geometry = {field.name for field in fields(Geometry)} if self.timm else set()
+        return frozenset(pixels | geometry | ({"stem_pool"} if self.wide else set()))
 
 
-def statements_of(metadata: Mapping[str, Any], architecture: Architecture | None) -> Statements:
-    """Compare the statements in a file with the architecture of its tensors."""
+def statements_of(
+    metadata: Mapping[str, Any], architecture: Architecture | None, timm: TimmConfig | None = None
+) -> Statements:
+    """Compare the statements in a file, and next to it, with the architecture of its tensors."""
     if architecture is None:
         return Statements()
-    found = Statements()
-    for key, name in _names(metadata):
+    found = Statements(timm=timm)
+    for key, name in _names(metadata, timm):
         judged = _judge(name, architecture)
         if judged is False:
             return Statements(
@@ -81,7 +88,7 @@ def statements_of(metadata: Mapping[str, Any], architecture: Architecture | None
                 f"{architecture.name}"
             )
         wide = judged is True and bool(_WIDE_18.fullmatch(_plain(name)))
-        found = Statements(confirmed=found.confirmed or bool(judged), wide=found.wide or wide)
+        found = replace(found, confirmed=found.confirmed or bool(judged), wide=found.wide or wide)
     meta = metadata.get("meta")
     for key in ("cfg", "config"):
         text = meta.get(key) if isinstance(meta, Mapping) else None
@@ -102,7 +109,9 @@ def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
     return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
 
 
-def _names(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _names(metadata: Mapping[str, Any], timm: TimmConfig | None) -> Iterator[tuple[str, str]]:
+    if timm:
+        yield "architecture in config.json", timm.architecture
     for key in _NAME_KEYS:
         if isinstance(metadata.get(key), str):
             yield key, metadata[key]

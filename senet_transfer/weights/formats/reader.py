@@ -27,6 +27,7 @@ from senet_transfer.weights.formats.shards import check_not_a_shard, shard_files
 from senet_transfer.weights.formats.sniff import CAFFE, INDEX, PICKLE, SAFETENSORS, TAR, ZIP, sniff
 from senet_transfer.weights.formats.state_dict import Checkpoint, collect
 from senet_transfer.weights.formats.tensor_names import ONLY_NETWORK, Wanted, select
+from senet_transfer.weights.formats.timm_config import TimmConfig, read_timm_config
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
 
 # Key of this project's own metadata, a dictionary stored with the tensors (as JSON in safetensors
@@ -57,6 +58,7 @@ class WeightFile:
             checksum and only the values were checked (see :func:`check_values`).
         dropped: Names of omitted tensors, with the reasons.
         notes: Sentences about choices between several sets of weights.
+        timm: Content of timm's ``config.json`` next to the file, if there is one.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class WeightFile:
     verified: tuple[str, ...] = ()
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    timm: TimmConfig | None = None
 
 
 def read_tensors(
@@ -114,6 +117,7 @@ def read_tensors(
         verified=tuple(verified) or ("values",),
         dropped=checkpoint.dropped,
         notes=checkpoint.notes,
+        timm=None if OWN_METADATA in checkpoint.metadata else read_timm_config(path),
     )
 
 

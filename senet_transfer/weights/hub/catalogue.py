@@ -17,6 +17,7 @@ import yaml
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.hub.download import check_sha256, fetch
+from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 from senet_transfer.weights.hub.timm_networks import fetch_timm, timm_publishes
 
 # Mapping from publishers' network names to this project's, if they differ.
@@ -100,7 +101,7 @@ def _entries(
             file=file,
             sha256=stated[1] if stated else None,
             family=family,
-            model=_model(name),
+            model=own_model(name),
             licence=licence,
             note=note,
             by_hand=by_hand,
@@ -108,7 +109,7 @@ def _entries(
         )
 
 
-def _model(name: str) -> str:
+def own_model(name: str) -> str:
     """Convert a publisher's network name to this project's name."""
     name = name.partition(".")[0]
     return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
@@ -155,8 +156,12 @@ def names_published(weights: str | Path) -> bool:
 
 
 def only_in_timm(name: str) -> bool:
-    """Return whether a name is that of weights that timm, but not this catalogue, provides."""
-    return names_published(name) and name not in load_catalogue() and timm_publishes(name)
+    """Return whether a name is that of weights that timm, but not this catalogue, provides.
+
+    The name of a network without a tag is ambiguous if the catalogue has weights of this network.
+    """
+    known = any(other == name or other.startswith(f"{name}.") for other in load_catalogue())
+    return names_published(name) and not known and timm_publishes(name)
 
 
 def resolve(name: str) -> Path:
@@ -202,22 +207,25 @@ def published_entries(path: str | Path) -> list[Entry]:
 
 
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the weight file and its family for a path or a catalogue name.
+    """Return the weight file and its family for a path, a catalogue name or a Hub repository.
 
     For a name "timm/NAME" that is not in the catalogue, timm downloads its pretrained weights.
 
     Args:
-        weights: Path, which is returned unchanged even if it does not exist, or catalogue name.
+        weights: Path, which is returned unchanged even if it does not exist, catalogue name, or
+            name of a repository of the Hugging Face Hub, such as "hf-hub:owner/name".
         family: Family to use instead of the catalogue's; None uses the catalogue's.
 
     Raises:
-        UserError: If ``weights`` is neither a path nor a catalogue name, or :func:`resolve` fails.
+        UserError: If ``weights`` is neither a path nor a name, or the file can't be downloaded.
     """
     if not isinstance(weights, str | Path):
         raise UserError(f"The weights are {weights!r}; expected a path or a catalogue name.")
+    name = str(weights)
+    if is_hub_name(weights):
+        return hub_weights(name), family
     if not names_published(weights):
         return weights, family
-    name = str(weights)
     if only_in_timm(name):
         return fetch_timm(name), family or "timm"
     return resolve(name), family or catalogue_entry(name).family

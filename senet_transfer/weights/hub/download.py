@@ -1,9 +1,9 @@
 """Atomic, verified file download over HTTPS, with resumption after interruptions.
 
-The download functions of torch.hub and huggingface_hub are not used. torch.hub does not retry, and
-accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range, so it can
-mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of the
-file.
+Files of the catalogue are not downloaded by torch.hub or huggingface_hub. torch.hub does not retry,
+and accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range, so it
+can mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of
+the file.
 """
 
 import http.client

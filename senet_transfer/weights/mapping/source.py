@@ -188,9 +188,11 @@ def _timm_source(file: WeightFile, network: str, family: str | None, head: str) 
             f"The weight family is {family!r}, but the model is {network}, whose weights are state "
             "dicts of this network, as written by timm. Omit the family."
         )
-    stated = stated_network(file.path, file.metadata, network)
+    said = {"architecture": file.timm.architecture} if file.timm else file.metadata
+    stated = stated_network(file.path, said, network)
+    pixels = file.timm.preprocessing if file.timm else timm_preprocessing(stated)
     source = _understand(file, timm_family(network), (), ignore_head=head == "ignore")
-    return replace(source, preprocessing=timm_preprocessing(stated), network=network)
+    return replace(source, preprocessing=pixels, network=network)
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
@@ -249,6 +251,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
                 f"{taken}. Omit the family, or use a different file."
             )
         return [FAMILIES[family]]
+    if file.timm:
+        found = [f for f in found if f.name in ("timm", "timm_legacy")]
     if not found:
         differs = what_differs(file.tensors)
         hint = f" Its network is not supported: {differs}." if differs else ""
@@ -304,7 +308,7 @@ def _understand(
     geometry, preprocessing, recorded = _computes(file, family, architecture)
     said = Statements()
     if OWN_METADATA not in file.metadata:
-        said = statements_of(file.metadata, architecture)
+        said = statements_of(file.metadata, architecture, file.timm)
         geometry, preprocessing = _with_statements(file, family, said, geometry, preprocessing)
     if file.layers:
         notes += adjust_variances(file.layers, renamed, tensors, _EPS)
@@ -350,7 +354,9 @@ def _with_statements(
         )
     if said.wide:
         geometry = replace(geometry, stem_pool="none")
-    if said.preprocessing and preprocessing:
+    if said.timm and preprocessing:
+        preprocessing = said.timm.preprocessing
+    elif said.preprocessing and preprocessing:
         pixels = said.preprocessing
         preprocessing = replace(
             preprocessing, format=pixels.format, mean=pixels.mean, std=pixels.std
@@ -509,6 +515,8 @@ def _own_network(file: WeightFile) -> str:
 
 
 def _class_names(file: WeightFile) -> tuple[str, ...]:
+    if file.timm:
+        return file.timm.classes
     word = file.metadata.get(OWN_METADATA)
     names = word.get("classes", ()) if isinstance(word, Mapping) else ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):

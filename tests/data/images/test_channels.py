@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from senet_transfer.data.detection.fast_images import ChannelResize
-from senet_transfer.data.images import channels
 from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import BrokenImageError, decode_exact
 from senet_transfer.data.images.folders import open_folder
@@ -38,10 +38,7 @@ def values() -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, (12, 10, 5)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("module", ["installed or not", "missing"])
-def test_values_of_arrays_and_pages_are_unchanged(values, module, monkeypatch):
-    if module == "missing":
-        monkeypatch.setattr(channels, "_tifffile", lambda: None)
+def test_values_of_arrays_and_pages_are_unchanged(values):
     assert np.array_equal(decode_channels(npy(values), 5), values)
     assert np.array_equal(decode_channels(pages(values), 5), values)
     assert np.array_equal(decode_channels(npy(values[..., 0]), 1), values[..., :1])
@@ -56,12 +53,22 @@ def test_values_of_arrays_and_pages_are_unchanged(values, module, monkeypatch):
 
 
 def test_tiff_files_with_bands_are_read_by_tifffile(values):
-    tifffile = pytest.importorskip("tifffile")
     for contiguous in ("contig", "separate"):
         stream = io.BytesIO()
         stored = values if contiguous == "contig" else values.transpose(2, 0, 1).copy()
         tifffile.imwrite(stream, stored, photometric="minisblack", planarconfig=contiguous)
         assert np.array_equal(decode_channels(stream.getvalue(), 5), values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_tiff_files_of_every_mode_have_the_values_that_pillow_reads(values, mode, compression):
+    stream = io.BytesIO()
+    image = Image.fromarray(values[..., :3].copy()).convert(mode)
+    image.save(stream, "TIFF", compression=compression)
+    expected = np.asarray(image.convert({"P": "RGB", "1": "L"}.get(mode, mode)))
+    expected = expected.reshape(12, 10, -1)
+    assert np.array_equal(decode_channels(stream.getvalue(), expected.shape[2]), expected)
 
 
 def test_the_value_range_is_mapped_to_8_bits():

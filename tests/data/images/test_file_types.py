@@ -188,6 +188,24 @@ def test_webdatasets_own_shards_are_read_without_a_manifest(tmp_path, label, for
             open_dataset(path, classes=["only"])
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_braces_name_shards_as_in_webdataset(tmp_path, counted):
+    root = tmp_path / "shards"
+    written = write_webdataset(root)
+    if counted:
+        assert command("manifest")([root]) == 0
+    data = open_dataset(f"{root}/own-{{000000..000001}}.tar")
+    found = [s for unit in range(len(data.unit_sizes)) for s in data.read_unit(unit)]
+    assert [(sample.data, sample.label) for sample in found] == written[:6]
+    assert len(open_dataset(f"{root}/own-00000{{2,0}}.tar")) == 5
+    with pytest.raises(UserError, match=r"4 shards, but 1 do not exist: .*own-000003\.tar"):
+        open_dataset(f"{root}/own-{{000000..000003}}.tar")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "own-000000.tar").write_bytes((root / "own-000000.tar").read_bytes())
+    with pytest.raises(UserError, match="in 2 folders"):
+        open_dataset(f"{tmp_path}/{{shards,copy}}/own-000000.tar")
+
+
 @pytest.mark.parametrize("cut", [700, 5000])
 def test_a_truncated_shard_without_a_manifest_is_rejected(tmp_path, cut):
     write_webdataset(tmp_path / "shards")

@@ -167,6 +167,7 @@ def test_single_shards_can_be_named(make_shards, serve):
     assert evaluated(some) == evaluated(open_dataset(folder / "val-000001.tar"))
     assert len(some) == 8
     assert len(open_dataset(folder / "val-00000[01].tar")) == 16
+    assert len(open_dataset(serve(folder).address + "/val-00000{0..1}.tar")) == 16
 
 
 @pytest.mark.parametrize("ranges", [True, False])

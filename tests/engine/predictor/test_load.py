@@ -130,7 +130,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    "kind",
+    # Exports with torch.export take long.
+    [pytest.param(k, marks=pytest.mark.slow) if k in (".onnx", ".pt2") else k for k in SOURCES],
+)
 def test_a_model_from_any_source_classifies_like_the_model_in_python(
     kind, classifier, detector, photos, tmp_path, monkeypatch
 ):

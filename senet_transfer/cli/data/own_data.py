@@ -1,0 +1,249 @@
+"""Import, checks, splits and an HTML page of a user's own data."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.cli.arguments import DETECTION_FORMATS, Parser, add_dataset_argument
+from senet_transfer.errors import UserError
+
+
+def check_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Check detection data: the annotations, and all images by reading them "
+        "completely."
+    )
+    add = parser.add_argument
+    add(
+        "json_file",
+        metavar="PATH",
+        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        "format, followed by the split if there are several (data.yaml:train)",
+    )
+    add(
+        "images",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder to which its file_names are relative; default: the format's usual folder",
+    )
+    add("--masks", action="store_true", help="check the outlines that instance masks require")
+    add("--headers-only", action="store_true", help="read only the sizes of the images")
+    add(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=(),
+        help="INPUT.VALUE_RANGE, for images with 16 or 32 bits per channel",
+    )
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.coco import (
+        CocoDataset,
+        register_coco_dataset,
+        registered_entry,
+    )
+    from senet_transfer.data.detection.dataset_checks import check_outlines, check_trainable
+    from senet_transfer.data.detection.image_checks import check_dataset_images
+
+    name = os.path.basename(args.json_file)
+    register_coco_dataset(name, args.json_file, args.images, outlines=args.masks)
+    dataset = registered_entry(name)
+    assert isinstance(dataset, CocoDataset)
+    check_trainable([name])
+    if args.masks:
+        check_outlines([name])
+    mode = "header" if args.headers_only else "decode"
+    count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
+    print(f"{args.json_file}: no errors in the annotations and {count} images")
+
+
+def split_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Split a data set into training, validation and test data with equal fractions "
+        "of each class. One file per part is written; the images stay where they are."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        "one folder per class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    _add_split_arguments(parser)
+    return parser
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.2) -> None:
+    add = parser.add_argument
+    parts = parser.add_mutually_exclusive_group()
+    shown = "no split" if val is None else val
+    parts.add_argument(
+        "--val", type=float, default=val, help=f"fraction of images in val ({shown})"
+    )
+    parts.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="write K pairs of train and val for cross-validation: each image is in one val",
+    )
+    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add(
+        "--group-by",
+        default="",
+        metavar="PATTERN",
+        help="keep images together, such as the frames of a video: regular expression of a part of "
+        "their file names whose first group, or match if it has no groups, is the same",
+    )
+
+
+def run_split(args: argparse.Namespace) -> None:
+    from senet_transfer.data.split_files import split_data
+    from senet_transfer.data.splits import Split
+
+    split = Split(args.val, args.test, args.folds, args.seed, args.group_by)
+    print(split_data(args.source, args.output, split))
+
+
+def import_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert annotations for detection to JSON files in COCO's format: train.json, "
+        "and val.json and test.json if the data set states these splits or --val is given. The "
+        "images are not copied."
+    )
+    add = parser.add_argument
+    add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
+    add(
+        "--source",
+        type=Path,
+        required=True,
+        help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
+        "Studio or VIA",
+    )
+    add("--output", type=Path, required=True, help="folder for the JSON files")
+    add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    _add_split_arguments(parser, val=None)
+    return parser
+
+
+def run_import(args: argparse.Namespace) -> None:
+    from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
+
+    datasets, images = import_dataset(args.format, args.source, args.images)
+    if args.val is not None or args.folds:
+        datasets = _split_import(args, datasets)
+    elif args.test or args.group_by:
+        raise UserError("--test and --group-by require --val or --folds. Add one of them.")
+    summaries = write_dataset(datasets, args.output, images, source=str(args.source))
+    for warning in dict.fromkeys(w for summary in summaries.values() for w in summary.warnings):
+        logging.warning(warning)
+    for split, summary in summaries.items():
+        print(
+            f"{args.output / split}.json: {summary.num_images} images, "
+            f"{summary.num_annotations} objects, {len(summary.classes)} classes"
+        )
+    options = [
+        f"--dataset my_{split} {args.output / split}.json {images}"
+        for split in ("train", "val")
+        if split in datasets
+    ]
+    if args.folds:
+        options = [f"--folds {args.output} --images {images}"]
+    command = "tools/run_seeds.py" if args.folds else "a training command"
+    print(f"Options of {command}: {' '.join(options)}")
+
+
+def _split_import(
+    args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split imported data and print the table; raise an error if it is already split."""
+    from senet_transfer.data.split_files import split_coco
+    from senet_transfer.data.splits import Split
+
+    if len(datasets) > 1:
+        raise UserError(
+            f"{args.source} already contains the splits {', '.join(datasets)}, which --val and "
+            "--folds would mix. Omit these options to keep the splits."
+        )
+    val = 0.2 if args.val is None else args.val
+    split = Split(val, args.test, args.folds, args.seed, args.group_by)
+    content = next(iter(datasets.values()))
+    datasets, table = split_coco(content, args.source, split)
+    print(table)
+    return datasets
+
+
+def show_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Write an HTML page on the data of a detector or classifier: training inputs "
+        "with augmentation, statistics, duplicates, and unusual annotations."
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="",
+        metavar="PATH",
+        help="data as for the option --data of senet train, or the name of a registered data set",
+    )
+    add("--val", default="", metavar="PATH", help="evaluation data; default: that of --data")
+    add(
+        "--images",
+        default="",
+        metavar="FOLDER",
+        help="image folder of the annotations; default: it is searched for",
+    )
+    add_dataset_argument(parser)
+    add(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
+        "finetune_folder for others. Without --data and --dataset, its data sets are used",
+    )
+    add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
+    add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
+    add(
+        "--limit",
+        type=int,
+        default=20_000,
+        help="maximum number of images per data set that are decoded; of larger data sets, a "
+        "random sample is used (20000)",
+    )
+    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def run_show(args: argparse.Namespace) -> None:
+    from senet_transfer.analysis.dataset_page import data_config, write_data_page
+
+    for key in ("inputs", "limit", "workers"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} is {getattr(args, key)}; expected 1 or more.")
+    logging.getLogger().setLevel(logging.WARNING)
+    cfg = data_config(
+        args.data,
+        val=args.val,
+        images=args.images,
+        datasets=[list(filter(None, words)) for words in args.dataset],
+        config_file=args.config_file,
+        options=args.opts,
+    )
+    write_data_page(
+        cfg,
+        args.output,
+        inputs=args.inputs,
+        limit=args.limit,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    print(args.output)

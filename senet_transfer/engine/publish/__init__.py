@@ -1,0 +1,1 @@
+"""Publication of trained models on the Hugging Face Hub."""

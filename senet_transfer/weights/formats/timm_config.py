@@ -1,0 +1,104 @@
+"""Statements about a network in the ``config.json`` that timm writes next to a weight file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import Preprocessing
+from senet_transfer.utils.text import shown
+
+# Names of weight files in a repository of the Hugging Face Hub, in order of preference.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# Arguments of timm's models that the tensors determine.
+_DETERMINED = {"num_classes", "in_chans", "pretrained", "drop_rate", "drop_path_rate"}
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """Content of timm's ``config.json``.
+
+    Attributes:
+        architecture: Name of timm's model, such as "resnet18".
+        preprocessing: Preprocessing at test time.
+        classes: Class names in the order of the model's outputs; empty if they are not stated.
+    """
+
+    architecture: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+
+
+def read_timm_config(weights: Path) -> TimmConfig | None:
+    """Read the ``config.json`` next to a weight file of a Hugging Face folder.
+
+    Returns:
+        The statements, or None if there is no such file or if it was not written by timm.
+
+    Raises:
+        UserError: If the file is damaged, or describes a network or preprocessing that is not
+            supported.
+    """
+    path = weights.with_name("config.json")
+    if weights.name not in WEIGHT_FILES or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}, which describes {weights.name}, can't be read: {shown(error)}. Download it "
+            "again."
+        ) from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("architecture"), str):
+        return None
+    # Files written before timm 0.9 contain the values of pretrained_cfg themselves.
+    stated = content.get("pretrained_cfg") or content
+    try:
+        model_args = dict(content.get("model_args") or {})
+        if model_args.pop("global_pool", "avg") not in ("", "avg"):
+            raise ValueError("global_pool is not avg")
+        if unknown := sorted(set(model_args) - _DETERMINED):
+            raise ValueError(f"model_args contains {', '.join(map(shown, unknown))}")
+        names = content.get("label_names") or stated.get("label_names") or ()
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise ValueError("label_names is not a list of text")
+        return TimmConfig(content["architecture"], _preprocessing(stated), tuple(names))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}, which describes {weights.name}, is not supported: {shown(error)}. Expected "
+            "input_size, mean, std, crop_pct and interpolation (bilinear or bicubic) as timm "
+            "writes them, with the crop_mode center and no model_args that change the network. "
+            "Remove this file to load the weights without its statements."
+        ) from error
+
+
+def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:
+    """Convert timm's values. As in timm, the shorter side is resized to ``crop / crop_pct``."""
+    channels, height, width = stated["input_size"]
+    mean, std = (
+        tuple(round(255 * float(value), 4) for value in stated[key]) for key in ("mean", "std")
+    )
+    interpolation, mode = stated["interpolation"], stated.get("crop_mode") or "center"
+    if interpolation not in ("bilinear", "bicubic") or mode != "center" or height != width:
+        raise ValueError(
+            f"input_size {height}x{width}, interpolation {interpolation}, crop_mode {mode}"
+        )
+    if channels not in (1, 3) or {len(mean), len(std)} != {channels}:
+        raise ValueError(f"{channels} channels, {len(mean)} means, {len(std)} stds")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean {mean}, std {std}")
+    resize = math.floor(height / float(stated["crop_pct"]))
+    if not 0 < height <= resize:
+        raise ValueError(f"input_size {height}, crop_pct {stated['crop_pct']}")
+    return Preprocessing(
+        format="RGB" if channels == 3 else "L",
+        mean=mean,
+        std=std,
+        resize=resize,
+        crop=height,
+        interpolation=interpolation,
+    )

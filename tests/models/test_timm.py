@@ -1,0 +1,234 @@
+"""Tests of timm's networks as backbones and classifiers, compared with timm itself."""
+
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from safetensors.torch import save_file
+
+from senet_transfer import UserError, create_backbone, create_classifier, list_models, load_weights
+from senet_transfer.analysis.complexity.count import measure
+from senet_transfer.analysis.excitations.gates import capture_gates, gates_of
+from senet_transfer.config.load import load_config
+from senet_transfer.engine.model_from import find_model
+from senet_transfer.weights.hub import timm_networks
+from tests.engine.conftest import SMALL
+from tests.weights.peers import STAGES, peer, randomise
+
+timm = pytest.importorskip("timm")
+
+# Small networks of the families that have SE layers, and of two without.
+NETWORKS = (
+    "resnet10t",
+    "regnety_002",
+    "test_efficientnet",
+    "mobilenetv3_small_050",
+    "test_convnext",
+)
+WITH_SE = ("seresnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_050")
+
+
+@pytest.fixture
+def state_dict(tmp_path):
+    """Return a function that saves one of timm's networks with random weights by timm's names."""
+
+    def write(network, suffix=".safetensors", **extra):
+        path = tmp_path / f"weights{suffix}"
+        tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        if suffix == ".safetensors":
+            save_file(tensors, path)
+        else:
+            torch.save({"state_dict": tensors, **extra}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_and_logits_are_those_of_timm(name, state_dict):
+    network = peer("timm", name)
+    path = state_dict(network)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    backbone = create_backbone(f"timm/{name}", path, out_features=list(STAGES)).eval()
+    features_only = timm.create_model(
+        name,
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": network.state_dict()},
+    )
+    strides = features_only.feature_info.reduction()
+    with torch.no_grad():
+        expected = dict(zip(strides, features_only.eval()(images), strict=True))
+        found = backbone(images)
+        for stage, shape in backbone.output_shape().items():
+            assert torch.equal(found[stage], expected[shape.stride])
+            assert found[stage].shape[1] == shape.channels
+        classifier = create_classifier(f"timm/{name}", weights=path).eval()
+        assert torch.equal(classifier(images), network(images))
+        ten = create_classifier(f"timm/{name}", num_classes=10)
+    report = load_weights(ten, path)
+    assert sorted(report.initialised) == ["linear.bias", "linear.weight"]
+    assert not report.ignored
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_detector_trains_except_in_frozen_stages(name):
+    options = {**SMALL, "MODEL.BACKBONE.ARCH": f"timm/{name}", "MODEL.SE.ENABLED": "None"}
+    options |= {"MODEL.BACKBONE.FREEZE_AT": "2", "MODEL.RESNETS.NORM": "FrozenBN"}
+    cfg = load_config("faster_rcnn_se_r50", [word for item in options.items() for word in item])
+    model = build_model(cfg)
+    objects = Instances((64, 64), gt_classes=torch.tensor([1]))
+    objects.gt_boxes = Boxes(torch.tensor([[8.0, 8, 56, 56]]))
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    with EventStorage():
+        losses = model([{"image": image, "instances": objects}])
+    sum(losses.values()).backward()
+    backbone = model.backbone.bottom_up
+    for key, parameter in backbone.net.named_parameters():
+        is_frozen = backbone.stages[key.rpartition(".")[0]] <= 2
+        assert (parameter.grad is None) == is_frozen
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
+    with torch.no_grad():
+        assert len(model.eval()([{"image": image}])) == 1
+
+
+@pytest.mark.long
+def test_stages_are_frozen_up_to_the_feature_map_of_their_name():
+    backbone = create_backbone("timm/regnety_002", freeze_at=2)
+    frozen = {key for key, p in backbone.named_parameters() if not p.requires_grad}
+    assert {key.split(".")[1] for key in frozen} == {"stem", "s1"}
+    kinds = {type(m).__name__ for m in backbone.net.s1.modules()}
+    assert "FrozenBatchNormAct2d" in kinds
+    assert "BatchNormAct2d" not in kinds
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WITH_SE)
+def test_the_captured_gates_multiply_the_input_of_the_se_layer(name):
+    classifier = create_classifier(f"timm/{name}")
+    randomise(classifier)
+    gates, seen = gates_of(classifier.backbone), {}
+    for key, layer in gates.items():
+        layer.register_forward_hook(
+            lambda _, given, result, key=key: seen.update({key: (given[0], result.clone())})
+        )
+    with torch.no_grad(), capture_gates(gates) as values:
+        classifier(torch.randn(2, 3, 64, 64))
+    assert len(gates) == sum(
+        key.endswith(("fc1.weight", "conv_reduce.weight"))
+        for key, _ in classifier.named_parameters()
+    )
+    for key, (given, result) in seen.items():
+        assert torch.equal(given * values[key][:, :, None, None], result)
+    assert {key.split("_")[1] for key in gates} <= set("12345")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "millions", "giga"),
+    # Radosavovic et al. 2020 (Table 4) and Tan and Le 2019 (Table 2).
+    [("regnety_002", 3.2, 0.2), ("efficientnet_b0", 5.3, 0.39)],
+)
+def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millions, giga):
+    classifier = create_classifier(f"timm/{name}")
+    cost = measure(classifier, torch.zeros(1, 3, 224, 224)).total
+    assert round(cost.parameters / 1e6, 1) == millions
+    assert round(cost.macs / 1e9, 2) == giga
+    se = [p.numel() for key, p in classifier.named_parameters() if ".se." in key]
+    assert cost.se_parameters == sum(se)
+
+
+def test_preprocessing_is_that_of_the_pretrained_weights():
+    found = create_backbone("timm/test_resnet.r160_in1k").preprocessing
+    assert (found.format, found.mean, found.std) == ("RGB", (127.5,) * 3, (127.5,) * 3)
+    # timm's crop_pct is 0.95: 160 / 0.95 = 168.4
+    assert (found.resize, found.crop, found.interpolation) == (168, 160, "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("timm/test_vit", {}, "have the strides 16; expected 4, 8, 16 and 32"),
+        ("timm/test_coatnet", {}, "only takes images of"),
+        ("timm/regnety_02", {}, "Did you mean .*timm/regnety_002"),
+        ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* It has: .*resnet18.a1_in1k"),
+        ("timm/test_resnet", {"norm": "GN"}, "The norm is GN"),
+        ("timm/test_resnet", {"freeze_at": 6}, "freeze_at is 6"),
+        ("timm/test_resnet", {"out_features": ["stem"]}, "expected a list of names from: res2"),
+        ("timm/test_resnet", {"se_ratio": 8}, "timm builds its SE layers"),
+    ],
+)
+def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
+    with pytest.raises(UserError, match=message):
+        create_backbone(name, **options)
+
+
+@pytest.mark.long
+def test_a_network_without_padding_is_an_error():
+    with pytest.raises(
+        UserError, match=r"res2 .* shape \(160, 62, 62\) .* expected \(160, 64, 64\)"
+    ):
+        create_backbone("timm/inception_v4", out_features=["res2", "res5"])
+
+
+def test_the_error_without_timm_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'senet_transfer\[timm\]'"):
+        create_backbone("timm/resnet18")
+
+
+def test_timms_names_are_listed_on_request_only():
+    assert "timm/regnety_002" in list_models("timm/regnety_*")
+    assert not [name for name in list_models() if "/" in name]
+
+
+@pytest.mark.long
+def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict):
+    other = timm.create_model("test_efficientnet")
+    with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
+        create_backbone("timm/test_resnet", state_dict(other))
+    stated = state_dict(timm.create_model("test_resnet"), ".pth", arch="test_efficientnet")
+    with pytest.raises(UserError, match="states that its network is test_efficientnet"):
+        create_backbone("timm/test_resnet", stated)
+    with pytest.raises(UserError, match="weight family is 'torchvision_v1'"):
+        create_backbone("timm/test_resnet", stated, family="torchvision_v1")
+
+
+@pytest.mark.long
+def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    published, calls = peer("timm", "test_resnet"), []
+    create = timm.create_model
+
+    def download(name, pretrained=False, **options):
+        calls.append((name, pretrained))
+        return published if pretrained else create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", download)
+    images = torch.randn(1, 3, 64, 64)
+    for _ in range(2):
+        loaded = find_model(weights="timm/test_resnet.r160_in1k").build("cpu")
+        assert torch.equal(loaded.model(images), published(images))
+        assert loaded.cfg.INPUT.CLASSIFICATION.TEST_CROP == 160
+        assert loaded.classes[:2] == ["tench", "goldfish"]
+    assert [call for call in calls if call[1]] == [("test_resnet.r160_in1k", True)]
+    with pytest.raises(UserError, match="states that its network is test_resnet.r160_in1k"):
+        create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
+
+
+def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def fail(*words, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(
+        UserError, match=r"no route to host.*timm/test_resnet.r160_in1k.safetensors"
+    ):
+        timm_networks.fetch_timm("timm/test_resnet")
