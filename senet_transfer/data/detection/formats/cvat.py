@@ -20,6 +20,7 @@ from senet_transfer.data.detection.formats.files import (
     list_files,
     number,
     read_xml,
+    shown,
 )
 from senet_transfer.data.detection.formats.records import (
     SPLIT_NAMES,
@@ -64,6 +65,8 @@ def read(location: Path, folder: Path) -> ImportedData:
     for element in root.iterfind("image"):
         subset = element.get("subset", "train").lower()
         split = SPLIT_NAMES.get(subset, "train")
+        if subset not in (*SPLIT_NAMES, "default"):
+            data.notes[f"images are in the subset {shown(subset)}, which is read as train"] += 1
         data.splits.setdefault(split, []).append(_read_image(element, location, images, data))
     if root.find("track") is not None:
         data.files.append(images.root)

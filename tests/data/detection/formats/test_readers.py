@@ -210,6 +210,19 @@ def test_cvat_images_equal_those_of_datumaro(tmp_path):
     ]
 
 
+def test_images_of_an_unknown_subset_of_cvat_are_read_as_train_with_a_note(tmp_path):
+    make_images(tmp_path, a=(8, 8), b=(8, 8), c=(8, 8))
+    image = '<image name="{}.png" width="8" height="8" subset="{}"/>'
+    names = (("a", "default"), ("b", "Validation"), ("c", "Night"))
+    lines = "".join(image.format(*pair) for pair in names)
+    (tmp_path / "annotations.xml").write_text(f"<annotations>{lines}</annotations>")
+    datasets, _ = import_dataset("cvat", tmp_path)
+    files = {k: [image["file_name"] for image in v["images"]] for k, v in datasets.items()}
+    assert files == {"train": ["a.png", "c.png"], "val": ["b.png"]}
+    (note,) = datasets["train"]["_notes"]
+    assert note.startswith("1 images are in the subset 'night', which is read as train")
+
+
 def test_cvat_tracks_equal_those_of_datumaro(tmp_path):
     make_images(tmp_path / "images", **{f"frame_{i:06d}": (100, 80) for i in range(4)})
     shutil.copy(FIXTURES / "cvat_video.xml", tmp_path / "annotations.xml")
