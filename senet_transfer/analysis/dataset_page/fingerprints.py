@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from senet_transfer.data.base import ClassificationDataset
-from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.data.images.channels import decode_shown
+from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.errors import UserError
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
@@ -71,6 +72,7 @@ def fingerprint_images(
     limit: int,
     workers: int,
     value_range: Sequence[float] = (),
+    channels: int | None = None,
     quiet: bool = False,
     name: str = "",
 ) -> Fingerprints:
@@ -84,13 +86,15 @@ def fingerprint_images(
             depends only on the number of images.
         workers: Number of processes; 1 uses the current process.
         value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
+        channels: Number of channels, of which the first three are used; None for colour and grey
+            images (``INPUT.CHANNELS``).
         quiet: If True, show no progress bar.
         name: Name of the data set, for the progress bar.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
     parts = np.array_split(chosen, 8 * workers)
     tasks = [part.tolist() for part in parts if len(part)]
-    argument = (images, tuple(value_range))
+    argument = (images, tuple(value_range), channels)
     calls: Iterable = (
         run_parallel(_fingerprint_part, tasks, argument, workers)
         if workers > 1
@@ -116,7 +120,7 @@ def fingerprint_images(
 
 
 def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], list]:
-    images, value_range = argument
+    images, value_range, channels = argument
     found, broken = [], []
     for index in part:
         try:
@@ -125,9 +129,11 @@ def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], li
             broken.append((str(index), str(error)))
             continue
         try:
-            small = decode_fast(sample.data, 4 * SIDE, value_range)
-            with Image.open(io.BytesIO(sample.data)) as opened:
-                size = opened.size
+            small = decode_shown(sample.data, channels, 4 * SIDE, value_range)
+            size = small.shape[1::-1]
+            if not channels:  # JPEG images are decoded at a fraction of their size.
+                with Image.open(io.BytesIO(sample.data)) as opened:
+                    size = opened.size
         except BrokenImageError as error:
             broken.append((sample.path, str(error)))
             continue

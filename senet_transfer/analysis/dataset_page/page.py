@@ -116,6 +116,7 @@ def write_data_page(
             limit=limit,
             workers=1 if split.in_memory else workers,
             value_range=values,
+            channels=cfg.INPUT.CHANNELS,
             quiet=quiet,
             name=split.name,
         )
@@ -136,7 +137,7 @@ def write_data_page(
     cards = []
     for item in select(content.unusual, MOST_UNUSUAL):
         try:
-            cards.append(unusual_card(splits[item.split], item, values))
+            cards.append(unusual_card(splits[item.split], item, values, cfg.INPUT.CHANNELS))
         except MemoryError:
             raise
         except Exception as error:  # Decoders raise exceptions of many types for damaged files.
@@ -160,6 +161,7 @@ def write_data_page(
                 ],
                 identical=one.identical,
                 value_range=values,
+                channels=cfg.INPUT.CHANNELS,
             )
             for one in _sorted_groups(content)
         ],

@@ -19,6 +19,7 @@ from senet_transfer.data.images.decode import (
     MAX_PIXELS,
     BrokenImageError,
     allowed_formats,
+    decode_fast,
     deep_colours,
     scale,
 )
@@ -104,6 +105,26 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
         return pixels.repeat(3, axis=2)
     missing = max(3 - pixels.shape[2], 0)
     return np.ascontiguousarray(np.pad(pixels, ((0, 0), (0, 0), (0, missing)))[:, :, :3])
+
+
+def decode_shown(
+    data: bytes,
+    channels: int | None,
+    min_size: int | None = None,
+    value_range: Sequence[float] = (),
+) -> np.ndarray:
+    """Decode an image for display, uint8 RGB ``(H, W, 3)``.
+
+    Args:
+        data: Encoded image.
+        channels: Number of channels, of which the first three are returned; None for colour and
+            grey images.
+        min_size: See :func:`~senet_transfer.data.images.decode.decode_fast`.
+        value_range: See :func:`decode_channels`, as for the errors.
+    """
+    if channels:
+        return as_rgb(decode_channels(data, channels, value_range))
+    return decode_fast(data, min_size, value_range)
 
 
 def _tiff_values(data: bytes) -> np.ndarray:

@@ -1,18 +1,21 @@
 """Search for duplicates and near-duplicates."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from senet_transfer.analysis.dataset_page.cards import duplicates_card, unusual_card
 from senet_transfer.analysis.dataset_page.fingerprints import (
     DISTANCE,
     find_duplicates,
     fingerprint_images,
     near_pairs,
 )
-from senet_transfer.analysis.dataset_page.splits import ImageFiles
+from senet_transfer.analysis.dataset_page.splits import ImageFiles, Split
+from senet_transfer.analysis.dataset_page.unusual import Unusual
 
 
 def groups(files, **options):
@@ -96,3 +99,28 @@ def test_the_copy_in_the_published_blood_cells_is_found(shared_data):
     _, duplicates = groups(files)
     shown = [[files[member][-9:-4] for member in members] for members, _ in duplicates]
     assert shown == [["00037", "00038"]]
+
+
+def test_copies_of_images_with_five_channels_are_found_and_shown(tmp_path):
+    random = np.random.default_rng(0)
+    files = []
+    for name in "abc":
+        # Large squares of random brightness, as in photographs, not noise.
+        coarse = random.integers(0, 256, (6, 8, 5), np.uint8)
+        files.append(str(tmp_path / f"{name}.npy"))
+        np.save(files[-1], coarse.repeat(10, axis=0).repeat(10, axis=1))
+    files.append(str(tmp_path / "d.npy"))
+    shutil.copy(files[0], files[-1])
+    found, duplicates = groups(files, channels=5)
+    assert found.broken == []
+    assert found.sizes.tolist() == [[80, 60]] * 4
+    assert duplicates == [([0, 3], True)]
+    split = Split("name", "training data", True, (), ImageFiles(files, "files"), files)
+    card = duplicates_card([(split, 0), (split, 3)], identical=True, value_range=(), channels=5)
+    assert [member["name"] for member in card["members"]] == [
+        "training data: a.npy",
+        "training data: d.npy",
+    ]
+    item = Unusual("blank", 0.0, 1, (), "It is blank.")
+    picture = unusual_card(split, item, (), 5)["picture"]
+    assert picture["caption"] == "whole image, 80 x 60 pixels"
