@@ -15,7 +15,6 @@ import numpy as np
 from senet_transfer.data.detection.formats import shapes
 from senet_transfer.data.detection.formats.files import (
     ImageFolder,
-    first_folder,
     image_sides,
     list_files,
     number,
@@ -35,11 +34,6 @@ from senet_transfer.errors import UserError
 _SKIPPED = ("polyline", "points", "cuboid", "skeleton", "tag")
 _FRAME = re.compile(r"frame_(\d{1,12})\.\w+")
 _SIDES = ("xtl", "ytl", "xbr", "ybr")
-
-
-def image_folder(location: Path) -> Path:
-    """Return the folder with the images of a data set."""
-    return first_folder(location.parent, "images")
 
 
 def read(location: Path, folder: Path) -> ImportedData:

@@ -230,6 +230,11 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
     return sorted(name for name in found if accept(name) and not is_hidden(name))
 
 
+def images_next_to(location: Path) -> Path:
+    """Return the folder `images` next to a file, if it exists, or the folder of the file."""
+    return first_folder(location.parent, "images")
+
+
 def first_folder(root: Path, *names: str) -> Path:
     """Return the first existing subfolder with one of the names, or the folder itself."""
     return next((root / name for name in names if (root / name).is_dir()), root)

@@ -7,7 +7,6 @@ several annotators, the last one is read. Tasks without an annotation, and predi
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -15,7 +14,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from senet_transfer.data.detection.formats import shapes
 from senet_transfer.data.detection.formats.files import (
     ImageFolder,
-    first_folder,
     image_sides,
     label_text,
     number,
@@ -33,11 +31,6 @@ from senet_transfer.errors import UserError
 
 _LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _SKIPPED = ("brush", "keypoint", "vector", "video")
-
-
-def image_folder(location: Path) -> Path:
-    """Return the folder with the images of a data set."""
-    return first_folder(location.parent, "images")
 
 
 def read(location: Path, folder: Path) -> ImportedData:
@@ -150,7 +143,7 @@ def _read_region(
         if any(_names(r.get("value")) for r in same):
             return None
         data.notes["regions have no label and are skipped"] += 1
-    shape = next(_shape(value, where, size), None)
+    shape = _shape(value, where, size)
     if not names or shape is None:
         return None
     if region.get("image_rotation"):
@@ -174,8 +167,8 @@ def _names(value: object) -> list[Any]:
 
 def _shape(
     value: dict[str, Any], where: str, size: tuple[int, int]
-) -> Iterator[tuple[shapes.Box, Outline | None]]:
-    """Yield the shape of a region in pixels, if there is one."""
+) -> tuple[shapes.Box, Outline | None] | None:
+    """Return the shape of a region in pixels, or None if there is none."""
     x_unit, y_unit = size[0] / 100, size[1] / 100
 
     def pixels(name: str) -> float:
@@ -185,12 +178,13 @@ def _shape(
     degrees = number(value.get("rotation") or 0, "rotation", where)
     if "points" in value:
         corners = points(value["points"], "points", where)
-        yield shapes.polygon([(x * x_unit, y * y_unit) for x, y in corners])
-    elif "radiusX" in value:
-        yield shapes.ellipse(
+        return shapes.polygon([(x * x_unit, y * y_unit) for x, y in corners])
+    if "radiusX" in value:
+        return shapes.ellipse(
             pixels("x"), pixels("y"), pixels("radiusX"), pixels("radiusY"), degrees
         )
-    elif "width" in value:
+    if "width" in value:
         left, top = pixels("x"), pixels("y")
         box = left, top, left + pixels("width"), top + pixels("height")
-        yield shapes.rotated_box(box, degrees, pivot=(left, top))
+        return shapes.rotated_box(box, degrees, pivot=(left, top))
+    return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from senet_transfer.data.detection.formats import cvat, labelme, labelstudio, via, voc, yolo
+from senet_transfer.data.detection.formats.files import images_next_to
 from senet_transfer.data.detection.formats.records import (
     NOTES,
     SPLIT_NAMES,
@@ -46,9 +47,9 @@ FORMATS = {
     "voc": Format("Pascal VOC", voc.image_folder, voc.read),
     "yolo": Format("YOLO", yolo.image_folder, yolo.read),
     "labelme": Format("LabelMe", labelme.image_folder, labelme.read),
-    "cvat": Format("CVAT", cvat.image_folder, cvat.read),
-    "labelstudio": Format("Label Studio", labelstudio.image_folder, labelstudio.read),
-    "via": Format("VIA", via.image_folder, via.read),
+    "cvat": Format("CVAT", images_next_to, cvat.read),
+    "labelstudio": Format("Label Studio", images_next_to, labelstudio.read),
+    "via": Format("VIA", images_next_to, via.read),
 }
 
 # Formats with one file per image.

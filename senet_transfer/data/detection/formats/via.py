@@ -14,7 +14,6 @@ from typing import Any
 from senet_transfer.data.detection.formats import shapes
 from senet_transfer.data.detection.formats.files import (
     ImageFolder,
-    first_folder,
     label_text,
     number,
     numbers,
@@ -30,11 +29,6 @@ from senet_transfer.errors import UserError
 
 _CLASS_ATTRIBUTES = ("label", "class", "category", "name", "type", "object")
 _SKIPPED = ("point", "polyline", "line")
-
-
-def image_folder(location: Path) -> Path:
-    """Return the folder with the images of a data set."""
-    return first_folder(location.parent, "images")
 
 
 def read(location: Path, folder: Path) -> ImportedData:
@@ -108,9 +102,7 @@ def _read_image(
     image = ImportedImage(file_name, width, height, where)
     for index, region in enumerate(regions, 1):
         place = f"{where}, region {index}"
-        label = (
-            "object" if attribute is None else _label(region["region_attributes"], attribute, place)
-        )
+        label = _label(region["region_attributes"], attribute, place)
         shape = _shape(region["shape_attributes"], place, data)
         if shape is not None:
             image.objects.append(ImportedObject(label, shape[0], place, shape[1]))
