@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import OBJECTS, PIXELS, predicts, predicts_rotated_boxes
+from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
-from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
@@ -127,14 +128,12 @@ def _convert(
             f"--size is {list(size)}; expected one side length with --precision {precision}, whose "
             "images have square crops."
         )
-    options = cfg.INPUT.CLASSIFICATION
-    transform = EvalTransform(
-        mode=options.TEST_MODE if is_classification(cfg) else "short_side",
-        resize=max(options.TEST_RESIZE, size[0]),
+    usual = eval_transform(cfg)
+    transform = replace(
+        usual,
+        mode=usual.mode if is_classification(cfg) else "short_side",
+        resize=max(usual.resize, size[0]),
         crop=size[0],
-        interpolation=options.INTERPOLATION,
-        value_range=tuple(cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(cfg.INPUT.FORMAT),
     )
     classes = () if backbone_only else cfg.DATASETS.CLASSES
     images = CalibrationImages(calibration, transform, classes)
