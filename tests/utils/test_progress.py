@@ -12,7 +12,13 @@ from senet_transfer.utils.progress import no_bars, progress
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")])
 # Commands without --quiet, which finish in seconds or show only the output of pip.
-AT_ONCE = ("classify_onnx.py", "detect_onnx.py", "install_detectron2.py", "onnx_images.py")
+AT_ONCE = (
+    "classify_onnx.py",
+    "detect_onnx.py",
+    "install_detectron2.py",
+    "onnx_images.py",
+    "prepare_coco.py",
+)
 # It shows the progress of pip in one line of its own.
 OWN_PROGRESS = ("pip_progress.py",)
 

@@ -19,7 +19,7 @@ from senet_transfer.engine.predictor.predictor import (
     DetectorPredictor,
     describe_problem,
 )
-from senet_transfer.engine.predictor.video import Video
+from senet_transfer.engine.predictor.video import Video, check_path
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
@@ -157,6 +157,7 @@ def predict_video(
 
 
 def _video_writer(path: str, rate: float, image: np.ndarray) -> cv2.VideoWriter:
+    check_path(path)
     height, width = image.shape[:2]
     out = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
     if not out.isOpened():
@@ -216,11 +217,14 @@ def output_names(photos: list[Photo], output_dir: str) -> dict[str, str]:
 
 def _save(drawing: Image.Image, path: str) -> None:
     make_output_folder(os.path.dirname(path))
-    if not cv2.imwrite(path, np.asarray(drawing)[:, :, ::-1]):
+    try:
+        # OpenCV crashes if the path is not UTF-8.
+        drawing.save(path, "JPEG", quality=95)
+    except OSError as error:
         raise UserError(
-            f"The drawing {path} can't be written. Check that its folder is writable and that the "
-            "disk is not full."
-        )
+            f"The drawing {path} can't be written: {error}. Check that its folder is writable and "
+            "that the disk is not full."
+        ) from error
 
 
 def _writer(form: str, detects: bool, output_dir: str) -> "_Writer":

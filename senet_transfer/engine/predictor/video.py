@@ -1,5 +1,6 @@
 """Frames of video files, streams and cameras."""
 
+import os
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -9,6 +10,17 @@ from senet_transfer.engine.predictor.inputs import Photo
 from senet_transfer.errors import UserError
 
 _USUAL_RATE = 25.0
+
+
+def check_path(path: str) -> None:
+    """Raise a UserError for a path that is not UTF-8, with which OpenCV would crash."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"The path {os.fsencode(path)!r} is not UTF-8; expected UTF-8 for videos. Rename the "
+            "file or the folder."
+        ) from None
 
 
 class Video:
@@ -31,6 +43,7 @@ class Video:
             UserError: If the video can't be opened.
         """
         self.name = name
+        check_path(name)
         self._capture = cv2.VideoCapture(int(name) if name.isdigit() else name)
         if not self._capture.isOpened():
             raise UserError(

@@ -1,19 +1,21 @@
 """Tests of predictions on image files, with models whose outputs are known."""
 
 import json
+import os
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances, RotatedBoxes
+from PIL import Image
 from pycocotools import mask as mask_util
 from torch import nn
 
 from senet_transfer import UserError
 from senet_transfer.config.defaults import get_senet_config
 from senet_transfer.engine.model_from import LoadedModel
-from senet_transfer.engine.predictor.files import predict_files
+from senet_transfer.engine.predictor.files import predict_files, predict_video
 from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
@@ -80,6 +82,17 @@ def test_an_image_of_extreme_shape_and_a_name_with_dollars_are_predicted(images,
         "b.jpg",
         "c.jpg",
     ]
+
+
+def test_images_whose_names_are_not_utf_8_are_drawn(images, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 <&>\n.jpg")
+    os.rename(images[0], name)
+    predict(loaded(one_object), [name], tmp_path)
+    (drawing,) = (tmp_path / "out").glob("*.jpg")
+    assert os.fsencode(drawing.name) == b"caf\xe9 <&>\n.jpg"
+    assert Image.open(drawing).format == "JPEG"
+    with pytest.raises(UserError, match="is not UTF-8; expected UTF-8 for videos"):
+        predict_video(DetectorPredictor.of(loaded(one_object)), name + ".avi", str(tmp_path))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size 0"), MemoryError(), ZeroDivisionError("x")])
