@@ -249,7 +249,7 @@ def _opened(path: str) -> IO[str]:
 
 
 class _Writer:
-    """Writer of results to ``predictions.json``; its base writes nothing."""
+    """Writer of results to ``predictions.json``. The base class writes nothing."""
 
     def __init__(self, output_dir: str):
         self.output_dir = output_dir
@@ -259,7 +259,7 @@ class _Writer:
         """Add the result for an image, given its number among all images, from 1."""
 
     def close(self) -> str:
-        """Write what is not written yet, and return the path."""
+        """Write the remaining results, and return the path."""
         return self.path
 
 
