@@ -131,7 +131,7 @@ def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return the keys in a config file, or in the nearest of its bases with a schedule."""
+    """Return the keys in a config file, or in its nearest base config with a schedule."""
     if "://" in path:
         return set()
     with open(path) as file:

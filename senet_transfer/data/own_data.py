@@ -138,7 +138,7 @@ def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the parts of annotations in another format than COCO's, or None for other data."""
+    """Return the parts of annotations in a format other than COCO's, or None for other data."""
     place, split = split_path(path)
     source = find_source(place)
     if source is None:

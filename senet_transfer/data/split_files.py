@@ -194,7 +194,7 @@ def _count(data: _Source, images: Collection[str]) -> Counter[str]:
 def _warn(
     data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
 ) -> None:
-    """Warn about classes that are missing from a part, and about parts of another size."""
+    """Warn about classes that are missing from a part, and about parts of the wrong size."""
     known = _count(data, data.objects)
     for part in fractions:
         counts = _count(data, images[part])

@@ -102,7 +102,7 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     if split.test:
         levels.append([len(names) - 1])
     groups = _groups(classes, split.group_by)
-    # A fold with the only group of a class would have to be learned without this class.
+    # In a fold, the only group of a class would be evaluated without training on this class.
     single = _single_classes(groups) if split.folds else set()
     kept = [group for group in groups if not single.intersection(group.counts)]
     attempts = (

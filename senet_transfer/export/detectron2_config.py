@@ -102,7 +102,7 @@ def _problems(
 
 
 def _input_problems(cfg: CfgNode) -> list[str]:
-    """Return what Detectron2 would do differently with images."""
+    """Return the differences between Detectron2's preprocessing and that of this project."""
     problems = []
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         problems.append(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; expected 'BGR' or 'RGB'.")

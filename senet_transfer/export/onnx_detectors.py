@@ -34,8 +34,8 @@ class Comparison:
     """Objects that an exported detector and the eager detector both detect.
 
     Attributes:
-        threshold: Their minimum score.
-        objects: Their number, in an image and a crop of it.
+        threshold: The objects' minimum score.
+        objects: The number of objects, in an image and a crop of it.
         box: The largest difference between their boxes, in pixels.
         score: The largest difference between their scores or the probabilities of their masks.
     """

@@ -132,7 +132,7 @@ def register_prefix(
 
     Args:
         prefix: Prefix, such as "timm/".
-        entry: Function that returns the model with a name, or raises UserError.
+        entry: Function that returns the model for a given name, or raises a UserError.
         names: Function that returns the names that match a shell-style pattern with this prefix.
     """
     _PREFIXES[prefix] = (entry, names)

@@ -108,7 +108,7 @@ class TimmBackbone(Backbone):
         return {name: self._shapes[name] for name in self._out_features}
 
     def _check_sizes(self, in_channels: int) -> None:
-        """Raise UserError unless the sizes of the feature maps are the image's by their strides."""
+        """Raise a UserError unless each feature map has the image's size divided by its stride."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
         images = torch.empty(1, in_channels, _SIDE, _SIDE, device="meta")

@@ -15,7 +15,7 @@ from senet_transfer.data.images.channels import as_rgb, decode_shown
 
 # Maximum length of the longer side in pixels.
 SIDE, THUMBNAIL = 640, 160
-# Number of images that are shown of a group of duplicates.
+# Maximum number of images shown per group of duplicates.
 MOST_MEMBERS = 6
 # Side of a crop, as a multiple of the object's longer side, and its minimum in pixels.
 _CONTEXT, _LEAST_CROP = 2.5, 48
@@ -98,7 +98,7 @@ def unusual_card(
 
 
 def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the edges of a square with the boxes and their surroundings, inside an image.
+    """Return the edges of a square crop around the boxes, inside the image.
 
     Args:
         boxes: Left, top, right and bottom in pixels, ``(N, 4)``. If there are none, the crop is the
@@ -150,5 +150,5 @@ def duplicates_card(
 
 
 def _rect(box: np.ndarray) -> list[float]:
-    """Return a box as left, top, width and height, rounded."""
+    """Return the rounded left, top, width and height of a box."""
     return [round(float(v), 1) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])]

@@ -25,7 +25,7 @@ def object_charts(
         cfg: Config of a detector.
         names: Names of the data sets, the training data first.
         objects: Objects of the data sets.
-        anchors: How well anchors fit the training objects.
+        anchors: The fit of the anchors to the training objects.
 
     Returns:
         One dict per chart with ``title``, ``across`` (label of the horizontal axis), ``labels`` of
@@ -63,7 +63,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return the sizes of the training objects, with the share that no anchor fits."""
+    """Return a histogram of the training objects' sizes, with the share that no anchor fits."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))

@@ -1,4 +1,4 @@
-"""Fingerprints of images, and the search for duplicates and near-duplicates with them."""
+"""Fingerprints of images, with which duplicates and near-duplicates are found."""
 
 import hashlib
 import io
@@ -139,14 +139,14 @@ def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], li
             continue
         image = Image.fromarray(small).convert("L")
         contrast = float(np.asarray(image).std())
-        # Of the hash, the last byte is not 0, because NumPy would remove it.
+        # NumPy removes zero bytes at the end, so the last byte must not be 0.
         digest = hashlib.blake2b(sample.data, digest_size=15).digest() + b"."
         found.append((index, digest, difference_hash(image), size, contrast))
     return found, broken
 
 
 def near_pairs(bits: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
-    """Return all pairs of hashes with at most a number of different bits.
+    """Return all pairs of hashes that differ in at most ``distance`` bits.
 
     Args:
         bits: The hashes, uint64 ``(N, W)``. 10,000 hashes take about a second.
@@ -184,7 +184,7 @@ def find_duplicates(
 ) -> list[Duplicates]:
     """Group identical and almost identical images; see :class:`Fingerprints` for the arguments.
 
-    Images that almost lack contrast are only compared by their files.
+    Images with very little contrast are only duplicates if their files are identical.
     """
     parents = list(range(len(digests)))
 

@@ -23,12 +23,12 @@ from senet_transfer.layers.cutout import cut_out
 
 @dataclass(frozen=True)
 class View:
-    """An image as the network gets it.
+    """An image in the form in which the network receives it.
 
     Attributes:
         pixels: RGB image, uint8 ``(H, W, 3)``.
         name: Path or key of the image.
-        classes: Class of each object; of a classifier's image, its label.
+        classes: Class of each object, or the label of a classifier's image.
         boxes: Left, top, right and bottom of each object in pixels, ``(N, 4)``.
         outlines: Polygons of masks and rotated boxes: index of the object, points ``(P, 2)``.
     """
@@ -136,7 +136,7 @@ def _image_views(cfg: CfgNode, loader: Iterable[dict[str, Any]]) -> Iterator[lis
 
 
 def _as_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
-    """Return an image (C, H, W) as RGB, uint8 ``(H, W, 3)``; of many channels, the first three."""
+    """Return an image (C, H, W), or its first three channels, as RGB, uint8 ``(H, W, 3)``."""
     channels = image if len(image) >= 3 else image[:1].expand(3, -1, -1)
     rgb = channels[:3].permute(1, 2, 0)
     if len(image) == 3 and image_format not in ("L", "RGB"):

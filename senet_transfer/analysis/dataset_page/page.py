@@ -1,4 +1,4 @@
-"""Writer for the page on a data set."""
+"""Writer of the page on a data set."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class _Content:
         prints: The fingerprints of each data set.
         groups: The groups of duplicates. Members are numbered through all data sets.
         unusual: The unusual annotations or images.
-        anchors: How well anchors fit the training objects.
+        anchors: The fit of the anchors to the training objects.
     """
 
     cfg: CfgNode
@@ -64,21 +64,21 @@ class _Content:
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """Number of the data set, and index in it, of each member of ``groups``."""
+        """Index of the data set, and of the image in it, for each member of ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Labels of the images of each data set; those of detection data have no meaning."""
+        """Labels of the images in each data set. They have no meaning in detection data."""
         return [split.images.labels() for split in self.splits]
 
     def is_shared(self, group: Duplicates) -> bool:
-        """Return True if a group has images of the training and of the evaluation data."""
+        """Return True if a group contains images of both the training and the evaluation data."""
         uses = {self.splits[self.places[member][0]].trains for member in group.members}
         return len(uses) == 2
 
     def is_contradictory(self, group: Duplicates) -> bool:
-        """Return True if a group has images with different labels."""
+        """Return True if a group contains images with different labels."""
         places = [self.places[member] for member in group.members]
         return len({int(self.labels[number][index]) for number, index in places}) > 1
 
@@ -202,7 +202,7 @@ def _find_unusual(splits: list[Split], prints: list[Fingerprints]) -> list[Unusu
 
 
 def _sorted_groups(content: _Content) -> list[Duplicates]:
-    """Return the groups to show: those with different labels or in several data sets first."""
+    """Return the groups to show, first those with different labels or in several data sets."""
     return sorted(
         content.groups,
         key=lambda group: (not content.is_contradictory(group), not content.is_shared(group)),
@@ -275,7 +275,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return the checks for unusual annotations, and how many each finds in each data set."""
+    """Return the checks for unusual annotations, and their numbers of findings per data set."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))
@@ -283,7 +283,7 @@ def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
 
 
 def _findings(content: _Content) -> list[tuple[str, str]]:
-    """Return what deserves a look, the most important first: a section's id and a sentence."""
+    """Return the findings, most important first, each with a section's id and a sentence."""
     return [
         *_group_findings(content),
         *_unusual_findings(content),

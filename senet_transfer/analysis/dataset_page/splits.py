@@ -146,7 +146,7 @@ def open_splits(cfg: CfgNode) -> list[Split]:
 
 
 def read_objects(records: Sequence[dict]) -> Objects:
-    """Collect the objects in Detectron2's records. Rotated boxes become the boxes around them."""
+    """Collect the objects in Detectron2's records. Rotated boxes become their bounding boxes."""
     rows, classes, images = [], [], []
     for index, record in enumerate(records):
         for item in record.get("annotations", ()):

@@ -1,4 +1,4 @@
-"""Statistics of objects: histograms, and how well anchors fit the objects."""
+"""Statistics of objects: histograms, and the fit of anchors to the objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from senet_transfer.analysis.dataset_page.splits import Objects
 
 
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the percentage of values in each bin; the outer bins contain all values beyond."""
+    """Return the percentage of values per bin. Values beyond the bins are in the outer bins."""
     inner = np.searchsorted(edges[1:-1], values, side="right")
     return 100 * np.bincount(inner, minlength=len(edges) - 1) / max(len(values), 1)
 
 
 def imbalance(counts: np.ndarray) -> float:
-    """Return the ratio of the largest to the smallest count, without classes of count 0."""
+    """Return the ratio of the largest to the smallest count. Counts of 0 are ignored."""
     present = counts[counts > 0]
     return float(present.max() / present.min()) if len(present) else 1.0
 

@@ -1,9 +1,9 @@
 """Unusual annotations, which are often mistakes, and unusual images.
 
-Each check finds items and a score that sorts them. Scores of size, aspect ratio and count are
-robust deviations: the distance from the median, divided by 1.4826 times the median absolute
-deviation, which is the standard deviation of normally distributed values. Sizes and aspect ratios
-are compared on a logarithmic scale, and counts by their square roots.
+Each check finds items and gives each a score, by which they are sorted. The scores of sizes, aspect
+ratios and counts are robust deviations: the distance from the median, divided by 1.4826 times the
+median absolute deviation. For normally distributed values, this divisor is the standard deviation.
+Sizes and aspect ratios are compared on a logarithmic scale, and counts by their square roots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,18 @@ from pycocotools import mask as coco_mask
 from senet_transfer.analysis.dataset_page.fingerprints import LEAST_CONTRAST
 from senet_transfer.analysis.dataset_page.splits import Objects
 
-# Boxes with a shorter side in pixels can't be learned.
+# Minimum shorter side of a box in pixels; smaller boxes can't be learned.
 LEAST_SIDE = 2.0
-# Part of a box outside the image, and IoUs of boxes that are almost the same.
+# Fraction of a box outside the image, and IoUs of two almost identical boxes, of the same class and
+# of different classes, from which they are reported.
 OUTSIDE, SAME, SAME_OTHER_CLASS = 0.05, 0.9, 0.8
-# Robust deviations of unusual sizes and aspect ratios, and of unusual numbers of objects.
+# Robust deviations from which sizes and aspect ratios, or numbers of objects, are unusual.
 DEVIATION, FEW = 4.0, 3.0
 # Classes with fewer objects have no reliable median.
 LEAST_OBJECTS = 10
-# Boxes that are nearer to the border of the image than this number of pixels may be cut off.
+# Distance to the border of the image in pixels, below which a box may be cut off.
 _BORDER = 2.0
-# Smallest assumed standard deviations. That of the square root of a Poisson variable is 0.5.
+# Smallest assumed standard deviations. The square root of a Poisson variable has one of 0.5.
 _LEAST_SPREAD, _COUNT_SPREAD = 0.1, 0.5
 
 KINDS = {

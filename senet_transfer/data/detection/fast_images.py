@@ -85,7 +85,7 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
 class ChannelResize(T.ResizeTransform):
     """Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
 
-    Pillow has no images with five channels, and takes the last of two or four for transparency.
+    Pillow does not support five channels, and treats the last of two or four as transparency.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:

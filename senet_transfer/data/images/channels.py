@@ -61,7 +61,7 @@ def to_channels(values: np.ndarray, channels: int, value_range: Sequence[float] 
 
     Args:
         values: Numbers ``(H, W)`` or ``(H, W, C)``.
-        channels: See :func:`decode_channels`, as for ``value_range`` and the errors.
+        channels: See :func:`decode_channels`, also for ``value_range`` and the errors.
         value_range: Values that are mapped to 0 and 255.
     """
     values = values[..., None] if values.ndim == 2 else values

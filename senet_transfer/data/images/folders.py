@@ -145,7 +145,7 @@ def numeric_classes(root: str | Path) -> list[str]:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields, in order and without hidden folders."""
+    """Yield the results of `os.walk` in sorted order, without hidden folders."""
     for path, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield path, folders, files

@@ -3,7 +3,7 @@
 from senet_transfer.data.images.places365 import places365_classes
 
 # Weight families whose classifiers have ImageNet's 1000 classes in the order of torchvision. The
-# original Caffe models of SENet have another order, that of the ILSVRC development kit.
+# original Caffe models of SENet use the order of the ILSVRC development kit.
 _IMAGENET = (
     "cadene",
     "mmpretrain",

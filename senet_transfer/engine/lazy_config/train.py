@@ -49,8 +49,8 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
         raise UserError(f"There is no config file {path}. Give the path of an existing file.")
     if given := [name for name in _UNSUPPORTED if getattr(options, name)]:
         raise UserError(
-            f"--{given[0]} is not supported with a LazyConfig. Remove it, and write what it sets "
-            f"to {path}."
+            f"--{given[0]} is not supported with a LazyConfig. Remove it, and set the "
+            f"corresponding values in {path}."
         )
     cfg = LazyConfig.load(path)
     if missing := [name for name in _SECTIONS if name not in cfg]:

@@ -46,9 +46,9 @@ def fit_linear_probe(
     """Fit a linear probe, and select its regularisation on a held-out part of the training images.
 
     A fifth of the images of each class is held out. The strength with the lowest top-1 error on
-    these images is selected, or the one with the lowest loss of several. The probe is then fitted
-    to all images. Features are standardised for the fit, and the layer is converted to one for the
-    original features.
+    these images is selected; in case of a tie, the one with the lowest loss. The probe is then
+    fitted to all images. Features are standardised for the fit, and the layer is converted to one
+    for the original features.
 
     Args:
         features: Features of the training images ``(N, D)``.

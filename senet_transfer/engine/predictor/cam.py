@@ -39,11 +39,11 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """What the last gate adds to the map by scaling channels differently, ``(h, w)``."""
+        """Change of the map by the last gate, which scales channels differently, ``(h, w)``."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
-        """Return the map over the image and, next to it, what the last gate adds."""
+        """Return the map drawn on the image and, next to it, the change by the last gate."""
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
             maps.append((self.added, "added by the last SE gate"))

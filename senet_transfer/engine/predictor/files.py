@@ -253,7 +253,7 @@ def _opened(path: str) -> IO[str]:
 
 
 class _Writer:
-    """Writer of results to ``predictions.json``; its base writes nothing."""
+    """Writer of results to ``predictions.json``. The base class writes nothing."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.json")
@@ -262,7 +262,7 @@ class _Writer:
         """Add the result for an image, given its number among all images, from 1."""
 
     def close(self) -> str:
-        """Write what is not written yet, and return the path."""
+        """Write the remaining results, and return the path."""
         return self.path
 
 

@@ -62,7 +62,7 @@ def load(
         batch_size: The number of images per batch. Larger batches change results by rounding and,
             because Detectron2 pads smaller images to the size of the largest, near the edges.
         threshold: The minimum score of objects.
-        top: The number of classes that the results of a classifier list.
+        top: The number of classes in a classifier's results, the most probable ones.
 
     Returns:
         A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
@@ -88,7 +88,7 @@ def load(
 def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -> None:
     """Raise a UserError for arguments that an exported file doesn't support."""
     if not os.path.isfile(path):
-        raise UserError(f"The exported model {path} does not exist.")
+        raise UserError(f"The exported model {path} does not exist. Check the path.")
     if device not in ("", "cpu") or half or any(config):
         raise UserError(
             f"{path} is an exported model, which runs on the CPU in the precision and with the "

@@ -56,7 +56,7 @@ class Classes:
 
     @functools.cached_property
     def outdoors(self) -> np.ndarray | None:
-        """Whether the scene of each class is outdoors, bool ``(C,)``; None if not Places365's."""
+        """True for each outdoor class, bool ``(C,)``; None if the classes are not Places365's."""
         known = places365_classes()
         if not self.things or not known.keys() >= set(self.things):
             return None

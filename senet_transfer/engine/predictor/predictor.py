@@ -61,7 +61,7 @@ class Predictor(ABC, Generic[Result]):
     Attributes:
         classes: The classes.
         device: The model's device.
-        half: Whether the model computes in half precision: float16 on a GPU, bfloat16 on the CPU.
+        half: True for half precision: float16 on a GPU, bfloat16 on the CPU.
         batch_size: The number of images per batch.
     """
 
@@ -336,7 +336,7 @@ class Resize(ResizeShortestEdge):
 
 
 class ResizeChannels(Resize, ChannelResizeShortestEdge):
-    """The same resizing for images with any number of channels."""
+    """Resizing as in :class:`Resize` for images with any number of channels."""
 
 
 def describe_problem(path: str, lacks: str, error: Exception) -> str:

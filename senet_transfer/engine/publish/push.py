@@ -161,7 +161,7 @@ def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of the evaluation of exactly this checkpoint, as far as they are known.
+    """Return the results of this checkpoint's evaluation, as far as they are known.
 
     They are in the ``results.json`` next to a run's final model, and in its best model itself.
     """

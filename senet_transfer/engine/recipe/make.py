@@ -95,7 +95,7 @@ def _check(options: "RunOptions") -> None:
 
 
 def _make(options: "RunOptions") -> list[Choice]:
-    """Choose the settings for a user's data, with those of the command line in their place."""
+    """Choose the settings for a user's data; settings on the command line replace them."""
     stated = load_config("", options.options)
     train, val = find_parts(options.data, options.val, options.images)
     if val is None:

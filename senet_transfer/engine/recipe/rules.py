@@ -11,15 +11,15 @@ from senet_transfer.engine.recipe.facts import DataFacts, MachineFacts
 # GPU memory in GB from which SE-ResNet-50 is chosen instead of SE-ResNet-18.
 LARGE_GPU = 6
 
-# Number of images to show in training, and the smallest and largest number of epochs, by task and
-# by whether training starts from pretrained weights.
+# Number of images to process in training, and the minimum and maximum number of epochs. The key is
+# the task, and True for training from pretrained weights.
 SCHEDULES = {
     ("detection", True): (12_000, 12, 100),
     ("detection", False): (36_000, 36, 300),
     ("classification", True): (100_000, 5, 30),
     ("classification", False): (300_000, 20, 90),
 }
-# The same number of images for a run on a CPU, and its smallest number of epochs.
+# Maximum number of images to process on a CPU, and the minimum number of epochs.
 CPU_SCHEDULES = {"detection": (6_000, 3), "classification": (20_000, 3)}
 
 # Limits of the shorter side of a detector's images, on a GPU and on a CPU.

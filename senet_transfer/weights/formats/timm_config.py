@@ -14,7 +14,7 @@ from senet_transfer.utils.text import shown
 # Names of weight files in a repository of the Hugging Face Hub, in order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Arguments of timm's models that the tensors determine.
+# Arguments of timm's models whose values follow from the tensors.
 _DETERMINED = {"num_classes", "in_chans", "pretrained", "drop_rate", "drop_path_rate"}
 
 

@@ -156,7 +156,7 @@ def names_published(weights: str | Path) -> bool:
 
 
 def only_in_timm(name: str) -> bool:
-    """Return whether a name is that of weights that timm, but not this catalogue, provides.
+    """Return whether a name refers to weights that timm provides but this catalogue does not.
 
     The name of a network without a tag is ambiguous if the catalogue has weights of this network.
     """

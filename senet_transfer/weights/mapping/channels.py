@@ -1,4 +1,4 @@
-"""Adaptation of the first convolution of weights for colour images to other channels."""
+"""Adaptation of weights for colour images to other channels, in the first convolution."""
 
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ _COLOURS = 3
 
 
 def adapt_channels(source: Source, target: Target) -> Source:
-    """Return a file for colour images with its first convolution adapted to the model's channels.
+    """Adapt the first convolution of a file for colour images to the model's channels.
 
     The file is returned unchanged if the model is for colour or grey images, or the file is not for
-    colour images. A note in the source states what was done.
+    colour images. A note about the adaptation is added to the source.
 
     Args:
         source: Examined file.

@@ -43,7 +43,7 @@ def with_augmentation(cfg: CfgNode, found: list[T.Augmentation]) -> list[T.Augme
         if not isinstance(augmentation, T.ResizeShortestEdge):
             changed.append(augmentation)
             continue
-        # Before resizing, most images are smaller.
+        # Most images are smaller before they are resized.
         changed += _colours(options)
         jitter = options.LARGE_SCALE_JITTER
         if jitter.ENABLED:

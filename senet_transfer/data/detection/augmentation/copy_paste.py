@@ -46,8 +46,8 @@ class CopyPaste(Dataset):
 def paste(target: dict, source: dict) -> dict:
     """Paste each object of an image on another image with probability 0.5.
 
-    The masks of the target's objects lose the covered pixels. An object that is covered completely
-    is removed. The box of an object whose mask has changed is fitted to its mask.
+    Covered pixels are removed from the masks of the target's objects. An object that is covered
+    completely is removed. The box of an object whose mask has changed is fitted to its mask.
 
     Args:
         target: Mapped image with masks, which is not changed.

@@ -1,9 +1,9 @@
 """CVAT's XML format for images and for videos (version 1.1).
 
-Rotated boxes and ellipses become polygons, whose smallest boxes are the boxes. Polylines, points,
-cuboids, skeletons and tags have no equivalent and are skipped. CVAT writes the boxes of a track in
-every frame, so that none are interpolated; those with `outside="1"` are not visible and are left
-out.
+Rotated boxes and ellipses become polygons with their bounding boxes. Polylines, points, cuboids,
+skeletons and tags have no equivalent and are skipped. CVAT writes the boxes of a track in every
+frame, so no boxes need to be interpolated. Boxes with `outside="1"` are not visible and are
+skipped.
 """
 
 import re

@@ -58,7 +58,7 @@ _FILE_PER_IMAGE = ("voc", "labelme")
 
 @dataclass(frozen=True)
 class Source:
-    """Annotations in another format than COCO's.
+    """Annotations in a format other than COCO's.
 
     Attributes:
         format: A key of :data:`FORMATS`.

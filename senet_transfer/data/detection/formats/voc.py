@@ -106,7 +106,7 @@ def _read_image(path: Path, name: str, images: ImageFolder, data: ImportedData) 
             f"{path} has the root <{root.tag}>; expected <annotation>, as in Pascal VOC. Move "
             "other XML files to another folder."
         )
-    # The name of the XML file decides, because files are often renamed without editing the XML.
+    # The XML file's name has priority, because files are often renamed without editing the XML.
     file_name = images.with_stem(os.path.splitext(name)[0])
     if file_name is None:
         file_name = images.name_of(root.findtext("filename"), images.root, str(path))
