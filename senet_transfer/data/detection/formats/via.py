@@ -153,8 +153,8 @@ def _shape(
         xs, ys = (numbers(shape.get(f"all_points_{axis}"), "points", where) for axis in "xy")
         if not xs or len(xs) != len(ys):
             raise UserError(
-                f"{where} has {len(xs)} x and {len(ys)} y coordinates; expected one pair per point. "
-                "Correct the file."
+                f"{where} has {len(xs)} x and {len(ys)} y coordinates; expected one pair per "
+                "point. Correct the file."
             )
         return shapes.polygon(list(zip(xs, ys, strict=True)))
     raise UserError(
