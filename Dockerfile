@@ -19,7 +19,7 @@ WORKDIR /opt/source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY senet_transfer senet_transfer
-COPY tools/install_detectron2.py tools/install_detectron2.py
+COPY tools/install_detectron2.py tools/classify_onnx.py tools/detect_onnx.py tools/onnx_images.py tools/
 RUN python3 -m venv /opt/venv \
     && pip install --no-cache-dir --constraint constraints.txt --upgrade pip \
     && pip install --no-cache-dir --constraint constraints.txt --build-constraint constraints.txt . \

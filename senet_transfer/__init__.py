@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
         "senet_transfer requires Detectron2, which is not installed. It can't be installed by name "
-        "from the package index. In a clone of this project, run `python "
-        "tools/install_detectron2.py`, or build Detectron2 from its official source."
+        "from the package index. Run `install_detectron2.py`, which pip has installed next to the "
+        "program `senet` (in a clone of this project: `python tools/install_detectron2.py`), or "
+        "build Detectron2 from its official source."
     )
 
 _PLACES = {

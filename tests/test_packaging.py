@@ -19,6 +19,8 @@ from senet_transfer.config.load import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("senet", "senet-train", "senet-predict", "senet-eval-places365")
+# Programs that run without this package's dependencies.
+PROGRAMS = ("install_detectron2.py", "classify_onnx.py", "detect_onnx.py", "onnx_images.py")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,9 @@ def source(tmp_path_factory) -> Path:
     for name in ("senet_transfer", "configs"):
         hidden = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=hidden)
+    (root / "tools").mkdir()
+    for name in PROGRAMS:
+        shutil.copy(ROOT / "tools" / name, root / "tools" / name)
     return root
 
 
@@ -67,6 +72,13 @@ def test_the_version_is_stated_once_and_used_by_every_package(wheel):
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
 
 
+def test_without_detectron2_the_error_names_a_program_in_the_wheel():
+    code = "import sys; sys.modules['detectron2'] = None; import senet_transfer"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: senet_transfer requires Detectron2" in done.stderr
+    assert f"Run `{PROGRAMS[0]}`" in done.stderr
+
+
 def test_senet_prints_its_version_without_torch():
     code = """
 import sys
@@ -91,6 +103,8 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
             assert archive.read(name) == path.read_bytes()
         (entries,) = (name for name in names if name.endswith("entry_points.txt"))
         assert all(f"{command} = " in archive.read(entries).decode() for command in COMMANDS)
+        scripts = {Path(name).name for name in names if ".data/scripts/" in name}
+    assert scripts == set(PROGRAMS)
     assert "senet_transfer/py.typed" in names
     for path in (ROOT / "senet_transfer").rglob("*"):
         if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
@@ -154,3 +168,4 @@ def test_an_installed_wheel_trains_evaluates_and_predicts_far_from_the_clone(
     said = call("senet-predict", "--weights", "run/model_final.pth", *words)
     assert "1 images: drawings in found" in said
     assert "Table VI" in call("senet-eval-places365", "--help")
+    assert "detections.json" in call("detect_onnx.py", "--help")

@@ -1,7 +1,10 @@
+#!/usr/bin/env python
 """Install Detectron2 into the current Python environment (used by `make setup`).
 
     python tools/install_detectron2.py                # from the package index
     python tools/install_detectron2.py --wheel FILE   # from a local file
+
+The wheel of this project contains the script as the program `install_detectron2.py`.
 
 If Detectron2 can already be imported, for example because it was built from source, it is kept.
 
@@ -42,7 +45,7 @@ To install Detectron2, do one of the following:
   - Run this script again with access to the package index (configure a proxy or mirror in pip).
   - Download the wheel on another machine, copy it to this machine, and install it:
         pip download {" ".join(PIP_OPTIONS)} sal-detectron2=={VERSION}
-        {sys.executable} tools/install_detectron2.py --wheel FILE
+        {sys.executable} {sys.argv[0]} --wheel FILE
   - Build Detectron2 from source (this requires a C++ compiler and an existing torch installation):
         {sys.executable} -m pip install --no-build-isolation \\
             git+https://github.com/facebookresearch/detectron2

@@ -26,9 +26,12 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     except Exception as error:  # ONNX Runtime raises exceptions of many types
         raise SystemExit(f"error: {path} can't be read as an ONNX file: {error}") from error
     texts = session.get_modelmeta().custom_metadata_map
-    metadata = {key: json.loads(texts[key]) for key in texts if key != "task"}
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+    except ValueError:  # of another program
+        metadata = {}
     # Files from before detectors could be exported contain no task.
-    found = json.loads(texts.get("task", '"classification"')) if "classes" in texts else "unknown"
+    found = metadata.pop("task", "classification") if "classes" in metadata else "unknown"
     if found != task:
         raise SystemExit(
             f"error: the task of {path} is {found}; expected {task}. classify_onnx.py runs "
@@ -72,6 +75,8 @@ def read_image(
         # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image.load()
+        if upright:
+            image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SystemExit(f"error: {path} can't be read as an image: {error}") from error
     if value_range and deep_colours:
@@ -91,4 +96,4 @@ def read_image(
             f"error: {path} has 32 bits per channel, and the model was trained without a value "
             "range (INPUT.VALUE_RANGE). Convert it to 8 bits per channel."
         )
-    return ImageOps.exif_transpose(image) if upright else image
+    return image

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Run the model on the images and videos, and print the results and the paths of the files."""
     from senet_transfer.engine.predictor.cam import class_activation_map
-    from senet_transfer.engine.predictor.files import predict_files, predict_video
+    from senet_transfer.engine.predictor.files import predict_files, predict_video, video_stem
     from senet_transfer.engine.predictor.inputs import find_photos, is_video
     from senet_transfer.engine.predictor.load import load
     from senet_transfer.engine.predictor.predictor import ClassifierPredictor
@@ -76,6 +76,11 @@ def main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; expected 1 or more.")
     videos = [name for name in args.input if is_video(name)]
+    if len(set(map(video_stem, videos))) < len(videos):
+        raise UserError(
+            f"Two of the videos {', '.join(videos)} have the same name, so that their results "
+            "would have the same path. Predict them with different --output folders."
+        )
     images = find_photos([name for name in args.input if name not in videos])[: args.limit]
     predictor = load(
         args.weights,
@@ -109,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
     if classifies:
         print(f"{len(images)} images: predictions in {path}")
     else:
-        print(f"{len(images)} images: drawings in {args.output}, detections in {path}")
+        drawings = "" if args.draw is False else f"drawings in {args.output}, "
+        print(f"{len(images)} images: {drawings}detections in {path}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -130,11 +130,13 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         loggers[logger] = logger.level
         logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 Run = Callable[[Tensor], Sequence[Tensor]]

@@ -75,6 +75,10 @@ def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
     )
     found = np.asarray(SHARED["read_image"](str(path), upright=True).convert("RGB"))
     assert np.array_equal(found, read_image(str(path), "RGB"))
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(wide, exif=exif)
+    found = np.asarray(SHARED["read_image"](str(wide), (0, 4095), upright=True).convert("RGB"))
+    assert np.array_equal(found, read_image(str(wide), "RGB", (0, 4095)))
     deep = tmp_path / "deep.png"
     cv2.imwrite(str(deep), np.full((4, 4, 3), 3000, np.uint16))
     with pytest.raises(SystemExit, match="colour image with 16 bits per channel"):
@@ -96,6 +100,10 @@ def test_a_file_for_another_task_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(SystemExit, match="is detection; expected classification"):
+        SHARED["open_model"](str(path), "classification")
+    helper.set_model_props(model, {"classes": "{0: 'person'}"})  # as other programs write it
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SystemExit, match="is unknown; expected classification"):
         SHARED["open_model"](str(path), "classification")
     with pytest.raises(SystemExit, match="can't be read as an ONNX file"):
         SHARED["open_model"](str(tmp_path / "missing.onnx"), "detection")

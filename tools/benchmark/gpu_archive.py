@@ -32,10 +32,11 @@ LIMIT = 45_000_000  # bytes
 
 # Packages in the archive, in the versions of constraints.txt.
 PACKED = (
-    "antlr4-python3-runtime", "braceexpand", "execnet", "faster-coco-eval", "fsspec", "fvcore",
-    "hydra-core", "hypothesis", "iniconfig", "iopath", "omegaconf", "pluggy", "portalocker",
-    "pycocotools", "pytest", "pytest-xdist", "setuptools", "shapely", "simplejpeg",
-    "sortedcontainers", "tabulate", "termcolor", "timm", "webdataset", "yacs",
+    "antlr4-python3-runtime", "braceexpand", "defusedxml", "execnet", "faster-coco-eval", "fsspec",
+    "fvcore", "hydra-core", "hypothesis", "iniconfig", "iopath", "omegaconf", "pluggy",
+    "portalocker", "pycocotools", "pytest", "pytest-xdist", "setuptools", "shapely", "shtab",
+    "simplejpeg", "sortedcontainers", "tabulate", "termcolor", "tifffile", "timm", "webdataset",
+    "yacs",
 )  # fmt: skip
 # Packages without wheels. They contain only Python code, so any Python version can build them.
 BUILT = ("antlr4-python3-runtime", "fvcore", "iopath")

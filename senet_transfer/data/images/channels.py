@@ -95,7 +95,7 @@ def _values(data: bytes) -> np.ndarray:
         values = _pillow_values(data)
     if values.dtype.kind not in "uif":
         raise BrokenImageError(f"its values have the type {values.dtype}; expected numbers")
-    return values
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:

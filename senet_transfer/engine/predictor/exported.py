@@ -40,6 +40,7 @@ def load_exported(
     opens = {".onnx": _open_onnx, ".pt2": _open_program, ".ts": _open_traced}
     try:
         run, metadata, size = opens[Path(path).suffix](path)
+        found = {key: json.loads(text) for key, text in metadata.items() if text}
     except ImportError:
         raise
     except Exception as error:  # each library raises errors of many types
@@ -47,7 +48,6 @@ def load_exported(
             f"{path} can't be read as an exported model: {type(error).__name__}: {error}. Export "
             "it again with senet export."
         ) from error
-    found = {key: json.loads(text) for key, text in metadata.items() if text}
     if found.get("task") == "detection":
         return _detector(run, found, threshold=threshold, **options)
     if found.get("task", "classification") != "classification" or "preprocessing" not in found:
@@ -96,7 +96,7 @@ def _classifier(
     run: Callable[[Tensor], Outputs], found: dict[str, Any], size: list, **options: Any
 ) -> ClassifierPredictor:
     preprocessing = found["preprocessing"]
-    height, width = size or [preprocessing["crop"]] * 2
+    height, width = size or found.get("size") or [preprocessing["crop"]] * 2
     if height != width:
         raise UserError(
             f"The model takes images of {height}x{width} pixels; expected a square size. Export it "
@@ -117,7 +117,11 @@ def _classifier(
             return run(images)[0]
         return run(images.flatten(0, 1))[0].unflatten(0, images.shape[:2]).mean(1)
 
-    return ClassifierPredictor(logits, transform, Classes(tuple(found["classes"])), **options)
+    names = found["classes"]
+    if not names:
+        example = torch.zeros(1, transform.channels or 3, height, width)
+        names = [f"class {index}" for index in range(run(example)[0].shape[1])]
+    return ClassifierPredictor(logits, transform, Classes(tuple(names)), **options)
 
 
 def _detector(

@@ -75,7 +75,7 @@ def predict_files(
     draw = detects if draw is None else draw
     drawings = output_names(photos, output_dir) if draw else {}
     make_output_folder(output_dir)
-    writer = _writer(form, detects, output_dir)
+    writer = _writer(form, detects, output_dir, photos)
     numbers = {photo.name: number for number, photo in enumerate(photos, start=1)}
     broken: list[str] = []
     results = predictor.stream(photos, batch_size=batch_size, workers=workers, broken=broken)
@@ -129,9 +129,7 @@ def predict_video(
     """
     draw = isinstance(predictor, DetectorPredictor) if draw is None else draw
     make_output_folder(output_dir)
-    stem = os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
-    path = os.path.join(output_dir, f"{stem}.jsonl")
-    drawn = os.path.join(output_dir, f"{stem}.mp4")
+    path, drawn = (os.path.join(output_dir, video_stem(name) + end) for end in (".jsonl", ".mp4"))
     if os.path.abspath(drawn) == os.path.abspath(name):
         raise UserError(f"The video {name} would be overwritten by its drawing. Change --output.")
     count, out = 0, None
@@ -139,7 +137,8 @@ def predict_video(
         try:
             frames = itertools.islice(video, limit)
             results = predictor.stream(frames, batch_size=batch_size)
-            for result in progress(results, total=video.frames, unit="frame", quiet=quiet):
+            total = min((n for n in (video.frames, limit) if n is not None), default=None)
+            for result in progress(results, total=total, unit="frame", quiet=quiet):
                 row = {"frame": count, "seconds": round(count / video.rate, 6), **result.to_dict()}
                 del row["file_name"]
                 lines.write(json.dumps(row) + "\n")
@@ -154,6 +153,11 @@ def predict_video(
             if out is not None:
                 out.release()
     return path, count
+
+
+def video_stem(name: str) -> str:
+    """Return the name of a video's results without their suffix."""
+    return os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
 
 
 def _video_writer(path: str, rate: float, image: np.ndarray) -> cv2.VideoWriter:
@@ -188,22 +192,22 @@ def check_all_read(broken: list[str], images: int, path: str) -> None:
         )
 
 
-def output_names(photos: list[Photo], output_dir: str) -> dict[str, str]:
-    """Return the path of each image's drawing by the image's name.
+def output_names(photos: Sequence[Photo], output_dir: str, suffix: str = ".jpg") -> dict[str, str]:
+    """Return the path of each image's drawing, or other file, by the image's name.
 
     Raises:
-        UserError: If two drawings would have the same path, or a drawing would replace its image.
+        UserError: If two files would have the same path, or a file would replace its image.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
     for photo in photos:
-        name = os.path.join(output_dir, os.path.splitext(photo.relative)[0] + ".jpg")
+        name = os.path.join(output_dir, os.path.splitext(photo.relative)[0] + suffix)
         if name in taken:
             # The inputs include, for example, both a.png and a.jpg.
-            name = os.path.join(output_dir, photo.relative + ".jpg")
+            name = os.path.join(output_dir, photo.relative + suffix)
         if name in taken:
             raise UserError(
-                f"Two images would have the same drawing path {name}; one of them is {photo.name}. "
+                f"Two images would have the same output file {name}; one of them is {photo.name}. "
                 "Rename one of the images, or use two output folders."
             )
         if os.path.abspath(name) == os.path.abspath(photo.name):
@@ -227,7 +231,7 @@ def _save(drawing: Image.Image, path: str) -> None:
         ) from error
 
 
-def _writer(form: str, detects: bool, output_dir: str) -> "_Writer":
+def _writer(form: str, detects: bool, output_dir: str, photos: Sequence[Photo]) -> "_Writer":
     form = form or ("coco" if detects else "json")
     kinds: dict[str, type[_Writer]] = {"json": _Json, "csv": _Csv}
     if detects:
@@ -236,7 +240,7 @@ def _writer(form: str, detects: bool, output_dir: str) -> "_Writer":
         raise UserError(
             f"The format is {form!r}; expected one of: {', '.join(kinds)} for this model."
         )
-    return kinds[form](output_dir)
+    return kinds[form](output_dir, photos)
 
 
 def _opened(path: str) -> IO[str]:
@@ -251,8 +255,7 @@ def _opened(path: str) -> IO[str]:
 class _Writer:
     """Writer of results to ``predictions.json``. The base class writes nothing."""
 
-    def __init__(self, output_dir: str):
-        self.output_dir = output_dir
+    def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.json")
 
     def add(self, result: Any, number: int) -> None:
@@ -266,8 +269,8 @@ class _Writer:
 class _Json(_Writer):
     """List with one dictionary per image."""
 
-    def __init__(self, output_dir: str):
-        super().__init__(output_dir)
+    def __init__(self, output_dir: str, photos: Sequence[Photo]):
+        super().__init__(output_dir, photos)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, result: Result, number: int) -> None:
@@ -281,8 +284,8 @@ class _Json(_Writer):
 class _Coco(_Writer):
     """COCO's ``images``, ``annotations`` and ``categories``, with the numbers as image ids."""
 
-    def __init__(self, output_dir: str):
-        super().__init__(output_dir)
+    def __init__(self, output_dir: str, photos: Sequence[Photo]):
+        super().__init__(output_dir, photos)
         self.found: dict[str, list] = {"images": [], "annotations": [], "categories": []}
 
     def add(self, result: Detections, number: int) -> None:
@@ -300,10 +303,14 @@ class _Coco(_Writer):
         return self.path
 
 
+# Columns of boxes, by the number of values.
+_BOXES = {0: (), 4: ("x1", "y1", "x2", "y2"), 5: ("x", "y", "width", "height", "angle")}
+
+
 class _Csv(_Writer):
     """Table with one row per object, or per class of an image."""
 
-    def __init__(self, output_dir: str):
+    def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.csv")
         self.file = _opened(self.path)
         self.writer = csv.writer(self.file)
@@ -313,16 +320,20 @@ class _Csv(_Writer):
         places: list[list[float]] = [[] for _ in result.names]
         if isinstance(result, Detections):
             places = result.boxes.tolist()
-        if self.empty:
-            corners = ["x1", "y1", "x2", "y2"] if isinstance(result, Detections) else []
-            self.writer.writerow(["file_name", "class", "label", "score", *corners])
-            self.empty = False
+        if self.empty and places:
+            self._write_header(len(places[0]))
         rows = zip(result.names, result.labels, result.scores, places, strict=True)
         for name, label, score, place in rows:
             numbers = [f"{value:.9g}" for value in (score, *place)]
             self.writer.writerow([result.photo.name, name, int(label), *numbers])
 
+    def _write_header(self, sides: int) -> None:
+        self.writer.writerow(["file_name", "class", "label", "score", *_BOXES[sides]])
+        self.empty = False
+
     def close(self) -> str:
+        if self.empty:
+            self._write_header(4)
         self.file.close()
         return self.path
 
@@ -334,14 +345,18 @@ class _Yolo(_Writer):
     the score.
     """
 
-    def __init__(self, output_dir: str):
+    def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "labels")
+        self.files = output_names(photos, self.path, ".txt")
         make_output_folder(self.path)
 
     def add(self, result: Detections, number: int) -> None:
         height, width = result.instances.image_size
-        path = os.path.join(self.path, os.path.splitext(result.photo.relative)[0] + ".txt")
-        with _opened(path) as file:
+        if result.boxes.shape[1] != 4:
+            raise UserError(
+                "YOLO's format has no rotated boxes. Choose the format coco, csv or json."
+            )
+        with _opened(self.files[result.photo.name]) as file:
             rows = zip(result.labels, result.boxes, result.scores, strict=True)
             for label, (x1, y1, x2, y2), score in rows:
                 box = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height]

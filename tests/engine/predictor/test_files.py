@@ -1,7 +1,9 @@
 """Tests of predictions on image files, with models whose outputs are known."""
 
+import csv
 import json
 import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -179,10 +181,30 @@ def test_rotated_boxes_are_written_with_five_numbers_and_drawn(images, tmp_path)
     (annotation,) = predict(loaded(answer), images[:1], tmp_path)["annotations"]
     assert annotation["bbox"] == [30, 20, 20, 10, 45]
     assert annotation["area"] == 200
+    predictor, out = DetectorPredictor.of(loaded(answer)), str(tmp_path / "out")
+    with open(predict_files(predictor, images[:1], out, form="csv", quiet=True)) as file:
+        (row,) = csv.DictReader(file)
+    assert [float(row[k]) for k in ("x", "y", "width", "height", "angle")] == [30, 20, 20, 10, 45]
+    with pytest.raises(UserError, match="YOLO's format has no rotated boxes"):
+        predict_files(predictor, images[:1], out, form="yolo", quiet=True)
     drawing = cv2.imread(str(tmp_path / "out" / "a.jpg"))
     # The box's right corner, 15 / sqrt(2) pixels from its centre, in a drawing of 4 times the size.
     corner = drawing[70:90, 4 * 40 : 4 * 42].reshape(-1, 3).astype(int)
     assert (np.ptp(corner, 1) > 100).any()
+
+
+def test_images_of_the_same_name_do_not_share_a_file_of_labels(images, tmp_path):
+    names = [images[0], str(tmp_path / "a.jpg")]
+    names += [str(tmp_path / folder / "a.png") for folder in ("one", "two")]
+    for name in names[1:]:
+        Path(name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(name, np.full((40, 60, 3), 90, np.uint8))
+    predictor, out = DetectorPredictor.of(loaded(one_object)), str(tmp_path / "out")
+    options = {"form": "yolo", "draw": False, "quiet": True}
+    labels = predict_files(predictor, names[:2], out, **options)
+    assert sorted(path.name for path in Path(labels).iterdir()) == ["a.jpg.txt", "a.txt"]
+    with pytest.raises(UserError, match="the same output file"):
+        predict_files(predictor, names, out, **options)
 
 
 def test_a_semantic_segmentation_is_written_as_one_mask_per_class(images, tmp_path):

@@ -19,6 +19,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import build_model
+from onnx import TensorProto, helper
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -300,13 +301,36 @@ def test_half_precision_gives_nearly_the_same(classifier, photos):
     assert 0 < np.abs(one - other).max() < 0.05
 
 
+def test_an_exported_classifier_takes_the_exported_size_and_may_lack_class_names(
+    classifier, photos, tmp_path
+):
+    loaded = find_model(weights=str(classifier / "model_final.pth")).build("cpu")
+    cfg = loaded.cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.CLASSES = []
+    path = tmp_path / "model.ts"
+    side = 2 * cfg.INPUT.CLASSIFICATION.TEST_CROP
+    export_model(loaded.model, cfg, str(path), size=[side])
+    predictor = senet_transfer.load(path)
+    assert predictor.transform.crop == side
+    assert predictor.classes.things == ("class 0", "class 1", "class 2")
+    assert predictor(photos / "a.jpg").names[0].startswith("class ")
+
+
 def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, classifier):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.onnx").write_bytes(b"no model")
+    node = helper.make_node("Identity", ["x"], ["y"])
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
+    graph = helper.make_graph([node], "graph", ends[:1], ends[1:])
+    other = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(other, {"names": "{0: 'person'}"})  # as other programs write them
+    (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
     for source, message in (
         (tmp_path / "empty", r"contains neither model_best.pth nor model_final.pth"),
         (tmp_path / "no.pth", "The checkpoint .* does not exist"),
         (tmp_path / "broken.onnx", "can't be read as an exported model"),
+        (tmp_path / "other.onnx", "can't be read as an exported model"),
         ("COCO-Detection/faster_rcnn_R_5O", "is not a detector with a YAML config"),
         ("cadene/se_resnet5O", "Did you mean"),
         (classifier / "no.ts", "does not exist"),

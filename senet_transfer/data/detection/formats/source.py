@@ -91,9 +91,12 @@ class Source:
             return read(self.places[""], root)
         whole = ImportedData()
         for split, place in self.places.items():
-            folder = FORMATS[self.format].image_folder(place)
-            if image_dir is not None:
-                folder = next((p for p in (root / place.name, root) if p.is_dir()), root)
+            # The images are in the same place below `root` as below the annotations, or in a folder
+            # named after the split, or in `root` itself.
+            below = os.path.relpath(FORMATS[self.format].image_folder(place), self.path)
+            name = os.path.relpath(place, self.path).split(os.sep)[0]
+            folders = [root / below] * (not below.startswith(os.pardir)) + [root / name]
+            folder = next((path for path in folders if path.is_dir()), root)
             part = read(place, folder)
             prefix = os.path.relpath(folder, root)
             whole.splits[split] = [image for images in part.splits.values() for image in images]

@@ -12,6 +12,7 @@ from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.data import prepare
 from senet_transfer.data.detection.coco import register_coco_dataset, register_datasets
 from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_outlines
+from senet_transfer.data.detection.formats.prepare import import_dataset
 from senet_transfer.data.detection.formats.source import find_source
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
@@ -121,6 +122,23 @@ def test_each_split_may_have_its_own_folder(tmp_path):
     # Rectangles have no outlines, which training with masks needs.
     with pytest.raises(UserError, match=r"a.json: shape 1 has no `segmentation`. 1 of 6"):
         check_outlines(["mine"])
+
+
+def test_images_in_subfolders_of_the_folders_of_splits_are_found(tmp_path):
+    xml = (
+        '<annotations><image name="a.png" width="100" height="80"><box label="cat" xtl="0" '
+        'ytl="0" xbr="9" ybr="9"/></image></annotations>'
+    )
+    for split in ("train", "valid"):
+        make_images(tmp_path / "cvat" / split / "images", a=(100, 80))
+        (tmp_path / "cvat" / split / "annotations.xml").write_text(xml)
+    register_coco_dataset("mine", f"{tmp_path}/cvat:val")
+    (record,) = DatasetCatalog.get("mine")
+    assert record["file_name"] == str(tmp_path / "cvat" / "valid" / "images" / "a.png")
+    # The images may also be in a folder of their own.
+    (tmp_path / "cvat" / "valid" / "images").rename(tmp_path / "valid")
+    contents, _ = import_dataset("cvat", tmp_path / "cvat", tmp_path)
+    assert contents["val"]["images"][0]["file_name"] == "valid/a.png"
 
 
 def test_the_command_writes_nothing_if_an_image_is_missing(tmp_path, voc, capsys):
