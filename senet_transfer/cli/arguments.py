@@ -167,22 +167,22 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that replace a config by a recipe for a user's data."""
+    """Add the arguments for training on a user's data without a config."""
     add = parser.add_argument
     add(
         "--data",
         default="",
         metavar="PATH",
-        help="train on this data with a config made for it, which is saved to "
-        "OUTPUT_DIR/recipe.yaml: annotations for detection as in --dataset, labelled images, or a "
-        "folder with the parts train and val",
+        help="train on this data, with a config that is made for it and saved to "
+        "OUTPUT_DIR/recipe.yaml. The data can be annotations for detection, as in --dataset, "
+        "labelled images, or a folder that contains train and val data",
     )
     add("--val", default="", metavar="PATH", help="validation data for --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the annotations in --data and --val; default: it is searched for",
+        help="image folder of the annotations in --data and --val; default: the usual folders",
     )
 
 

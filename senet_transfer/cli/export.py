@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help="number format of a classifier or backbone in an ONNX file; requires --calibration",
+        help="number format of a classifier or backbone in an ONNX file; float16 and int8 require "
+        "--calibration",
     )
     add(
         "--calibration",

@@ -26,9 +26,12 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)"
     )
     runs.add_argument(
-        "--folds", default="", metavar="FOLDER", help="folds of senet data split, to train on each"
+        "--folds",
+        default="",
+        metavar="FOLDER",
+        help="train on each fold in this folder, written by senet data split --folds K",
     )
-    add("--images", default="", help="image folder, for folds of detection data")
+    add("--images", default="", help="image folder of detection data, for --folds")
     add("--output", required=True, help="parent folder of all runs")
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")

@@ -26,7 +26,7 @@ def check_parser() -> argparse.ArgumentParser:
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="folder to which its file_names are relative; default: the format's usual folder",
+        help="folder to which file names are relative; default: the format's usual folder",
     )
     add("--masks", action="store_true", help="check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
@@ -92,7 +92,7 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         type=int,
         default=0,
         metavar="K",
-        help="write K pairs of train and val for cross-validation: each image is in one val",
+        help="write K pairs of train and val data for cross-validation; each image is in one val",
     )
     add("--test", type=float, default=0.0, help="fraction of images in test (0)")
     add("--seed", type=int, default=0, help="seed for the random split (0)")
@@ -100,8 +100,9 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         "--group-by",
         default="",
         metavar="PATTERN",
-        help="keep images together, such as the frames of a video: regular expression of a part of "
-        "their file names whose first group, or match if it has no groups, is the same",
+        help="keep images together, such as the frames of a video: regular expression that matches "
+        "a part of their file names. Images stay together if its first group, or the whole match "
+        "if it has no groups, is the same",
     )
 
 
@@ -193,12 +194,12 @@ def show_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="data as for the option --data of senet train, or the name of a registered data set",
     )
-    add("--val", default="", metavar="PATH", help="evaluation data; default: that of --data")
+    add("--val", default="", metavar="PATH", help="evaluation data; default: found in --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the annotations; default: it is searched for",
+        help="image folder of the annotations; default: the usual folders",
     )
     add_dataset_argument(parser)
     add(

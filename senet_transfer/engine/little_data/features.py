@@ -168,6 +168,6 @@ def _check_finite(features: Tensor, paths: Sequence[str]) -> None:
     if bad:
         raise UserError(
             f"The features of {len(bad)} of {len(paths)} images are not finite; the first image is "
-            f"{paths[bad[0]]}. The weights are damaged, or their training diverged. Use other "
-            "weights."
+            f"{paths[bad[0]]}. The weights are damaged, or their training diverged. Use "
+            "different weights."
         )

@@ -124,8 +124,8 @@ def _check_output(output: str) -> None:
     """Create the output folder; raise a UserError if it contains a run other than a probe."""
     if Path(output, "config.yaml").is_file() and not Path(output, RESULTS).is_file():
         raise UserError(
-            f"{output} contains a training run, whose config.yaml would be replaced. Give another "
-            "output folder."
+            f"{output} contains a training run, whose config.yaml would be replaced. Give a "
+            "different output folder."
         )
     make_output_folder(output)
 

@@ -104,7 +104,7 @@ def numbers(values: Any, name: str, where: str) -> list[float]:
     """Return a list of finite numbers; see :func:`number`."""
     if not isinstance(values, list | tuple):
         raise UserError(
-            f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct it."
+            f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct the file."
         )
     return [number(value, name, where) for value in values]
 

@@ -144,7 +144,10 @@ def _shape(
     if kind in ("polygon", "polyshape"):
         xs, ys = (numbers(shape.get(f"all_points_{axis}"), "points", where) for axis in "xy")
         if not xs or len(xs) != len(ys):
-            raise UserError(f"{where} has {len(xs)} x and {len(ys)} y coordinates. Correct it.")
+            raise UserError(
+                f"{where} has {len(xs)} x and {len(ys)} y coordinates; expected one pair per "
+                "point. Correct the file."
+            )
         return shapes.polygon(list(zip(xs, ys, strict=True)))
     raise UserError(
         f"{where} has the shape {kind!r}; expected rect, circle, ellipse or polygon. Correct the "
