@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -161,32 +162,61 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
         return CurrentLVISEvaluator(name, output_dir=output_dir)
     evaluators: dict[str, Any] = {
         "pascal_voc": PascalVOCDetectionEvaluator,
-        "cityscapes_instance": CityscapesInstanceEvaluator,
-        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+        "cityscapes_instance": CurrentCityscapesInstanceEvaluator,
+        "cityscapes_sem_seg": CurrentCityscapesSemSegEvaluator,
     }
     return evaluators[kind](name)
 
 
-class CurrentLVISEvaluator(LVISEvaluator):
-    """Detectron2's LVIS evaluator, which also works with current versions of NumPy."""
+class _CurrentNumpy(DatasetEvaluator):
+    """Evaluator based on a package that uses names which NumPy has removed.
+
+    lvis 0.5.3 uses ``numpy.float``, and cityscapesscripts 2.3.0 uses ``numpy.in1d``.
+    """
 
     def evaluate(self) -> dict[str, Any] | None:
         """Compute the metrics. All processes must call this method together."""
-        with _numpy_float():
+        removed = {"float": float, "in1d": np.isin}
+        missing = {name: value for name, value in removed.items() if not hasattr(np, name)}
+        with _attributes(np, missing):
+            return super().evaluate()
+
+
+class CurrentLVISEvaluator(_CurrentNumpy, LVISEvaluator):
+    """Detectron2's LVIS evaluator, which also works with current versions of NumPy."""
+
+
+class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator):
+    """Detectron2's evaluator, which also works with current versions of NumPy."""
+
+
+class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvaluator):
+    """Detectron2's evaluator, which also works with current versions of NumPy.
+
+    cityscapesscripts also writes its matches to a file in the working directory, which fails for
+    NumPy's integers. This file is not written.
+    """
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Compute the metrics. All processes must call this method together."""
+        name = "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling"
+        with _attributes(importlib.import_module(name), {"writeDict2JSON": lambda *_: None}):
             return super().evaluate()
 
 
 @contextlib.contextmanager
-def _numpy_float() -> Iterator[None]:
-    """Define ``numpy.float``, which NumPy 1.24 removed and lvis 0.5.3 uses."""
-    if hasattr(np, "float"):
-        yield
-        return
-    setattr(np, "float", float)  # noqa: B010  # unknown to mypy
+def _attributes(module: ModuleType, attributes: dict[str, Any]) -> Iterator[None]:
+    """Set attributes of a module, and restore them afterwards."""
+    before = {name: getattr(module, name) for name in attributes if hasattr(module, name)}
+    for name, value in attributes.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        delattr(np, "float")
+        for name in attributes:
+            delattr(module, name)
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def _read_labels(path: str, dtype: Any = None) -> np.ndarray:
