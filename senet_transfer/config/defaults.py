@@ -67,6 +67,9 @@ def add_senet_config(cfg: CfgNode) -> None:
     # Use deterministic algorithms on a GPU where PyTorch has them, which takes time and memory. The
     # flag --deterministic sets this key. It has no effect on a CPU, where a run is exact anyway.
     cfg.DETERMINISTIC = False
+    # Experiment trackers that receive the metrics, in addition to metrics.json and TensorBoard:
+    # "wandb" and "mlflow". The package must be installed.
+    cfg.TRACKING = ()
     _add_model_config(cfg)
     _add_data_config(cfg)
     _add_detection_input(cfg)

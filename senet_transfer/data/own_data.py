@@ -186,6 +186,8 @@ def _coco_part(file: Path, image_dir: str) -> DataPart:
     path = str(file.absolute())
     if image_dir:
         return DataPart(path, os.path.abspath(os.path.expanduser(image_dir)))
+    if source := find_source(file):  # such as train.json and val.json of Label Studio
+        return DataPart(path, source.image_folder())
     images = read_json_object(path).get("images")
     first = images[0] if isinstance(images, list) and images else None
     name = first.get("file_name") if isinstance(first, dict) else None

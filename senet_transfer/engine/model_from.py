@@ -34,7 +34,7 @@ from senet_transfer.weights.file_geometry import (
 from senet_transfer.weights.formats.timm_config import read_timm_config
 from senet_transfer.weights.hub.catalogue import only_in_timm, own_model
 from senet_transfer.weights.hub.timm_networks import PREFIX as TIMM_PREFIX
-from senet_transfer.weights.hub.timm_networks import is_timm
+from senet_transfer.weights.hub.timm_networks import evaluation_mode, is_timm
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
@@ -284,6 +284,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize
     cfg.INPUT.CLASSIFICATION.TEST_CROP = preprocessing.crop
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
+    cfg.INPUT.CLASSIFICATION.TEST_MODE = evaluation_mode(name)
     if preprocessing.resize == SIDE:
         cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation for CIFAR.
     if source and source.num_classes:

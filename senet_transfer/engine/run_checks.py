@@ -31,6 +31,7 @@ from senet_transfer.engine.solver import check_epochs
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.evaluation.metric_names import check_metric
 from senet_transfer.models.build import FPN_BUILDERS, backbone_from_config
+from senet_transfer.utils.tracking import check_trackers
 from senet_transfer.weights.formats.sniff import sniff
 from senet_transfer.weights.hub.catalogue import (
     catalogue_entry,
@@ -89,6 +90,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     _check_padding(cfg)
     if not eval_only:
         _check_solver(cfg)
+        check_trackers(list(cfg.TRACKING))
         _check_task_keys(cfg)
         if not is_classification(cfg):
             check_detection_augmentation(cfg)

@@ -46,6 +46,7 @@ from senet_transfer.evaluation.validation_loss import validation_losses
 from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
 from senet_transfer.utils.text import folder_name
+from senet_transfer.utils.tracking import build_tracking_writers
 from senet_transfer.weights.choice import config_choice
 
 # Number of values to keep per metric for smoothing.
@@ -440,9 +441,11 @@ class Trainer(DefaultTrainer):
         return [*first, *self._own_hooks(model), *saver, *evaluation, *self._savers(), *last]
 
     def build_writers(self) -> list[EventWriter]:
-        """Remove an incomplete last line from metrics.json, and build Detectron2's writers."""
-        history.drop_torn_line(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
-        return super().build_writers()
+        """Remove an incomplete last line from metrics.json, and build all writers."""
+        cfg = self.cfg
+        history.drop_torn_line(Path(cfg.OUTPUT_DIR, "metrics.json"))
+        trackers = build_tracking_writers(list(cfg.TRACKING), cfg.OUTPUT_DIR, cfg.dump())
+        return [*super().build_writers(), *trackers]
 
     def _own_hooks(self, model: nn.Module) -> list[HookBase]:
         cfg, own = self.cfg, [self.step_seed, hooks.Resources(self._device), hooks.DataWaits()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
-from senet_transfer.export.formats import quiet
+from senet_transfer.export.formats import quiet, removed_on_error
 
 # Maximum allowed differences in boxes (in pixels) and scores (in [0, 1]).
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
@@ -47,7 +47,8 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
         names = [*expected.get_fields(), "image_size"]
         torch.jit.save(traced, str(path), _extra_files={"outputs": json.dumps(names)})
         found = adapter.outputs_schema(torch.jit.load(str(path))(part))[0]
-    _compare(path, expected, found)
+    with removed_on_error(path):
+        _compare(path, expected, found)
     return len(expected)
 
 

@@ -120,7 +120,18 @@ def export_network(
     }
     with torch.no_grad(), quiet():
         run = write[form](model, example, Path(path), names, metadata)
-    return _check(path, eager, run, 255 * torch.rand(3, channels, *size))
+    with removed_on_error(path):
+        return _check(path, eager, run, 255 * torch.rand(3, channels, *size))
+
+
+@contextmanager
+def removed_on_error(path: str | Path) -> Iterator[None]:
+    """Remove an exported file if it turns out to compute something else than the model."""
+    try:
+        yield
+    except UserError:
+        Path(path).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

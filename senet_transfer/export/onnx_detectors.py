@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.detectors import BOX_TOLERANCE, SCORE_TOLERANCE, crop, infer
-from senet_transfer.export.formats import quiet
+from senet_transfer.export.formats import quiet, removed_on_error
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import normalise
 
@@ -96,7 +96,7 @@ def export_detector_to_onnx(
     threshold, limit = _score_limits(model)
     values = {**metadata, "score_threshold": threshold}
     texts = {key: json.dumps(value) for key, value in values.items()}
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), removed_on_error(path):
         exported = _trace(deploy(model), image, format)
         detected = any(len(_arrays(model, view, format)["scores"]) for view in views)
         compared = Comparison(threshold if detected else 0.0)
@@ -111,16 +111,16 @@ def export_detector_to_onnx(
             run = _runner(path)
         grey = torch.full_like(crop(views[1]), 128)
         expected, found = len(_arrays(model, grey, format)["scores"]), len(run(grey)["scores"])
-    if not compared.objects:
-        raise UserError(
-            f"{path} could not be checked, because the model detects nothing in the image, even "
-            "without a score threshold. Use a different --image."
-        )
-    if found and not expected:
-        raise UserError(
-            f"{path} detects {found} objects in an image without content, in which the model "
-            "detects none. Export the model to TorchScript (.ts)."
-        )
+        if not compared.objects:
+            raise UserError(
+                f"{path} could not be checked, because the model detects nothing in the image, "
+                "even without a score threshold. Use a different --image."
+            )
+        if found and not expected:
+            raise UserError(
+                f"{path} detects {found} objects in an image without content, in which the model "
+                "detects none. Export the model to TorchScript (.ts)."
+            )
     return compared
 
 

@@ -105,9 +105,11 @@ def convert_precision(path: str | Path, precision: str, images: CalibrationImage
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             )
             model = onnx.load(converted)
-        write_onnx(model, path, metadata)
-        before, after = open_session(original), open_session(path)
-        return _compare(before, after, images, precision)
+        write_onnx(model, converted, metadata)
+        before, after = open_session(original), open_session(converted)
+        compared = _compare(before, after, images, precision)
+        os.replace(converted, path)
+    return compared
 
 
 class _Reader(CalibrationDataReader):

@@ -121,6 +121,19 @@ def test_the_parts_of_detection_data_are_found_in_the_usual_layouts(tmp_path, tr
     assert all((tmp_path / part.image_dir / "a.jpg").is_file() for part in parts)
 
 
+def test_files_of_another_tool_may_be_the_parts(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    value = {"x": 0, "y": 0, "width": 50, "height": 50, "rectanglelabels": ["cell"]}
+    region = {"type": "rectanglelabels", "original_width": 8, "original_height": 8, "value": value}
+    task = {"id": 1, "data": {"image": "a.jpg"}, "annotations": [{"result": [region]}]}
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([task]))
+    folder = str(tmp_path / "images")
+    expected = [DataPart(str(tmp_path / f"{name}.json"), folder) for name in ("train", "val")]
+    assert list(find_parts(str(tmp_path))) == expected
+
+
 def test_pascal_vocs_image_sets_are_the_parts(shared_data):
     bccd = shared_data / "bccd"
     parts = find_parts(str(bccd))

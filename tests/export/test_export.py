@@ -250,6 +250,7 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
     options = {"form": "torchscript", "preprocessing": Preprocessing(), "size": (64, 64)}
     with pytest.raises(UserError, match="does not give the same outputs"):
         export_network(classifier, tmp_path / "model.ts", **options)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.long

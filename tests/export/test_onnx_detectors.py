@@ -130,6 +130,7 @@ def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypa
     monkeypatch.setattr(onnx_detectors, "deploy", wrong)
     with pytest.raises(UserError, match="which differ from the 100 objects detected by the model"):
         export_model(loaded.model, loaded.cfg, str(tmp_path / "model.onnx"), image=images[0])
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Tests of timm's networks as backbones and classifiers, compared with timm itself."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from senet_transfer import UserError, create_backbone, create_classifier, list_m
 from senet_transfer.analysis.complexity.count import measure
 from senet_transfer.analysis.excitations.gates import capture_gates, gates_of
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.model_from import find_model
+from senet_transfer.engine.model_from import find_model, model_config
 from senet_transfer.weights.hub import timm_networks
 from tests.engine.conftest import SMALL
 from tests.weights.peers import STAGES, peer, randomise
@@ -166,6 +167,19 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
 def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
     with pytest.raises(UserError, match=message):
         create_backbone(name, **options)
+
+
+def test_the_evaluation_mode_is_that_of_timm(monkeypatch):
+    def mode(name: str) -> str:
+        return model_config(f"timm/{name}").INPUT.CLASSIFICATION.TEST_MODE
+
+    assert timm.get_pretrained_cfg("tf_efficientnetv2_b3").crop_mode == "squash"
+    assert mode("tf_efficientnetv2_b3") == "squash"
+    assert mode("resnet18") == "short_side"
+    bordered = replace(timm.get_pretrained_cfg("resnet18"), crop_mode="border")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: bordered)
+    with pytest.raises(UserError, match="crop_mode border; expected center or squash"):
+        mode("resnet18")
 
 
 @pytest.mark.long

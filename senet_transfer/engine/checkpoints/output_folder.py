@@ -9,6 +9,7 @@ from detectron2.utils import comm
 
 from senet_transfer.engine.checkpoints.checkpoint_history import HISTORY, TAG, checkpoints
 from senet_transfer.errors import UserError
+from senet_transfer.utils import tracking
 from senet_transfer.utils.text import first_of
 
 LOG = "log.txt"
@@ -23,6 +24,7 @@ _WRITTEN = (
     HISTORY,
     _METRICS,
     "results.json",
+    tracking.FILE,
     "events.out.tfevents.*",
     "nonfinite_[0-9]*_rank[0-9]*.json",
     "inference*/*/predictions.json",

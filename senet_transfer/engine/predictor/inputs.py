@@ -191,8 +191,7 @@ def _photos(name: str) -> Iterator[Photo]:
             path = os.path.join(name, relative)
             yield Photo(path, path, relative)
     elif os.path.isfile(name) and name.lower().endswith(".txt"):
-        for line in _lines(name):
-            yield from _photos(line)
+        yield from _listed(name)
     elif os.path.isfile(name):  # first, because its name may contain glob characters
         yield Photo.of(name)
     else:
@@ -203,7 +202,8 @@ def _photos(name: str) -> Iterator[Photo]:
                 yield Photo(path, path, relative)
 
 
-def _lines(path: str) -> Iterator[str]:
+def _listed(path: str) -> Iterator[Photo]:
+    """Yield the images in a list, whose relative paths are those in the list."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -217,6 +217,9 @@ def _lines(path: str) -> Iterator[str]:
             place = near if os.path.exists(near) else line
             if not os.path.isfile(place):
                 raise UserError(f"{path} lists {line}, which is not a file. Correct the list.")
-            yield place
+            relative = os.path.normpath(line)
+            if os.path.isabs(relative) or relative.startswith(os.pardir):
+                relative = os.path.basename(relative)
+            yield Photo(place, place, relative)
         elif line:
-            yield line
+            yield from _photos(line)

@@ -50,7 +50,7 @@ class MachineFacts:
     Attributes:
         gpu_memory: Memory of the smallest GPU, in GB; 0 for a run on the CPU.
         processes: Number of processes of the run, one per GPU.
-        cpus: Number of CPU cores that this process may use.
+        cpus: Number of CPU cores that the run may use on all machines together.
     """
 
     gpu_memory: float
@@ -109,9 +109,12 @@ def describe_data(train: DataPart, val: DataPart) -> DataFacts:
 
 
 def describe_machine(device: str) -> MachineFacts:
-    """Read the facts about this machine for a run on a device, such as "cuda" or "cpu"."""
+    """Read the facts about the machines for a run on a device, such as "cuda" or "cpu"."""
     memory = 0.0
     if device.startswith("cuda") and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())
         memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) / 2**30
-    return MachineFacts(round(memory, 1), comm.get_world_size(), len(os.sched_getaffinity(0)))
+    machines = comm.get_world_size() // comm.get_local_size()
+    # The cores of all machines, because the processes are those of all machines.
+    cpus = machines * len(os.sched_getaffinity(0))
+    return MachineFacts(round(memory, 1), comm.get_world_size(), cpus)

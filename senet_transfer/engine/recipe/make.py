@@ -54,7 +54,7 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
         yield options
         return
     choices: list[Choice] = []
-    problem = ""
+    problem: Exception | None = None
     saved = Path(load_config("", options.options).OUTPUT_DIR, RECIPE)
     if comm.is_main_process():
         try:
@@ -63,11 +63,11 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
                 if not options.overwrite:
                     check_unused(saved.parent)
                 choices = _make(options)
-        except UserError as error:
-            problem = str(error)
+        except Exception as error:  # Otherwise, the other processes would wait for this one.
+            problem = error
     choices, problem = comm.all_gather((choices, problem))[0]
     if problem:
-        raise UserError(problem)
+        raise problem
     if not choices:
         yield replace(options, config_file=str(saved))
         return

@@ -111,7 +111,7 @@ def test_folders_keep_their_structure_and_lists_name_images(photos, tmp_path):
     assert [photo.name for photo in listed] == [f"{photos}/b.jpg", f"{photos}/sub/a.jpg"]
     (photos / "relative.txt").write_text("sub/d.jpg\n")
     (photo,) = find_photos([str(photos / "relative.txt")])
-    assert photo.name == f"{photos}/sub/d.jpg"
+    assert (photo.name, photo.relative) == (f"{photos}/sub/d.jpg", "sub/d.jpg")
     (tmp_path / "wrong.txt").write_text("no.jpg\n")
     with pytest.raises(UserError, match=r"wrong.txt lists no.jpg, which is not a file"):
         find_photos([str(tmp_path / "wrong.txt")])
