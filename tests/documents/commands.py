@@ -15,14 +15,17 @@ DOCUMENTS = {
     for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))
 }
 PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
-            "senet-predict", "senet-eval-places365", "ovc", "benchmark_app", "trtexec")  # fmt: skip
+            "senet-predict", "senet-eval-places365", "install_detectron2.py", "detect_onnx.py",
+            "ovc", "benchmark_app", "trtexec")  # fmt: skip
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
 # Commands that no test can run, with the reason. test_documented_commands.py still parses them.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
-    r"make setup.*|pip install.*": "installs; test_installation.py and test_packaging.py do",
+    r"make setup.*|install_detectron2\.py": "installs; test_installation.py does",
+    r"pip (install|wheel) .*": "installs; test_packaging.py does",
+    r"detect_onnx\.py.*": "belongs to the wheel; test_packaging.py runs it",
     r"make (test(-fast|-narrow|-slow|-faults|-gpu)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
     r"make bench": "takes 15 minutes; test_benchmark.py measures every part",
@@ -58,7 +61,8 @@ _TRAINS = ("tools/train_net.py", "tools/run_seeds.py", "tools/ablation.py", "sen
 
 def _instant(words: list[str]) -> list[str]:
     """Replace a recipe with its smoke-test config, but keep its data and output folder."""
-    if not any(word in _TRAINS for word in words) or "--config-file" not in words:
+    trains = {*_TRAINS} & {*words} or words[:2] == ["senet", "train"]
+    if not trains or "--config-file" not in words:
         return words
     place = words.index("--config-file") + 1
     stem = words[place].removeprefix("configs/").removesuffix(".yaml")
@@ -69,7 +73,7 @@ def _instant(words: list[str]) -> list[str]:
     words = [*words]
     words[place] = words[place].replace(stem, f"instant/{stem}")
     own = {"DATASETS.TRAIN": cfg.DATASETS.TRAIN, "DATASETS.TEST": cfg.DATASETS.TEST}
-    if "tools/train_net.py" in words or words[0] == "senet-train":
+    if "tools/train_net.py" in words or words[0] in ("senet", "senet-train"):
         own["OUTPUT_DIR"] = cfg.OUTPUT_DIR
     for key, value in own.items():
         words += [] if key in words else [key, str(value)]

@@ -126,6 +126,7 @@ def test_a_pushed_detector_gives_the_same_objects_in_a_new_process(detector, pho
 
 def test_weights_of_a_repository_are_accepted_wherever_weights_are(classifier, hub, tmp_path):
     push(classifier, "me/scenes")
+    push(classifier, "me/scenes")  # The repository may exist.
     name = "hf-hub:me/scenes"
     saved = torch.load(classifier / "model_final.pth", weights_only=True)["model"]
     options = {"stem_out_channels": 16, "res2_out_channels": 16}

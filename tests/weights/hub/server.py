@@ -97,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._write(path, parts, body)
         elif parts[:2] == ["api", "models"]:
             self._describe("/".join(parts[2:4]), parts[4:])
+        elif len(parts) < 4:
+            self._send(404, {})
         else:
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
@@ -132,12 +134,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, content: dict) -> None:
         repository = f"{content['organization']}/{content['name']}"
+        url = f"{self.hub.address}/{repository}"
         if repository in self.hub.commits:
-            return self._send(409, {"error": "You already created this model repo"})
+            return self._send(409, {"error": "You already created this model repo", "url": url})
         self.hub.create(repository)
         if content.get("visibility") == "private":
             self.hub.private.add(repository)
-        return self._send(200, {"url": f"{self.hub.address}/{repository}"})
+        return self._send(200, {"url": url})
 
     def _commit(self, repository: str, lines: list[dict]) -> None:
         files = {}
