@@ -218,6 +218,19 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that specify a classifier or backbone."""
+    add = parser.add_argument
+    add("--model", default="", help="a name in senet_transfer.list_models()")
+    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
+    add("--family", default="", help="weight family, if the tensor names match several families")
+    add(
+        "--config-file",
+        default="",
+        help="config file, instead of --model; default: the config.yaml next to the weights",
+    )
+
+
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments shared by commands that run a model on images, and the config options."""
     add = parser.add_argument

@@ -12,7 +12,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from senet_transfer.cli.arguments import EVAL_MODES, Parser, add_running_arguments, run_command
+from senet_transfer.cli.arguments import (
+    EVAL_MODES,
+    Parser,
+    add_model_arguments,
+    add_running_arguments,
+    run_command,
+)
 
 _PLACES365 = """\
 Evaluate a classifier on the Places365 validation set, and compare it with Table VI of the paper.
@@ -28,15 +34,8 @@ val_256.tar next to the lists.
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=description)
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", default="", help="a name in senet_transfer.list_models()")
-    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
-    add("--family", default="", help="weight family, if the tensor names match several families")
-    add(
-        "--config-file",
-        default="",
-        help="config file, instead of --model; default: the config.yaml next to the weights",
-    )
     add(
         "--data", default="", help="shards, a folder, a CSV file or an archive; default: the "
         "config's DATASETS.TEST",

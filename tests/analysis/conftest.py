@@ -1,5 +1,7 @@
-"""Fixtures with small folders of images."""
+"""Fixtures: small folders of images, and a browser."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +29,19 @@ def tree(tmp_path_factory) -> Path:
             pixels[..., label] += 100
             Image.fromarray(pixels).save(root / name / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return a headless Chromium, which must be installed on the machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("this machine has no Chromium (Debian: apt-get install chromium)")
+    # Chromium cannot use its sandbox when it runs as root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=program, args=arguments)
+        yield browser
+        browser.close()

@@ -10,20 +10,18 @@ averaged over all positions. Any data can be read that training can read.
 
 import argparse
 
-from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
+from senet_transfer.cli.arguments import (
+    Parser,
+    add_model_arguments,
+    add_running_arguments,
+    run_command,
+)
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that specify a backbone and the order of the labels."""
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", default="", help="a name in senet_transfer.list_models()")
-    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
-    add("--family", default="", help="weight family, if the tensor names match several families")
-    add(
-        "--config-file",
-        default="",
-        help="config file, instead of --model; default: the config.yaml next to the weights",
-    )
     add(
         "--classes",
         default="",

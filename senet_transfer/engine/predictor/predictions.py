@@ -4,6 +4,7 @@ import base64
 import functools
 import html
 import io
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +80,14 @@ class Classes:
         return found
 
 
-class _Shown:
+class _Shown(ABC):
     """Display of a result in a notebook: the drawing above the text."""
 
     photo: Photo
 
+    @abstractmethod
     def plot(self) -> Image.Image:
         """Return the image with the results drawn on it."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         stored = io.BytesIO()

@@ -104,20 +104,6 @@ def test_missing_data_is_an_error_that_names_the_arguments():
         data_config("nowhere")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("this machine has no Chromium (Debian: apt-get install chromium)")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with playwright.sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=program, args=arguments)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_on_a_screen_and_a_phone(browser, detection_page, width):
