@@ -30,13 +30,18 @@ LAYOUTS = {
 }
 # Tiles of float32 have half the size, as in `launch._TILE`.
 HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
-GATES = {"ACT": "sigmoid", "BIAS": True}
+GATES = {"GATE": True, "BIAS": True, "ACT": "sigmoid", "BR": 64}
+NO_GATES = {"GATE": False, "BIAS": False, "ACT": "", "BR": 1}
 
 # Name of a kernel, names of absent arguments, and constants.
 TILED = [
-    ("moments", "shortcut gate sum", {"SUM": False, "GATE": False, "MEAN": True, "SQUARE": True}),
-    ("moments", "", {"SUM": True, "GATE": True, "MEAN": True, "SQUARE": True}),
-    ("apply", "", {"NORM": True, "GATE": True, "ADD": True, "RELU": True}),
+    (
+        "moments",
+        "shortcut sum hidden w2 b2 gate",
+        {"SUM": False, "MEAN": True, "SQUARE": True, **NO_GATES},
+    ),
+    ("moments", "", {"SUM": True, "MEAN": True, "SQUARE": True, **GATES}),
+    ("apply", "", {"NORM": True, "ADD": True, "RELU": True, **GATES}),
     ("gradient_sums", "", {"NORM": True, "RELU": True, "KEEP": True}),
     (
         "input_gradient",
@@ -59,9 +64,8 @@ TILED = [
 ONES = {"C": 1, "P": 1, "S": 1, "CHUNK": 1, "COUNT": 1, "ROWS": 1, "N": 1, "R": 1}
 NO_GATE = "dsum dhidden hidden pooled dw1 db1 dw2 db2"
 OTHERS = [
-    ("merge", "", {"RUNNING": True, "BR": 64, "BC": 16}, 4),
-    ("hidden_units", "", {"NORM": True, "BIAS": True, "BS": 4, "BR": 16, "BC": 512}, 8),
-    ("gate_values", "", {**GATES, "BR": 128, "BC": 64}, 8),
+    ("merge", "", {"RUNNING": True, "BR": 256, "BC": 16}, 8),
+    ("hidden_units", "", {"NORM": True, "BIAS": True, "BS": 16, "BR": 16, "BC": 512}, 8),
     *[
         (
             "gate_backward",
@@ -84,10 +88,10 @@ OTHERS = [
         "parameter_gradients",
         NO_GATE,
         {
-            "SUMS": True, "SCALED": False, "NORM": False, "GATE": False, "BIAS": False, "BN": 64,
+            "SUMS": True, "SCALED": False, "NORM": False, "GATE": False, "BIAS": False, "BN": 256,
             "BR": 16, "BC": 16,
         },
-        4,
+        8,
     ),
 ]  # fmt: skip
 

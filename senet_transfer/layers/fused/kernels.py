@@ -56,15 +56,50 @@ def _invstd(var_ptr, eps, c, inside, ACC: tl.constexpr):
 
 
 @triton.jit
+def _activate(value, ACT: tl.constexpr):
+    if ACT == "sigmoid":
+        value = tl.sigmoid(value)
+    elif ACT == "tanh":
+        value = 2 * tl.sigmoid(2 * value) - 1
+    else:
+        value = tl.where(value < 0, 0, value)  # Unlike a maximum, keeps NaN.
+    return value
+
+
+@triton.jit
+def _excite(
+    hidden_ptr, w2_ptr, b2_ptr, gate_ptr, image, store, c, inside, C, R,
+    BIAS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Return the gates ``excitation(fc2(hidden))`` of an image, and write them if ``store``."""
+    summed = tl.zeros((BC, BR), ACC)
+    for first in range(0, R, BR):
+        r = first + tl.arange(0, BR)
+        hidden = _row(hidden_ptr, image, R, r, r < R, ACC)
+        mask = inside[:, None] & (r < R)[None, :]
+        w2 = tl.load(w2_ptr + c[:, None] * R + r[None, :], mask=mask, other=0).to(ACC)
+        summed += w2 * hidden[None, :]
+    gate = tl.sum(summed, 1)
+    if BIAS:
+        gate += _vector(b2_ptr, c, inside, ACC)
+    gate = _activate(gate, ACT)
+    tl.store(gate_ptr + image.to(tl.int64) * C + c, gate, mask=inside & store)
+    return gate
+
+
+@triton.jit
 def moments(
-    x_ptr, shortcut_ptr, gate_ptr, sum_ptr, mean_ptr, square_ptr, C, P, S, CHUNK,
-    SUM: tl.constexpr, GATE: tl.constexpr, MEAN: tl.constexpr, SQUARE: tl.constexpr,
-    LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x_ptr, shortcut_ptr, sum_ptr, mean_ptr, square_ptr, hidden_ptr, w2_ptr, b2_ptr, gate_ptr, R,
+    C, P, S, CHUNK,
+    SUM: tl.constexpr, MEAN: tl.constexpr, SQUARE: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Compute the mean, and the sum of squared deviations from it, of each chunk and channel.
 
     With ``SUM``, they are those of ``x + shortcut`` or ``gate * x + shortcut``, which is written to
-    ``sum_ptr``. Each lane uses Welford's algorithm; the lanes are merged at the end.
+    ``sum_ptr``; the gates are written to ``gate_ptr``. Each lane uses Welford's algorithm; the
+    lanes are merged at the end.
     """
     row, c, inside = _locate(C, BC)
     image = row // S
@@ -74,7 +109,10 @@ def moments(
     mean = tl.zeros((BP, BC), ACC)
     square = tl.zeros((BP, BC), ACC)
     if GATE:
-        gate = _row(gate_ptr, image, C, c, inside, ACC)
+        gate = _excite(
+            hidden_ptr, w2_ptr, b2_ptr, gate_ptr, image, start == 0, c, inside, C, R,
+            BIAS, ACT, ACC, BC, BR,
+        )  # fmt: skip
     for first in range(start, stop, BP):
         offsets, mask = _tile(first, stop, c, inside, C, P, LAST, BP)
         value = tl.load(x_ptr + base + offsets, mask=mask, other=0).to(ACC)
@@ -175,17 +213,6 @@ def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr
 
 
 @triton.jit
-def _activate(value, ACT: tl.constexpr):
-    if ACT == "sigmoid":
-        value = tl.sigmoid(value)
-    elif ACT == "tanh":
-        value = 2 * tl.sigmoid(2 * value) - 1
-    else:
-        value = tl.where(value < 0, 0, value)  # Unlike a maximum, keeps NaN.
-    return value
-
-
-@triton.jit
 def _slope(gate, ACT: tl.constexpr):
     """Return the derivative of the gate's activation from its value."""
     if ACT == "sigmoid":
@@ -231,32 +258,17 @@ def hidden_units(
 
 
 @triton.jit
-def gate_values(
-    hidden_ptr, w2_ptr, b2_ptr, gate_ptr, C, R,
-    BIAS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Compute ``excitation(fc2(hidden))`` for image i and block j of channels."""
-    n = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = c < C
-    r = tl.arange(0, BR)
-    hidden = _row(hidden_ptr, n, R, r, r < R, ACC)
-    mask = inside[:, None] & (r < R)[None, :]
-    w2 = tl.load(w2_ptr + c[:, None] * R + r[None, :], mask=mask, other=0).to(ACC)
-    gate = tl.sum(w2 * hidden[None, :], 1)
-    if BIAS:
-        gate += _vector(b2_ptr, c, inside, ACC)
-    tl.store(gate_ptr + n.to(tl.int64) * C + c, _activate(gate, ACT), mask=inside)
-
-
-@triton.jit
 def apply(
-    x_ptr, shortcut_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, gate_ptr,
-    C, P, S, CHUNK,
-    NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x_ptr, shortcut_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, hidden_ptr, w2_ptr,
+    b2_ptr, gate_ptr, R, C, P, S, CHUNK,
+    NORM: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``relu(gate * norm(x) + shortcut)``, of which each part is optional."""
+    """Compute ``relu(gate * norm(x) + shortcut)``, of which each part is optional.
+
+    The gates are also written to ``gate_ptr``.
+    """
     row, c, inside = _locate(C, BC)
     image = row // S
     base = image.to(tl.int64) * C * P
@@ -267,7 +279,10 @@ def apply(
         scale = _invstd(var_ptr, eps, c, inside, ACC) * _vector(weight_ptr, c, inside, ACC)
         shift = _vector(bias_ptr, c, inside, ACC)
     if GATE:
-        gate = _row(gate_ptr, image, C, c, inside, ACC)
+        gate = _excite(
+            hidden_ptr, w2_ptr, b2_ptr, gate_ptr, image, start == 0, c, inside, C, R,
+            BIAS, ACT, ACC, BC, BR,
+        )  # fmt: skip
     for first in range(start, stop, BP):
         offsets, mask = _tile(first, stop, c, inside, C, P, LAST, BP)
         value = tl.load(x_ptr + base + offsets, mask=mask, other=0).to(ACC)

@@ -1,7 +1,7 @@
 """Launches of the fused kernels, and the forward and backward passes that consist of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,17 +20,34 @@ Maybe: TypeAlias = Tensor | None
 _Results: TypeAlias = tuple[Maybe, ...]
 
 
+# What Triton compiles into a kernel about an integer.
+_Kind: TypeAlias = tuple[bool, bool, bool]
+
+
 class _Plan(NamedTuple):
-    """Division of a feature map into tiles and chunks; see :mod:`.kernels`."""
+    """Division of a feature map into tiles and chunks; see :mod:`.kernels`.
+
+    Attributes:
+        programs: Number of programs of the large kernels.
+        rows: Number of chunks of all images.
+        sizes: Channels, positions, chunks per image and positions per chunk.
+        tile: Compile-time arguments of the large kernels.
+        kinds: Kinds of all sizes.
+    """
 
     programs: int
     rows: int
     sizes: tuple[int, int, int, int]
     tile: dict[str, Any]
+    kinds: tuple[_Kind, ...]
 
 
 def _power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def _kind(n: int) -> _Kind:
+    return n == 1, n % 16 == 0, n < 2**31
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,24 +66,40 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
     chunk = -(-chunk // length) * length
     splits = -(-positions // chunk)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
+    sizes = channels, positions, splits, chunk
     return _Plan(
         programs=n * splits * blocks,
         rows=n * splits,
-        sizes=(channels, positions, splits, chunk),
+        sizes=sizes,
         tile={"LAST": last, "ACC": acc, "BP": length, "BC": width, "num_warps": 4},
+        kinds=tuple(map(_kind, (*sizes, n, n * splits, n * positions))),
     )
 
 
-def _on_its_device(function: Callable[..., _Results]) -> Callable[..., _Results]:
-    """Make the GPU of the arguments the current one, to which Triton launches kernels."""
+def _aligned(value: Any) -> Any:
+    """Return a tensor whose address is a multiple of 16 bytes, and any other value unchanged."""
+    if isinstance(value, Tensor) and value.data_ptr() % 16:
+        return value.clone()
+    return value
+
+
+def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
+    """Make the GPU of the arguments the current one, to which Triton launches kernels.
+
+    Tensors that are not aligned are copied. The function's first argument becomes the key of its
+    launches: its name and the dtypes of its tensors.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> _Results:
         device = next(value.device for value in arguments if isinstance(value, Tensor))
+        arguments = tuple(map(_aligned, arguments))
+        dtypes = [value.dtype if isinstance(value, Tensor) else None for value in arguments]
+        key = (function.__name__, device.index, *dtypes)
         if device.type == "cpu" or device.index == torch.cuda.current_device():
-            return function(*arguments)
+            return function(key, *arguments)
         with torch.cuda.device(device):
-            return function(*arguments)
+            return function(key, *arguments)
 
     return call
 
@@ -101,12 +134,88 @@ def _make_gate(w1: Maybe, b1: Maybe, w2: Maybe, b2: Maybe) -> _Gate | None:
     return _Gate(w1.contiguous(), b1, w2.contiguous(), b2)
 
 
+_Key: TypeAlias = tuple[Any, ...]
+
+# Compiled kernels and the values of their compile-time arguments; see `_launch`.
+_COMPILED: dict[_Key, tuple[Any, list[Any]]] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], key: _Key, arguments: Sequence[Any], flags: dict[str, Any]
+) -> None:
+    """Launch a kernel, and keep what Triton has compiled for later launches.
+
+    Triton inspects all arguments of each launch, which takes the host longer than most kernels take
+    the GPU.
+
+    Args:
+        kernel: The kernel.
+        grid: Number of programs in each dimension.
+        key: Everything that Triton's result depends on, except for the kernel and the flags: the
+            device, the dtypes of the tensors, which must be aligned, and the kinds of the integers.
+        arguments: Tensors, numbers and None, in the order of the kernel's parameters.
+        flags: Compile-time arguments of the kernel, and options of Triton.
+    """
+    key = (id(kernel), key, *flags, *flags.values())
+    found = _COMPILED.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **flags)
+        if compiled is not None:  # It is None in the interpreter.
+            constants = [flags[name] for name in kernel.arg_names[len(arguments) :]]
+            _COMPILED[key] = compiled, constants
+    else:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)](*arguments, *constants)
+
+
+class _Gates(NamedTuple):
+    """Second layer of a gate, which is computed by the kernels that scale a feature map.
+
+    Attributes:
+        hidden: Hidden units of all images; None for no gates.
+        w2: Weights ``(C, R)``.
+        b2: Biases ``(C,)``, or None.
+        value: The gates ``(N, C)``, which the kernel writes.
+        activation: The activation.
+    """
+
+    hidden: Maybe = None
+    w2: Maybe = None
+    b2: Maybe = None
+    value: Maybe = None
+    activation: str = ""
+
+    @property
+    def units(self) -> int:
+        """The number of hidden units."""
+        return 0 if self.w2 is None else self.w2.shape[1]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of a kernel."""
+        return self.hidden, self.w2, self.b2, self.value, self.units
+
+    def flags(self, launch: "_Launcher") -> dict[str, Any]:
+        """Return the compile-time arguments and the key of a launch."""
+        return {
+            "GATE": self.value is not None,
+            "BIAS": self.b2 is not None,
+            "ACT": self.activation,
+            "BR": min(4096 // launch.plan.tile["BC"], _power_of_2(self.units)),
+            "key": _kind(self.units),
+        }
+
+
+_NO_GATES = _Gates()
+
+
 class _Launcher:
     """Launches of the kernels on feature maps of one shape, layout and device."""
 
-    def __init__(self, like: Tensor, last: bool | None = None):
+    def __init__(self, key: _Key, like: Tensor, last: bool | None = None):
         """
         Args:
+            key: The key of the function that launches.
             like: A feature map.
             last: Whether the layout is channels-last; None takes that of ``like``.
         """
@@ -117,11 +226,10 @@ class _Launcher:
         self.n, self.c, height, width = like.shape
         self.count = self.n * height * width
         self.plan = _plan(self.n, self.c, height * width, self.last, like.dtype)
+        self.key = (*key, like.dtype, *self.plan.kinds)
         self.acc = self.plan.tile["ACC"]
-        self.options = {
-            "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32,
-            "device": like.device,
-        }
+        self.device = like.device
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def dense(self, x: Tensor) -> Tensor:
         """Return ``x`` in this layout, without a copy if it is already."""
@@ -130,50 +238,65 @@ class _Launcher:
 
     def new(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor for sums or values per image."""
-        return torch.empty(shape, **self.options)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
         """Return an uninitialised tensor for the sums of all chunks."""
         return self.new(self.plan.rows, self.c)
 
-    def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
+    def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:
         """Launch a kernel that processes the tiles of a feature map."""
-        kernel[(self.plan.programs,)](*arguments, *self.plan.sizes, **flags, **self.plan.tile)
+        arguments = (*arguments, *self.plan.sizes)
+        key = (*self.key, *key)
+        _launch(kernel, (self.plan.programs,), key, arguments, flags | self.plan.tile)
+
+    def run_grid(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        key: _Key | _Kind = (),
+        **flags: Any,
+    ) -> None:
+        """Launch a kernel that processes sums, or values per image and channel."""
+        _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
         """Return the means and the sums of squared deviations of all chunks."""
         means, squares = self.rows(), self.rows() if square else None
         self.run(
-            self.kernels.moments, x, None, None, None, means, squares,
-            SUM=False, GATE=False, MEAN=True, SQUARE=square,
+            self.kernels.moments, x, None, None, means, squares, *_NO_GATES.arguments,
+            SUM=False, MEAN=True, SQUARE=square, **_NO_GATES.flags(self),
         )  # fmt: skip
         return means, squares
 
     def add(
-        self, x: Tensor, shortcut: Tensor, value: Maybe, *, moments: bool
+        self, x: Tensor, shortcut: Tensor, gates: "_Gates", *, moments: bool
     ) -> tuple[Tensor, Maybe, Maybe]:
         """Return the sum of feature map and shortcut, and the moments of its chunks.
 
         Args:
             x: The feature map.
             shortcut: The shortcut.
-            value: The gates of the feature map; None for no gates.
+            gates: The gates of the feature map.
             moments: Whether to compute the moments.
         """
         added = torch.empty_like(x)
         means, squares = (self.rows(), self.rows()) if moments else (None, None)
         self.run(
-            self.kernels.moments, x, shortcut, value, added, means, squares,
-            SUM=True, GATE=value is not None, MEAN=moments, SQUARE=moments,
+            self.kernels.moments, x, shortcut, added, means, squares, *gates.arguments,
+            SUM=True, MEAN=moments, SQUARE=moments, **gates.flags(self),
         )  # fmt: skip
         return added, means, squares
 
-    def apply(self, x: Tensor, norm: _Norm, value: Maybe, shortcut: Maybe, *, relu: bool) -> Tensor:
-        """Return ``relu(value * norm(x) + shortcut)``."""
+    def apply(
+        self, x: Tensor, norm: _Norm, gates: "_Gates", shortcut: Maybe, *, relu: bool
+    ) -> Tensor:
+        """Return ``relu(gate * norm(x) + shortcut)``."""
         out = torch.empty_like(x)
         self.run(
-            self.kernels.apply, x, shortcut, out, *norm, value,
-            NORM=norm.mean is not None, GATE=value is not None, ADD=shortcut is not None, RELU=relu,
+            self.kernels.apply, x, shortcut, out, *norm, *gates.arguments,
+            NORM=norm.mean is not None, ADD=shortcut is not None, RELU=relu, **gates.flags(self),
         )  # fmt: skip
         return out
 
@@ -198,15 +321,23 @@ class _Launcher:
         )  # fmt: skip
         return total, aligned
 
+    def _row_tile(self) -> dict[str, int]:
+        """Return the rows of a tile of 16 channels of the sums of all chunks, and its warps."""
+        rows = min(256, max(16, _power_of_2(self.plan.rows)))
+        return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
+
     def merge(
         self, means: Tensor, squares: Maybe, running: "Running | None"
     ) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the batch, and update the running statistics if given."""
         mean, var = self.new(self.c), self.new(self.c)
         channels, positions, splits, chunk = self.plan.sizes
-        self.kernels.merge[(-(-self.c // 16),)](
+        tensors = running[:3] if running else ()
+        self.run_grid(
+            self.kernels.merge, (-(-self.c // 16),),
             means, squares, mean, var, *(running or (None, None, None, 0.0)), channels, positions,
-            splits, self.plan.rows, chunk, RUNNING=running is not None, ACC=self.acc, BR=64, BC=16,
+            splits, self.plan.rows, chunk, RUNNING=running is not None, BC=16, **self._row_tile(),
+            key=tuple((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors),
         )  # fmt: skip
         return mean, var
 
@@ -221,31 +352,20 @@ class _Launcher:
         units = len(gate.w1)
         pooled, hidden = self.new(self.n, self.c), self.new(self.n, units)
         channels, positions, splits, chunk = self.plan.sizes
-        height = min(16, _power_of_2(units))
-        self.kernels.hidden_units[(self.n, -(-units // height))](
+        height, rows = min(16, _power_of_2(units)), min(128, _power_of_2(splits))
+        self.run_grid(
+            self.kernels.hidden_units, (self.n, -(-units // height)),
             means, *norm, gate.w1, gate.b1, pooled, hidden, channels, units, positions, splits,
-            chunk, NORM=norm.mean is not None, BIAS=gate.b1 is not None, ACC=self.acc,
-            BS=min(16, _power_of_2(splits)), BR=height, BC=min(512, _power_of_2(self.c)),
-            num_warps=8,
+            chunk, NORM=norm.mean is not None, BIAS=gate.b1 is not None,
+            BS=rows, BR=height, BC=min(512, 8192 // rows, _power_of_2(self.c)),
+            num_warps=8, key=_kind(units),
         )  # fmt: skip
         return pooled, hidden
-
-    def gates(self, hidden: Tensor, gate: _Gate, excitation: str) -> Tensor:
-        """Return the gates of all images from their hidden units."""
-        height = _power_of_2(hidden.shape[1])
-        width = min(64, max(16, _GATE_TILE // height), _power_of_2(self.c))
-        value = self.new(self.n, self.c)
-        self.kernels.gate_values[(self.n, -(-self.c // width))](
-            hidden, gate.w2, gate.b2, value, self.c, hidden.shape[1], BIAS=gate.b2 is not None,
-            ACT=excitation, ACC=self.acc, BR=height, BC=width, num_warps=8,
-        )  # fmt: skip
-        return value
 
     def _gate_tile(self, units: int) -> dict[str, Any]:
         height = _power_of_2(units)
         width = min(max(16, _GATE_TILE // height), _power_of_2(self.c))
         return {
-            "ACC": self.acc,
             "BS": min(64, _power_of_2(self.plan.sizes[2])),
             "BR": height,
             "BC": width,
@@ -271,7 +391,7 @@ class _Launcher:
                 is a norm.
             norm: The norm before the gate.
             gate: The gate.
-            saved: The results of :meth:`hidden_units` and :meth:`gates`.
+            saved: Pooled features, hidden units and gates of all images.
             excitation: The gate's activation.
             sums: Whether the gradients of the norm's parameters are needed.
 
@@ -283,28 +403,32 @@ class _Launcher:
         units, has_norm = len(gate.w1), norm.mean is not None
         dsum, dpooled, dhidden = (self.new(self.n, size) for size in (self.c, self.c, units))
         totals = [self.new(self.n, self.c) if sums else None for _ in range(2)]
-        self.kernels.gate_backward[(self.n,)](
+        self.run_grid(
+            self.kernels.gate_backward, (self.n,),
             total, aligned, pooled, *norm, gate.w1, gate.w2, hidden, value, dsum, dhidden, dpooled,
             *totals, self.c, units, self.plan.sizes[2], NORM=has_norm, SUMS=sums, ACT=excitation,
-            **self._gate_tile(units),
+            **self._gate_tile(units), key=_kind(units),
         )  # fmt: skip
         affine = [self.new(self.c) if sums else None for _ in range(2)]
         found = [None if p is None else torch.empty_like(p) for p in gate]
         height = min(32, max(16, _power_of_2(units)))
-        self.kernels.parameter_gradients[(-(-self.c // 32), -(-units // height))](
+        self.run_grid(
+            self.kernels.parameter_gradients, (-(-self.c // 32), -(-units // height)),
             *totals, *norm, *affine, dsum, dhidden, hidden, pooled, *found, self.c, units, self.n,
             self.n, SUMS=sums, SCALED=True, NORM=has_norm, GATE=True, BIAS=gate.b1 is not None,
-            ACC=self.acc, BN=16, BR=height, BC=32,
+            BN=16, BR=height, BC=32, key=_kind(units),
         )  # fmt: skip
         return dpooled, (*affine, *found)
 
     def norm_gradients(self, total: Maybe, aligned: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         """Return the gradients of a norm's weight and bias."""
         affine = self.new(self.c), self.new(self.c)
-        self.kernels.parameter_gradients[(-(-self.c // 16), 1)](
+        tile = self._row_tile()
+        self.run_grid(
+            self.kernels.parameter_gradients, (-(-self.c // 16), 1),
             total, aligned, *norm, *affine, *(None,) * 8, self.c, 0, 0, self.plan.rows,
-            SUMS=True, SCALED=False, NORM=False, GATE=False, BIAS=False,
-            ACC=self.acc, BN=64, BR=16, BC=16,
+            SUMS=True, SCALED=False, NORM=False, GATE=False, BIAS=False, BN=tile["BR"], BR=16,
+            BC=16, num_warps=tile["num_warps"],
         )  # fmt: skip
         return affine
 
@@ -362,8 +486,9 @@ _NO_AFFINE = (None, None)
 # The implementations. Results that do not exist are None.
 
 
-@_on_its_device
+@_prepared
 def end_forward(
+    key: _Key,
     x: Tensor,
     shortcut: Maybe,
     squeezed: Maybe,
@@ -385,10 +510,11 @@ def end_forward(
 
     ``squeezed`` is the feature map that the gate reads; None is the norm's output.
     """
-    launch, gate = _Launcher(x), _make_gate(w1, b1, w2, b2)
+    launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
     found: tuple[Maybe, ...] = (None, None)
     saved: tuple[Maybe, ...] = (None, None, None)
+    gates = _NO_GATES
     if batch or (gate is not None and squeezed is None):
         means, squares = launch.moments(x, square=batch)
         if batch:
@@ -396,19 +522,21 @@ def end_forward(
     norm = _Norm(mean, var, weight, bias, eps)
     if gate is not None:
         if squeezed is not None:
-            source = _Launcher(squeezed)
+            source = _Launcher(key, squeezed)
             means, _ = source.moments(source.dense(squeezed), square=False)
             pooled, hidden = source.hidden_units(means, _NO_NORM, gate)
         else:
             pooled, hidden = launch.hidden_units(means, norm, gate)
-        saved = pooled, hidden, launch.gates(hidden, gate, excitation)
+        saved = pooled, hidden, launch.new(launch.n, launch.c)
+        gates = _Gates(hidden, gate.w2, gate.b2, saved[2], excitation)
     shortcut = None if shortcut is None else launch.dense(shortcut)
-    out = launch.apply(x, norm, saved[2], shortcut, relu=relu)
+    out = launch.apply(x, norm, gates, shortcut, relu=relu)
     return out, *found, *saved
 
 
-@_on_its_device
+@_prepared
 def end_backward(
+    key: _Key,
     dout: Tensor,
     out: Maybe,
     x: Maybe,
@@ -434,7 +562,7 @@ def end_backward(
 
     That of the shortcut is None if it is ``dout``.
     """
-    launch, gate = _Launcher(dout, last), _make_gate(w1, b1, w2, b2)
+    launch, gate = _Launcher(key, dout, last), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
     masked = torch.empty_like(gradient) if add and out is not None else None
     if not sums and gate is None:
@@ -459,8 +587,9 @@ def end_backward(
     return dx, masked, *found
 
 
-@_on_its_device
+@_prepared
 def conv_forward(
+    key: _Key,
     inputs: Tensor,
     kernel: Tensor,
     shortcut: Tensor,
@@ -483,8 +612,9 @@ def conv_forward(
     return found[0], *found[3:]
 
 
-@_on_its_device
+@_prepared
 def conv_backward(
+    key: _Key,
     dout: Tensor,
     out: Maybe,
     inputs: Tensor,
@@ -523,8 +653,9 @@ def _convolve(inputs: Tensor, kernel: Tensor) -> Tensor:
         return F.conv2d(inputs, kernel)
 
 
-@_on_its_device
+@_prepared
 def preact_forward(
+    key: _Key,
     x: Tensor,
     shortcut: Tensor,
     mean: Maybe,
@@ -541,24 +672,27 @@ def preact_forward(
     running: Running | None = None,
 ) -> _Results:
     """Return the sum, its norm and ReLU, and the further results of :func:`end_forward`."""
-    launch, gate = _Launcher(x), _make_gate(w1, b1, w2, b2)
+    launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
     found: tuple[Maybe, ...] = (None, None)
     saved: tuple[Maybe, ...] = (None, None, None)
+    gates = _NO_GATES
     if gate is not None:
         means, _ = launch.moments(x, square=False)
         pooled, hidden = launch.hidden_units(means, _NO_NORM, gate)
-        saved = pooled, hidden, launch.gates(hidden, gate, excitation)
-    added, means, squares = launch.add(x, launch.dense(shortcut), saved[2], moments=batch)
+        saved = pooled, hidden, launch.new(launch.n, launch.c)
+        gates = _Gates(hidden, gate.w2, gate.b2, saved[2], excitation)
+    added, means, squares = launch.add(x, launch.dense(shortcut), gates, moments=batch)
     if batch:
         mean, var = found = launch.merge(means, squares, running)
     norm = _Norm(mean, var, weight, bias, eps)
-    out = launch.apply(added, norm, None, None, relu=True)
+    out = launch.apply(added, norm, _NO_GATES, None, relu=True)
     return added, out, *found, *saved
 
 
-@_on_its_device
+@_prepared
 def preact_backward(
+    key: _Key,
     dadded: Maybe,
     dout: Tensor,
     out: Tensor,
@@ -584,7 +718,7 @@ def preact_backward(
 
     That of x is None if it is the gradient of the shortcut.
     """
-    launch, gate = _Launcher(out), _make_gate(w1, b1, w2, b2)
+    launch, gate = _Launcher(key, out), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
     affine: tuple[Maybe, ...] = _NO_AFFINE
     if sums:
