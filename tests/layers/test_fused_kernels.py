@@ -306,7 +306,7 @@ def test_a_gate_without_biases(norm):
 
 @runs_kernels
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30 if INTERPRETED else 5, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(
         st.integers(1, 4), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)

@@ -7,6 +7,8 @@ chunk, of ``BP`` positions by ``BC`` channels, and writes at most one row of par
 no kernel needs atomics and results do not depend on the order of programs. Row ``n * S + s`` of an
 array of partial sums belongs to chunk ``s`` of image ``n``.
 
+Sizes that affect no address are not specialised, so that fewer kernels have to be compiled.
+
 All arithmetic is in ``ACC``, which is float32, or float64 for float64 inputs. Triton is imported
 only by this module, and this module only by functions that are about to launch a kernel.
 """
@@ -87,7 +89,7 @@ def _excite(
     return gate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def moments(
     x_ptr, shortcut_ptr, sum_ptr, mean_ptr, square_ptr, hidden_ptr, w2_ptr, b2_ptr, gate_ptr, R,
     C, P, S, CHUNK,
@@ -142,7 +144,7 @@ def moments(
             tl.store(square_ptr + out, square, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "ROWS"])
 def merge(
     means_ptr, squares_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
     momentum, C, P, S, ROWS, CHUNK,
@@ -224,7 +226,7 @@ def _slope(gate, ACT: tl.constexpr):
     return slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def hidden_units(
     means_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, w1_ptr, b1_ptr, pooled_ptr,
     hidden_ptr, C, R, P, S, CHUNK,
@@ -257,7 +259,7 @@ def hidden_units(
     tl.store(hidden_ptr + n.to(tl.int64) * R + r, _activate(hidden, "relu"), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def apply(
     x_ptr, shortcut_ptr, out_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, hidden_ptr, w2_ptr,
     b2_ptr, gate_ptr, R, C, P, S, CHUNK,
@@ -297,7 +299,7 @@ def apply(
         tl.store(out_ptr + base + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def gradient_sums(
     dout_ptr, out_ptr, x_ptr, mean_ptr, masked_ptr, total_ptr, aligned_ptr, C, P, S, CHUNK,
     NORM: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
@@ -336,7 +338,7 @@ def gradient_sums(
     tl.store(aligned_ptr + at, tl.sum(aligned, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def gate_backward(
     total_ptr, aligned_ptr, pooled_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
     w1_ptr, w2_ptr, hidden_ptr, gate_ptr, dsum_ptr, dhidden_ptr, dpooled_ptr, total_out_ptr,
@@ -388,7 +390,7 @@ def gate_backward(
             tl.store(aligned_out_ptr + at + c, gate * aligned + dpooled * pooled, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS"])
 def parameter_gradients(
     total_ptr, aligned_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, dweight_ptr, dbias_ptr,
     dsum_ptr, dhidden_ptr, hidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
@@ -456,7 +458,7 @@ def parameter_gradients(
                 tl.store(db2_ptr + c, tl.sum(db2, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "COUNT"])
 def input_gradient(
     dout_ptr, out_ptr, x_ptr, extra_ptr, branch_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
     dweight_ptr, dbias_ptr, gate_ptr, dpooled_ptr, dx_ptr, masked_ptr, dot_ptr,

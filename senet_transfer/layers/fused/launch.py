@@ -32,14 +32,14 @@ class _Plan(NamedTuple):
         rows: Number of chunks of all images.
         sizes: Channels, positions, chunks per image and positions per chunk.
         tile: Compile-time arguments of the large kernels.
-        kinds: Kinds of all sizes.
+        kinds: What the kernels are specialised for.
     """
 
     programs: int
     rows: int
     sizes: tuple[int, int, int, int]
     tile: dict[str, Any]
-    kinds: tuple[_Kind, ...]
+    kinds: tuple[_Kind | bool, ...]
 
 
 def _power_of_2(n: int) -> int:
@@ -72,7 +72,7 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
         rows=n * splits,
         sizes=sizes,
         tile={"LAST": last, "ACC": acc, "BP": length, "BC": width, "num_warps": 4},
-        kinds=tuple(map(_kind, (*sizes, n, n * splits, n * positions))),
+        kinds=(_kind(channels), _kind(positions), _kind(chunk), n * positions < 2**31),
     )
 
 
