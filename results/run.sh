@@ -6,11 +6,13 @@
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
 #   results/run.sh tables             update the tables in the documents
 #
-# PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain or transfer; pretrain must be
-# finished before transfer. Repeat a command to continue. Several parts can run at the same time.
+# PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places or
+# probe. pretrain must be finished before the parts after it. Repeat a command to continue. Several
+# parts can run at the same time.
 #
 # Variables: SEEDS="0 1 2", JOBS=1 (runs at the same time), MINUTES (time limit of the command),
-# PYTHON=python, DETECTRON2_DATASETS=datasets and, in a copy of the repository without .git, GIT_COMMIT.
+# RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and, in a copy
+# of the repository without .git, GIT_COMMIT.
 set -eu
 python=${PYTHON:-python}
 root=${DETECTRON2_DATASETS:-datasets}
@@ -24,7 +26,7 @@ sweep() {
     shift 2
     "$python" tools/run_seeds.py --config-file "$plain" --config-file "$se" \
         --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-1}" ${MINUTES:+--minutes "$MINUTES"} \
-        --output output --results results --quiet "$@"
+        --output output --results "${RECORDS:-results}" --quiet "$@"
 }
 
 # As sweep, on CIFAR-10 recompressed as JPEG; on a GPU with CUDA graphs.
@@ -62,19 +64,20 @@ places) sweep demo_places365_r18 demo_places365_se_r18 "$@" ;;
 bccd) sweep bccd_r18 bccd_se_r18 "$@" ;;
 bccd50) sweep bccd_r50 bccd_se_r50 "$@" ;;
 pretrain) SEEDS=0 sweep cifar10_64px_r18 cifar10_64px_se_r18 "$@" ;;
-transfer)
-    sweep transfer_bccd_r18 transfer_bccd_se_r18 "$@"
-    sweep transfer_demo_places365_r18 transfer_demo_places365_se_r18 "$@"
+transfer_bccd) sweep transfer_bccd_r18 transfer_bccd_se_r18 "$@" ;;
+transfer_places) sweep transfer_demo_places365_r18 transfer_demo_places365_se_r18 "$@" ;;
+probe)
     for network in r18 se_r18; do
-        weights=output/cifar10_64px_$network/seed0/model_final.pth
-        "$python" -m senet_transfer.cli.main probe --weights "$weights" --quiet \
+        "$python" -m senet_transfer.cli.main probe --quiet \
+            --weights "output/cifar10_64px_$network/seed0/model_final.pth" \
             --train "$root/places365/train_standard" --data "$root/places365/val" \
-            --output "output/probe_$network"
+            --output "output/probe_$network" \
+            --record "${RECORDS:-results}/probe_cifar10_64px_$network/seed0.json"
     done
     ;;
 tables) "$python" tools/run_seeds.py --results results --update README.md docs/results.md ;;
 *)
-    sed -n '2,14p' "$0" >&2
+    sed -n '2,16p' "$0" >&2
     exit 2
     ;;
 esac

@@ -160,7 +160,8 @@ def test_the_commands_of_the_script_are_valid(tmp_path):
     printer = tmp_path / "python"
     printer.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done; echo END\n')
     printer.chmod(0o755)
-    parts = ("cifar20", "cifar110", "shapes", "places", "bccd", "bccd50", "pretrain", "transfer")
+    parts = ("cifar20", "cifar110", "shapes", "places", "bccd", "bccd50", "pretrain")
+    parts += ("transfer_bccd", "transfer_places")
     for part in parts:
         done = subprocess.run(
             [ROOT / "results" / "run.sh", part], cwd=ROOT, text=True, capture_output=True,
@@ -168,8 +169,7 @@ def test_the_commands_of_the_script_are_valid(tmp_path):
         )  # fmt: skip
         for text in done.stdout.split("END\n")[:-1]:
             tool, *words = text.splitlines()
-            if tool != "tools/run_seeds.py":
-                continue
+            assert tool == "tools/run_seeds.py"
             args = parser().parse_args(words)
             plain, se = (load_config(config, args.opts) for config in args.config_file)
             assert (bool(plain.MODEL.SE.ENABLED), se.MODEL.SE.ENABLED) == (False, True)

@@ -78,6 +78,43 @@ def write_record(run: Run, folder: str | Path) -> Path:
     return path
 
 
+def write_probe_record(
+    probe: dict[str, Any], path: str | Path, *, weights: str, data: str, seed: int
+) -> None:
+    """Write the record of a linear probe.
+
+    Args:
+        probe: The results of :func:`senet_transfer.engine.little_data.probe.run_probe`.
+        path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
+        weights: The weight file of the backbone.
+        data: The evaluation data, as on the command line.
+        seed: The seed of the held-out images.
+    """
+    path = Path(path)
+    name = probe["model"].removeprefix("se_").replace("resnet", "ResNet-")
+    label = f"{probe['num_classes']} scene classes of Places365"
+    record = {
+        "config": path.parent.name,
+        "options": [],
+        "seed": seed,
+        "network": f"{name}, linear probe",
+        "data": label if data.endswith("places365/val") else data_label(data),
+        "metric": "classification/top1_error",
+        "metrics": {f"classification/{key}": probe[key] for key in ("top1_error", "top5_error")}
+        | {"neighbours/top1_error": probe["neighbours"]["top1_error"]},
+        "training": {
+            "images": probe["train_images"],
+            "minutes": round(sum(probe["seconds"].values()) / 60, 2),
+        },
+        "machine": _machine(torch.cuda.is_available()),
+        "commit": _commit(),
+        "command": f"senet probe --weights {weights}",
+        "weights_sha256": file_sha256(weights),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_results(path, record)
+
+
 def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
     pairs = zip(record["options"][::2], record["options"][1::2], strict=True)
     options = {key: value for key, value in pairs if key not in _SPEED}
@@ -107,11 +144,7 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
             "images_per_step": cfg.SOLVER.IMS_PER_BATCH,
             "minutes": None if folder.seconds is None else round(folder.seconds / 60, 2),
         },
-        "machine": {
-            "device": _device(cfg),
-            "cores": len(os.sched_getaffinity(0)),
-            "torch": torch.__version__,
-        },
+        "machine": _machine(cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()),
         "commit": _commit(),
         "command": " ".join(map(_quoted, command)),
         "weights_sha256": file_sha256(run.output_dir / "model_final.pth"),
@@ -142,11 +175,15 @@ def _network(cfg: CfgNode) -> str:
     return f"Faster R-CNN, {name} FPN{suffix}"
 
 
-def _device(cfg: CfgNode) -> str:
-    if cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return names[0] if names else platform.machine()
+def _machine(on_gpu: bool) -> dict[str, Any]:
+    if on_gpu:
+        device = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text()
+        names = re.findall(r"^model name\s*: (.*)$", text, re.M)
+        device = names[0] if names else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return {"device": device, "cores": cores, "torch": torch.__version__}
 
 
 def _commit() -> str:

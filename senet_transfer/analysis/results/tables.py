@@ -162,6 +162,10 @@ def _network(record: dict[str, Any]) -> str:
     return record["network"] + (", pretrained" if carried else "")
 
 
+def _is_probe(record: dict[str, Any]) -> bool:
+    return "images" in record["training"]
+
+
 def _values(records: Records) -> list[float]:
     return [record["metrics"][record["metric"]] for record in records]
 
@@ -189,7 +193,7 @@ def _signed(value: float) -> str:
 
 def _paper(records: Records) -> str:
     """Return the paper's value for the network, or "-"."""
-    if not records:
+    if not records or _is_probe(records[0]):
         return "-"
     record = records[0]
     cfg = load_config(record["config"], record["options"])
@@ -202,6 +206,8 @@ def _paper(records: Records) -> str:
 
 def _details(record: dict[str, Any]) -> str:
     training = record["training"]
+    if _is_probe(record):
+        return f"{training['images']:,} images, features of {record['config'].partition('_')[2]}"
     link = f"[{record['config']}](../configs/{record['config']}.yaml)"
     return f"{training['steps']:,} steps of {training['images_per_step']} images, {link}"
 
