@@ -92,13 +92,12 @@ def write_probe_record(
     """
     path = Path(path)
     name = probe["model"].removeprefix("se_").replace("resnet", "ResNet-")
-    label = f"{probe['num_classes']} scene classes of Places365"
     record = {
         "config": path.parent.name,
         "options": [],
         "seed": seed,
         "network": f"{name}, linear probe",
-        "data": label if data.endswith("places365/val") else data_label(data),
+        "data": _data(data, probe["images"]),
         "metric": "classification/top1_error",
         "metrics": {f"classification/{key}": probe[key] for key in ("top1_error", "top5_error")}
         | {"neighbours/top1_error": probe["neighbours"]["top1_error"]},
@@ -125,6 +124,11 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
     results = finished(run.output_dir)
     if results is None:
         raise UserError(f"The run in {run.output_dir} is not finished. Finish it first.")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(
+            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single data set. Leave "
+            "out --results."
+        )
     folder = load_run(run.output_dir)
     tested = cfg.DATASETS.TEST[0]
     pairs = zip(run.options[::2], run.options[1::2], strict=True)
@@ -136,7 +140,7 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         "options": options,
         "seed": cfg.SEED,
         "network": _network(cfg),
-        "data": _data(folder, tested),
+        "data": _data(tested, results.get(task, {}).get("images")),
         "metric": f"{task}/{value}",
         "metrics": metrics({k: v for k, v in results.items() if k != "training"}),
         "training": {
@@ -157,9 +161,10 @@ def _quoted(word: str) -> str:
     return quoted if quoted == word or re.search(r'["$`\\]', word) else f'"{word}"'
 
 
-def _data(folder: RunFolder, tested: str) -> str:
-    if tested == "places365/val":
-        return f"{len(folder.cfg.DATASETS.CLASSES)} scene classes of Places365"
+def _data(tested: str, images: float | None) -> str:
+    """Return the name of a data set in the config or on the command line, for readers."""
+    if tested.endswith("places365/val"):
+        return "Places365" if images == 36_500 else f"Places365, {images:,.0f} images"
     return _DATA.get(tested, data_label(tested))
 
 

@@ -133,7 +133,7 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
     rows = []
     for name in names:
         found = [records[name.removeprefix(_TRANSFER)], records[name]]
-        first = found[1][0]
+        first = found[0][0]
         rows.append(
             [
                 f"{first['data']}, {_METRICS.get(first['metric'], first['metric'])}",
