@@ -4,12 +4,20 @@ Each run has a config, options that override it, and a separate folder. The fold
 original config in ``run.json`` and, after training, the results in ``results.json``.
 """
 
+import contextlib
 import json
 import logging
+import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +25,7 @@ from tabulate import tabulate
 
 from senet_transfer.config import config_items, is_classification
 from senet_transfer.config.load import load_config
+from senet_transfer.engine import signals
 from senet_transfer.engine.checkpoints.checkpoint_history import checkpoints
 from senet_transfer.engine.results import metrics
 from senet_transfer.engine.train import RESULTS
@@ -28,7 +37,101 @@ from senet_transfer.utils.text import first_of
 
 _RECORD = "run.json"
 
+# Seconds between two checks of a run's time limit.
+_POLL = 0.5
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        config_file: The config file, as for ``--config-file``.
+        options: Alternating keys and values that override the config.
+        output_dir: The run's folder, which must not be shared with other runs. It overrides
+            ``OUTPUT_DIR``.
+    """
+
+    config_file: str
+    options: tuple[str, ...]
+    output_dir: Path
+
+
+class TimeLimit:
+    """Limit for the time of several runs. SIGTERM and Ctrl-C end it early.
+
+    Attributes:
+        expired: True when the runs must stop.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        """
+        Args:
+            minutes: The limit in minutes, or None for no limit.
+        """
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._signalled = threading.Event()
+
+    @property
+    def expired(self) -> bool:  # noqa: D102 - described in the class
+        return self._signalled.is_set() or time.monotonic() >= self._end
+
+    @contextlib.contextmanager
+    def ended_by_signals(self) -> Iterator[None]:
+        """End the limit on SIGTERM and Ctrl-C. This must be entered in the main thread."""
+        before = {
+            number: signal.signal(number, lambda *_: self._signalled.set())
+            for number in signals.SIGNALS
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_all(
+    runs: Sequence[Run],
+    *,
+    jobs: int = 1,
+    minutes: float | None = None,
+    on_finish: Callable[[Run], object] = lambda _: None,
+    **arguments: Any,
+) -> list[dict[str, Any] | None]:
+    """Train several runs, except those that are already finished.
+
+    Args:
+        runs: The runs, in the order in which they are started.
+        jobs: The number of runs to train at the same time.
+        minutes: A time limit. When it has passed, the current runs save a checkpoint and stop, and
+            no others are started. SIGTERM and Ctrl-C have the same effect.
+        on_finish: Called in this thread with each finished run, including earlier ones.
+        arguments: ``flags`` and ``quiet``, as in :func:`run_once`.
+
+    Returns:
+        The results of each run, or None for a run that is not finished.
+
+    Raises:
+        UserError: If any run failed. The other runs are trained nevertheless.
+    """
+    limit = TimeLimit(minutes)
+    results: list[dict[str, Any] | None] = []
+    failures = []
+    with limit.ended_by_signals(), ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(_train, run, limit=limit, share=jobs, **arguments) for run in runs]
+        for run, future in zip(runs, started, strict=True):
+            try:
+                results.append(future.result())
+            except UserError as error:
+                failures.append(error)
+                continue
+            if results[-1] is not None:
+                on_finish(run)
+    if failures:
+        raise failures[0]
+    return results
 
 
 def run_once(
@@ -60,28 +163,64 @@ def run_once(
         UserError: If the config is invalid, if the folder contains a different run, or if training
             failed.
     """
-    output_dir = Path(output_dir)
-    options = [*options, "OUTPUT_DIR", str(output_dir)]
-    config = {key: repr(value) for key, value in config_items(load_config(config_file, options))}
+    run = Run(config_file, tuple(options), Path(output_dir))
+    found = _train(run, TimeLimit(), flags=flags, quiet=quiet)
+    assert found is not None  # There is no limit.
+    return found
+
+
+def _train(
+    run: Run, limit: TimeLimit, *, flags: Sequence[str] = (), quiet: bool = False, share: int = 1
+) -> dict[str, Any] | None:
+    """Train a run and return its results, or None if the limit expired before it was finished.
+
+    Args:
+        run: The run.
+        limit: When it has expired, the run saves a checkpoint and stops.
+        flags: See :func:`run_once`.
+        quiet: See :func:`run_once`.
+        share: The number of runs that share the CPU cores.
+    """
+    output_dir = run.output_dir
+    options = [*run.options, "OUTPUT_DIR", str(output_dir)]
+    config = {
+        key: repr(value) for key, value in config_items(load_config(run.config_file, options))
+    }
     _check_same(output_dir, config)
     found = finished(output_dir)
     if found is not None:
         logger.info("The run in %s is already finished.", output_dir)
         return found
+    if limit.expired:
+        return None
     # A failed attempt without a checkpoint may still have left files of this run.
     resume = ["--resume"] if checkpoints(output_dir) else ["--overwrite"]
-    command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", config_file]
-    # Use a separate process because Detectron2's loggers and registries are global.
-    status = subprocess.run(
-        [*command, *flags, *resume, *options], stdout=subprocess.DEVNULL if quiet else None
-    ).returncode
+    command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", run.config_file]
+    process = _start([*command, *flags, *resume, *options], quiet=quiet, share=share)
+    stopped = False
+    while (status := process.poll()) is None:
+        if limit.expired and not stopped:
+            process.terminate()
+            stopped = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL)
     found = finished(output_dir)
+    # A process that hasn't started to train doesn't handle SIGTERM.
+    if found is None and stopped and status in (signals.STATUS, -signal.SIGTERM, -signal.SIGINT):
+        return None
     if status or found is None:
         raise UserError(
             f"The run in {output_dir} ended with exit status {status} before it finished. See the "
             f"log in {output_dir / 'log.txt'}. Repeat the command to resume the run."
         )
     return found
+
+
+def _start(command: list[str], *, quiet: bool, share: int) -> subprocess.Popen[bytes]:
+    """Start a process, because Detectron2's loggers and registries are global."""
+    threads = max(len(os.sched_getaffinity(0)) // share, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if share > 1 else None
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, env=environment)
 
 
 def finished(output_dir: str | Path) -> dict[str, Any] | None:
@@ -117,55 +256,58 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
     write_json(record, config)
 
 
-def run_seeds(
-    config_file: str,
-    seeds: Iterable[int],
-    options: Sequence[str],
-    output_dir: str | Path,
-    **arguments: Any,
-) -> dict[int, dict[str, Any]]:
-    """Train with several seeds, one after another, in ``output_dir/seed<N>``.
+def seed_runs(
+    config_file: str, seeds: Iterable[int], options: Sequence[str], output_dir: str | Path
+) -> list[Run]:
+    """Return one run per seed, in ``output_dir/seed<N>``.
 
     Args:
         config_file: The config file.
         seeds: The values for ``SEED``.
         options: Alternating keys and values that override the config.
         output_dir: The parent folder of all runs.
-        arguments: Keyword arguments for :func:`run_once`.
-
-    Returns:
-        The results by seed.
     """
-    results = {}
-    for seed in seeds:
-        folder = Path(output_dir) / f"seed{seed}"
-        results[seed] = run_once(config_file, [*options, "SEED", str(seed)], folder, **arguments)
-    return results
+    return [
+        Run(config_file, (*options, "SEED", str(seed)), Path(output_dir) / f"seed{seed}")
+        for seed in seeds
+    ]
 
 
-def run_folds(
+def run_seeds(
+    config_file: str,
+    seeds: Sequence[int],
+    options: Sequence[str],
+    output_dir: str | Path,
+    **arguments: Any,
+) -> dict[int, dict[str, Any]]:
+    """Train the runs of :func:`seed_runs` one after another, and return the results by seed.
+
+    Keyword arguments are those of :func:`run_once`.
+    """
+    runs = seed_runs(config_file, seeds, options, output_dir)
+    return {
+        seed: run_once(run.config_file, run.options, run.output_dir, **arguments)
+        for seed, run in zip(seeds, runs, strict=True)
+    }
+
+
+def fold_runs(
     config_file: str,
     folds: Mapping[str, Sequence[str]],
     options: Sequence[str],
     output_dir: str | Path,
-    **arguments: Any,
-) -> dict[str, dict[str, Any]]:
-    """Train on each fold, one after another, in ``output_dir/fold<N>``.
+) -> list[Run]:
+    """Return one run per fold, in ``output_dir/fold<N>``.
 
     Args:
         config_file: The config file.
         folds: The config options of each fold, returned by :func:`fold_options`.
         options: Alternating keys and values that override the config.
         output_dir: The parent folder of all runs.
-        arguments: Keyword arguments for :func:`run_once`.
-
-    Returns:
-        The results by name of the fold.
     """
-    return {
-        name: run_once(config_file, [*options, *data], Path(output_dir) / name, **arguments)
-        for name, data in folds.items()
-    }
+    return [
+        Run(config_file, (*options, *data), Path(output_dir) / name) for name, data in folds.items()
+    ]
 
 
 def fold_options(

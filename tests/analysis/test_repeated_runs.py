@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from senet_transfer.analysis.repeated_runs import (
     fold_options,
     mean_and_deviation,
     metrics,
+    run_all,
     run_once,
     run_seeds,
     runs_report,
+    seed_runs,
 )
 from senet_transfer.cli.analysis.sweep import command as sweep
 from senet_transfer.cli.data import prepare
@@ -39,14 +43,20 @@ def options(tmp_path):
     return [*data, "MODEL.BACKBONE.ARCH", "cifar_resnet8", "SOLVER.CHECKPOINT_PERIOD", "1"]
 
 
+@pytest.fixture
+def trains(run_python, monkeypatch):
+    """Train in the warm process of the tests instead of a new one."""
+
+    def start(command, **_):
+        status = run_python(*command[1:]).returncode
+        return SimpleNamespace(poll=lambda: status)
+
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", start)
+
+
 @pytest.mark.long
-def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(
-    options, tmp_path, run_python, monkeypatch
-):
-    monkeypatch.setattr(
-        "senet_transfer.analysis.repeated_runs.subprocess.run",
-        lambda command, **_: run_python(*command[1:]),
-    )
+@pytest.mark.usefixtures("trains")
+def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)
     assert found["classification"]["images"] == 8
@@ -77,10 +87,8 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
 
 
 def test_a_run_that_fails_says_where_its_log_is(options, tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(
-        "senet_transfer.analysis.repeated_runs.subprocess.run", lambda *_, **__: failed
-    )
+    failed = SimpleNamespace(poll=lambda: 2)
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", lambda *_, **__: failed)
     with pytest.raises(UserError, match=r"ended with exit status 2 .*log.txt"):
         run_once(CONFIG, options, tmp_path / "run")
 
@@ -93,7 +101,7 @@ def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
     calls = []
 
     def run(config_file, options, folder, **arguments):
-        calls.append((options[-2:], folder.name, arguments))
+        calls.append((list(options[-2:]), folder.name, arguments))
         return result(6.0 + len(calls))
 
     monkeypatch.setattr("senet_transfer.analysis.repeated_runs.run_once", run)
@@ -113,11 +121,8 @@ def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_classifier_is_trained_on_each_fold(tree, tmp_path, run_python, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "senet_transfer.analysis.repeated_runs.subprocess.run",
-        lambda command, **_: run_python(*command[1:]),
-    )
+@pytest.mark.usefixtures("trains")
+def test_a_classifier_is_trained_on_each_fold(tree, tmp_path, capsys):
     folds, output = tmp_path / "folds", tmp_path / "output"
     prepare("split", [str(tree), "--output", str(folds), "--folds", "2"])
     words = ["--config-file", CONFIG, "--folds", str(folds), "--output", str(output), "--quiet"]
@@ -132,6 +137,31 @@ def test_a_classifier_is_trained_on_each_fold(tree, tmp_path, run_python, monkey
         errors.append(found["top1_error"])
     expected = [*errors, statistics.mean(errors), statistics.stdev(errors)]
     assert rows["classification/top1_error"][:4] == [f"{value:.3f}" for value in expected]
+
+
+WAITS = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_after_the_time_limit_runs_stop_and_no_others_start(options, tmp_path, monkeypatch):
+    started = []
+
+    def start(command, **_):
+        process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        started.append(command)
+        return process
+
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", start)
+    runs = seed_runs(CONFIG, [0, 1, 2], options, tmp_path)
+    assert run_all(runs, jobs=2, minutes=1 / 60) == [None, None, None]
+    assert sorted(words[-1] for words in started) == [
+        str(tmp_path / name) for name in ("seed0", "seed1")
+    ]
 
 
 @pytest.mark.long

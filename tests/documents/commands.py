@@ -16,7 +16,7 @@ DOCUMENTS = {
 }
 PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
             "senet-predict", "senet-eval-places365", "install_detectron2.py", "detect_onnx.py",
-            "ovc", "benchmark_app", "trtexec")  # fmt: skip
+            "ovc", "benchmark_app", "trtexec", "results/run.sh")  # fmt: skip
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
@@ -35,6 +35,10 @@ NOT_RUN = {
     r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
+    r"results/run\.sh .*": "trains for hours; test_records.py checks the configs and options",
+    r"python tools/train_net\.py --config-file configs/(bccd|transfer|cifar10_64px)_\w+\.yaml": (
+        "needs BCCD or CIFAR-10 as JPEG; test_instant.py runs the smoke-test config"
+    ),
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
 

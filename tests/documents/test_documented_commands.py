@@ -112,15 +112,16 @@ def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
     if (script := _script(words)) is None or script[0].startswith("tests/"):
         return
     args = _parse(monkeypatch, script)
-    config = getattr(args, "config_file", "")
-    if config.endswith(".py"):  # test_lazy_config.py loads it.
-        return
-    if config and not config.startswith("output/"):
-        monkeypatch.chdir(ROOT)
-        assert config.startswith("configs/") or words[0] in (*INSTALLED, "senet")
-        load_config(config, getattr(args, "opts", []))
-    else:
-        load_config("", getattr(args, "opts", []))
+    configs = getattr(args, "config_file", "")
+    for config in configs if isinstance(configs, list) else [configs]:
+        if config.endswith(".py"):  # test_lazy_config.py loads it.
+            return
+        if config and not config.startswith("output/"):
+            monkeypatch.chdir(ROOT)
+            assert config.startswith("configs/") or words[0] in (*INSTALLED, "senet")
+            load_config(config, getattr(args, "opts", []))
+        else:
+            load_config("", getattr(args, "opts", []))
 
 
 def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_training_takes(

@@ -6,21 +6,40 @@
     python tools/run_seeds.py --config-file configs/finetune_folder.yaml --folds flowers_folds \\
         --output output/flowers_folds
 
+Compare a network without and with SE, in pieces of 40 minutes, and record the results:
+    python tools/run_seeds.py --config-file configs/cifar10_resnet20.yaml \\
+        --config-file configs/cifar10_se_resnet20.yaml --output output --minutes 40 \\
+        --results results
+
+Write the tables of the recorded results to the documents:
+    python tools/run_seeds.py --results results --update README.md docs/results.md
+
 Each run has a separate folder. After an interruption, repeat the command: finished runs are not
-trained again, and an unfinished run is resumed.
+trained again, and an unfinished run is resumed. The exit status is 75 if runs are unfinished.
 """
 
 import argparse
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import Parser, run_command
+from senet_transfer.errors import UserError
+
+if TYPE_CHECKING:
+    from senet_transfer.analysis.repeated_runs import Run
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--config-file", required=True, help="config file to train with")
+    add(
+        "--config-file",
+        action="append",
+        default=[],
+        help="config file to train with; can be repeated to compare configs",
+    )
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)"
@@ -32,8 +51,31 @@ def parser() -> argparse.ArgumentParser:
         help="train on each fold in this folder, written by senet data split --folds K",
     )
     add("--images", default="", help="image folder of detection data, for --folds")
-    add("--output", required=True, help="parent folder of all runs")
+    add(
+        "--output",
+        default="",
+        help="parent folder of all runs. With several configs, each has a folder in it",
+    )
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
+    add("--jobs", type=int, default=1, help="number of runs to train at the same time (1)")
+    add(
+        "--minutes",
+        type=float,
+        help="after this time, save checkpoints and stop. Repeat the command to continue",
+    )
+    add(
+        "--results",
+        default="",
+        metavar="FOLDER",
+        help="write a small record of each finished run to FOLDER/<config>/seed<N>.json",
+    )
+    add(
+        "--update",
+        nargs="+",
+        default=[],
+        metavar="DOCUMENT",
+        help="write the tables of the records in --results to these documents",
+    )
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -43,25 +85,71 @@ def main(args: argparse.Namespace) -> None:
     """Train the unfinished runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
-    from senet_transfer.analysis.repeated_runs import (
-        fold_options,
-        run_folds,
-        run_seeds,
-        runs_report,
-    )
+    from senet_transfer.analysis.results.tables import update_documents
+    from senet_transfer.engine.signals import STATUS
 
+    _check(args)
     setup_logger(name="senet_transfer").setLevel(logging.INFO)
-    flags = ("--num-gpus", str(args.num_gpus))
-    common = {"flags": flags, "quiet": args.quiet}
+    unfinished = _train(args) if args.config_file else 0
+    if args.update:
+        update_documents(args.results, args.update)
+    if unfinished:
+        print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
+        raise SystemExit(STATUS)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a UserError if the arguments don't fit together."""
+    if not args.config_file and not args.update:
+        raise UserError("There is nothing to do. Give --config-file, or --update with --results.")
+    if args.config_file and not args.output:
+        raise UserError("--output is missing. Give the parent folder of all runs.")
+    if args.update and not args.results:
+        raise UserError("--update needs the folder of the records. Give --results.")
+    if args.folds and (args.results or len(args.config_file) > 1):
+        raise UserError("--folds takes one --config-file, and no --results.")
+    if args.jobs < 1 or (args.minutes is not None and args.minutes <= 0):
+        raise UserError(
+            f"--jobs is {args.jobs} and --minutes is {args.minutes}; expected 1 or more jobs, and "
+            "more than 0 minutes."
+        )
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train, print one table per config, and return the number of unfinished runs."""
+    from senet_transfer.analysis.repeated_runs import run_all, runs_report
+    from senet_transfer.analysis.results.records import write_record
+
+    by_config = {config: _runs(args, config) for config in args.config_file}
+    # All configs are trained with one seed before the next, so that they can be compared early.
+    runs = [run for group in zip(*by_config.values(), strict=True) for run in group]
+    done = run_all(
+        runs,
+        jobs=args.jobs,
+        minutes=args.minutes,
+        on_finish=lambda run: write_record(run, args.results) if args.results else None,
+        flags=("--num-gpus", str(args.num_gpus)),
+        quiet=args.quiet,
+    )
+    results = dict(zip(runs, done, strict=True))
+    for config, group in by_config.items():
+        found = {run.output_dir.name: results[run] for run in group}
+        found = {name: result for name, result in found.items() if result is not None}
+        if found:
+            print(runs_report(config, group[0].options, found))
+    return done.count(None)
+
+
+def _runs(args: argparse.Namespace, config: str) -> "list[Run]":
+    """Return the runs of a config."""
+    from senet_transfer.analysis.repeated_runs import fold_options, fold_runs, seed_runs
+
+    several = len(args.config_file) > 1
+    folder = Path(args.output, Path(config).stem) if several else Path(args.output)
     if args.folds:
-        folds = fold_options(args.config_file, args.folds, args.opts, images=args.images)
-        results = run_folds(args.config_file, folds, args.opts, args.output, **common)
-        options = [*args.opts, *folds["fold0"]]
-    else:
-        seeds = run_seeds(args.config_file, args.seeds, args.opts, args.output, **common)
-        results = {f"seed {seed}": result for seed, result in seeds.items()}
-        options = args.opts
-    print(runs_report(args.config_file, options, results))
+        folds = fold_options(config, args.folds, args.opts, images=args.images)
+        return fold_runs(config, folds, args.opts, folder)
+    return seed_runs(config, args.seeds, args.opts, folder)
 
 
 def command(words: list[str] | None = None) -> None:

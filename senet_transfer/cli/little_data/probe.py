@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="output folder for the classifier and the results")
     add("--neighbours", type=int, default=20, metavar="K", help="number of neighbours (20)")
     add("--seed", type=int, default=0, help="seed for the held-out part of --train (0)")
+    add("--record", default="", metavar="FILE", help="also write a small record, as senet sweep")
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser
@@ -49,6 +50,12 @@ def main(args: argparse.Namespace) -> None:
         workers=args.workers,
         quiet=args.quiet,
     )
+    if args.record:
+        from senet_transfer.analysis.results.records import write_probe_record
+
+        write_probe_record(
+            results, args.record, weights=args.weights, data=args.data, seed=args.seed
+        )
     nearest = results["neighbours"]
     print(f"{results['train_images']} training images, {results['images']} evaluation images")
     print(f"{'':24}  top-1 error  top-5 error")

@@ -229,8 +229,8 @@ def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = Fals
 
     Args:
         entries: List of `[name, annotation file or folder, image folder]` entries. The image folder
-            may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are relative to
-            the working directory.
+            may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are searched in
+            the working directory, then in `$DETECTRON2_DATASETS`.
         outlines: See :func:`register_coco_dataset`.
 
     Returns:
@@ -323,4 +323,6 @@ def _expand(path: str) -> str:
             f"DATASETS.REGISTER contains the path {path}, but the environment variable {unset[0]} "
             "is not set. Set it, or use the full path."
         )
-    return expanded
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    below = os.path.abspath(os.path.join(os.path.expanduser(root), path))
+    return below if not annotations_exist(expanded) and annotations_exist(below) else expanded

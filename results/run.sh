@@ -1,0 +1,83 @@
+#!/bin/sh
+# Run the experiments of docs/results.md, from the root of the repository:
+#
+#   results/run.sh data SOURCE        prepare the data from SOURCE, which contains bccd, cifar10_jpeg
+#                                     (train.tar.xz and test.tar.xz) and mini_places365
+#   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
+#   results/run.sh tables             update the tables in the documents
+#
+# PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places or
+# probe. pretrain must be finished before the parts after it. Repeat a command to continue. Several
+# parts can run at the same time.
+#
+# Variables: SEEDS="0 1 2", JOBS=1 (runs at the same time), MINUTES (time limit of the command),
+# RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and, in a copy
+# of the repository without .git, GIT_COMMIT.
+set -eu
+python=${PYTHON:-python}
+root=${DETECTRON2_DATASETS:-datasets}
+part=$1
+shift
+
+# Train plain and SE: sweep PLAIN SE [KEY VALUE ...]
+sweep() {
+    plain=configs/$1.yaml
+    se=configs/$2.yaml
+    shift 2
+    "$python" tools/run_seeds.py --config-file "$plain" --config-file "$se" \
+        --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-1}" ${MINUTES:+--minutes "$MINUTES"} \
+        --output output --results "${RECORDS:-results}" --quiet "$@"
+}
+
+# As sweep, on CIFAR-10 recompressed as JPEG; on a GPU with CUDA graphs.
+cifar() {
+    plain=$1
+    se=$2
+    shift 2
+    graph=$(command -v nvidia-smi >/dev/null && echo "SOLVER.COMPILE graph" || true)
+    sweep "$plain" "$se" DATASETS.TRAIN "('cifar10_jpeg',)" DATASETS.TEST "('cifar10_jpeg',)" \
+        $graph "$@"
+}
+
+case $part in
+data)
+    source=$(realpath "$1")
+    mkdir -p "$root/cifar10_jpeg"
+    [ -e "$root/bccd" ] || ln -s "$source/bccd" "$root/bccd"
+    "$python" datasets/prepare_shapes.py --output "$root/shapes"
+    "$python" datasets/prepare_cifar.py --source "$source/cifar10_jpeg" --output "$root/cifar10_jpeg"
+    for split in train test; do
+        tar -xJf "$source/cifar10_jpeg/$split.tar.xz" -C "$root/cifar10_jpeg"
+    done
+    for split in val train_standard; do
+        "$python" datasets/prepare_places365.py --source "$source/mini_places365" \
+            --split $split --output "$root/places365/$split"
+    done
+    ;;
+cifar20) cifar cifar10_resnet20 cifar10_se_resnet20 "$@" ;;
+cifar110)
+    cifar cifar10_resnet110 cifar10_se_resnet110 MODEL.CLASSIFIER.CHANNELS_LAST True \
+        SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 SOLVER.CHECKPOINTS_KEPT 2 "$@"
+    ;;
+shapes) sweep demo_faster_rcnn_r18 demo_faster_rcnn_se_r18 "$@" ;;
+places) sweep demo_places365_r18 demo_places365_se_r18 "$@" ;;
+bccd) sweep bccd_r18 bccd_se_r18 "$@" ;;
+bccd50) sweep bccd_r50 bccd_se_r50 "$@" ;;
+pretrain) SEEDS=0 sweep cifar10_64px_r18 cifar10_64px_se_r18 "$@" ;;
+transfer_bccd) sweep transfer_bccd_r18 transfer_bccd_se_r18 "$@" ;;
+transfer_places) sweep transfer_demo_places365_r18 transfer_demo_places365_se_r18 "$@" ;;
+probe)
+    for network in r18 se_r18; do
+        "$python" -m senet_transfer.cli.main probe --quiet \
+            --weights "output/cifar10_64px_$network/seed0/model_final.pth" \
+            --train "$root/places365/train_standard" --data "$root/places365/val" \
+            --output "output/probe_$network" \
+            --record "${RECORDS:-results}/probe_cifar10_64px_$network/seed0.json"
+    done
+    ;;
+tables) "$python" tools/run_seeds.py --results results --update README.md docs/results.md ;;
+*)
+    sed -n '2,16p' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,214 @@
+"""Records of finished runs, which are small enough to be kept in version control.
+
+``<folder>/<config>/seed<N>.json`` contains a run's metrics and how they were measured, and
+``seed<N>.csv`` its training loss and its evaluations.
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+import senet_transfer
+from senet_transfer.analysis.repeated_runs import Run, finished
+from senet_transfer.analysis.report.run_folder import Run as RunFolder
+from senet_transfer.analysis.report.run_folder import data_label, load_run
+from senet_transfer.config import is_classification
+from senet_transfer.config.load import load_config
+from senet_transfer.engine.results import metrics, write_results
+from senet_transfer.errors import UserError
+from senet_transfer.models.build import backbone_name
+from senet_transfer.utils.atomic_io import atomic_path
+from senet_transfer.utils.hashing import file_sha256
+
+# Names of data sets for readers. Others are named as in the config.
+_DATA = {
+    "shapes_val": "rendered shapes",
+    "bccd_test": "BCCD, photographs of blood cells",
+    "cifar10_test": "CIFAR-10",
+    "cifar100_test": "CIFAR-100",
+    "cifar10_jpeg": "CIFAR-10 recompressed as JPEG",
+    "cifar10_jpeg/test": "CIFAR-10 recompressed as JPEG, enlarged to 64 pixels",
+    "coco_2017_val": "COCO minival",
+}
+# Options that change the speed of a run, but not what it computes.
+_SPEED = {"SOLVER.COMPILE", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE"}
+_MOST_ROWS = 32
+
+
+def write_record(run: Run, folder: str | Path) -> Path:
+    """Write the record of a finished run. An existing record of the same run is kept.
+
+    Args:
+        run: The run.
+        folder: The parent folder of all records.
+
+    Returns:
+        The path of the record.
+
+    Raises:
+        UserError: If the folder contains records of this config with other options.
+    """
+    config = Path(run.config_file).stem
+    cfg = load_config(run.config_file, run.options)
+    path = Path(folder) / config / f"seed{cfg.SEED}.json"
+    record = _record(run, config, cfg)
+    for other in sorted(path.parent.glob("seed*.json")):
+        found = json.loads(other.read_text())
+        if _identity(found) != _identity(record):
+            raise UserError(
+                f"{other} is the record of a run with the options {found['options']}; expected "
+                f"{record['options']}. Write the records to a different folder, or delete it."
+            )
+        if other == path and found["weights_sha256"] == record["weights_sha256"]:
+            return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path.with_suffix(".csv")) as partial:
+        Path(partial).write_text(_curve(load_run(run.output_dir), record["metric"]))
+    write_results(path, record)
+    return path
+
+
+def write_probe_record(
+    probe: dict[str, Any], path: str | Path, *, weights: str, data: str, seed: int
+) -> None:
+    """Write the record of a linear probe.
+
+    Args:
+        probe: The results of :func:`senet_transfer.engine.little_data.probe.run_probe`.
+        path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
+        weights: The weight file of the backbone.
+        data: The evaluation data, as on the command line.
+        seed: The seed of the held-out images.
+    """
+    path = Path(path)
+    name = probe["model"].removeprefix("se_").replace("resnet", "ResNet-")
+    record = {
+        "config": path.parent.name,
+        "options": [],
+        "seed": seed,
+        "network": f"{name}, linear probe",
+        "data": _data(data, probe["images"]),
+        "metric": "classification/top1_error",
+        "metrics": {f"classification/{key}": probe[key] for key in ("top1_error", "top5_error")}
+        | {"neighbours/top1_error": probe["neighbours"]["top1_error"]},
+        "training": {
+            "images": probe["train_images"],
+            "minutes": round(sum(probe["seconds"].values()) / 60, 2),
+        },
+        "machine": _machine(torch.cuda.is_available()),
+        "commit": _commit(),
+        "command": f"senet probe --weights {weights}",
+        "weights_sha256": file_sha256(weights),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_results(path, record)
+
+
+def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    pairs = zip(record["options"][::2], record["options"][1::2], strict=True)
+    options = {key: value for key, value in pairs if key not in _SPEED}
+    return record["data"], record["training"]["steps"], sorted(options.items())
+
+
+def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
+    results = finished(run.output_dir)
+    if results is None:
+        raise UserError(f"The run in {run.output_dir} is not finished. Finish it first.")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(
+            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single data set. Leave "
+            "out --results."
+        )
+    folder = load_run(run.output_dir)
+    tested = cfg.DATASETS.TEST[0]
+    pairs = zip(run.options[::2], run.options[1::2], strict=True)
+    options = [word for pair in pairs if pair[0] != "SEED" for word in pair]
+    command = ["senet", "train", "--config-file", config, *options, "SEED", str(cfg.SEED)]
+    task, value = ("classification", "top1_error") if is_classification(cfg) else ("bbox", "AP")
+    return {
+        "config": config,
+        "options": options,
+        "seed": cfg.SEED,
+        "network": _network(cfg),
+        "data": _data(tested, results.get(task, {}).get("images")),
+        "metric": f"{task}/{value}",
+        "metrics": metrics({k: v for k, v in results.items() if k != "training"}),
+        "training": {
+            "steps": results["training"]["iterations"],
+            "images_per_step": cfg.SOLVER.IMS_PER_BATCH,
+            "minutes": None if folder.seconds is None else round(folder.seconds / 60, 2),
+        },
+        "machine": _machine(cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()),
+        "commit": _commit(),
+        "command": " ".join(map(_quoted, command)),
+        "weights_sha256": file_sha256(run.output_dir / "model_final.pth"),
+    }
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell, with double quotes if possible: options contain single ones."""
+    quoted = shlex.quote(word)
+    return quoted if quoted == word or re.search(r'["$`\\]', word) else f'"{word}"'
+
+
+def _data(tested: str, images: float | None) -> str:
+    """Return the name of a data set in the config or on the command line, for readers."""
+    if tested.endswith("places365/val"):
+        return "Places365" if images == 36_500 else f"Places365, {images:,.0f} images"
+    return _DATA.get(tested, data_label(tested))
+
+
+def _network(cfg: CfgNode) -> str:
+    """Return the network's name without "SE", such as "Faster R-CNN, ResNet-18 FPN"."""
+    name = backbone_name(cfg).removeprefix("se_").removeprefix("cifar_")
+    name = re.sub(r"^resnet", "ResNet-", name)
+    if is_classification(cfg):
+        return name
+    narrow = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
+    widths = {16: "a quarter of the width", 32: "half the width"}
+    suffix = f", {widths[narrow]}" if narrow in widths else ""
+    return f"Faster R-CNN, {name} FPN{suffix}"
+
+
+def _machine(on_gpu: bool) -> dict[str, Any]:
+    if on_gpu:
+        device = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text()
+        names = re.findall(r"^model name\s*: (.*)$", text, re.M)
+        device = names[0] if names else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return {"device": device, "cores": cores, "torch": torch.__version__}
+
+
+def _commit() -> str:
+    """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
+    root = Path(senet_transfer.__file__).parents[1]
+    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = done.stdout.strip() if done.returncode == 0 else ""
+    return found or os.environ.get("GIT_COMMIT", "unknown")
+
+
+def _curve(folder: RunFolder, metric: str) -> str:
+    """Return the training loss and a metric as CSV, thinned to a few dozen rows."""
+    rows: dict[int, list[Any]] = {}
+    for column, name in ((1, "total_loss"), (2, metric)):
+        points = folder.curves.get(name, [])
+        step = max(-(-len(points) // _MOST_ROWS), 1)
+        for iteration, value in points[::-1][::step]:  # keep the last one
+            rows.setdefault(iteration, [iteration, "", ""])[column] = f"{value:.5g}"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["iteration", "total_loss", metric], *(rows[key] for key in sorted(rows))])
+    return text.getvalue()

@@ -1,0 +1,230 @@
+"""Tables of recorded results, and the documents that contain them.
+
+A document contains a table between two comments::
+
+    <!-- results: NAME ... -->
+    <!-- end of results -->
+
+NAME is the name of a baseline config, such as ``cifar10_resnet20``, whose results are compared with
+those of its SE counterpart. Without names, the table has all results.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from senet_transfer.analysis.report.paper_rows import paper_row
+from senet_transfer.analysis.results.welch import difference
+from senet_transfer.config.load import load_config
+from senet_transfer.errors import UserError
+from senet_transfer.utils.atomic_io import atomic_path
+
+Records = list[dict[str, Any]]
+
+_BEGIN, _END = r"<!-- results:?((?: \w+)*) -->\n", "<!-- end of results -->"
+_METRICS = {"classification/top1_error": "top-1 error (%)", "bbox/AP": "box AP"}
+_TRANSFER = "transfer_"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def read_records(folder: str | Path) -> dict[str, Records]:
+    """Return the records in a folder by config, sorted by seed.
+
+    Raises:
+        UserError: If a file is not a record.
+    """
+    found: dict[str, Records] = {}
+    for path in sorted(Path(folder).glob("*/seed*.json")):
+        try:
+            record = json.loads(path.read_text())
+            found.setdefault(path.parent.name, []).append(record)
+            record["metrics"][record["metric"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a record of a run ({error!r}). Delete it.") from error
+    return {name: sorted(records, key=lambda r: r["seed"]) for name, records in found.items()}
+
+
+def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> None:
+    """Write the tables of the records in a folder to documents.
+
+    Raises:
+        UserError: If a document contains no place for a table.
+    """
+    records = read_records(folder)
+    for path in map(Path, documents):
+        text = path.read_text()
+        updated = updated_text(text, records)
+        if updated != text:
+            with atomic_path(path) as partial:
+                Path(partial).write_text(updated)
+
+
+def updated_text(text: str, records: dict[str, Records]) -> str:
+    """Return a document's text with the tables of the records.
+
+    Raises:
+        UserError: If the text contains no place for a table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        names = match[1].split()
+        rows = comparison(records, names) if names else full_tables(records)
+        return match[0].partition("\n")[0] + f"\n{rows}\n{_END}"
+
+    updated, count = re.subn(f"{_BEGIN}.*?{_END}", table, text, flags=re.S)
+    if not count:
+        raise UserError(
+            "The document contains no place for a table of results; expected the lines "
+            f"<!-- results --> and {_END}. Add them."
+        )
+    return updated
+
+
+def full_tables(records: dict[str, Records]) -> str:
+    """Return the tables of all results: with and without SE, and transfer."""
+    names = [name for name in records if "_se_" not in name]
+    names += [plain for se in records if (plain := se.replace("_se_", "_")) not in records]
+    parts = [comparison(records, sorted(set(names)), details=True)]
+    carried = [name for name in records if name.removeprefix(_TRANSFER) in records]
+    if carried := [name for name in carried if name.startswith(_TRANSFER)]:
+        parts.append(transfer(records, carried))
+    return "\n\n".join(parts)
+
+
+def comparison(records: dict[str, Records], names: Sequence[str], *, details: bool = False) -> str:
+    """Return a table that compares networks without and with SE.
+
+    Args:
+        records: The records by config.
+        names: The configs of the networks without SE.
+        details: Add columns for the length of training, the machine and the time.
+    """
+    header = ["data and metric", "network", "runs", "without SE", "with SE", "difference", "paper"]
+    rows = []
+    for name in names:
+        found = [records.get(name, []), records.get(_with_se(name, records), [])]
+        first = next((some[0] for some in found if some), None)
+        if first is None:
+            raise UserError(f"There are no results of the config {name}. Correct the name.")
+        rows.append(
+            [
+                f"{first['data']}, {_METRICS.get(first['metric'], first['metric'])}",
+                _network(first),
+                " / ".join(str(len(some)) for some in found),
+                *_columns(*map(_values, found)),
+                " / ".join(map(_paper, found)),
+                *([_details(first), _machine(found)] if details else []),
+            ]
+        )
+    return _table(header + (["training", "machine, minutes per run"] if details else []), rows)
+
+
+def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
+    """Return a table that compares random initial weights with those of another run.
+
+    Args:
+        records: The records by config.
+        names: The configs with other weights, whose names start with ``transfer_``.
+    """
+    rows = []
+    for name in names:
+        found = [records[name.removeprefix(_TRANSFER)], records[name]]
+        first = found[0][0]
+        rows.append(
+            [
+                f"{first['data']}, {_METRICS.get(first['metric'], first['metric'])}",
+                ("SE-" if "_se_" in name else "").join(_split(_network(first))),
+                " / ".join(str(len(some)) for some in found),
+                *_columns(*map(_values, found)),
+            ]
+        )
+    header = ["data and metric", "network", "runs", "random weights", "pretrained", "difference"]
+    return _table(header, rows)
+
+
+def _split(network: str) -> tuple[str, str]:
+    """Split a network's name where "SE-" is inserted."""
+    before, found, after = network.rpartition("ResNet-")
+    return before, found + after
+
+
+def _with_se(name: str, records: dict[str, Records]) -> str:
+    """Return the config with SE of a baseline: the only one that differs by ``_se_``."""
+    return next((se for se in records if se != name and se.replace("_se_", "_") == name), "")
+
+
+def _network(record: dict[str, Any]) -> str:
+    carried = record["config"].startswith(_TRANSFER)
+    return record["network"] + (", pretrained" if carried else "")
+
+
+def _is_probe(record: dict[str, Any]) -> bool:
+    return "images" in record["training"]
+
+
+def _values(records: Records) -> list[float]:
+    return [record["metrics"][record["metric"]] for record in records]
+
+
+def _columns(first: list[float], second: list[float]) -> list[str]:
+    cells = [_mean(first), _mean(second), "-"]
+    if first and second:
+        shift, half = difference(first, second)
+        cells[2] = _signed(shift)
+        if not math.isnan(half):
+            cells[2] += f" ({_signed(shift - half)} to {_signed(shift + half)})"
+    return cells
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", _MINUS)
+
+
+def _paper(records: Records) -> str:
+    """Return the paper's value for the network, or "-"."""
+    if not records or _is_probe(records[0]):
+        return "-"
+    record = records[0]
+    cfg = load_config(record["config"], record["options"])
+    task, _, value = record["metric"].partition("/")
+    tested = cfg.DATASETS.TEST[0]
+    # The recompressed images are not the paper's, but the nearest that it has results for.
+    row = paper_row(cfg, "cifar10_test" if tested == "cifar10_jpeg" else tested, task)
+    return f"{row.values[value]:.2f}" if row else "-"
+
+
+def _details(record: dict[str, Any]) -> str:
+    training = record["training"]
+    if _is_probe(record):
+        return f"{training['images']:,} images, features of {record['config'].partition('_')[2]}"
+    link = f"[{record['config']}](../configs/{record['config']}.yaml)"
+    return f"{training['steps']:,} steps of {training['images_per_step']} images, {link}"
+
+
+def _machine(found: Sequence[Records]) -> str:
+    devices = dict.fromkeys(r["machine"]["device"] for records in found for r in records)
+    minutes = [
+        "-"
+        if None in (times := [record["training"]["minutes"] for record in records]) or not times
+        else f"{statistics.fmean(times):.1f}"
+        for records in found
+    ]
+    return f"{', '.join(devices)}; {' / '.join(minutes)}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "No runs have been recorded."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

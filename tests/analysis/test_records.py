@@ -1,0 +1,177 @@
+"""Tests of the records of runs, and of the tables in the documents."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from senet_transfer import UserError
+from senet_transfer.analysis.repeated_runs import Run
+from senet_transfer.analysis.results.records import write_record
+from senet_transfer.analysis.results.tables import read_records, updated_text
+from senet_transfer.analysis.results.welch import difference, t_quantile
+from senet_transfer.cli.analysis.sweep import command as sweep
+from senet_transfer.cli.analysis.sweep import parser
+from senet_transfer.config.load import load_config
+from tests.processes import ROOT
+
+CONFIG = "configs/instant/cifar10_se_resnet20.yaml"
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3.7, 30])
+def test_the_quantile_is_scipys(freedom):
+    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-6)
+
+
+def test_the_interval_is_scipys():
+    plain, se = [8.61, 8.42, 8.93], [8.31, 8.02, 8.27, 8.11]
+    shift, half = difference(plain, se)
+    theirs = stats.ttest_ind(se, plain, equal_var=False).confidence_interval(0.95)
+    assert (shift - half, shift + half) == pytest.approx((theirs.low, theirs.high), rel=1e-6)
+    assert math.isnan(difference([1.0], [2.0, 3.0])[1])
+    assert difference([1.0, 1.0], [2.0, 2.0]) == (1.0, 0.0)
+
+
+def record(config: str, seed: int, error: float) -> dict:
+    """Return a record of a run on CIFAR-10 recompressed as JPEG."""
+    return {
+        "config": config,
+        "options": ["DATASETS.TRAIN", "('cifar10_jpeg',)", "DATASETS.TEST", "('cifar10_jpeg',)"],
+        "seed": seed,
+        "network": "ResNet-110",
+        "data": "CIFAR-10 recompressed as JPEG",
+        "metric": "classification/top1_error",
+        "metrics": {"classification/top1_error": error},
+        "training": {"steps": 64_000, "images_per_step": 128, "minutes": 13.0 + seed},
+        "machine": {"device": "a GPU", "cores": 16, "torch": "2.11.0"},
+    }
+
+
+def test_a_document_gets_the_means_the_interval_and_the_papers_values(tmp_path):
+    errors = {"cifar10_resnet110": (8.5, 8.7), "cifar10_se_resnet110": (7.9, 8.1)}
+    for config, values in errors.items():
+        (tmp_path / "results" / config).mkdir(parents=True)
+        for seed, error in enumerate(values):
+            path = tmp_path / "results" / config / f"seed{seed}.json"
+            path.write_text(json.dumps(record(config, seed, error)))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Before.\n\n<!-- results: cifar10_resnet110 -->\n<!-- end of results -->\nAfter.\n"
+    )
+    sweep(["--results", str(tmp_path / "results"), "--update", str(page)])
+    before, _, head, _, row, end, after = page.read_text().splitlines()[1:]
+    assert (before, end, after) == ("", "<!-- end of results -->", "After.")
+    # By hand: the standard error is 0.1414, with 2 degrees of freedom, and t is 4.3027.
+    assert row.strip("| ").split(" | ") == [
+        "CIFAR-10 recompressed as JPEG, top-1 error (%)", "ResNet-110", "2 / 2",
+        "8.60 ± 0.14", "8.00 ± 0.14", "−0.60 (−1.21 to +0.01)", "6.37 / 5.21",
+    ]  # fmt: skip
+    assert len(head.split("|")) == len(row.split("|"))
+    with pytest.raises(UserError, match="no place for a table"):
+        updated_text("text", {})
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_tables_in_the_documents_are_those_of_the_records(name):
+    text = (ROOT / name).read_text()
+    if name == "docs/results.md" or "<!-- results" in text:
+        assert updated_text(text, read_records(RESULTS)) == text, "run results/run.sh tables"
+
+
+def test_records_are_small_and_state_how_they_were_made():
+    for path in RESULTS.glob("*/seed*.json"):
+        found = json.loads(path.read_text())
+        assert found["config"] == path.parent.name
+        assert {"commit", "command", "machine", "weights_sha256"} <= found.keys()
+        assert not re.search(r"""[ "'(]/""", path.read_text()), "it contains an absolute path"
+        for file in (path, path.with_suffix(".csv")):
+            assert file.stat().st_size < 10_000
+
+
+@pytest.fixture
+def finished_run(tmp_path) -> Run:
+    """Write the files of a finished run that took three minutes, in two parts."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = ("DATASETS.TRAIN", "('cifar10_jpeg',)", "DATASETS.TEST", "('cifar10_jpeg',)", "SEED",
+               "4")  # fmt: skip
+    (folder / "config.yaml").write_text(load_config(CONFIG, options).dump())
+    seconds = [*range(2, 122, 2), *range(2, 62, 2)]
+    rows = [
+        {"iteration": 20 * n - 1, "total_loss": 2 / n, "elapsed_seconds": float(elapsed)}
+        for n, elapsed in enumerate(seconds, 1)
+    ]
+    rows.append({"iteration": 1800, "classification/top1_error": 9.5})
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    results = {"classification": {"top1_error": 9.5}, "training": {"iterations": 1800}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "model_final.pth").write_bytes(b"weights")
+    return Run(CONFIG, options, folder)
+
+
+def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_path, monkeypatch):
+    path = write_record(finished_run, tmp_path / "results")
+    assert path == tmp_path / "results" / "cifar10_se_resnet20" / "seed4.json"
+    found = json.loads(path.read_text())
+    assert found["data"] == "CIFAR-10 recompressed as JPEG"
+    assert found["metrics"] == {"classification/top1_error": 9.5}
+    assert found["training"] == {"steps": 1800, "images_per_step": 4, "minutes": 3.0}
+    hashed = subprocess.run(["sha256sum", finished_run.output_dir / "model_final.pth"],
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    assert found["weights_sha256"] == hashed.stdout.split()[0]
+    words = shlex.split(found["command"])
+    assert words[:3] == ["senet", "train", "--config-file"]
+    assert load_config(CONFIG, words[4:]) == load_config(CONFIG, finished_run.options)
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert lines[0] == "iteration,total_loss,classification/top1_error"
+    assert lines[-2:] == ["1799,0.022222,", "1800,,9.5"]
+    assert len(lines) < 40
+    # The record of the same run is kept; one with other options is an error.
+    before = path.read_bytes()
+    monkeypatch.setenv("GIT_COMMIT", "other")
+    assert write_record(finished_run, tmp_path / "results").read_bytes() == before
+    other = Run(CONFIG, (*finished_run.options, "SOLVER.BASE_LR", "0.5"), finished_run.output_dir)
+    with pytest.raises(UserError, match="record of a run with the options"):
+        write_record(other, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to do"),
+        (["--config-file", CONFIG], "--output is missing"),
+        (["--update", "README.md"], "--update needs"),
+        (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_an_error(words, said, capsys):
+    with pytest.raises(SystemExit):
+        sweep(words)
+    assert said in capsys.readouterr().err
+
+
+def test_the_commands_of_the_script_are_valid(tmp_path):
+    printer = tmp_path / "python"
+    printer.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done; echo END\n')
+    printer.chmod(0o755)
+    parts = ("cifar20", "cifar110", "shapes", "places", "bccd", "bccd50", "pretrain")
+    parts += ("transfer_bccd", "transfer_places")
+    for part in parts:
+        done = subprocess.run(
+            [ROOT / "results" / "run.sh", part], cwd=ROOT, text=True, capture_output=True,
+            env={"PATH": "/usr/bin:/bin", "PYTHON": str(printer)}, check=True,
+        )  # fmt: skip
+        for text in done.stdout.split("END\n")[:-1]:
+            tool, *words = text.splitlines()
+            assert tool == "tools/run_seeds.py"
+            args = parser().parse_args(words)
+            plain, se = (load_config(config, args.opts) for config in args.config_file)
+            assert (bool(plain.MODEL.SE.ENABLED), se.MODEL.SE.ENABLED) == (False, True)
+            assert args.results == "results"
+            assert Path(args.output) == Path("output")
