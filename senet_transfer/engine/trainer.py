@@ -43,6 +43,7 @@ from senet_transfer.evaluation.classification_evaluator import ClassificationEva
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.evaluation.evaluators import evaluator_kinds, other_evaluator
 from senet_transfer.evaluation.validation_loss import validation_losses
+from senet_transfer.layers.fused.functions import set_fused
 from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
 from senet_transfer.utils.text import folder_name
@@ -110,6 +111,10 @@ class Trainer(DefaultTrainer):
             # without objects.
             cfg = solver.epochs_to_iterations(cfg, len(data_loader.dataset))
         self._device = next(model.parameters()).device
+        graph = cfg.SOLVER.COMPILE == "graph" and self._device.type == "cuda"
+        if graph and cfg.MODEL.SE.FUSED == "auto":
+            # Replaying a graph launches nothing, so that all fused kernels are worth their launch.
+            set_fused(model, True)
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.
             (model if is_classification(cfg) else model.backbone).compile()

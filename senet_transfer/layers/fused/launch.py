@@ -13,6 +13,9 @@ from torch import Tensor
 _TILE = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 1024, torch.float64: 2048}
 _GATE_TILE = 16384
 
+# Hidden units of a gate that a program computes.
+_UNITS = 16
+
 # Number of programs that occupies a large GPU; images are divided into chunks to reach it.
 _PROGRAMS = 1024
 
@@ -352,7 +355,7 @@ class _Launcher:
         units = len(gate.w1)
         pooled, hidden = self.new(self.n, self.c), self.new(self.n, units)
         channels, positions, splits, chunk = self.plan.sizes
-        height, rows = min(16, _power_of_2(units)), min(128, _power_of_2(splits))
+        height, rows = min(_UNITS, _power_of_2(units)), min(128, _power_of_2(splits))
         self.run_grid(
             self.kernels.hidden_units, (self.n, -(-units // height)),
             means, *norm, gate.w1, gate.b1, pooled, hidden, channels, units, positions, splits,

@@ -26,6 +26,7 @@ from benchmark.gpu.remote import Remote, call_remote, start_all
 from benchmark.gpu.targets import Result
 from benchmark.memory import peak_bytes
 from benchmark.networks import trained
+from senet_transfer.layers.fused.functions import set_fused
 from senet_transfer.models import create_classifier
 
 PLAIN, FUSED, SE, TIMM, TIMM_SE = "plain", "fused plain", "SE", "timm resnet50", "timm seresnet50"
@@ -83,6 +84,7 @@ def measure_training(settings: Settings) -> Iterator[Found]:
     images = images_of(settings)
     models = {name: build(settings, name) for name in NETWORKS}
     yield from _as_graphs(settings, models, images, "bfloat16")
+    set_fused(models[SE], "auto")
     steps = {name: training_step(settings, model, images) for name, model in models.items()}
     for step in steps.values():
         step()
@@ -106,6 +108,8 @@ def _as_graphs(
     settings: Settings, models: dict[str, nn.Module], images: torch.Tensor, precision: str
 ) -> Iterator[Found]:
     dtype = PRECISIONS[precision]
+    for name in (FUSED, SE):  # as the engine does with SOLVER.COMPILE graph
+        set_fused(models[name], settings.sized(True, "auto"))
     graphs = {
         name: captured(training_step(settings, model, images, dtype=dtype, cache=False))
         for name, model in models.items()

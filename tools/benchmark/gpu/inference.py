@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from benchmark.gpu.classifier import SE, TIMM, TIMM_SE
+from benchmark.gpu.classifier import FUSED, PLAIN, SE, TIMM, TIMM_SE
 from benchmark.gpu.measure import Found, Settings, Step, captured, compare_steps, ratio_of
 from benchmark.networks import trained
 from senet_transfer.export import deploy
@@ -16,8 +16,9 @@ from senet_transfer.models import create_classifier
 
 # In all of them, batch norms are folded into the convolutions.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "plain": lambda depth: deploy(trained(create_classifier(f"resnet{depth}"))),
-    "plain again": lambda depth: deploy(trained(create_classifier(f"resnet{depth}"))),
+    PLAIN: lambda depth: deploy(trained(create_classifier(f"resnet{depth}", fused=False))),
+    "plain again": lambda depth: deploy(trained(create_classifier(f"resnet{depth}", fused=False))),
+    FUSED: lambda depth: deploy(trained(create_classifier(f"resnet{depth}"))),
     SE: lambda depth: deploy(trained(create_classifier(f"se_resnet{depth}"))),
     TIMM: lambda depth: _folded(trained(timm.create_model(f"resnet{depth}"))),
     TIMM_SE: lambda depth: _folded(trained(timm.create_model(f"seresnet{depth}"))),
@@ -55,7 +56,7 @@ def measure_inference(settings: Settings) -> Iterator[Found]:
             steps,
             seconds=3,
             calls=20 if batch == 1 else 5,
-            pairs=[(SE, TIMM_SE), ("plain", TIMM)],
+            pairs=[(SE, FUSED), (SE, TIMM_SE), (PLAIN, TIMM)],
         )
         yield (
             found,
