@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS := 2
 # Processes of the GPU tests, which share the GPU. Most of their time is spent compiling kernels.
-GPU_WORKERS := 6
+GPU_WORKERS := 8
 TRAINING_TESTS := $(addprefix tests/engine/classification/test_,small_images.py training.py) \
 	$(addprefix tests/engine/test_,commands.py train_step.py trainer.py)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
@@ -65,7 +65,7 @@ test-faults: $(READY) ## run fault injection: kill runs, fill disks, damage and 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m faults
 
 test-gpu: $(READY) ## run the tests that need a CUDA GPU, or skip them if there is none
-	$(PY) -m pytest -m gpu -rs -n $(GPU_WORKERS) --dist worksteal $$(grep -rl "pytest.mark.gpu" tests --include=*.py)
+	OMP_NUM_THREADS=2 $(PY) -m pytest -m gpu -rs -n $(GPU_WORKERS) --dist worksteal $$(grep -rl "pytest.mark.gpu" tests --include=*.py)
 
 coverage: $(READY) ## run `make test` and write line and branch coverage to coverage.xml
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults" \

@@ -66,7 +66,8 @@ benchmark() {
 tests() {
   cd "$PROJECT"
   [ -n "${DRY_RUN:-}" ] || export REQUIRE_GPU=1
-  exec "$PY" -m pytest -m gpu -rs -n 6 --dist worksteal -p no:cacheprovider $(grep -rl "pytest.mark.gpu" tests --include=*.py)
+  export OMP_NUM_THREADS=2  # The workers share the cores.
+  exec "$PY" -m pytest -m gpu -rs -n 8 --dist worksteal -p no:cacheprovider $(grep -rl "pytest.mark.gpu" tests --include=*.py)
 }
 
 export -f install benchmark tests
