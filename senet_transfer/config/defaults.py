@@ -114,7 +114,8 @@ def _add_model_config(cfg: CfgNode) -> None:
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
     # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
-    # "auto" (on a GPU), True (an error on other devices) or False.
+    # "auto" (on a GPU, where they are faster including their launches), True (an error on other
+    # devices) or False. With SOLVER.COMPILE graph, "auto" is the same as True.
     cfg.MODEL.SE.FUSED = "auto"
 
     # If True, a detector's feature maps and weights use the channels-last memory format, which is

@@ -1,11 +1,11 @@
 """Parts of residual blocks that use the fused operators if possible, and their selection.
 
 The option ``fused`` of a layer is "auto", True (fused, or an error if the kernels cannot run on the
-device) or False. On a GPU, "auto" fuses all parts except batch norms without a gate that are in
-training mode. Their kernels are faster, too, but take the host longer to launch than PyTorch's;
-this pays in CUDA graphs, for which the engine sets True. Modules that the operators do not support,
-such as SyncBN and gates without an average pool, are computed by PyTorch's operators, and so are
-modules with hooks.
+device) or False. On a GPU, "auto" fuses all parts in eager mode except batch norms without a gate
+that are in training mode. Their kernels are faster, too, but take the host longer to launch than
+PyTorch's; this pays in CUDA graphs, for which the engine sets True. Compilers get PyTorch's
+operators, which they fuse themselves. Modules that the operators do not support, such as SyncBN and
+gates without an average pool, are computed by PyTorch's operators, and so are modules with hooks.
 """
 
 import importlib.util
@@ -222,10 +222,11 @@ def _is_selected(
     """Return whether the option selects the kernels and they support the tensor and modules."""
     if not uses_kernels(fused, x):
         return False
-    if fused == "auto" and se is None and norm is not None and _uses_batch(norm):
+    compiling = torch.compiler.is_compiling()
+    needs_no_kernel = se is None and norm is not None and _uses_batch(norm)
+    if fused == "auto" and (compiling or needs_no_kernel):
         return False
     modules = [*others, *([norm] if norm else []), *([se, se.fc1, se.fc2] if se else [])]
-    compiling = torch.compiler.is_compiling()
     return (
         x.dim() == 4
         and x.numel() > 0

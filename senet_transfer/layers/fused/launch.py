@@ -91,11 +91,23 @@ def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
 
     Tensors that are not aligned are copied. The function's first argument becomes the key of its
     launches: its name and the dtypes of its tensors.
+
+    Raises:
+        RuntimeError: If the tensors are on different devices.
     """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> _Results:
-        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        tensors += next((value[:3] for value in arguments if isinstance(value, Running)), ())
+        device = tensors[0].device
+        if any(tensor.device != device for tensor in tensors):
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            raise RuntimeError(
+                f"The feature maps, the norm and the gate of a residual block are on the devices "
+                f"{' and '.join(devices)}; expected one device. Move the whole network with "
+                "model.to(device)."
+            )
         arguments = tuple(map(_aligned, arguments))
         dtypes = [value.dtype if isinstance(value, Tensor) else None for value in arguments]
         key = (function.__name__, device.index, *dtypes)
@@ -149,7 +161,7 @@ def _launch(
     """Launch a kernel, and keep what Triton has compiled for later launches.
 
     Triton inspects all arguments of each launch, which takes the host longer than most kernels take
-    the GPU.
+    the GPU. Addresses as integers spare the driver looking up each of them.
 
     Args:
         kernel: The kernel.
@@ -168,7 +180,8 @@ def _launch(
             _COMPILED[key] = compiled, constants
     else:
         compiled, constants = found
-        compiled[(*grid, 1, 1)](*arguments, *constants)
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        compiled[(*grid, 1, 1)](*values, *constants)
 
 
 class _Gates(NamedTuple):
