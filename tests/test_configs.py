@@ -9,10 +9,13 @@ from detectron2 import model_zoo
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 
+from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
+from senet_transfer.engine.model_from import build_to_count
 from senet_transfer.engine.solver import build_lr_scheduler
-from senet_transfer.evaluation.paper_results import published_on_cifar
+from senet_transfer.evaluation.paper_results import TRAINED_ON_IMAGENET, published_on_cifar
+from senet_transfer.models.build import backbone_name
 from senet_transfer.preprocessing import CIFAR10, CIFAR100
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.hub.catalogue import catalogue_entry
@@ -81,10 +84,10 @@ def test_every_config_builds_its_backbone(path):
     assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_", "scratch_"))
 
 
-def test_the_places_recipe_is_the_data_sets_own():
-    names = "places365_r152", "places365_se_r152"
+def test_the_csail_recipe_is_the_data_sets_own():
+    names = "places365_csail_r152", "places365_csail_se_r152"
     assert difference(*names) == {"MODEL.SE.ENABLED"}
-    cfg = load_config(str(ROOT / "configs" / "places365_se_r152.yaml"))
+    cfg = load_config(str(ROOT / "configs" / "places365_csail_se_r152.yaml"))
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (256, 0.1, 1e-4)
     assert (solver.EPOCHS, list(solver.STEP_EPOCHS), solver.GAMMA) == (90, [30, 60], 0.1)
@@ -93,10 +96,101 @@ def test_the_places_recipe_is_the_data_sets_own():
     assert solver.WEIGHT_DECAY_BIAS is None
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)
     assert cfg.DATASETS.TRAIN == ("places365/train_challenge",)
+    assert cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
+
+
+def test_the_places_recipe_is_the_protocol_that_the_paper_follows():
+    names = "places365_r152", "places365_se_r152"
+    assert difference(*names) == {"MODEL.SE.ENABLED"}
+    cfg = load_config(str(ROOT / "configs" / "places365_se_r152.yaml"))
+    # [74] in the paper, and the evaluation of [72].
+    assert cfg.DATALOADER.SAMPLER_TRAIN == "ClassAwareSampler"
+    view = cfg.INPUT.CLASSIFICATION
+    assert (view.TEST_MODE, view.TEST_RESIZE, view.TEST_CROP) == ("squash", 256, 224)
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)
+    assert cfg.DATASETS.TRAIN == ("places365/train_challenge",)
     headers = [(ROOT / "configs" / f"{name}.yaml").read_text() for name in names]
     for header, figures in zip(headers, (("41.15", "11.61"), ("40.37", "11.01")), strict=True):
         assert all(figure in header for figure in figures)
         assert "the paper's figures" in header
+
+
+# Batch size, learning rate, epochs, label smoothing, weight decay, crop and resize size, from the
+# paper's sections 5.1 and 6 and its appendix.
+TABLE_II = (1024, 0.6, 100, 0.0, 1e-4, 224, 256)
+MOBILE = (256, 0.1, 400, 0.0, 4e-5, 224, 256)
+IMAGENET = {
+    "se_r50": TABLE_II,
+    "se_x50": TABLE_II,
+    "se_vgg16_bn": TABLE_II,
+    "se_bn_inception": TABLE_II,
+    "se_inception_resnet_v2": (*TABLE_II[:5], 299, 352),
+    "se_mobilenet": MOBILE,
+    "se_shufflenet_g3": MOBILE,
+    "senet154": (2048, 1.0, 100, 0.1, 1e-4, 224, 256),
+    "ablation_se_r50": (256, 0.1, 300, 0.1, 1e-4, 224, 256),
+}
+DEPTH = "MODEL.RESNETS.DEPTH"
+# The networks of Tables II and III that the config of a network trains, with the options for them.
+IMAGENET_NETWORKS = {
+    "resnet50": ("se_r50", ()),
+    "resnet101": ("se_r50", (DEPTH, "101")),
+    "resnet152": ("se_r50", (DEPTH, "152")),
+    "resnext50_32x4d": ("se_x50", ()),
+    "resnext101_32x4d": ("se_x50", (DEPTH, "101")),
+    "vgg16_bn": ("se_vgg16_bn", ()),
+    "bn_inception": ("se_bn_inception", ()),
+    "inception_resnet_v2": ("se_inception_resnet_v2", ()),
+    "mobilenet": ("se_mobilenet", ()),
+    "shufflenet_g3": ("se_shufflenet_g3", ()),
+}
+
+
+def imagenet_config(name, *options):
+    return load_config(str(ROOT / "configs" / f"imagenet_{name}.yaml"), [*options])
+
+
+def test_imagenet_recipes_are_the_papers():
+    names = {path.stem for path in CONFIGS if path.stem.startswith("imagenet_")}
+    assert names == {f"imagenet_{name}" for name in IMAGENET}
+    for name, expected in IMAGENET.items():
+        cfg = imagenet_config(name)
+        solver, view = cfg.SOLVER, cfg.INPUT.CLASSIFICATION
+        found = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.EPOCHS)
+        found += (cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING, solver.WEIGHT_DECAY, view.CROP)
+        assert (*found, view.TEST_RESIZE) == expected, name
+        assert view.TEST_CROP == view.CROP
+        assert solver.REFERENCE_LR_PER_IMAGE == solver.BASE_LR / solver.IMS_PER_BATCH
+        assert (solver.MOMENTUM, solver.NESTEROV, solver.GAMMA) == (0.9, False, 0.1)
+        if solver.EPOCHS == 100:
+            assert (solver.LR_SCHEDULER_NAME, solver.STEP_EPOCHS) == (
+                "WarmupMultiStepLR", (30, 60, 90))  # fmt: skip
+        else:
+            assert (solver.LR_SCHEDULER_NAME, cfg.TEST.EVAL_EPOCHS) == ("WarmupPlateauLR", 1)
+            assert (solver.PLATEAU.METRIC, cfg.TEST.LOSS) == ("validation/total_loss", True)
+    assert imagenet_config("ablation_se_r50").MODEL.SE.BIAS is False
+    assert imagenet_config("senet154").MODEL.CLASSIFIER.DROPOUT == 0.2
+
+
+def test_imagenet_headers_have_the_papers_errors_of_each_network():
+    for model, (name, options) in IMAGENET_NETWORKS.items():
+        header = (ROOT / "configs" / f"imagenet_{name}.yaml").read_text()
+        for has_se, prefix in (("False", ""), ("True", "se_")):
+            cfg = imagenet_config(name, *options, "MODEL.SE.ENABLED", has_se)
+            assert backbone_name(cfg) == prefix + model
+            row = TRAINED_ON_IMAGENET[backbone_name(cfg)]
+            assert f"{row.top1_error:g}" in header
+            assert f"{row.top5_error:g}" in header
+    assert {*IMAGENET_NETWORKS, *(f"se_{model}" for model in IMAGENET_NETWORKS), "senet154"} == {
+        *TRAINED_ON_IMAGENET
+    }
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("se_r50", 3.87), ("se_x50", 4.25)])
+@pytest.mark.long
+def test_residual_imagenet_recipes_have_the_strides_of_the_papers_networks(name, gmacs):
+    cfg = imagenet_config(name, "MODEL.DEVICE", "cpu")
+    assert report(build_to_count(cfg), cfg).total.macs / 1e9 == pytest.approx(gmacs, rel=0.005)
 
 
 # Batch size, learning rate, Nesterov momentum, weight decay, iterations or epochs, steps of the

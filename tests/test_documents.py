@@ -27,6 +27,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TASKS = {
     "COCO": ("faster_rcnn_", "mask_rcnn_", "cascade_rcnn_", "keypoint_rcnn_", "retinanet_"),
     "Places365 and your own images": ("places365_", "finetune_", "scratch_"),
+    "ImageNet": ("imagenet_",),
     "CIFAR": ("cifar10_", "cifar100_"),
     "Blood cells, and transfer from small images": ("bccd_", "transfer_"),
     "Demos": ("demo_",),

@@ -16,6 +16,7 @@ ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias"
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 DETECTION_FORMATS = ("voc", "yolo", "labelme", "cvat", "labelstudio", "via")
 EVAL_MODES = ("short_side", "squash", "ten_crop")
+IMAGENET_SPLITS = ("val", "train")
 PLACES365_SIZES = ("256", "large")
 PLACES365_SPLITS = ("val", "train_standard", "train_challenge")
 WEIGHT_FAMILIES = (

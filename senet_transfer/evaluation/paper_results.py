@@ -1,5 +1,7 @@
 """Published top-1 and top-5 errors for comparison."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from senet_transfer.data.cifar.open import cifar_name
@@ -34,7 +36,7 @@ PLACES365 = (
 _AUTHORS = "the authors' released networks"
 _CADENE = "the table of pretrainedmodels"
 
-# Results on the ImageNet validation set, by weight family and model name.
+# Results of published weights on the ImageNet validation set, by weight family and model name.
 IMAGENET = {
     ("caffe", "se_resnet50"): Published("SE-ResNet-50", 22.37, 6.36, _AUTHORS),
     ("caffe", "se_resnet101"): Published("SE-ResNet-101", 21.75, 5.72, _AUTHORS),
@@ -51,6 +53,43 @@ IMAGENET = {
     ("cadene", "senet154"): Published("SENet-154", 18.696, 4.502, _CADENE),
     ("cadene", "bn_inception"): Published("BN-Inception", 26.476, 8.438, _CADENE),
 }
+
+
+def _tables_ii_iii_and_viii() -> dict[str, Published]:
+    found = {}
+    for table, model, title, plain, se in (
+        ("II", "resnet50", "ResNet-50", (24.80, 7.48), (23.29, 6.62)),
+        ("II", "resnet101", "ResNet-101", (23.17, 6.52), (22.38, 6.07)),
+        ("II", "resnet152", "ResNet-152", (22.42, 6.34), (21.57, 5.73)),
+        ("II", "resnext50_32x4d", "ResNeXt-50", (22.11, 5.90), (21.10, 5.49)),
+        ("II", "resnext101_32x4d", "ResNeXt-101", (21.18, 5.57), (20.70, 5.01)),
+        ("II", "vgg16_bn", "VGG-16 with batch norm", (27.02, 8.81), (25.22, 7.70)),
+        ("II", "bn_inception", "BN-Inception", (25.38, 7.89), (24.23, 7.14)),
+        ("II", "inception_resnet_v2", "Inception-ResNet-v2", (20.37, 5.21), (19.80, 4.79)),
+        ("III", "mobilenet", "MobileNet", (28.4, 9.4), (25.3, 7.7)),
+        ("III", "shufflenet_g3", "ShuffleNet", (32.6, 12.5), (31.0, 11.1)),
+    ):
+        source = f"Squeeze-and-Excitation Networks, Table {table}"
+        found[model] = Published(title, *plain, source)
+        found[f"se_{model}"] = Published(f"SE-{title}", *se, source)
+    source = "Squeeze-and-Excitation Networks, Table VIII, crop of 224 pixels"
+    found["senet154"] = Published("SENet-154", 18.68, 4.47, source)
+    return found
+
+
+# Results of networks that the paper trained on ImageNet, by model name.
+TRAINED_ON_IMAGENET = _tables_ii_iii_and_viii()
+
+
+def published_on_imagenet(classes: Sequence[str], model: str) -> Published | None:
+    """Return the paper's result of a model trained on ImageNet, or None.
+
+    Args:
+        classes: The classes of the data, which are WordNet ids for ImageNet.
+        model: The model name.
+    """
+    imagenet = len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    return TRAINED_ON_IMAGENET.get(model) if imagenet else None
 
 
 def _tables_iv_and_v() -> dict[tuple[str, str], Published]:

@@ -167,6 +167,24 @@ def _places365_shards(split: str) -> Callable[[Path], None]:
     return make
 
 
+def _imagenet(place: str) -> Callable[[Path], None]:
+    """Return a function that writes both splits of three classes, and a list of images."""
+
+    def make(root: Path) -> None:
+        rng = np.random.default_rng(0)
+        for split in ("train", "val"):
+            for number in range(12):
+                wnid = ("n01440764", "n01443537", "n01484850")[number % 3]
+                stem = f"ILSVRC2012_val_{number + 1:08d}" if split == "val" else f"{wnid}_{number}"
+                path = root / place / split / wnid / f"{stem}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+        blacklist = root / place / "ILSVRC2014_clsloc_validation_blacklist.txt"
+        blacklist.write_text("3\n7\n")
+
+    return make
+
+
 def _foreign_shards(root: Path) -> None:
     """Write a shard without a manifest, and the names of its classes."""
     folder = root / "shards/train"
@@ -257,6 +275,8 @@ STAND_INS = (
         (rf"places365/{split}", f"datasets/places365/{split}", _places365_shards(split))
         for split in ("val", "train_standard", "train_challenge")
     ),
+    (r"IMAGENET", "IMAGENET", _imagenet("IMAGENET")),
+    (r"imagenet/train", "datasets/imagenet/train", _imagenet("datasets/imagenet")),
     (r"shards/train", "shards/train", _foreign_shards),
     (r"cifar-10-python\.tar\.gz|--download cifar10", "cifar-10-python.tar.gz", _cifar_archive),
     (r"cifar10_(train|test)", "datasets/cifar10", _cifar("cifar10")),

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from senet_transfer.evaluation.paper_results import PLACES365, published_on_cifar
+from senet_transfer.evaluation.paper_results import (
+    PLACES365,
+    Published,
+    published_on_cifar,
+    published_on_imagenet,
+)
 from senet_transfer.models.build import backbone_name
 
 _TABLE_VII = "Squeeze-and-Excitation Networks, Table VII"
-_PLACES365_IMAGES = 36_500
+_PLACES365_IMAGES, _IMAGENET_IMAGES = 36_500, 50_000
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,23 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
     if task == "bbox" and data in ("coco_2017_val", "coco_2014_minival"):
         fpn = cfg.MODEL.BACKBONE.NAME == "build_senet_fpn_backbone" and not cfg.MODEL.MASK_ON
         return COCO.get(backbone) if fpn else None
-    if task == "classification" and (found := published_on_cifar(data, backbone)):
+    if task != "classification":
+        return None
+    if found := published_on_cifar(data, backbone):
         return PaperRow(found.name, {"top1_error": found.top1_error}, found.source)
-    if task == "classification" and len(cfg.DATASETS.CLASSES) == 365:
+    if found := published_on_imagenet(cfg.DATASETS.CLASSES, backbone):
+        return _row(found, _IMAGENET_IMAGES, images)
+    if len(cfg.DATASETS.CLASSES) == 365:
         for row in PLACES365:
             if row.name.lower().replace("-", "") == backbone.replace("_", ""):
-                values = {"top1_error": row.top1_error}
-                if row.top5_error is not None:
-                    values["top5_error"] = row.top5_error
-                short = images is not None and images != _PLACES365_IMAGES
-                note = f"paper: {_PLACES365_IMAGES:,} images, this run: {images:,.0f}"
-                return PaperRow(row.name, values, row.source, note if short else "")
+                return _row(row, _PLACES365_IMAGES, images)
     return None
+
+
+def _row(found: Published, expected: int, images: float | None) -> PaperRow:
+    values = {"top1_error": found.top1_error}
+    if found.top5_error is not None:
+        values["top5_error"] = found.top5_error
+    short = images is not None and images != expected
+    note = f"paper: {expected:,} images, this run: {images:,.0f}" if short else ""
+    return PaperRow(found.name, values, found.source, note)

@@ -21,6 +21,7 @@ PREPARATIONS = {
     "check": Preparation(own_data.check_parser, own_data.run_check),
     "cifar": Preparation(preparation.cifar_parser, preparation.run_cifar),
     "folder": Preparation(preparation.folder_parser, preparation.run_folder),
+    "imagenet": Preparation(preparation.imagenet_parser, preparation.run_imagenet),
     "import": Preparation(own_data.import_parser, own_data.run_import),
     "manifest": Preparation(preparation.manifest_parser, preparation.run_manifest),
     "places365": Preparation(preparation.places365_parser, preparation.run_places365),

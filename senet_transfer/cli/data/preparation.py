@@ -5,7 +5,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from senet_transfer.cli.arguments import CIFAR_DOWNLOADS, PLACES365_SIZES, PLACES365_SPLITS
+from senet_transfer.cli.arguments import (
+    CIFAR_DOWNLOADS,
+    IMAGENET_SPLITS,
+    PLACES365_SIZES,
+    PLACES365_SPLITS,
+)
 from senet_transfer.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +30,31 @@ def run_places365(args: argparse.Namespace) -> None:
     from senet_transfer.data.images.places365 import open_places365
 
     images = open_places365(args.source, args.split, args.size, skip_missing=args.skip_broken)
+    _write_shards(images, args.split, args)
+
+
+def imagenet_parser() -> argparse.ArgumentParser:
+    parser = _shards_parser(
+        "Convert ImageNet (ILSVRC 2012) to WebDataset shards.",
+        source="folder with the archives and development kit, or with the folders train and val",
+    )
+    parser.add_argument("--split", choices=IMAGENET_SPLITS, required=True)
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        type=Path,
+        help="file with one image per line to leave out: its name, or the number of a validation "
+        "image, as in the challenge's blacklist",
+    )
+    return parser
+
+
+def run_imagenet(args: argparse.Namespace) -> None:
+    from senet_transfer.data.images.imagenet import open_imagenet
+
+    images = open_imagenet(
+        args.source, args.split, exclude=args.exclude, skip_missing=args.skip_broken
+    )
     _write_shards(images, args.split, args)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from senet_transfer.data.base import ClassificationDataset, RawSample, SingleImages, make_key
-from senet_transfer.data.images import places365
+from senet_transfer.data.images import imagenet, places365
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv
 from senet_transfer.data.images.listing import Images
@@ -165,13 +165,14 @@ def open_dataset(
     - local shards of webdataset without a manifest, which are read once to count their samples;
     - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
       or archive (`val_256.tar`) next to the lists;
+    - ImageNet as downloaded: an archive, or the folder that contains it and the development kit;
     - a CSV file with the columns `path` and `label`;
     - a folder with one folder per class.
 
     Args:
         path: Path of a folder or file, or a remote address.
-        split: Places365 split ("val", "train_standard" or "train_challenge"); ignored if the path
-            determines the split.
+        split: Places365 split ("val", "train_standard" or "train_challenge"), or ImageNet's
+            ("val" or "train"); ignored if the path determines the split.
         size: Places365 image size, "256" or "large"; None to use the existing size, preferably 256.
         classes: Expected class names in label order. In a CSV file or a folder with one folder per
             class, some classes may have no images.
@@ -233,7 +234,7 @@ def _open_local(
             f"{path} does not exist; expected a folder or archive of images, or shards. Check the "
             "path."
         )
-    dataset = None if matches else _open_places365(path, split, size)
+    dataset = None if matches else _open_published(path, split, size)
     if dataset is not None:
         return dataset
     if path.is_dir():
@@ -298,6 +299,13 @@ def _check_shards(manifest: Manifest, folder: Path) -> None:
             f"listed in {MANIFEST} are missing: {first_of(missing, 5)}. Copy them again, or run "
             "the preparation again."
         )
+
+
+def _open_published(path: Path, split: str, size: str | None) -> ImageDataset | None:
+    """Open Places365 or ImageNet as downloaded; return None for other data."""
+    if found := imagenet.find_imagenet(path, split):
+        return ImageDataset(imagenet.open_imagenet_images(*found))
+    return _open_places365(path, split, size)
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,7 @@ def find_listed_images(
     *,
     complete: bool,
     skip_missing: int = 0,
+    members: dict[str, tuple[int, int]] | None = None,
 ) -> Images:
     """Find every listed image in a folder or an archive.
 
@@ -90,13 +91,17 @@ def find_listed_images(
         complete: Raise an error if there are images that are not listed.
         skip_missing: Maximum number of missing images to leave out. A larger number raises an
             error.
+        members: Result of :func:`archive_members` for an archive; None to read it.
 
     Raises:
         UserError: If too many listed images are missing or empty, or if `complete` is set and there
             are unlisted images. The message names the first ones.
     """
     archived = not root.is_dir()
-    found = _archive_members(root) if archived else _folder_files(root, names, complete)
+    if not archived:
+        found = _folder_files(root, names, complete)
+    else:
+        found = archive_members(root) if members is None else members
     missing = [name for name in names if found.get(name, (0, 0))[1] == 0]
     if len(missing) > max(skip_missing, 0) or len(missing) == len(names):
         raise UserError(
@@ -137,25 +142,25 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
     return found
 
 
-def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
-    """Return (offset, size) of each image in an archive by path below the top folder."""
+def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
+    """Return the offset and the size of each image in an uncompressed tar archive, by path.
+
+    The path does not contain the top folder. In an archive of archives, such as that of ImageNet's
+    training images, the name of the inner archive is the folder of its images.
+
+    Raises:
+        UserError: If the archive is damaged, or contains an image twice.
+    """
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                # TarFile would keep all members in memory, which takes gigabytes for eight million
-                # images.
-                tar.members = []  # type: ignore[attr-defined]  # not in typeshed
-                name = member.name.removeprefix("./")
-                if not member.isreg() or not is_image_name(name):
-                    continue
-                name = name.partition("/")[2] or name
+            for name, offset, size in _images_in(tar):
                 if name in members:
                     raise UserError(
                         f"{archive} contains {name} twice; expected each image once. Download the "
                         "archive again."
                     )
-                members[name] = (member.offset_data, member.size)
+                members[name] = (offset, size)
             end = archive.stat().st_size
     except tarfile.ReadError as error:
         raise UserError(
@@ -171,3 +176,20 @@ def _archive_members(archive: Path) -> dict[str, tuple[int, int]]:
             f"{first_of(beyond)}. Download it again."
         )
     return members
+
+
+def _images_in(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+    """Yield the path, offset and size of each image in an archive and its inner archives."""
+    for member in tar:
+        # TarFile would keep all members in memory, which takes gigabytes for eight million images.
+        tar.members = []  # type: ignore[attr-defined]  # not in typeshed
+        name = member.name.removeprefix("./")
+        if not member.isreg():
+            continue
+        if name.endswith(".tar") and (file := tar.extractfile(member)):
+            folder = os.path.basename(name).removesuffix(".tar")
+            with tarfile.open(fileobj=file, mode="r:") as inner:
+                for image, offset, size in _images_in(inner):
+                    yield f"{folder}/{image}", member.offset_data + offset, size
+        elif is_image_name(name):
+            yield name.partition("/")[2] or name, member.offset_data, member.size

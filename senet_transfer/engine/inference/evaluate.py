@@ -18,7 +18,12 @@ from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
-from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
+from senet_transfer.evaluation.paper_results import (
+    IMAGENET,
+    Published,
+    published_on_cifar,
+    published_on_imagenet,
+)
 from senet_transfer.models.build import backbone_name
 from senet_transfer.preprocessing import channels_of
 
@@ -166,4 +171,6 @@ def _published(
     row = published_on_cifar(origin, name)
     if not row and len(evaluation.classes) == 1000:
         row = IMAGENET.get((family, name))
+    if not row and family == "senet_transfer":
+        row = published_on_imagenet(evaluation.classes, name)
     return (row,) if row else ()

@@ -153,6 +153,16 @@ def test_a_part_of_places365_is_said_to_be_a_part(tmp_path):
     assert "paper: 36,500 images, this run: 800" in text
 
 
+def test_imagenets_rows_are_found_by_its_classes(tmp_path):
+    keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.SE.ENABLED", True]
+    keys += ["MODEL.BACKBONE.ARCH", "mobilenet", "DATASETS.TEST", ("val",)]
+    keys += ["DATASETS.CLASSES", [f"n{number:08d}" for number in range(1000)]]
+    rows = [{"iteration": 9, "classification/top1_error": 25.0, "classification/images": 50_000}]
+    text = page([write_run(tmp_path / "run", keys, rows)], tmp_path).text
+    assert "25.00 25.30 -0.30" in text
+    assert "Table III" in text
+
+
 def test_long_curves_are_thinned_and_keep_their_last_point(tmp_path):
     rows = [{"iteration": k, "total_loss": float(k)} for k in range(4321)]
     curve = page([write_run(tmp_path / "run", [], rows)], tmp_path).data["curves"]["total_loss"][

@@ -1,0 +1,195 @@
+"""ImageNet (ILSVRC 2012) as downloaded: archives, or unpacked folders.
+
+Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge". The classes are
+WordNet ids such as `n01440764`, sorted by name. This is the label order of torchvision's ImageNet
+class and of most published weights. The development kit numbers the classes differently, and lists
+the labels of the validation images by these numbers. torchvision reads the kit.
+"""
+
+import os
+import pickle
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.imagenet import (
+    ARCHIVE_META,
+    META_FILE,
+    load_meta_file,
+    parse_devkit_archive,
+)
+
+from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.images.listing import Images, archive_members, find_listed_images
+from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_of
+
+SPLITS = ("val", "train")
+ARCHIVES = {split: ARCHIVE_META[split][0] for split in SPLITS}
+DEVKIT = ARCHIVE_META["devkit"][0]
+
+_VAL_NAME = "ILSVRC2012_val_{:08d}.JPEG"
+
+
+def open_imagenet(
+    source: str | Path,
+    split: str,
+    *,
+    exclude: str | Path | None = None,
+    skip_missing: int = 0,
+) -> Images:
+    """Find a split's images and labels.
+
+    Args:
+        source: Folder with the archives or the folders `train` and `val`, and for validation images
+            that are not in class folders, the development kit.
+        split: One of `SPLITS`.
+        exclude: File with one image per line to leave out: its name, or the number of a validation
+            image, as in the challenge's blacklist.
+        skip_missing: Maximum number of empty images to leave out. A larger number raises an error.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the labels do not match the images.
+    """
+    source = Path(source)
+    if split not in SPLITS or not source.is_dir():
+        raise UserError(
+            f"The split is {split!r}, in {source}; expected one of {', '.join(SPLITS)}, and a "
+            "folder with the archives of ImageNet. Check the path."
+        )
+    places = [source / split, source / ARCHIVES[split]]
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise UserError(
+            f"No images of {split} found in {source}; expected the folder {split} or the archive "
+            f"{ARCHIVES[split]}. Download the archive from image-net.org, or pass the folder that "
+            "contains it."
+        )
+    images = open_imagenet_images(found[0], split, skip_missing=skip_missing)
+    return images if exclude is None else _without(images, Path(exclude))
+
+
+def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
+    """Return the images and the split that a path stands for, or None if it is other data.
+
+    Args:
+        path: Archive of ImageNet, folder that contains one, or folder of validation images that are
+            not in class folders.
+        split: Split to read from a folder that contains archives; names that begin with "train"
+            select the training images.
+    """
+    for name, archive in ARCHIVES.items():
+        if path.name == archive:
+            return path, name
+    split = "train" if split.startswith("train") else "val"
+    if (path / ARCHIVES[split]).is_file():
+        return (path / split if (path / split).is_dir() else path / ARCHIVES[split]), split
+    return (path, "val") if _is_flat(path) else None
+
+
+def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Images:
+    """Find the images in an archive, a folder of class folders, or a folder of validation images.
+
+    The development kit, or the `meta.bin` that torchvision makes of it, is searched for in the
+    parent folder. It is required for validation images that are not in class folders.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the labels do not match the images.
+    """
+    devkit = _read_devkit(path.parent)
+    if path.is_dir() and not _is_flat(path):
+        return open_folder(path, devkit and devkit[0], skip_empty=skip_missing)
+    members = None if path.is_dir() else archive_members(path)
+    names = sorted(filter(is_image_name, os.listdir(path)) if members is None else members)
+    if split == "train":
+        ids = [name.rpartition("/")[0] for name in names]
+        classes = devkit[0] if devkit else sorted(set(ids))
+    elif devkit:
+        classes, ids = devkit
+    else:
+        raise UserError(
+            f"{path} contains no labels; expected {DEVKIT} in the same folder. Download the "
+            "development kit (task 1 and 2) from image-net.org."
+        )
+    if len(ids) != len(names):
+        raise UserError(
+            f"{path} contains {len(names)} images; expected {len(ids)}, the number of labels in "
+            "the development kit, because labels are assigned in the order of the names. Unpack or "
+            "download the archive again. To leave out images, use --exclude."
+        )
+    if unknown := sorted(set(ids).difference(classes)):
+        raise UserError(
+            f"{path} contains the classes {first_of(unknown)}, which are not among the "
+            f"{len(classes)} classes of the development kit. Use the files of ILSVRC 2012."
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.array([label_of[name] for name in ids], np.int32)
+    return find_listed_images(
+        path, names, labels, classes, complete=False, skip_missing=skip_missing, members=members
+    )
+
+
+def _is_flat(path: Path) -> bool:
+    """Return True if a folder contains validation images that are not in class folders."""
+    return path.is_dir() and any(path.glob("ILSVRC2012_val_*"))
+
+
+def _read_devkit(folder: Path) -> tuple[list[str], list[str]] | None:
+    """Return the classes in label order, and the classes of the validation images by name.
+
+    Returns:
+        None if the folder contains no development kit.
+    """
+    try:
+        if (folder / META_FILE).is_file():
+            names, labels = load_meta_file(folder)
+        elif (folder / DEVKIT).is_file():
+            # torchvision writes next to the archive, in a folder that may be read-only.
+            with tempfile.TemporaryDirectory() as temporary:
+                Path(temporary, DEVKIT).symlink_to((folder / DEVKIT).absolute())
+                parse_devkit_archive(temporary)
+                names, labels = load_meta_file(temporary)
+        else:
+            return None
+    except ImportError as error:
+        raise UserError(
+            f"Reading {folder / DEVKIT} requires SciPy: {error}. Install it: pip install scipy"
+        ) from error
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"Cannot read the development kit in {folder}: {error}. Expected {DEVKIT} with the MD5 "
+            f"checksum {ARCHIVE_META['devkit'][1]}, or the {META_FILE} that torchvision makes of "
+            "it. Download the kit again."
+        ) from error
+    return sorted(names), list(labels)
+
+
+def _without(images: Images, path: Path) -> Images:
+    """Return the images that are not listed in a file."""
+    try:
+        lines = path.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"Cannot read {path}: {error}. Expected a text file with one image per line."
+        ) from error
+    listed = {
+        _VAL_NAME.format(int(line)) if line.isdecimal() else os.path.basename(line)
+        for line in lines
+    }
+    base = [os.path.basename(name) for name in images.names]
+    if unknown := sorted(listed.difference(base)):
+        raise UserError(
+            f"{path} lists {len(unknown)} images that are not in {images.root}: "
+            f"{first_of(unknown)}. Expected names of images, or numbers of validation images. Use "
+            "a list for this split."
+        )
+    keep = np.array([index for index, name in enumerate(base) if name not in listed], int)
+    return replace(
+        images,
+        names=[images.names[index] for index in keep],
+        labels=images.labels[keep],
+        sizes=images.sizes[keep],
+        offsets=None if images.offsets is None else images.offsets[keep],
+    )
