@@ -1,9 +1,14 @@
-"""Checks of several models whose predictions are combined."""
+"""Several models whose predictions are combined."""
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from senet_transfer.config import is_classification
-from senet_transfer.engine.model_from import ModelSource
+from senet_transfer.engine.checkpoints.classes import config_next_to
+from senet_transfer.engine.inference.fused_detector import FusedDetector
+from senet_transfer.engine.model_from import ModelSource, find_model
+from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
 
 
@@ -40,5 +45,38 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
 
 def _class_count(found: ModelSource) -> int:
     if not is_classification(found.cfg):
-        return len(found.cfg.DATASETS.CLASSES)
+        return len(found.cfg.DATASETS.CLASSES) or found.cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return (found.source and found.source.num_classes) or found.cfg.MODEL.CLASSIFIER.NUM_CLASSES
+
+
+def build_detectors(source: ModelSource) -> nn.Module:
+    """Build a model or, if ``TEST.ENSEMBLE.WEIGHTS`` is set, several detectors as one model.
+
+    Raises:
+        UserError: If the detectors' classes or image formats differ, or if one of them does not
+            only predict boxes.
+    """
+    cfg = source.cfg
+    if not cfg.TEST.ENSEMBLE.WEIGHTS:
+        return source.build().model
+    sources = [source.examined()]
+    for weights in cfg.TEST.ENSEMBLE.WEIGHTS:
+        if config_next_to(weights):
+            found = find_model(weights=weights)
+        else:
+            other = cfg.clone()
+            other.defrost()
+            other.MODEL.WEIGHTS = weights
+            found = ModelSource(other)
+        found.cfg.TEST.ENSEMBLE.WEIGHTS = cfg.TEST.ENSEMBLE.WEIGHTS
+        check_augmentation(found.cfg)
+        if found.cfg.INPUT.FORMAT != cfg.INPUT.FORMAT:
+            raise UserError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT} for {cfg.MODEL.WEIGHTS} and "
+                f"{found.cfg.INPUT.FORMAT} for {weights}; expected the same format, because all "
+                "detectors get the same images."
+            )
+        sources.append(found.examined())
+    check_same_classes(sources)
+    models = [found.build(cfg.MODEL.DEVICE).model for found in sources]
+    return FusedDetector(cfg, models).eval()
