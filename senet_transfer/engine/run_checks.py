@@ -130,6 +130,10 @@ def check_augmentation(cfg: CfgNode) -> None:
             f"{used}, which supports detectors of boxes, but the {architecture} of this config "
             f"{problem}. Set {remedy}."
         )
+    if several and not 0 <= cfg.TEST.ENSEMBLE.IOU < 1:
+        raise UserError(
+            f"TEST.ENSEMBLE.IOU is {cfg.TEST.ENSEMBLE.IOU}; expected 0 or more and less than 1."
+        )
     if several and cfg.TEST.LOSS:
         raise UserError(
             "TEST.LOSS is True, but the losses of several detectors can't be combined. Set "

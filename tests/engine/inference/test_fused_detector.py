@@ -203,6 +203,7 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
         ({"MODEL.ROI_HEADS.NAME": "RROIHeads"}, "rotated boxes"),
         ({"TEST.ENSEMBLE.WEIGHTS": "('b.pth',)", "MODEL.MASK_ON": "True"}, "masks .* only for"),
         ({"TEST.ENSEMBLE.WEIGHTS": "('b.pth',)", "TEST.LOSS": "True"}, "TEST.LOSS is True"),
+        ({"TEST.ENSEMBLE.WEIGHTS": "('b.pth',)", "TEST.ENSEMBLE.IOU": "1.5"}, "IOU is 1.5"),
         ({"MODEL.MASK_ON": "True"}, None),
     ],
 )
