@@ -30,12 +30,18 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
                 f"{files} have {counts[0]} and {counts[1]} classes; expected the same classes. "
                 "Combine only models that were trained on the same data."
             )
+        if _has_caffe_order(first) != _has_caffe_order(other):
+            raise UserError(
+                f"The class orders of {files} differ: one of them is a Caffe model with "
+                "the order of ImageNet's development kit, and the other one is not. Combine only "
+                "models with the same order."
+            )
         names = list(first.cfg.DATASETS.CLASSES), list(other.cfg.DATASETS.CLASSES)
         if not all(names) or names[0] == names[1]:
             continue
         pairs = enumerate(zip(*names, strict=False))
         index = next((i for i, pair in pairs if pair[0] != pair[1]), 0)
-        problem = "order of the classes" if set(names[0]) == set(names[1]) else "classes"
+        problem = "class orders" if set(names[0]) == set(names[1]) else "classes"
         raise UserError(
             f"The {problem} of {files} differ: class {index} is {names[0][index]} and "
             f"{names[1][index]}. Combine only models that were trained on the same classes in the "
@@ -47,6 +53,12 @@ def _class_count(found: ModelSource) -> int:
     if not is_classification(found.cfg):
         return len(found.cfg.DATASETS.CLASSES) or found.cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return (found.source and found.source.num_classes) or found.cfg.MODEL.CLASSIFIER.NUM_CLASSES
+
+
+def _has_caffe_order(found: ModelSource) -> bool:
+    """Return whether a model is one of the paper's authors' ImageNet classifiers."""
+    published = found.source is not None and found.source.family.name == "caffe"
+    return published and not found.cfg.DATASETS.CLASSES and _class_count(found) == 1000
 
 
 def build_detectors(source: ModelSource) -> nn.Module:

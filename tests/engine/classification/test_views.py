@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
-from senet_transfer import UserError, create_classifier, save_weights
+from senet_transfer import UserError, create_classifier, get_senet_config, save_weights
 from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.data.images.multi_scale import pack
+from senet_transfer.engine.inference.ensembles import check_same_classes
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.models.backbones.vgg import VGGNeck
 from senet_transfer.models.dense import DenseClassifier
 from senet_transfer.models.image_classifier import wrap_classifier
@@ -191,7 +194,7 @@ def test_models_of_other_classes_or_preprocessing_are_rejected(photos, tmp_path)
 
     cats = saved("cats.safetensors", ["cat", "dog"])
     for classes, message in [
-        (["dog", "cat"], "order of the classes .* differ: class 0 is cat and dog"),
+        (["dog", "cat"], "class orders of .* differ: class 0 is cat and dog"),
         (["cat", "emu"], "The classes of .* differ: class 1 is dog and emu"),
         (["cat", "dog", "emu"], "have 2 and 3 classes"),
     ]:
@@ -203,6 +206,19 @@ def test_models_of_other_classes_or_preprocessing_are_rejected(photos, tmp_path)
     other = saved("other.safetensors", **options, interpolation="bicubic")
     with pytest.raises(UserError, match="differs: interpolation bilinear and bicubic"):
         evaluate("--weights", first, other, "--data", photos)
+
+
+def test_the_authors_caffe_models_have_another_order_of_the_classes():
+    def source(family: str) -> ModelSource:
+        content = SimpleNamespace(num_classes=1000, family=SimpleNamespace(name=family))
+        cfg = get_senet_config()
+        cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
+        return ModelSource(cfg, content)
+
+    check_same_classes([source("caffe"), source("caffe")])
+    check_same_classes([source("cadene"), source("torchvision_v1")])
+    with pytest.raises(UserError, match="order of ImageNet's development kit"):
+        check_same_classes([source("cadene"), source("caffe")])
 
 
 @pytest.mark.parametrize(

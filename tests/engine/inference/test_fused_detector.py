@@ -188,7 +188,7 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
     with pytest.raises(UserError, match="--crops can't be given for a detector"):
         evaluate("--crops", "10")
     save_weights(Trainer.build_model(cfg), weights[1], classes=cfg.DATASETS.CLASSES[::-1])
-    with pytest.raises(UserError, match="order of the classes of .* differ"):
+    with pytest.raises(UserError, match="class orders of .* differ"):
         evaluate()
 
 
