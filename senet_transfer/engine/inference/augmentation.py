@@ -25,8 +25,8 @@ def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA 
         cfg.defrost()
         cfg.TEST.AUG.MIN_SIZES = [max(1, round(factor * size)) for size in default.MIN_SIZES]
         cfg.TEST.AUG.MAX_SIZE = max(1, round(factor * default.MAX_SIZE))
-    if isinstance(model, FusedDetector):
-        return FusedDetector(cfg, list(model.models), DatasetMapperTTA(cfg))
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+    fused = isinstance(model, FusedDetector)
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and not fused:
         return GeneralizedRCNNWithTTA(cfg, model)
-    return FusedDetector(cfg, [model], DatasetMapperTTA(cfg))
+    models = list(model.models) if fused else [model]
+    return FusedDetector(cfg, models, DatasetMapperTTA(cfg))

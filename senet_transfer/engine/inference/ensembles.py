@@ -91,4 +91,4 @@ def build_detectors(source: ModelSource) -> nn.Module:
         sources.append(found.examined())
     check_same_classes(sources)
     models = [found.build(cfg.MODEL.DEVICE).model for found in sources]
-    return FusedDetector(cfg, models).eval()
+    return FusedDetector(cfg, models)

@@ -43,6 +43,8 @@ class FusedDetector(nn.Module):
         """
         super().__init__()
         self.models = nn.ModuleList(models)
+        # Evaluation restores this mode afterwards, also that of the models.
+        self.training = models[0].training
         self.views = views
         retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
         self.nms = (cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS).NMS_THRESH_TEST

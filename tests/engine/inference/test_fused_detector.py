@@ -115,8 +115,10 @@ def test_augmentation_of_retinanet_equals_a_plain_loop(item):
     cfg, model = built("RetinaNet")
     boxes, scores, classes = plain_views(model, item)
     keep = batched_nms(boxes, scores, classes, 0.5)[:100]
+    augmented = with_augmentation(cfg, model)
+    assert not augmented.training
     with torch.no_grad():
-        (found,) = with_augmentation(cfg, model)([item])
+        (found,) = augmented([item])
     assert_same(found["instances"], boxes[keep], scores[keep], classes[keep])
 
 
