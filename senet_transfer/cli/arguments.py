@@ -15,6 +15,7 @@ from senet_transfer.utils.import_hook import hide_library_warnings, without_scri
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
 DETECTION_FORMATS = ("voc", "yolo", "labelme", "cvat", "labelstudio", "via")
+CROPS = (1, 10)
 EVAL_MODES = ("short_side", "squash", "ten_crop")
 IMAGENET_SPLITS = ("val", "train")
 PLACES365_SIZES = ("256", "large")
@@ -80,7 +81,13 @@ class Parser(argparse.ArgumentParser):
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
     often append ``--resume`` to their previous command.
+
+    Attributes:
+        lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
+            they would also take the config options that follow.
     """
+
+    lists: tuple[str, ...] = ()
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -90,6 +97,7 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config options."""
         words = _with_image_folders(list(sys.argv[1:] if args is None else args))
+        words = _with_repeated_flags(words, self.lists)
         pairs: list[str] = []
         while True:
             found = super().parse_args(words, namespace)
@@ -197,9 +205,26 @@ def _with_image_folders(words: list[str]) -> list[str]:
         found.append(word)
         if words[max(index - 2, 0)] == "--dataset" and index >= 2:
             following = words[index + 1] if index + 1 < len(words) else "--"
-            is_key = _CONFIG_KEY.fullmatch(following) and not os.path.exists(following)
-            found += [""] if following.startswith("--") or is_key else []
+            found += [""] if following.startswith("--") or _is_key(following) else []
     return found
+
+
+def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
+    """Repeat flags before each of their values: ``--scales 224 --scales 256``."""
+    found: list[str] = []
+    flag = ""
+    for word in words:
+        if word.startswith("-") or _is_key(word):
+            flag = word if word in flags else ""
+        elif flag and found[-1] != flag:
+            found.append(flag)
+        found.append(word)
+    return found
+
+
+def _is_key(word: str) -> bool:
+    """Return whether a word of the command line is a config key and not a file."""
+    return bool(_CONFIG_KEY.fullmatch(word)) and not os.path.exists(word)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -219,11 +244,17 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that specify a classifier or backbone."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the arguments that specify a classifier or backbone, or several of them."""
     add = parser.add_argument
     add("--model", default="", help="a name in senet_transfer.list_models()")
-    add("--weights", default="", help="a weight file; default: the config's MODEL.WEIGHTS")
+    add(
+        "--weights",
+        action="append" if several else "store",
+        default=[] if several else "",
+        help=f"{'one or several weight files' if several else 'a weight file'}; default: the "
+        "config's MODEL.WEIGHTS",
+    )
     add("--family", default="", help="weight family, if the tensor names match several families")
     add(
         "--config-file",

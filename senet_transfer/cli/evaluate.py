@@ -1,24 +1,37 @@
 """Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
+The weights of a detector are evaluated with the metrics of its data; the boxes of several detectors
+are fused.
+
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
     python tools/eval_classifier.py --model se_resnet50 --weights se_resnet50.pth \\
         --data imagenet/val --output results.json
 
 Evaluate a checkpoint of tools/train_net.py, with the config.yaml next to it:
     python tools/eval_classifier.py --weights output/model_best.pth --data flowers/val
+
+Evaluate ten crops at three scales, and average the probabilities of two models:
+    python tools/eval_classifier.py --scales 224 256 320 --crops 10 --weights a.pth b.pth \\
+        --data flowers/val
 """
 
 import argparse
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from senet_transfer.cli.arguments import (
+    CROPS,
     EVAL_MODES,
     Parser,
     add_model_arguments,
     add_running_arguments,
     run_command,
 )
+from senet_transfer.errors import UserError
+
+if TYPE_CHECKING:
+    from senet_transfer.engine.model_from import ModelSource
 
 _PLACES365 = """\
 Evaluate a classifier on the Places365 validation set, and compare it with Table VI of the paper.
@@ -34,7 +47,8 @@ val_256.tar next to the lists.
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=description)
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=True)
+    parser.lists = ("--weights", "--scales", "--saved-logits")
     add = parser.add_argument
     add(
         "--data", default="", help="shards, a folder, a CSV file or an archive; default: the "
@@ -45,46 +59,123 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--resize", type=int, help="resize size in pixels; default: the model's size")
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
+        "--scales", type=int, action="append", default=[], help="one or several sizes of the "
+        "shorter side in pixels; the predictions for all views of an image are combined",
+    )  # fmt: skip
+    add("--crops", type=int, choices=CROPS, help="crops per scale; default: that of the crop mode")
+    add("--dense", action="store_true", help="apply the network to whole resized images")
+    add(
         "--predictions",
         default="",
         help="CSV file to write, with the key, label, five most probable classes and path of each "
         "image",
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
+    add(
+        "--saved-logits", action="append", default=[], metavar="FILE", help="one or several CSV "
+        "files written with --predictions and --logits, whose probabilities are averaged",
+    )  # fmt: skip
     add_running_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, Any]:
-    """Evaluate the classifier, print the results and return them.
+    """Evaluate the classifiers or detectors, print the results and return them.
 
     Args:
         args: The arguments parsed by :func:`parser`.
         published: Published results on the same data to print for comparison.
     """
-    from senet_transfer.engine.inference.evaluate import run_evaluation
+    from senet_transfer.config import is_classification
+    from senet_transfer.data.images.multi_scale import ViewOptions
+    from senet_transfer.engine.inference.evaluate import run_evaluation, run_saved_evaluation
     from senet_transfer.engine.model_from import find_model
 
-    found = find_model(
-        args.model, args.config_file, args.weights, family=args.family, options=args.opts
-    )
-    results = run_evaluation(
-        found,
-        device=args.device,
-        data=args.data,
+    options = {
+        "output": args.output,
+        "predictions": args.predictions,
+        "keep_logits": args.logits,
+        "published": published,
+    }
+    if args.saved_logits:
+        _check_saved(args)
+        results = run_saved_evaluation(args.saved_logits, **options)
+        _print(results)
+        return results
+    views = ViewOptions(
         mode=args.crop_mode or "",
         resize=args.resize,
         crop=args.crop,
+        scales=tuple(args.scales),
+        crops=args.crops,
+        dense=args.dense,
+    )
+    sources = [
+        find_model(args.model, args.config_file, weights, family=args.family, options=args.opts)
+        for weights in args.weights or [""]
+    ]
+    if args.weights and not is_classification(sources[0].cfg):
+        return _evaluate_detectors(args, sources[0])
+    results = run_evaluation(
+        sources,
+        device=args.device,
+        data=args.data,
+        views=views,
         batch_size=args.batch_size,
         workers=args.workers,
-        output=args.output,
-        predictions=args.predictions,
-        keep_logits=args.logits,
-        published=published,
         quiet=args.quiet,
+        **options,
     )
     _print(results)
     return results
+
+
+def _check_saved(args: argparse.Namespace) -> None:
+    """Raise a UserError for arguments that have no effect on saved logits."""
+    names = ("model", "weights", "config_file", "data", "scales", "crops", "dense", "crop_mode")
+    if given := _given(args, names):
+        raise UserError(
+            f"--saved-logits evaluates files without a model, so {given} can't be given too. "
+            "Remove one of them."
+        )
+
+
+def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[str, Any]:
+    """Evaluate one or several detectors with ``TEST.ENSEMBLE`` and ``TEST.AUG``."""
+    from senet_transfer.engine.results import write_results
+    from senet_transfer.engine.setup import RunOptions
+    from senet_transfer.engine.train import main as evaluate
+
+    names = ("model", "family", "data", "crop_mode", "resize", "crop", "crops", "dense")
+    if given := _given(args, (*names, "predictions", "logits")):
+        raise UserError(
+            f"{given} can't be given for a detector, such as the model in {args.weights[0]}. "
+            "Remove them; to select the data of a detector, set DATASETS.TEST."
+        )
+    options = [*args.opts, "MODEL.WEIGHTS", args.weights[0]]
+    options += ["TEST.ENSEMBLE.WEIGHTS", str(tuple(args.weights[1:]))]
+    options += ["DATALOADER.NUM_WORKERS", str(args.workers)]
+    if args.device:
+        options += ["MODEL.DEVICE", args.device]
+    if args.scales:
+        options += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", str(tuple(args.scales))]
+    if "OUTPUT_DIR" not in args.opts[::2]:
+        # The files of the training run must not be overwritten.
+        options += ["OUTPUT_DIR", os.path.join(os.path.dirname(args.weights[0]), "evaluation")]
+    run = RunOptions(first.config_file, options, eval_only=True, quiet=args.quiet)
+    results = {
+        **evaluate(run),
+        "weights": args.weights,
+        "scales": args.scales or [first.cfg.INPUT.MIN_SIZE_TEST],
+    }
+    if args.output:
+        write_results(args.output, results)
+    return results
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
+    """Return those of several options that are given, as text."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name))
 
 
 def _main_places365(args: argparse.Namespace) -> None:

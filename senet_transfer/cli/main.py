@@ -14,7 +14,7 @@ from senet_transfer import __version__
 # Maps each command to its module in senet_transfer.cli and its description.
 COMMANDS = {
     "train": ("train", "train or evaluate a detector or classifier from a config"),
-    "eval": ("evaluate", "evaluate a classifier: errors, worst and most confused classes"),
+    "eval": ("evaluate", "evaluate classifiers or detectors, also several together"),
     "predict": ("predict", "run object detection or classification on images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
     "features": ("little_data.features", "write the features of a backbone for labelled images"),

@@ -1,6 +1,7 @@
 """``senet train``: training and evaluation of a model from a config."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import argument_parser as parser
@@ -23,6 +24,7 @@ def command(words: list[str] | None = None) -> None:
         from senet_transfer.engine.launch import run
 
     options = run_options(args)
+    main: Callable[..., object]
     if args.config_file.endswith(".py"):
         from senet_transfer.engine.lazy_config import train as lazy
 

@@ -293,6 +293,13 @@ def _add_epochs(cfg: CfgNode) -> None:
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
     # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
     cfg.TEST.DIAGNOSTICS = ("bbox", "segm")
+    # For the evaluation of a detector with --eval-only: the weight files of further detectors,
+    # whose boxes are merged with those of MODEL.WEIGHTS by weighted boxes fusion. Each detector is
+    # described by the config.yaml next to its file or, without one, by this config. IOU is the
+    # minimum IoU of boxes that are merged.
+    cfg.TEST.ENSEMBLE = CfgNode()
+    cfg.TEST.ENSEMBLE.WEIGHTS = ()
+    cfg.TEST.ENSEMBLE.IOU = 0.55
 
 
 def _add_classification_config(cfg: CfgNode) -> None:

@@ -23,6 +23,7 @@ from senet_transfer.config import (
     get_senet_config,
     is_classification,
 )
+from senet_transfer.config.architectures import OBJECTS, predicts, predicts_rotated_boxes
 from senet_transfer.config.validation import check_input, check_ranges
 from senet_transfer.data.detection.augmentation.build import check_detection_augmentation
 from senet_transfer.data.images.augmentation import ENABLING_KEYS
@@ -105,12 +106,38 @@ def scratch_hint(cfg: CfgNode) -> str:
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Raise a UserError if ``TEST.AUG`` is enabled for a model that doesn't support it."""
-    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+    """Raise a UserError if ``TEST.AUG`` or ``TEST.ENSEMBLE`` does not support the model."""
+    several = bool(cfg.TEST.ENSEMBLE.WEIGHTS)
+    if not cfg.TEST.AUG.ENABLED and not several:
+        return
+    used = "TEST.ENSEMBLE.WEIGHTS is set" if several else "TEST.AUG.ENABLED is True"
+    remedy = "TEST.ENSEMBLE.WEIGHTS to ()" if several else "TEST.AUG.ENABLED to False"
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    problem = ""
+    if is_classification(cfg):
+        problem = "is a classifier; for classifiers, senet eval has --scales, --crops and --weights"
+    elif predicts(cfg) != {OBJECTS}:
+        problem = f"predicts {' and '.join(sorted(predicts(cfg)))}"
+    elif predicts_rotated_boxes(cfg):
+        problem = "predicts rotated boxes"
+    elif cfg.MODEL.KEYPOINT_ON:
+        problem = "predicts keypoints (MODEL.KEYPOINT_ON)"
+    elif cfg.MODEL.MASK_ON and (several or architecture != "GeneralizedRCNN"):
+        problem = "predicts masks (MODEL.MASK_ON), which are supported only for the test-time "
+        problem += "augmentation of a single GeneralizedRCNN"
+    if problem:
         raise UserError(
-            "TEST.AUG.ENABLED is True, but Detectron2's test-time augmentation only supports "
-            f"GeneralizedRCNN, and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. Set "
-            "TEST.AUG.ENABLED to False."
+            f"{used}, which supports detectors of boxes, but the {architecture} of this config "
+            f"{problem}. Set {remedy}."
+        )
+    if several and not 0 <= cfg.TEST.ENSEMBLE.IOU < 1:
+        raise UserError(
+            f"TEST.ENSEMBLE.IOU is {cfg.TEST.ENSEMBLE.IOU}; expected 0 or more and less than 1."
+        )
+    if several and cfg.TEST.LOSS:
+        raise UserError(
+            "TEST.LOSS is True, but the losses of several detectors can't be combined. Set "
+            "TEST.LOSS to False, or TEST.ENSEMBLE.WEIGHTS to ()."
         )
 
 

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
+from senet_transfer.engine.inference.ensembles import build_detectors
 from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import (
     duration,
@@ -30,7 +31,7 @@ from senet_transfer.weights.file_geometry import examine_config_weights
 RESULTS = "results.json"
 
 
-def main(options: RunOptions) -> None:
+def main(options: RunOptions) -> dict[str, Any]:
     """Train or evaluate a model, and write the results to ``OUTPUT_DIR/results.json``.
 
     This function must be called in every process of the job; see
@@ -38,6 +39,9 @@ def main(options: RunOptions) -> None:
 
     Args:
         options: The run's options.
+
+    Returns:
+        The results that are written. They are incomplete except in the main process.
 
     Raises:
         UserError: If the run can't start with these options.
@@ -51,13 +55,16 @@ def main(options: RunOptions) -> None:
             loaded = load(cfg, resumes(cfg, options))
         results = Trainer.evaluate(cfg, loaded) if options.eval_only else _train(loaded)
     if comm.is_main_process():
-        write_results(Path(cfg.OUTPUT_DIR, RESULTS), with_diagnostics(cfg, results))
+        written = with_diagnostics(cfg, results)
+        write_results(Path(cfg.OUTPUT_DIR, RESULTS), written)
         if options.quiet:  # Otherwise, the log includes them.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
         else:
             print(f"\n{_summary(cfg, results, loaded)}", flush=True)
         if options.eval_only:  # Trainer.train verifies the results of a training run.
             verify_results(cfg, results)
+        return written
+    return results
 
 
 def _has_traceback(record: logging.LogRecord) -> bool:
@@ -86,9 +93,9 @@ def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
 
 
 def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
-    """Build the model to evaluate, and check that all of its weights are loaded."""
+    """Build the model or ensemble to evaluate, and check that all of its weights are loaded."""
     checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
-    return ModelSource(cfg, examine_config_weights(cfg, checkpoint)).build().model
+    return build_detectors(ModelSource(cfg, examine_config_weights(cfg, checkpoint)))
 
 
 def _train(trainer: Trainer) -> dict[str, Any]:

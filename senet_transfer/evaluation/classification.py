@@ -18,13 +18,19 @@ from senet_transfer.data.classification.loader import (
     ClassificationLoader,
     build_classification_eval_loader,
 )
+from senet_transfer.data.images.multi_scale import MultiScaleTransform, views_record
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification_evaluator import TOP, ClassificationEvaluator
+from senet_transfer.models.averaged import AveragedClassifier
+from senet_transfer.models.dense import DenseClassifier
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.utils.progress import progress
 
 _SHOWN = 10
+
+EvaluatedModel = ImageClassifier | DenseClassifier | AveragedClassifier
+Transform = EvalTransform | MultiScaleTransform
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ class Evaluation:
 
 
 def evaluate_classifier(
-    model: ImageClassifier,
+    model: EvaluatedModel,
     dataset: ClassificationDataset | ImageArrays,
-    transform: EvalTransform,
+    transform: Transform,
     *,
     batch_size: int = 32,
     workers: int = 0,
@@ -167,8 +173,8 @@ def evaluate_classifier(
     )
 
 
-def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | ImageArrays) -> None:
-    has = model.linear.out_features
+def _check_classes(model: EvaluatedModel, dataset: ClassificationDataset | ImageArrays) -> None:
+    has = model.num_classes
     if has != dataset.num_classes:
         raise UserError(
             f"The model has {has} classes, but {dataset.origin} has {dataset.num_classes}. "
@@ -177,9 +183,9 @@ def _check_classes(model: ImageClassifier, dataset: ClassificationDataset | Imag
 
 
 def eval_batches(
-    model: ImageClassifier,
+    model: EvaluatedModel,
     dataset: ClassificationDataset | ImageArrays,
-    transform: EvalTransform,
+    transform: Transform,
     batch_size: int,
     workers: int,
     quiet: bool,
@@ -200,13 +206,14 @@ def eval_batches(
     return ShownBatches(loader, len(dataset), quiet)
 
 
-def _check_view(data: ImageArrays, transform: EvalTransform) -> None:
-    if transform.output_shape != (3, SIDE, SIDE) or transform.resize != SIDE:
+def _check_view(data: ImageArrays, transform: Transform) -> None:
+    view = views_record(transform)
+    if transform.output_shape != (3, SIDE, SIDE) or view["scales"] != [SIDE]:
         raise UserError(
-            f"{data.origin} contains images of {SIDE}x{SIDE} pixels, but the evaluation transform "
-            f"resizes to {transform.resize} and crops to {transform.crop} pixels "
-            f"({transform.mode}). Use a network for images of this size, and omit --resize, --crop "
-            "and --crop-mode."
+            f"{data.origin} contains images of {SIDE}x{SIDE} pixels, but the evaluation resizes to "
+            f"{view['scales']} and takes {view['crops']} crops of {view['view']['crop']} pixels "
+            f"({view['view']['mode']}). Use a network for images of this size, and omit --resize, "
+            "--scales, --crop, --crops, --crop-mode and --dense."
         )
 
 

@@ -70,6 +70,11 @@ class Classifier(nn.Module):
         """Return the preprocessing that the model requires."""
         return self.backbone.preprocessing
 
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes."""
+        return self.linear.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``(N, num_classes)`` for normalised images ``(N, 3, H, W)``."""
         features = self.backbone(x)[self.feature]

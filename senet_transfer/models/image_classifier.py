@@ -22,6 +22,9 @@ _BACKBONE_BUILDER = "build_senet_backbone"
 
 LOSSES = ("cross_entropy", "focal")
 
+# Number of views that are evaluated in one batch, even if the batch has fewer images.
+_MAX_VIEWS = 32
+
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(Classifier):
@@ -167,9 +170,15 @@ class ImageClassifier(Classifier):
                 images = cut_out(images, batch["cutout"], self.cutout)
             return self._losses(images, batch["label"])
         if images.dim() == 4:
-            return super().forward(self.normalise(images))
-        logits = super().forward(self.normalise(images.flatten(0, 1)))
+            return self.classify(images)
+        # Several scales and crops would need much memory in a single batch.
+        parts = images.flatten(0, 1).split(max(len(images), _MAX_VIEWS))
+        logits = torch.cat([self.classify(part) for part in parts])
         return logits.unflatten(0, images.shape[:2]).mean(1)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the logits ``(N, num_classes)`` of uint8 images ``(N, 3, H, W)``."""
+        return super().forward(self.normalise(images))
 
     def _losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         target = labels.to(self.device, non_blocking=True)

@@ -16,6 +16,7 @@ from senet_transfer.cli.main import COMMANDS
 from senet_transfer.data.cifar.archives import DOWNLOADS
 from senet_transfer.data.detection.formats.source import FORMATS
 from senet_transfer.data.images import imagenet
+from senet_transfer.data.images.multi_scale import CROPS
 from senet_transfer.data.images.places365 import SIZES, SPLITS
 from senet_transfer.data.images.transforms import EVAL_MODES
 from senet_transfer.weights import FAMILIES
@@ -47,6 +48,7 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
         (choices.ABLATION_AXES, PAPER),
         (choices.CIFAR_DOWNLOADS, DOWNLOADS),
         (choices.DETECTION_FORMATS, tuple(FORMATS)),
+        (choices.CROPS, CROPS),
         (choices.EVAL_MODES, EVAL_MODES),
         (choices.PLACES365_SIZES, SIZES),
         (choices.PLACES365_SPLITS, SPLITS),

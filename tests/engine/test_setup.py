@@ -29,7 +29,7 @@ SCRATCH = r"configs/scratch_detector\.yaml"
         (("--eval-only",), {}, "random weights"),
         ((), {"MODEL.WEIGHTS": "no/such.pth"}, f"no/such.pth, but .* not exist.*{SCRATCH}"),
         ((), {"DATASETS.TRAIN": "('owm',)"}, "owm.*--dataset"),
-        ((), {"MODEL.META_ARCHITECTURE": "RetinaNet", "TEST.AUG.ENABLED": "True"}, "augmentation"),
+        ((), {"MODEL.KEYPOINT_ON": "True", "TEST.AUG.ENABLED": "True"}, "keypoints"),
         ((), {"MODEL.SE.RATIOS": "8"}, "Did you mean MODEL.SE.RATIO or"),
         ((), {"MODEL.BACKBONE.NAME": "build_senet_fpn"}, "build_senet_fpn_backbone"),
         ((), {"MODEL.ROI_HEADS.NAME": "StandardHeads"}, "StandardROIHeads"),

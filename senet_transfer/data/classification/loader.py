@@ -29,6 +29,7 @@ from senet_transfer.data.classification.sampling import (
 )
 from senet_transfer.data.classification.skip_counter import SkipCounter
 from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.multi_scale import MultiScaleTransform, pack
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform, put, sample_rng
 from senet_transfer.data.workers import RaisingLoader, init_worker
 from senet_transfer.errors import UserError
@@ -124,7 +125,7 @@ def build_classification_eval_loader(
     dataset: ClassificationDataset,
     *,
     batch_size: int,
-    transform: EvalTransform,
+    transform: EvalTransform | MultiScaleTransform,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -133,10 +134,11 @@ def build_classification_eval_loader(
     """Build an evaluation loader that loads each image once across all ranks and workers.
 
     A batch contains the entries of a training batch and `index`, the image indices in the data set
-    (`list[int]`). With ten-crop evaluation, `image` is `(N, 10, 3, H, W)`. The last batch of a
-    worker may be smaller, and the number of images per rank may differ by one. A broken image
-    raises an error, because skipping it would change the metrics. A wrong number of loaded images
-    also raises an error.
+    (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
+    whole images, `image` and `shapes` are the result of `pack`. The last batch of a worker may be
+    smaller, and the number of images per rank may differ by one. A broken image raises an error,
+    because skipping it would change the metrics. A wrong number of loaded images also raises an
+    error.
 
     Args:
         dataset: Evaluation data.
@@ -306,7 +308,7 @@ class _EvalBatches(IterableDataset):
     """Iterable over one worker's evaluation batches."""
 
     dataset: ClassificationDataset
-    transform: EvalTransform
+    transform: EvalTransform | MultiScaleTransform
     skips: SkipCounter
     batch_size: int
     place: _Place
@@ -329,17 +331,24 @@ class _EvalBatches(IterableDataset):
             yield error
 
     def _batch(self, samples: list[RawSample], process: int) -> Batch:
-        images = torch.empty(len(samples), *self.transform.output_shape, dtype=torch.uint8)
+        shape = self.transform.output_shape
+        images = torch.empty(len(samples), *(shape or ()), dtype=torch.uint8)
+        whole: list[list[torch.Tensor]] = []
         for place, sample in enumerate(samples):
             try:
-                put(self.transform(sample.data), images[place])
+                views = self.transform(sample.data)
             except BrokenImageError as error:
                 raise UserError(
                     f"Cannot decode {sample.key} in {sample.origin}: {error}. Evaluation requires "
                     "all images. Restore the image, or prepare the data again."
                 ) from error
+            if shape is None:
+                whole.append(views)
+            else:
+                put(views, images[place])
         self.skips.count(process, 0, len(samples))
-        return _collate(images, samples)
+        batch = _collate(images, samples)
+        return batch if shape is not None else {**batch, **pack(whole)}
 
 
 def _worker() -> int:

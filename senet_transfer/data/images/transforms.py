@@ -205,12 +205,16 @@ class EvalTransform:
 
     def view(self, image: Image.Image) -> Tensor:
         """Return the same as :meth:`__call__` for a decoded RGB or grey image."""
-        size = [self.resize] * (2 if self.mode == "squash" else 1)
-        image = F.resize(image, size, interpolation=_interpolation(self.interpolation))
+        image = self.resized(image)
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":
             return torch.stack([F.pil_to_tensor(view) for view in F.ten_crop(image, square)])
         return F.pil_to_tensor(F.center_crop(image, square))
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """Return the resized image before the crop."""
+        size = [self.resize] * (2 if self.mode == "squash" else 1)
+        return F.resize(image, size, interpolation=_interpolation(self.interpolation))
 
 
 def put(image: Tensor, place: Tensor) -> None:

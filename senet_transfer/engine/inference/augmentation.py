@@ -1,12 +1,17 @@
 """Test-time augmentation of detectors."""
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from torch import nn
 
+from senet_transfer.engine.inference.fused_detector import FusedDetector
 
-def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA:
+
+def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA | FusedDetector:
     """Return a detector with the test-time augmentation of ``TEST.AUG``.
+
+    A single R-CNN is augmented by Detectron2, which also averages its masks, and all other
+    detectors by :class:`FusedDetector`.
 
     Detectron2's default sizes, 400 to 1200 pixels, are for ``INPUT.MIN_SIZE_TEST: 800``. If
     ``TEST.AUG`` has its defaults, they are scaled to the config's test size.
@@ -20,4 +25,8 @@ def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA:
         cfg.defrost()
         cfg.TEST.AUG.MIN_SIZES = [max(1, round(factor * size)) for size in default.MIN_SIZES]
         cfg.TEST.AUG.MAX_SIZE = max(1, round(factor * default.MAX_SIZE))
-    return GeneralizedRCNNWithTTA(cfg, model)
+    fused = isinstance(model, FusedDetector)
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and not fused:
+        return GeneralizedRCNNWithTTA(cfg, model)
+    models = list(model.models) if fused else [model]
+    return FusedDetector(cfg, models, DatasetMapperTTA(cfg))

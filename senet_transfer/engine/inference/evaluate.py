@@ -3,18 +3,20 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
-
-from detectron2.config import CfgNode
 
 from senet_transfer.config import is_classification
 from senet_transfer.data.base import ClassificationDataset
-from senet_transfer.data.build import find_dataset, in_memory
+from senet_transfer.data.build import eval_transform, find_dataset, in_memory
 from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.multi_scale import MultiScaleTransform, ViewOptions, views_record
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.engine.model_from import ModelSource
+from senet_transfer.engine.inference.ensembles import check_same_classes
+from senet_transfer.engine.inference.saved_logits import evaluate_saved_logits
+from senet_transfer.engine.model_from import LoadedModel, ModelSource
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
@@ -24,18 +26,17 @@ from senet_transfer.evaluation.paper_results import (
     published_on_cifar,
     published_on_imagenet,
 )
+from senet_transfer.models.averaged import AveragedClassifier
 from senet_transfer.models.build import backbone_name
-from senet_transfer.preprocessing import channels_of
+from senet_transfer.models.dense import DenseClassifier
 
 
 def run_evaluation(
-    found: ModelSource,
+    sources: Sequence[ModelSource],
     *,
     device: str = "",
     data: str = "",
-    mode: str = "",
-    resize: int | None = None,
-    crop: int | None = None,
+    views: ViewOptions | None = None,
     batch_size: int = 32,
     workers: int = 2,
     output: str = "",
@@ -44,22 +45,21 @@ def run_evaluation(
     published: Sequence[Published] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a classifier and write the results.
+    """Evaluate a classifier, or the mean of several classifiers' probabilities.
 
     Args:
-        found: The classifier.
+        sources: The classifiers, which have the same classes in the same order.
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
         data: The path of shards, a folder or an archive. If empty, the first data set in
             ``DATASETS.TEST`` is used.
-        mode: The evaluation mode, one of ``EVAL_MODES``. If empty, the config's mode is used.
-        resize: The resize size in pixels. If None, the model's size is used.
-        crop: The crop size in pixels. If None, the model's size is used.
+        views: The views of each image. If None, those of the model are used.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
         output: The path of the JSON file to write. If empty, no JSON file is written.
         predictions: The path of the CSV file to write, with the key, the label, the most
             probable classes and the path of each image. If empty, no CSV file is written.
-        keep_logits: If True, add the logits to the CSV file.
+        keep_logits: If True, add the logits to the CSV file. Those of several classifiers are the
+            logarithm of the mean probabilities.
         published: Published results on the same data to include in the output. If empty, the
             known results of this network are included.
         quiet: If True, show no progress bar.
@@ -70,25 +70,19 @@ def run_evaluation(
     Raises:
         UserError: If a file is missing or does not match the other files, or if a value is invalid.
     """
-    for path in (output, predictions):
-        _check_writable(path)
-    if keep_logits and not predictions:
-        raise UserError("--logits requires --predictions, the CSV file for the logits.")
-    _check(found)
-    found = found.examined()
-    dataset = _open_data(found.cfg, data)
-    loaded = _with_classes(found, dataset.num_classes).build(device)
-    view = loaded.preprocessing
-    transform = EvalTransform(
-        mode=mode or loaded.cfg.INPUT.CLASSIFICATION.TEST_MODE,
-        resize=view.resize if resize is None else resize,
-        crop=view.crop if crop is None else crop,
-        interpolation=view.interpolation,
-        value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(view.format),
-    )
+    _check_files(output, predictions, keep_logits=keep_logits)
+    for found in sources:
+        _check(found)
+    sources = [found.examined() for found in sources]
+    check_same_classes(sources)
+    dataset = _open_data(sources, data)
+    loaded = [_with_classes(found, dataset.num_classes).build(device) for found in sources]
+    transform = _common_transform(loaded, views or ViewOptions())
+    models = [one.model for one in loaded]
+    if isinstance(transform, MultiScaleTransform) and transform.dense:
+        models = [DenseClassifier(model) for model in models]
     evaluation = evaluate_classifier(
-        loaded.model,
+        models[0] if len(models) == 1 else AveragedClassifier(models).eval(),
         dataset,
         transform,
         batch_size=batch_size,
@@ -97,22 +91,99 @@ def run_evaluation(
         keep_logits=keep_logits,
         quiet=quiet,
     )
-    name = backbone_name(loaded.cfg)
-    published = published or _published(evaluation, dataset.origin, name, loaded.family)
+    if len(loaded) == 1:
+        published = published or _published(evaluation, dataset.origin, loaded[0])
+    names = [
+        backbone_name(one.cfg) if one.cfg.MODEL.BACKBONE.ARCH else found.config_file
+        for one, found in zip(loaded, sources, strict=True)
+    ]
+    weights = [one.cfg.MODEL.WEIGHTS for one in loaded]
     results = {
         **evaluation.summary(),
-        "model": name if loaded.cfg.MODEL.BACKBONE.ARCH else found.config_file,
-        "weights": loaded.cfg.MODEL.WEIGHTS,
-        "family": loaded.family,
+        "model": " + ".join(names),
+        "weights": weights[0] if len(weights) == 1 else weights,
+        "family": " + ".join(dict.fromkeys(one.family for one in loaded)),
         "data": dataset.origin,
-        "view": asdict(transform),
+        **views_record(transform),
         "published": [asdict(row) for row in published],
     }
+    return _written(evaluation, results, output, predictions)
+
+
+def run_saved_evaluation(
+    files: Sequence[str],
+    *,
+    output: str = "",
+    predictions: str = "",
+    keep_logits: bool = False,
+    published: Sequence[Published] = (),
+) -> dict[str, Any]:
+    """Evaluate the mean of the probabilities that were saved by several evaluations.
+
+    Args:
+        files: CSV files with logits; see :func:`~.saved_logits.evaluate_saved_logits`.
+        output: See :func:`run_evaluation`, as for the other arguments.
+        predictions: The path of the CSV file to write.
+        keep_logits: If True, add the logarithm of the mean probabilities to the CSV file.
+        published: Published results on the same data to include in the output.
+
+    Returns:
+        The results, which are also written to ``output``.
+    """
+    _check_files(output, predictions, keep_logits=keep_logits)
+    evaluation = evaluate_saved_logits(
+        files, keep_predictions=bool(predictions), keep_logits=keep_logits
+    )
+    results = {
+        **evaluation.summary(),
+        "model": " + ".join(Path(file).stem for file in files),
+        "saved_logits": list(files),
+        "published": [asdict(row) for row in published],
+    }
+    return _written(evaluation, results, output, predictions)
+
+
+def _written(
+    evaluation: Evaluation, results: dict[str, Any], output: str, predictions: str
+) -> dict[str, Any]:
+    """Write the files that were requested, and return the results."""
     if predictions:
         evaluation.write_predictions(predictions)
     if output:
         write_results(output, results)
     return results
+
+
+def _common_transform(
+    loaded: Sequence[LoadedModel], views: ViewOptions
+) -> EvalTransform | MultiScaleTransform:
+    """Return the evaluation transform of all models.
+
+    Raises:
+        UserError: If the models require different transforms.
+    """
+    found = [views.transform(eval_transform(one.cfg)) for one in loaded]
+    for one, transform in zip(loaded, found, strict=True):
+        if transform != found[0]:
+            first, other = views_record(found[0])["view"], views_record(transform)["view"]
+            differing = [
+                f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]
+            ]
+            raise UserError(
+                f"The preprocessing of {loaded[0].cfg.MODEL.WEIGHTS} and {one.cfg.MODEL.WEIGHTS} "
+                f"differs: {', '.join(differing)}. In one pass, all models see the same views. Set "
+                "--scales, --crop and --crop-mode, or evaluate each model with --predictions and "
+                "--logits, and average them with --saved-logits."
+            )
+    return found[0]
+
+
+def _check_files(output: str, predictions: str, *, keep_logits: bool) -> None:
+    """Raise a UserError before the evaluation if its results can't be written."""
+    for path in (output, predictions):
+        _check_writable(path)
+    if keep_logits and not predictions:
+        raise UserError("--logits requires --predictions, the CSV file for the logits.")
 
 
 def _check_writable(path: str) -> None:
@@ -153,24 +224,26 @@ def _with_classes(found: ModelSource, count: int) -> ModelSource:
     return replace(found, cfg=cfg)
 
 
-def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
+def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDataset | ImageArrays:
+    """Open the data set with the order of the classes in the weights, if one of them states it."""
+    cfg = sources[0].cfg
     if not data and not cfg.DATASETS.TEST:
         raise UserError("There is no evaluation data: DATASETS.TEST is empty. Give --data.")
     path = find_dataset(data or cfg.DATASETS.TEST[0])
-    classes = list(cfg.DATASETS.CLASSES) or None
+    names = (list(found.cfg.DATASETS.CLASSES) for found in sources)
+    classes = next((found for found in names if found), None)
     cache = cfg.DATALOADER.CACHE_DIR or None
     if in_memory(cfg):
         return open_cifar(path, split="test", classes=classes, cache_dir=cache)
     return open_dataset(path, split="val", classes=classes, cache_dir=cache)
 
 
-def _published(
-    evaluation: Evaluation, origin: str, name: str, family: str
-) -> tuple[Published, ...]:
+def _published(evaluation: Evaluation, origin: str, loaded: LoadedModel) -> tuple[Published, ...]:
     """Return published results for this network on this data."""
+    name = backbone_name(loaded.cfg)
     row = published_on_cifar(origin, name)
     if not row and len(evaluation.classes) == 1000:
-        row = IMAGENET.get((family, name))
-    if not row and family == "senet_transfer":
+        row = IMAGENET.get((loaded.family, name))
+    if not row and loaded.family == "senet_transfer":
         row = published_on_imagenet(evaluation.classes, name)
     return (row,) if row else ()

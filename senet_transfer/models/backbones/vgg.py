@@ -63,9 +63,11 @@ class VGGNeck(nn.Module):
 
     Attributes:
         out_channels: Number of features per image.
+        side: Side length of the pooled feature map.
     """
 
     out_channels = 4096
+    side = 7
 
     def __init__(self, channels: int, *, dropout: float):
         """
