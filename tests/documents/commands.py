@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from senet_transfer.config.load import load_config
@@ -140,7 +141,7 @@ class Command:
     document: str
     text: str
 
-    @property
+    @cached_property
     def words(self) -> list[str]:
         """Split the command into words, as a shell does."""
         return shlex.split(self.text, comments=True)
@@ -162,8 +163,9 @@ class Command:
     @property
     def reason_not_run(self) -> str | None:
         """Return the reason why no test runs the command, or None."""
+        line = shlex.join(self.words)
         for pattern, reason in NOT_RUN.items():
-            if re.fullmatch(pattern, shlex.join(self.words)):
+            if re.fullmatch(pattern, line):
                 return reason
         return None
 

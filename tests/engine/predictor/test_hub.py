@@ -10,11 +10,8 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
-from timm.data import create_transform, resolve_data_config
-from timm.models._hub import save_for_hf
 
 import senet_transfer
 from senet_transfer import UserError
@@ -63,6 +60,8 @@ def hub(cache, monkeypatch):
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
     """Return a function that saves a network with timm's own function for the Hub."""
+    import timm
+    from timm.models._hub import save_for_hf
 
     @functools.cache
     def save(name: str) -> tuple[Path, torch.nn.Module]:
@@ -178,6 +177,8 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
 
 @pytest.mark.parametrize("architecture", ["resnet18", "legacy_seresnet18"])
 def test_files_of_timm_load_as_timm_states(architecture, timm_folder, hub, photos):
+    from timm.data import create_transform, resolve_data_config
+
     folder, model = timm_folder(architecture)
     sha = hub.add("timm/net.one", folder)
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
