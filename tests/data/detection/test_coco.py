@@ -190,6 +190,7 @@ def test_shapes_are_known_before_they_are_made(shapes_root):
                 ask(f"shapes_{split}")
 
 
+@pytest.mark.long
 def test_shapes_load_once_they_are_made(shapes_root):
     register_shapes()
     before = MetadataCatalog.get("shapes_tiny").as_dict()

@@ -90,6 +90,7 @@ def test_features_of_shards_with_workers_are_those_of_the_folder(network, weight
     np.testing.assert_allclose(found["features"], expected[shown], rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_logistic_regression_finds_the_minimum_that_scipy_finds():
     from scipy.optimize import minimize
     from scipy.special import log_softmax, softmax
