@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -147,6 +147,10 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     cfg = load_config(str(classifier / "config.yaml"))
     cfg.merge_from_list(["OUTPUT_DIR", str(run), "MODEL.WEIGHTS", str(run / "first.pth")])
     cfg.merge_from_list(["DATASETS.TEST", (str(run / "val"),), "DATALOADER.CACHE_DIR", str(run)])
+    (run / "train").mkdir()
+    (tmp_path / CLASSES[0]).mkdir(parents=True)  # a class whose name is that of a folder, too
+    monkeypatch.chdir(tmp_path)
+    cfg.DATASETS.TRAIN = ("secret_folder/train", "../secret/more", "./secret_set")
     (run / "config.yaml").write_text(cfg.dump())
     (run / "model_final.pth").symlink_to(classifier / "model_final.pth")
     results = {"classification": {"top1_error": 12.34, "top1_error_per_class": float("nan")}}
@@ -171,7 +175,10 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     assert "Evaluation data: val." in text
     assert 'senet_transfer.load("hf-hub:me/scenes")' in text
     assert "a/airfield, b/bar, c/canyon" in text
-    assert "secret" not in card + (out / "config.yaml").read_text()
+    published = load_config(str(out / "config.yaml"))
+    assert published.DATASETS.TRAIN == ("train", "more", "secret_set")
+    assert published.DATASETS.CLASSES == CLASSES
+    assert "secret_folder" not in card + (out / "config.yaml").read_text()
     assert not hub.asked  # with --folder, nothing is uploaded
 
 
