@@ -1,11 +1,11 @@
 """Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
-    python tools/eval_classifier.py --model se_resnet50 --weights se_resnet50.pth \\
+    senet eval --model se_resnet50 --weights se_resnet50.pth \\
         --data imagenet/val --output results.json
 
-Evaluate a checkpoint of tools/train_net.py, with the config.yaml next to it:
-    python tools/eval_classifier.py --weights output/model_best.pth --data flowers/val
+Evaluate a checkpoint of a run, with the config.yaml next to it:
+    senet eval --weights output/model_best.pth --data flowers/val
 """
 
 import argparse

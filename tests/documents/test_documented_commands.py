@@ -49,7 +49,7 @@ def _commands_in_code(folder: str) -> list[Command]:
             found.append(Command(path.relative_to(ROOT).as_posix(), match[1]))
     for name, text in _texts(folder):
         joined = re.sub(r"\s*\\\n\s*", " ", text)
-        lines = re.findall(r"^ *((?:python \w+/|torchrun ).*)$", joined, re.M)
+        lines = re.findall(r"^ *((?:python \w+/|torchrun |(?<= )senet [a-z]+ ).*)$", joined, re.M)
         found += commands_in(name, text) + [Command(name, line) for line in lines]
     return found
 
