@@ -13,7 +13,7 @@ from senet_transfer.weights.hub.catalogue import load_catalogue
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/**/*.md"))
 }
 PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet", "senet-train",
             "senet-predict", "senet-eval-places365", "install_detectron2.py", "detect_onnx.py",
@@ -25,7 +25,7 @@ _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|install_detectron2\.py": "installs; test_installation.py does",
-    r"pip (install|wheel) .*": "installs; test_packaging.py does",
+    r"pip (install|wheel).*": "installs; test_packaging.py does",
     r"detect_onnx\.py.*": "belongs to the wheel; test_packaging.py runs it",
     r"make (test(-fast|-narrow|-slow|-faults|-gpu)?|lint)": "runs the tests, or checks all files",
     r"make docs": "builds the site; test_site.py does",
@@ -35,7 +35,7 @@ NOT_RUN = {
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
     r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
-    r"senet (data (import|split|show)|completion)": "is a command's name, without its arguments",
+    r"senet (data (import|split|show)|completion|features|probe)": "is the name of a command",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
 }
