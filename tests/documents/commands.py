@@ -127,6 +127,7 @@ RULES = (
          _replaced(r"(tools/benchmark.py).*", r"\1 augment --seconds 0.1")),
     Rule("the demo's smoke-test config takes seconds",
          _replaced(r"^make demo$", "make demo-instant")),
+    Rule("no shell redirects the output", _replaced(r" '>' \S+$", "")),
     Rule("the sandbox has its environment", _replaced(r"^make", "make -o .venv/.ready")),
 )  # fmt: skip
 
