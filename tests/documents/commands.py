@@ -35,7 +35,7 @@ NOT_RUN = {
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
     r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
-    r"senet (data (import|split|show)|completion|features|probe)": "is the name of a command",
+    r"senet (data (import|split|show)|completion|features|predict|probe)": "is a command's name",
     r"python .* configs/keypoint_rcnn.*": "needs COCO's keypoints; test_instant.py uses shapes",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
     r"python tools/benchmark/gpu_archive\.py|bash run\.sh .*": "downloads; needs a GPU",
