@@ -6,12 +6,15 @@ order.
 """
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from senet_transfer import _moved
 from senet_transfer.errors import UserError
-from senet_transfer.utils.import_hook import after_import, without_script_warnings
+from senet_transfer.utils.import_hook import (
+    after_import,
+    require_detectron2,
+    without_script_warnings,
+)
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here.
 
@@ -25,14 +28,6 @@ if TYPE_CHECKING:
         list_catalogue,
         load_weights,
         save_weights,
-    )
-
-if importlib.util.find_spec("detectron2") is None:
-    raise ImportError(
-        "senet_transfer requires Detectron2, which is not installed. It can't be installed by name "
-        "from the package index. Run `install_detectron2.py`, which pip has installed next to the "
-        "program `senet` (in a clone of this project: `python tools/install_detectron2.py`), or "
-        "build Detectron2 from its official source."
     )
 
 _PLACES = {
@@ -69,6 +64,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first access (PEP 562)."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_detectron2()
     with without_script_warnings():
         value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     globals()[name] = value

@@ -2,15 +2,21 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from tests.documents.warm import WarmPython
 from tests.processes import ROOT
+
+# Most tests load configs. PyYAML's parser in C gives the same results in a tenth of the time.
+if yaml.__with_libyaml__:
+    yaml.SafeLoader, yaml.SafeDumper = yaml.CSafeLoader, yaml.CSafeDumper
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -33,6 +39,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("REQUIRE_GPU"):
             pytest.fail(f"{reason}, although REQUIRE_GPU is set")
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restore_catalogs() -> Iterator[None]:
+    """Forget the data sets that a test file registers, so that no other file depends on them."""
+    # A file that does not import Detectron2 registers nothing.
+    catalogs = sys.modules.get("detectron2.data.catalog")
+    if catalogs is None:
+        yield
+        return
+    datasets, metadata = catalogs.DatasetCatalog.data, catalogs.MetadataCatalog.data
+    loaders = dict(datasets)
+    values = {name: (entry, dict(vars(entry))) for name, entry in metadata.items()}
+    yield
+    datasets.clear()
+    datasets.update(loaders)
+    metadata.clear()
+    for name, (entry, kept) in values.items():
+        vars(entry).clear()
+        vars(entry).update(kept)
+        metadata[name] = entry
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from senet_transfer.models.registry import _MODELS
 from senet_transfer.weights.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/**/*.md")]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

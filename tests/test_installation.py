@@ -227,6 +227,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows():
         assert requirement.specifier.contains(pin.removeprefix("=="), prereleases=True), requirement
 
 
+@pytest.mark.long
 def test_what_dependencies_depend_on_is_pinned_too():
     pinned = pins()
     todo = [(canonicalize_name(r.name), "") for r in direct_requirements()]

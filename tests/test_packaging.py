@@ -72,11 +72,27 @@ def test_the_version_is_stated_once_and_used_by_every_package(wheel):
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
 
 
+def _run(code: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_without_detectron2_the_error_names_a_program_in_the_wheel():
-    code = "import sys; sys.modules['detectron2'] = None; import senet_transfer"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ImportError: senet_transfer requires Detectron2" in done.stderr
-    assert f"Run `{PROGRAMS[0]}`" in done.stderr
+    start = "import sys; sys.modules['detectron2'] = None; "
+    program = "from senet_transfer.cli.main import command; sys.argv[1:] = {}; command()"
+    codes = {
+        "import senet_transfer; senet_transfer.load": (1, "ImportError: senet_transfer requires"),
+        program.format(["report", "output"]): (2, "error: senet_transfer requires Detectron2"),
+        program.format(["train"]): (2, "error: senet_transfer requires Detectron2"),
+    }
+    for code, (status, words) in codes.items():
+        done = _run(start + code)
+        assert done.returncode == status
+        assert words in done.stderr
+        assert f"Run `{PROGRAMS[0]}`" in done.stderr
+        assert ("Traceback" in done.stderr) == (status == 1)
+    done = _run(start + program.format(["--version"]))
+    assert done.returncode == 0, done.stderr
 
 
 def test_senet_prints_its_version_without_torch():

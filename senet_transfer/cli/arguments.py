@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from senet_transfer.utils.import_hook import hide_library_warnings, without_script_warnings
+from senet_transfer.utils.import_hook import (
+    hide_library_warnings,
+    require_detectron2,
+    without_script_warnings,
+)
 
 # Copies of constants in the package, because importing them would take seconds. A test compares
 # them with the originals.
@@ -50,21 +54,21 @@ _EPILOG = """
 Examples:
 
 Train the paper's detector on COCO with 8 GPUs:
-    python tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
+    senet train --config-file configs/faster_rcnn_se_r50.yaml --num-gpus 8
 
-The same with torchrun, which sets the rank and world size:
+The same in a clone with torchrun, which sets the rank and world size:
     torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/faster_rcnn_se_r50.yaml
 
 Resume after an interruption, or evaluate:
-    python tools/train_net.py --config-file output/config.yaml --resume
-    python tools/train_net.py --config-file output/config.yaml --eval-only \\
+    senet train --config-file output/config.yaml --resume
+    senet train --config-file output/config.yaml --eval-only \\
         MODEL.WEIGHTS output/model_final.pth
 
 Train on your own data with a config made for it (a detector or a classifier):
-    python tools/train_net.py --data voc OUTPUT_DIR output/mine
+    senet train --data voc OUTPUT_DIR output/mine
 
 Train on your own data in COCO format (the classes are read from the JSON files):
-    python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+    senet train --config-file configs/finetune_detector.yaml \\
         --dataset my_train train.json images/ --dataset my_val val.json images/
 
 Exit status: 0 for success; 1 for an error; 2 for invalid arguments, config or files; 75 if SIGTERM
@@ -162,9 +166,19 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
 
 
+def start_process() -> None:
+    """Exit with status 2 if Detectron2 is missing, and hide warnings that users can't act on."""
+    try:
+        require_detectron2()
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    hide_library_warnings()
+
+
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
-    hide_library_warnings()
+    start_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The name of an image may contain characters that the terminal can't show.
         sys.stdout.reconfigure(errors="backslashreplace")

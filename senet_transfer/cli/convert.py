@@ -8,11 +8,11 @@ from senet_transfer.cli.arguments import WEIGHT_FAMILIES, WEIGHT_TARGETS, run_co
 _EPILOG = """
 Examples:
 
-    python tools/convert_weights.py SE-ResNet-50.caffemodel se_resnet50.safetensors --check
-    python tools/convert_weights.py cadene/se_resnet50 se_resnet50.pth
-    python tools/convert_weights.py torchvision_v1/resnet50 R-50.pkl
-    python tools/convert_weights.py classifier.pth seresnet50.pth --to timm
-    python tools/convert_weights.py moco.pth.tar resnet50.pth --prefix encoder_q. --head ignore
+    senet convert SE-ResNet-50.caffemodel se_resnet50.safetensors --check
+    senet convert cadene/se_resnet50 se_resnet50.pth
+    senet convert torchvision_v1/resnet50 R-50.pkl
+    senet convert classifier.pth seresnet50.pth --to timm
+    senet convert moco.pth.tar resnet50.pth --prefix encoder_q. --head ignore
 """
 
 

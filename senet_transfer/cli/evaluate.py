@@ -4,15 +4,14 @@ The weights of a detector are evaluated with the metrics of its data; the boxes 
 are fused.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
-    python tools/eval_classifier.py --model se_resnet50 --weights se_resnet50.pth \\
+    senet eval --model se_resnet50 --weights se_resnet50.pth \\
         --data imagenet/val --output results.json
 
-Evaluate a checkpoint of tools/train_net.py, with the config.yaml next to it:
-    python tools/eval_classifier.py --weights output/model_best.pth --data flowers/val
+Evaluate a checkpoint of a run, with the config.yaml next to it:
+    senet eval --weights output/model_best.pth --data flowers/val
 
 Evaluate ten crops at three scales, and average the probabilities of two models:
-    python tools/eval_classifier.py --scales 224 256 320 --crops 10 --weights a.pth b.pth \\
-        --data flowers/val
+    senet eval --scales 224 256 320 --crops 10 --weights a.pth b.pth --data flowers/val
 """
 
 import argparse

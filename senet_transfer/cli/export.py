@@ -1,13 +1,13 @@
 """Export a model with folded batch norms, and compare its outputs with the original model.
 
-    python tools/export.py --weights output/model_best.pth --output se_resnet50.onnx
-    python tools/export.py --weights output/model_best.pth --backbone --output features.pt2
-    python tools/export.py --weights output/model_final.pth --image photo.jpg --output detector.onnx
+    senet export --weights output/model_best.pth --output se_resnet50.onnx
+    senet export --weights output/model_best.pth --backbone --output features.pt2
+    senet export --weights output/model_final.pth --image photo.jpg --output detector.onnx
 
 The suffix of --output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
 With --compile, AOTInductor compiles the .pt2 file for this machine's processor.
 Classifiers and backbones can be exported to all formats, but detectors only to ONNX and
-TorchScript. tools/classify_onnx.py and tools/detect_onnx.py run ONNX files without torch.
+TorchScript. classify_onnx.py and detect_onnx.py run ONNX files without torch.
 """
 
 import argparse

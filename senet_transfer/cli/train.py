@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from senet_transfer.cli.arguments import argument_parser as parser
-from senet_transfer.utils.import_hook import hide_library_warnings, without_script_warnings
+from senet_transfer.cli.arguments import start_process
+from senet_transfer.utils.import_hook import without_script_warnings
 
 if TYPE_CHECKING:
     from senet_transfer.engine.setup import RunOptions
@@ -16,7 +17,7 @@ __all__ = ["command", "parser", "run_options"]
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
     args: argparse.Namespace = parser().parse_args(words)
-    hide_library_warnings()
+    start_process()
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
         from senet_transfer.config.load import load_config

@@ -217,7 +217,7 @@ def find_dataset(name: str) -> str:
         if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
             return place
     if cifar is not None:
-        remedy = f"Run python datasets/prepare_cifar.py --download {cifar}, or correct the path"
+        remedy = f"Run `senet data cifar --download {cifar}`, or correct the path"
     else:
         remedy = (
             "Expected a folder of shards, an official distribution of Places365 or CIFAR, a CSV "

@@ -39,6 +39,17 @@ def _is_shown(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_HIDDEN)
 
 
+def require_detectron2() -> None:
+    """Raise an ImportError that explains how to install Detectron2 if it is missing."""
+    if importlib.util.find_spec("detectron2") is None:
+        raise ImportError(
+            "senet_transfer requires Detectron2, which is not installed. It can't be installed by "
+            "name from the package index. Run `install_detectron2.py`, which pip has installed "
+            "next to the program `senet` (in a clone of this project: "
+            "`python tools/install_detectron2.py`), or build Detectron2 from its official source."
+        )
+
+
 def after_import(name: str, action: Callable[[], object]) -> None:
     """Run an action as soon as a module has been imported.
 

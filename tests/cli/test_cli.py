@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -64,6 +65,12 @@ def test_the_stated_choices_are_those_of_the_package(stated, values):
 def test_every_command_has_a_module_and_a_parser():
     for module, _ in COMMANDS.values():
         assert callable(importlib.import_module(f"senet_transfer.cli.{module}").command)
+
+
+def test_the_help_of_senet_names_senet_and_no_script_of_a_clone():
+    for module, _ in COMMANDS.values():
+        text = importlib.import_module(f"senet_transfer.cli.{module}").parser().format_help()
+        assert not re.search(r"python \w+/|(?<!torchrun --nproc-per-node 8 )tools/", text), module
 
 
 def test_senet_passes_the_arguments_on_and_names_the_command():

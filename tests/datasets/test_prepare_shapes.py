@@ -196,6 +196,7 @@ def test_visible_masks_show_one_shape_each(rendered):
             assert strays.mean() < 0.05
 
 
+@pytest.mark.long
 def test_shapes_stand_out_from_the_background(rendered):
     for image, objects in rendered.values():
         lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
@@ -230,6 +231,7 @@ def test_any_mask_has_valid_polygons_that_cover_it():
 # Difficulty.
 
 
+@pytest.mark.long
 def test_shapes_occlude_one_another_but_none_is_annotated_that_is_nearly_hidden(rendered):
     visible = np.array([x.visible for _, objects in rendered.values() for x in objects])
     assert visible.min() >= 0.25
@@ -257,6 +259,7 @@ def test_sizes_and_aspects_vary(data_set):
     assert len(np.unique(sides[:, 0] / sides[:, 1])) > 10
 
 
+@pytest.mark.long
 def test_topmost_shapes_take_turns_so_that_a_few_images_have_every_class(rendered):
     topmost = [objects[-1].category for _, objects in rendered.values()]
     for start in range(len(topmost) - len(SHAPE_CLASSES) + 1):
@@ -275,6 +278,7 @@ def test_every_class_is_in_the_training_and_tiny_splits_and_none_prevails(data_s
 # The output folder.
 
 
+@pytest.mark.long
 def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
     def fail(*_):
         raise AssertionError("rendered again")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-import pretrainedmodels
 import torch
 import torchvision
 import webdataset
@@ -218,6 +217,8 @@ def _by_hand(root: Path) -> None:
 
 
 def _published(root: Path) -> None:
+    import pretrainedmodels  # builds networks when imported
+
     path = root / "published" / load_catalogue()["torchvision/resnet50"].file
     path.parent.mkdir()
     torch.save(torchvision.models.resnet50().state_dict(), path)

@@ -32,31 +32,29 @@ from tests.documents.warm import WarmPython
 # ---- parsing the commands as written
 
 
-def _texts() -> Iterator[tuple[str, str]]:
+def _texts(folder: str) -> Iterator[tuple[str, str]]:
     """Yield the path and text of all strings in the code, such as help texts and docstrings."""
-    for part in ("tools", "datasets", "senet_transfer"):
-        for path in sorted((ROOT / part).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield path.relative_to(ROOT).as_posix(), node.value
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path.relative_to(ROOT).as_posix(), node.value
 
 
-def _headers() -> list[Command]:
-    """Return the commands in config headers and in strings of the code."""
+def _commands_in_code(folder: str) -> list[Command]:
+    """Return the commands in config headers and in strings of the code of a folder."""
     found = []
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+    for path in sorted((ROOT / folder).rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
         if match := re.search(r"^# Command:\s+(.*)$", head, re.M):
             found.append(Command(path.relative_to(ROOT).as_posix(), match[1]))
-    for name, text in _texts():
+    for name, text in _texts(folder):
         joined = re.sub(r"\s*\\\n\s*", " ", text)
-        lines = re.findall(r"^ *((?:python \w+/|torchrun ).*)$", joined, re.M)
+        lines = re.findall(r"^ *((?:python \w+/|torchrun |(?<= )senet [a-z]+ ).*)$", joined, re.M)
         found += commands_in(name, text) + [Command(name, line) for line in lines]
     return found
 
 
 DOCUMENTED = [command for commands in COMMANDS.values() for command in commands]
-HEADERS = _headers()
 
 
 class _ParsedError(Exception):
@@ -101,9 +99,8 @@ def _script(words: list[str]) -> list[str] | None:
     return [INSTALLED[words[0]], *words[1:]] if words[0] in INSTALLED else None
 
 
-@pytest.mark.parametrize("command", DOCUMENTED + HEADERS, ids=lambda c: f"{c.document}: {c.text}")
-@pytest.mark.long
-def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
+def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a command's arguments are valid."""
     words = command.words
     assert words[0] in PROGRAMS, "add the program to PROGRAMS in tests/documents/commands.py"
     if words[0] == "make":
@@ -122,6 +119,23 @@ def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
             load_config(config, getattr(args, "opts", []))
         else:
             load_config("", getattr(args, "opts", []))
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=lambda c: f"{c.document}: {c.text}")
+@pytest.mark.long
+def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
+    _check(command, monkeypatch)
+
+
+@pytest.mark.parametrize("folder", ["configs", "datasets", "senet_transfer", "tools"])
+@pytest.mark.long
+def test_the_commands_in_the_code_are_those_that_their_tools_take(folder, monkeypatch):
+    commands = _commands_in_code(folder)
+    assert commands
+    for command in commands:
+        print(f"{command.document}: {command.text}")
+        with monkeypatch.context() as patched:
+            _check(command, patched)
 
 
 def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_training_takes(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed; run `make docs`")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("mkdocstrings"),
+    reason="the extra `docs` is not installed; run `make docs`",
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

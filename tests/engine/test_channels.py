@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models import adapt_input_conv
 
 from senet_transfer import UserError, create_backbone, create_classifier, load_weights, save_weights
 from senet_transfer.cli import evaluate, predict
@@ -47,6 +46,8 @@ def five_channels(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("form", ["RGB", "BGR"])
 @pytest.mark.long
 def test_the_first_convolution_is_adapted_as_by_timm(form, tmp_path):
+    from timm.models import adapt_input_conv
+
     colours = create_backbone("cifar_resnet8")
     colours.preprocessing = replace(colours.preprocessing, format=form)
     save_weights(colours, tmp_path / "colours.pth")

@@ -195,5 +195,5 @@ def test_weights_of_another_head_name_the_cure(command, tmp_path):
         **SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()", "MODEL.WEIGHTS": weights,
         "OUTPUT_DIR": str(tmp_path / "other"),
     })  # fmt: skip
-    with pytest.raises(UserError, match=r"convert_weights.py .*model_final.pth .* --backbone"):
+    with pytest.raises(UserError, match=r"senet convert .*model_final.pth .* --backbone"):
         main(run)

@@ -81,6 +81,7 @@ def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(config, shapes, o
     assert again["bbox"] == results["bbox"]
 
 
+@pytest.mark.long
 def test_the_documented_config_is_one_that_the_command_takes(config, shapes):
     page = Path(__file__).parents[2] / "docs" / "detectron2.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)

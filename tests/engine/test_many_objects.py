@@ -46,6 +46,7 @@ def dense(shared_data, command):
     return evaluate, folder / "val.json"
 
 
+@pytest.mark.long
 def test_perfect_detections_of_256_objects_score_100_where_the_limit_allows(
     dense, tmp_path, caplog
 ):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.config.load import load_config
@@ -25,16 +24,6 @@ from tests.engine.conftest import SMALL
 COCO = DataFacts("detection", 117_266, 80, 480, object_size=0.03, most_objects=93)
 GPUS = MachineFacts(gpu_memory=80.0, processes=8, cpus=64)
 CPU = MachineFacts(gpu_memory=0.0, processes=1, cpus=2)
-
-
-@pytest.fixture(autouse=True)
-def forget_datasets():
-    """Remove the data sets that a run registers, whose names other tests use."""
-    yield
-    for name in ("my_train", "my_val"):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
 
 
 def settings(data: DataFacts, machine: MachineFacts, weights: str) -> dict:
@@ -134,6 +123,7 @@ def test_files_of_another_tool_may_be_the_parts(tmp_path):
     assert list(find_parts(str(tmp_path))) == expected
 
 
+@pytest.mark.long
 def test_pascal_vocs_image_sets_are_the_parts(shared_data):
     bccd = shared_data / "bccd"
     parts = find_parts(str(bccd))
@@ -201,6 +191,7 @@ def test_without_a_connection_training_starts_from_random_weights(shapes, monkey
     assert "can't be downloaded" in found["MODEL.WEIGHTS"].reason
 
 
+@pytest.mark.long
 def test_the_backbone_is_that_of_the_users_weights(shapes, tmp_path):
     path = tmp_path / "resnet18.pth"
     save_weights(create_classifier("resnet18"), path)

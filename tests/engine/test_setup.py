@@ -5,7 +5,6 @@ import logging
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from detectron2.data import DatasetCatalog
 
 from senet_transfer import UserError
 from senet_transfer.cli.arguments import argument_parser
@@ -329,11 +328,8 @@ def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, m
     ],
 )
 def test_data_sets_with_other_names_than_the_recipes_are_used_in_their_order(
-    names, flags, options, train, test, monkeypatch
+    names, flags, options, train, test
 ):
-    # Tests of other files may have registered data of these names in this process.
-    for name in ("my_train", "my_val", *names):
-        monkeypatch.delitem(DatasetCatalog.data, name, raising=False)
     words = ["--config-file", "configs/finetune_detector.yaml", *flags]
     for name in names:
         words += ["--dataset", name, f"{name}.json", name]

@@ -206,6 +206,7 @@ def test_200_sets_with_hostile_ids_equal_pycocotools_on_ids_from_1(evaluated):
     assert sum(counts) > 10 * SETS
 
 
+@pytest.mark.long
 def test_pycocotools_also_gets_ids_from_1(evaluated, monkeypatch):
     monkeypatch.setattr(coco_metrics, "faster_coco_eval", None)
     assert sum(compared(Drawn(seed), evaluated) for seed in range(4))

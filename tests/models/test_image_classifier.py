@@ -16,7 +16,7 @@ BASE = "configs/base/classification.yaml"
 
 def build(**overrides) -> ImageClassifier:
     keys = {"MODEL.DEVICE": "cpu", "MODEL.CLASSIFIER.NUM_CLASSES": "7"}
-    keys |= {"MODEL.BACKBONE.ARCH": "se_resnet18", **overrides}
+    keys |= {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8", "MODEL.RESNETS.NORM": "BN", **overrides}
     torch.manual_seed(0)
     return build_model(load_config(BASE, [word for item in keys.items() for word in item]))
 
@@ -79,7 +79,7 @@ def test_a_backbone_that_resnets_describe_gives_its_last_stage():
 
 @pytest.mark.long
 def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
-    model = build().eval()
+    model = build(**{"MODEL.BACKBONE.ARCH": "se_resnet18"}).eval()
     plain = create_classifier("se_resnet18", 7).eval()
     plain.load_state_dict(model.state_dict())
     inputs = batch()
@@ -101,7 +101,6 @@ def test_a_bgr_backbone_gets_its_channels_turned_round():
     torch.testing.assert_close(model.normalise(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.long
 def test_several_views_of_an_image_give_the_mean_of_their_logits():
     model = build().eval()
     views = batch(6)["image"].view(2, 3, 3, 32, 32)
@@ -111,7 +110,7 @@ def test_several_views_of_an_image_give_the_mean_of_their_logits():
 
 
 def logits_of(model: ImageClassifier, images: torch.Tensor) -> torch.Tensor:
-    return model.linear(model.backbone(images)["res5"].mean((2, 3)))
+    return model.linear(model.backbone(images)[model.feature].mean((2, 3)))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -125,7 +124,6 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels(smoothing):
 
 
 @pytest.mark.parametrize("mixup", ["0.0", "0.4"])
-@pytest.mark.long
 def test_class_weights_are_those_of_cross_entropy(mixup):
     weights = [0.5, 2.0, 0.0, 1.0, 1.0, 3.0, 0.25]
     model = build(
@@ -151,7 +149,6 @@ def test_class_weights_are_those_of_cross_entropy(mixup):
     torch.testing.assert_close(model(inputs)["loss_cls"], expected)
 
 
-@pytest.mark.long
 def test_the_focal_loss_is_the_one_of_the_config():
     options = {"MODEL.CLASSIFIER.LOSS": "focal", "MODEL.CLASSIFIER.FOCAL_GAMMA": "1.5"}
     model, inputs = build(**options), batch()
@@ -197,14 +194,13 @@ def test_with_both_mixes_a_batch_draws_one():
 
 
 def test_dropout_acts_in_training_alone():
-    model = build(**{"MODEL.CLASSIFIER.DROPOUT": "0.5", "MODEL.RESNETS.NORM": "GN"})
+    model = build(**{"MODEL.CLASSIFIER.DROPOUT": "0.5"})
     with torch.no_grad():
         assert model(batch())["loss_cls"] != model(batch())["loss_cls"]
         model.eval()
         assert torch.equal(model(batch()), model(batch()))
 
 
-@pytest.mark.long
 def test_channels_last_is_a_layout_and_no_other_result():
     model, other = build().eval(), build(**{"MODEL.CLASSIFIER.CHANNELS_LAST": "True"}).eval()
     other.load_state_dict(model.state_dict())
@@ -227,14 +223,11 @@ def test_an_exported_classifier_computes_the_same_for_any_batch_size():
             torch.testing.assert_close(exported.module()(inputs), model(inputs))
 
 
-# This compiles the code around the backbone; test_matrix.py compiles every backbone.
-QUICK_TO_COMPILE = {"MODEL.BACKBONE.ARCH": "se_cifar_resnet8", "MODEL.RESNETS.NORM": "BN"}
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.long
 def test_a_compiled_classifier_computes_the_same(training):
-    model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"})
+    # This compiles the code around the backbone; test_matrix.py compiles every backbone.
+    model = build(**{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"})
     model.train(training)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     inputs = {key: batch()[key] for key in ("image", "label")}
@@ -246,7 +239,7 @@ def test_a_compiled_classifier_computes_the_same(training):
 
 @pytest.mark.long
 def test_a_compiled_classifier_trains_on_mixed_images():
-    model = build(**QUICK_TO_COMPILE, **{"MODEL.CLASSIFIER.MIXUP": "0.2"})
+    model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2"})
     compiled = torch.compile(model, backend="aot_eager")
     torch.manual_seed(3)
     expected = model(batch())["loss_cls"]

@@ -19,8 +19,6 @@ from senet_transfer.weights.hub import timm_networks
 from tests.engine.conftest import SMALL
 from tests.weights.peers import STAGES, peer, randomise
 
-timm = pytest.importorskip("timm")
-
 # Small networks of the families that have SE layers, and of two without.
 NETWORKS = (
     "resnet10t",
@@ -30,6 +28,12 @@ NETWORKS = (
     "test_convnext",
 )
 WITH_SE = ("seresnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_050")
+
+
+@pytest.fixture(autouse=True)
+def timm():
+    """Return the package, or skip the test without it; its import takes a second."""
+    return pytest.importorskip("timm")
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def state_dict(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_and_logits_are_those_of_timm(name, state_dict):
+def test_features_and_logits_are_those_of_timm(name, state_dict, timm):
     network = peer("timm", name)
     path = state_dict(network)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -169,7 +173,7 @@ def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, messag
         create_backbone(name, **options)
 
 
-def test_the_evaluation_mode_is_that_of_timm(monkeypatch):
+def test_the_evaluation_mode_is_that_of_timm(monkeypatch, timm):
     def mode(name: str) -> str:
         return model_config(f"timm/{name}").INPUT.CLASSIFICATION.TEST_MODE
 
@@ -202,7 +206,7 @@ def test_timms_names_are_listed_on_request_only():
 
 
 @pytest.mark.long
-def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict):
+def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict, timm):
     other = timm.create_model("test_efficientnet")
     with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
         create_backbone("timm/test_resnet", state_dict(other))
@@ -214,7 +218,7 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
 
 
 @pytest.mark.long
-def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monkeypatch):
+def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monkeypatch, timm):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published, calls = peer("timm", "test_resnet"), []
     create = timm.create_model
@@ -235,7 +239,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 
-def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
+def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch, timm):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def fail(*words, **options):

@@ -15,6 +15,7 @@ from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
+@pytest.mark.long
 def test_the_interval_holds_the_median_as_often_as_it_says(count):
     draw = random.Random(count)
     found = [Ratio.of([draw.gauss(1.5, 0.1) for _ in range(count)]) for _ in range(2000)]

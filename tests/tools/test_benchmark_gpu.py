@@ -87,6 +87,7 @@ def unavailable():
         (lambda: os._exit(1), "its process has ended"),
     ],
 )
+@pytest.mark.long
 def test_rows_of_an_incomplete_part_are_kept_and_the_next_part_runs(
     parts, tmp_path, capsys, action, expected
 ):
@@ -115,6 +116,7 @@ def test_an_option_that_does_not_exist_is_no_failure(parts, tmp_path):
     assert found["notes"] == {"graph": "not available: SOLVER.COMPILE is 'graph'"}
 
 
+@pytest.mark.long
 def test_steps_in_other_processes_return_their_time_and_errors():
     def build_wait():
         return lambda: time.sleep(0.02)

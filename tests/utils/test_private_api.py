@@ -359,6 +359,7 @@ def test_the_arguments_of_a_parser_are_listed_in_order():
     assert private_api.parser_arguments(parser) == added
 
 
+@pytest.mark.long
 def test_a_missing_compiler_is_reported_as_a_missing_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", _no_compiler)
     program = torch.export.export(nn.ReLU(), (torch.ones(2),))

@@ -345,7 +345,8 @@ _UNKNOWN = b"cunknown_module\nRuns\n"
         _UNKNOWN + b")R(U\x01aK\x01\x90",
         _UNKNOWN + b")RU\x01aK\x01s",
         _UNKNOWN + b")RU\x01aa",
-        _UNKNOWN + b")RK\x01" + b"\x85" * 100_000 + b"K\x01s",  # a key that is not hashed
+        # A key that is not hashed.
+        pytest.param(_UNKNOWN + b")RK\x01" + b"\x85" * 100_000 + b"K\x01s", marks=pytest.mark.long),
         _UNKNOWN + b"q\x050h\x05h\x05h\x05\x85R\x85R",
         b"}" + _UNKNOWN + b")RK\x01s",  # a key of a dictionary
         b"}(" + _UNKNOWN + _UNKNOWN + b"\x86K\x01u",

@@ -175,6 +175,7 @@ def test_a_detector_starts_from_one_network_of_a_file_by_its_config(tmp_path):
     assert torch.equal(loaded, state["module.encoder_k.layer4.0.conv1.weight"])
 
 
+@pytest.mark.long
 def test_dino_s_checkpoints(tmp_path):
     student, teacher = tiny(1), tiny(2)
     path = tmp_path / "checkpoint.pth"
@@ -188,6 +189,7 @@ def test_dino_s_checkpoints(tmp_path):
     _assert_backbone_is(teacher, path, prefix="teacher.backbone.")
 
 
+@pytest.mark.long
 def test_solo_learn_s_checkpoints_have_a_second_backbone(tmp_path):
     online, target = tiny(1), tiny(2)
     state = prefixed("backbone.", online.state_dict())
@@ -199,6 +201,7 @@ def test_solo_learn_s_checkpoints_have_a_second_backbone(tmp_path):
     _assert_backbone_is(target, path, prefix="momentum_backbone.")
 
 
+@pytest.mark.long
 def test_a_backbone_of_a_detector_of_torchvision(tmp_path):
     state = prefixed("backbone.body.", (peer := tiny()).state_dict())
     state |= {"backbone.fpn.inner_blocks.0.0.weight": torch.ones(4, 64, 1, 1)}
@@ -218,6 +221,7 @@ def test_one_network_of_a_file_can_be_converted(tmp_path):
     _assert_backbone_is(query, tmp_path / "own.pth")
 
 
+@pytest.mark.long
 def test_swav_s_checkpoints(tmp_path):
     path = tmp_path / "ckp-3.pth"
     torch.save(layouts.swav(peer := tiny()), path)
@@ -226,6 +230,7 @@ def test_swav_s_checkpoints(tmp_path):
     _assert_backbone_is(peer, path, head="ignore")
 
 
+@pytest.mark.long
 def test_deepspeed_s_checkpoints(tmp_path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save(layouts.deepspeed((peer := tiny()).state_dict()), path)
@@ -312,6 +317,7 @@ def test_half_precision_and_odd_counters_of_batches(kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
 def test_float8_is_converted(dtype, kind, tmp_path):
     state = (peer := tiny()).state_dict()
     small = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}

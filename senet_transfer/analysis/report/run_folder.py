@@ -96,7 +96,7 @@ def find_runs(places: Iterable[str | Path]) -> list[Path]:
                 else "is not a folder"
             )
             raise UserError(
-                f"{place} {what}. Expected the output folder of tools/train_net.py, or a folder "
+                f"{place} {what}. Expected the output folder of `senet train`, or a folder "
                 "that contains such folders."
             )
         found |= dict.fromkeys(below)

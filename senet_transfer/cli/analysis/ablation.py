@@ -1,9 +1,9 @@
 """Train the SE variants in the paper on your data, and compare the results with the paper.
 
-    python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --list
-    python tools/ablation.py --config-file configs/cifar10_se_resnet20.yaml --seeds 0 1 2 \\
+    senet ablation --config-file configs/cifar10_se_resnet20.yaml --list
+    senet ablation --config-file configs/cifar10_se_resnet20.yaml --seeds 0 1 2 \\
         --output output/ablation
-    python tools/ablation.py --config-file configs/finetune_folder.yaml --axes squeeze placement \\
+    senet ablation --config-file configs/finetune_folder.yaml --axes squeeze placement \\
         --output output/flowers_ablation DATASETS.TRAIN "('flowers/train',)" \\
         DATASETS.TEST "('flowers/val',)"
 

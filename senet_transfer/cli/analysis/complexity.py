@@ -1,13 +1,13 @@
 """Count a model's parameters, multiply-accumulates and activations, in total and for SE gates.
 
-    python tools/complexity.py --model se_resnet50
-    python tools/complexity.py --model resnet50 --model "se_resne*" --size 320
-    python tools/complexity.py --model se_resnet50 MODEL.SE.RATIO 8 MODEL.RESNETS.STRIDE_IN_1X1 True
-    python tools/complexity.py --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
-    python tools/complexity.py --weights output/model_final.pth
+    senet complexity --model se_resnet50
+    senet complexity --model resnet50 --model "se_resne*" --size 320
+    senet complexity --model se_resnet50 MODEL.SE.RATIO 8 MODEL.RESNETS.STRIDE_IN_1X1 True
+    senet complexity --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
+    senet complexity --weights output/model_final.pth
 
 Compare all Params and GFLOPs values in the paper with this project's networks:
-    python tools/complexity.py --paper
+    senet complexity --paper
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Analyse the gates of an SE network: Figures 6 and 7 of the paper for any labelled images.
 
-    python tools/analyze_excitations.py --weights output/model_best.pth --data flowers/val \\
+    senet gates --weights output/model_best.pth --data flowers/val \\
         --output output/gates
-    python tools/analyze_excitations.py --model se_resnet50 --weights cadene/se_resnet50 \\
+    senet gates --model se_resnet50 --weights cadene/se_resnet50 \\
         --data imagenet/val --classes goldfish pug airliner cliff --output output/gates
-    python tools/analyze_excitations.py --weights output/model_final.pth \\
+    senet gates --weights output/model_final.pth \\
         --data annotations.json --images images/ --output output/gates
 
 --data can be an image folder with one folder per class, shards, Places365 or, with --images, a JSON

@@ -1,9 +1,9 @@
 """Create an HTML report on runs: results compared with the paper, curves, images and configs.
 
-    python tools/report.py output/demo
-    python tools/report.py output/demo output/other --output compared.html
+    senet report output/demo
+    senet report output/demo output/other --output compared.html
 
-A RUN is the output folder of a finished or unfinished run of tools/train_net.py, or a folder that
+A RUN is the output folder of a finished or unfinished run of `senet train`, or a folder that
 contains such folders. The report is a single file that can be viewed offline in any browser.
 """
 

@@ -1,9 +1,9 @@
 """Train with several seeds or folds, and print the mean, standard deviation and paper's result.
 
-    python tools/run_seeds.py --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
+    senet sweep --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
 
-    python tools/run_seeds.py --config-file configs/finetune_folder.yaml --folds flowers_folds \\
+    senet sweep --config-file configs/finetune_folder.yaml --folds flowers_folds \\
         --output output/flowers_folds
 
 Compare a network without and with SE, in pieces of 40 minutes, and record the results:

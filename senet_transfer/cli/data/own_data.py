@@ -158,7 +158,7 @@ def run_import(args: argparse.Namespace) -> None:
     ]
     if args.folds:
         options = [f"--folds {args.output} --images {images}"]
-    command = "tools/run_seeds.py" if args.folds else "a training command"
+    command = "senet sweep" if args.folds else "a training command"
     print(f"Options of {command}: {' '.join(options)}")
 
 

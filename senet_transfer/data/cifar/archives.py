@@ -40,7 +40,7 @@ _PIXELS = 3 * SIDE * SIDE
 _MAX_BYTES = 400 * 2**20
 
 _REMEDY = (
-    "Download it again. For your own data in the same format, run datasets/prepare_cifar.py with "
+    "Download it again. For your own data in the same format, run `senet data cifar` with "
     "--any-checksum."
 )
 

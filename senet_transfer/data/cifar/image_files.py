@@ -126,7 +126,7 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     if image.size != (SIDE, SIDE):
         raise UserError(
             f"{where} is {image.width}x{image.height} pixels; expected {SIDE}x{SIDE}. Resize the "
-            "images first, or train on the larger images with tools/train_net.py and a folder or "
+            "images first, or train on the larger images with `senet train` and a folder or "
             "shards."
         )
     return np.asarray(image)

@@ -53,7 +53,7 @@ class ImageArrays:
             raise UserError(
                 f"{self.origin} has images of shape {shape} ({self.images.dtype}) and {count} "
                 f"labels; expected uint8 images of shape ({max(count, 1)}, 3, {SIDE}, {SIDE}). "
-                "Prepare the data again with datasets/prepare_cifar.py."
+                "Prepare the data again with `senet data cifar`."
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
@@ -127,7 +127,7 @@ def load_images(path: str | Path) -> ImageArrays:
     if not path.is_file():
         raise UserError(
             f"No prepared data set found at {path}; expected a file written by "
-            "datasets/prepare_cifar.py. Run this script, or correct the path or "
+            "`senet data cifar`. Run this command, or correct the path or "
             "$DETECTRON2_DATASETS."
         )
     try:
@@ -139,7 +139,7 @@ def load_images(path: str | Path) -> ImageArrays:
         raise UserError(f"Cannot read {path} ({error}). Prepare the data again.") from error
     if not isinstance(about, dict) or tensors.keys() != {"images", "labels"}:
         raise UserError(
-            f"{path} was not written by datasets/prepare_cifar.py: it contains the tensors "
+            f"{path} was not written by `senet data cifar`: it contains the tensors "
             f"{sorted(tensors)[:5]}; expected images and labels. Pass a prepared file."
         )
     if about.get("version") != _VERSION or about.get("sha256") != _checksum(
@@ -147,6 +147,6 @@ def load_images(path: str | Path) -> ImageArrays:
     ):
         raise UserError(
             f"{path} is damaged or was written by a different version: its content does not match "
-            "its checksum. Prepare the data again with datasets/prepare_cifar.py."
+            "its checksum. Prepare the data again with `senet data cifar`."
         )
     return ImageArrays(tensors["images"], tensors["labels"], about["classes"], str(path))

@@ -167,7 +167,7 @@ class ShapesDataset(CocoDataset):
         if not os.path.exists(self.json_file):
             raise UserError(
                 f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
-                "does not exist. Run `python datasets/prepare_shapes.py`, which takes a few "
+                "does not exist. Run `senet data shapes`, which takes a few "
                 "seconds (`make demo` also runs it)."
             )
         return super().refresh(outlines=outlines)

@@ -15,7 +15,7 @@ from senet_transfer.data.detection.json_file import sniff_json
 from senet_transfer.errors import UserError
 
 OWN_DATA_COMMAND = """\
-  python tools/train_net.py --config-file configs/finetune_detector.yaml \\
+  senet train --config-file configs/finetune_detector.yaml \\
       --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
 # Keys in Detectron2's metadata that contain paths, for all types of data sets.

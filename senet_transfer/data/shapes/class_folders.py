@@ -50,7 +50,7 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                     if image is None:
                         raise UserError(
                             f"Cannot read {path}: it is missing or not an image. Delete {shapes} "
-                            "and run `python datasets/prepare_shapes.py` to render it again."
+                            "and run `senet data shapes` to render it again."
                         )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]

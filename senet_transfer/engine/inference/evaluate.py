@@ -208,7 +208,7 @@ def _check(found: ModelSource) -> None:
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {found.config_file} is "
             f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To evaluate a "
-            "detector, use tools/train_net.py --eval-only."
+            "detector, use `senet train --eval-only`."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(

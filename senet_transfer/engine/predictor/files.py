@@ -49,9 +49,12 @@ def predict_files(
 ) -> str:
     """Predict images, write the results and draw them.
 
+    Ctrl-C keeps the results until then.
+
     Args:
         predictor: The predictor.
-        images: Paths of images, or the images found by :func:`~.inputs.find_photos`.
+        images: Paths of images, or the images found by :func:`~.inputs.find_photos`. A path that
+            occurs several times is predicted once.
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
             ``labels`` of YOLO) and the drawings. A drawing has the relative path of its image.
         form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
@@ -70,7 +73,7 @@ def predict_files(
             case, the error lists these images and is raised after all other images have been
             processed.
     """
-    photos = list(map(Photo.of, images))
+    photos = list({photo.name: photo for photo in map(Photo.of, images)}.values())
     detects = isinstance(predictor, DetectorPredictor)
     draw = detects if draw is None else draw
     drawings = output_names(photos, output_dir) if draw else {}
@@ -79,18 +82,23 @@ def predict_files(
     numbers = {photo.name: number for number, photo in enumerate(photos, start=1)}
     broken: list[str] = []
     results = predictor.stream(photos, batch_size=batch_size, workers=workers, broken=broken)
-    with progress(total=len(photos), unit="image", quiet=quiet) as bar:
-        for result in results:
-            report(result)
-            writer.add(result, numbers[result.photo.name])
-            if draw:
-                name = result.photo.name
-                try:
-                    _save(plot(result), drawings[name])
-                except Exception as error:
-                    lacks = "no drawing, only its predictions"
-                    broken.append(describe_problem(name, lacks, error))
-            bar.update()
+    try:
+        with progress(total=len(photos), unit="image", quiet=quiet) as bar:
+            for result in results:
+                report(result)
+                writer.add(result, numbers[result.photo.name])
+                if draw:
+                    name = result.photo.name
+                    try:
+                        _save(plot(result), drawings[name])
+                    except Exception as error:
+                        lacks = "no drawing, only its predictions"
+                        broken.append(describe_problem(name, lacks, error))
+                bar.update()
+    except KeyboardInterrupt:
+        path = writer.close()
+        logger.warning("Stopped: not all %d images are in %s.", len(photos), path)
+        raise
     path = writer.close()
     check_all_read(broken, len(photos), path)
     return path

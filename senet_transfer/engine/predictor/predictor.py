@@ -16,7 +16,7 @@ from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform, Tran
 from detectron2.structures import Instances
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
@@ -35,6 +35,17 @@ from senet_transfer.preprocessing import channels_of
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", Classification, Detections)
+
+
+class _ImagesAsIndices(Dataset):
+    """Data set whose indices are the images themselves.
+
+    With it, a data loader sends the images of an iterable to its workers, and reads the iterable
+    only as far as it prefetches.
+    """
+
+    def __getitem__(self, photo: Photo) -> Photo:
+        return photo
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,11 @@ class Predictor(ABC, Generic[Result]):
     def _batches(
         self, photos: Iterator[Photo], size: int, workers: int
     ) -> Iterator[list[Prepared]]:
+        batches = iter(lambda: list(itertools.islice(photos, size)), [])
         if workers:
             yield from DataLoader(
-                list(photos),
-                batch_size=size,
+                _ImagesAsIndices(),
+                batch_sampler=batches,
                 num_workers=workers,
                 collate_fn=self._prepared_batch,
                 worker_init_fn=init_worker,
@@ -150,8 +162,7 @@ class Predictor(ABC, Generic[Result]):
                 generator=torch.Generator(),
             )
             return
-        while batch := list(itertools.islice(photos, size)):
-            yield self._prepared_batch(batch)
+        yield from map(self._prepared_batch, batches)
 
     def _prepared_batch(self, photos: list[Photo]) -> list[Prepared]:
         return [self._prepared(photo) for photo in photos]

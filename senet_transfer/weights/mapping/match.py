@@ -197,7 +197,7 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
     if heads_only:
         return (
             "Only the detector's parts outside the backbone differ. To train this model from the "
-            f"file's backbone, write the backbone to a file with `tools/convert_weights.py "
+            f"file's backbone, write the backbone to a file with `senet convert "
             f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to it."
         )
     return (

@@ -48,7 +48,7 @@ def served(request, tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[str
 def test_the_official_archive_is_downloaded_once_and_prepared(served, tmp_path, monkeypatch):
     name, _, requests = served
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    with pytest.raises(UserError, match=f"prepare_cifar.py --download {name}, or correct"):
+    with pytest.raises(UserError, match=f"senet data cifar --download {name}`, or correct"):
         find_dataset(f"{name}_train")
     prepare("cifar", ["--download", name])
     assert "GET" in requests

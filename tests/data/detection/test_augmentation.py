@@ -66,8 +66,6 @@ def config(**options):
 @pytest.fixture
 def person(tmp_path):
     """Return the record of an image with an object that has a box, an outline and 3 keypoints."""
-    # A test of another file may have registered data of this name in this process.
-    MetadataCatalog.data.pop("own", None)
     MetadataCatalog.get("own").set(
         keypoint_names=["nose", "left_eye", "right_eye"],
         keypoint_flip_map=[("left_eye", "right_eye")],

@@ -378,6 +378,7 @@ def test_metrics_are_pycocotools_for_numbered_ids(case, shared_cases, tmp_path):
             assert results[task][metric] == pytest.approx(value, rel=1e-12, nan_ok=True), metric
 
 
+@pytest.mark.long
 def test_more_objects_than_a_hundred_are_counted_with_the_key(shared_cases, tmp_path):
     json_file, images = paths(shared_cases, "dense")
     content = json.loads(json_file.read_text())

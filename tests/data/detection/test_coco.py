@@ -186,10 +186,11 @@ def test_shapes_are_known_before_they_are_made(shapes_root):
         assert metadata.json_file == str(shapes_root / f"annotations/instances_{split}.json")
         assert metadata.image_root == str(shapes_root / split)
         for ask in (DatasetCatalog.get, check_datasets_on_disk):
-            with pytest.raises(UserError, match="python datasets/prepare_shapes.py"):
+            with pytest.raises(UserError, match="senet data shapes"):
                 ask(f"shapes_{split}")
 
 
+@pytest.mark.long
 def test_shapes_load_once_they_are_made(shapes_root):
     register_shapes()
     before = MetadataCatalog.get("shapes_tiny").as_dict()

@@ -106,6 +106,7 @@ def decodings(monkeypatch):
     return shapes
 
 
+@pytest.mark.long
 def test_draft_takes_the_same_region_at_the_smallest_fraction_that_has_the_pixels(monkeypatch):
     data = jpeg(1, (1000, 600))
     exact, draft = TrainTransform(size=64), TrainTransform(size=64, draft=True)

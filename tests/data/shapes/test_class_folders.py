@@ -42,6 +42,6 @@ def test_an_unreadable_image_is_an_error_that_names_it(
     image.unlink()
     if content is not None:
         image.write_bytes(content)
-    with pytest.raises(UserError, match="Cannot read .*000001.jpg.*prepare_shapes.py"):
+    with pytest.raises(UserError, match="Cannot read .*000001.jpg.*senet data shapes"):
         make_shape_classes(shapes, tmp_path / "classes")
     assert not (tmp_path / "classes").exists()

@@ -148,6 +148,7 @@ def test_http_gives_the_numbers_of_the_disk(make_shards, serve, workers, ranges)
     assert trained(remote, start_iter=3) == trained(local, start_iter=3)
 
 
+@pytest.mark.long
 def test_class_aware_sampling_reads_single_images_over_http(make_shards, serve):
     folder = make_shards(24, 3)
     server = serve(folder)

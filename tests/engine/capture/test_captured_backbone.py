@@ -51,6 +51,7 @@ def backbone(norm="BN"):
     return create_backbone("se_cifar_resnet8", norm=norm)
 
 
+@pytest.mark.long
 def test_frequent_sizes_are_captured_up_to_a_limit_and_others_are_eager(caplog):
     caplog.set_level("INFO")
     net, captures = backbone(), Captures()

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
 from torchvision import transforms
 
 from senet_transfer import UserError, create_backbone, create_classifier, save_weights
@@ -92,7 +90,11 @@ def test_features_of_shards_with_workers_are_those_of_the_folder(network, weight
     np.testing.assert_allclose(found["features"], expected[shown], rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_logistic_regression_finds_the_minimum_that_scipy_finds():
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax, softmax
+
     random = np.random.RandomState(0)
     x, y = random.randn(40, 6), random.randint(0, 3, 40)
     decay = 0.03

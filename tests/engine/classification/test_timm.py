@@ -13,8 +13,6 @@ from senet_transfer.engine.model_from import find_model
 from tests.engine.classification.conftest import BATCH_NORM
 from tests.weights.peers import peer
 
-pytest.importorskip("timm")
-
 
 @pytest.mark.long
 def test_a_run_is_evaluated_predicted_with_and_exported(train, tree, tmp_path, capsys):

@@ -169,6 +169,7 @@ def test_lines_are_wider_in_larger_images():
     assert 2 * widths[0] <= widths[1] <= 4 * widths[0]
 
 
+@pytest.mark.long
 def test_an_image_of_extreme_shape_is_drawn_within_the_limits_of_jpeg():
     image = draw([[0, 0, 6, 1000]], [0], ["a"], (3000, 6)).image
     assert image.shape[0] <= 65_500

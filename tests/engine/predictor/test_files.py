@@ -1,6 +1,7 @@
 """Tests of predictions on image files, with models whose outputs are known."""
 
 import csv
+import itertools
 import json
 import os
 from pathlib import Path
@@ -121,6 +122,43 @@ def test_an_image_that_cannot_be_drawn_keeps_its_predictions(images, tmp_path, m
     with pytest.raises(UserError, match="(?s)3 of 3 images.*no drawing.*no glyph"):
         predict(loaded(one_object), images, tmp_path)
     assert len(written(tmp_path)["annotations"]) == 3
+
+
+@pytest.mark.parametrize("form", ["json", "coco", "csv"])
+def test_ctrl_c_keeps_the_results_until_then(images, tmp_path, form):
+    def answer(height, width):
+        if height == 50:
+            raise KeyboardInterrupt
+        return one_object(height, width)
+
+    predictor = DetectorPredictor.of(loaded(answer))
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(predictor, images, str(tmp_path / "out"), form=form, draw=False, quiet=True)
+    (path,) = (tmp_path / "out").iterdir()
+    text = path.read_text()
+    assert [name in text for name in images] == [True, True, False]
+
+
+def test_a_path_that_occurs_twice_is_predicted_once(images, tmp_path):
+    found = predict(loaded(one_object), [*images, images[0]], tmp_path)
+    assert [(image["id"], image["file_name"]) for image in found["images"]] == [
+        (number, name) for number, name in enumerate(images, start=1)
+    ]
+    assert [a["image_id"] for a in found["annotations"]] == [1, 2, 3]
+
+
+@pytest.mark.long
+def test_workers_read_an_endless_iterable_only_as_far_as_needed(images):
+    predictor, asked = DetectorPredictor.of(loaded(one_object)), []
+
+    def endless():
+        for number in itertools.count():
+            asked.append(number)
+            yield images[0] if number % 2 else Image.new("RGB", (20, 30))
+
+    found = itertools.islice(predictor.stream(endless(), workers=2), 6)
+    assert [result.instances.image_size for result in found] == [(30, 20), (40, 60)] * 3
+    assert len(asked) < 30
 
 
 def test_the_area_of_an_object_with_a_mask_is_the_masks(images, tmp_path):

@@ -7,14 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
-from timm.data import create_transform, resolve_data_config
-from timm.models._hub import save_for_hf
 
 import senet_transfer
 from senet_transfer import UserError
@@ -63,6 +60,8 @@ def hub(cache, monkeypatch):
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
     """Return a function that saves a network with timm's own function for the Hub."""
+    import timm
+    from timm.models._hub import save_for_hf
 
     @functools.cache
     def save(name: str) -> tuple[Path, torch.nn.Module]:
@@ -148,6 +147,10 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     cfg = load_config(str(classifier / "config.yaml"))
     cfg.merge_from_list(["OUTPUT_DIR", str(run), "MODEL.WEIGHTS", str(run / "first.pth")])
     cfg.merge_from_list(["DATASETS.TEST", (str(run / "val"),), "DATALOADER.CACHE_DIR", str(run)])
+    (run / "train").mkdir()
+    (tmp_path / CLASSES[0]).mkdir(parents=True)  # a class whose name is that of a folder, too
+    monkeypatch.chdir(tmp_path)
+    cfg.DATASETS.TRAIN = ("secret_folder/train", "../secret/more", "./secret_set")
     (run / "config.yaml").write_text(cfg.dump())
     (run / "model_final.pth").symlink_to(classifier / "model_final.pth")
     results = {"classification": {"top1_error": 12.34, "top1_error_per_class": float("nan")}}
@@ -172,12 +175,17 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     assert "Evaluation data: val." in text
     assert 'senet_transfer.load("hf-hub:me/scenes")' in text
     assert "a/airfield, b/bar, c/canyon" in text
-    assert "secret" not in card + (out / "config.yaml").read_text()
+    published = load_config(str(out / "config.yaml"))
+    assert published.DATASETS.TRAIN == ("train", "more", "secret_set")
+    assert published.DATASETS.CLASSES == CLASSES
+    assert "secret_folder" not in card + (out / "config.yaml").read_text()
     assert not hub.asked  # with --folder, nothing is uploaded
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "legacy_seresnet18"])
 def test_files_of_timm_load_as_timm_states(architecture, timm_folder, hub, photos):
+    from timm.data import create_transform, resolve_data_config
+
     folder, model = timm_folder(architecture)
     sha = hub.add("timm/net.one", folder)
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import supervision
 import torch
 import torchvision
 from detectron2 import model_zoo
@@ -19,7 +18,6 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import build_model
-from onnx import TensorProto, helper
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -260,6 +258,8 @@ def test_an_image_is_predicted_from_a_path_pillow_an_array_or_a_tensor_and_lists
 
 
 def test_results_are_converted_to_coco_and_supervision_and_drawn(classifier, detector, photos):
+    import supervision
+
     found = senet_transfer.load(detector, threshold=0)(photos / "a.jpg")
     theirs = found.to_supervision()
     assert isinstance(theirs, supervision.Detections)
@@ -318,6 +318,8 @@ def test_an_exported_classifier_takes_the_exported_size_and_may_lack_class_names
 
 
 def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, classifier):
+    from onnx import TensorProto, helper
+
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     node = helper.make_node("Identity", ["x"], ["y"])

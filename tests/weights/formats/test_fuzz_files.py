@@ -205,6 +205,7 @@ def test_a_damaged_file_loads_as_it_says_or_is_refused(name, count, tmp_path):
 
 
 @pytest.mark.parametrize("count", _COUNTS)
+@pytest.mark.long
 def test_a_zip_whose_checksums_were_made_to_fit_loads_as_it_says_or_is_refused(count, tmp_path):
     path = tmp_path / "fuzzed"
     with zipfile.ZipFile(io.BytesIO(WRITERS["zip"](_tensors()))) as archive:

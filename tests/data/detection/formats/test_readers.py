@@ -11,15 +11,8 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
-import supervision
 from PIL import Image
 from pycocotools import mask as coco_mask
-from supervision.dataset.formats.labelme import load_labelme_annotations
-from supervision.dataset.formats.pascal_voc import (
-    detections_from_xml_obj,
-    load_pascal_voc_annotations,
-)
-from supervision.dataset.formats.yolo import load_yolo_annotations
 
 from senet_transfer.data.detection.formats.prepare import import_dataset
 
@@ -65,7 +58,17 @@ def by_name(annotations: dict) -> dict:
     return {Path(path).name: found for path, found in annotations.items()}
 
 
-def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data):
+@pytest.fixture
+def formats():
+    """Return the readers of supervision, whose import takes a second."""
+    from supervision.dataset import formats
+    from supervision.dataset.formats import labelme, pascal_voc, yolo  # noqa: F401
+
+    return formats
+
+
+@pytest.mark.long
+def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data, formats):
     root = shared_data / "bccd"
     datasets, images = import_dataset("voc", root)
     assert images == str(root / "JPEGImages")
@@ -76,7 +79,7 @@ def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data
     classes, found = [], {}
     for path in (root / "Annotations").iterdir():
         xml = ElementTree.parse(path).getroot()
-        boxes, classes = detections_from_xml_obj(xml, classes, (1, 1))
+        boxes, classes = formats.pascal_voc.detections_from_xml_obj(xml, classes, (1, 1))
         found[f"{path.stem}.jpg"] = boxes
     counts = [
         assert_equals_supervision(content, classes, by_name(found)) for content in datasets.values()
@@ -88,22 +91,25 @@ def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data
     assert len(tiny) == 2
 
 
-def test_boxes_of_yolo_equal_those_of_supervision_on_real_data(shared_data, tmp_path):
+@pytest.mark.long
+def test_boxes_of_yolo_equal_those_of_supervision_on_real_data(shared_data, tmp_path, formats):
+    from supervision import DetectionDataset
+
     names = sorted(path.name for path in (shared_data / "bccd" / "JPEGImages").iterdir())[:8]
     for name in names:
         (tmp_path / "train" / "images").mkdir(parents=True, exist_ok=True)
         shutil.copy(shared_data / "bccd" / "JPEGImages" / name, tmp_path / "train" / "images")
-    classes, paths, found = load_pascal_voc_annotations(
+    classes, paths, found = formats.pascal_voc.load_pascal_voc_annotations(
         str(tmp_path / "train" / "images"), str(shared_data / "bccd" / "Annotations")
     )
     # Another program writes the labels.
-    supervision.DetectionDataset(classes, paths, found).as_yolo(
+    DetectionDataset(classes, paths, found).as_yolo(
         annotations_directory_path=str(tmp_path / "train" / "labels"),
         data_yaml_path=str(tmp_path / "data.yaml"),
     )
     with open(tmp_path / "data.yaml", "a") as file:
         file.write("train: ../train/images\n")  # as Roboflow writes it
-    classes, _, found = load_yolo_annotations(
+    classes, _, found = formats.yolo.load_yolo_annotations(
         str(tmp_path / "train" / "images"),
         str(tmp_path / "train" / "labels"),
         str(tmp_path / "data.yaml"),
@@ -167,14 +173,15 @@ def test_labelme_shapes_cover_the_pixels_of_labelme(tmp_path):
     ]
 
 
-def test_labelme_boxes_equal_those_of_supervision(tmp_path):
+@pytest.mark.long
+def test_labelme_boxes_equal_those_of_supervision(tmp_path, formats):
     make_images(tmp_path, a=(100, 80))
     content = json.loads((FIXTURES / "labelme.json").read_text())
     content["shapes"] = [
         s for s in content["shapes"] if s["shape_type"] in ("rectangle", "polygon")
     ]
     (tmp_path / "a.json").write_text(json.dumps({**content, "imagePath": "a.png"}))
-    classes, _, found = load_labelme_annotations(str(tmp_path), str(tmp_path))
+    classes, _, found = formats.labelme.load_labelme_annotations(str(tmp_path), str(tmp_path))
     datasets, _ = import_dataset("labelme", tmp_path)
     assert assert_equals_supervision(datasets["train"], classes, by_name(found)) == 3
 
