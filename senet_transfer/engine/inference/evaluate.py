@@ -13,6 +13,7 @@ from senet_transfer.data.build import find_dataset, in_memory
 from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import write_results
@@ -20,7 +21,6 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import IMAGENET, Published, published_on_cifar
 from senet_transfer.models.build import backbone_name
-from senet_transfer.preprocessing import channels_of
 
 
 def run_evaluation(
@@ -79,8 +79,7 @@ def run_evaluation(
         resize=view.resize if resize is None else resize,
         crop=view.crop if crop is None else crop,
         interpolation=view.interpolation,
-        value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(view.format),
+        reading=reading_of(loaded.cfg),
     )
     evaluation = evaluate_classifier(
         loaded.model,
@@ -155,7 +154,8 @@ def _open_data(cfg: CfgNode, data: str) -> ClassificationDataset | ImageArrays:
     classes = list(cfg.DATASETS.CLASSES) or None
     cache = cfg.DATALOADER.CACHE_DIR or None
     if in_memory(cfg):
-        return open_cifar(path, split="test", classes=classes, cache_dir=cache)
+        reading = reading_of(cfg)
+        return open_cifar(path, split="test", classes=classes, cache_dir=cache, reading=reading)
     return open_dataset(path, split="val", classes=classes, cache_dir=cache)
 
 
