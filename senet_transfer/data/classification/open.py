@@ -36,6 +36,7 @@ from senet_transfer.data.shards.storage import (
     is_remote,
     join,
     local_path,
+    missing_files,
     open_stream,
     read_bytes,
     read_range,
@@ -195,6 +196,7 @@ def open_dataset(
             dataset = _some_shards(base, names, storage, cache)
         else:
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
+        _check_remote_shards(dataset)
     elif is_label_csv(local_path(text)):
         dataset = ImageDataset(open_label_csv(local_path(text), classes), text)
     else:
@@ -297,6 +299,18 @@ def _check_shards(manifest: Manifest, folder: Path) -> None:
             f"Cannot open {folder / missing[0]}: {len(missing)} of {len(manifest.shards)} shards "
             f"listed in {MANIFEST} are missing: {first_of(missing, 5)}. Copy them again, or run "
             "the preparation again."
+        )
+
+
+def _check_remote_shards(dataset: ShardDataset) -> None:
+    """Raise a UserError if remote shards are missing, unless there is a local copy."""
+    shards = [(join(dataset.origin, shard.name), shard) for shard in dataset.manifest.shards]
+    cache = dataset.cache
+    urls = [url for url, shard in shards if cache is None or not cache.is_present(url, shard)]
+    if missing := missing_files(urls, dataset.storage):
+        raise UserError(
+            f"Cannot open {missing[0]}: {len(missing)} of {len(shards)} shards listed in "
+            f"{MANIFEST} do not exist: {first_of(missing, 5)}. Upload them again."
         )
 
 
