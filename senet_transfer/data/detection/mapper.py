@@ -420,9 +420,9 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int], reading: Reading) -
             "it was annotated without the rotation. If the boxes match the stored image, set "
             "INPUT.EXIF to ignore, or remove the EXIF tag. Otherwise, annotate the rotated image."
         )
-    if orientation in SIDEWAYS and not reading.channels:
+    if orientation in SIDEWAYS:
         return (
-            f"INPUT.EXIF is ignore, but the image was annotated with the rotation of its EXIF "
-            f"orientation, {orientation}. Set INPUT.EXIF to auto, or annotate the stored image."
+            f"Its EXIF orientation, {orientation}, is not applied, but it was annotated with it. "
+            "Set INPUT.EXIF to apply, or annotate the stored image."
         )
     return "Width and height are swapped in the annotation file. Correct them there."

@@ -253,7 +253,7 @@ def test_the_orientation_is_ignored_if_requested(orientation, tmp_path, photo):
     )
     loaded = mapper(record(tmp_path / "a.png", 48, 32))["image"].permute(1, 2, 0)
     assert np.array_equal(loaded, np.asarray(photo))
-    advice = "Set INPUT.EXIF to auto" if orientation >= 5 else "Width and height are swapped"
+    advice = "Set INPUT.EXIF to apply" if orientation >= 5 else "Width and height are swapped"
     with pytest.raises(UserError, match=advice):
         mapper(record(tmp_path / "a.png", 32, 48))
 
