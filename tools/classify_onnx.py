@@ -32,6 +32,8 @@ def load(
     size: tuple[int, int],
     mode: str = "short_side",
     value_range: Sequence[float] = (),
+    *,
+    upright: bool = False,
 ) -> np.ndarray:
     """Load an image, resize it and take the crops of the evaluation.
 
@@ -42,11 +44,12 @@ def load(
         mode: The file's metadata of this name: "short_side" and "squash" take the central crop;
             "ten_crop" takes five crops of the image and of its mirror image.
         value_range: The file's metadata of this name.
+        upright: The file's metadata of this name.
 
     Returns:
         Pixels in [0, 255], float32 ``(crops, 3, *size)``.
     """
-    image = read_image(image_file, value_range).convert("RGB")
+    image = read_image(image_file, value_range, upright=upright).convert("RGB")
     height, width = size
     method = Image.Resampling[preprocessing["interpolation"].upper()]
     image = image.resize(resized(image, max(preprocessing["resize"], *size), mode), method)
@@ -71,9 +74,11 @@ def main(model_file: str, *image_files: str) -> None:
     # The exported network includes the channel order and the normalisation.
     preprocessing, classes = metadata["preprocessing"], metadata["classes"]
     mode, value_range = metadata.get("mode", "short_side"), metadata.get("value_range", ())
+    upright = metadata.get("upright", False)
     height, width = session.get_inputs()[0].shape[-2:]
     for image_file in image_files:
-        images = load(image_file, preprocessing, (height, width), mode, value_range)
+        size = (height, width)
+        images = load(image_file, preprocessing, size, mode, value_range, upright=upright)
         logits = session.run(None, {"images": images})[0].mean(0)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()

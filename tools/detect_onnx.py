@@ -94,7 +94,8 @@ def main() -> None:
     session, metadata = open_model(args.model, "detection")
     detections = []
     for image_id, path in enumerate(args.images, start=1):
-        image = read_image(path, metadata["value_range"], upright=True)
+        upright = metadata.get("upright", True)
+        image = read_image(path, metadata["value_range"], upright=upright)
         objects = detect(session, metadata, image)
         objects = [each for each in objects if each["score"] >= args.threshold]
         detections += [{"image_id": image_id, "file_name": path, **each} for each in objects]

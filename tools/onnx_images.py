@@ -3,6 +3,7 @@
 Images are read in the same way as by senet_transfer/data/images/decode.py.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ def read_image(
         path: Path of the image.
         value_range: The values of black and white in images with 16 or 32 bits per channel, from
             the file's metadata. Without them, 16-bit images have the range from 0 to 65535.
-        upright: If True, apply the EXIF orientation, as for detectors.
+        upright: Whether to apply the EXIF orientation, from the file's metadata.
 
     Raises:
         SystemExit: If the image can't be read, or its value range is unknown.
@@ -76,7 +77,8 @@ def read_image(
         is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image.load()
         if upright:
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception):  # Pillow raises many types for broken EXIF data
+                image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SystemExit(f"error: {path} can't be read as an image: {error}") from error
     if value_range and deep_colours:

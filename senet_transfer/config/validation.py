@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from senet_transfer.config.defaults import config_items, config_value, get_senet_config
-from senet_transfer.errors import UserError
+from senet_transfer.errors import UserError, check_choice
 from senet_transfer.preprocessing import channels_of
 
 logger = logging.getLogger(__name__)
@@ -214,6 +214,7 @@ def check_input(cfg: CfgNode) -> None:
             "numbers, and no standard deviation of 0."
         )
     _check_channels(cfg, count)
+    check_choice("INPUT.EXIF", cfg.INPUT.EXIF, ("auto", "apply", "ignore"))
     limits = cfg.INPUT.VALUE_RANGE
     if len(limits) not in (0, 2) or not all(map(math.isfinite, limits)):
         raise UserError(

@@ -29,11 +29,12 @@ from senet_transfer.data.classification.loader import (
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.augmentation import build_augmentation
 from senet_transfer.data.images.class_names import match_names
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.folders import choose_classes
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.text import first_of
 
 SAMPLERS = ("TrainingSampler", "ClassAwareSampler")
@@ -255,7 +256,8 @@ def inference_dir(cfg: CfgNode, name: str) -> str:
 def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageArrays:
     classes = tuple(cfg.DATASETS.CLASSES)
     try:
-        return _open_once(name, split, classes, cfg.DATALOADER.CACHE_DIR, in_memory(cfg))
+        cache_dir, reading = cfg.DATALOADER.CACHE_DIR, reading_of(cfg)
+        return _open_once(name, split, classes, cache_dir, reading if in_memory(cfg) else None)
     except UserError as error:
         known = "" if not cfg.DATASETS.CLASSES else (
             " (The expected classes are specified by DATASETS.CLASSES in the config, or by "
@@ -267,15 +269,15 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 # Cached because a run opens its data sets several times, and listing a million files is slow.
 @functools.lru_cache(maxsize=8)
 def _open_once(
-    name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: bool
+    name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    open_any = open_cifar if whole else open_dataset
     if is_prepared(name) and not whole:
         raise UserError(
             "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
             "AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
             "configs/base/cifar10."
         )
+    open_any = functools.partial(open_cifar, reading=whole) if whole else open_dataset
     return open_any(name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None)
 
 
@@ -289,8 +291,7 @@ def train_transform(cfg: CfgNode) -> TrainTransform:
         flip=options.FLIP,
         interpolation=options.INTERPOLATION,
         draft=options.DRAFT,
-        value_range=tuple(cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(cfg.INPUT.FORMAT),
+        reading=reading_of(cfg),
         augment=build_augmentation(cfg),
     )
 
@@ -303,8 +304,7 @@ def eval_transform(cfg: CfgNode) -> EvalTransform:
         resize=options.TEST_RESIZE,
         crop=options.TEST_CROP,
         interpolation=options.INTERPOLATION,
-        value_range=tuple(cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(cfg.INPUT.FORMAT),
+        reading=reading_of(cfg),
     )
 
 

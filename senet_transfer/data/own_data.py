@@ -72,12 +72,13 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     return train, found
 
 
-def divide(data: DataPart, folder: Path) -> tuple[DataPart, DataPart, str]:
+def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataPart, DataPart, str]:
     """Split data into training and validation data, and write the files of both.
 
     Args:
         data: The data to split.
         folder: Folder for the files; those of an earlier split are replaced.
+        upright: Whether annotations are those of the images with their EXIF orientation.
 
     Returns:
         The training data, the validation data, and a table with the number of objects or images.
@@ -87,7 +88,8 @@ def divide(data: DataPart, folder: Path) -> tuple[DataPart, DataPart, str]:
     """
     if data.image_dir:
         # Without COCO's optional object `info`, which describes the original file.
-        lists = {k: v for k, v in read_annotations(*data).items() if isinstance(v, list)}
+        content = read_annotations(*data, upright=upright)
+        lists = {k: v for k, v in content.items() if isinstance(v, list)}
         contents, table = split_coco(lists, data.path, Split())
         write_dataset(contents, folder, data.image_dir, source=data.path)
         names = [f"{name}.json" for name in (TRAIN, VAL)]

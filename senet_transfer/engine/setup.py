@@ -37,6 +37,7 @@ from senet_transfer.data.detection.dataset_checks import (
 )
 from senet_transfer.data.detection.image_checks import MODES, check_images
 from senet_transfer.data.detection.task_checks import stuff_classes, use_keypoints
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.classes import use_trained_classes
 from senet_transfer.engine.checkpoints.output_folder import (
@@ -50,7 +51,6 @@ from senet_transfer.engine.recipe.make import use_recipe
 from senet_transfer.engine.run_checks import check_run, scratch_hint
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
-from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.environment import environment_report
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
@@ -347,7 +347,9 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
             from those of the other data sets or the model.
     """
-    names = register_datasets(cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON)
+    names = register_datasets(
+        cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
+    )
     registered = [registered_entry(name) for name in names]
     # Store absolute paths, so that the saved config works from any folder.
     cfg.DATASETS.REGISTER = [
@@ -424,9 +426,8 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
             check_images(
                 names,
                 mode=cfg.DATALOADER.CHECK_IMAGES,
-                value_range=cfg.INPUT.VALUE_RANGE,
+                reading=reading_of(cfg),
                 max_size=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
-                image_format=cfg.INPUT.FORMAT if channels_of(cfg.INPUT.FORMAT) else "BGR",
             )
         except UserError as error:
             problem = str(error)

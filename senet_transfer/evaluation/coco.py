@@ -70,7 +70,8 @@ class FastCOCOEvaluator(COCOEvaluator):
 
     def _read_truth(self, json_file: str) -> COCO:
         image_dir = self._metadata.get("image_root") or os.path.dirname(json_file)
-        return _indexed(COCO(), read_annotations(json_file, image_dir))
+        upright = self._metadata.get("upright", True)
+        return _indexed(COCO(), read_annotations(json_file, image_dir, upright=upright))
 
     def reset(self) -> None:
         """Discard all predictions, and the diagnostics of an earlier evaluation."""

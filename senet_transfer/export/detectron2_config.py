@@ -111,6 +111,11 @@ def _input_problems(cfg: CfgNode) -> list[str]:
             f"INPUT.VALUE_RANGE is {list(cfg.INPUT.VALUE_RANGE)}; expected no range, because "
             "Detectron2 reads images with 8 bits per channel."
         )
+    if cfg.INPUT.EXIF == "ignore":
+        problems.append(
+            "INPUT.EXIF is 'ignore'; expected 'auto' or 'apply', because Detectron2 applies the "
+            "EXIF orientation."
+        )
     if cfg.INPUT.SIZE_DIVISIBILITY:
         problems.append(
             f"INPUT.SIZE_DIVISIBILITY is {cfg.INPUT.SIZE_DIVISIBILITY}; expected 0, because "

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from senet_transfer.data.images.decode import AS_STORED, Reading
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
@@ -63,7 +64,7 @@ def export_network(
     size: tuple[int, int],
     classes: Sequence[str] = (),
     mode: str = "short_side",
-    value_range: Sequence[float] = (),
+    reading: Reading = AS_STORED,
 ) -> float:
     """Export a network with folded batch norms, and compare the exported file with the network.
 
@@ -81,8 +82,7 @@ def export_network(
         mode: The evaluation mode for the metadata; see
             :class:`~senet_transfer.data.images.transforms.EvalTransform`. The logits of several
             crops are averaged by the program that runs the file.
-        value_range: The value range of images with more than 8 bits per channel for the metadata;
-            see :func:`~senet_transfer.data.images.decode.to_8_bit`.
+        reading: The settings for reading images for the metadata.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.
@@ -109,7 +109,8 @@ def export_network(
         "classes": json.dumps(list(classes)),
         "mode": json.dumps(mode),
         "size": json.dumps(size),
-        "value_range": json.dumps(list(value_range)),
+        "value_range": json.dumps(reading.value_range),
+        "upright": json.dumps(reading.upright),
         "task": json.dumps("classification" if names == ["logits"] else "features"),
     }
     write = {

@@ -17,6 +17,7 @@ from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network
@@ -84,7 +85,7 @@ def export_model(
             size=(size[0], size[-1]),
             classes=() if backbone_only else cfg.DATASETS.CLASSES,
             mode=cfg.INPUT.CLASSIFICATION.TEST_MODE if is_classification(cfg) else "short_side",
-            value_range=cfg.INPUT.VALUE_RANGE,
+            reading=reading_of(cfg),
         )
         said = f"Compared with the eager network: the largest relative difference is {worst:.1e}."
         if precision == "float32":
@@ -169,6 +170,7 @@ def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> 
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "value_range": list(cfg.INPUT.VALUE_RANGE),
+        "upright": reading_of(cfg).upright,
     }
     pixels = _read_image(image, cfg, "RGB") if image else _example(cfg)
     compared = export_detector_to_onnx(
@@ -216,7 +218,7 @@ def format_of(output: str, *, compiled: bool = False) -> str:
 def _read_image(path: str, cfg: CfgNode, format: str) -> Tensor:
     """Read and resize an image in the same way as Detectron2's evaluation."""
     try:
-        image = read_image(path, format, cfg.INPUT.VALUE_RANGE)
+        image = read_image(path, format, reading_of(cfg))
     except (OSError, BrokenImageError) as error:
         raise UserError(
             f"{path} can't be read as an image: {error}. Choose a different image."

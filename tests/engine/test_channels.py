@@ -13,6 +13,7 @@ from senet_transfer import UserError, create_backbone, create_classifier, load_w
 from senet_transfer.cli import evaluate, predict
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import find_model
 from senet_transfer.engine.predictor.cam import class_activation_map
@@ -111,7 +112,7 @@ def test_a_classifier_is_trained_evaluated_exported_and_predicts(classify, tmp_p
     loaded = load_trained(weights)
     assert loaded.preprocessing.format == "C5"
     paths = sorted((data / "dark").iterdir())
-    view = EvalTransform(resize=72, crop=64, value_range=(0, 4095), channels=5)
+    view = EvalTransform(resize=72, crop=64, reading=Reading((0, 4095), channels=5))
     pixels = torch.stack([view(path.read_bytes()) for path in paths]).float()
     mean, std = (torch.arange(first, first + 5.0).view(-1, 1, 1) for first in (110, 51))
     with torch.no_grad():

@@ -122,6 +122,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ({"INPUT.FORMAT": "L", "MODEL.PIXEL_MEAN": "[1.0, 2.0]"}, "expected 1 value each, or 3"),
         ({"INPUT.VALUE_RANGE": "[5]"}, r"VALUE_RANGE is \[5\]; expected \[low, high\]"),
         ({"INPUT.VALUE_RANGE": "[4095, 0]"}, "expected the lower value first"),
+        ({"INPUT.EXIF": "no"}, "INPUT.EXIF is 'no'; expected one of: auto, apply, ignore"),
         ({"DATALOADER.CHECK_IMAGES": "none"}, "CHECK_IMAGES is 'none'; expected one of: header, d"),
         (
             {"MODEL.ANCHOR_GENERATOR.SIZES": "[[[32]], [[64]], [[128]], [[256]], [[512]]]"},

@@ -85,7 +85,12 @@ def test_unmodified_detectron2_gives_bitwise_equal_detections(one_thread, tmp_pa
     [
         ({"MODEL.SE.ENABLED": "True"}, "backbone is se_resnet50.*docs/detectron2.md"),
         (
-            {"MODEL.RESNETS.STEM_POOL": "ceil", "INPUT.SIZE_DIVISIBILITY": "64"},
+            {
+                "MODEL.RESNETS.STEM_POOL": "ceil",
+                "INPUT.SIZE_DIVISIBILITY": "64",
+                "INPUT.EXIF": "ignore",
+            },
+            "INPUT.EXIF is 'ignore'.*\n.*"
             "SIZE_DIVISIBILITY is 64; expected 0.*\n.*STEM_POOL. is 'ceil'; expected 'pad'",
         ),
         ({"MODEL.BACKBONE.ARCH": "mobilenet"}, "backbone is mobilenet; expected a ResNet"),

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from senet_transfer.data.detection.mapper import read_image
-from senet_transfer.data.images.decode import decode_exact
+from senet_transfer.data.images.decode import Reading, decode_exact
 from senet_transfer.data.images.transforms import EvalTransform
 
 pytest.importorskip("onnxruntime")
@@ -62,7 +62,7 @@ def test_pixels_equal_those_of_the_evaluation(tmp_path, kind, value_range):
             SHARED["read_image"](str(path), value_range)
         return
     found = np.asarray(SHARED["read_image"](str(path), value_range).convert("RGB"))
-    expected = np.asarray(decode_exact(path.read_bytes(), value_range))
+    expected = np.asarray(decode_exact(path.read_bytes(), Reading(value_range)))
     assert np.array_equal(found, expected)
 
 
@@ -78,7 +78,7 @@ def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
     wide = tmp_path / "wide.png"
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(wide, exif=exif)
     found = np.asarray(SHARED["read_image"](str(wide), (0, 4095), upright=True).convert("RGB"))
-    assert np.array_equal(found, read_image(str(wide), "RGB", (0, 4095)))
+    assert np.array_equal(found, read_image(str(wide), "RGB", Reading((0, 4095), upright=True)))
     deep = tmp_path / "deep.png"
     cv2.imwrite(str(deep), np.full((4, 4, 3), 3000, np.uint16))
     with pytest.raises(SystemExit, match="colour image with 16 bits per channel"):

@@ -12,6 +12,7 @@ from senet_transfer.analysis.dataset_page.unusual import Unusual
 from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.channels import as_rgb, decode_shown
+from senet_transfer.data.images.decode import Reading
 
 # Maximum length of the longer side in pixels.
 SIDE, THUMBNAIL = 640, 160
@@ -48,27 +49,22 @@ def _view_picture(view: View) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unusual_card(
-    split: Split, item: Unusual, value_range: Sequence[float], channels: int | None = None
-) -> dict[str, Any]:
+def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any]:
     """Return the picture of an unusual annotation in its surroundings, or of a whole image.
 
     Args:
         split: The data set.
         item: The annotation or image.
-        value_range: Range of images with more than 8 bits per channel.
-        channels: Number of channels; None for colour and grey images.
+        reading: Settings for reading images.
 
     Raises:
         Exception: Any exception that a decoder raises for a damaged file.
     """
     name = split.name_of(item.image)
     if split.files:
-        form = f"C{channels}" if channels else "RGB"
-        pixels = as_rgb(read_image(split.files[item.image], form, value_range))
+        pixels = as_rgb(read_image(split.files[item.image], "RGB", reading))
     else:
-        data = split.images.read_sample(item.image).data
-        pixels = decode_shown(data, channels, value_range=value_range)
+        pixels = decode_shown(split.images.read_sample(item.image).data, reading)
     boxes, classes = np.zeros((0, 4)), np.zeros(0, np.int64)
     flagged = np.zeros(0, bool)
     if split.objects is not None:
@@ -120,24 +116,19 @@ def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, i
 
 
 def duplicates_card(
-    members: Sequence[tuple[Split, int]],
-    *,
-    identical: bool,
-    value_range: Sequence[float],
-    channels: int | None = None,
+    members: Sequence[tuple[Split, int]], *, identical: bool, reading: Reading
 ) -> dict[str, Any]:
     """Return the pictures of a group of identical or almost identical images.
 
     Args:
         members: Data set and index of each image.
         identical: True if the files are identical.
-        value_range: Range of images with more than 8 bits per channel.
-        channels: Number of channels; None for colour and grey images.
+        reading: Settings for reading images.
     """
     pictures = []
     for split, index in members[:MOST_MEMBERS]:
         sample = split.images.read_sample(index)
-        pixels = decode_shown(sample.data, channels, THUMBNAIL, value_range)
+        pixels = decode_shown(sample.data, reading, THUMBNAIL)
         label = "" if split.files else f" ({split.classes[sample.label]})"
         pictures.append({
             "name": f"{split.role}: {split.name_of(index)}{label}",

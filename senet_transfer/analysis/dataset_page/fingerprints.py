@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image
 
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.images.channels import decode_shown
-from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.decode import AS_STORED, BrokenImageError, Reading, size_of
 from senet_transfer.errors import UserError
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
@@ -71,8 +71,7 @@ def fingerprint_images(
     *,
     limit: int,
     workers: int,
-    value_range: Sequence[float] = (),
-    channels: int | None = None,
+    reading: Reading = AS_STORED,
     quiet: bool = False,
     name: str = "",
 ) -> Fingerprints:
@@ -85,16 +84,14 @@ def fingerprint_images(
         limit: Maximum number of images. Of larger data sets, a random sample is read, which
             depends only on the number of images.
         workers: Number of processes; 1 uses the current process.
-        value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
-        channels: Number of channels, of which the first three are used; None for colour and grey
-            images (``INPUT.CHANNELS``).
+        reading: Settings for reading images.
         quiet: If True, show no progress bar.
         name: Name of the data set, for the progress bar.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
     parts = np.array_split(chosen, 8 * workers)
     tasks = [part.tolist() for part in parts if len(part)]
-    argument = (images, tuple(value_range), channels)
+    argument = (images, reading)
     calls: Iterable = (
         run_parallel(_fingerprint_part, tasks, argument, workers)
         if workers > 1
@@ -120,7 +117,7 @@ def fingerprint_images(
 
 
 def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], list]:
-    images, value_range, channels = argument
+    images, reading = argument
     found, broken = [], []
     for index in part:
         try:
@@ -129,11 +126,11 @@ def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], li
             broken.append((str(index), str(error)))
             continue
         try:
-            small = decode_shown(sample.data, channels, 4 * SIDE, value_range)
+            small = decode_shown(sample.data, reading, 4 * SIDE)
             size = small.shape[1::-1]
-            if not channels:  # JPEG images are decoded at a fraction of their size.
+            if not reading.channels:  # JPEG images are decoded at a fraction of their size.
                 with Image.open(io.BytesIO(sample.data)) as opened:
-                    size = opened.size
+                    size = size_of(opened, upright=reading.upright)
         except BrokenImageError as error:
             broken.append((sample.path, str(error)))
             continue

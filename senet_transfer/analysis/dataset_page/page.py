@@ -33,6 +33,7 @@ from senet_transfer.analysis.dataset_page.unusual import (
 )
 from senet_transfer.analysis.report.html import write_html
 from senet_transfer.config import is_classification
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.utils.text import first_of
 
 # Numbers of unusual annotations and of groups of duplicates that are shown.
@@ -109,14 +110,13 @@ def write_data_page(
     Raises:
         UserError: If the training data can't be loaded, or the page can't be written.
     """
-    splits, values = open_splits(cfg), tuple(cfg.INPUT.VALUE_RANGE)
+    splits, reading = open_splits(cfg), reading_of(cfg)
     prints = [
         fingerprint_images(
             split.images,
             limit=limit,
             workers=1 if split.in_memory else workers,
-            value_range=values,
-            channels=cfg.INPUT.CHANNELS,
+            reading=reading,
             quiet=quiet,
             name=split.name,
         )
@@ -137,7 +137,7 @@ def write_data_page(
     cards = []
     for item in select(content.unusual, MOST_UNUSUAL):
         try:
-            cards.append(unusual_card(splits[item.split], item, values, cfg.INPUT.CHANNELS))
+            cards.append(unusual_card(splits[item.split], item, reading))
         except MemoryError:
             raise
         except Exception as error:  # Decoders raise exceptions of many types for damaged files.
@@ -160,8 +160,7 @@ def write_data_page(
                     for number, index in map(content.places.__getitem__, one.members)
                 ],
                 identical=one.identical,
-                value_range=values,
-                channels=cfg.INPUT.CHANNELS,
+                reading=reading,
             )
             for one in _sorted_groups(content)
         ],

@@ -23,10 +23,11 @@ from senet_transfer.data.cifar.in_memory import load_images
 from senet_transfer.data.cifar.open import ArrayDataset, is_prepared
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.crops import CocoCrops
+from senet_transfer.data.images.decode import UPRIGHT, Reading
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import channels_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GateAnalysis:
     pruned_file: str = ""
 
 
-def open_labelled(data: str, images: str = "") -> ClassificationDataset:
+def open_labelled(data: str, images: str = "", reading: Reading = UPRIGHT) -> ClassificationDataset:
     """Open a labelled data set of any supported kind.
 
     Args:
@@ -55,6 +56,7 @@ def open_labelled(data: str, images: str = "") -> ClassificationDataset:
             prepared CIFAR split (its path, or a name such as "cifar10_test"), or a JSON file in
             COCO format.
         images: The image folder for a JSON file.
+        reading: Settings for reading these images.
 
     Raises:
         UserError: If the data is missing or corrupted.
@@ -62,7 +64,7 @@ def open_labelled(data: str, images: str = "") -> ClassificationDataset:
     if data.endswith(".json") and os.path.basename(data) != "manifest.json":
         if not images:
             raise UserError(f"{data} is a JSON file. Give its image folder with --images.")
-        return CocoCrops(data, images)
+        return CocoCrops(data, images, reading=reading)
     if images:
         raise UserError(
             f"--images requires a JSON file in COCO format as --data, but --data is {data}. "
@@ -152,6 +154,5 @@ def _transform(loaded: LoadedModel) -> EvalTransform:
         resize=expected.resize,
         crop=expected.crop,
         interpolation=expected.interpolation,
-        value_range=tuple(loaded.cfg.INPUT.VALUE_RANGE),
-        channels=channels_of(expected.format),
+        reading=reading_of(loaded.cfg),
     )

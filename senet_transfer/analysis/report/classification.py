@@ -12,7 +12,9 @@ from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.run_folder import Run, data_label
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import inference_dir, open_test_dataset
-from senet_transfer.data.images.decode import BrokenImageError, decode_fast
+from senet_transfer.data.images.channels import decode_shown
+from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 
@@ -190,14 +192,14 @@ def pictures(
         quiet: If True, show no progress bar.
     """
     found: dict[int, str] = {}
-    value_range = cfg.INPUT.get("VALUE_RANGE", ())
+    reading = reading_of(cfg)
     try:
         dataset = open_test_dataset(cfg, name)
         for place in progress(
             places, desc=f"pictures of {data_label(name)}", unit="image", quiet=quiet
         ):
             if isinstance(dataset, ClassificationDataset):
-                pixels = decode_fast(dataset.read_sample(place).data, SIDE, value_range)
+                pixels = decode_shown(dataset.read_sample(place).data, reading, SIDE)
             else:
                 pixels = dataset.images[place].permute(1, 2, 0).numpy()
             found[place] = data_uri(pixels, SIDE)[0]

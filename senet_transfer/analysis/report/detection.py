@@ -1,7 +1,7 @@
 """Galleries of validation images with ground-truth objects and detections."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from senet_transfer.analysis.report.pictures import data_uri
 from senet_transfer.analysis.report.run_folder import Run
 from senet_transfer.data.detection.coco import register_datasets
 from senet_transfer.data.detection.mapper import read_image
+from senet_transfer.data.images.channels import as_rgb
+from senet_transfer.data.images.decode import Reading
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.error_types import ERROR_TYPES, classify_errors
 from senet_transfer.evaluation.matching import ImageDetections, ImageObjects, find_overlaps
@@ -112,7 +115,7 @@ def _gallery(
     most = 50 if len(read) <= 4 else 20
     entries = []
     for place in progress(chosen, desc=f"pictures of {name}", unit="image", quiet=quiet):
-        entry = _picture(images[place], runs[positions[0]].cfg.INPUT.get("VALUE_RANGE", ()))
+        entry = _picture(images[place], reading_of(runs[positions[0]].cfg))
         if isinstance(entry, str):
             say(entry)
             continue
@@ -128,7 +131,8 @@ def _gallery(
 
 
 def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
-    register_datasets(run.cfg.DATASETS.get("REGISTER", []))
+    upright = reading_of(run.cfg).upright
+    register_datasets(run.cfg.DATASETS.get("REGISTER", []), upright=upright)
     if name not in DatasetCatalog:
         raise UserError(
             f"the data set {name} isn't registered. Register it in the same way as for training."
@@ -246,10 +250,10 @@ def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
     return order.tolist()
 
 
-def _picture(image: dict[str, Any], value_range: Sequence[float]) -> dict[str, Any] | str:
+def _picture(image: dict[str, Any], reading: Reading) -> dict[str, Any] | str:
     name = image["file_name"].rpartition("/")[2]
     try:
-        pixels = read_image(image["file_name"], "RGB", value_range)
+        pixels = as_rgb(read_image(image["file_name"], "RGB", reading))
     except MemoryError:
         raise
     except Exception as error:  # Decoders raise various exceptions for corrupted files.

@@ -61,10 +61,14 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
+    from senet_transfer.data.images.decode import Reading
     from senet_transfer.engine.model_from import find_model
 
-    dataset = open_labelled(args.data, args.images)
     model = find_model(args.model, args.config_file, args.weights, options=args.opts)
+    # The boxes in a JSON file are those of the upright image, also for a classifier.
+    options = model.cfg.INPUT
+    reading = Reading(tuple(options.VALUE_RANGE), upright=options.EXIF != "ignore")
+    dataset = open_labelled(args.data, args.images, reading)
     found = analyze_gates(
         model.build(args.device),
         dataset,

@@ -38,8 +38,18 @@ def check_parser() -> argparse.ArgumentParser:
         default=(),
         help="INPUT.VALUE_RANGE, for images with 16 or 32 bits per channel",
     )
+    _add_exif_argument(parser)
     add("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _add_exif_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-exif",
+        action="store_true",
+        help="the boxes are those of the images without their EXIF orientation; train with "
+        "INPUT.EXIF ignore",
+    )
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -50,16 +60,20 @@ def run_check(args: argparse.Namespace) -> None:
     )
     from senet_transfer.data.detection.dataset_checks import check_outlines, check_trainable
     from senet_transfer.data.detection.image_checks import check_dataset_images
+    from senet_transfer.data.images.decode import Reading
 
     name = os.path.basename(args.json_file)
-    register_coco_dataset(name, args.json_file, args.images, outlines=args.masks)
+    reading = Reading(tuple(args.value_range), upright=not args.ignore_exif)
+    register_coco_dataset(
+        name, args.json_file, args.images, outlines=args.masks, upright=reading.upright
+    )
     dataset = registered_entry(name)
     assert isinstance(dataset, CocoDataset)
     check_trainable([name])
     if args.masks:
         check_outlines([name])
     mode = "header" if args.headers_only else "decode"
-    count = check_dataset_images(dataset, mode=mode, value_range=args.value_range, quiet=args.quiet)
+    count = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
     print(f"{args.json_file}: no errors in the annotations and {count} images")
 
 
@@ -131,6 +145,7 @@ def import_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="folder for the JSON files")
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    _add_exif_argument(parser)
     _add_split_arguments(parser, val=None)
     return parser
 
@@ -138,7 +153,9 @@ def import_parser() -> argparse.ArgumentParser:
 def run_import(args: argparse.Namespace) -> None:
     from senet_transfer.data.detection.formats.prepare import import_dataset, write_dataset
 
-    datasets, images = import_dataset(args.format, args.source, args.images)
+    datasets, images = import_dataset(
+        args.format, args.source, args.images, upright=not args.ignore_exif
+    )
     if args.val is not None or args.folds:
         datasets = _split_import(args, datasets)
     elif args.test or args.group_by:

@@ -9,7 +9,12 @@ import torch
 from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
 from senet_transfer.data.images.class_names import check_encoding, match_names, sort_by_name
-from senet_transfer.data.images.decode import BrokenImageError, decode_exact
+from senet_transfer.data.images.decode import (
+    AS_STORED,
+    BrokenImageError,
+    Reading,
+    decode_exact,
+)
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
@@ -64,7 +69,11 @@ def split_path(folder: Path, split: str) -> Path | None:
 
 
 def read_images(
-    path: Path, *, classes: list[str] | None = None, quiet: bool = False
+    path: Path,
+    *,
+    classes: list[str] | None = None,
+    reading: Reading = AS_STORED,
+    quiet: bool = False,
 ) -> ImageArrays:
     """Read a split's images, sorted by class and file name.
 
@@ -72,6 +81,7 @@ def read_images(
         path: Folder or archive with one folder per class.
         classes: Class names in label order, including those of all class folders. None to sort
             the names of the class folders.
+        reading: Settings for reading the images.
         quiet: Do not show a progress bar.
 
     Raises:
@@ -79,7 +89,7 @@ def read_images(
     """
     files = _in_folder(path) if path.is_dir() else _in_archive(path)
     found = [
-        (group, name, _decode(data, f"{path}: {group}/{name}"))
+        (group, name, _decode(data, reading, f"{path}: {group}/{name}"))
         for group, name, data in progress(files, unit="image", desc=path.name, quiet=quiet)
     ]
     if not found:
@@ -118,9 +128,9 @@ def _in_archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 yield name.parent.name, name.name, read_member(archive, member, _MAX_BYTES)
 
 
-def _decode(data: bytes, where: str) -> np.ndarray:
+def _decode(data: bytes, reading: Reading, where: str) -> np.ndarray:
     try:
-        image = decode_exact(data)
+        image = decode_exact(data, reading)
     except BrokenImageError as error:
         raise UserError(f"Cannot decode {where} ({error}). Remove or replace it.") from error
     if image.size != (SIDE, SIDE):

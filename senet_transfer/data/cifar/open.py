@@ -11,7 +11,7 @@ from senet_transfer.data.cifar.archives import read_official
 from senet_transfer.data.cifar.image_files import read_images, split_path
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays, load_images, split_file
 from senet_transfer.data.classification.open import check_classes, open_dataset
-from senet_transfer.data.images.decode import BrokenImageError, encode_exact
+from senet_transfer.data.images.decode import AS_STORED, BrokenImageError, Reading, encode_exact
 from senet_transfer.data.images.label_csv import is_label_csv
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.shards.manifest import MANIFEST
@@ -34,6 +34,7 @@ def open_cifar(
     split: str,
     classes: list[str] | None = None,
     cache_dir: str | Path | None = None,
+    reading: Reading = AS_STORED,
 ) -> ImageArrays:
     """Load a data set of small images into memory.
 
@@ -51,14 +52,18 @@ def open_cifar(
         split: "train" or "test"; ignored if the path determines the split.
         classes: Expected class names in label order.
         cache_dir: Folder for local copies of remote shards.
+        reading: Settings for reading image files.
 
     Raises:
         UserError: If the data has an unsupported format, is damaged, or has different classes.
     """
-    data = None if is_remote(str(path)) else _open_split(local_path(str(path)), split, classes)
+    data = None
+    if not is_remote(str(path)):
+        data = _open_split(local_path(str(path)), split, classes, reading)
     if data is None:
         role = {"train": "train_standard", "test": "val"}[split]
-        data = decode_all(open_dataset(path, split=role, classes=classes, cache_dir=cache_dir))
+        found = open_dataset(path, split=role, classes=classes, cache_dir=cache_dir)
+        data = decode_all(found, reading)
     check_classes(path, data.classes, classes)
     return data
 
@@ -76,7 +81,9 @@ def is_prepared(path: str | Path) -> bool:
     return str(path).endswith(_PREPARED)
 
 
-def _open_split(path: Path, split: str, classes: list[str] | None) -> ImageArrays | None:
+def _open_split(
+    path: Path, split: str, classes: list[str] | None, reading: Reading
+) -> ImageArrays | None:
     """Open data in a format specific to small images; return None for other formats."""
     if is_prepared(path):
         return load_images(path)
@@ -91,7 +98,7 @@ def _open_split(path: Path, split: str, classes: list[str] | None) -> ImageArray
     if splits is not None:
         return splits[split]
     images = split_path(path, split)
-    return read_images(images, classes=classes) if images else None
+    return read_images(images, classes=classes, reading=reading) if images else None
 
 
 class ArrayDataset(SingleImages):
@@ -110,13 +117,13 @@ class ArrayDataset(SingleImages):
         return RawSample(f"image_{index:06d}", label, encode_exact(image), self.origin)
 
 
-def decode_all(dataset: ClassificationDataset) -> ImageArrays:
+def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> ImageArrays:
     """Decode all images of a data set, and resize and crop them to 32x32 pixels as in evaluation.
 
     Raises:
         UserError: If an image cannot be decoded or the data set is empty.
     """
-    view = EvalTransform(resize=SIDE, crop=SIDE)
+    view = EvalTransform(resize=SIDE, crop=SIDE, reading=reading)
     images, labels = [], []
     for unit in range(len(dataset.unit_sizes)):
         for sample in dataset.read_unit(unit):

@@ -36,6 +36,7 @@ from senet_transfer.data.shards.storage import (
     is_remote,
     join,
     local_path,
+    missing_files,
     open_stream,
     read_bytes,
     read_range,
@@ -196,6 +197,7 @@ def open_dataset(
             dataset = _some_shards(base, names, storage, cache)
         else:
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
+        _check_remote_shards(dataset)
     elif is_label_csv(local_path(text)):
         dataset = ImageDataset(open_label_csv(local_path(text), classes), text)
     else:
@@ -306,6 +308,18 @@ def _open_published(path: Path, split: str, size: str | None) -> ImageDataset | 
     if found := imagenet.find_imagenet(path, split):
         return ImageDataset(imagenet.open_imagenet_images(*found))
     return _open_places365(path, split, size)
+
+
+def _check_remote_shards(dataset: ShardDataset) -> None:
+    """Raise a UserError if remote shards are missing, unless there is a local copy."""
+    shards = [(join(dataset.origin, shard.name), shard) for shard in dataset.manifest.shards]
+    cache = dataset.cache
+    urls = [url for url, shard in shards if cache is None or not cache.is_present(url, shard)]
+    if missing := missing_files(urls, dataset.storage):
+        raise UserError(
+            f"Cannot open {missing[0]}: {len(missing)} of {len(shards)} shards listed in "
+            f"{MANIFEST} do not exist: {first_of(missing, 5)}. Upload them again."
+        )
 
 
 def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | None:

@@ -72,7 +72,12 @@ class CocoSummary:
 
 
 def read_coco_summary(
-    json_file: str, image_dir: str, *, allow_empty: bool = False, outlines: bool = False
+    json_file: str,
+    image_dir: str,
+    *,
+    upright: bool = True,
+    allow_empty: bool = False,
+    outlines: bool = False,
 ) -> CocoSummary:
     """Read and validate annotations, and check that their images exist.
 
@@ -82,6 +87,7 @@ def read_coco_summary(
         json_file: Annotation file in COCO's instances format, or file or folder in another
             supported format.
         image_dir: Folder to which the `file_name` entries are relative.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
         allow_empty: Accept a file without usable annotations, such as that of a test set whose
             ground truth is not public.
         outlines: Also examine the outlines of the objects.
@@ -90,7 +96,7 @@ def read_coco_summary(
         UserError: If the file is invalid. The message names the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
-    data = read_annotations(json_file, image_dir)
+    data = read_annotations(json_file, image_dir, upright=upright)
     return summarize_coco(data, json_file, image_dir, allow_empty=allow_empty, outlines=outlines)
 
 

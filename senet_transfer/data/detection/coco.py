@@ -45,6 +45,7 @@ class CocoDataset:
             which may end in a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Whether to accept a file without objects.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
         summary: Summary of the file as last read; None if it has not been read.
         class_order: Order of the classes; empty for the order of the category ids.
     """
@@ -53,6 +54,7 @@ class CocoDataset:
     json_file: str
     image_dir: str
     allow_empty: bool = False
+    upright: bool = True
     summary: CocoSummary | None = field(default=None, compare=False, repr=False)
     class_order: tuple[str, ...] = field(default=(), compare=False, repr=False)
     _state: object | None = field(default=None, compare=False, repr=False)
@@ -64,7 +66,7 @@ class CocoDataset:
             UserError: If the annotation file has changed and is no longer valid.
         """
         summary = self.refresh()
-        records = read_records(self.json_file, self.image_dir, summary)
+        records = read_records(self.json_file, self.image_dir, summary, upright=self.upright)
         logger.info("Loaded %d images from %s", len(records), self.json_file)
         return records
 
@@ -93,7 +95,7 @@ class CocoDataset:
         Raises:
             UserError: If the file is invalid. The metadata is not changed in this case.
         """
-        state = annotations_state(self.json_file, self.image_dir)
+        state = annotations_state(self.json_file, self.image_dir, upright=self.upright)
         known = self.summary
         if known and state is not None and state == self._state:
             if known.outlines is None and outlines:
@@ -118,7 +120,11 @@ class CocoDataset:
 
     def _read(self, outlines: bool) -> CocoSummary:
         return read_coco_summary(
-            self.json_file, self.image_dir, allow_empty=self.allow_empty, outlines=outlines
+            self.json_file,
+            self.image_dir,
+            upright=self.upright,
+            allow_empty=self.allow_empty,
+            outlines=outlines,
         )
 
     def order_classes(self, classes: Sequence[str]) -> None:
@@ -150,6 +156,7 @@ class CocoDataset:
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,
             image_root=self.image_dir,
+            upright=self.upright,
             evaluator_type="coco",
             thing_classes=list(classes),
             thing_dataset_id_to_contiguous_id=dict(id_map),
@@ -180,6 +187,7 @@ def register_coco_dataset(
     *,
     allow_empty: bool = False,
     outlines: bool = False,
+    upright: bool = True,
 ) -> None:
     """Validate a data set in COCO or another supported format, and register it with Detectron2.
 
@@ -196,6 +204,7 @@ def register_coco_dataset(
         allow_empty: Accept a file without objects, such as that of a test set whose ground truth is
             not public.
         outlines: Also examine the outlines, so that a run with masks need not read the file again.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
 
     Raises:
         UserError: If the file or folder is invalid, or the name belongs to a data set that was not
@@ -207,7 +216,7 @@ def register_coco_dataset(
         )
     path = os.path.abspath(json_file)
     folder = os.path.abspath(image_dir) if image_dir else default_image_folder(path)
-    dataset = CocoDataset(name, path, folder, allow_empty)
+    dataset = CocoDataset(name, path, folder, allow_empty, upright)
     known = registered_entry(name)
     # `type` is used instead of `isinstance` to protect the names of the shapes data set.
     if type(known) is not CocoDataset and (known is not None or _has_metadata(name)):
@@ -224,7 +233,9 @@ def register_coco_dataset(
     DatasetCatalog[name] = dataset
 
 
-def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = False) -> list[str]:
+def register_datasets(
+    entries: Sequence[Sequence[str]], *, outlines: bool = False, upright: bool = True
+) -> list[str]:
     """Register the data sets listed in `DATASETS.REGISTER`, and the shapes data set.
 
     Args:
@@ -232,6 +243,7 @@ def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = Fals
             may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are searched in
             the working directory, then in `$DETECTRON2_DATASETS`.
         outlines: See :func:`register_coco_dataset`.
+        upright: See :func:`register_coco_dataset`.
 
     Returns:
         The data set names in `entries`.
@@ -261,7 +273,7 @@ def register_datasets(entries: Sequence[Sequence[str]], *, outlines: bool = Fals
                 "expected unique names. Rename one of the data sets."
             )
     for name, expanded in paths.items():
-        register_coco_dataset(name, *expanded, outlines=outlines)
+        register_coco_dataset(name, *expanded, outlines=outlines, upright=upright)
     return list(paths)
 
 

@@ -10,7 +10,7 @@ from senet_transfer.data.base import RawSample, SingleImages
 from senet_transfer.data.detection.annotation_checks import read_coco_summary
 from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.detection.mapper import read_image
-from senet_transfer.data.images.decode import encode_exact
+from senet_transfer.data.images.decode import UPRIGHT, Reading, encode_exact
 from senet_transfer.errors import UserError
 
 
@@ -22,18 +22,26 @@ class CocoCrops(SingleImages):
     side below ``min_side``, which show little detail.
     """
 
-    def __init__(self, json_file: str, image_dir: str, *, min_side: float = 16):
+    def __init__(
+        self,
+        json_file: str,
+        image_dir: str,
+        *,
+        min_side: float = 16,
+        reading: Reading = UPRIGHT,
+    ):
         """
         Args:
             json_file: Annotation file in COCO's instances format.
             image_dir: Folder with its images.
             min_side: Minimum width and height of a box, in pixels.
+            reading: Settings for reading the images.
 
         Raises:
             UserError: If the annotation file is invalid or contains no suitable object.
         """
-        summary = read_coco_summary(json_file, image_dir)
-        content = read_annotations(json_file, image_dir)
+        summary = read_coco_summary(json_file, image_dir, upright=reading.upright)
+        content = read_annotations(json_file, image_dir, upright=reading.upright)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         self.files = {key: summary.renamed.get(name, name) for key, name in names.items()}
         self.objects = [
@@ -46,7 +54,7 @@ class CocoCrops(SingleImages):
                 f"{json_file} contains no object whose box is at least {min_side} pixels wide and "
                 "high. Reduce min_side or use a different file."
             )
-        self.image_dir = image_dir
+        self.image_dir, self.reading = image_dir, reading
         super().__init__(summary.classes, len(self.objects), json_file)
 
     def labels(self) -> np.ndarray:
@@ -56,7 +64,7 @@ class CocoCrops(SingleImages):
         image_id, box, label = self.objects[index]
         path = os.path.join(self.image_dir, self.files[image_id])
         try:
-            image = Image.fromarray(read_image(path, "RGB"))
+            image = Image.fromarray(read_image(path, "RGB", self.reading))
         except Exception as error:  # decoders raise exceptions of many types for damaged files
             raise UserError(
                 f"Cannot read {path}, which is listed in {self.origin}: {error}. Restore the "

@@ -37,17 +37,6 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
         return None
 
 
-def turn_upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
-    """Apply an EXIF orientation, 1-8, to pixels `(H, W, C)`."""
-    if orientation in (2, 3, 7, 8):  # mirrored horizontally first
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 6, 7):
-        pixels = pixels[::-1]
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    return np.ascontiguousarray(pixels)
-
-
 class FastResize(T.ResizeTransform):
     """Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 

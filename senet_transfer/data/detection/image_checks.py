@@ -12,9 +12,8 @@ from PIL import Image
 
 from senet_transfer.data.detection.coco import CocoDataset, registered_entry
 from senet_transfer.data.detection.mapper import UnreadableImageError, read_checked
-from senet_transfer.data.images.decode import bits_of, exif_orientation, is_turned_sideways
+from senet_transfer.data.images.decode import UPRIGHT, Reading, bits_of, size_of
 from senet_transfer.errors import UserError
-from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.progress import progress
 
 MODES = ("header", "decode")
@@ -35,9 +34,8 @@ def check_images(
     names: Sequence[str],
     *,
     mode: str = "header",
-    value_range: Sequence[float] = (),
+    reading: Reading = UPRIGHT,
     max_size: float = math.inf,
-    image_format: str = "BGR",
 ) -> None:
     """Check the images of data sets registered by this project.
 
@@ -45,10 +43,9 @@ def check_images(
         names: Names of registered data sets. Those of other code are not checked.
         mode: "header" reads only the files' headers, and compares the sizes with the annotations;
             "decode" reads the images completely.
-        value_range: The key ``INPUT.VALUE_RANGE``.
+        reading: Settings for reading images. With a number of channels, images are read completely
+            in both modes.
         max_size: The length in pixels to which longer sides are reduced.
-        image_format: See :func:`~.mapper.read_image`. Images with a format such as "C5" are read
-            completely in both modes.
 
     Raises:
         UserError: If images are unreadable or of another size than annotated. The message lists
@@ -60,9 +57,8 @@ def check_images(
             check_dataset_images(
                 dataset,
                 mode=mode,
-                value_range=value_range,
+                reading=reading,
                 max_size=max_size,
-                image_format=image_format,
             )
 
 
@@ -70,9 +66,8 @@ def check_dataset_images(
     dataset: CocoDataset,
     *,
     mode: str = "header",
-    value_range: Sequence[float] = (),
+    reading: Reading = UPRIGHT,
     max_size: float = math.inf,
-    image_format: str = "BGR",
     quiet: bool = True,
 ) -> int:
     """Check the images of one data set; see :func:`check_images`.
@@ -80,9 +75,9 @@ def check_dataset_images(
     Args:
         dataset: The data set.
         mode: One of :data:`MODES`.
-        value_range: The key ``INPUT.VALUE_RANGE``.
+        reading: Settings for reading images. With a number of channels, images are read completely
+            in both modes.
         max_size: The length in pixels to which longer sides are reduced.
-        image_format: See :func:`check_images`.
         quiet: If True, show no progress bar.
 
     Returns:
@@ -91,12 +86,12 @@ def check_dataset_images(
     records = dataset.image_records()
     read = partial(
         read_checked,
-        image_format=image_format,
-        value_range=value_range,
+        image_format="BGR",
+        reading=reading,
         annotation_files={dataset.image_dir: [dataset.json_file]},
     )
-    whole = mode == "decode" or channels_of(image_format) is not None
-    check = read if whole else partial(_check_header, read=read, value_range=value_range)
+    whole = mode == "decode" or reading.channels is not None
+    check = read if whole else partial(_check_header, read=read, reading=reading)
     with ThreadPoolExecutor(_THREADS) as pool:
         done = pool.map(lambda record: _problem_of(check, record, max_size), records)
         bar = progress(done, total=len(records), unit="image", desc=dataset.name, quiet=quiet)
@@ -109,8 +104,8 @@ def check_dataset_images(
             "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these files, or remove them "
             "from the annotation file."
         )
-    if channels_of(image_format) is None:
-        _check_values(dataset, records, value_range)
+    if reading.channels is None and not reading.value_range:
+        _check_values(dataset, records)
     return len(records)
 
 
@@ -131,19 +126,16 @@ def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) 
     return ""
 
 
-def _check_header(
-    record: dict, *, read: Callable[[dict], object], value_range: Sequence[float]
-) -> None:
+def _check_header(record: dict, *, read: Callable[[dict], object], reading: Reading) -> None:
     """Check an image without decoding it; the complete check describes what is wrong with it."""
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)
-            size = image.size
             # Pillow decodes a PNG file to find EXIF data, unless it precedes the pixels.
-            if image.format != "PNG" or "exif" in image.info:
-                size = size[::-1] if is_turned_sideways(exif_orientation(image)) else size
+            known = image.format != "PNG" or "exif" in image.info
+            size = size_of(image, upright=reading.upright and known)
             fine = size == (record["width"], record["height"])
-            fine = fine and (bits_of(image) < 32 or bool(value_range))
+            fine = fine and (bits_of(image) < 32 or bool(reading.value_range))
     except MemoryError:
         raise
     except Exception:  # Pillow raises exceptions of many types for damaged files
@@ -152,7 +144,7 @@ def _check_header(
         read(record)
 
 
-def _check_values(dataset: CocoDataset, records: list[dict], value_range: Sequence[float]) -> None:
+def _check_values(dataset: CocoDataset, records: list[dict]) -> None:
     """Warn about 16-bit images that would be almost black, such as those with 12-bit data."""
     step = max(1, len(records) // _SAMPLED)
     largest = -1
@@ -162,7 +154,7 @@ def _check_values(dataset: CocoDataset, records: list[dict], value_range: Sequen
             if bits_of(image) != 16:
                 return
             largest = max(largest, int(np.asarray(image).max()))
-    if value_range or not 0 <= largest < _DIM:
+    if not 0 <= largest < _DIM:
         return
     high = (1 << max(1, largest).bit_length()) - 1
     logger.warning(

@@ -8,7 +8,8 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
-
+- TIFF files are turned once according to their orientation. Detectron2 turns them again after
+  Pillow. With ``INPUT.EXIF`` ignore, no other file is turned.
 - A vertical flip, which mirrors a person, also swaps left and right keypoints.
 - Cropping supports images without objects for models with masks.
 - ``INPUT`` has further augmentation, which is off by default.
@@ -20,7 +21,7 @@ Everything else, including the pixels of all other images, is the same as in Det
 import copy
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -37,31 +38,23 @@ from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotat
 from senet_transfer.data.detection.augmentation.build import removes_parts, with_augmentation
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
-    turn_upright,
     with_channel_resize,
     with_fast_resize,
 )
 from senet_transfer.data.images.channels import decode_channels
 from senet_transfer.data.images.decode import (
+    SIDEWAYS,
+    UPRIGHT,
+    Reading,
     allowed_formats,
     exif_orientation,
-    is_turned_sideways,
     no_truncated_images,
     to_8_bit,
+    turn_upright,
 )
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
-
-# Transpose operation for each EXIF orientation.
-_EXIF_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class UnreadableImageError(UserError):
@@ -84,7 +77,7 @@ class CheckedDatasetMapper(DatasetMapper):
         labels: Number of classes in label images, and the label to ignore; None if the model does
             not use them.
         rotated: Whether the model uses rotated boxes.
-        value_range: Range of images with more than 8 bits per channel (``INPUT.VALUE_RANGE``).
+        reading: Settings for reading images.
         **kwargs: Other arguments of `DatasetMapper`.
     """
 
@@ -96,13 +89,13 @@ class CheckedDatasetMapper(DatasetMapper):
         annotation_files: Mapping[str, list[str]] | None = None,
         labels: tuple[int, int] | None = None,
         rotated: bool = False,
-        value_range: Sequence[float] = (),
+        reading: Reading = UPRIGHT,
         **kwargs: Any,
     ):
         super().__init__(is_train, **kwargs)
         self.annotation_files = dict(annotation_files or {})
         self.labels, self.rotated = labels, rotated
-        self.value_range = tuple(value_range)
+        self.reading = reading
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -130,7 +123,7 @@ class CheckedDatasetMapper(DatasetMapper):
             "annotation_files": annotation_files,
             "labels": (head.NUM_CLASSES, head.IGNORE_VALUE) if PIXELS in predicts(cfg) else None,
             "rotated": predicts_rotated_boxes(cfg),
-            "value_range": cfg.INPUT.get("VALUE_RANGE", ()),
+            "reading": reading_of(cfg),
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -238,7 +231,7 @@ class CheckedDatasetMapper(DatasetMapper):
         return read_checked(
             dataset_dict,
             self.image_format,
-            value_range=self.value_range,
+            reading=self.reading,
             annotation_files=self.annotation_files,
         )
 
@@ -250,7 +243,7 @@ def read_checked(
     dataset_dict: dict,
     image_format: str,
     *,
-    value_range: Sequence[float] = (),
+    reading: Reading = UPRIGHT,
     annotation_files: Mapping[str, list[str]],
 ) -> np.ndarray:
     """Read an image with :func:`read_image`, and compare its size with its dictionary.
@@ -258,7 +251,7 @@ def read_checked(
     Args:
         dataset_dict: Image's dictionary in Detectron2's format.
         image_format: See :func:`read_image`.
-        value_range: See :func:`read_image`.
+        reading: See :func:`read_image`.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
             used in messages.
 
@@ -268,7 +261,7 @@ def read_checked(
     """
     path, image_name = dataset_dict["file_name"], _describe(dataset_dict, annotation_files)
     try:
-        image = read_image(path, image_format, value_range)
+        image = read_image(path, image_format, reading)
     except MemoryError:
         raise  # not caused by the file
     # Decoders raise exceptions of many types for damaged files.
@@ -287,7 +280,7 @@ def read_checked(
         raise UserError(
             f"{image_name} is {width}x{height} pixels (width x height); expected "
             f"{_expected(dataset_dict)}, as annotated. "
-            f"{_size_advice(dataset_dict, (width, height))}"
+            f"{_size_advice(dataset_dict, (width, height), reading)}"
         ) from None
     return image
 
@@ -351,17 +344,15 @@ def read_labels(
     return found
 
 
-def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
-    """Read a complete image with 8 bits per channel, and apply its EXIF orientation.
+def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.ndarray:
+    """Read a complete image with 8 bits per channel.
 
     Args:
         path: Path of an image in one of the formats in `file_types.FORMATS`.
-        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`;
-            or "C5", for example, for images with 5 channels in any format supported by
-            :func:`~senet_transfer.data.images.channels.decode_channels`. The EXIF orientation of
-            such images is not applied.
-        value_range: Range of images with more than 8 bits per channel; see
-            :func:`senet_transfer.data.images.decode.to_8_bit`.
+        image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
+            It is not used if ``reading`` contains a number of channels; the image can then be in
+            any format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
+        reading: Settings. The default is to apply the EXIF orientation, as Detectron2 does.
 
     Returns:
         The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
@@ -372,24 +363,22 @@ def read_image(path: str, image_format: str, value_range: Sequence[float] = ()) 
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with PathManager.open(path, "rb") as file:
-        return decode_image(file.read(), image_format, value_range)
+        return decode_image(file.read(), image_format, reading)
 
 
-def decode_image(data: bytes, image_format: str, value_range: Sequence[float] = ()) -> np.ndarray:
+def decode_image(data: bytes, image_format: str, reading: Reading = UPRIGHT) -> np.ndarray:
     """Decode an encoded image in the same way as :func:`read_image`."""
     with no_truncated_images():
-        if channels := channels_of(image_format):
-            return decode_channels(data, channels, value_range)
+        if reading.channels:
+            return decode_channels(data, reading)
         image: Image.Image = Image.open(io.BytesIO(data), formats=allowed_formats())
-        orientation = exif_orientation(image)
+        orientation = exif_orientation(image) if reading.upright else None
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None
-        if pixels is not None:
-            return turn_upright(pixels, orientation)
-        image.load()
-        image = to_8_bit(image, value_range, data)
-        if orientation in _EXIF_TURNS:
-            image = image.transpose(_EXIF_TURNS[orientation])
-        return detection_utils.convert_PIL_to_numpy(image, image_format)
+        if pixels is None:
+            image.load()
+            image = to_8_bit(image, reading.value_range, data)
+            pixels = detection_utils.convert_PIL_to_numpy(image, image_format)
+        return turn_upright(pixels, orientation)
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -415,7 +404,7 @@ def _expected(dataset_dict: dict) -> str:
     return "an image"
 
 
-def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
+def _size_advice(dataset_dict: dict, found: tuple[int, int], reading: Reading) -> str:
     """Return a suggested fix for an image whose size differs from its annotation."""
     if found[::-1] != (dataset_dict["width"], dataset_dict["height"]):
         return (
@@ -425,10 +414,15 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int]) -> str:
     orientation = None
     with suppress(Exception), PathManager.open(dataset_dict["file_name"], "rb") as file:
         orientation = exif_orientation(Image.open(file))
-    if is_turned_sideways(orientation):
+    if orientation in SIDEWAYS and reading.upright:
         return (
             f"Detectron2 rotates the image according to its EXIF orientation, {orientation}, but "
-            "it was annotated without the rotation. Remove the EXIF tag if the boxes match the "
-            "stored image, or annotate the rotated image."
+            "it was annotated without the rotation. If the boxes match the stored image, set "
+            "INPUT.EXIF to ignore, or remove the EXIF tag. Otherwise, annotate the rotated image."
+        )
+    if orientation in SIDEWAYS:
+        return (
+            f"Its EXIF orientation, {orientation}, is not applied, but it was annotated with it. "
+            "Set INPUT.EXIF to apply, or annotate the stored image."
         )
     return "Width and height are swapped in the annotation file. Correct them there."

@@ -18,18 +18,21 @@ from senet_transfer.data.detection.outlines import outline_problem, usable_polyg
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 
 
-def read_records(json_file: str, image_dir: str, summary: CocoSummary) -> list[dict]:
+def read_records(
+    json_file: str, image_dir: str, summary: CocoSummary, *, upright: bool = True
+) -> list[dict]:
     """Read an annotation file that has been validated.
 
     Args:
         json_file: Annotation file in COCO's instances format.
         image_dir: Folder to which the `file_name` entries are relative.
         summary: The file's summary.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
 
     Returns:
         One dictionary per image in Detectron2's format, sorted by image id.
     """
-    data = read_annotations(json_file, image_dir)
+    data = read_annotations(json_file, image_dir, upright=upright)
     by_image = defaultdict(list)
     for item in data.get("annotations") or []:
         by_image[item["image_id"]].append(item)

@@ -2,26 +2,28 @@
 
 The supported files are NumPy arrays (.npy) of shape ``(H, W)`` or ``(H, W, C)``, TIFF files with
 several bands, pages or both, and all other formats that Pillow reads. The channels have the order
-of the file. The EXIF orientation is ignored.
+of the file.
 """
 
 import io
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageSequence
+from PIL import ExifTags, Image, ImageSequence
 from tifffile import PHOTOMETRIC
 
 from senet_transfer.data.images.decode import (
     MAX_PIXELS,
     BrokenImageError,
+    Reading,
     allowed_formats,
     decode_fast,
     deep_colours,
+    exif_orientation,
     scale,
+    turn_upright,
 )
 
 _NPY = b"\x93NUMPY"
@@ -29,17 +31,17 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MOST = 16
 
 
-def decode_channels(data: bytes, channels: int, value_range: Sequence[float] = ()) -> np.ndarray:
+def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
     """Decode an image with a given number of channels.
 
     Args:
         data: Encoded image.
-        channels: Expected number of channels.
-        value_range: Values that are mapped to 0 and 255. If empty, 8-bit values are unchanged,
-            16-bit values are divided by 257, and other values raise an error.
+        reading: Settings with the expected number of channels. If they contain no value range,
+            8-bit values are unchanged, 16-bit values are divided by 257, and other values raise an
+            error.
 
     Returns:
-        The image, uint8 ``(H, W, channels)``.
+        The image, uint8 ``(H, W, C)``.
 
     Raises:
         BrokenImageError: If the data is damaged, too large or not an image, has another number of
@@ -48,34 +50,29 @@ def decode_channels(data: bytes, channels: int, value_range: Sequence[float] = (
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in decode_exact
-            values = _values(data)
+            values = _values(data, reading.upright)
     except BrokenImageError:
         raise
     except Exception as error:  # decoders raise exceptions of many types for damaged files
         raise BrokenImageError(f"{type(error).__name__}: {error}") from error
-    return to_channels(values, channels, value_range)
+    return to_channels(values, reading)
 
 
-def to_channels(values: np.ndarray, channels: int, value_range: Sequence[float] = ()) -> np.ndarray:
+def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
     """Convert the values of an image to 8 bits, and check the number of channels.
 
     Args:
-        values: Numbers ``(H, W)`` or ``(H, W, C)``.
-        channels: See :func:`decode_channels`, also for ``value_range`` and the errors.
-        value_range: Values that are mapped to 0 and 255.
+        values: Numbers ``(H, W)`` or ``(H, W, C)``, which are not turned.
+        reading: See :func:`decode_channels`, also for the errors.
     """
     values = values[..., None] if values.ndim == 2 else values
-    if values.ndim != 3 or values.shape[2] != channels:
+    if values.ndim != 3 or values.shape[2] != reading.channels:
         raise BrokenImageError(
-            f"its shape is {values.shape}; expected (height, width, {channels}), as set by "
+            f"its shape is {values.shape}; expected (height, width, {reading.channels}), as set by "
             "INPUT.CHANNELS"
         )
-    return _to_8_bit(values, value_range)
-
-
-def _to_8_bit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
-    if value_range and values.dtype != np.uint8:
-        return scale(values, value_range)
+    if reading.value_range and values.dtype != np.uint8:
+        return scale(values, reading.value_range)
     if values.dtype == np.uint16:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if values.dtype != np.uint8:
@@ -86,14 +83,14 @@ def _to_8_bit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _values(data: bytes) -> np.ndarray:
+def _values(data: bytes, upright: bool) -> np.ndarray:
     """Return the values of an image in the file's data type."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(_TIFF):
-        values = _tiff_values(data)
+        values = _tiff_values(data, upright)
     else:
-        values = _pillow_values(data)
+        values = _pillow_values(data, upright)
     if values.dtype.kind not in "uif":
         raise BrokenImageError(f"its values have the type {values.dtype}; expected numbers")
     return values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -107,27 +104,21 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.pad(pixels, ((0, 0), (0, 0), (0, missing)))[:, :, :3])
 
 
-def decode_shown(
-    data: bytes,
-    channels: int | None,
-    min_size: int | None = None,
-    value_range: Sequence[float] = (),
-) -> np.ndarray:
+def decode_shown(data: bytes, reading: Reading, min_size: int | None = None) -> np.ndarray:
     """Decode an image for display, uint8 RGB ``(H, W, 3)``.
 
     Args:
         data: Encoded image.
-        channels: Number of channels, of which the first three are returned; None for colour and
-            grey images.
-        min_size: See :func:`~senet_transfer.data.images.decode.decode_fast`.
-        value_range: See :func:`decode_channels`, as for the errors.
+        reading: Settings. Of images that are not converted to RGB, the first three channels are
+            returned.
+        min_size: See :func:`~senet_transfer.data.images.decode.decode_fast`, as for the errors.
     """
-    if channels:
-        return as_rgb(decode_channels(data, channels, value_range))
-    return decode_fast(data, min_size, value_range)
+    if reading.channels:
+        return as_rgb(decode_channels(data, reading))
+    return decode_fast(data, min_size, reading)
 
 
-def _tiff_values(data: bytes) -> np.ndarray:
+def _tiff_values(data: bytes, upright: bool) -> np.ndarray:
     """Return the values of a TIFF file ``(H, W, C)``.
 
     Pillow reads palettes, 1-bit images and the compressions that tifffile does not support by
@@ -137,25 +128,27 @@ def _tiff_values(data: bytes) -> np.ndarray:
         page, series = file.pages.first, file.series[0]
         supported = page.compression in tifffile.TIFF.DECOMPRESSORS
         if not supported or page.photometric == PHOTOMETRIC.PALETTE or page.bitspersample == 1:
-            return _pillow_values(data)
+            return _pillow_values(data, upright)
         _check_size(math.prod(series.shape))
         if len(file.series) > 1 or not {"Y", "X"} <= set(series.axes):
             raise BrokenImageError("its pages have different sizes; expected one image")
         sides = series.axes.index("Y"), series.axes.index("X")
         values = np.moveaxis(series.asarray(), sides, (0, 1))
-    return values.reshape(*values.shape[:2], -1)
+        orientation = page.tags.valueof(ExifTags.Base.Orientation) if upright else None
+    return turn_upright(values.reshape(*values.shape[:2], -1), orientation)
 
 
-def _pillow_values(data: bytes) -> np.ndarray:
+def _pillow_values(data: bytes, upright: bool) -> np.ndarray:
     image = Image.open(io.BytesIO(data), formats=allowed_formats())
     frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     _check_size(image.width * image.height * frames)
+    orientation = exif_orientation(image) if upright else None
     if frames == 1 and (deep := deep_colours(image, data)) is not None:
-        return deep
+        return turn_upright(deep, orientation)
     pages = ImageSequence.Iterator(image) if frames > 1 else [image]
     parts = [np.asarray(page.convert("RGB") if page.mode == "P" else page) for page in pages]
     parts = [255 * part.astype(np.uint8) if part.dtype == bool else part for part in parts]
-    return np.dstack(parts)
+    return turn_upright(np.dstack(parts), orientation)
 
 
 def _check_size(values: int) -> None:

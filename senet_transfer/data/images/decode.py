@@ -14,6 +14,7 @@ import functools
 import io
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -25,10 +26,31 @@ from senet_transfer.data.images.file_types import FORMATS
 # Limits memory use: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 100_000_000
 
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+_TURNED = range(2, 9)  # EXIF orientations of images that are not upright
+SIDEWAYS = range(5, 9)  # those that swap width and height
 
-# Value range for decoding an image only to check that it is whole.
-ANY_RANGE = (0.0, 1.0)
+
+@dataclass(frozen=True)
+class Reading:
+    """Settings for reading images; see also :func:`~.reading.reading_of`.
+
+    Attributes:
+        value_range: Values that are mapped to 0 and 255 in images with more than 8 bits per
+            channel; see :func:`to_8_bit`.
+        upright: Whether to apply the EXIF orientation. The orientation of a TIFF file, which
+            Pillow applies, is always applied to colour and grey images.
+        channels: Number of channels of images that are not converted to RGB, in the order of their
+            files; None to convert them.
+    """
+
+    value_range: tuple[float, ...] = ()
+    upright: bool = False
+    channels: int | None = None
+
+
+AS_STORED, UPRIGHT = Reading(), Reading(upright=True)
+# For decoding an image only to check that it is whole.
+ANY_RANGE = Reading(value_range=(0.0, 1.0))
 
 
 class BrokenImageError(Exception):
@@ -43,17 +65,35 @@ def bits_of(image: Image.Image) -> int:
     return 32 if image.mode in ("I", "F") else 8
 
 
-def is_turned_sideways(orientation: int | None) -> bool:
-    """Return whether an EXIF orientation swaps an image's width and height."""
-    return orientation in _SIDEWAYS
-
-
 def exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1-8; None if there is none or the EXIF data is broken."""
+    """Return the EXIF orientation of an opened image, 1-8.
+
+    It is None if there is none, if the EXIF data is broken, and for TIFF files, which Pillow turns
+    when it decodes them.
+    """
+    if image.format == "TIFF":
+        return None
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises errors of many types for broken EXIF data
         return None
+
+
+def size_of(image: Image.Image, *, upright: bool) -> tuple[int, int]:
+    """Return the width and height of an opened image, with its EXIF orientation if ``upright``."""
+    sideways = upright and exif_orientation(image) in SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
+
+
+def turn_upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Apply an EXIF orientation, 1-8, to pixels `(H, W, C)`."""
+    if orientation in (2, 3, 7, 8):  # mirrored horizontally first
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels)
 
 
 def to_8_bit(
@@ -105,6 +145,21 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     return np.ascontiguousarray(pixels[:, :, 2::-1])
 
 
+def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Image:
+    """Convert an opened image to RGB with 8 bits per channel.
+
+    Args:
+        image: Opened image.
+        reading: Settings, whose ``channels`` are not used.
+        data: See :func:`to_8_bit`, as for the errors.
+    """
+    orientation = exif_orientation(image) if reading.upright else None
+    rgb = to_8_bit(image, reading.value_range, data).convert("RGB")
+    if orientation not in _TURNED:
+        return rgb
+    return Image.fromarray(turn_upright(np.asarray(rgb), orientation))
+
+
 @contextlib.contextmanager
 def no_truncated_images() -> Iterator[None]:
     """Make Pillow raise an error for truncated files inside the context."""
@@ -116,14 +171,14 @@ def no_truncated_images() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
+def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
     In contrast to Pillow, images with more than 8 bits per channel are scaled, not clipped.
 
     Args:
         data: Encoded image.
-        value_range: See :func:`to_8_bit`.
+        reading: Settings, whose ``channels`` are not used.
 
     Raises:
         BrokenImageError: If the data is truncated, damaged, too large or not an image.
@@ -135,7 +190,7 @@ def decode_exact(data: bytes, value_range: Sequence[float] = ()) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=allowed_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
-            return to_8_bit(image, value_range, data).convert("RGB")
+            return to_rgb(image, reading, data)
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
@@ -157,7 +212,7 @@ def encode_exact(image: Image.Image) -> bytes:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG image that simplejpeg can decode; None for other images."""
+    """Return the stored (height, width) of a JPEG image that simplejpeg can decode, or None."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -169,8 +224,16 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if usual else None
 
 
+def jpeg_orientation(data: bytes) -> int | None:
+    """Return the EXIF orientation of a JPEG image, 1-8; None if there is none."""
+    try:
+        return exif_orientation(Image.open(io.BytesIO(data), formats=["JPEG"]))
+    except Exception:  # Pillow raises exceptions of many types for damaged files
+        return None
+
+
 def decode_fast(
-    data: bytes, min_size: int | None = None, value_range: Sequence[float] = ()
+    data: bytes, min_size: int | None = None, reading: Reading = AS_STORED
 ) -> np.ndarray:
     """Decode an image for training.
 
@@ -178,7 +241,7 @@ def decode_fast(
         data: Encoded image in any format that `decode_exact` supports.
         min_size: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if both sides keep at least
             this many pixels. This is faster, but changes the pixels. None to decode at full size.
-        value_range: See :func:`to_8_bit`.
+        reading: Settings, whose ``channels`` are not used.
 
     Returns:
         The image, uint8 RGB `(H, W, 3)`.
@@ -191,9 +254,10 @@ def decode_fast(
         part = next((part for part in (8, 4, 2) if min_size and min(size) >= part * min_size), 1)
         least_height, least_width = (-(-side // part) if part > 1 else 0 for side in size)
         try:
-            return simplejpeg.decode_jpeg(
+            pixels = simplejpeg.decode_jpeg(
                 data, "RGB", min_height=least_height, min_width=least_width
             )
+            return turn_upright(pixels, jpeg_orientation(data)) if reading.upright else pixels
         except ValueError:
             pass  # Pillow decides whether the image is broken
-    return np.asarray(decode_exact(data, value_range))
+    return np.asarray(decode_exact(data, reading))

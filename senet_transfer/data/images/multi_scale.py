@@ -49,11 +49,11 @@ class MultiScaleTransform:
             BrokenImageError: If the image cannot be decoded.
         """
         first = self.parts[0]
-        if first.channels:
-            pixels = decode_channels(data, first.channels, first.value_range)
+        if first.reading.channels:
+            pixels = decode_channels(data, first.reading)
             views = [part.view_of_channels(pixels) for part in self.parts]
         else:
-            image = decode_exact(data, first.value_range)
+            image = decode_exact(data, first.reading)
             views = [part.view(image) for part in self.parts]
         if self.dense:
             return views

@@ -18,7 +18,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from senet_transfer.data.images.channels import decode_channels
-from senet_transfer.data.images.decode import decode_exact, decode_fast, jpeg_size
+from senet_transfer.data.images.decode import (
+    AS_STORED,
+    SIDEWAYS,
+    Reading,
+    decode_exact,
+    decode_fast,
+    jpeg_orientation,
+    jpeg_size,
+)
 from senet_transfer.errors import UserError
 
 EVAL_MODES = ("short_side", "squash", "ten_crop")
@@ -44,9 +52,7 @@ class TrainTransform:
         interpolation: Antialiased interpolation, "bilinear" or "bicubic".
         draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
             large as the output. This is faster for large images, but changes the pixels.
-        value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
-        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
-            them, with ``C`` 3.
+        reading: Settings for reading images; ``C`` is 3 if they contain no number of channels.
         augment: Further augmentation of the flipped crop, which draws from PyTorch's global
             generator; see :func:`.build_augmentation`.
     """
@@ -57,8 +63,7 @@ class TrainTransform:
     flip: float = 0.5
     interpolation: str = "bilinear"
     draft: bool = False
-    value_range: tuple[float, ...] = ()
-    channels: int | None = None
+    reading: Reading = AS_STORED
     augment: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +84,7 @@ class TrainTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        return (self.channels or 3, self.size, self.size)
+        return (self.reading.channels or 3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
         """Return a random crop of an encoded image, uint8 `(C, size, size)`.
@@ -108,16 +113,19 @@ class TrainTransform:
         self, data: bytes, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Return the decoded pixels (H, W, C) and the crop region (top, left, height, width)."""
-        size = jpeg_size(data) if self.draft and not self.channels else None
+        size = jpeg_size(data) if self.draft and not self.reading.channels else None
         if size is None:
-            if self.channels:
-                pixels = decode_channels(data, self.channels, self.value_range)
+            if self.reading.channels:
+                pixels = decode_channels(data, self.reading)
             else:
-                pixels = decode_fast(data, value_range=self.value_range)
+                pixels = decode_fast(data, reading=self.reading)
             full_height, full_width = pixels.shape[:2]
             return pixels, self.region(full_height, full_width, rng)
+        if self.reading.upright and jpeg_orientation(data) in SIDEWAYS:
+            size = size[::-1]
         top, left, height, width = self.region(*size, rng)
-        pixels = decode_fast(data, math.ceil(min(size) * self.size / min(height, width)))
+        least = math.ceil(min(size) * self.size / min(height, width))
+        pixels = decode_fast(data, least, self.reading)
         down, right = (found / full for found, full in zip(pixels.shape, size, strict=False))
         return pixels, (
             math.floor(top * down),
@@ -161,17 +169,14 @@ class EvalTransform:
         resize: Side length after resizing, in pixels.
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
-        value_range: Range of images with more than 8 bits per channel; see :func:`.to_8_bit`.
-        channels: Number of channels ``C`` of images that are not converted to RGB; None to convert
-            them, with ``C`` 3.
+        reading: Settings for reading images; ``C`` is 3 if they contain no number of channels.
     """
 
     mode: str = "short_side"
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
-    value_range: tuple[float, ...] = ()
-    channels: int | None = None
+    reading: Reading = AS_STORED
 
     def __post_init__(self) -> None:
         if self.mode not in EVAL_MODES or not 0 < self.crop <= self.resize:
@@ -185,7 +190,7 @@ class EvalTransform:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Output shape for one sample."""
-        shape = (self.channels or 3, self.crop, self.crop)
+        shape = (self.reading.channels or 3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
@@ -194,9 +199,9 @@ class EvalTransform:
         Raises:
             BrokenImageError: If the image cannot be decoded.
         """
-        if self.channels:
-            return self.view_of_channels(decode_channels(data, self.channels, self.value_range))
-        return self.view(decode_exact(data, self.value_range))
+        if self.reading.channels:
+            return self.view_of_channels(decode_channels(data, self.reading))
+        return self.view(decode_exact(data, self.reading))
 
     def view_of_channels(self, pixels: np.ndarray) -> Tensor:
         """Return the same as :meth:`__call__` for the pixels of all channels, `(H, W, C)`."""

@@ -40,14 +40,14 @@ class ShardCache:
             UserError: If the shard cannot be read or written, or does not match the manifest.
         """
         path = self.path(url, shard)
-        if self._is_present(path, shard):
+        if self.is_present(url, shard):
             return path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
                 # Only one worker on this machine copies the shard; the others wait.
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not self._is_present(path, shard):
+                if not self.is_present(url, shard):
                     self._copy(url, shard, storage, path)
         except OSError as error:
             raise UserError(
@@ -57,8 +57,10 @@ class ShardCache:
             ) from error
         return path
 
-    def _is_present(self, path: Path, shard: Shard) -> bool:
+    def is_present(self, url: str, shard: Shard) -> bool:
+        """Return whether there is a local copy of a shard."""
         # The content was verified when it was copied. Comparing the size detects later truncation.
+        path = self.path(url, shard)
         return path.is_file() and path.stat().st_size == shard.bytes
 
     def _copy(self, url: str, shard: Shard, storage: RemoteOptions, path: Path) -> None:

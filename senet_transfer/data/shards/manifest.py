@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from senet_transfer.data.shards.storage import RemoteOptions, join, read_bytes
+from senet_transfer.data.shards.storage import AbsentFileError, RemoteOptions, join, read_bytes
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import write_json
 
@@ -99,6 +99,12 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
     where = join(base, MANIFEST)
     try:
         content = json.loads(read_bytes(where, storage or RemoteOptions()))
+    except AbsentFileError as error:
+        raise UserError(
+            f"{where} does not exist. Check the address. Remote shards require a manifest, because "
+            "counting their samples would transfer all of them. Run `senet data manifest FOLDER` "
+            "where the shards are stored, and upload manifest.json and the index files."
+        ) from error
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}. Prepare the data again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

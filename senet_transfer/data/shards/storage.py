@@ -9,6 +9,8 @@ import io
 import logging
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +24,14 @@ REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 # A single letter before the colon is a drive letter, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
+# Number of simultaneous requests for missing files.
+_REQUESTS = 8
+
 logger = logging.getLogger(__name__)
+
+
+class AbsentFileError(UserError):
+    """Error for a remote file that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,33 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
         ) from error
 
 
+def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
+    """Return the addresses of one server at which no file exists.
+
+    The result is empty if the server does not answer. Reading then raises an error after retries.
+    """
+
+    def is_missing(url: str) -> bool:
+        try:
+            system.info(url)
+        except Exception as error:  # file systems raise exceptions of many types
+            if _is_absent(error):
+                return True
+            raise
+        return False
+
+    if not urls:
+        return []
+    system = file_system(urls[0], storage)
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        try:
+            found = list(pool.map(is_missing, urls))
+        except Exception as error:
+            logger.info("The shards of %s can't be checked: %s", urls[0], error)
+            return []
+    return [url for url, missing in zip(urls, found, strict=True) if missing]
+
+
 class ResumingReader(io.RawIOBase):
     """Sequential remote file reader that resumes at the same byte after a broken connection."""
 
@@ -209,7 +245,9 @@ class ResumingReader(io.RawIOBase):
                 raise
             except Exception as error:  # file systems raise exceptions of many types
                 if _is_absent(error):
-                    raise UserError(f"{self.url} does not exist. Check the address.") from error
+                    raise AbsentFileError(
+                        f"{self.url} does not exist. Check the address."
+                    ) from error
                 if _is_denied(error):
                     raise UserError(
                         f"Access to {self.url} was denied: {type(error).__name__}: {error}. "

@@ -75,7 +75,7 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
                 stream.seek(place)
                 if not same:
                     return f"{path} does not match {where.name} at {sample.key}. Prepare it again."
-                decode_fast(sample.data, value_range=ANY_RANGE)
+                decode_fast(sample.data, reading=ANY_RANGE)
     except BrokenImageError as error:
         return f"{path} contains {sample.key}, which cannot be decoded: {error}. Prepare it again."
     except OSError as error:

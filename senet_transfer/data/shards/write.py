@@ -179,7 +179,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
         data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
         try:
             # Decoding is the only reliable check, and is cheap compared with reading.
-            decode_fast(data, value_range=ANY_RANGE)
+            decode_fast(data, reading=ANY_RANGE)
         except BrokenImageError as error:
             skipped.append({"name": name, "reason": str(error)})
             continue

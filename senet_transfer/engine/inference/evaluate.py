@@ -13,6 +13,7 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.multi_scale import MultiScaleTransform, ViewOptions, views_record
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.inference.ensembles import check_same_classes
 from senet_transfer.engine.inference.saved_logits import evaluate_saved_logits
@@ -234,7 +235,8 @@ def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDatas
     classes = next((found for found in names if found), None)
     cache = cfg.DATALOADER.CACHE_DIR or None
     if in_memory(cfg):
-        return open_cifar(path, split="test", classes=classes, cache_dir=cache)
+        reading = reading_of(cfg)
+        return open_cifar(path, split="test", classes=classes, cache_dir=cache, reading=reading)
     return open_dataset(path, split="val", classes=classes, cache_dir=cache)
 
 

@@ -83,12 +83,12 @@ def class_activation_map(
             "linear layer, loaded from a checkpoint. Exported files, VGG-16 and detectors are not "
             "supported."
         )
-    photo = replace(Photo.of(image), value_range=predictor.value_range)
+    photo = replace(Photo.of(image), reading=predictor.reading)
     transform = predictor.transform
     if transform.mode == "ten_crop":
         transform = replace(transform, mode="short_side")
-    if transform.channels:
-        view = transform.view_of_channels(photo.bands(transform.channels))
+    if transform.reading.channels:
+        view = transform.view_of_channels(photo.bands())
     else:
         view = transform.view(photo.pillow())
     images = model.normalise(view[None])

@@ -11,6 +11,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.predictor.predictions import Classes
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor, Resize
@@ -19,7 +20,7 @@ from senet_transfer.preprocessing import channels_of
 from senet_transfer.utils.private_api import open_compiled
 
 SUFFIXES = (".onnx", ".pt2", ".ts")
-_KEYS = ("preprocessing", "classes", "mode", "value_range", "task", "size")
+_KEYS = ("preprocessing", "classes", "mode", "value_range", "upright", "task", "size")
 
 
 def load_exported(
@@ -107,8 +108,11 @@ def _classifier(
         resize=max(preprocessing["resize"], height),
         crop=height,
         interpolation=preprocessing["interpolation"],
-        value_range=tuple(found.get("value_range", ())),
-        channels=channels_of(preprocessing["format"]),
+        reading=Reading(
+            tuple(found.get("value_range", ())),
+            found.get("upright", False),
+            channels_of(preprocessing["format"]),
+        ),
     )
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
@@ -119,7 +123,7 @@ def _classifier(
 
     names = found["classes"]
     if not names:
-        example = torch.zeros(1, transform.channels or 3, height, width)
+        example = torch.zeros(1, transform.reading.channels or 3, height, width)
         names = [f"class {index}" for index in range(run(example)[0].shape[1])]
     return ClassifierPredictor(logits, transform, Classes(tuple(names)), **options)
 
@@ -137,7 +141,7 @@ def _detector(
         Classes(tuple(found["classes"]), ids=tuple(found["category_ids"])),
         # The exported model takes RGB images, and reorders the channels.
         input_format="L" if found["format"] == "L" else "RGB",
-        value_range=found["value_range"],
+        reading=Reading(tuple(found["value_range"]), found.get("upright", True)),
         **options,
     )
 

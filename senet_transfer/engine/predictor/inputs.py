@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from senet_transfer.data.detection.mapper import decode_image
 from senet_transfer.data.images.channels import as_rgb, decode_channels, to_channels
-from senet_transfer.data.images.decode import decode_exact, to_8_bit
+from senet_transfer.data.images.decode import AS_STORED, Reading, decode_exact, to_rgb
 from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.errors import UserError
 
@@ -30,19 +30,17 @@ class Photo:
 
     Attributes:
         source: Path, http(s) address, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or
-            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. With ``channels``, an
-            array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
+            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
+            number of channels, an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
         name: Path or address, or a description of an image in memory.
         relative: Path of the image in its folder, after which output files are named.
-        value_range: See :func:`~senet_transfer.data.images.decode.to_8_bit`.
-        channels: Number of channels; None for colour and grey images.
+        reading: Settings for reading the image.
     """
 
     source: Any
     name: str = "image"
     relative: str = ""
-    value_range: tuple[float, ...] = ()
-    channels: int | None = None
+    reading: Reading = AS_STORED
 
     @classmethod
     def of(cls, source: Any, name: str = "image") -> "Photo":
@@ -55,38 +53,37 @@ class Photo:
         return cls(source, name, name)
 
     def pillow(self) -> Image.Image:
-        """Return the RGB image as classifiers see it, without its EXIF orientation.
+        """Return the RGB image as classifiers see it.
 
         Raises:
             UserError: If the image can't be read.
         """
-        if self.channels:
+        if self.reading.channels:
             return Image.fromarray(self.pixels())
         try:
             if isinstance(self.source, str):
-                return decode_exact(read_bytes(self.source), self.value_range)
-            return to_8_bit(_in_memory(self.source), self.value_range).convert("RGB")
+                return decode_exact(read_bytes(self.source), self.reading)
+            return to_rgb(_in_memory(self.source), self.reading)
         except Exception as error:
             raise self._unreadable(error) from error
 
     def pixels(self) -> np.ndarray:
-        """Return the image as detectors see it, upright: RGB, uint8 ``(H, W, 3)``.
+        """Return the image as detectors see it: RGB, uint8 ``(H, W, 3)``.
 
         Raises:
             UserError: If the image can't be read.
         """
-        if self.channels:
-            return as_rgb(self.bands(self.channels))
+        if self.reading.channels:
+            return as_rgb(self.bands())
+        if not isinstance(self.source, str):
+            return np.asarray(self.pillow())
         try:
-            if isinstance(self.source, str):
-                return decode_image(read_bytes(self.source), "RGB", self.value_range)
-            image = to_8_bit(ImageOps.exif_transpose(_in_memory(self.source)), self.value_range)
-            return np.asarray(image.convert("RGB"))
+            return decode_image(read_bytes(self.source), "RGB", self.reading)
         # Decoders raise exceptions of many types for damaged files.
         except Exception as error:
             raise self._unreadable(error) from error
 
-    def bands(self, channels: int) -> np.ndarray:
+    def bands(self) -> np.ndarray:
         """Return all channels of the image as the model sees them, uint8 ``(H, W, C)``.
 
         Raises:
@@ -94,11 +91,11 @@ class Photo:
         """
         try:
             if isinstance(self.source, str):
-                return decode_channels(read_bytes(self.source), channels, self.value_range)
+                return decode_channels(read_bytes(self.source), self.reading)
             values = np.asarray(self.source)
             if isinstance(self.source, torch.Tensor) and values.ndim == 3:
                 values = values.transpose(1, 2, 0)
-            return to_channels(values, channels, self.value_range)
+            return to_channels(values, self.reading)
         except Exception as error:
             raise self._unreadable(error) from error
 

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
+from senet_transfer.data.images.decode import Reading
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.workers import init_worker
 from senet_transfer.engine.inference.augmentation import with_augmentation
@@ -72,6 +74,7 @@ class Predictor(ABC, Generic[Result]):
     Attributes:
         classes: The classes.
         device: The model's device.
+        reading: Settings for reading images.
         half: True for half precision: float16 on a GPU, bfloat16 on the CPU.
         batch_size: The number of images per batch.
     """
@@ -81,15 +84,13 @@ class Predictor(ABC, Generic[Result]):
         classes: Classes,
         *,
         device: torch.device | str = "cpu",
-        value_range: Sequence[float] = (),
-        channels: int | None = None,
+        reading: Reading,
         half: bool = False,
         batch_size: int = 1,
     ):
         self.classes = classes
         self.device = torch.device(device)
-        self.value_range = tuple(value_range)
-        self.channels = channels
+        self.reading = reading
         self.half = half
         self.batch_size = batch_size
 
@@ -137,10 +138,7 @@ class Predictor(ABC, Generic[Result]):
             )
         if isinstance(images, str | os.PathLike) and is_video(os.fspath(images)):
             workers = 0
-        photos = (
-            replace(photo, value_range=self.value_range, channels=self.channels)
-            for photo in _photos(images)
-        )
+        photos = (replace(photo, reading=self.reading) for photo in _photos(images))
         for batch in self._batches(photos, size, workers):
             if broken is not None:
                 broken += [str(item.problem) for item in batch if item.problem]
@@ -230,9 +228,7 @@ class ClassifierPredictor(Predictor[Classification]):
             top: The number of most probable classes in a result.
             options: Further arguments of :class:`Predictor`.
         """
-        super().__init__(
-            classes, value_range=transform.value_range, channels=transform.channels, **options
-        )
+        super().__init__(classes, reading=transform.reading, **options)
         self.run, self.transform, self.top = run, transform, top
 
     @classmethod
@@ -245,8 +241,8 @@ class ClassifierPredictor(Predictor[Classification]):
         return cls(loaded.model, transform, Classes(tuple(names)), device=device, **options)
 
     def prepare(self, photo: Photo) -> Prepared:
-        if self.channels:
-            return Prepared(photo, self.transform.view_of_channels(photo.bands(self.channels)))
+        if self.reading.channels:
+            return Prepared(photo, self.transform.view_of_channels(photo.bands()))
         return Prepared(photo, self.transform.view(photo.pillow()))
 
     def predict(self, batch: list[Prepared]) -> list[Classification]:
@@ -287,7 +283,7 @@ class DetectorPredictor(Predictor[Detections]):
             threshold: The minimum score of the objects in a result.
             options: Further arguments of :class:`Predictor`.
         """
-        super().__init__(classes, channels=channels_of(input_format), **options)
+        super().__init__(classes, **options)
         if not 0 <= threshold <= 1:
             raise UserError(f"The threshold is {threshold}; expected a score between 0 and 1.")
         self.run, self.resize = run, resize
@@ -308,15 +304,15 @@ class DetectorPredictor(Predictor[Detections]):
             resize([side, side], cfg.INPUT.MAX_SIZE_TEST),
             Classes.of(cfg),
             input_format=cfg.INPUT.FORMAT,
-            value_range=cfg.INPUT.VALUE_RANGE,
+            reading=reading_of(cfg),
             device=cfg.MODEL.DEVICE,
             **options,
         )
 
     def prepare(self, photo: Photo) -> Prepared:
-        pixels = photo.bands(self.channels) if self.channels else photo.pixels()
+        pixels = photo.bands() if self.reading.channels else photo.pixels()
         size = (pixels.shape[0], pixels.shape[1])
-        if self.input_format != "RGB" and not self.channels:
+        if self.input_format != "RGB" and not self.reading.channels:
             pixels = convert_PIL_to_numpy(Image.fromarray(pixels), self.input_format)
         pixels = self.resize.get_transform(pixels).apply_image(pixels)
         tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from senet_transfer.config import config_value
 from senet_transfer.config.load import find_config, load_config
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.own_data import DataPart, divide, find_parts
 from senet_transfer.engine.checkpoints.output_folder import check_unused
 from senet_transfer.engine.recipe.facts import describe_data, describe_machine
@@ -100,7 +101,8 @@ def _make(options: "RunOptions") -> list[Choice]:
     train, val = find_parts(options.data, options.val, options.images)
     if val is None:
         try:
-            train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"))
+            upright = reading_of(stated).upright
+            train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"), upright=upright)
         except UserError as error:
             raise UserError(
                 f"There is no validation data in {options.data}, and the data can't be split: "

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import ExifTags, Image, ImageEnhance
 
 from senet_transfer.analysis.dataset_page.cards import duplicates_card, unusual_card
 from senet_transfer.analysis.dataset_page.fingerprints import (
@@ -16,6 +16,7 @@ from senet_transfer.analysis.dataset_page.fingerprints import (
 )
 from senet_transfer.analysis.dataset_page.splits import ImageFiles, Split
 from senet_transfer.analysis.dataset_page.unusual import Unusual
+from senet_transfer.data.images.decode import Reading
 
 
 def groups(files, **options):
@@ -77,6 +78,15 @@ def test_copies_are_found_and_different_images_are_not(tmp_path):
     assert found.index.tolist() == list(range(10))
 
 
+def test_the_size_is_that_of_the_image_that_is_used(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8
+    path = str(tmp_path / "turned.jpg")
+    Image.new("RGB", (60, 40)).save(path, exif=exif)
+    for reading, size in ((Reading(), [60, 40]), (Reading(upright=True), [40, 60])):
+        assert groups([path], reading=reading)[0].sizes.tolist() == [size]
+
+
 @pytest.mark.long
 def test_processes_find_the_same_and_a_limit_takes_a_sample(tree):
     files = sorted(map(str, tree.rglob("*.png")))
@@ -111,16 +121,16 @@ def test_copies_of_images_with_five_channels_are_found_and_shown(tmp_path):
         np.save(files[-1], coarse.repeat(10, axis=0).repeat(10, axis=1))
     files.append(str(tmp_path / "d.npy"))
     shutil.copy(files[0], files[-1])
-    found, duplicates = groups(files, channels=5)
+    found, duplicates = groups(files, reading=Reading(channels=5))
     assert found.broken == []
     assert found.sizes.tolist() == [[80, 60]] * 4
     assert duplicates == [([0, 3], True)]
     split = Split("name", "training data", True, (), ImageFiles(files, "files"), files)
-    card = duplicates_card([(split, 0), (split, 3)], identical=True, value_range=(), channels=5)
+    card = duplicates_card([(split, 0), (split, 3)], identical=True, reading=Reading(channels=5))
     assert [member["name"] for member in card["members"]] == [
         "training data: a.npy",
         "training data: d.npy",
     ]
     item = Unusual("blank", 0.0, 1, (), "It is blank.")
-    picture = unusual_card(split, item, (), 5)["picture"]
+    picture = unusual_card(split, item, Reading(channels=5))["picture"]
     assert picture["caption"] == "whole image, 80 x 60 pixels"

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from senet_transfer import UserError
 from senet_transfer.data.cifar import archives
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
 from senet_transfer.data.cifar.open import cifar_name, open_cifar
+from senet_transfer.data.images.decode import UPRIGHT
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards.write import convert
 from tests.data.cifar.cifar_files import (
@@ -42,6 +43,20 @@ def pixels(root, split: str) -> list[bytes]:
 
 def content(data: ImageArrays) -> list[bytes]:
     return [image.numpy().tobytes() for image in data.images]
+
+
+def test_the_orientation_is_applied_if_requested(tree, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in tree.rglob("*.png"):
+        Image.open(path).save(path, exif=exif)
+    expected = []
+    for path in sorted((tree / "train").rglob("*.png")):
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+        expected.append(upright.transpose(2, 0, 1).tobytes())
+    for place in (tree, tree / "train"):  # two readers
+        assert content(open_cifar(place, split="train", reading=UPRIGHT)) == expected
+        assert content(open_cifar(place, split="train")) == pixels(tree, "train")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

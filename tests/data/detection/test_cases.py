@@ -25,6 +25,7 @@ from senet_transfer.data.detection.dataset_checks import (
 )
 from senet_transfer.data.detection.image_checks import check_images
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.engine.setup import RunOptions, use_datasets
 from senet_transfer.engine.train import main
 from senet_transfer.engine.trainer import Trainer
@@ -57,7 +58,7 @@ def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
     check_trainable(["own"])
     if masks and check_outlines(["own"]):
         cfg.INPUT.MASK_FORMAT = "bitmask"
-    check_images(["own"], mode="decode", value_range=value_range)
+    check_images(["own"], mode="decode", reading=reading_of(cfg))
     cfg.DATASETS.TRAIN = ("own",)
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     return sum(len(mapper(record)["instances"]) for record in DatasetCatalog.get("own"))

@@ -14,6 +14,7 @@ from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.image_checks import check_images
 from senet_transfer.data.detection.loader import build_test_loader, build_train_loader
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper, UnreadableImageError
+from senet_transfer.data.images.decode import AS_STORED, Reading
 from senet_transfer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -53,7 +54,7 @@ def test_only_decoding_finds_a_truncated_image(data, files):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_sizes_are_those_of_the_upright_image(orientation, kind, data, files):
     path, images = files(data)
     exif = Image.Exif()
@@ -65,6 +66,9 @@ def test_sizes_are_those_of_the_upright_image(orientation, kind, data, files):
     Image.new("RGB", size[::-1]).save(images / "a.png", kind, exif=exif)
     with pytest.raises(UserError, match="1 of the 3 images"):
         check_images(["mine"])
+    if kind != "TIFF":  # its orientation is always applied
+        Image.new("RGB", (64, 48)).save(images / "a.png", kind, exif=exif)
+        check_images(["mine"], reading=AS_STORED)
 
 
 def test_an_image_that_resizing_would_make_empty_is_named(data, files):
@@ -95,7 +99,7 @@ def test_dark_16_bit_images_are_a_warning(most, said, data, files, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         check_images(["mine"])
-        check_images(["mine"], value_range=(0, most))
+        check_images(["mine"], reading=Reading((0, most)))
     assert len(caplog.records) == bool(said)
     if said:
         assert pytest.raises(UserError, _raise, caplog.messages[0]).match(said)
@@ -112,6 +116,7 @@ def _raise(message):
         (["--headers-only"], "3 of the 3 images"),
         (["--masks"], "has no `segmentation`"),
         (["--value-range", "0", "1"], "2 of the 3 images"),
+        (["--ignore-exif"], "3 of the 3 images"),
     ],
 )
 def test_the_command_reports_what_a_run_would(flags, error, damaged, capsys):

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 
 from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper, read_image
+from senet_transfer.data.images.decode import AS_STORED, Reading
 from senet_transfer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -203,7 +204,7 @@ def test_a_value_range_is_mapped_to_8_bits(dtype, channels, kind, value_range, t
     low, high = value_range
     expected = np.round(np.clip((pixels.astype(float) - low) / (high - low) * 255.0, 0, 255))
     mapper = CheckedDatasetMapper(
-        is_train=False, augmentations=[], image_format="BGR", value_range=value_range
+        is_train=False, augmentations=[], image_format="BGR", reading=Reading(value_range)
     )
     image = mapper(record(path))["image"].permute(1, 2, 0)
     assert np.array_equal(image, np.broadcast_to(expected, (32, 48, 3)))
@@ -211,7 +212,7 @@ def test_a_value_range_is_mapped_to_8_bits(dtype, channels, kind, value_range, t
 
 def test_a_value_range_leaves_8_bit_images_unchanged(tmp_path, photo):
     photo.save(tmp_path / "a.png")
-    read = read_image(str(tmp_path / "a.png"), "RGB", (0, 4095))
+    read = read_image(str(tmp_path / "a.png"), "RGB", Reading((0, 4095)))
     assert np.array_equal(read, np.asarray(photo))
 
 
@@ -237,8 +238,34 @@ def test_images_are_turned_upright_before_their_size_is_compared(
         mapper(record(path, *size[::-1]))
     if orientation >= 5:
         assert f"its EXIF orientation, {orientation}, but" in str(caught.value)
+        assert "set INPUT.EXIF to ignore" in str(caught.value)
     else:
         assert "Width and height are swapped" in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_ignored_if_requested(orientation, tmp_path, photo):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    photo.save(tmp_path / "a.png", exif=exif)
+    mapper = CheckedDatasetMapper(
+        is_train=False, augmentations=[], image_format="RGB", reading=AS_STORED
+    )
+    loaded = mapper(record(tmp_path / "a.png", 48, 32))["image"].permute(1, 2, 0)
+    assert np.array_equal(loaded, np.asarray(photo))
+    advice = "Set INPUT.EXIF to apply" if orientation >= 5 else "Width and height are swapped"
+    with pytest.raises(UserError, match=advice):
+        mapper(record(tmp_path / "a.png", 32, 48))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_are_turned_once(orientation, tmp_path, photo):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    photo.save(tmp_path / "a.tif", exif=exif)
+    photo.save(tmp_path / "a.png", exif=exif)
+    expected = detectron2_read_image(str(tmp_path / "a.png"), "BGR")
+    assert np.array_equal(read_image(str(tmp_path / "a.tif"), "BGR"), expected)
 
 
 def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path, photo, mapper):

@@ -18,6 +18,7 @@ from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.data.classification.loader import build_classification_train_loader
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.augmentation import build_augmentation
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.transforms import TrainTransform
 
 KEY = "INPUT.CLASSIFICATION."
@@ -124,7 +125,7 @@ def folder(tmp_path):
 def test_batches_follow_from_seed_and_iteration_and_draw_from_no_other_stream(folder):
     cfg = config(**EVERYTHING)
     transform = TrainTransform(
-        size=24, value_range=(0, 4095), augment=build_augmentation(cfg)
+        size=24, reading=Reading((0, 4095)), augment=build_augmentation(cfg)
     )  # fmt: skip
 
     def batches(count, **options):

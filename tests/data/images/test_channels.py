@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from senet_transfer.data.detection.fast_images import ChannelResize
 from senet_transfer.data.images.channels import decode_channels
-from senet_transfer.data.images.decode import BrokenImageError, decode_exact
+from senet_transfer.data.images.decode import BrokenImageError, Reading, decode_exact
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform, sample_rng
 
@@ -33,24 +33,28 @@ def pages(values: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def decoded(data: bytes, channels: int, value_range: tuple[float, ...] = ()) -> np.ndarray:
+    return decode_channels(data, Reading(value_range, channels=channels))
+
+
 @pytest.fixture
 def values() -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, (12, 10, 5)).astype(np.uint8)
 
 
 def test_values_of_arrays_and_pages_are_unchanged(values):
-    assert np.array_equal(decode_channels(npy(values), 5), values)
-    assert np.array_equal(decode_channels(pages(values), 5), values)
-    assert np.array_equal(decode_channels(npy(values[..., 0]), 1), values[..., :1])
-    assert np.array_equal(decode_channels(encoded(values[..., 0], "PNG"), 1), values[..., :1])
+    assert np.array_equal(decoded(npy(values), 5), values)
+    assert np.array_equal(decoded(pages(values), 5), values)
+    assert np.array_equal(decoded(npy(values[..., 0]), 1), values[..., :1])
+    assert np.array_equal(decoded(encoded(values[..., 0], "PNG"), 1), values[..., :1])
     for count, form in ((3, "PNG"), (4, "PNG"), (3, "TIFF")):
         part = values[..., :count].copy()
-        assert np.array_equal(decode_channels(encoded(part, form), count), part)
+        assert np.array_equal(decoded(encoded(part, form), count), part)
     deep = values.astype(np.uint16) * 257
-    assert np.array_equal(decode_channels(pages(deep), 5), values)
+    assert np.array_equal(decoded(pages(deep), 5), values)
     for order in ("<u2", ">u2"):
-        assert np.array_equal(decode_channels(npy(deep.astype(order)), 5), values)
-    assert np.array_equal(decode_channels(encoded(deep[..., 0].copy(), "PNG"), 1), values[..., :1])
+        assert np.array_equal(decoded(npy(deep.astype(order)), 5), values)
+    assert np.array_equal(decoded(encoded(deep[..., 0].copy(), "PNG"), 1), values[..., :1])
 
 
 def test_tiff_files_with_bands_are_read_by_tifffile(values):
@@ -58,7 +62,7 @@ def test_tiff_files_with_bands_are_read_by_tifffile(values):
         stream = io.BytesIO()
         stored = values if contiguous == "contig" else values.transpose(2, 0, 1).copy()
         tifffile.imwrite(stream, stored, photometric="minisblack", planarconfig=contiguous)
-        assert np.array_equal(decode_channels(stream.getvalue(), 5), values)
+        assert np.array_equal(decoded(stream.getvalue(), 5), values)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
@@ -69,17 +73,29 @@ def test_tiff_files_of_every_mode_have_the_values_that_pillow_reads(values, mode
     image.save(stream, "TIFF", compression=compression)
     expected = np.asarray(image.convert({"P": "RGB", "1": "L"}.get(mode, mode)))
     expected = expected.reshape(12, 10, -1)
-    assert np.array_equal(decode_channels(stream.getvalue(), expected.shape[2]), expected)
+    assert np.array_equal(decoded(stream.getvalue(), expected.shape[2]), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_the_orientation_is_applied_only_if_requested(values, form, orientation):
+    four = np.ascontiguousarray(values[..., :4])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(four, form, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(decoded(data, 4), four)
+    assert np.array_equal(decode_channels(data, Reading(upright=True, channels=4)), upright)
 
 
 def test_the_value_range_is_mapped_to_8_bits():
     values = np.array([[[-1.0, 0.0, 0.5, 1.0, 2.0]]], np.float32)
     expected = [[[0, 0, 128, 255, 255]]]
-    assert decode_channels(npy(values), 5, (0, 1)).tolist() == expected
+    assert decoded(npy(values), 5, (0, 1)).tolist() == expected
     counts = (values * 4095).clip(0, 65535).astype(np.uint16)
-    assert decode_channels(npy(counts), 5, (0, 4095)).tolist() == [[[0, 0, 127, 255, 255]]]
+    assert decoded(npy(counts), 5, (0, 4095)).tolist() == [[[0, 0, 127, 255, 255]]]
     with pytest.raises(BrokenImageError, match=r"float32.*INPUT\.VALUE_RANGE"):
-        decode_channels(npy(values), 5)
+        decoded(npy(values), 5)
 
 
 @pytest.mark.parametrize(
@@ -97,24 +113,24 @@ def test_the_value_range_is_mapped_to_8_bits():
 )  # fmt: skip
 def test_other_data_is_a_broken_image(data, message):
     with pytest.raises(BrokenImageError, match=message):
-        decode_channels(data, 5)
+        decoded(data, 5)
 
 
 def test_three_channels_are_transformed_as_a_colour_image(values):
     data = encoded(values[..., :3].copy(), "PNG")
-    size = {"size": 8}
     for seed in range(3):
         views = [
-            TrainTransform(**size, channels=c)(data, sample_rng(seed, 0, "a")) for c in (3, None)
+            TrainTransform(8, reading=Reading(channels=c))(data, sample_rng(seed, 0, "a"))
+            for c in (3, None)
         ]
         assert np.array_equal(*views)
     for mode in ("short_side", "squash", "ten_crop"):
         size = {"mode": mode, "resize": 8, "crop": 6}
-        views = [EvalTransform(**size, channels=c)(data) for c in (3, None)]
-        assert views[0].shape == EvalTransform(**size, channels=3).output_shape
+        views = [EvalTransform(**size, reading=Reading(channels=c))(data) for c in (3, None)]
+        assert views[0].shape == EvalTransform(**size, reading=Reading(channels=3)).output_shape
         assert np.array_equal(*views)
     # The channels are independent, so that any others have the same values.
-    five = EvalTransform(resize=8, crop=6, channels=5)(npy(values))
+    five = EvalTransform(resize=8, crop=6, reading=Reading(channels=5))(npy(values))
     assert np.array_equal(five[:3], EvalTransform(resize=8, crop=6)(data))
 
 

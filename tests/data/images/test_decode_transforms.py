@@ -5,12 +5,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as F
 
-from senet_transfer.data.images.decode import BrokenImageError, decode_exact, decode_fast, jpeg_size
-from senet_transfer.data.images.transforms import TrainTransform, put, sample_rng
+from senet_transfer.data.images.decode import (
+    UPRIGHT,
+    BrokenImageError,
+    decode_exact,
+    decode_fast,
+    jpeg_size,
+)
+from senet_transfer.data.images.transforms import EvalTransform, TrainTransform, put, sample_rng
 from senet_transfer.errors import UserError
 from tests.data.drawn_places import jpeg
 
@@ -121,6 +128,29 @@ def test_draft_takes_the_same_region_at_the_smallest_fraction_that_has_the_pixel
         assert distances[seed] < 4
         assert shapes[-1] == (600 // part, 1000 // part)
     assert len(set(shapes)) >= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_is_transformed_as_the_upright_image(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = Image.open(io.BytesIO(jpeg(1, (400, 240))))
+    stored.save(tmp_path / "turned.jpg", exif=exif)
+    data = (tmp_path / "turned.jpg").read_bytes()
+    plain = default_loader(str(tmp_path / "turned.jpg"))
+    np.testing.assert_array_equal(np.asarray(decode_exact(data)), np.asarray(plain))
+    buffer = io.BytesIO()
+    ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpg")).save(buffer, "PNG")
+    upright = buffer.getvalue()
+    view = EvalTransform(resize=72, crop=64, reading=UPRIGHT)
+    assert torch.equal(view(data), EvalTransform(resize=72, crop=64)(upright))
+    exact, draft = (TrainTransform(24, draft=draft, reading=UPRIGHT) for draft in (False, True))
+    expected = [TrainTransform(24)(upright, random.Random(seed)).float() for seed in range(10)]
+    for seed in range(10):
+        assert torch.equal(exact(data, random.Random(seed)).float(), expected[seed])
+        found = draft(data, random.Random(seed)).float()
+        distances = [(found - image).abs().mean() for image in expected]
+        assert min(range(10), key=distances.__getitem__) == seed
 
 
 @pytest.mark.parametrize("kind", ["png", "cmyk", "4:2:0"])

@@ -5,13 +5,14 @@ import functools
 import io
 import random
 import runpy
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from senet_transfer import UserError
 from senet_transfer.analysis.report.classification import pictures
@@ -20,6 +21,7 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError, allowed_formats, decode_exact
 from senet_transfer.data.images.folders import open_folder
+from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
 from senet_transfer.data.shards.write import convert
 from senet_transfer.engine.predictor.inputs import Photo
@@ -63,6 +65,7 @@ def files() -> dict[str, bytes]:
         "progressive.jpg": encoded(RGB, "JPEG", progressive=True),
         "grey.jpg": encoded(RGB.convert("L"), "JPEG"),
         "cmyk.jpg": encoded(RGB.convert("CMYK"), "JPEG"),
+        "damaged_exif.jpg": encoded(RGB, "JPEG", exif=b"Exif\0\0damaged"),
         "trailing.jpg": jpeg + b"junk" * 10,
         "rgb.jfif": jpeg,
         "png_named.jpg": encoded(RGB, "PNG"),
@@ -91,6 +94,16 @@ def files() -> dict[str, bytes]:
     }
     for suffix, form in {".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tga": "TGA"}.items():
         whole[f"rgb{suffix}"] = encoded(RGB, form)
+    turned = {}
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        for suffix, form in {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WEBP"}.items():
+            turned[f"turned{orientation}.{suffix}"] = encoded(RGB, form, exif=exif)
+        # Pillow does not write 16-bit colours.
+        at, chunk = whole["rgb16.png"].index(b"IDAT") - 4, b"eXIf" + exif.tobytes()[6:]
+        chunk = len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        turned[f"rgb16.{orientation}.png"] = deep(".png")[:at] + chunk + deep(".png")[at:]
     broken = {
         "truncated.jpg": jpeg[:-60],
         "truncated.png": whole["rgb.png"][:-60],
@@ -99,17 +112,21 @@ def files() -> dict[str, bytes]:
         "drawing.jpg": encoded(RGB, "EPS"),
         "document.jpg": encoded(RGB, "PDF"),
     }
-    return whole | broken
+    return whole | turned | broken
 
 
-def by_entry(folder: Path, value_range: tuple[float, ...]) -> dict[str, Callable[[str], object]]:
+def by_entry(
+    folder: Path, value_range: tuple[float, ...], exif: str
+) -> dict[str, Callable[[str], object]]:
     """Return a function for each entry that reads the file of a name in the folder `c`."""
     c = folder / "images" / "c"
-    train = TrainTransform(SIDE, (1, 1), (1, 1), flip=0, draft=True, value_range=value_range)
-    evaluate = EvalTransform("short_side", SIDE, SIDE, value_range=value_range)
+    options = ["INPUT.VALUE_RANGE", str(value_range), "INPUT.EXIF", exif]
+    cfg = load_config("configs/base/classification.yaml", options)
+    detector = reading_of(load_config("configs/finetune_detector.yaml", options))
+    reading = reading_of(cfg)
+    train = TrainTransform(SIDE, (1, 1), (1, 1), flip=0, draft=True, reading=reading)
+    evaluate = EvalTransform("short_side", SIDE, SIDE, reading=reading)
     preprocessing = {"resize": SIDE, "interpolation": "bilinear"}
-    cfg = load_config("configs/base/classification.yaml")
-    cfg.INPUT.VALUE_RANGE = value_range
     cfg.DATASETS.TEST = (str(folder / "images"),)
     images = open_folder(folder / "images")
     places = {Path(name).name: place for place, name in enumerate(images.names)}
@@ -132,20 +149,22 @@ def by_entry(folder: Path, value_range: tuple[float, ...]) -> dict[str, Callable
     return {
         "train": lambda name: train((c / name).read_bytes(), random.Random(0)).permute(1, 2, 0),
         "evaluate": lambda name: evaluate((c / name).read_bytes()).permute(1, 2, 0),
-        "predict": lambda name: Photo(str(c / name), value_range=value_range).pillow(),
+        "predict": lambda name: Photo(str(c / name), reading=reading).pillow(),
         "prepare": prepared,
         "onnx": lambda name: SCRIPT["load"](
-            str(c / name), preprocessing, (SIDE, SIDE), value_range=value_range
+            str(c / name),
+            preprocessing,
+            (SIDE, SIDE),
+            value_range=value_range,
+            upright=reading.upright,
         )[0].transpose(1, 2, 0),
         "report": shown,
-        "train a detector": lambda name: read_image(str(c / name), "BGR", value_range)[:, :, ::-1],
-        "predict with a detector": lambda name: Photo(
-            str(c / name), value_range=value_range
-        ).pixels(),
+        "train a detector": lambda name: read_image(str(c / name), "BGR", detector)[:, :, ::-1],
+        "predict with a detector": lambda name: Photo(str(c / name), reading=detector).pixels(),
     }
 
 
-def expected(name: str, value_range: tuple[float, ...]) -> np.ndarray | str:
+def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.ndarray | str:
     """Return the pixels by Pillow, or for more than 8 bits, by the definition of the range."""
     kind = name.partition(".")[0]
     if kind in ("truncated", "html", "drawing", "document"):
@@ -155,8 +174,14 @@ def expected(name: str, value_range: tuple[float, ...]) -> np.ndarray | str:
     if kind in ("grey16", "int32", "float") or (kind == "rgb16" and value_range):
         values = COLOUR if kind == "rgb16" else np.stack([RAMP] * 3, 2)
         low, high = value_range or (0, 65535)
-        return np.rint(((values - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
-    return np.asarray(Image.open(io.BytesIO(files()[name])).convert("RGB"))
+        found = np.rint(((values - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
+        image, orientation = Image.fromarray(found), name.split(".")[1]
+        if orientation.isdigit():
+            image.getexif()[ExifTags.Base.Orientation] = int(orientation)
+    else:
+        image = Image.open(io.BytesIO(files()[name]))
+    turns = upright and kind != "damaged_exif"
+    return np.asarray((ImageOps.exif_transpose(image) if turns else image).convert("RGB"))
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +199,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value_range", [(), (1000, 50000)])
-def test_every_entry_reads_the_same_pixels_or_rejects_the_file(folder, value_range):
-    by_name = {name: expected(name, value_range) for name in files()}
+@pytest.mark.parametrize(
+    ("value_range", "exif"), [((), "auto"), ((1000, 50000), "apply"), ((), "ignore")]
+)
+def test_every_entry_reads_the_same_pixels_or_rejects_the_file(folder, value_range, exif):
     different = []
-    for entry, read in by_entry(folder, value_range).items():
-        for name, wanted in by_name.items():
+    for entry, read in by_entry(folder, value_range, exif).items():
+        upright = exif == "apply" or (exif == "auto" and "detector" in entry)
+        for name in files():
+            wanted = expected(name, value_range, upright)
             try:
                 found = np.asarray(read(name)).astype(np.float64)
             except (UserError, BrokenImageError, SystemExit, OSError, SyntaxError, ValueError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import logging
 import os
 import re
 import subprocess
@@ -37,6 +38,8 @@ class Server:
         break_after: Number of bytes of a tar file after which a connection is closed; None for
             never.
         breaks: Number of connections that are still to be broken.
+        heads: Whether HEAD requests are supported.
+        failing: Whether requests for tar files end with the status 500.
     """
 
     def __init__(self, folder: Path):
@@ -45,6 +48,8 @@ class Server:
         self.ranges = True
         self.break_after: int | None = None
         self.breaks = 0
+        self.heads = True
+        self.failing = False
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,8 +70,11 @@ class Server:
         path = self.folder / handler.path.lstrip("/")
         if body:
             self.requests.append(handler.path)
-        if not path.is_file():
-            handler.send_error(404)
+        status = 0 if path.is_file() else 404
+        status = 500 if self.failing and path.suffix == ".tar" else status
+        status = status if body or self.heads else 405
+        if status:
+            handler.send_error(status)
             return
         data = path.read_bytes()
         match = re.match(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
@@ -230,9 +238,37 @@ def test_a_server_that_comes_back_costs_nothing(make_shards, serve):
 def test_what_is_not_there_is_said_at_once(serve, tmp_path):
     server = serve(tmp_path)
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"http.*manifest\.json does not exist"):
+    with pytest.raises(UserError, match=r"http.*manifest\.json does not exist.*data manifest"):
         open_dataset(server.address + "/nowhere")
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_missing_shards_are_named_at_the_start_unless_they_are_in_the_cache(
+    make_shards, serve, tmp_path, heads
+):
+    folder = make_shards(24, 3)
+    server = serve(folder)
+    server.heads = heads
+    expected = evaluated(open_dataset(server.address, cache_dir=tmp_path / "cache"))
+    for name in ("val-000000.tar", "val-000002.tar"):
+        (folder / name).unlink()
+    names = r"2 of 3 shards.*val-000000\.tar, http.*val-000002\.tar"
+    with pytest.raises(UserError, match=names):
+        open_dataset(server.address)
+    assert len(open_dataset(server.address + "/val-000001.tar")) == 8
+    cached = open_dataset(server.address, cache_dir=tmp_path / "cache")
+    assert evaluated(cached) == expected
+
+
+def test_a_server_with_errors_is_not_taken_for_one_without_shards(make_shards, serve, caplog):
+    server = serve(make_shards(24, 3))
+    server.failing = True
+    with caplog.at_level(logging.INFO):
+        dataset = open_dataset(server.address, storage=HASTY)
+    assert "can't be checked" in caplog.text
+    with pytest.raises(UserError, match="after 3 retries"):
+        evaluated(dataset)
 
 
 def test_the_second_pass_reads_from_the_cache(make_shards, serve, tmp_path):

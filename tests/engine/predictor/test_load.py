@@ -18,7 +18,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import build_model
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as mask_util
 
 import senet_transfer
@@ -30,6 +30,7 @@ from senet_transfer.data.detection.mapper import CheckedDatasetMapper
 from senet_transfer.data.images.places365 import places365_classes
 from senet_transfer.engine.model_from import find_model
 from senet_transfer.engine.predictor.cam import class_activation_map
+from senet_transfer.engine.predictor.predictions import Detections
 from senet_transfer.evaluation.classification import evaluate_classifier
 from senet_transfer.export.write import export_model
 from senet_transfer.weights.hub.catalogue import load_catalogue
@@ -208,19 +209,70 @@ def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2
     assert predictor.classes.categories[12] == {"id": 14, "name": "parking meter"}
 
 
-def test_an_exported_detector_finds_the_same_objects(detector, photos, tmp_path):
-    loaded = find_model(weights=str(detector / "model_final.pth")).build("cpu")
+def test_an_exported_detector_finds_the_same_objects(detector, photos, turned, tmp_path):
+    options = ["INPUT.EXIF", "ignore"]
+    weights = str(detector / "model_final.pth")
+    loaded = find_model(weights=weights, options=options).build("cpu")
     path = str(tmp_path / "detector.onnx")
     export_model(loaded.model, loaded.cfg, path, image=str(photos / "a.jpg"))
     expected = senet_transfer.load(detector, threshold=0)(photos / "b.jpg")
-    found = senet_transfer.load(path, threshold=0)(photos / "b.jpg")
+    predictor = senet_transfer.load(path, threshold=0)
+    found = predictor(photos / "b.jpg")
     assert len(found) == len(expected) == 4
     assert (found.names, found.classes) == (expected.names, expected.classes)
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     assert (found.masks != expected.masks).mean() < 0.01
+    assert_same_result(predictor(turned[0]), predictor(turned[1]))
     with pytest.raises(UserError, match="runs on the CPU in the precision"):
         senet_transfer.load(path, half=True)
+
+
+@pytest.fixture
+def turned(photos, tmp_path):
+    """Return a photograph with an EXIF orientation, and its pixels without and with it as PNG."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(photos / "a.jpg").save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image = Image.open(tmp_path / "turned.jpg")
+    Image.fromarray(np.asarray(image)).save(tmp_path / "stored.png")
+    ImageOps.exif_transpose(image).save(tmp_path / "upright.png")
+    return [tmp_path / name for name in ("turned.jpg", "stored.png", "upright.png")]
+
+
+def assert_same_result(found, expected):
+    if isinstance(found, Detections):
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    else:
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+def test_the_orientation_of_a_photograph_is_applied_as_in_training(classifier, detector, turned):
+    path, stored, upright = turned
+    for folder, exif, same in (
+        (classifier, "auto", stored),
+        (classifier, "apply", upright),
+        (detector, "auto", upright),
+        (detector, "ignore", stored),
+    ):
+        predictor = senet_transfer.load(folder, threshold=0, options=["INPUT.EXIF", exif])
+        expected = predictor(same)
+        found = predictor([path, Image.open(path)])
+        for result in found:
+            assert_same_result(result, expected)
+        assert found[0].plot().size == expected.plot().size
+
+
+def test_an_exported_classifier_applies_the_orientation_if_the_model_does(
+    classifier, turned, tmp_path
+):
+    options = ["INPUT.EXIF", "apply"]
+    weights = str(classifier / "model_final.pth")
+    loaded = find_model(weights=weights, options=options).build("cpu")
+    export_model(loaded.model, loaded.cfg, str(tmp_path / "model.ts"))
+    predictor = senet_transfer.load(tmp_path / "model.ts")
+    path, _, upright = turned
+    assert_same_result(predictor(path), predictor(upright))
 
 
 def test_an_image_is_predicted_from_a_path_pillow_an_array_or_a_tensor_and_lists_of_them(

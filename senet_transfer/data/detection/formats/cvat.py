@@ -36,17 +36,17 @@ _FRAME = re.compile(r"frame_(\d{1,12})\.\w+")
 _SIDES = ("xtl", "ytl", "xbr", "ybr")
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: The XML file.
-        folder: Folder with the images.
+        images: Folder with the images.
 
     Raises:
         UserError: If a file is invalid.
     """
-    root, images = read_xml(location), ImageFolder(folder)
+    root = read_xml(location)
     if root.tag != "annotations":
         raise UserError(
             f"{location} has the root <{root.tag}>; expected <annotations>, as in CVAT's XML."

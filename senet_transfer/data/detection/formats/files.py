@@ -15,7 +15,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import parse
 from PIL import Image
 
-from senet_transfer.data.images.decode import MAX_PIXELS, exif_orientation, is_turned_sideways
+from senet_transfer.data.images.decode import MAX_PIXELS, size_of
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
 
@@ -147,12 +147,16 @@ def label_text(value: object, where: str) -> str:
 class ImageFolder:
     """The folder to which the file names of a data set are relative."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, *, upright: bool = True):
         """
+        Args:
+            root: The folder.
+            upright: Whether the annotations are those of the images with their EXIF orientation.
+
         Raises:
             UserError: If the folder does not exist.
         """
-        self.root = os.path.abspath(root)
+        self.root, self.upright = os.path.abspath(root), upright
         if not os.path.isdir(self.root):
             raise UserError(
                 f"Image folder {self.root} does not exist; expected the folder with the images. "
@@ -194,7 +198,7 @@ class ImageFolder:
         return self._by_stem.get(stem)
 
     def size(self, name: str, where: str) -> tuple[int, int]:
-        """Return the width and height of an image as displayed, from the header of its file.
+        """Return the width and height of an image from the header of its file.
 
         Raises:
             UserError: If the image is missing or damaged.
@@ -202,8 +206,7 @@ class ImageFolder:
         path = os.path.join(self.root, name)
         try:
             with Image.open(path) as image:
-                turned = is_turned_sideways(exif_orientation(image))
-                return image.size[::-1] if turned else image.size
+                return size_of(image, upright=self.upright)
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises exceptions of many types for damaged files

@@ -43,17 +43,17 @@ def image_folder(location: Path) -> Path:
     return location if location.is_dir() else location.parent
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: Folder with JSON files, or a single file.
-        folder: Folder that contains the images.
+        images: Folder that contains the images.
 
     Raises:
         UserError: If a file is invalid.
     """
-    data, images = ImportedData(splits={"train": []}), ImageFolder(folder)
+    data = ImportedData(splits={"train": []})
     paths = [location]
     if location.is_dir():
         names = list_files(location, lambda name: name.lower().endswith(".json"))

@@ -33,17 +33,17 @@ _LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _SKIPPED = ("brush", "keypoint", "vector", "video")
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: The JSON file.
-        folder: Folder with the images.
+        images: Folder with the images.
 
     Raises:
         UserError: If the file is invalid.
     """
-    data, images = ImportedData(splits={"train": []}, files=[str(location)]), ImageFolder(folder)
+    data = ImportedData(splits={"train": []}, files=[str(location)])
     tasks = read_json(location)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise UserError(f"{location} is not a list of tasks; expected Label Studio's JSON export.")

@@ -12,7 +12,11 @@ from senet_transfer.utils.atomic_io import write_json
 
 
 def import_dataset(
-    name: str, path: str | os.PathLike, image_dir: str | os.PathLike | None = None
+    name: str,
+    path: str | os.PathLike,
+    image_dir: str | os.PathLike | None = None,
+    *,
+    upright: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Read a data set and convert it to COCO's format.
 
@@ -20,6 +24,7 @@ def import_dataset(
         name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
         path: The file or folder.
         image_dir: The folder with the images; None selects the format's usual folder.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
 
     Returns:
         The content of an annotation file by split ("train", "val" and "test"), and the image folder
@@ -40,7 +45,7 @@ def import_dataset(
             "path and the format."
         )
     folder = os.path.abspath(image_dir or source.image_folder())
-    data = source.read(folder)
+    data = source.read(folder, upright=upright)
     if "train" in data.splits or "trainval" not in data.splits:
         data.splits.pop("trainval", None)
     else:

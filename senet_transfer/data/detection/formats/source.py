@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from senet_transfer.data.detection.formats import cvat, labelme, labelstudio, via, voc, yolo
-from senet_transfer.data.detection.formats.files import images_next_to
+from senet_transfer.data.detection.formats.files import ImageFolder, images_next_to
 from senet_transfer.data.detection.formats.records import (
     NOTES,
     SPLIT_NAMES,
@@ -40,7 +40,7 @@ class Format:
 
     title: str
     image_folder: Callable[[Path], Path]
-    read: Callable[[Path, Path], ImportedData]
+    read: Callable[[Path, ImageFolder], ImportedData]
 
 
 FORMATS = {
@@ -77,11 +77,14 @@ class Source:
             return os.path.abspath(FORMATS[self.format].image_folder(self.places[""]))
         return os.path.abspath(self.path)
 
-    def read(self, image_dir: str | os.PathLike | None = None) -> ImportedData:
+    def read(
+        self, image_dir: str | os.PathLike | None = None, *, upright: bool = True
+    ) -> ImportedData:
         """Read the data set.
 
         Args:
             image_dir: The folder with the images; None selects :meth:`image_folder`.
+            upright: Whether the annotations are those of the images with their EXIF orientation.
 
         Raises:
             UserError: If a file is invalid.
@@ -89,7 +92,7 @@ class Source:
         root = Path(image_dir or self.image_folder())
         read = FORMATS[self.format].read
         if "" in self.places:
-            return read(self.places[""], root)
+            return read(self.places[""], ImageFolder(root, upright=upright))
         whole = ImportedData()
         for split, place in self.places.items():
             # The images are in the same place below `root` as below the annotations, or in a folder
@@ -98,7 +101,7 @@ class Source:
             name = os.path.relpath(place, self.path).split(os.sep)[0]
             folders = [root / below] * (not below.startswith(os.pardir)) + [root / name]
             folder = next((path for path in folders if path.is_dir()), root)
-            part = read(place, folder)
+            part = read(place, ImageFolder(folder, upright=upright))
             prefix = os.path.relpath(folder, root)
             whole.splits[split] = [image for images in part.splits.values() for image in images]
             for image in whole.splits[split]:
@@ -204,12 +207,13 @@ def default_image_folder(path: str) -> str:
     return source.image_folder() if source else os.path.dirname(os.path.abspath(place))
 
 
-def read_annotations(path: str, image_dir: str) -> dict[str, Any]:
+def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict[str, Any]:
     """Read annotations in any supported format as COCO's instances format.
 
     Args:
         path: A file or folder, optionally with a colon and the name of the split.
         image_dir: The folder to which the file names are relative.
+        upright: Whether the annotations are those of the images with their EXIF orientation.
 
     Raises:
         UserError: If a file is invalid, or a split has to be chosen.
@@ -219,7 +223,7 @@ def read_annotations(path: str, image_dir: str) -> dict[str, Any]:
         content = read_json_object(path)
         content.pop(NOTES, None)
         return content
-    data = _imported(place, image_dir)
+    data = _imported(place, image_dir, upright)
     return to_coco(data, _choose(data, split, place))
 
 
@@ -233,31 +237,31 @@ def _choose(data: ImportedData, split: str, place: str) -> str:
     raise UserError(f"{place} has {found}; expected one of: {choices}.")
 
 
-def annotations_state(path: str, image_dir: str) -> object | None:
+def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:
     """Return a value that changes whenever the annotations change; None if they are missing."""
     place, _ = split_path(path)
     if not os.path.exists(place):
         return None
     if find_source(place) is None:
         return _state([place])
-    return _state(_imported(place, image_dir).files)
+    return _state(_imported(place, image_dir, upright).files)
 
 
-def _imported(place: str, image_dir: str) -> ImportedData:
+def _imported(place: str, image_dir: str, upright: bool) -> ImportedData:
     """Read annotations, unless they are unchanged since an earlier call."""
-    data, state = _read(place, image_dir)
+    data, state = _read(place, image_dir, upright)
     if _state(data.files) != state:
         _read.cache_clear()
-        data, _ = _read(place, image_dir)
+        data, _ = _read(place, image_dir, upright)
     return data
 
 
 # The training and validation data of a run.
 @lru_cache(maxsize=2)
-def _read(place: str, image_dir: str) -> tuple[ImportedData, object]:
+def _read(place: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
     source = find_source(place)
     assert source is not None
-    data = source.read(image_dir)
+    data = source.read(image_dir, upright=upright)
     return data, _state(data.files)
 
 

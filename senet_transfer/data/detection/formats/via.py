@@ -31,17 +31,17 @@ _CLASS_ATTRIBUTES = ("label", "class", "category", "name", "type", "object")
 _SKIPPED = ("point", "polyline", "line")
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: The JSON file.
-        folder: Folder with the images.
+        images: Folder with the images.
 
     Raises:
         UserError: If the file is invalid.
     """
-    data, images = ImportedData(files=[str(location)]), ImageFolder(folder)
+    data = ImportedData(files=[str(location)])
     content = read_json(location)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)

@@ -37,17 +37,17 @@ def image_folder(location: Path) -> Path:
     return first_folder(location, "JPEGImages", "images", "Images")
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: Folder with `Annotations` and possibly `ImageSets`, or with XML files.
-        folder: Folder with the images.
+        images: Folder with the images.
 
     Raises:
         UserError: If a file is invalid.
     """
-    data, images = ImportedData(), ImageFolder(folder)
+    data = ImportedData()
     annotations = first_folder(location, "Annotations")
     names = list_files(annotations, lambda name: name.lower().endswith(".xml"))
     data.files = [str(annotations / name) for name in names] + [str(annotations)]

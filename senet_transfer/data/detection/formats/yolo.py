@@ -46,17 +46,17 @@ def image_folder(location: Path) -> Path:
     return location.parent
 
 
-def read(location: Path, folder: Path) -> ImportedData:
+def read(location: Path, images: ImageFolder) -> ImportedData:
     """Read a data set.
 
     Args:
         location: The YAML file.
-        folder: Folder that contains the images of all splits.
+        images: Folder that contains the images of all splits.
 
     Raises:
         UserError: If a file is invalid.
     """
-    content, images = _content(location), ImageFolder(folder)
+    content = _content(location)
     data = ImportedData(classes=_class_names(content, location), files=[str(location)])
     root, missing = image_folder(location), 0
     for key, split in _KEYS.items():

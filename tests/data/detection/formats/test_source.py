@@ -7,6 +7,7 @@ import shutil
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
+from PIL import ExifTags, Image
 
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.data import prepare
@@ -14,12 +15,35 @@ from senet_transfer.data.detection.coco import register_coco_dataset, register_d
 from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_outlines
 from senet_transfer.data.detection.formats.prepare import import_dataset
 from senet_transfer.data.detection.formats.source import find_source
+from senet_transfer.data.detection.image_checks import check_images
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from tests.data.detection.formats.test_hostile_files import VOC, YOLO
 from tests.data.detection.formats.test_readers import FIXTURES, make_images
 
 pytestmark = pytest.mark.usefixtures("catalogs")
+
+
+def test_boxes_are_fractions_of_the_image_with_or_without_its_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("1 0.5 0.25 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text(YOLO)
+    for upright, size, box in (
+        (True, (80, 100), [20, 0, 40, 50]),
+        (False, (100, 80), [25, 0, 50, 40]),
+    ):
+        register_datasets([["own", str(tmp_path / "data.yaml")]], upright=upright)
+        (image,) = DatasetCatalog.get("own")
+        assert (image["width"], image["height"]) == size
+        assert image["annotations"][0]["bbox"] == box
+        check_images(["own"], mode="decode", reading=Reading(upright=upright))
+        truth = FastCOCOEvaluator("own", ("bbox",), distributed=False)._coco_api
+        assert truth.anns[1]["bbox"] == box
 
 
 @pytest.fixture
