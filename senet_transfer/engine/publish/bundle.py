@@ -57,7 +57,7 @@ def bundle(
             "letters, digits and underscores."
         )
     contents = contents_of(source, config_file, half=half)
-    stated = {key: statements[key] for key in ("licence", "data") if key in statements}
+    stated: dict[str, Any] = {k: v for k, v in statements.items() if k in ("licence", "data")}
     new = folder / f"{short}.safetensors"
     write_own(new, contents.tensors, {**contents.metadata, **stated})
     try:
