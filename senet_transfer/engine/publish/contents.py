@@ -24,6 +24,7 @@ from senet_transfer.engine.setup import RunOptions
 from senet_transfer.engine.train import RESULTS, main
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.formats.reader import OWN_METADATA, read_tensors
 from senet_transfer.weights.mapping.target import target_of
@@ -43,6 +44,7 @@ class Contents:
             if they are unknown.
         family: Family of the checkpoint, one of ``FAMILIES``.
         run_cfg: Config of the run.
+        sha256: SHA-256 of the checkpoint.
     """
 
     tensors: dict[str, Tensor]
@@ -51,6 +53,7 @@ class Contents:
     results: dict[str, Any]
     family: str
     run_cfg: CfgNode
+    sha256: str
 
     def evaluate(self, weights: Path, options: Sequence[str] = ()) -> dict[str, Any]:
         """Evaluate a written weight file on the run's ``DATASETS.TEST``.
@@ -102,7 +105,8 @@ def contents_of(
     if half:
         tensors = {name: _in_half(name, tensor) for name, tensor in tensors.items()}
     results = _results(loaded.cfg, stored)
-    return Contents(tensors, cfg, metadata, results, loaded.family, loaded.cfg)
+    sha256 = file_sha256(local_weights(loaded.cfg.MODEL.WEIGHTS)[0])
+    return Contents(tensors, cfg, metadata, results, loaded.family, loaded.cfg, sha256)
 
 
 def _in_half(name: str, tensor: Tensor) -> Tensor:

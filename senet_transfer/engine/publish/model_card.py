@@ -107,10 +107,25 @@ class Card:
             for name in dict.fromkeys(name for texts in columns.values() for name in texts)
         )
         text = f"Evaluation data: {tested or 'unknown'}.\n\n{_table(('metric', *columns), rows)}"
-        for key in ("seed", "machine", "commit", "command"):
-            if said := dict.fromkeys(_escaped(run[key]) for run in self.runs if key in run):
-                text += f"\n\n{key.capitalize()} of the runs: {first_of(said)}."
-        return text
+        return "\n\n".join([text, *_provenance(contents, self.runs)])
+
+
+def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """Yield sentences about the runs of a config, from which one file is published."""
+    if not runs:
+        return
+    seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
+    yield f"Seeds of the runs: {seeds}. Command of the first: `{runs[0].get('command', 'unknown')}`"
+    for run in runs:
+        if run.get("weights_sha256") == contents.sha256:
+            yield f"This file was written from the checkpoint of the run with seed {run['seed']}."
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+        for run in runs
+        if isinstance(run.get("machine"), dict)
+    )
+    commits = dict.fromkeys(str(run.get("commit", "unknown")) for run in runs)
+    yield f"Machine: {first_of(map(_escaped, machines)) or 'unknown'}. Commit: {first_of(commits)}."
 
 
 def read_runs(folder: str | Path) -> list[dict[str, Any]]:

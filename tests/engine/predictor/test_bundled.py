@@ -145,8 +145,14 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
         (tmp_path / "val" / name).mkdir(parents=True)
         shutil.copy(photos / "a.jpg", tmp_path / "val" / name)
     for seed, error in ((2, 30.0), (10, 32.0)):
-        record = {"metrics": {"classification": {"top1_error": error}}, "seed": seed}
-        (tmp_path / f"seed{seed}.json").write_text(json.dumps({**record, "machine": "a GPU"}))
+        record = {
+            "metrics": {"classification/top1_error": error, "bbox/AP-cat": 1.0},
+            "seed": seed,
+            "machine": {"device": "a GPU", "cores": 2},
+            "command": f"senet train SEED {seed}",
+            "weights_sha256": file_sha256(classifier / "model_final.pth") if seed == 10 else "",
+        }
+        (tmp_path / f"seed{seed}.json").write_text(json.dumps(record))
     words = ["--evaluate", "--runs", str(tmp_path), "--opts", "DATASETS.TEST"]
     place = tmp_path / "pretrained"
     bundle(classifier, "senet_transfer/scenes", place, *words, f"('{tmp_path / 'val'}',)")
@@ -154,8 +160,10 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
     # The same image is in all classes, so exactly one of three predictions is right.
     assert "| metric | this file | all runs (2 seeds) |" in card
     assert "| classification/top1_error | 66.67 | 31.00 ± 1.41 |" in card
-    assert "Seed of the runs: 2, 10." in card
-    assert "Machine of the runs: a GPU." in card
+    assert "Seeds of the runs: 2, 10. Command of the first: `senet train SEED 2`" in card
+    assert "from the checkpoint of the run with seed 10." in card
+    assert "Machine: device a GPU, cores 2." in card
+    assert "AP-cat" not in card
     assert "| `SOLVER.BASE_LR` | `0.0005` |" in card
     with pytest.raises(UserError, match="contains no records"):
         bundle(classifier, "senet_transfer/scenes", place, "--runs", str(place))
