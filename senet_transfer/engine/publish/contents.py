@@ -174,7 +174,7 @@ def read_json(path: Path, remedy: str) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        UserError: If the file can't be read, with the remedy.
+        UserError: If the file can't be read. The message ends with ``remedy``.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

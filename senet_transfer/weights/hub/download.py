@@ -100,7 +100,7 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
 
 
 def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
-    """Raise UserError with a remedy if a file's SHA-256 does not begin with ``sha256``."""
+    """Raise UserError if a file's SHA-256 does not begin with ``sha256``, and say how to fix it."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
             f"{path} is damaged or not the expected file: its SHA-256 is {found}; expected "
