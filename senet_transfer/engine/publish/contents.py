@@ -133,6 +133,8 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
+        if key == "DATASETS.CLASSES":  # in Places365, for example, names such as /a/airfield
+            continue
         if isinstance(value, str) and _is_local(value):
             set_config_value(cfg, key, config_value(default, key))
         elif isinstance(value, list | tuple):  # such as DATASETS.TEST
@@ -141,8 +143,11 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     return cfg
 
 
-def _is_local(path: str) -> bool:
-    return os.path.isabs(os.path.expanduser(path))
+def _is_local(value: str) -> bool:
+    """Return whether a value is a path on this machine, not, for example, the name of a model."""
+    path = os.path.expanduser(value)
+    relative = path.startswith((f".{os.sep}", f"..{os.sep}"))
+    return os.path.isabs(path) or relative or (os.sep in path and os.path.exists(path))
 
 
 def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
