@@ -18,10 +18,14 @@ OUTSIDE = {
     "datasets/README.md": "data-sets.md",
     "configs/README.md": "configs.md",
     "tools/README.md": "tools.md",
+    "senet_transfer/pretrained/README.md": "pretrained.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
+# The model cards.
+for _card in sorted((ROOT / "senet_transfer" / "pretrained").glob("*.md")):
+    OUTSIDE.setdefault(f"senet_transfer/pretrained/{_card.name}", f"pretrained/{_card.name}")
 
 
 def relinked(markdown: str, document: str) -> str:

@@ -16,6 +16,8 @@ import yaml
 import senet_transfer
 from senet_transfer import UserError
 from senet_transfer.config.load import find_config, load_config
+from senet_transfer.engine.publish.bundle import bundle
+from tests.engine.predictor.conftest import CLASSES, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("senet", "senet-train", "senet-predict", "senet-eval-places365")
@@ -123,7 +125,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
     assert scripts == set(PROGRAMS)
     assert "senet_transfer/py.typed" in names
     for path in (ROOT / "senet_transfer").rglob("*"):
-        if path.suffix in (".py", ".yaml", ".html", ".css", ".js"):
+        if path.suffix in (".py", ".yaml", ".html", ".css", ".js", ".safetensors", ".md"):
             assert path.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
     assert not [name for name in names if "benchmark" in name]
@@ -156,6 +158,38 @@ def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
 def test_a_config_that_is_not_there_is_told_with_the_nearest_names():
     with pytest.raises(UserError, match="no config file faster_rcn_se_r50.*faster_rcnn_se_r50"):
         find_config("faster_rcn_se_r50")
+
+
+@pytest.mark.slow
+def test_weights_in_an_installed_wheel_load_by_name_without_network(source, tmp_path):
+    run = tmp_path / "run"
+    options = {"MODEL.CLASSIFIER.NUM_CLASSES": "3", "MODEL.DEVICE": "cpu"}
+    saved("configs/cifar10_se_resnet20.yaml", options, run)
+    copied = tmp_path / "source"
+    shutil.copytree(source, copied, symlinks=True)
+    pretrained = copied / "senet_transfer" / "pretrained"
+    bundle(run, "senet_transfer/scenes", pretrained, half=True)
+    with zipfile.ZipFile(build_wheel(copied, tmp_path)) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = """
+import socket
+
+def refuse(*_):
+    raise OSError("no network")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+import numpy, senet_transfer
+print(senet_transfer.__file__, senet_transfer.list_catalogue("senet_transfer/scenes"))
+found = senet_transfer.load("senet_transfer/scenes")(numpy.zeros((40, 50, 3), numpy.uint8))
+print(sorted(found.names))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "installed") in done.stdout
+    assert "['senet_transfer/scenes']" in done.stdout
+    assert str(CLASSES) in done.stdout
 
 
 @pytest.mark.slow

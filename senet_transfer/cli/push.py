@@ -6,9 +6,14 @@
 
 Any option for weights accepts the uploaded model as hf-hub:owner/name. The token is that of
 `hf auth login`, or the variable HF_TOKEN.
+
+In a clone of this project, --bundle adds a small model to the package instead:
+
+    senet push output/model_final.pth senet_transfer/my_network --bundle --half --evaluate
 """
 
 import argparse
+from pathlib import Path
 
 from senet_transfer.cli.arguments import run_command
 
@@ -36,21 +41,60 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="training data for the model card; can be repeated",
     )
+    add(
+        "--runs",
+        default="",
+        metavar="FOLDER",
+        help="records seed<N>.json of all runs of the same config, for the model card",
+    )
+    add("--half", action="store_true", help="store kernels and matrices in float16")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="evaluate the written file, and state its metrics on the model card",
+    )
     add("--folder", default="", help="write the files to this folder, and upload nothing")
+    add(
+        "--bundle",
+        action="store_true",
+        help="write the files to --folder or the folder of weights in this package, from which the "
+        "model is loaded as OWNER/NAME (the owner is senet_transfer), and upload nothing",
+    )
+    add(
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="config options for --evaluate, such as the data sets of this machine",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Upload the model, or write the files of the repository to a folder."""
+    """Upload the model, or write its files to a folder."""
+    from senet_transfer.engine.publish.bundle import bundle
+    from senet_transfer.engine.publish.model_card import read_runs
     from senet_transfer.engine.publish.push import push, write_repository
+    from senet_transfer.weights.hub.bundled import FOLDER
 
-    options = {"config_file": args.config_file, "licence": args.license, "data": args.data}
-    if args.folder:
+    options = {
+        "config_file": args.config_file,
+        "licence": args.license,
+        "data": args.data,
+        "runs": read_runs(args.runs) if args.runs else (),
+        "half": args.half,
+        "evaluate": args.evaluate,
+        "opts": args.opts,
+    }
+    if args.bundle:
+        path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
+        print(f"Wrote {path}. Load it with {args.repository}.")
+    elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")
-        return
-    address = push(args.model, args.repository, private=args.private, **options)
-    print(f"Uploaded to {address}. Load it with hf-hub:{args.repository}.")
+    else:
+        address = push(args.model, args.repository, private=args.private, **options)
+        print(f"Uploaded to {address}. Load it with hf-hub:{args.repository}.")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -108,7 +108,8 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
     metadata = {**metadata, OWN_HASH: tensors_sha256(tensors)}
     with written_whole(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(tensors, partial, {"format": "pt", OWN_METADATA: json.dumps(metadata)})
+            # With several entries, their order in the file is random.
+            save_file(tensors, partial, {OWN_METADATA: json.dumps(metadata)})
         else:
             with open(partial, "wb") as stream:  # open() reports why a file can't be written
                 torch.save({"model": tensors, OWN_METADATA: metadata}, stream)

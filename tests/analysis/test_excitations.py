@@ -2,11 +2,12 @@
 
 import csv
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -17,9 +18,11 @@ from senet_transfer.analysis.excitations.gates import gates_of
 from senet_transfer.analysis.excitations.prune import pruned_config, without_gates
 from senet_transfer.cli import evaluate
 from senet_transfer.cli.analysis import gates
+from senet_transfer.config.load import load_config
 from senet_transfer.data.cifar.in_memory import save_images, split_file
 from senet_transfer.data.cifar.open import decode_all
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.detection.crops import CocoImages
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import find_model, model_config
 
@@ -282,7 +285,8 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--channels", "0"), "--channels is 0"),
         (("--images-per-class", "0"), "images_per_class is 0"),
         (("--prune-stage", "5"), "have no gates"),
-        (("--images", "somewhere"), "--images requires a JSON"),
+        (("--images", "somewhere"), "--images requires annotations"),
+        (("--group-by", "size"), "--group-by requires annotations"),
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )
@@ -296,33 +300,85 @@ def test_a_json_needs_its_images():
         open_labelled("annotations.json")
 
 
-@pytest.mark.long
-def test_a_detectors_gates_are_captured_on_crops(tmp_path):
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """Write a detector, and four images with objects of two classes and several sizes."""
+    folder = tmp_path_factory.mktemp("detector")
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
-    save_weights(build_model(cfg), tmp_path / "model.pth")
-    (tmp_path / "config.yaml").write_text(cfg.dump())
+    save_weights(build_model(cfg), folder / "model.pth")
+    cfg.DATASETS.CLASSES = ["left", "right"]
+    (folder / "config.yaml").write_text(cfg.dump())
     random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 255, (60, 80, 3)).astype(np.uint8)).save(
-        tmp_path / "image.png"
-    )
-    boxes = [[0, 0, 30, 30], [20, 20, 40, 20], [40, 0, 20, 50]]
+    # Side and class of each object. The last image has no majority.
+    objects = ([(30, 1), (31, 1), (40, 2)], [(20, 1)], [(96, 2), (97, 2)], [(20, 1), (50, 2)])
     content = {
-        "images": [{"id": 1, "file_name": "image.png", "width": 80, "height": 60}],
+        "images": [
+            {"id": index, "file_name": f"{index}.png", "width": 120, "height": 100 + index}
+            for index in range(len(objects))
+        ],
         "categories": [{"id": 1, "name": "left"}, {"id": 2, "name": "right"}],
         "annotations": [
-            {"id": i, "image_id": 1, "bbox": box, "category_id": 1 + i // 2, "iscrowd": 0,
-             "area": math.prod(box[2:])}
-            for i, box in enumerate(boxes)
+            {"image_id": index, "bbox": [0, 0, side, side], "category_id": category,
+             "iscrowd": 0, "area": side**2}
+            for index, found in enumerate(objects) for side, category in found
         ],
     }  # fmt: skip
-    (tmp_path / "objects.json").write_text(json.dumps(content))
-    words = ["--weights", str(tmp_path / "model.pth"), "--data", str(tmp_path / "objects.json")]
-    words += ["--images", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "0"]
-    gates.main(gates.parser().parse_args([*words, "--quiet"]))
-    with open(tmp_path / "out" / "blocks.csv") as file:
+    for number, item in enumerate(content["annotations"]):
+        item["id"] = number
+    for image in content["images"]:
+        pixels = random.integers(0, 255, (image["height"], image["width"], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / image["file_name"])
+    (folder / "objects.json").write_text(json.dumps(content))
+    return folder
+
+
+def analyse(detector, output, *more: str) -> None:
+    words = ["--weights", str(detector / "model.pth"), "--data", str(detector / "objects.json")]
+    words += ["--images", str(detector), "--output", str(output), "--workers", "0", "--quiet"]
+    gates.main(gates.parser().parse_args([*words, *more]))
+
+
+@pytest.mark.long
+def test_a_detectors_gates_are_captured_on_crops(detector, tmp_path, no_figures):
+    analyse(detector, tmp_path)
+    with open(tmp_path / "blocks.csv") as file:
         assert len(list(csv.DictReader(file))) == 8
-    model = find_model(weights=str(tmp_path / "model.pth")).build().model
+    cfg = load_config(str(detector / "config.yaml"))
+    model = find_model(weights=str(detector / "model.pth")).build().model
     with pytest.raises(UserError, match="Gates can only be removed from a classifier"):
         pruned_config(cfg, model, [5])
     assert backbone_of(model) is model.backbone.bottom_up
+
+
+@pytest.mark.long
+def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_images(
+    detector, tmp_path, no_figures, capsys
+):
+    analyse(detector, tmp_path, "--group-by", "size")
+    said = capsys.readouterr().out
+    assert "3 images of 2 groups" in said
+    assert "1 images without a size of most objects are left out" in said
+    with open(tmp_path / "gates.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["block"] == "SE_4_1"]
+    cfg = load_config(str(detector / "config.yaml"))
+    model = find_model(weights=str(detector / "model.pth")).build().model
+    expected = []
+    layer = model.backbone.bottom_up.res4[0].se
+    layer.register_forward_hook(lambda m, x, _: expected.append(m.gate(x[0]).flatten()))
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    for name in "012":
+        pixels = read_image(str(detector / f"{name}.png"), cfg.INPUT.FORMAT)
+        pixels = resize.get_transform(pixels).apply_image(pixels)
+        with torch.no_grad():
+            model([{"image": torch.as_tensor(pixels.transpose(2, 0, 1).copy())}])
+    found = {g: [float(r["mean"]) for r in rows if r["class"] == g] for g in ("small", "large")}
+    # Two of three objects are small in image 0, whose sides are below 32 pixels.
+    small = (expected[0] + expected[1]) / 2
+    np.testing.assert_allclose(found["small"], small, atol=2e-6)
+    np.testing.assert_allclose(found["large"], expected[2], atol=2e-6)
+    by_class = CocoImages(str(detector / "objects.json"), str(detector), by="class")
+    assert by_class.labels().tolist() == [0, 0, 1]
+    assert by_class.left_out == 1
+    with pytest.raises(UserError, match="Remove --group-by or --prune-stage"):
+        analyse(detector, tmp_path, "--group-by", "class", "--prune-stage", "5")

@@ -108,7 +108,9 @@ def _short_recipe(words: list[str]) -> list[str]:
 def _published(words: list[str]) -> list[str]:
     return [
         f"published/{load_catalogue()[word].file}"
-        if word in load_catalogue() and load_catalogue()[word].sha256
+        if word in load_catalogue()
+        and load_catalogue()[word].sha256
+        and not load_catalogue()[word].folder
         else word
         for word in words
     ]

@@ -1,7 +1,7 @@
 """Analysis of a network's SE gates on labelled images, with figures and tables."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from senet_transfer.analysis.excitations.collect import (
     Excitations,
@@ -17,16 +17,27 @@ from senet_transfer.analysis.excitations.prune import (
     save_pruned,
 )
 from senet_transfer.analysis.excitations.tables import write_csv
+from senet_transfer.config import is_classification
 from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.cifar.in_memory import load_images
 from senet_transfer.data.cifar.open import ArrayDataset, is_prepared
 from senet_transfer.data.classification.open import open_dataset
-from senet_transfer.data.detection.crops import CocoCrops
+from senet_transfer.data.detection.crops import CocoCrops, CocoImages
+from senet_transfer.data.detection.formats.source import (
+    default_image_folder,
+    find_source,
+    split_path,
+)
 from senet_transfer.data.images.decode import UPRIGHT, Reading
 from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.engine.model_from import LoadedModel
+from senet_transfer.engine.predictor.predictor import (
+    ClassifierPredictor,
+    DetectorPredictor,
+    Predictor,
+)
 from senet_transfer.errors import UserError
 
 
@@ -48,27 +59,35 @@ class GateAnalysis:
     pruned_file: str = ""
 
 
-def open_labelled(data: str, images: str = "", reading: Reading = UPRIGHT) -> ClassificationDataset:
+def open_labelled(
+    data: str, images: str = "", group_by: str = "", reading: Reading = UPRIGHT
+) -> ClassificationDataset:
     """Open a labelled data set of any supported kind.
 
     Args:
         data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a
-            prepared CIFAR split (its path, or a name such as "cifar10_test"), or a JSON file in
-            COCO format.
-        images: The image folder for a JSON file.
-        reading: Settings for reading these images.
+            prepared CIFAR split (its path, or a name such as "cifar10_test"), or annotations of
+            objects in COCO's or another format, such as "bccd:test".
+        images: The image folder of annotations. Required for a JSON file in COCO format.
+        group_by: "class" or "size" for whole images, grouped by most of their objects. If empty,
+            the objects are cropped and grouped by class.
+        reading: Settings for reading the images with objects.
 
     Raises:
         UserError: If the data is missing or corrupted.
     """
-    if data.endswith(".json") and os.path.basename(data) != "manifest.json":
-        if not images:
-            raise UserError(f"{data} is a JSON file. Give its image folder with --images.")
+    is_json = data.endswith(".json") and os.path.basename(data) != "manifest.json"
+    if is_json and not images:
+        raise UserError(f"{data} is a JSON file. Give its image folder with --images.")
+    if is_json or find_source(split_path(data)[0]):
+        images = images or default_image_folder(data)
+        if group_by:
+            return CocoImages(data, images, by=group_by)
         return CocoCrops(data, images, reading=reading)
-    if images:
+    if images or group_by:
         raise UserError(
-            f"--images requires a JSON file in COCO format as --data, but --data is {data}. "
-            "Remove --images."
+            f"{'--images' if images else '--group-by'} requires annotations of objects as --data, "
+            f"such as a JSON file in COCO format, but --data is {data}. Remove this option."
         )
     path = find_dataset(data)
     if is_prepared(path):
@@ -120,13 +139,19 @@ def analyze_gates(
         raise UserError(f"The output folder {output} can't be created: {error}.") from error
     gates_of(backbone_of(loaded.model))
     # Reject invalid options before starting the long computation.
+    whole = isinstance(dataset, CocoImages)
+    if whole and prune_stages:
+        raise UserError(
+            "--prune-stage evaluates a classifier, which groups of images don't allow. Remove "
+            "--group-by or --prune-stage."
+        )
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
     found = collect_excitations(
         loaded.model,
         dataset,
-        transform,
+        _predictor(loaded) if whole else transform,
         images_per_class=images_per_class,
         classes=classes,
         num_classes=num_classes,
@@ -143,6 +168,16 @@ def analyze_gates(
     pruned.DATASETS.CLASSES = dataset.classes
     path = save_pruned(pruned, rows, os.path.join(output, "pruned"))
     return GateAnalysis(found, files, rows, path)
+
+
+def _predictor(loaded: LoadedModel) -> Predictor:
+    """Return the predictor of a model, without test-time augmentation."""
+    if is_classification(loaded.cfg):
+        return ClassifierPredictor.of(loaded)
+    cfg = loaded.cfg.clone()
+    cfg.defrost()
+    cfg.TEST.AUG.ENABLED = False
+    return DetectorPredictor.of(replace(loaded, cfg=cfg))
 
 
 def _transform(loaded: LoadedModel) -> EvalTransform:

@@ -14,6 +14,7 @@ from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.classification.loader import Batch, build_classification_eval_loader
 from senet_transfer.data.classification.subsets import ClassSample, draw
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.engine.predictor.predictor import Predictor
 from senet_transfer.errors import UserError
 from senet_transfer.models.image_classifier import ImageClassifier
 from senet_transfer.preprocessing import normalise
@@ -82,7 +83,7 @@ def choose_classes(
 def collect_excitations(
     model: nn.Module,
     dataset: ClassificationDataset,
-    transform: EvalTransform,
+    transform: EvalTransform | Predictor,
     *,
     images_per_class: int = 50,
     classes: list[str] | None = None,
@@ -99,7 +100,8 @@ def collect_excitations(
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
         dataset: Labelled images.
-        transform: The evaluation transform, which resizes and crops the images.
+        transform: The evaluation transform, which resizes and crops the images, or the model's
+            predictor, which reads the samples' paths and processes whole images one by one.
         images_per_class: The maximum number of images per class. It is 50 in the paper.
         classes: The names of the classes to plot. If None, ``num_classes`` classes are selected at
             random.
@@ -121,11 +123,15 @@ def collect_excitations(
     sample = ClassSample(dataset, images_per_class, seed=seed)
     drawn = choose_classes(sample, classes, num_classes, seed=seed)
     blocks = {name: GateStatistics(sample.counts, list(drawn)) for name in gates}
-    loader = build_classification_eval_loader(
-        sample, batch_size=batch_size, transform=transform, num_workers=workers
-    )
+    if isinstance(transform, Predictor):
+        batches = _whole_images(transform, gates, sample)
+    else:
+        loader = build_classification_eval_loader(
+            sample, batch_size=batch_size, transform=transform, num_workers=workers
+        )
+        batches = _batches(model, gates, loader)
     with progress(total=len(sample), unit="image", quiet=quiet) as bar:
-        for labels, values in _batches(model, gates, loader):
+        for labels, values in batches:
             _add(blocks, labels, values)
             bar.update(len(labels))
     return Excitations(blocks, drawn, len(sample), int(np.count_nonzero(sample.counts)))
@@ -144,3 +150,13 @@ def _batches(
         for batch in loader:
             backbone_of(model)(backbone_input(model, batch["image"]))
             yield batch["label"].numpy(), values
+
+
+def _whole_images(
+    predictor: Predictor, gates: dict[str, nn.Module], sample: ClassSample
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """Yield the same as :func:`_batches` for each image, as the predictor processes it."""
+    with capture_gates(gates) as values:
+        for index, label in enumerate(sample.labels()):
+            predictor(sample.read_sample(index).path)
+            yield np.array([label]), values

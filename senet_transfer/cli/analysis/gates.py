@@ -6,12 +6,16 @@
         --data imagenet/val --classes goldfish pug airliner cliff --output output/gates
     senet gates --weights output/model_final.pth \\
         --data annotations.json --images images/ --output output/gates
+    senet gates --weights output/model_final.pth \\
+        --data annotations.json --images images/ --group-by size --output output/size_gates
 
---data can be an image folder with one folder per class, shards, Places365 or, with --images, a JSON
-file in COCO format, whose objects are cropped. By default, 50 images of each class are used. The
-output folder contains one figure per block (blocks/), the blocks shown in the paper (figure6.png),
-an overview of all blocks (blocks.png), and the values (gates.csv, blocks.csv). One line per block
-is printed, with these columns:
+--data can be an image folder with one folder per class, shards, Places365 or annotations, such as a
+JSON file in COCO format with --images, whose objects are cropped. With --group-by, the images are
+not cropped, but processed as by the detector, and grouped by the class or size of most of their
+objects, because a gate has one value per image, not per object. By default, 50 images of each class
+or group are used. The output folder contains one figure per block (blocks/), the blocks shown in
+the paper (figure6.png), an overview of all blocks (blocks.png), and the values (gates.csv,
+blocks.csv). One line per block is printed, with these columns:
 
     mean      mean gate value
     > 0.95    fraction of open gates
@@ -38,7 +42,14 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="", help="model name, unless a config or the weights specify it")
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--data", required=True, help="labelled images")
-    add("--images", default="", help="image folder, if --data is a JSON file in COCO format")
+    add("--images", default="", help="image folder of annotations")
+    add(
+        "--group-by",
+        choices=("class", "size"),
+        default="",
+        help="use the whole images of annotations, grouped by the class or size (small, medium, "
+        "large) of more than half of their objects; other images are left out",
+    )
     add("--output", required=True, help="output folder for figures and tables")
     add("--classes", nargs="+", help="classes to plot; default: a random selection")
     add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
@@ -68,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     # The boxes in a JSON file are those of the upright image, also for a classifier.
     options = model.cfg.INPUT
     reading = Reading(tuple(options.VALUE_RANGE), upright=options.EXIF != "ignore")
-    dataset = open_labelled(args.data, args.images, reading)
+    dataset = open_labelled(args.data, args.images, args.group_by, reading)
     found = analyze_gates(
         model.build(args.device),
         dataset,
@@ -84,7 +95,10 @@ def main(args: argparse.Namespace) -> None:
         quiet=args.quiet,
     )
     excitations = found.excitations
-    print(f"{excitations.images} images of {excitations.classes} classes from {dataset.origin}")
+    kind = "groups" if args.group_by else "classes"
+    print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
+    if left_out := getattr(dataset, "left_out", 0):
+        print(f"{left_out} images without a {args.group_by} of most objects are left out")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -1,7 +1,8 @@
-"""Labelled crops of the objects in a data set in COCO format."""
+"""Labelled crops of the objects in a data set in COCO format, and labelled whole images."""
 
 import math
 import os
+from collections import Counter, defaultdict
 
 import numpy as np
 from PIL import Image
@@ -72,6 +73,67 @@ class CocoCrops(SingleImages):
             ) from error
         cut = image.crop(square_around(box, image.width, image.height))
         return RawSample(f"object_{index:09d}", label, encode_exact(cut), path)
+
+
+# Upper limits of the areas of COCO's metrics, in pixels.
+SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
+
+
+class CocoImages(SingleImages):
+    """Data set of the images in an annotation file, labelled with a property of their objects.
+
+    The label of an image is the class or size of more than half of its objects. Images without
+    such a majority are left out. Crowds don't count. Samples contain no data, only the path.
+
+    Attributes:
+        left_out: Number of images that were left out.
+    """
+
+    def __init__(self, json_file: str, image_dir: str, *, by: str):
+        """
+        Args:
+            json_file: Annotation file in COCO's instances format.
+            image_dir: Folder with its images.
+            by: "class", or "size" for COCO's small, medium and large objects, whose areas are
+                divided by 32² and 96² pixels of the image.
+
+        Raises:
+            UserError: If the annotation file is invalid or no image has a majority.
+        """
+        summary = read_coco_summary(json_file, image_dir)
+        content = read_annotations(json_file, image_dir)
+        votes: dict[int, Counter[int]] = defaultdict(Counter)
+        for item in content["annotations"]:
+            if not item.get("iscrowd"):
+                label = _size(item) if by == "size" else summary.id_map[item["category_id"]]
+                votes[item["image_id"]][label] += 1
+        self.images = []
+        for image in content["images"]:
+            (label, count), *_ = votes[image["id"]].most_common(1) or [(0, 0)]
+            if 2 * count > votes[image["id"]].total():
+                name = summary.renamed.get(image["file_name"], image["file_name"])
+                self.images.append((os.path.join(image_dir, name), label))
+        self.left_out = len(content["images"]) - len(self.images)
+        if not self.images:
+            raise UserError(
+                f"{json_file} contains no image of which more than half of the objects have the "
+                f"same {by}. Use a different file, or group objects instead of images."
+            )
+        classes = list(SIZES) if by == "size" else summary.classes
+        super().__init__(classes, len(self.images), json_file)
+
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.images], np.int64)
+
+    def read_sample(self, index: int) -> RawSample:
+        path, label = self.images[index]
+        return RawSample(f"image_{index:09d}", label, b"", path)
+
+
+def _size(item: dict) -> int:
+    """Return the index in ``SIZES`` of an annotation's size."""
+    area = item.get("area") or item["bbox"][2] * item["bbox"][3]
+    return next(index for index, limit in enumerate(SIZES.values()) if area < limit)
 
 
 def square_around(

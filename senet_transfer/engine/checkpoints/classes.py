@@ -12,6 +12,8 @@ from senet_transfer.data import build
 from senet_transfer.data.detection.dataset_checks import category_ids, use_class_order
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import differences, first_of
+from senet_transfer.weights.hub.bundled import bundled_config
+from senet_transfer.weights.hub.catalogue import names_published
 from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 from senet_transfer.weights.mapping.source import Source
 
@@ -21,8 +23,11 @@ logger = logging.getLogger(__name__)
 def config_next_to(weights: str) -> str:
     """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none.
 
-    The files of a repository of the Hugging Face Hub are downloaded.
+    The files of a repository of the Hugging Face Hub are downloaded. Weights in this package have
+    a config too.
     """
+    if names_published(weights):
+        return bundled_config(weights)
     if is_hub_name(weights):
         weights = str(hub_weights(weights))
     path = os.path.join(os.path.dirname(weights), "config.yaml")

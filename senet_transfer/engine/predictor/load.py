@@ -48,7 +48,8 @@ def load(
     Args:
         source: The output folder of a run (its best model is loaded, otherwise its final model), a
             checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
-            published name such as "cadene/se_resnet50", or "timm/NAME" for weights that only timm
+            published name such as "cadene/se_resnet50" (names that start with "senet_transfer/" are
+            weights in this package), or "timm/NAME" for weights that only timm
             provides, a repository of the Hugging Face Hub such as "hf-hub:owner/name", the name of
             a detector in Detectron2's model zoo such as
             "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by ``senet export`` (.onnx,
@@ -139,7 +140,7 @@ def load_trained(
 
 def _find(name: str, config_file: str) -> tuple[str, str]:
     """Return the config file and the weights of a model; either may be empty."""
-    if is_hub_name(name):
+    if is_hub_name(name) or names_published(name):
         return config_file or config_next_to(name), name
     if is_zoo_name(name):
         zoo_config, zoo_weights = zoo_model(name)

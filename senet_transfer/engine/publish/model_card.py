@@ -1,7 +1,12 @@
-"""Model cards: the README.md of a model on the Hugging Face Hub."""
+"""Model cards: descriptions of published models in Markdown."""
 
 import html
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -9,64 +14,152 @@ from detectron2.config import CfgNode
 from senet_transfer import __version__
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import OBJECTS, predicts
-from senet_transfer.engine.results import metric_texts
+from senet_transfer.engine.publish.contents import Contents, changed_items, read_json
+from senet_transfer.engine.results import metric_texts, metrics
+from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of, shown
-from senet_transfer.weights.hub.repositories import PREFIX
 
 _CLASSES = 100
+_LIMITS = {
+    "classes": "The model assigns every image to one of the classes below, even if it shows none "
+    "of them. Its probabilities are not calibrated. Expect more errors for images that differ from "
+    "the training data.",
+    "objects": "The model only finds objects of the classes below. Its scores are not calibrated. "
+    "Expect more errors for images that differ from the training data.",
+}
 
 
-def model_card(
-    name: str,
-    cfg: CfgNode,
-    metadata: dict[str, Any],
-    results: dict[str, Any],
-    *,
-    family: str,
-    licence: str = "",
-    data: Sequence[str] = (),
-) -> str:
-    """Return the text of a model card. It contains nothing that these arguments do not state.
+@dataclass(frozen=True)
+class Card:
+    """Statements on a model card that the model itself does not contain.
 
-    Args:
-        name: The name of the repository, "owner/name".
-        cfg: The model's config.
-        metadata: The model's metadata; see :func:`senet_transfer.weights.save.model_metadata`.
-        results: The results of the model's evaluation, as in ``results.json``; may be empty.
-        family: The family of the model's weight file, one of ``FAMILIES``.
-        licence: The licence of the weights; empty if it is not stated.
-        data: The names of the training data; empty if they are not stated.
+    Attributes:
+        name: Name by which the model is loaded, such as "hf-hub:owner/name".
+        licence: Licence of the weights; empty if it is not stated.
+        data: Names of the training data; empty if they are not stated.
+        use: Intended use; empty if it is not stated.
+        runs: Records of all runs of the same config, one per seed; see :func:`read_runs`.
+        evaluate: If True, the file is evaluated on the run's ``DATASETS.TEST``.
+        opts: Config options for the evaluation, such as the data sets of this machine.
     """
-    from huggingface_hub import ModelCardData
 
-    header = ModelCardData(
-        library_name="senet_transfer",
-        license=licence or None,
-        datasets=list(data) or None,
-        pipeline_tag=_task(cfg),
-        tags=["senet_transfer", "detectron2", "pytorch"],
-    )
-    evaluation = {key: value for key, value in results.items() if key != "training"}
-    parts = [
-        f"---\n{header.to_yaml()}\n---\n\n# {name.partition('/')[2]}",
-        f"This model card was written by `senet push` (senet_transfer {__version__}).",
-        _table(("property", "value"), _properties(cfg, metadata, family, data)),
-        "## Use",
-        "```python\nimport senet_transfer\n\n"
-        f'predictor = senet_transfer.load("{PREFIX}{name}")\nprint(predictor("photo.jpg"))\n```',
-        f"```sh\nsenet predict --weights {PREFIX}{name} --input photo.jpg\n```",
-    ]
-    if rows := list(metric_texts(evaluation).items()):
-        tested = first_of((_escaped(data) for data in cfg.DATASETS.TEST), 4)
-        parts += [
-            "## Results",
-            f"Evaluation data: {tested or 'unknown'}.",
-            _table(("metric", "value"), rows),
+    name: str
+    licence: str = ""
+    data: Sequence[str] = ()
+    use: str = ""
+    runs: Sequence[dict[str, Any]] = ()
+    evaluate: bool = False
+    opts: Sequence[str] = ()
+
+    def of_file(self, contents: Contents, weights: Path) -> str:
+        """Return the card of a weight file in Markdown, which states nothing that is not known."""
+        from huggingface_hub import ModelCardData
+
+        cfg = contents.cfg
+        evaluated = contents.evaluate(weights, self.opts) if self.evaluate else {}
+        header = ModelCardData(
+            library_name="senet_transfer",
+            license=self.licence or None,
+            datasets=list(self.data) or None,
+            pipeline_tag=_task(cfg),
+            tags=["senet_transfer", "detectron2", "pytorch"],
+        )
+        recipe = [
+            (f"`{key}`", f"`{value}`")
+            for key, value in changed_items(cfg).items()
+            if key.startswith(("SOLVER.", "INPUT.", "MODEL.SE.", "SEED"))
         ]
-    if classes := [*cfg.DATASETS.CLASSES, *_stuff(cfg)]:
-        parts += ["## Classes", f"{first_of(map(_escaped, classes), _CLASSES)}."]
-    return "\n\n".join(parts) + "\n"
+        limits = _LIMITS["classes" if is_classification(cfg) else "objects"]
+        sections = {
+            "Use": "```python\nimport senet_transfer\n\n"
+            f'predictor = senet_transfer.load("{self.name}")\nprint(predictor("photo.jpg"))\n```'
+            f"\n\n```sh\nsenet predict --weights {self.name} --input photo.jpg\n```",
+            "Intended use and limits": f"{self.use} {limits}".strip(),
+            "Training": _table(("config key", "value"), recipe),
+            "Results": self._results(contents, evaluated),
+            "File": _table(("property", "value"), _file_rows(contents, weights)),
+            "Classes": first_of(map(_escaped, [*cfg.DATASETS.CLASSES, *_stuff(cfg)]), _CLASSES),
+        }
+        parts = [
+            f"---\n{header.to_yaml()}\n---\n\n# {self.name.rpartition('/')[2]}",
+            f"This model card was written by `senet push` (senet_transfer {__version__}).",
+            _table(("property", "value"), _properties(contents, self.data)),
+            *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _results(self, contents: Contents, evaluated: dict[str, Any]) -> str:
+        """Return the metrics of the file, of its run and of the runs with all seeds."""
+        run = {key: value for key, value in contents.results.items() if key != "training"}
+        columns = {
+            "this file": _texts(evaluated),
+            "during training": _texts(run),
+            f"all runs ({len(self.runs)} seeds)": _over_runs(self.runs),
+        }
+        columns = {title: texts for title, texts in columns.items() if texts}
+        if not columns:
+            return ""
+        tested = first_of((_escaped(data) for data in contents.cfg.DATASETS.TEST), 4)
+        rows = (
+            (name, *(texts.get(name, "-") for texts in columns.values()))
+            for name in dict.fromkeys(name for texts in columns.values() for name in texts)
+        )
+        text = f"Evaluation data: {tested or 'unknown'}.\n\n{_table(('metric', *columns), rows)}"
+        return "\n\n".join([text, *_provenance(contents, self.runs)])
+
+
+def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """Yield sentences about the runs of a config, from which one file is published."""
+    if not runs:
+        return
+    seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
+    yield f"Seeds of the runs: {seeds}. Command of the first: `{runs[0].get('command', 'unknown')}`"
+    for run in runs:
+        if run.get("weights_sha256") == contents.sha256:
+            yield f"This file was written from the checkpoint of the run with seed {run['seed']}."
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+        for run in runs
+        if isinstance(run.get("machine"), dict)
+    )
+    commits = dict.fromkeys(str(run.get("commit", "unknown")) for run in runs)
+    yield f"Machine: {first_of(map(_escaped, machines)) or 'unknown'}. Commit: {first_of(commits)}."
+
+
+def read_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the records ``seed<N>.json`` of the runs of one config, in the order of their seeds.
+
+    Raises:
+        UserError: If there are none, or a file is invalid.
+    """
+    files = sorted(Path(folder).glob("seed*.json"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise UserError(f"{folder} contains no records seed<N>.json of runs. Check the path.")
+    records = [read_json(path, "Write the record of this run again.") for path in files]
+    for path, record in zip(files, records, strict=True):
+        if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+            raise UserError(f"{path} has no metrics; expected a dictionary with this key.")
+    return records
+
+
+def _over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the mean and the standard deviation of each metric that all runs have."""
+    found = [metrics(run["metrics"]) for run in runs]
+    names = _texts(runs[0]["metrics"]) if runs else {}
+    return {
+        name: f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+        for name in names
+        if len(values := [one[name] for one in found if name in one]) == len(found)
+    }
+
+
+def _texts(results: dict[str, Any]) -> dict[str, str]:
+    """Return metrics as text by name, without those of single classes and numbers of images."""
+    names = (name for name in metric_texts(results) if not name.endswith("/images"))
+    found = metrics(results)
+    return {name: "-" if math.isnan(found[name]) else f"{found[name]:.2f}" for name in names}
 
 
 def _task(cfg: CfgNode) -> str:
@@ -80,15 +173,14 @@ def _task(cfg: CfgNode) -> str:
     return "image-segmentation"
 
 
-def _properties(
-    cfg: CfgNode, metadata: dict[str, Any], family: str, data: Sequence[str]
-) -> Iterable[tuple[str, str]]:
+def _properties(contents: Contents, data: Sequence[str]) -> Iterable[tuple[str, str]]:
+    cfg, metadata = contents.cfg, contents.metadata
     image = metadata["preprocessing"]
     yield "model", f"{cfg.MODEL.META_ARCHITECTURE} with the backbone {backbone_name(cfg)}"
     if data:
         yield "training data", first_of(map(_escaped, data))
     if origin := metadata["source"]:
-        label = "initial weights" if family == "senet_transfer" else "converted from"
+        label = "initial weights" if contents.family == "senet_transfer" else "converted from"
         yield label, f"{_escaped(origin['file'])} (family {_escaped(origin['family'])})"
     mean, std = (", ".join(f"{value:g}" for value in image[key]) for key in ("mean", "std"))
     yield "input", f"{image['format']}, mean {mean}, std {std} (pixels from 0 to 255)"
@@ -102,15 +194,24 @@ def _properties(
         yield "resize", limits
 
 
+def _file_rows(contents: Contents, weights: Path) -> Iterable[tuple[str, str]]:
+    kinds = Counter(str(t.dtype).removeprefix("torch.") for t in contents.tensors.values())
+    yield "size", f"{weights.stat().st_size:,} bytes"
+    yield "tensors", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    yield "SHA-256", f"`{file_sha256(weights)}`"
+
+
 def _stuff(cfg: CfgNode) -> list[str]:
     return [name for name in cfg.DATASETS.STUFF_CLASSES if name not in cfg.DATASETS.CLASSES]
 
 
-def _table(header: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"| {one} | {two} |" for one, two in (header, ("---", "---"), *rows))
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, or "" if it has no rows."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _escaped(text: str) -> str:
+def _escaped(text: object) -> str:
     """Escape a name for Markdown, in which it has no effect on the layout."""
     words = html.escape(shown(text, 200), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in words)

@@ -1,4 +1,7 @@
-"""Catalogue of published weights, such as ``cadene/se_resnet50``, downloaded on first use."""
+"""Catalogue of published weights, such as ``cadene/se_resnet50``.
+
+They are downloaded on first use, except for those in this package.
+"""
 
 import difflib
 import fnmatch
@@ -16,6 +19,13 @@ import yaml
 
 from senet_transfer.errors import UserError
 from senet_transfer.utils.hashing import file_sha256
+from senet_transfer.utils.text import first_of
+from senet_transfer.weights.hub.bundled import (
+    PUBLISHER,
+    bundled_files,
+    is_bundled_name,
+    stated_metadata,
+)
 from senet_transfer.weights.hub.download import check_sha256, fetch
 from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 from senet_transfer.weights.hub.timm_networks import fetch_timm, timm_publishes
@@ -36,8 +46,9 @@ class Entry:
 
     Attributes:
         name: Name that users type.
-        url: URL of the file, or of a page that links to it if it must be downloaded by hand.
-        file: File name in the cache.
+        url: URL of the file, or of a page that links to it if it must be downloaded by hand. Empty
+            for a file in this package.
+        file: File name in the cache, or in the folder.
         sha256: First digits of the SHA-256 given by the publisher, or None if there is no hash. In
             that case, the file can't be verified.
         family: Weight family, one of ``FAMILIES``.
@@ -47,6 +58,7 @@ class Entry:
         by_hand: Whether the file must be downloaded by hand.
         view: Fields of :class:`Preprocessing` that differ from the family's: resize, crop or
             interpolation, as the publisher states them for this file.
+        folder: Folder of a file in this package; None for a file in the cache.
     """
 
     name: str
@@ -59,6 +71,7 @@ class Entry:
     note: str = ""
     by_hand: bool = False
     view: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def verified(self) -> bool:
@@ -67,15 +80,33 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Return the file's path in torch.hub's cache, which is shared by many projects."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.file
+        """Return the file's path in this package or torch.hub's cache, shared by many projects."""
+        return (self.folder or Path(torch.hub.get_dir(), "checkpoints")) / self.file
 
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Entry]:
     """Return all published weights by name. ``catalogue.yaml`` is read only once."""
     text = (package_files(__package__) / "catalogue.yaml").read_text(encoding="utf-8")
-    return {entry.name: entry for group in yaml.safe_load(text) for entry in _entries(**group)}
+    listed = (entry for group in yaml.safe_load(text) for entry in _entries(**group))
+    return {entry.name: entry for entry in (*_bundled_entries(), *listed)}
+
+
+def _bundled_entries() -> Iterator[Entry]:
+    """Yield the entries of the files in this package. They are verified when they are used."""
+    for name, (path, sha256) in bundled_files().items():
+        stated = stated_metadata(path)
+        yield Entry(
+            name=f"{PUBLISHER}/{name}",
+            url="",
+            file=path.name,
+            sha256=sha256,
+            family="senet_transfer",
+            model=stated.get("model") or "",
+            licence=stated.get("licence", ""),
+            note="in this package",
+            folder=path.parent,
+        )
 
 
 def _entries(
@@ -128,6 +159,12 @@ def catalogue_entry(name: str) -> Entry:
     """
     catalogue = load_catalogue()
     if name not in catalogue:
+        if is_bundled_name(name):
+            known = first_of(list_catalogue(f"{PUBLISHER}/*")) or "none"
+            raise UserError(
+                f"{name} is neither an existing file nor the name of weights in this package. The "
+                f"package contains: {known}."
+            )
         near = nearest_names(name)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
@@ -151,6 +188,8 @@ def names_published(weights: str | Path) -> bool:
     """
     if isinstance(weights, Path) or os.path.exists(weights):
         return False
+    if is_bundled_name(weights):
+        return True
     publisher, slash, _ = weights.partition("/")
     return bool(slash) and any(name.startswith(f"{publisher}/") for name in load_catalogue())
 
@@ -167,6 +206,8 @@ def only_in_timm(name: str) -> bool:
 def resolve(name: str) -> Path:
     """Return the path of published weights, after downloading them to torch.hub's cache if needed.
 
+    Files in this package are not downloaded, but verified in the same way.
+
     Raises:
         UserError: If the name is unknown, the file must be downloaded by hand, the download fails,
             or the cached file has a different hash. The message includes the URL and the path.
@@ -182,14 +223,15 @@ def resolve(name: str) -> Path:
             )
         return fetch(entry.url, path, entry.sha256, hint=hint)
     stat = path.stat()
-    _check_once(path, stat.st_size, stat.st_mtime_ns, entry.sha256)
+    remedy = "Reinstall senet_transfer." if entry.folder else ""
+    _check_once(path, stat.st_size, stat.st_mtime_ns, entry.sha256, remedy)
     return path
 
 
 @lru_cache(maxsize=64)
-def _check_once(path: Path, size: int, modified: int, sha256: str | None) -> None:
+def _check_once(path: Path, size: int, modified: int, sha256: str | None, remedy: str) -> None:
     """Verify a file once per process, and again only if its size or modification time changes."""
-    check_sha256(path, sha256)
+    check_sha256(path, sha256, remedy)
 
 
 def published_entries(path: str | Path) -> list[Entry]:

@@ -99,12 +99,12 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
     return path
 
 
-def check_sha256(path: Path, sha256: str | None) -> None:
-    """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
+def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
+    """Raise UserError if a file's SHA-256 does not begin with ``sha256``, and say how to fix it."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
             f"{path} is damaged or not the expected file: its SHA-256 is {found}; expected "
-            f"{sha256}... Delete the file to download it again."
+            f"{sha256}... {remedy or 'Delete the file to download it again.'}"
         )
 
 

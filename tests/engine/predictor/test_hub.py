@@ -171,7 +171,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
         "pipeline_tag": "image-classification",
         "tags": ["senet_transfer", "detectron2", "pytorch"],
     }
-    assert "| classification/top1_error | 12.3 |" in text
+    assert "| classification/top1_error | 12.34 |" in text
     assert "Evaluation data: val." in text
     assert 'senet_transfer.load("hf-hub:me/scenes")' in text
     assert "a/airfield, b/bar, c/canyon" in text
