@@ -31,8 +31,8 @@ from senet_transfer.data.images.augmentation import build_augmentation
 from senet_transfer.data.images.class_names import match_names
 from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.folders import choose_classes
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
+from senet_transfer.data.reading import reading_of
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.utils.text import first_of

@@ -37,7 +37,7 @@ from senet_transfer.data.detection.dataset_checks import (
 )
 from senet_transfer.data.detection.image_checks import MODES, check_images
 from senet_transfer.data.detection.task_checks import stuff_classes, use_keypoints
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.classes import use_trained_classes
 from senet_transfer.engine.checkpoints.output_folder import (

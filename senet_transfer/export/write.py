@@ -17,7 +17,7 @@ from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
 from senet_transfer.export.formats import FORMATS, export_network

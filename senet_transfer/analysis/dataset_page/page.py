@@ -33,7 +33,7 @@ from senet_transfer.analysis.dataset_page.unusual import (
 )
 from senet_transfer.analysis.report.html import write_html
 from senet_transfer.config import is_classification
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.utils.text import first_of
 
 # Numbers of unusual annotations and of groups of duplicates that are shown.

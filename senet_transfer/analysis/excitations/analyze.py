@@ -30,8 +30,8 @@ from senet_transfer.data.detection.formats.source import (
     split_path,
 )
 from senet_transfer.data.images.decode import UPRIGHT, Reading
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.reading import reading_of
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.predictor.predictor import (
     ClassifierPredictor,

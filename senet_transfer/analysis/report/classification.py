@@ -14,7 +14,7 @@ from senet_transfer.data.base import ClassificationDataset
 from senet_transfer.data.build import inference_dir, open_test_dataset
 from senet_transfer.data.images.channels import decode_shown
 from senet_transfer.data.images.decode import BrokenImageError
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 

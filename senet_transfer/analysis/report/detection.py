@@ -17,7 +17,7 @@ from senet_transfer.data.detection.coco import register_datasets
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.channels import as_rgb
 from senet_transfer.data.images.decode import Reading
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.error_types import ERROR_TYPES, classify_errors
 from senet_transfer.evaluation.matching import ImageDetections, ImageObjects, find_overlaps

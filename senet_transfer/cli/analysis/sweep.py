@@ -7,12 +7,12 @@
         --output output/flowers_folds
 
 Compare a network without and with SE, in pieces of 40 minutes, and record the results:
-    python tools/run_seeds.py --config-file configs/cifar10_resnet20.yaml \\
+    senet sweep --config-file configs/cifar10_resnet20.yaml \\
         --config-file configs/cifar10_se_resnet20.yaml --output output --minutes 40 \\
         --results results
 
 Write the tables of the recorded results to the documents:
-    python tools/run_seeds.py --results results --update README.md docs/results.md
+    senet sweep --results results --update README.md docs/results.md
 
 Each run has a separate folder. After an interruption, repeat the command: finished runs are not
 trained again, and an unfinished run is resumed. The exit status is 75 if runs are unfinished.

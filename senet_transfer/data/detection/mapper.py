@@ -52,7 +52,7 @@ from senet_transfer.data.images.decode import (
     to_8_bit,
     turn_upright,
 )
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import channels_of
 

@@ -1,7 +1,7 @@
 """Evaluation at several scales, with one or ten crops or on whole images."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -150,9 +150,10 @@ class ViewOptions:
         if not self.dense:
             parts = [replace(default, mode=mode, resize=scale, crop=crop) for scale in scales]
             return parts[0] if len(parts) == 1 else MultiScaleTransform(tuple(parts))
-        options = {**asdict(default), "mode": mode}
+        options = {field.name: getattr(default, field.name) for field in fields(default)}
         whole = [
-            WholeImageTransform(**{**options, "resize": scale, "crop": scale}) for scale in scales
+            WholeImageTransform(**{**options, "mode": mode, "resize": scale, "crop": scale})
+            for scale in scales
         ]
         return MultiScaleTransform(tuple(whole), dense=True)
 

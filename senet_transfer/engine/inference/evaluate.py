@@ -13,8 +13,8 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.multi_scale import MultiScaleTransform, ViewOptions, views_record
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.reading import reading_of
 from senet_transfer.engine.inference.ensembles import check_same_classes
 from senet_transfer.engine.inference.saved_logits import evaluate_saved_logits
 from senet_transfer.engine.model_from import LoadedModel, ModelSource

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from senet_transfer.data.build import eval_transform
 from senet_transfer.data.detection.fast_images import ChannelResizeShortestEdge
 from senet_transfer.data.images.decode import Reading
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform
+from senet_transfer.data.reading import reading_of
 from senet_transfer.data.workers import init_worker
 from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.model_from import LoadedModel

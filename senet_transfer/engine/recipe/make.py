@@ -13,8 +13,8 @@ from detectron2.utils import comm
 
 from senet_transfer.config import config_value
 from senet_transfer.config.load import find_config, load_config
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.own_data import DataPart, divide, find_parts
+from senet_transfer.data.reading import reading_of
 from senet_transfer.engine.checkpoints.output_folder import check_unused
 from senet_transfer.engine.recipe.facts import describe_data, describe_machine
 from senet_transfer.engine.recipe.rules import Choice, backbone, choose

@@ -25,7 +25,7 @@ from senet_transfer.data.detection.dataset_checks import (
 )
 from senet_transfer.data.detection.image_checks import check_images
 from senet_transfer.data.detection.mapper import CheckedDatasetMapper
-from senet_transfer.data.images.reading import reading_of
+from senet_transfer.data.reading import reading_of
 from senet_transfer.engine.setup import RunOptions, use_datasets
 from senet_transfer.engine.train import main
 from senet_transfer.engine.trainer import Trainer

@@ -21,8 +21,8 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.decode import BrokenImageError, allowed_formats, decode_exact
 from senet_transfer.data.images.folders import open_folder
-from senet_transfer.data.images.reading import reading_of
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
+from senet_transfer.data.reading import reading_of
 from senet_transfer.data.shards.write import convert
 from senet_transfer.engine.predictor.inputs import Photo
 
