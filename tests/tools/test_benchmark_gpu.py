@@ -19,7 +19,7 @@ from benchmark import gpu_archive
 from benchmark.gpu import run
 from benchmark.gpu.measure import Settings
 from benchmark.gpu.remote import RemoteError, call_remote, start_all
-from benchmark.gpu.targets import TARGETS, Result, as_text, table
+from benchmark.gpu.targets import TARGETS, Result, as_markdown, as_text, table
 from benchmark.report import Amounts
 from senet_transfer.errors import RunError, UserError
 from tests.processes import ROOT
@@ -199,3 +199,13 @@ def test_every_dependency_of_the_project_is_packed_or_provided():
     names = {canonicalize_name(Requirement(word).name) for word in project["dependencies"]}
     assert names <= {canonicalize_name(n) for n in (*gpu_archive.PACKED, *gpu_archive.PROVIDED)}
     assert {canonicalize_name(name) for name in gpu_archive.PACKED} <= gpu_archive.pins().keys()
+
+
+def test_the_documented_table_is_that_of_the_measurements():
+    found = json.loads((ROOT / "results/gpu/h200.json").read_text())
+    table = as_markdown(found["targets"], "one H200")
+    assert table in (ROOT / "docs/performance.md").read_text()
+    for row in found["targets"]:
+        target = TARGETS[row["key"]]
+        assert (row["what"], row["target"]) == (target.what, target.text)
+        assert row["met"] == target.is_met_by(row["measured"])

@@ -96,3 +96,16 @@ def as_text(rows: list[dict[str, Any]]) -> str:
                 measured += f"  (spread of the control: {row['control_spread']:.1%})"
         lines.append(f"  {row['what']}\n      target {row['target']}; measured: {measured}")
     return "\n".join(lines)
+
+
+def as_markdown(rows: list[dict[str, Any]], device: str) -> str:
+    """Return the rows of :func:`table` as a Markdown table for the documents."""
+    lines = [f"| measured value | target | {device} |", "|---|---|---|"]
+    for row in rows:
+        measured = "not measured"
+        if "measured" in row:
+            value = row["measured"]
+            measured = f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
+            measured = measured if row["met"] else f"**{measured}, missed**"
+        lines.append(f"| {row['what']} | {row['target']} | {measured} |")
+    return "\n".join(lines)
