@@ -59,15 +59,14 @@ def open_imagenet(
             f"The split is {split!r}, in {source}; expected one of {', '.join(SPLITS)}, and a "
             "folder with the archives of ImageNet. Check the path."
         )
-    places = [source / split, source / ARCHIVES[split]]
-    found = [place for place in places if place.exists()]
-    if not found:
+    place = _images_of(source, split)
+    if place is None:
         raise UserError(
             f"No images of {split} found in {source}; expected the folder {split} or the archive "
             f"{ARCHIVES[split]}. Download the archive from image-net.org, or pass the folder that "
             "contains it."
         )
-    images = open_imagenet_images(found[0], split, skip_missing=skip_missing)
+    images = open_imagenet_images(place, split, skip_missing=skip_missing)
     return images if exclude is None else _without(images, Path(exclude))
 
 
@@ -75,18 +74,25 @@ def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
     """Return the images and the split that a path stands for, or None if it is other data.
 
     Args:
-        path: Archive of ImageNet, folder that contains one, or folder of validation images that are
-            not in class folders.
-        split: Split to read from a folder that contains archives; names that begin with "train"
-            select the training images.
+        path: Archive of ImageNet, folder that contains an archive or the development kit, or folder
+            of validation images that are not in class folders.
+        split: Split to read from a folder that contains both; names that begin with "train" select
+            the training images.
     """
     for name, archive in ARCHIVES.items():
         if path.name == archive:
             return path, name
     split = "train" if split.startswith("train") else "val"
-    if (path / ARCHIVES[split]).is_file():
-        return (path / split if (path / split).is_dir() else path / ARCHIVES[split]), split
+    place = _images_of(path, split)
+    if place and any((path / name).is_file() for name in (*ARCHIVES.values(), DEVKIT)):
+        return place, split
     return (path, "val") if _is_flat(path) else None
+
+
+def _images_of(folder: Path, split: str) -> Path | None:
+    """Return the folder or archive of a split, or None if there is neither."""
+    places = folder / split, folder / ARCHIVES[split]
+    return next((place for place in places if place.exists()), None)
 
 
 def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Images:

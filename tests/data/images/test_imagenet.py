@@ -112,6 +112,9 @@ def test_archives_shards_and_folders_have_torchvisions_labels(root, split, tmp_p
     found += [open_dataset(root / split), open_dataset(root, split=split)]  # unpacked
     for dataset in found:
         assert (dataset.classes, content(dataset)) == expected
+    (root / f"ILSVRC2012_img_{split}.tar").unlink()
+    without_archive = open_dataset(root, split=split)
+    assert (without_archive.classes, content(without_archive)) == expected
 
 
 def test_unpacked_validation_images_have_the_kits_labels(root, tmp_path):
