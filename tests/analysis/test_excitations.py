@@ -358,7 +358,7 @@ def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_image
     analyse(detector, tmp_path, "--group-by", "size")
     said = capsys.readouterr().out
     assert "3 images of 2 groups" in said
-    assert "1 images without a size of most objects are left out" in said
+    assert "1 images are left out, because no size is that of more than half" in said
     with open(tmp_path / "gates.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["block"] == "SE_4_1"]
     cfg = load_config(str(detector / "config.yaml"))

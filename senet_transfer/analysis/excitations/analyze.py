@@ -82,7 +82,7 @@ def open_labelled(
     if is_json or find_source(split_path(data)[0]):
         images = images or default_image_folder(data)
         if group_by:
-            return CocoImages(data, images, by=group_by)
+            return CocoImages(data, images, by=group_by, upright=reading.upright)
         return CocoCrops(data, images, reading=reading)
     if images or group_by:
         raise UserError(
@@ -147,7 +147,7 @@ def analyze_gates(
         )
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
-    reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
+    loading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
     found = collect_excitations(
         loaded.model,
         dataset,
@@ -156,7 +156,7 @@ def analyze_gates(
         classes=classes,
         num_classes=num_classes,
         seed=seed,
-        **reading,
+        **loading,
     )
     drawing = {"channels": channels, "seed": seed}
     files = write_csv(found, output)
@@ -164,7 +164,7 @@ def analyze_gates(
     files += write_blocks(found, os.path.join(output, "blocks"), **drawing)
     if pruned is None:
         return GateAnalysis(found, files)
-    rows = measure_pruning(pruned, loaded.model, found, dataset, transform, **reading)
+    rows = measure_pruning(pruned, loaded.model, found, dataset, transform, **loading)
     pruned.DATASETS.CLASSES = dataset.classes
     path = save_pruned(pruned, rows, os.path.join(output, "pruned"))
     return GateAnalysis(found, files, rows, path)

@@ -98,7 +98,10 @@ def main(args: argparse.Namespace) -> None:
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
-        print(f"{left_out} images without a {args.group_by} of most objects are left out")
+        print(
+            f"{left_out} images are left out, because no {args.group_by} is that of more than half "
+            "of their objects"
+        )
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -89,19 +89,20 @@ class CocoImages(SingleImages):
         left_out: Number of images that were left out.
     """
 
-    def __init__(self, json_file: str, image_dir: str, *, by: str):
+    def __init__(self, json_file: str, image_dir: str, *, by: str, upright: bool = True):
         """
         Args:
             json_file: Annotation file in COCO's instances format.
             image_dir: Folder with its images.
             by: "class", or "size" for COCO's small, medium and large objects, whose areas are
                 divided by 32² and 96² pixels of the image.
+            upright: Whether the annotations are those of the images with their EXIF orientation.
 
         Raises:
             UserError: If the annotation file is invalid or no image has a majority.
         """
-        summary = read_coco_summary(json_file, image_dir)
-        content = read_annotations(json_file, image_dir)
+        summary = read_coco_summary(json_file, image_dir, upright=upright)
+        content = read_annotations(json_file, image_dir, upright=upright)
         votes: dict[int, Counter[int]] = defaultdict(Counter)
         for item in content["annotations"]:
             if not item.get("iscrowd"):

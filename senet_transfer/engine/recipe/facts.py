@@ -58,12 +58,13 @@ class MachineFacts:
     cpus: int
 
 
-def describe_data(train: DataPart, val: DataPart) -> DataFacts:
+def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataFacts:
     """Read the facts about a data set.
 
     Args:
         train: Training data, of which everything but the largest number of objects is read.
         val: Validation data.
+        upright: Whether annotations are those of the images with their EXIF orientation.
 
     Raises:
         UserError: If the data is missing or invalid.
@@ -82,12 +83,12 @@ def describe_data(train: DataPart, val: DataPart) -> DataFacts:
         return DataFacts(
             "classification", count, dataset.num_classes, int(np.median(sides or [224]))
         )
-    summaries = [read_coco_summary(*part) for part in (train, val)]
+    summaries = [read_coco_summary(*part, upright=upright) for part in (train, val)]
     summary = summaries[0]
     sides_by_id = {number: min(width, height) for _, width, height, number in summary.images}
     objects = [
         item
-        for item in read_annotations(*train)["annotations"]
+        for item in read_annotations(*train, upright=upright)["annotations"]
         if not item.get("iscrowd") and 0 not in item["bbox"][2:]
     ]
     counts = Counter(item["category_id"] for item in objects)

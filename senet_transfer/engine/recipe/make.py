@@ -99,9 +99,9 @@ def _make(options: "RunOptions") -> list[Choice]:
     """Choose the settings for a user's data; settings on the command line replace them."""
     stated = load_config("", options.options)
     train, val = find_parts(options.data, options.val, options.images)
+    upright = reading_of(stated).upright
     if val is None:
         try:
-            upright = reading_of(stated).upright
             train, val, table = divide(train, Path(stated.OUTPUT_DIR, "data"), upright=upright)
         except UserError as error:
             raise UserError(
@@ -116,7 +116,9 @@ def _make(options: "RunOptions") -> list[Choice]:
         weights = stated.MODEL.WEIGHTS
         # A network that is not in the list has a description instead of a name.
         arch = source.model_name if source and source.model_name in list_models() else ""
-    choices = choose_settings(train, val, weights=weights, arch=arch, device=stated.MODEL.DEVICE)
+    choices = choose_settings(
+        train, val, upright=upright, weights=weights, arch=arch, device=stated.MODEL.DEVICE
+    )
     with _config_file(choices) as path:
         cfg = load_config(path, options.options)
     found = {choice.key: choice for choice in choices}
@@ -143,6 +145,7 @@ def choose_settings(
     train: DataPart,
     val: DataPart,
     *,
+    upright: bool = True,
     weights: str | None = None,
     arch: str = "",
     device: str = "cuda",
@@ -152,6 +155,7 @@ def choose_settings(
     Args:
         train: Training data.
         val: Validation data.
+        upright: Whether annotations are those of the images with their EXIF orientation.
         weights: Pretrained weights, or "" for random weights. If None, published weights are
             downloaded, and random weights are used if that fails.
         arch: Name of the network of ``weights``, if it is known.
@@ -160,7 +164,7 @@ def choose_settings(
     Raises:
         UserError: If the data is invalid.
     """
-    data = describe_data(train, val)
+    data = describe_data(train, val, upright=upright)
     machine = describe_machine(device)
     reason = ""
     if weights is None:

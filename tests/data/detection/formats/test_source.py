@@ -12,11 +12,14 @@ from PIL import ExifTags, Image
 from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.data import prepare
 from senet_transfer.data.detection.coco import register_coco_dataset, register_datasets
+from senet_transfer.data.detection.crops import CocoImages
 from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_outlines
 from senet_transfer.data.detection.formats.prepare import import_dataset
 from senet_transfer.data.detection.formats.source import find_source
 from senet_transfer.data.detection.image_checks import check_images
 from senet_transfer.data.images.decode import Reading
+from senet_transfer.data.own_data import DataPart
+from senet_transfer.engine.recipe.facts import describe_data
 from senet_transfer.errors import UserError
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from tests.data.detection.formats.test_hostile_files import VOC, YOLO
@@ -44,6 +47,23 @@ def test_boxes_are_fractions_of_the_image_with_or_without_its_orientation(tmp_pa
         check_images(["own"], mode="decode", reading=Reading(upright=upright))
         truth = FastCOCOEvaluator("own", ("bbox",), distributed=False)._coco_api
         assert truth.anns[1]["bbox"] == box
+
+
+def test_recipes_and_groups_of_images_use_boxes_of_the_images_without_their_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (100, 80)).save(tmp_path / "a.jpg", exif=exif)
+    # The box is outside of the turned image, which is 80 pixels wide.
+    box = {"name": "rect", "x": 85, "y": 5, "width": 10, "height": 40}
+    region = {"shape_attributes": box, "region_attributes": {"label": "cell"}}
+    content = {"a": {"filename": "a.jpg", "regions": [region]}}
+    (tmp_path / "via.json").write_text(json.dumps(content))
+    data = DataPart(str(tmp_path / "via.json"), str(tmp_path))
+    found = describe_data(data, data, upright=False)
+    assert (found.images, found.object_size) == (1, 0.25)  # sqrt(10 * 40) of 80 pixels
+    assert CocoImages(*data, by="size", upright=False).labels().tolist() == [0]
+    with pytest.raises(UserError, match="outside its image of 80x100 pixels"):
+        CocoImages(*data, by="size")
 
 
 @pytest.fixture
