@@ -32,6 +32,9 @@ from senet_transfer.errors import UserError
 if TYPE_CHECKING:
     from senet_transfer.engine.model_from import ModelSource
 
+# Options for the views of an image by a classifier; --scales is also for detectors.
+_VIEWS = ("crop_mode", "resize", "crop", "crops", "dense")
+
 _PLACES365 = """\
 Evaluate a classifier on the Places365 validation set, and compare it with Table VI of the paper.
 
@@ -131,7 +134,7 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
 
 def _check_saved(args: argparse.Namespace) -> None:
     """Raise a UserError for arguments that have no effect on saved logits."""
-    names = ("model", "weights", "config_file", "data", "scales", "crops", "dense", "crop_mode")
+    names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "opts")
     if given := _given(args, names):
         raise UserError(
             f"--saved-logits evaluates files without a model, so {given} can't be given too. "
@@ -145,8 +148,8 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     from senet_transfer.engine.setup import RunOptions
     from senet_transfer.engine.train import main as evaluate
 
-    names = ("model", "family", "data", "crop_mode", "resize", "crop", "crops", "dense")
-    if given := _given(args, (*names, "predictions", "logits")):
+    names = ("model", "family", "data", *_VIEWS, "predictions", "logits")
+    if given := _given(args, names):
         raise UserError(
             f"{given} can't be given for a detector, such as the model in {args.weights[0]}. "
             "Remove them; to select the data of a detector, set DATASETS.TEST."
@@ -160,7 +163,9 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
         options += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", str(tuple(args.scales))]
     if "OUTPUT_DIR" not in args.opts[::2]:
         # The files of the training run must not be overwritten.
-        options += ["OUTPUT_DIR", os.path.join(os.path.dirname(args.weights[0]), "evaluation")]
+        is_file = os.path.isfile(args.weights[0])
+        folder = os.path.dirname(args.weights[0]) if is_file else "output"
+        options += ["OUTPUT_DIR", os.path.join(folder, "evaluation")]
     run = RunOptions(first.config_file, options, eval_only=True, quiet=args.quiet)
     results = {
         **evaluate(run),
@@ -174,7 +179,9 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     """Return those of several options that are given, as text."""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name))
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
+    flags["opts"] = " ".join(args.opts)
+    return ", ".join(flags[name] for name in names if getattr(args, name))
 
 
 def _main_places365(args: argparse.Namespace) -> None:

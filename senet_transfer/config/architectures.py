@@ -18,6 +18,12 @@ def predicts(cfg: CfgNode) -> set[str]:
     return set(_OUTPUTS.get(cfg.MODEL.META_ARCHITECTURE, {OBJECTS}))
 
 
+def box_head(cfg: CfgNode) -> CfgNode:
+    """Return the options of the head that predicts a detector's boxes."""
+    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    return cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
+
+
 def predicts_rotated_boxes(cfg: CfgNode) -> bool:
     """Return whether a model predicts rotated boxes."""
     heads = cfg.MODEL.ROI_HEADS.NAME == "RROIHeads" and OBJECTS in predicts(cfg)

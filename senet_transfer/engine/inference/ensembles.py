@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from senet_transfer.config import is_classification
+from senet_transfer.config.architectures import box_head
 from senet_transfer.engine.checkpoints.classes import config_next_to
 from senet_transfer.engine.inference.fused_detector import FusedDetector
 from senet_transfer.engine.model_from import ModelSource, find_model
@@ -51,7 +52,7 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
 
 def _class_count(found: ModelSource) -> int:
     if not is_classification(found.cfg):
-        return len(found.cfg.DATASETS.CLASSES) or found.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        return len(found.cfg.DATASETS.CLASSES) or box_head(found.cfg).NUM_CLASSES
     return (found.source and found.source.num_classes) or found.cfg.MODEL.CLASSIFIER.NUM_CLASSES
 
 

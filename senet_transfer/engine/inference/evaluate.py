@@ -188,7 +188,7 @@ def _check_files(output: str, predictions: str, *, keep_logits: bool) -> None:
 
 
 def _check_writable(path: str) -> None:
-    """Raise a UserError before the evaluation if its results can't be written."""
+    """Raise a UserError if a file can't be written."""
     if not path:
         return
     folder = os.path.dirname(os.path.abspath(path))
@@ -209,7 +209,7 @@ def _check(found: ModelSource) -> None:
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {found.config_file} is "
             f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To evaluate a "
-            "detector, use `senet train --eval-only`."
+            "detector, give its weights with --weights, or use `senet train --eval-only`."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(

@@ -11,6 +11,7 @@ from fvcore.transforms.transform import NoOpTransform, Transform
 from torch import nn
 from torchvision.ops import batched_nms
 
+from senet_transfer.config.architectures import box_head
 from senet_transfer.engine.inference.box_fusion import fuse_boxes
 from senet_transfer.errors import UserError
 
@@ -46,8 +47,7 @@ class FusedDetector(nn.Module):
         # Evaluation restores this mode afterwards, also that of the models.
         self.training = models[0].training
         self.views = views
-        retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-        self.nms = (cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS).NMS_THRESH_TEST
+        self.nms = box_head(cfg).NMS_THRESH_TEST
         self.iou = cfg.TEST.ENSEMBLE.IOU
         self.limit = cfg.TEST.DETECTIONS_PER_IMAGE
 

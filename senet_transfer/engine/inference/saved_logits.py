@@ -70,6 +70,10 @@ def _lines(file: str) -> Iterator[tuple[str, str, str, str, list[str]]]:
         first = header.index("logit0")
         end = first + sum(re.fullmatch(r"logit\d+", word) is not None for word in header)
         for row in reader:
+            if len(row) < len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} columns; expected {len(header)}"
+                )
             yield row[key], row[label], row[name], row[path], row[first:end]
 
 

@@ -173,7 +173,7 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
         (["--scales", "40", "--resize", "40"], "Give only --scales"),
         (["--crops", "10", "--crop-mode", "squash"], "without --crop-mode"),
         (["--dense", "--crops", "10"], "whole images"),
-        (["--saved-logits", "a.csv"], "--weights, --data can't be given"),
+        (["--saved-logits", "a.csv", "SEED", "1"], "--weights, --data, SEED 1 can't be given"),
     ],
 )
 @pytest.mark.long
@@ -230,6 +230,7 @@ def test_the_authors_caffe_models_have_another_order_of_the_classes():
         ("logit1,", "", "of 2 and 1 classes"),
         ("logit0", "other", "can't be read: .*Expected a CSV file"),
         (",0.5,", ",,", "can't be read"),
+        ("\na,", "\n\na,", "line 2 has 0 columns; expected 6"),
     ],
 )
 def test_saved_logits_that_do_not_match_are_rejected(old, new, message, tmp_path):

@@ -17,7 +17,9 @@ from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.inference.box_fusion import fuse_boxes
+from senet_transfer.engine.inference.ensembles import check_same_classes
 from senet_transfer.engine.inference.fused_detector import FusedDetector
+from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
@@ -157,6 +159,18 @@ def test_an_image_without_detections_has_an_empty_result(item):
     for detector in (with_augmentation(cfg, model), FusedDetector(cfg, [model, model])):
         (found,) = detector([item])
         assert len(found["instances"]) == 0
+
+
+def test_detectors_without_class_names_need_the_same_number_of_classes():
+    def source(architecture: str, **keys: str) -> ModelSource:
+        config, own = CONFIGS[architecture]
+        options = {**own, **keys}
+        return ModelSource(load_config(config, [word for pair in options.items() for word in pair]))
+
+    check_same_classes([source("RetinaNet"), source("GeneralizedRCNN")])
+    other = source("RetinaNet", **{"MODEL.RETINANET.NUM_CLASSES": "4"})
+    with pytest.raises(UserError, match="have 3 and 4 classes"):
+        check_same_classes([source("GeneralizedRCNN"), other])
 
 
 @pytest.mark.long
