@@ -157,10 +157,10 @@ def _add_data_config(cfg: CfgNode) -> None:
     # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
     # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.
     cfg.INPUT.VALUE_RANGE = ()
-    # The orientation in the EXIF data of a photograph: "apply" turns the image, "ignore" uses the
-    # pixels as they are stored, and "auto" applies it for detectors, as Detectron2 does, but not
-    # for classifiers, as torchvision, or with INPUT.CHANNELS. The boxes of a detector's data are
-    # those of the image that is used.
+    # The orientation in the EXIF data of a photograph: "apply" rotates or mirrors the image,
+    # "ignore" uses the stored pixels, and "auto" applies it for detectors, as Detectron2 does, but
+    # ignores it for classifiers, as torchvision does, and with INPUT.CHANNELS. The boxes of a
+    # detector's data must be those of the image as it is read.
     cfg.INPUT.EXIF = "auto"
     # The images of a detector are checked before training and evaluation: "header" compares their
     # sizes with the annotations, and "decode" also reads them completely, which takes longer.

@@ -256,8 +256,8 @@ def inference_dir(cfg: CfgNode, name: str) -> str:
 def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageArrays:
     classes = tuple(cfg.DATASETS.CLASSES)
     try:
-        cache_dir, reading = cfg.DATALOADER.CACHE_DIR, reading_of(cfg)
-        return _open_once(name, split, classes, cache_dir, reading if in_memory(cfg) else None)
+        small = reading_of(cfg) if in_memory(cfg) else None
+        return _open_once(name, split, classes, cfg.DATALOADER.CACHE_DIR, small)
     except UserError as error:
         known = "" if not cfg.DATASETS.CLASSES else (
             " (The expected classes are specified by DATASETS.CLASSES in the config, or by "
@@ -269,15 +269,16 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 # Cached because a run opens its data sets several times, and listing a million files is slow.
 @functools.lru_cache(maxsize=8)
 def _open_once(
-    name: str, split: str, classes: tuple[str, ...], cache_dir: str, whole: Reading | None
+    name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    if is_prepared(name) and not whole:
+    """Open a data set; ``small`` has the settings for reading small images into memory."""
+    if is_prepared(name) and not small:
         raise UserError(
             "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
             "AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
             "configs/base/cifar10."
         )
-    open_any = functools.partial(open_cifar, reading=whole) if whole else open_dataset
+    open_any = functools.partial(open_cifar, reading=small) if small else open_dataset
     return open_any(name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None)
 
 

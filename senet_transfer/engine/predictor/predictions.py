@@ -190,7 +190,9 @@ class Detections(_Shown):
 
     @property
     def boxes(self) -> np.ndarray:
-        """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixels of the upright image.
+        """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixels of the image as it is read.
+
+        The model's ``INPUT.EXIF`` determines if the EXIF orientation is applied.
 
         A rotated box has five numbers; see :func:`~.annotations.object_annotations`.
         """
@@ -264,7 +266,7 @@ class Detections(_Shown):
         return found
 
     def to_supervision(self) -> "supervision.Detections":
-        """Return the objects as ``supervision.Detections``, whose boxes are upright."""
+        """Return the objects as ``supervision.Detections``, which can't have rotated boxes."""
         from supervision import Detections as Supervision
 
         if len(self) and isinstance(self.instances.pred_boxes, RotatedBoxes):
