@@ -90,8 +90,9 @@ def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
 
 
 def _images_of(folder: Path, split: str) -> Path | None:
-    """Return the folder or archive of a split, or None if there is neither."""
-    places = folder / split, folder / ARCHIVES[split]
+    """Return the archive or folder of a split, or None if there is neither."""
+    # The archive first, because the folder may contain the shards that are made of it.
+    places = folder / ARCHIVES[split], folder / split
     return next((place for place in places if place.exists()), None)
 
 

@@ -117,6 +117,12 @@ def test_archives_shards_and_folders_have_torchvisions_labels(root, split, tmp_p
     assert (without_archive.classes, content(without_archive)) == expected
 
 
+def test_shards_may_be_written_next_to_the_archives(root):
+    words = ["--source", root, "--split", "val", "--output", root / "val", "--workers", "1"]
+    assert [command("prepare_imagenet")(words) for _ in range(2)] == [0, 0]
+    assert open_dataset(root / "val").classes == open_dataset(root, split="val").classes
+
+
 def test_unpacked_validation_images_have_the_kits_labels(root, tmp_path):
     with tarfile.open(root / "ILSVRC2012_img_val.tar") as tar:
         tar.extractall(tmp_path / "flat" / "val", filter="data")
