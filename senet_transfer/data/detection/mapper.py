@@ -8,8 +8,8 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
-- TIFF files are turned once according to their orientation. Detectron2 turns them again after
-  Pillow. With ``INPUT.EXIF`` ignore, no other file is turned.
+- The orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. With
+  ``INPUT.EXIF`` "ignore", the orientation of all other files is ignored.
 - A vertical flip, which mirrors a person, also swaps left and right keypoints.
 - Cropping supports images without objects for models with masks.
 - ``INPUT`` has further augmentation, which is off by default.
@@ -416,8 +416,8 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int], reading: Reading) -
         orientation = exif_orientation(Image.open(file))
     if orientation in SIDEWAYS and reading.upright:
         return (
-            f"Detectron2 rotates the image according to its EXIF orientation, {orientation}, but "
-            "it was annotated without the rotation. If the boxes match the stored image, set "
+            f"The image is rotated according to its EXIF orientation, {orientation}, but it was "
+            "annotated without the rotation. If the boxes match the stored image, set "
             "INPUT.EXIF to ignore, or remove the EXIF tag. Otherwise, annotate the rotated image."
         )
     if orientation in SIDEWAYS:
