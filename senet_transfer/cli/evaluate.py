@@ -154,9 +154,9 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
             f"{given} can't be given for a detector, such as the model in {args.weights[0]}. "
             "Remove them; to select the data of a detector, set DATASETS.TEST."
         )
-    options = [*args.opts, "MODEL.WEIGHTS", args.weights[0]]
+    options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
+    options += ["MODEL.WEIGHTS", args.weights[0]]
     options += ["TEST.ENSEMBLE.WEIGHTS", str(tuple(args.weights[1:]))]
-    options += ["DATALOADER.NUM_WORKERS", str(args.workers)]
     if args.device:
         options += ["MODEL.DEVICE", args.device]
     if args.scales:

@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms
 from senet_transfer import UserError, save_weights
 from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.config.load import load_config
+from senet_transfer.engine import model_from, train
 from senet_transfer.engine.inference.augmentation import with_augmentation
 from senet_transfer.engine.inference.box_fusion import fuse_boxes
 from senet_transfer.engine.inference.ensembles import check_same_classes
@@ -206,6 +207,23 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
     save_weights(Trainer.build_model(cfg), weights[1], classes=cfg.DATASETS.CLASSES[::-1])
     with pytest.raises(UserError, match="class orders of .* differ"):
         evaluate()
+
+
+def test_results_are_written_next_to_a_checkpoint_but_not_to_a_folder_named_after_weights(
+    tmp_path, monkeypatch
+):
+    runs = []
+    monkeypatch.setattr(train, "main", lambda run: runs.append(run) or {})
+    source = ModelSource(load_config("configs/faster_rcnn_se_r50.yaml", []))
+    monkeypatch.setattr(model_from, "find_model", lambda *args, **options: source)
+    checkpoint = tmp_path / "model_final.pth"
+    checkpoint.touch()
+    for weights in (str(checkpoint), "owner/detector"):
+        main(parser().parse_args(["--weights", weights, "DATALOADER.NUM_WORKERS", "0"]))
+    found = [load_config("configs/faster_rcnn_se_r50.yaml", list(run.options)) for run in runs]
+    outputs = [cfg.OUTPUT_DIR for cfg in found]
+    assert outputs == [str(tmp_path / "evaluation"), "output/evaluation"]
+    assert [cfg.DATALOADER.NUM_WORKERS for cfg in found] == [0, 0]
 
 
 @pytest.mark.parametrize(
