@@ -79,6 +79,11 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
             "Set OUTPUT_DIR to the output folder of the run to resume, or start a new run without "
             "--resume."
         )
+    if cfg.TEST.ENSEMBLE.WEIGHTS and not eval_only:
+        raise UserError(
+            f"TEST.ENSEMBLE.WEIGHTS is {list(cfg.TEST.ENSEMBLE.WEIGHTS)}, but several detectors "
+            "can't be trained together. Set it to (), or evaluate them with --eval-only."
+        )
     if not resume:
         _check_weights(cfg, eval_only=eval_only)
     _check_names(cfg)

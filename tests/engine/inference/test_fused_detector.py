@@ -21,7 +21,7 @@ from senet_transfer.engine.inference.box_fusion import fuse_boxes
 from senet_transfer.engine.inference.ensembles import check_same_classes
 from senet_transfer.engine.inference.fused_detector import FusedDetector
 from senet_transfer.engine.model_from import ModelSource
-from senet_transfer.engine.run_checks import check_augmentation
+from senet_transfer.engine.run_checks import check_augmentation, check_run
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from tests.engine.conftest import SMALL
@@ -250,6 +250,13 @@ def test_predictions_other_than_boxes_are_rejected(keys, message):
         return
     with pytest.raises(UserError, match=message):
         check_augmentation(cfg)
+
+
+def test_several_detectors_are_rejected_in_training():
+    options = ["TEST.ENSEMBLE.WEIGHTS", "('b.pth',)"]
+    cfg = load_config("configs/faster_rcnn_se_r50.yaml", options)
+    with pytest.raises(UserError, match=r"WEIGHTS is \['b.pth'\].*Set it to \(\)"):
+        check_run(cfg, eval_only=False, resume=False)
 
 
 def test_other_predictions_of_an_unknown_architecture_are_rejected(item):
