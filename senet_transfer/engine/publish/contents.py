@@ -21,7 +21,7 @@ from senet_transfer.engine.hooks import BEST_NAME
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import RunOptions
-from senet_transfer.engine.train import RESULTS, main
+from senet_transfer.engine.train import RESULTS, evaluated_file, main
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.hashing import file_sha256
@@ -167,8 +167,7 @@ def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
         known = {"metric", "value"} <= stored.keys()
         return {stored["metric"]: stored["value"]} if known else {}
     results = path.with_name(RESULTS)
-    evaluated = "model_ema.pth" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
-    if path.name != evaluated or not results.is_file():
+    if path.name != evaluated_file(cfg) or not results.is_file():
         return {}
     content = read_json(results, "Evaluate the model again, or delete the file.")
     # A later evaluation of other weights in the same folder has no entry "training".
