@@ -70,6 +70,7 @@ class Contents:
             config_file = Path(folder, "config.yaml")
             config_file.write_text(self.run_cfg.dump(), encoding="utf-8")
             own = ["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", folder]
+            own += ["TEST.ENSEMBLE.WEIGHTS", "()"]
             main(RunOptions(str(config_file), [*options, *own], eval_only=True, quiet=True))
             return dict(json.loads(Path(folder, RESULTS).read_text(encoding="utf-8")))
 
@@ -131,6 +132,7 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     default = get_senet_config()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", default.MODEL.DEVICE
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
+    cfg.TEST.ENSEMBLE.WEIGHTS = ()
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
         if key == "DATASETS.CLASSES":  # in Places365, for example, names such as /a/airfield
