@@ -60,7 +60,7 @@ def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> Non
             raise UserError(f"The tables of {path} can't be updated. {error}") from error
         if updated != text:
             with atomic_path(path) as partial:
-                Path(partial).write_text(updated)
+                Path(partial).write_text(updated, encoding="utf-8")
 
 
 def updated_text(text: str, records: dict[str, Records]) -> str:

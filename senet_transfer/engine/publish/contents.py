@@ -71,8 +71,7 @@ class Contents:
             config_file.write_text(self.run_cfg.dump(), encoding="utf-8")
             own = ["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", folder]
             own += ["TEST.ENSEMBLE.WEIGHTS", "()"]
-            main(RunOptions(str(config_file), [*options, *own], eval_only=True, quiet=True))
-            return dict(json.loads(Path(folder, RESULTS).read_text(encoding="utf-8")))
+            return main(RunOptions(str(config_file), [*options, *own], eval_only=True, quiet=True))
 
 
 def contents_of(
