@@ -6,18 +6,18 @@
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
 #   results/run.sh tables             update the tables in the documents
 #
-# PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places or
-# probe. pretrain must be finished before the parts after it. Repeat a command to continue. Several
-# parts can run at the same time.
+# PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places
+# or probe. pretrain must be finished before the parts after it. Repeat a command to continue.
+# Several parts can run at the same time.
 #
 # Variables: SEEDS="0 1 2", JOBS=1 (runs at the same time), MINUTES (time limit of the command),
-# RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and, in a copy
-# of the repository without .git, GIT_COMMIT.
+# RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there
+# is no git or no .git, GIT_COMMIT.
 set -eu
 python=${PYTHON:-python}
 root=${DETECTRON2_DATASETS:-datasets}
-part=$1
-shift
+part=${1:-}
+[ $# -eq 0 ] || shift
 
 # Train plain and SE: sweep PLAIN SE [KEY VALUE ...]
 sweep() {
@@ -41,7 +41,7 @@ cifar() {
 
 case $part in
 data)
-    source=$(realpath "$1")
+    source=$(realpath "${1:?is missing: the folder SOURCE}")
     mkdir -p "$root/cifar10_jpeg"
     [ -e "$root/bccd" ] || ln -s "$source/bccd" "$root/bccd"
     "$python" datasets/prepare_shapes.py --output "$root/shapes"

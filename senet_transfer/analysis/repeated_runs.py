@@ -114,7 +114,7 @@ def run_all(
         The results of each run, or None for a run that is not finished.
 
     Raises:
-        UserError: If any run failed. The other runs are trained nevertheless.
+        UserError: If any run or ``on_finish`` failed. The other runs are trained nevertheless.
     """
     limit = TimeLimit(minutes)
     results: list[dict[str, Any] | None] = []
@@ -124,11 +124,10 @@ def run_all(
         for run, future in zip(runs, started, strict=True):
             try:
                 results.append(future.result())
+                if results[-1] is not None:
+                    on_finish(run)
             except UserError as error:
                 failures.append(error)
-                continue
-            if results[-1] is not None:
-                on_finish(run)
     if failures:
         raise failures[0]
     return results

@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from senet_transfer.cli.arguments import run_command
+from senet_transfer.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +78,12 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.engine.publish.push import push, write_repository
     from senet_transfer.weights.hub.bundled import FOLDER
 
+    if args.opts and not args.evaluate:
+        raise UserError("--opts has an effect only with --evaluate. Add --evaluate.")
+    if args.private and (args.bundle or args.folder):
+        raise UserError(
+            "--private has no effect with --bundle or --folder, which upload nothing. Remove it."
+        )
     options = {
         "config_file": args.config_file,
         "licence": args.license,

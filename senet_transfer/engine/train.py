@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from senet_transfer.engine.checkpoints.checkpoint_history import newest_whole
+from senet_transfer.engine.hooks import AVERAGE_NAME
 from senet_transfer.engine.inference.ensembles import build_detectors
 from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.engine.results import (
@@ -29,6 +30,11 @@ from senet_transfer.utils.read_once import read_once
 from senet_transfer.weights.file_geometry import examine_config_weights
 
 RESULTS = "results.json"
+
+
+def evaluated_file(cfg: CfgNode) -> str:
+    """Return the name of the weight file that a training run evaluates for ``RESULTS``."""
+    return f"{AVERAGE_NAME}.pth" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
 
 
 def main(options: RunOptions) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from senet_transfer.evaluation.classification_evaluator import ClassificationEva
 from senet_transfer.evaluation.coco import FastCOCOEvaluator
 from senet_transfer.evaluation.evaluators import evaluator_kinds, other_evaluator
 from senet_transfer.evaluation.validation_loss import validation_losses
-from senet_transfer.layers.fused.functions import set_fused
+from senet_transfer.layers.fused.functions import set_fused, uses_kernels
 from senet_transfer.models.build import weights_follow
 from senet_transfer.utils.private_api import limit_history
 from senet_transfer.utils.text import folder_name
@@ -110,10 +110,11 @@ class Trainer(DefaultTrainer):
             # The data set of the loader has no images that Detectron2 leaves out, such as those
             # without objects.
             cfg = solver.epochs_to_iterations(cfg, len(data_loader.dataset))
-        self._device = next(model.parameters()).device
-        graph = cfg.SOLVER.COMPILE == "graph" and self._device.type == "cuda"
-        if graph and cfg.MODEL.SE.FUSED == "auto":
-            # Replaying a graph launches nothing, so that all fused kernels are worth their launch.
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        fuses = cfg.MODEL.SE.FUSED == "auto" and uses_kernels("auto", parameter)
+        if fuses and cfg.SOLVER.COMPILE == "graph":
+            # The host launches no kernels when it replays a graph, so that all fused ones pay.
             set_fused(model, True)
         if cfg.SOLVER.COMPILE == "default":
             # In contrast to torch.compile(model), this keeps the model and its tensors' names.

@@ -358,7 +358,7 @@ def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_image
     analyse(detector, tmp_path, "--group-by", "size")
     said = capsys.readouterr().out
     assert "3 images of 2 groups" in said
-    assert "1 images are left out, because no size is that of more than half" in said
+    assert "Left out 1 images: no size has more than half of the objects" in said
     with open(tmp_path / "gates.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["block"] == "SE_4_1"]
     cfg = load_config(str(detector / "config.yaml"))
@@ -382,3 +382,14 @@ def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_image
     assert by_class.left_out == 1
     with pytest.raises(UserError, match="Remove --group-by or --prune-stage"):
         analyse(detector, tmp_path, "--group-by", "class", "--prune-stage", "5")
+
+
+@pytest.mark.long
+def test_whole_images_are_cropped_once_for_a_classifier(trained, detector, tmp_path, no_figures):
+    words = ["--weights", str(trained / "model.pth"), "--data", str(detector / "objects.json")]
+    words += ["--images", str(detector), "--group-by", "size", "--workers", "0", "--quiet"]
+    for mode in ("short_side", "ten_crop"):
+        options = ["--output", str(tmp_path / mode), "INPUT.CLASSIFICATION.TEST_MODE", mode]
+        gates.main(gates.parser().parse_args([*words, *options]))
+    one, ten = (tmp_path / mode / "gates.csv" for mode in ("short_side", "ten_crop"))
+    assert one.read_text() == ten.read_text()

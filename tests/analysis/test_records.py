@@ -1,5 +1,6 @@
 """Tests of the records of runs, and of the tables in the documents."""
 
+import hashlib
 import json
 import math
 import re
@@ -12,8 +13,8 @@ from scipy import stats
 
 from senet_transfer import UserError
 from senet_transfer.analysis.repeated_runs import Run
-from senet_transfer.analysis.results.records import write_record
-from senet_transfer.analysis.results.tables import read_records, updated_text
+from senet_transfer.analysis.results.records import read_record, write_record
+from senet_transfer.analysis.results.tables import read_records, update_documents, updated_text
 from senet_transfer.analysis.results.welch import difference, t_quantile
 from senet_transfer.cli.analysis.sweep import command as sweep
 from senet_transfer.cli.analysis.sweep import parser
@@ -139,6 +140,35 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
     other = Run(CONFIG, (*finished_run.options, "SOLVER.BASE_LR", "0.5"), finished_run.output_dir)
     with pytest.raises(UserError, match="record of a run with the options"):
         write_record(other, tmp_path / "results")
+
+
+def test_a_record_has_the_hash_of_the_weights_that_were_evaluated(finished_run, tmp_path):
+    (finished_run.output_dir / "model_ema.pth").write_bytes(b"averaged weights")
+    run = Run(
+        CONFIG, (*finished_run.options, "SOLVER.EMA.ENABLED", "True"), finished_run.output_dir
+    )
+    found = read_record(write_record(run, tmp_path / "results"))
+    hashed = hashlib.sha256(b"averaged weights").hexdigest()
+    assert found["weights_sha256"] == hashed
+
+
+def test_a_machine_without_git_needs_the_commit_in_a_variable(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GIT_COMMIT", "0123abc")
+    assert read_record(write_record(finished_run, tmp_path / "results"))["commit"] == "0123abc"
+
+
+def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
+    folder = tmp_path / "results"
+    with pytest.raises(UserError, match=r"results does not exist"):
+        read_records(folder)
+    path = write_record(finished_run, folder)
+    with pytest.raises(UserError, match=r"tables of .*missing.md can't be updated"):
+        update_documents(folder, [tmp_path / "missing.md"])
+    path.write_text(json.dumps({**read_record(path), "metrics": {}}))
+    for function in (read_records, lambda _: write_record(finished_run, folder)):
+        with pytest.raises(UserError, match=r"seed4.json is not .*lacks classification/top1_error"):
+            function(folder)
 
 
 @pytest.mark.parametrize(

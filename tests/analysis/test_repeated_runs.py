@@ -186,6 +186,20 @@ def test_folds_of_a_detector_are_registered_with_their_images(shared_data, tmp_p
         fold_options(CONFIG, tmp_path, [])
 
 
+def test_a_record_that_fails_does_not_prevent_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._train", lambda *_, **__: {})
+    recorded = []
+
+    def record(run):
+        recorded.append(run.output_dir.name)
+        if len(recorded) == 1:
+            raise UserError("The first record is invalid.")
+
+    with pytest.raises(UserError, match="first record"):
+        run_all(seed_runs(CONFIG, [0, 1], [], tmp_path), on_finish=record)
+    assert recorded == ["seed0", "seed1"]
+
+
 def test_mean_and_deviation_are_those_of_a_sample():
     summary = mean_and_deviation([result(error) for error in (5.0, 6.0, 10.0)])
     assert summary["classification/top1_error"] == (7.0, pytest.approx(7**0.5))

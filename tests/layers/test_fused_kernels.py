@@ -406,6 +406,26 @@ def test_running_statistics_over_several_steps():
 
 
 @runs_kernels
+def test_integers_as_momentum_and_epsilon(monkeypatch):
+    """Triton compiles an integer 1 as a constant, which a later norm with 0.3 must not get."""
+    numbers, original = [], launch._launch
+
+    def collect(kernel, grid, key, arguments, flags):
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        numbers.extend(named[name] for name in ("momentum", "eps") if name in named)
+        original(kernel, grid, key, arguments, flags)
+
+    monkeypatch.setattr(launch, "_launch", collect)
+    x = draw((2, 5, 3, 3), DOUBLE, False, 1)
+    for momentum in (1, 0, 0.3):
+        norm = nn.BatchNorm2d(5, eps=1, momentum=momentum).to(DEVICE, DOUBLE)
+        exact = copy.deepcopy(norm).double()
+        assert relative(norm_relu(norm, x, True), exact(x.double()).relu()) < 1e-5
+        torch.testing.assert_close(norm.running_mean.double(), exact.running_mean)
+    assert {type(number) for number in numbers} == {float}
+
+
+@runs_kernels
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_non_finite_numbers_are_not_hidden(norm):
     x = draw((2, 3, 2, 2), torch.float32, False, 1)

@@ -69,8 +69,8 @@ def open_labelled(
             prepared CIFAR split (its path, or a name such as "cifar10_test"), or annotations of
             objects in COCO's or another format, such as "bccd:test".
         images: The image folder of annotations. Required for a JSON file in COCO format.
-        group_by: "class" or "size" for whole images, grouped by most of their objects. If empty,
-            the objects are cropped and grouped by class.
+        group_by: "class" or "size" for whole images, grouped by the class or size of more than half
+            of their objects. If empty, the objects are cropped and grouped by class.
         reading: Settings for reading the images with objects.
 
     Raises:
@@ -171,9 +171,11 @@ def analyze_gates(
 
 
 def _predictor(loaded: LoadedModel) -> Predictor:
-    """Return the predictor of a model, without test-time augmentation."""
+    """Return the predictor of a model, with a single view per image."""
     if is_classification(loaded.cfg):
-        return ClassifierPredictor.of(loaded)
+        predictor = ClassifierPredictor.of(loaded)
+        predictor.transform = _transform(loaded)
+        return predictor
     cfg = loaded.cfg.clone()
     cfg.defrost()
     cfg.TEST.AUG.ENABLED = False

@@ -25,10 +25,12 @@ from senet_transfer.analysis.report.run_folder import data_label, load_run
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.results import metrics, write_results
+from senet_transfer.engine.train import evaluated_file
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.hashing import file_sha256
+from senet_transfer.utils.text import first_of
 
 # Names of data sets for readers. Others are named as in the config.
 _DATA = {
@@ -43,6 +45,8 @@ _DATA = {
 # Options that change the speed of a run, but not what it computes.
 _SPEED = {"SOLVER.COMPILE", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE"}
 _MOST_ROWS = 32
+# Keys of a record that the tables of the results contain, or that identify its run.
+_KEYS = ("config", "options", "seed", "network", "data", "metric", "metrics", "training", "machine")
 
 
 def write_record(run: Run, folder: str | Path) -> Path:
@@ -56,14 +60,15 @@ def write_record(run: Run, folder: str | Path) -> Path:
         The path of the record.
 
     Raises:
-        UserError: If the folder contains records of this config with other options.
+        UserError: If the run is not finished or has several test sets, or if the folder contains
+            records of this config with other options.
     """
     config = Path(run.config_file).stem
     cfg = load_config(run.config_file, run.options)
     path = Path(folder) / config / f"seed{cfg.SEED}.json"
     record = _record(run, config, cfg)
     for other in sorted(path.parent.glob("seed*.json")):
-        found = json.loads(other.read_text())
+        found = read_record(other)
         if _identity(found) != _identity(record):
             raise UserError(
                 f"{other} is the record of a run with the options {found['options']}; expected "
@@ -114,6 +119,22 @@ def write_probe_record(
     write_results(path, record)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record of a run or a linear probe.
+
+    Raises:
+        UserError: If the file is not a record.
+    """
+    try:
+        record = json.loads(path.read_text())
+        missing = [key for key in _KEYS if key not in record]
+        if missing or record["metric"] not in record["metrics"]:
+            raise ValueError(f"it lacks {first_of(missing) or record['metric']}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a record of a run: {error}. Delete it.") from error
+    return dict(record)
+
+
 def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
     pairs = zip(record["options"][::2], record["options"][1::2], strict=True)
     options = {key: value for key, value in pairs if key not in _SPEED}
@@ -151,7 +172,7 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         "machine": _machine(cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()),
         "commit": _commit(),
         "command": " ".join(map(_quoted, command)),
-        "weights_sha256": file_sha256(run.output_dir / "model_final.pth"),
+        "weights_sha256": file_sha256(run.output_dir / evaluated_file(cfg)),
     }
 
 
@@ -194,10 +215,20 @@ def _machine(on_gpu: bool) -> dict[str, Any]:
 def _commit() -> str:
     """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
     root = Path(senet_transfer.__file__).parents[1]
-    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    found = done.stdout.strip() if done.returncode == 0 else ""
-    return found or os.environ.get("GIT_COMMIT", "unknown")
+    words = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=40",
+        "--dirty",
+    ]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no clone
+        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _curve(folder: RunFolder, metric: str) -> str:

@@ -9,7 +9,6 @@ NAME is the name of a baseline config, such as ``cifar10_resnet20``, whose resul
 those of its SE counterpart. Without names, the table has all results.
 """
 
-import json
 import math
 import re
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from senet_transfer.analysis.report.paper_rows import paper_row
+from senet_transfer.analysis.results.records import read_record
 from senet_transfer.analysis.results.welch import difference
 from senet_transfer.config.load import load_config
 from senet_transfer.errors import UserError
@@ -35,16 +35,13 @@ def read_records(folder: str | Path) -> dict[str, Records]:
     """Return the records in a folder by config, sorted by seed.
 
     Raises:
-        UserError: If a file is not a record.
+        UserError: If the folder does not exist, or a file is not a record.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"The folder of records {folder} does not exist. Check the path.")
     found: dict[str, Records] = {}
     for path in sorted(Path(folder).glob("*/seed*.json")):
-        try:
-            record = json.loads(path.read_text())
-            found.setdefault(path.parent.name, []).append(record)
-            record["metrics"][record["metric"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a record of a run ({error!r}). Delete it.") from error
+        found.setdefault(path.parent.name, []).append(read_record(path))
     return {name: sorted(records, key=lambda r: r["seed"]) for name, records in found.items()}
 
 
@@ -52,15 +49,18 @@ def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> Non
     """Write the tables of the records in a folder to documents.
 
     Raises:
-        UserError: If a document contains no place for a table.
+        UserError: If a document can't be read or contains no place for a table.
     """
     records = read_records(folder)
     for path in map(Path, documents):
-        text = path.read_text()
-        updated = updated_text(text, records)
+        try:
+            text = path.read_text(encoding="utf-8")
+            updated = updated_text(text, records)
+        except (OSError, UserError) as error:
+            raise UserError(f"The tables of {path} can't be updated. {error}") from error
         if updated != text:
             with atomic_path(path) as partial:
-                Path(partial).write_text(updated)
+                Path(partial).write_text(updated, encoding="utf-8")
 
 
 def updated_text(text: str, records: dict[str, Records]) -> str:
@@ -214,13 +214,13 @@ def _details(record: dict[str, Any]) -> str:
 
 def _machine(found: Sequence[Records]) -> str:
     devices = dict.fromkeys(r["machine"]["device"] for records in found for r in records)
-    minutes = [
-        "-"
-        if None in (times := [record["training"]["minutes"] for record in records]) or not times
-        else f"{statistics.fmean(times):.1f}"
-        for records in found
-    ]
-    return f"{', '.join(devices)}; {' / '.join(minutes)}"
+    return f"{', '.join(devices)}; {' / '.join(map(_minutes, found))}"
+
+
+def _minutes(records: Records) -> str:
+    """Return the mean time of the runs, or "-" if it is not known for all of them."""
+    times = [record["training"]["minutes"] for record in records]
+    return f"{statistics.fmean(times):.1f}" if times and None not in times else "-"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -10,24 +10,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 _POINTS = 200_001
 
 
-def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Return t such that a Student's t variable lies between -t and t with this probability.
+def t_quantile(freedom: float) -> float:
+    """Return t such that a Student's t variable lies between -t and t with a probability of 95%.
 
     With x = sqrt(freedom) tan(a), the density is proportional to cos(a) ** (freedom - 1) for angles
     a from 0 to pi / 2, where it can be integrated numerically.
 
     Args:
         freedom: Degrees of freedom, 1 or more.
-        confidence: Probability between 0 and 1.
     """
     angles = np.linspace(0, math.pi / 2, _POINTS)
     density = np.cos(angles) ** (freedom - 1)
     total = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    angle = np.interp(confidence, total / total[-1], angles)
+    angle = np.interp(_CONFIDENCE, total / total[-1], angles)
     return math.sqrt(freedom) * math.tan(angle)
 
 

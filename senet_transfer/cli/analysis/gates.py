@@ -98,10 +98,7 @@ def main(args: argparse.Namespace) -> None:
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
-        print(
-            f"{left_out} images are left out, because no {args.group_by} is that of more than half "
-            "of their objects"
-        )
+        print(f"Left out {left_out} images: no {args.group_by} has more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -21,7 +21,7 @@ from senet_transfer.engine.hooks import BEST_NAME
 from senet_transfer.engine.model_from import LoadedModel
 from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import RunOptions
-from senet_transfer.engine.train import RESULTS, main
+from senet_transfer.engine.train import RESULTS, evaluated_file, main
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.hashing import file_sha256
@@ -70,8 +70,8 @@ class Contents:
             config_file = Path(folder, "config.yaml")
             config_file.write_text(self.run_cfg.dump(), encoding="utf-8")
             own = ["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", folder]
-            main(RunOptions(str(config_file), [*options, *own], eval_only=True, quiet=True))
-            return dict(json.loads(Path(folder, RESULTS).read_text(encoding="utf-8")))
+            own += ["TEST.ENSEMBLE.WEIGHTS", "()"]
+            return main(RunOptions(str(config_file), [*options, *own], eval_only=True, quiet=True))
 
 
 def contents_of(
@@ -131,6 +131,7 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     default = get_senet_config()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", default.MODEL.DEVICE
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
+    cfg.TEST.ENSEMBLE.WEIGHTS = ()
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
         if key == "DATASETS.CLASSES":  # in Places365, for example, names such as /a/airfield
@@ -167,8 +168,7 @@ def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
         known = {"metric", "value"} <= stored.keys()
         return {stored["metric"]: stored["value"]} if known else {}
     results = path.with_name(RESULTS)
-    evaluated = "model_ema.pth" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
-    if path.name != evaluated or not results.is_file():
+    if path.name != evaluated_file(cfg) or not results.is_file():
         return {}
     content = read_json(results, "Evaluate the model again, or delete the file.")
     # A later evaluation of other weights in the same folder has no entry "training".

@@ -282,9 +282,10 @@ def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
     """Return whether a norm uses the statistics of the batch, its tensors and its epsilon."""
     if norm is None:
         return False, (None, None, None, None), 0.0
+    eps = float(norm.eps)  # Triton compiles other code for an integer.
     if _uses_batch(norm):
-        return True, (None, None, norm.weight, norm.bias), norm.eps
-    return False, (norm.running_mean, norm.running_var, norm.weight, norm.bias), norm.eps
+        return True, (None, None, norm.weight, norm.bias), eps
+    return False, (norm.running_mean, norm.running_var, norm.weight, norm.bias), eps
 
 
 def _gate_values(
@@ -316,7 +317,7 @@ def _call(
         running = None
         if trained is not None:
             statistics = trained.running_mean, trained.running_var, trained.num_batches_tracked
-            running = Running(*statistics, trained.momentum)
+            running = Running(*statistics, float(trained.momentum))
         return function.apply(*options, running)
     found = operator(*options)
     if trained is not None:

@@ -23,7 +23,7 @@ Maybe: TypeAlias = Tensor | None
 _Results: TypeAlias = tuple[Maybe, ...]
 
 
-# What Triton compiles into a kernel about an integer.
+# What Triton compiles into a kernel about an integer: whether it is 1, divisible by 16 and 32-bit.
 _Kind: TypeAlias = tuple[bool, bool, bool]
 
 
@@ -70,12 +70,14 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
     splits = -(-positions // chunk)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     sizes = channels, positions, splits, chunk
+    # On AMD's GPUs, Triton uses 32-bit offsets for tensors of less than 2 GiB.
+    is_small = 8 * n * channels * positions < 2**31
     return _Plan(
         programs=n * splits * blocks,
         rows=n * splits,
         sizes=sizes,
         tile={"LAST": last, "ACC": acc, "BP": length, "BC": width, "num_warps": 4},
-        kinds=(_kind(channels), _kind(positions), _kind(chunk), n * positions < 2**31),
+        kinds=(*map(_kind, (channels, positions, chunk)), n * positions < 2**31, is_small),
     )
 
 
@@ -168,6 +170,7 @@ def _launch(
         grid: Number of programs in each dimension.
         key: Everything that Triton's result depends on, except for the kernel and the flags: the
             device, the dtypes of the tensors, which must be aligned, and the kinds of the integers.
+            Other numbers must be of the type float.
         arguments: Tensors, numbers and None, in the order of the kernel's parameters.
         flags: Compile-time arguments of the kernel, and options of Triton.
     """

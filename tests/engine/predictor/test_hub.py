@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
@@ -17,6 +18,7 @@ import senet_transfer
 from senet_transfer import UserError
 from senet_transfer.cli.push import main, parser
 from senet_transfer.config.load import load_config
+from senet_transfer.engine.publish.contents import _published_config
 from senet_transfer.engine.publish.push import push
 from senet_transfer.engine.run_checks import _check_weights
 from senet_transfer.export.conversion import convert_file
@@ -180,6 +182,25 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     assert published.DATASETS.CLASSES == CLASSES
     assert "secret_folder" not in card + (out / "config.yaml").read_text()
     assert not hub.asked  # with --folder, nothing is uploaded
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--opts", "DATASETS.TEST", "('val',)"], "--opts has an effect only with --evaluate"),
+        (["--private", "--folder", "out"], "--private has no effect"),
+    ],
+)
+def test_options_without_effect_are_errors(words, message):
+    with pytest.raises(UserError, match=message):
+        run_command("run", "me/scenes", *words)
+
+
+def test_a_published_detector_is_not_merged_with_others():
+    cfg = load_config("configs/faster_rcnn_se_r50.yaml")
+    cfg.TEST.ENSEMBLE.WEIGHTS = ("output/other.pth",)
+    published = _published_config(SimpleNamespace(cfg=cfg, classes=["cat"]))
+    assert published.TEST.ENSEMBLE.WEIGHTS == ()
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "legacy_seresnet18"])
