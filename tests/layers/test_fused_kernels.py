@@ -1022,6 +1022,53 @@ def test_auto_fuses_what_is_faster_with_its_launches(
     assert functions._is_selected(True, x, norm, se)
 
 
+class FakeKernel:
+    """Kernel with one flag after its arguments, which records how it is called."""
+
+    arg_names = ("x_ptr", "size", "FLAG")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, **flags):
+            self.compiled.append((grid, arguments, flags))
+            return self.launches()
+
+        return compile_and_launch
+
+    def launches(self):
+        kernel = self
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *values: kernel.launched.append((grid[:3], values))
+
+        return Compiled()
+
+
+def test_a_kernel_is_compiled_once_for_each_key_and_flags(monkeypatch):
+    """Later launches pass addresses, numbers and flags in the order of the kernel's parameters."""
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    kernel, x = FakeKernel(), torch.zeros(4)
+    for key, size, flag in (("a", 5, True), ("a", 7, True), ("a", 7, False), ("b", 7, True)):
+        launch._launch(kernel, (size,), (key,), (x, size), {"FLAG": flag, "num_warps": 4})
+    assert [(size, flags["FLAG"]) for (size,), _, flags in kernel.compiled] == [
+        (5, True),
+        (7, False),
+        (7, True),
+    ]
+    assert kernel.launched == [((7, 1, 1), (x.data_ptr(), 7, True))]
+
+
+def test_only_tensors_that_are_not_aligned_are_copied():
+    aligned = torch.zeros(8)
+    other = shifted(torch.arange(8.0))
+    assert launch._aligned(aligned) is aligned
+    assert launch._aligned(other).data_ptr() % 16 == 0 != other.data_ptr() % 16
+    assert torch.equal(launch._aligned(other), other)
+
+
 def test_true_is_an_error_on_a_cpu(monkeypatch):
     monkeypatch.setattr(functions, "_INTERPRETED", False)
     with pytest.raises(UserError, match=r"device 'cpu'.*MODEL.SE.FUSED.*TRITON_INTERPRET"):
