@@ -203,7 +203,7 @@ def _print(results: dict[str, Any]) -> None:
         print(f"  {row['top1_error']:6.2f}  {row['images']:6d}  {row['class']}")
     print("Most confused (images):")
     for row in results["most_confused"]:
-        print(f"  {row['images']:6d}  {row['class']} predicted as {row['taken_for']}")
+        print(f"  {row['images']:6d}  {row['class']} predicted as {row['predicted']}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -101,7 +101,7 @@ def _load_trainer(cfg: CfgNode, resume: bool) -> Trainer:
 def _load_model(cfg: CfgNode, resume: bool) -> nn.Module:
     """Build the model or ensemble to evaluate, and check that all of its weights are loaded."""
     checkpoint = str(newest_whole(cfg.OUTPUT_DIR)) if resume else None
-    return build_detectors(ModelSource(cfg, examine_config_weights(cfg, checkpoint)))
+    return build_detectors(ModelSource(cfg, examine_config_weights(cfg, checkpoint))).model
 
 
 def _train(trainer: Trainer) -> dict[str, Any]:

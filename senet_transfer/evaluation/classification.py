@@ -79,7 +79,7 @@ class Evaluation:
         return [
             {
                 "class": self.classes[place // len(self.classes)],
-                "taken_for": self.classes[place % len(self.classes)],
+                "predicted": self.classes[place % len(self.classes)],
                 "images": int(wrong.view(-1)[place]),
             }
             for place in order.tolist()

@@ -1,14 +1,13 @@
 """Several models whose predictions are combined."""
 
 from collections.abc import Sequence
-
-from torch import nn
+from dataclasses import replace
 
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import box_head
 from senet_transfer.engine.checkpoints.classes import config_next_to
 from senet_transfer.engine.inference.fused_detector import FusedDetector
-from senet_transfer.engine.model_from import ModelSource, find_model
+from senet_transfer.engine.model_from import LoadedModel, ModelSource, find_model
 from senet_transfer.engine.run_checks import check_augmentation
 from senet_transfer.errors import UserError
 
@@ -62,8 +61,12 @@ def _has_caffe_order(found: ModelSource) -> bool:
     return published and not found.cfg.DATASETS.CLASSES and _class_count(found) == 1000
 
 
-def build_detectors(source: ModelSource) -> nn.Module:
+def build_detectors(source: ModelSource, device: str = "") -> LoadedModel:
     """Build a model or, if ``TEST.ENSEMBLE.WEIGHTS`` is set, several detectors as one model.
+
+    Args:
+        source: The model, or the first detector.
+        device: The device. If empty, ``MODEL.DEVICE`` is used.
 
     Raises:
         UserError: If the detectors' classes or image formats differ, or if one of them does not
@@ -71,7 +74,7 @@ def build_detectors(source: ModelSource) -> nn.Module:
     """
     cfg = source.cfg
     if not cfg.TEST.ENSEMBLE.WEIGHTS:
-        return source.build().model
+        return source.build(device)
     sources = [source.examined()]
     for weights in cfg.TEST.ENSEMBLE.WEIGHTS:
         if config_next_to(weights):
@@ -91,5 +94,5 @@ def build_detectors(source: ModelSource) -> nn.Module:
             )
         sources.append(found.examined())
     check_same_classes(sources)
-    models = [found.build(cfg.MODEL.DEVICE).model for found in sources]
-    return FusedDetector(cfg, models)
+    models = [found.build(device or cfg.MODEL.DEVICE) for found in sources]
+    return replace(models[0], model=FusedDetector(cfg, [found.model for found in models]))

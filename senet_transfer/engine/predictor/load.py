@@ -11,6 +11,7 @@ from senet_transfer.config.architectures import PIXELS, PROPOSALS, predicts
 from senet_transfer.config.load import find_config
 from senet_transfer.data.detection.coco import register_shapes
 from senet_transfer.data.detection.dataset_checks import category_ids
+from senet_transfer.engine.inference.ensembles import build_detectors
 from senet_transfer.engine.model_from import LoadedModel, config_next_to, find_model
 from senet_transfer.engine.predictor.exported import SUFFIXES, load_exported
 from senet_transfer.engine.predictor.predictor import ClassifierPredictor, DetectorPredictor
@@ -101,7 +102,7 @@ def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -
 def load_trained(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
 ) -> LoadedModel:
-    """Load a model that is not an exported file; see :func:`load` for the arguments."""
+    """Load a model or ensemble, but not an exported file; see :func:`load` for the arguments."""
     config_file, weights = _find(weights, config_file)
     named = names_published(weights) or is_hub_name(weights)
     if not config_file and not named and not os.path.isfile(weights):
@@ -135,7 +136,7 @@ def load_trained(
             "in the run's output folder."
         )
     check_augmentation(found.cfg)
-    return found.build(device)
+    return build_detectors(found, device)
 
 
 def _find(name: str, config_file: str) -> tuple[str, str]:

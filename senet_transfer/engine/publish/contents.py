@@ -89,7 +89,8 @@ def contents_of(
     Raises:
         UserError: If the model can't be loaded, or a value exceeds the range of float16.
     """
-    loaded = load_trained(os.fspath(source), config_file, device="cpu")
+    one = ("TEST.ENSEMBLE.WEIGHTS", "()")
+    loaded = load_trained(os.fspath(source), config_file, one, device="cpu")
     cfg, classes = _published_config(loaded), loaded.classes
     stored = _stored_values(loaded)
     target = target_of(loaded.model)
@@ -131,7 +132,6 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     default = get_senet_config()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", default.MODEL.DEVICE
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
-    cfg.TEST.ENSEMBLE.WEIGHTS = ()
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
         if key == "DATASETS.CLASSES":  # in Places365, for example, names such as /a/airfield

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from torchvision.ops import batched_nms
 
+import senet_transfer
 from senet_transfer import UserError, save_weights
 from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.config.load import load_config
@@ -202,6 +204,12 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
     for one, augmented in zip(*found, strict=True):
         assert augmented["bbox"] == pytest.approx(one["bbox"], abs=1e-2)
         assert augmented["score"] == pytest.approx(one["score"], abs=1e-6)
+    ensemble = ["TEST.ENSEMBLE.WEIGHTS", str(tuple(weights[1:])), "INPUT.MIN_SIZE_TEST", "64"]
+    predict = senet_transfer.load(weights[0], options=ensemble, device="cpu", threshold=0)
+    photo = DatasetCatalog.get("own")[0]
+    expected = [row for row in found[0] if row["image_id"] == photo["image_id"]]
+    boxes = BoxMode.convert(predict(photo["file_name"]).boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    np.testing.assert_array_equal(boxes, [row["bbox"] for row in expected])
     with pytest.raises(UserError, match="--crops can't be given for a detector"):
         evaluate("--crops", "10")
     save_weights(Trainer.build_model(cfg), weights[1], classes=cfg.DATASETS.CLASSES[::-1])
