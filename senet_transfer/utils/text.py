@@ -1,6 +1,7 @@
 """Formatting of text for messages."""
 
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 
 
@@ -24,6 +25,12 @@ def shown(text: object, limit: int = 80) -> str:
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """Return the mean and, of several values, the sample standard deviation: ``"7.30 ± 0.12"``."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def folder_name(text: str) -> str:

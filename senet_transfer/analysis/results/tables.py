@@ -22,6 +22,7 @@ from senet_transfer.analysis.results.welch import difference
 from senet_transfer.config.load import load_config
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_path
+from senet_transfer.utils.text import mean_text
 
 Records = list[dict[str, Any]]
 
@@ -171,20 +172,13 @@ def _values(records: Records) -> list[float]:
 
 
 def _columns(first: list[float], second: list[float]) -> list[str]:
-    cells = [_mean(first), _mean(second), "-"]
+    cells = [*(mean_text(values) if values else "-" for values in (first, second)), "-"]
     if first and second:
         shift, half = difference(first, second)
         cells[2] = _signed(shift)
         if not math.isnan(half):
             cells[2] += f" ({_signed(shift - half)} to {_signed(shift + half)})"
     return cells
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def _signed(value: float) -> str:

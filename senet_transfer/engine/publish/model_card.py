@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,7 +18,7 @@ from senet_transfer.engine.results import metric_texts, metrics
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.hashing import file_sha256
-from senet_transfer.utils.text import first_of, shown
+from senet_transfer.utils.text import first_of, mean_text, shown
 
 _CLASSES = 100
 _LIMITS = {
@@ -149,7 +148,7 @@ def _over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     found = [metrics(run["metrics"]) for run in runs]
     names = _texts(runs[0]["metrics"]) if runs else {}
     return {
-        name: f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+        name: mean_text(values)
         for name in names
         if len(values := [one[name] for one in found if name in one]) == len(found)
     }
