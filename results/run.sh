@@ -5,6 +5,8 @@
 #                                     (train.tar.xz and test.tar.xz) and mini_places365
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
 #   results/run.sh tables             update the tables in the documents
+#   results/run.sh publish            write a model card for each config with a finished seed 0, and
+#                                     the small networks to senet_transfer/pretrained
 #
 # PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places
 # or probe. pretrain must be finished before the parts after it. Repeat a command to continue.
@@ -37,6 +39,20 @@ cifar() {
     graph=$(command -v nvidia-smi >/dev/null && echo "SOLVER.COMPILE graph" || true)
     sweep "$plain" "$se" DATASETS.TRAIN "('cifar10_jpeg',)" DATASETS.TEST "('cifar10_jpeg',)" \
         $graph "$@"
+}
+
+# Write what is published of the current run: publish RUN NAME [OPTION ...]
+publish() {
+    run=$1
+    title=$2
+    shift 2
+    "$python" -m senet_transfer.cli.main push "$run/model_final.pth" "$title" \
+        --license apache-2.0 --data "$data" --runs "$folder" "$@"
+}
+
+# Add the network of the current run to the package: bundle NAME
+bundle() {
+    publish "$run" "senet_transfer/$1" --bundle --half --evaluate
 }
 
 case $part in
@@ -75,9 +91,28 @@ probe)
             --record "${RECORDS:-results}/probe_cifar10_64px_$network/seed0.json"
     done
     ;;
+publish)
+    for folder in "${RECORDS:-results}"/*/; do
+        name=$(basename "$folder")
+        run=output/$name/seed0
+        [ -e "$run/model_final.pth" ] || continue
+        case $name in
+        demo_faster_rcnn_*) data="rendered shapes (datasets/prepare_shapes.py)" ;;
+        *bccd*) data="BCCD" ;;
+        *places*) data="8 classes of Places365" ;;
+        *) data="CIFAR-10 recompressed as JPEG" ;;
+        esac
+        publish "$run" "$name" --card "${folder}README.md"
+        case $name in
+        cifar10_resnet20) bundle cifar10_jpeg_resnet20 ;;
+        cifar10_se_resnet20) bundle cifar10_jpeg_se_resnet20 ;;
+        demo_faster_rcnn_se_r18) bundle shapes_se_r18 ;;
+        esac
+    done
+    ;;
 tables) "$python" tools/run_seeds.py --results results --update README.md docs/results.md ;;
 *)
-    sed -n '2,16p' "$0" >&2
+    sed -n '2,18p' "$0" >&2
     exit 2
     ;;
 esac

@@ -10,6 +10,10 @@ Any option for weights accepts the uploaded model as hf-hub:owner/name. The toke
 In a clone of this project, --bundle adds a small model to the package instead:
 
     senet push output/model_final.pth senet_transfer/my_network --bundle --half --evaluate
+
+Write only the model card, for a model whose weights are not published:
+
+    senet push output/model_final.pth my_network --card my_network.md
 """
 
 import argparse
@@ -31,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
         help="the output folder of a run (its best model, otherwise its final model), or a "
         "checkpoint",
     )
-    add("repository", metavar="OWNER/NAME", help="the repository, which is created if needed")
+    add(
+        "repository",
+        metavar="OWNER/NAME",
+        help="the repository, which is created if needed; with --card, the title of the card",
+    )
     add("--config-file", default="", help="default: the config.yaml next to the checkpoint")
     add("--private", action="store_true", help="make a new repository private")
     add("--license", default="", help="licence of the weights for the model card")
@@ -55,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="evaluate the written file, and state its metrics on the model card",
     )
     add("--folder", default="", help="write the files to this folder, and upload nothing")
+    add("--card", default="", metavar="FILE", help="write only the model card, and upload nothing")
     add(
         "--bundle",
         action="store_true",
@@ -75,15 +84,18 @@ def main(args: argparse.Namespace) -> None:
     """Upload the model, or write its files to a folder."""
     from senet_transfer.engine.publish.bundle import bundle
     from senet_transfer.engine.publish.model_card import read_runs
-    from senet_transfer.engine.publish.push import push, write_repository
+    from senet_transfer.engine.publish.push import push, write_card, write_repository
     from senet_transfer.weights.hub.bundled import FOLDER
 
     if args.opts and not args.evaluate:
         raise UserError("--opts has an effect only with --evaluate. Add --evaluate.")
-    if args.private and (args.bundle or args.folder):
+    if args.private and (args.bundle or args.folder or args.card):
         raise UserError(
-            "--private has no effect with --bundle or --folder, which upload nothing. Remove it."
+            "--private has no effect with --bundle, --card or --folder, which upload nothing. "
+            "Remove it."
         )
+    if args.card and (args.bundle or args.folder):
+        raise UserError("--card writes no weights. Remove it, or --bundle and --folder.")
     options = {
         "config_file": args.config_file,
         "licence": args.license,
@@ -93,7 +105,10 @@ def main(args: argparse.Namespace) -> None:
         "evaluate": args.evaluate,
         "opts": args.opts,
     }
-    if args.bundle:
+    if args.card:
+        write_card(args.model, args.card, args.repository, **options)
+        print(f"Wrote {args.card}.")
+    elif args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
         print(f"Wrote {path}. Load it with {args.repository}.")
     elif args.folder:

@@ -35,7 +35,8 @@ class Card:
     """Statements on a model card that the model itself does not contain.
 
     Attributes:
-        name: Name by which the model is loaded, such as "hf-hub:owner/name".
+        name: Name or path by which the model is loaded, such as "hf-hub:owner/name".
+        title: Title of the card; default: the last part of the name.
         licence: Licence of the weights; empty if it is not stated.
         data: Names of the training data; empty if they are not stated.
         use: Intended use; empty if it is not stated.
@@ -45,6 +46,7 @@ class Card:
     """
 
     name: str
+    title: str = ""
     licence: str = ""
     data: Sequence[str] = ()
     use: str = ""
@@ -82,7 +84,7 @@ class Card:
             "Classes": first_of(map(_escaped, [*cfg.DATASETS.CLASSES, *_stuff(cfg)]), _CLASSES),
         }
         parts = [
-            f"---\n{header.to_yaml()}\n---\n\n# {self.name.rpartition('/')[2]}",
+            f"---\n{header.to_yaml()}\n---\n\n# {self.title or self.name.rpartition('/')[2]}",
             f"This model card was written by `senet push` (senet_transfer {__version__}).",
             _table(("property", "value"), _properties(contents, self.data)),
             *(f"## {title}\n\n{text}" for title, text in sections.items() if text),

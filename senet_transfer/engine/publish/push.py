@@ -12,6 +12,8 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.hub.repositories import PREFIX, hub_errors, parse_hub_name
 from senet_transfer.weights.save import write_own
 
+_UNPUBLISHED = "The weights are not published."
+
 
 def push(
     source: str | os.PathLike[str], repository: str, *, private: bool = False, **options: Any
@@ -92,6 +94,40 @@ def write_repository(
         (out / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} can't be written: {error}. Choose a different path.") from error
+
+
+def write_card(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    title: str,
+    *,
+    config_file: str = "",
+    half: bool = False,
+    **statements: Any,
+) -> None:
+    """Write only the model card of a model whose weights are not published.
+
+    Args:
+        source: The model, as in :func:`push`.
+        path: The file to write, in Markdown.
+        title: The title of the card.
+        config_file: The config of a weight file; see :func:`senet_transfer.load`.
+        half: If True, the card describes a file with kernels and matrices in float16.
+        **statements: Fields of :class:`~senet_transfer.engine.publish.model_card.Card`.
+
+    Raises:
+        UserError: If the model can't be loaded, or the card can't be written.
+    """
+    contents = contents_of(source, config_file, half=half)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "model.safetensors")
+        write_own(weights, contents.tensors, contents.metadata)
+        card = Card(os.fspath(source), title, use=_UNPUBLISHED, **statements)
+        text = card.of_file(contents, weights)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error}. Choose a different path.") from error
 
 
 def _repository_name(repository: str) -> str:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
@@ -18,7 +17,7 @@ import senet_transfer
 from senet_transfer import UserError
 from senet_transfer.cli.push import main, parser
 from senet_transfer.config.load import load_config
-from senet_transfer.engine.publish.contents import _published_config
+from senet_transfer.engine.publish.contents import contents_of
 from senet_transfer.engine.publish.push import push
 from senet_transfer.engine.run_checks import _check_weights
 from senet_transfer.export.conversion import convert_file
@@ -181,6 +180,11 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     assert published.DATASETS.TRAIN == ("train", "more", "secret_set")
     assert published.DATASETS.CLASSES == CLASSES
     assert "secret_folder" not in card + (out / "config.yaml").read_text()
+    run_command(str(run), "Scenes", "--card", str(tmp_path / "card.md"), *words[:4])
+    alone = (tmp_path / "card.md").read_text()
+    assert "\n# Scenes\n" in alone
+    assert "The weights are not published" in alone
+    assert text.partition("## Training")[2].partition("## File")[0] in alone
     assert not hub.asked  # with --folder, nothing is uploaded
 
 
@@ -189,6 +193,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     [
         (["--opts", "DATASETS.TEST", "('val',)"], "--opts has an effect only with --evaluate"),
         (["--private", "--folder", "out"], "--private has no effect"),
+        (["--card", "card.md", "--bundle"], "--card writes no weights"),
     ],
 )
 def test_options_without_effect_are_errors(words, message):
@@ -196,11 +201,15 @@ def test_options_without_effect_are_errors(words, message):
         run_command("run", "me/scenes", *words)
 
 
-def test_a_published_detector_is_not_merged_with_others():
-    cfg = load_config("configs/faster_rcnn_se_r50.yaml")
+@pytest.mark.long
+def test_a_published_detector_is_not_merged_with_others(detector, tmp_path):
+    cfg = load_config(str(detector / "config.yaml"))
     cfg.TEST.ENSEMBLE.WEIGHTS = ("output/other.pth",)
-    published = _published_config(SimpleNamespace(cfg=cfg, classes=["cat"]))
-    assert published.TEST.ENSEMBLE.WEIGHTS == ()
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    contents = contents_of(detector / "model_final.pth", str(config))
+    assert contents.cfg.TEST.ENSEMBLE.WEIGHTS == ()
+    assert contents.tensors.keys() == contents_of(detector / "model_final.pth").tensors.keys()
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "legacy_seresnet18"])
