@@ -41,6 +41,11 @@ cifar() {
         $graph "$@"
 }
 
+# As sweep, in bfloat16.
+places() {
+    sweep "$@" MODEL.CLASSIFIER.CHANNELS_LAST True SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
+}
+
 # Write what is published of the current run: publish RUN NAME [OPTION ...]
 publish() {
     run=$1
@@ -76,12 +81,12 @@ cifar110)
         SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 SOLVER.CHECKPOINTS_KEPT 2 "$@"
     ;;
 shapes) sweep demo_faster_rcnn_r18 demo_faster_rcnn_se_r18 "$@" ;;
-places) sweep demo_places365_r18 demo_places365_se_r18 "$@" ;;
+places) places demo_places365_r18 demo_places365_se_r18 "$@" ;;
 bccd) sweep bccd_r18 bccd_se_r18 "$@" ;;
 bccd50) sweep bccd_r50 bccd_se_r50 "$@" ;;
 pretrain) SEEDS=0 sweep cifar10_64px_r18 cifar10_64px_se_r18 "$@" ;;
 transfer_bccd) sweep transfer_bccd_r18 transfer_bccd_se_r18 "$@" ;;
-transfer_places) sweep transfer_demo_places365_r18 transfer_demo_places365_se_r18 "$@" ;;
+transfer_places) places transfer_demo_places365_r18 transfer_demo_places365_se_r18 "$@" ;;
 probe)
     for network in r18 se_r18; do
         "$python" -m senet_transfer.cli.main probe --quiet \
