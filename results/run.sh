@@ -4,7 +4,7 @@
 #   results/run.sh data SOURCE        prepare the data from SOURCE, which contains bccd, cifar10_jpeg
 #                                     (train.tar.xz and test.tar.xz) and mini_places365
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
-#   results/run.sh tables             update the tables in the documents
+#   results/run.sh tables             update the tables and curves in the documents
 #   results/run.sh publish            write a model card for each config with a finished seed 0, and
 #                                     the small networks to senet_transfer/pretrained
 #
@@ -115,7 +115,10 @@ publish)
         esac
     done
     ;;
-tables) "$python" tools/run_seeds.py --results results --update README.md docs/results.md ;;
+tables)
+    "$python" tools/run_seeds.py --results results --update README.md docs/results.md \
+        --curves docs/images
+    ;;
 *)
     sed -n '2,18p' "$0" >&2
     exit 2

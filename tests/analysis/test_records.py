@@ -8,11 +8,14 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from senet_transfer import UserError
 from senet_transfer.analysis.repeated_runs import Run
+from senet_transfer.analysis.results.curves import draw_curves, evaluations
 from senet_transfer.analysis.results.records import read_record, write_record
 from senet_transfer.analysis.results.tables import read_records, update_documents, updated_text
 from senet_transfer.analysis.results.welch import difference, t_quantile
@@ -76,6 +79,35 @@ def test_a_document_gets_the_means_the_interval_and_the_papers_values(tmp_path):
     assert len(head.split("|")) == len(row.split("|"))
     with pytest.raises(UserError, match="no place for a table"):
         updated_text("text", {})
+
+
+def test_the_curves_have_the_evaluations_that_all_runs_have(tmp_path):
+    evaluated = {"bccd_r18": [(9, 1.0), (19, 3.0)], "transfer_bccd_r18": [(9, 2.0), (19, 4.5)]}
+    for config, points in evaluated.items():
+        (tmp_path / config).mkdir()
+        for seed in (0, 1):
+            ap = {"metric": "bbox/AP", "metrics": {"bbox/AP": 3.0}}
+            written = {**record(config, seed, 1.0), **ap}
+            (tmp_path / config / f"seed{seed}.json").write_text(json.dumps(written))
+            rows = [
+                "iteration,total_loss,bbox/AP",
+                "4,0.7,",
+                *(f"{i},,{v + seed}" for i, v in points),
+            ]
+            rows += ["29,0.5,7.5"] if seed else []
+            (tmp_path / config / f"seed{seed}.csv").write_text("\n".join(rows))
+    records = read_records(tmp_path)
+    curve = evaluations(tmp_path / "bccd_r18", records["bccd_r18"])
+    assert curve == {9: [1.0, 2.0], 19: [3.0, 4.0]}
+    sweep(["--results", str(tmp_path), "--curves", str(tmp_path)])
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curves_bccd_r18.png"]
+    pixels = np.asarray(Image.open(tmp_path / "curves_bccd_r18.png").convert("RGB"))
+    blue, orange = ((pixels == colour).all(-1).sum() for colour in ((0, 114, 178), (213, 94, 0)))
+    assert blue > 300
+    assert orange == 0  # there are no runs with SE
+    (tmp_path / "bccd_r18" / "seed1.csv").write_text("iteration,total_loss,bbox/AP\n9,,high")
+    with pytest.raises(UserError, match=r"seed1.csv can't be read as the curve of a run"):
+        draw_curves(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
@@ -176,7 +208,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
     [
         ([], "nothing to do"),
         (["--config-file", CONFIG], "--output is missing"),
-        (["--update", "README.md"], "--update needs"),
+        (["--update", "README.md"], "--update and --curves need"),
         (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
     ],
 )

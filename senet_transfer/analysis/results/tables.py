@@ -27,8 +27,8 @@ from senet_transfer.utils.text import mean_text
 Records = list[dict[str, Any]]
 
 _BEGIN, _END = r"<!-- results:?((?: \w+)*) -->\n", "<!-- end of results -->"
-_METRICS = {"classification/top1_error": "top-1 error (%)", "bbox/AP": "box AP"}
-_TRANSFER = "transfer_"
+METRICS = {"classification/top1_error": "top-1 error (%)", "bbox/AP": "box AP"}
+TRANSFER = "transfer_"
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -87,13 +87,16 @@ def updated_text(text: str, records: dict[str, Records]) -> str:
 
 def full_tables(records: dict[str, Records]) -> str:
     """Return the tables of all results: with and without SE, and transfer."""
-    names = [name for name in records if "_se_" not in name]
-    names += [plain for se in records if (plain := se.replace("_se_", "_")) not in records]
-    parts = [comparison(records, sorted(set(names)), details=True)]
-    carried = [name for name in records if name.removeprefix(_TRANSFER) in records]
-    if carried := [name for name in carried if name.startswith(_TRANSFER)]:
+    parts = [comparison(records, baselines(records), details=True)]
+    carried = [name for name in records if name.removeprefix(TRANSFER) in records]
+    if carried := [name for name in carried if name.startswith(TRANSFER)]:
         parts.append(transfer(records, carried))
     return "\n\n".join(parts)
+
+
+def baselines(records: dict[str, Records]) -> list[str]:
+    """Return the configs without SE, including those of which only the counterpart has records."""
+    return sorted({name.replace("_se_", "_") for name in records})
 
 
 def comparison(records: dict[str, Records], names: Sequence[str], *, details: bool = False) -> str:
@@ -107,14 +110,14 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
     header = ["data and metric", "network", "runs", "without SE", "with SE", "difference", "paper"]
     rows = []
     for name in names:
-        found = [records.get(name, []), records.get(_with_se(name, records), [])]
+        found = [records.get(name, []), records.get(with_se(name, records), [])]
         first = next((some[0] for some in found if some), None)
         if first is None:
             raise UserError(f"There are no results of the config {name}. Correct the name.")
         rows.append(
             [
-                f"{first['data']}, {_METRICS.get(first['metric'], first['metric'])}",
-                _network(first),
+                f"{first['data']}, {METRICS.get(first['metric'], first['metric'])}",
+                network_of(first),
                 " / ".join(str(len(some)) for some in found),
                 *_columns(*map(_values, found)),
                 " / ".join(map(_paper, found)),
@@ -133,12 +136,12 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
     """
     rows = []
     for name in names:
-        found = [records[name.removeprefix(_TRANSFER)], records[name]]
+        found = [records[name.removeprefix(TRANSFER)], records[name]]
         first = found[0][0]
         rows.append(
             [
-                f"{first['data']}, {_METRICS.get(first['metric'], first['metric'])}",
-                ("SE-" if "_se_" in name else "").join(_split(_network(first))),
+                f"{first['data']}, {METRICS.get(first['metric'], first['metric'])}",
+                network_of(first, is_se="_se_" in name),
                 " / ".join(str(len(some)) for some in found),
                 *_columns(*map(_values, found)),
             ]
@@ -147,20 +150,16 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
     return _table(header, rows)
 
 
-def _split(network: str) -> tuple[str, str]:
-    """Split a network's name where "SE-" is inserted."""
-    before, found, after = network.rpartition("ResNet-")
-    return before, found + after
-
-
-def _with_se(name: str, records: dict[str, Records]) -> str:
+def with_se(name: str, records: dict[str, Records]) -> str:
     """Return the config with SE of a baseline: the only one that differs by ``_se_``."""
     return next((se for se in records if se != name and se.replace("_se_", "_") == name), "")
 
 
-def _network(record: dict[str, Any]) -> str:
-    carried = record["config"].startswith(_TRANSFER)
-    return record["network"] + (", pretrained" if carried else "")
+def network_of(record: dict[str, Any], *, is_se: bool = False) -> str:
+    """Return the name of a record's network, as in the tables, or that with SE."""
+    before, resnet, depth = record["network"].rpartition("ResNet-")
+    carried = ", pretrained" if record["config"].startswith(TRANSFER) else ""
+    return f"{before}{'SE-' if is_se else ''}{resnet}{depth}{carried}"
 
 
 def _is_probe(record: dict[str, Any]) -> bool:

@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DOCUMENT",
         help="write the tables of the records in --results to these documents",
     )
+    add(
+        "--curves",
+        default="",
+        metavar="FOLDER",
+        help="draw the evaluations during training in --results, a figure for each data set and "
+        "network, with and without SE",
+    )
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -85,6 +92,7 @@ def main(args: argparse.Namespace) -> None:
     """Train the unfinished runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
+    from senet_transfer.analysis.results.curves import draw_curves
     from senet_transfer.analysis.results.tables import update_documents
     from senet_transfer.engine.signals import STATUS
 
@@ -93,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
     unfinished = _train(args) if args.config_file else 0
     if args.update:
         update_documents(args.results, args.update)
+    if args.curves:
+        draw_curves(args.results, args.curves)
     if unfinished:
         print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
         raise SystemExit(STATUS)
@@ -100,12 +110,13 @@ def main(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise a UserError if the arguments don't fit together."""
-    if not args.config_file and not args.update:
+    documents = args.update or args.curves
+    if not args.config_file and not documents:
         raise UserError("There is nothing to do. Give --config-file, or --update with --results.")
     if args.config_file and not args.output:
         raise UserError("--output is missing. Give the parent folder of all runs.")
-    if args.update and not args.results:
-        raise UserError("--update needs the folder of the records. Give --results.")
+    if documents and not args.results:
+        raise UserError("--update and --curves need the folder of the records. Give --results.")
     if args.folds and (args.results or len(args.config_file) > 1):
         raise UserError("--folds takes one --config-file, and no --results.")
     if args.jobs < 1 or (args.minutes is not None and args.minutes <= 0):

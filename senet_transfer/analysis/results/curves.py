@@ -1,0 +1,103 @@
+"""Figures of the evaluations during training, from recorded runs."""
+
+import csv
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from senet_transfer.analysis.results.tables import (
+    METRICS,
+    TRANSFER,
+    Records,
+    baselines,
+    network_of,
+    read_records,
+    with_se,
+)
+from senet_transfer.errors import UserError
+
+# Blue and orange of a colour-blind safe palette (Okabe and Ito).
+_PLAIN, _SE = "#0072B2", "#D55E00"
+_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
+    """Draw the evaluations during training of the runs of each baseline and its counterparts.
+
+    A figure compares the networks without and with SE and, if there are such runs, with random
+    and pretrained initial weights. It shows the mean over the runs and the range between the
+    lowest and the highest value.
+
+    Args:
+        records: The folder of the records.
+        folder: The folder of the figures ``curves_<config>.png``.
+
+    Returns:
+        The figures. Runs with a single evaluation have none.
+
+    Raises:
+        UserError: If there are no records, or a file can't be read or written.
+    """
+    found = read_records(records)
+    written = []
+    for name in baselines(found):
+        if name.startswith(TRANSFER):
+            continue
+        names = [name, with_se(name, found)]
+        names += [TRANSFER + one for one in names]
+        curves = {one: evaluations(Path(records, one), found[one]) for one in names if one in found}
+        if max(map(len, curves.values())) < 2:
+            continue
+        path = Path(folder, f"curves_{name}.png")
+        try:
+            _draw(curves, found).savefig(path, dpi=110, metadata={"Software": None})
+        except OSError as error:
+            raise UserError(f"The figure {path} can't be written: {error}.") from error
+        written.append(path)
+    return written
+
+
+def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]) -> Figure:
+    first = records[next(iter(curves))][0]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((6.0, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, curve in curves.items():
+            record, is_se = records[name][0], "_se_" in name
+            pretrained = name.startswith(TRANSFER)
+            label = f"{network_of(record, is_se=is_se)}, {len(records[name])} runs"
+            colour, line = _SE if is_se else _PLAIN, "--" if pretrained else "-"
+            values = curve.values()
+            axes.plot(curve.keys(), list(map(fmean, values)), line, color=colour, label=label)
+            low, high = list(map(min, values)), list(map(max, values))
+            axes.fill_between(list(curve), low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(METRICS.get(first["metric"], first["metric"]))
+        axes.set_title(first["data"])
+        axes.legend()
+    return figure
+
+
+def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
+    """Return the values of all runs at the iterations at which all of them were evaluated.
+
+    Args:
+        folder: The folder of the records of one config.
+        records: Its records.
+
+    Raises:
+        UserError: If a curve can't be read.
+    """
+    runs = []
+    for record in records:
+        path = folder / f"seed{record['seed']}.csv"
+        try:
+            rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+            runs.append({int(row[0]): float(row[2]) for row in rows[1:] if row[2]})
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{path} can't be read as the curve of a run: {error}. Write the record again."
+            ) from error
+    return {step: [run[step] for run in runs] for step in runs[0] if all(step in r for r in runs)}
