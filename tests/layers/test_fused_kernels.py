@@ -406,6 +406,32 @@ def test_running_statistics_over_several_steps():
 
 
 @runs_kernels
+def test_tensors_that_a_hook_copies_until_the_backward_pass():
+    """Such as ``torch.autograd.graph.save_on_cpu``, whose copies are contiguous."""
+    maps = [draw((2, 6, 3, 4), DOUBLE, True, seed) for seed in (1, 2)]
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda kept: kept):
+        check(End(6), maps)
+        check(End(6, "FrozenBN", gate=""), maps)
+        check(PreAct(6, "BN", "sigmoid"), maps, outputs=2)
+
+
+@runs_kernels
+def test_another_batch_size_needs_no_other_kernels(monkeypatch):
+    found, original = {}, launch._launch
+
+    def collect(kernel, grid, key, arguments, flags):
+        found.setdefault(n, set()).add((id(kernel), key, *flags.items()))
+        original(kernel, grid, key, arguments, flags)
+
+    monkeypatch.setattr(launch, "_launch", collect)
+    for n in (2, 3):
+        x, shortcut = (draw((n, 6, 3, 4), DOUBLE, False, seed).requires_grad_() for seed in (1, 2))
+        End(6).to(DEVICE, DOUBLE)(x, shortcut).sum().backward()
+    assert len(found[2]) > 4
+    assert found[2] == found[3]
+
+
+@runs_kernels
 def test_integers_as_momentum_and_epsilon(monkeypatch):
     """Triton compiles an integer 1 as a constant, which a later norm with 0.3 must not get."""
     numbers, original = [], launch._launch

@@ -462,7 +462,7 @@ def parameter_gradients(
 def input_gradient(
     dout_ptr, out_ptr, x_ptr, extra_ptr, branch_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
     dweight_ptr, dbias_ptr, gate_ptr, dpooled_ptr, dx_ptr, masked_ptr, dot_ptr,
-    C, P, S, CHUNK, COUNT,
+    COUNT, C, P, S, CHUNK,
     NORM: tl.constexpr, BATCH: tl.constexpr, GATE: tl.constexpr, RELU: tl.constexpr,
     KEEP: tl.constexpr, EXTRA: tl.constexpr, DOT: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,

@@ -42,7 +42,7 @@ class _Plan(NamedTuple):
     rows: int
     sizes: tuple[int, int, int, int]
     tile: dict[str, Any]
-    kinds: tuple[_Kind | bool, ...]
+    kinds: tuple[Any, ...]
 
 
 def _power_of_2(n: int) -> int:
@@ -70,14 +70,15 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
     splits = -(-positions // chunk)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     sizes = channels, positions, splits, chunk
-    # On AMD's GPUs, Triton uses 32-bit offsets for tensors of less than 2 GiB.
-    is_small = 8 * n * channels * positions < 2**31
+    # On AMD's GPUs, Triton uses 32-bit offsets for tensors of less than 2 GiB. Which of the tensors
+    # of a large shape are that small depends on the shape and the dtypes.
+    large = (n, channels, positions) if 8 * n * channels * positions >= 2**31 else None
     return _Plan(
         programs=n * splits * blocks,
         rows=n * splits,
         sizes=sizes,
         tile={"LAST": last, "ACC": acc, "BP": length, "BC": width, "num_warps": 4},
-        kinds=(*map(_kind, (channels, positions, chunk)), n * positions < 2**31, is_small),
+        kinds=(*map(_kind, (channels, positions, chunk)), n * positions < 2**31, large),
     )
 
 
@@ -481,8 +482,8 @@ class _Launcher:
         batch = affine[0] is not None
         self.run(
             self.kernels.input_gradient, gradient, out, x if batch else None, extra, branch,
-            *norm, *affine, *(gated or (None, None)), dx, masked, dots,
-            COUNT=self.count, NORM=norm.mean is not None, BATCH=batch, GATE=gated is not None,
+            *norm, *affine, *(gated or (None, None)), dx, masked, dots, self.count,
+            NORM=norm.mean is not None, BATCH=batch, GATE=gated is not None,
             RELU=out is not None, KEEP=masked is not None, EXTRA=extra is not None,
             DOT=branch is not None,
         )  # fmt: skip
@@ -583,6 +584,7 @@ def end_backward(
     """
     launch, gate = _Launcher(key, dout, last), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
+    out = None if out is None else launch.dense(out)  # hooks for saved tensors may change strides
     masked = torch.empty_like(gradient) if add and out is not None else None
     if not sums and gate is None:
         dx, _ = launch.input_gradient(gradient, norm, _NO_AFFINE, out=out, masked=masked)
@@ -739,6 +741,7 @@ def preact_backward(
     """
     launch, gate = _Launcher(key, out), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
+    added = None if added is None else launch.dense(added)
     affine: tuple[Maybe, ...] = _NO_AFFINE
     if sums:
         total, aligned = launch.gradient_sums(gradient, out, added, norm, None)
