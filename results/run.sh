@@ -116,7 +116,7 @@ publish)
     done
     ;;
 tables)
-    "$python" tools/run_seeds.py --results results --update README.md docs/results.md \
+    "$python" tools/run_seeds.py --results "${RECORDS:-results}" --update README.md docs/results.md \
         --curves docs/images
     ;;
 *)

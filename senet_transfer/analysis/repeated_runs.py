@@ -33,9 +33,13 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.paper_results import published_on_cifar
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import write_json
+from senet_transfer.utils.environment import origin
+from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 
 _RECORD = "run.json"
+ORIGIN = "origin.json"  # the machine and the commit of a run
+_WEIGHTS = "SHA-256 of MODEL.WEIGHTS"
 
 # Seconds between two checks of a run's time limit.
 _POLL = 0.5
@@ -182,9 +186,10 @@ def _train(
     """
     output_dir = run.output_dir
     options = [*run.options, "OUTPUT_DIR", str(output_dir)]
-    config = {
-        key: repr(value) for key, value in config_items(load_config(run.config_file, options))
-    }
+    cfg = load_config(run.config_file, options)
+    config = {key: repr(value) for key, value in config_items(cfg)}
+    if os.path.isfile(cfg.MODEL.WEIGHTS):
+        config[_WEIGHTS] = file_sha256(cfg.MODEL.WEIGHTS)
     _check_same(output_dir, config)
     found = finished(output_dir)
     if found is not None:
@@ -195,17 +200,19 @@ def _train(
     # A failed attempt without a checkpoint may still have left files of this run.
     resume = ["--resume"] if checkpoints(output_dir) else ["--overwrite"]
     command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", run.config_file]
+    write_json(output_dir / ORIGIN, origin(on_gpu=cfg.MODEL.DEVICE != "cpu"))
     process = _start([*command, *flags, *resume, *options], quiet=quiet, share=share)
-    stopped = False
+    terminated = False
     while (status := process.poll()) is None:
-        if limit.expired and not stopped:
+        if limit.expired and not terminated:
             process.terminate()
-            stopped = True
+            terminated = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_POLL)
     found = finished(output_dir)
-    # A process that hasn't started to train doesn't handle SIGTERM.
-    if found is None and stopped and status in (signals.STATUS, -signal.SIGTERM, -signal.SIGINT):
+    # A process that hasn't started to train doesn't handle signals. Ctrl-C reaches it directly.
+    stopped = (signals.STATUS, -signal.SIGTERM, -signal.SIGINT)
+    if found is None and limit.expired and status in stopped:
         return None
     if status or found is None:
         raise UserError(
@@ -238,6 +245,8 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
     if record.is_file():
         begun = json.loads(record.read_text())
         other = [key for key in begun.keys() | config.keys() if begun.get(key) != config.get(key)]
+        if _WEIGHTS in other and not {_WEIGHTS} <= begun.keys() & config.keys():
+            other.remove(_WEIGHTS)  # The file of a finished run may have been deleted.
         if other:
             first = sorted(other)[0]
             raise UserError(

@@ -156,7 +156,8 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]
-    options += ["TEST.ENSEMBLE.WEIGHTS", str(tuple(args.weights[1:]))]
+    if args.weights[1:] or "TEST.ENSEMBLE.WEIGHTS" not in args.opts[::2]:
+        options += ["TEST.ENSEMBLE.WEIGHTS", str(tuple(args.weights[1:]))]
     if args.device:
         options += ["MODEL.DEVICE", args.device]
     if args.scales:

@@ -1,8 +1,15 @@
 """Versions and hardware, for the records of runs and for bug reports."""
 
+import os
+import platform
+import re
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
+import torch
 from detectron2.utils.collect_env import collect_env_info
 
 _PACKAGES = (
@@ -23,3 +30,35 @@ def environment_report() -> str:
         except metadata.PackageNotFoundError:
             versions.append(f"{name}: not installed")
     return "\n\n".join([" ".join(sys.argv), "\n".join(versions), collect_env_info()]) + "\n"
+
+
+def origin(*, on_gpu: bool = True) -> dict[str, Any]:
+    """Return the machine and the commit of the code, for the record of a run.
+
+    Args:
+        on_gpu: Whether a GPU is used if there is one.
+    """
+    return {"machine": _machine(on_gpu and torch.cuda.is_available()), "commit": _commit()}
+
+
+def _machine(on_gpu: bool) -> dict[str, Any]:
+    if on_gpu:
+        device = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text()
+        names = re.findall(r"^model name\s*: (.*)$", text, re.M)
+        device = names[0] if names else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return {"device": device, "cores": cores, "torch": torch.__version__}
+
+
+def _commit() -> str:
+    """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
+    root = str(Path(__file__).parents[2])
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(
+            ["git", "-C", root, *describe], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no clone
+        return os.environ.get("GIT_COMMIT", "unknown")

@@ -123,7 +123,8 @@ def test_records_are_small_and_state_how_they_were_made():
         assert found["config"] == path.parent.name
         assert {"commit", "command", "machine", "weights_sha256"} <= found.keys()
         assert not re.search(r"""[ "'(]/""", path.read_text()), "it contains an absolute path"
-        for file in (path, path.with_suffix(".csv")):
+        files = [path] if "probe" in found["network"] else [path, path.with_suffix(".csv")]
+        for file in files:
             assert file.stat().st_size < 10_000
 
 
@@ -170,8 +171,53 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
     monkeypatch.setenv("GIT_COMMIT", "other")
     assert write_record(finished_run, tmp_path / "results").read_bytes() == before
     other = Run(CONFIG, (*finished_run.options, "SOLVER.BASE_LR", "0.5"), finished_run.output_dir)
-    with pytest.raises(UserError, match="record of a run with the options"):
+    with pytest.raises(UserError, match="record of a run with different options"):
         write_record(other, tmp_path / "results")
+
+
+def test_runs_of_different_settings_are_not_recorded_together(finished_run, tmp_path):
+    """The file of a config may have been edited, or have the name of another one."""
+    config = tmp_path / Path(CONFIG).name
+    for rate, message in ((0.1, ""), (0.2, "different settings")):
+        config.write_text(f"_BASE_: {ROOT / CONFIG}\nSOLVER:\n  BASE_LR: {rate}\n")
+        run = Run(str(config), finished_run.options, finished_run.output_dir)
+        if message:
+            with pytest.raises(UserError, match=message):
+                write_record(run, tmp_path / "results")
+        else:
+            write_record(run, tmp_path / "results")
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+def test_runs_have_the_same_number_of_steps_unless_they_stop_early(
+    finished_run, tmp_path, patience
+):
+    options = (*finished_run.options, "TEST.PATIENCE", str(patience))
+    write_record(Run(CONFIG, options, finished_run.output_dir), tmp_path / "results")
+    results = json.loads((finished_run.output_dir / "results.json").read_text())
+    results["training"]["iterations"] = 900
+    (finished_run.output_dir / "results.json").write_text(json.dumps(results))
+    other = Run(CONFIG, (*options, "SEED", "5"), finished_run.output_dir)
+    if patience:
+        write_record(other, tmp_path / "results")
+    else:
+        with pytest.raises(UserError, match="different training: .*900.* instead of .*1800"):
+            write_record(other, tmp_path / "results")
+
+
+def test_a_run_without_a_finite_metric_leaves_no_record(finished_run, tmp_path):
+    results = {"classification": {"top1_error": None}, "training": {"iterations": 1800}}
+    (finished_run.output_dir / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="no finite classification/top1_error"):
+        write_record(finished_run, tmp_path / "results")
+    assert not list((tmp_path / "results").glob("*/*.json"))
+
+
+def test_the_machine_and_the_commit_are_those_of_the_training(finished_run, tmp_path):
+    trained = {"machine": {"device": "a GPU", "cores": 16, "torch": "2.11"}, "commit": "0123abc"}
+    (finished_run.output_dir / "origin.json").write_text(json.dumps(trained))
+    found = read_record(write_record(finished_run, tmp_path / "results"))
+    assert {key: found[key] for key in trained} == trained
 
 
 def test_a_record_has_the_hash_of_the_weights_that_were_evaluated(finished_run, tmp_path):
@@ -210,6 +256,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
         (["--config-file", CONFIG], "--output is missing"),
         (["--update", "README.md"], "--update and --curves need"),
         (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
+        (["--config-file", CONFIG, "--output", "o", "--seeds", "0", "0"], "same output folder"),
     ],
 )
 def test_arguments_that_do_not_fit_together_are_an_error(words, said, capsys):

@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +165,33 @@ def test_after_the_time_limit_runs_stop_and_no_others_start(options, tmp_path, m
     assert sorted(words[-1] for words in started) == [
         str(tmp_path / name) for name in ("seed0", "seed1")
     ]
+
+
+def test_ctrl_c_that_ends_the_process_first_is_not_a_failed_run(options, tmp_path, monkeypatch):
+    """A terminal sends the signal to all processes."""
+
+    def start(command, **_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return SimpleNamespace(poll=lambda: -signal.SIGINT)
+
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", start)
+    assert run_all(seed_runs(CONFIG, [0, 1], options, tmp_path)) == [None, None]
+
+
+def test_a_run_from_other_weights_in_the_same_file_is_refused(options, tmp_path, monkeypatch):
+    ended = SimpleNamespace(poll=lambda: 2)
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", lambda *_, **__: ended)
+    weights = tmp_path / "weights.pth"
+    words = [*options, "MODEL.WEIGHTS", str(weights)]
+    weights.write_bytes(b"first")
+    for content, message in ((b"first", "exit status 2"), (b"second", "SHA-256 of MODEL.WEIGHTS")):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            run_once(CONFIG, words, tmp_path / "run")
+    weights.unlink()  # The comparison needs the file.
+    with pytest.raises(UserError, match="exit status 2"):
+        run_once(CONFIG, words, tmp_path / "run")
 
 
 @pytest.mark.long

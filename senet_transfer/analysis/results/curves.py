@@ -12,6 +12,7 @@ from senet_transfer.analysis.results.tables import (
     TRANSFER,
     Records,
     baselines,
+    is_probe,
     network_of,
     read_records,
     with_se,
@@ -20,7 +21,6 @@ from senet_transfer.errors import UserError
 
 # Blue and orange of a colour-blind safe palette (Okabe and Ito).
 _PLAIN, _SE = "#0072B2", "#D55E00"
-_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
@@ -40,7 +40,7 @@ def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
     Raises:
         UserError: If there are no records, or a file can't be read or written.
     """
-    found = read_records(records)
+    found = {name: runs for name, runs in read_records(records).items() if not is_probe(runs[0])}
     written = []
     for name in baselines(found):
         if name.startswith(TRANSFER):
@@ -61,7 +61,8 @@ def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
 
 def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]) -> Figure:
     first = records[next(iter(curves))][0]
-    with matplotlib.rc_context(_STYLE):
+    metric = str(first["metric"])
+    with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure((6.0, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for name, curve in curves.items():
@@ -69,12 +70,12 @@ def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]
             pretrained = name.startswith(TRANSFER)
             label = f"{network_of(record, is_se=is_se)}, {len(records[name])} runs"
             colour, line = _SE if is_se else _PLAIN, "--" if pretrained else "-"
-            values = curve.values()
-            axes.plot(curve.keys(), list(map(fmean, values)), line, color=colour, label=label)
+            steps, values = list(curve), curve.values()
+            axes.plot(steps, list(map(fmean, values)), line, color=colour, label=label)
             low, high = list(map(min, values)), list(map(max, values))
-            axes.fill_between(list(curve), low, high, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         axes.set_xlabel("training step")
-        axes.set_ylabel(METRICS.get(first["metric"], first["metric"]))
+        axes.set_ylabel(METRICS.get(metric, metric))
         axes.set_title(first["data"])
         axes.legend()
     return figure

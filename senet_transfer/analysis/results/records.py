@@ -5,32 +5,32 @@
 """
 
 import csv
+import hashlib
 import io
 import json
-import os
-import platform
 import re
 import shlex
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 
-import senet_transfer
-from senet_transfer.analysis.repeated_runs import Run, finished
+from senet_transfer.analysis.repeated_runs import ORIGIN, Run, finished
 from senet_transfer.analysis.report.run_folder import Run as RunFolder
 from senet_transfer.analysis.report.run_folder import data_label, load_run
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
+from senet_transfer.engine.publish.contents import changed_items
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.train import evaluated_file
 from senet_transfer.errors import UserError
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import atomic_path
+from senet_transfer.utils.environment import origin
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
+from senet_transfer.weights.file_geometry import local_weights
 
 # Names of data sets for readers. Others are named as in the config.
 _DATA = {
@@ -69,10 +69,11 @@ def write_record(run: Run, folder: str | Path) -> Path:
     record = _record(run, config, cfg)
     for other in sorted(path.parent.glob("seed*.json")):
         found = read_record(other)
-        if _identity(found) != _identity(record):
+        if difference := _difference(found, record, steps=not cfg.TEST.PATIENCE):
             raise UserError(
-                f"{other} is the record of a run with the options {found['options']}; expected "
-                f"{record['options']}. Write the records to a different folder, or delete it."
+                f"{other} is the record of a run with different {difference}: {record[difference]} "
+                f"instead of {found[difference]}. Write the records to a different folder, or "
+                "delete it."
             )
         if other == path and found["weights_sha256"] == record["weights_sha256"]:
             return path
@@ -84,14 +85,14 @@ def write_record(run: Run, folder: str | Path) -> Path:
 
 
 def write_probe_record(
-    probe: dict[str, Any], path: str | Path, *, weights: str, data: str, seed: int
+    probe: dict[str, Any], path: str | Path, *, words: Sequence[str], data: str, seed: int
 ) -> None:
     """Write the record of a linear probe.
 
     Args:
         probe: The results of :func:`senet_transfer.engine.little_data.probe.run_probe`.
         path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
-        weights: The weight file of the backbone.
+        words: The words of the command, for the record.
         data: The evaluation data, as on the command line.
         seed: The seed of the held-out images.
     """
@@ -110,10 +111,9 @@ def write_probe_record(
             "images": probe["train_images"],
             "minutes": round(sum(probe["seconds"].values()) / 60, 2),
         },
-        "machine": _machine(torch.cuda.is_available()),
-        "commit": _commit(),
-        "command": f"senet probe --weights {weights}",
-        "weights_sha256": file_sha256(weights),
+        **origin(),
+        "command": " ".join(map(_quoted, ["senet", "probe", *words])),
+        "weights_sha256": file_sha256(local_weights(probe["weights"])[0]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_results(path, record)
@@ -135,10 +135,32 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    pairs = zip(record["options"][::2], record["options"][1::2], strict=True)
-    options = {key: value for key, value in pairs if key not in _SPEED}
-    return record["data"], record["training"]["steps"], sorted(options.items())
+def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
+    """Return the key of a record in which two runs differ by more than the seed, or ""."""
+
+    def options(one: dict[str, Any]) -> dict[str, str]:
+        pairs = zip(one["options"][::2], one["options"][1::2], strict=True)
+        return {key: value for key, value in pairs if key not in _SPEED}
+
+    if found["data"] != record["data"]:
+        return "data"
+    if options(found) != options(record):
+        return "options"
+    if found.get("settings", record["settings"]) != record["settings"]:
+        return "settings"
+    # With early stopping, each run has its own number of steps.
+    return "training" if steps and _steps(found) != _steps(record) else ""
+
+
+def _steps(record: dict[str, Any]) -> int:
+    return int(record["training"]["steps"])
+
+
+def _settings(cfg: CfgNode) -> str:
+    """Return the hash of all settings that determine a run's result, except for its seed."""
+    own = {*_SPEED, "SEED", "OUTPUT_DIR"}
+    changed = {key: value for key, value in changed_items(cfg).items() if key not in own}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
@@ -156,21 +178,28 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
     options = [word for pair in pairs if pair[0] != "SEED" for word in pair]
     command = ["senet", "train", "--config-file", config, *options, "SEED", str(cfg.SEED)]
     task, value = ("classification", "top1_error") if is_classification(cfg) else ("bbox", "AP")
+    found = metrics({k: v for k, v in results.items() if k != "training"})
+    if f"{task}/{value}" not in found:
+        raise UserError(
+            f"The run in {run.output_dir} has no finite {task}/{value}, so it can't be recorded. "
+            "Its log.txt shows why. Train it again in an empty folder."
+        )
+    begun, on_gpu = run.output_dir / ORIGIN, cfg.MODEL.DEVICE != "cpu"
     return {
         "config": config,
         "options": options,
+        "settings": _settings(cfg),
         "seed": cfg.SEED,
         "network": _network(cfg),
         "data": _data(tested, results.get(task, {}).get("images")),
         "metric": f"{task}/{value}",
-        "metrics": metrics({k: v for k, v in results.items() if k != "training"}),
+        "metrics": found,
         "training": {
             "steps": results["training"]["iterations"],
             "images_per_step": cfg.SOLVER.IMS_PER_BATCH,
             "minutes": None if folder.seconds is None else round(folder.seconds / 60, 2),
         },
-        "machine": _machine(cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()),
-        "commit": _commit(),
+        **(json.loads(begun.read_text()) if begun.is_file() else origin(on_gpu=on_gpu)),
         "command": " ".join(map(_quoted, command)),
         "weights_sha256": file_sha256(run.output_dir / evaluated_file(cfg)),
     }
@@ -199,36 +228,6 @@ def _network(cfg: CfgNode) -> str:
     widths = {16: "a quarter of the width", 32: "half the width"}
     suffix = f", {widths[narrow]}" if narrow in widths else ""
     return f"Faster R-CNN, {name} FPN{suffix}"
-
-
-def _machine(on_gpu: bool) -> dict[str, Any]:
-    if on_gpu:
-        device = torch.cuda.get_device_name()
-    else:
-        text = Path("/proc/cpuinfo").read_text()
-        names = re.findall(r"^model name\s*: (.*)$", text, re.M)
-        device = names[0] if names else platform.machine()
-    cores = len(os.sched_getaffinity(0))
-    return {"device": device, "cores": cores, "torch": torch.__version__}
-
-
-def _commit() -> str:
-    """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
-    root = Path(senet_transfer.__file__).parents[1]
-    words = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=40",
-        "--dirty",
-    ]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no clone
-        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _curve(folder: RunFolder, metric: str) -> str:

@@ -162,7 +162,8 @@ def network_of(record: dict[str, Any], *, is_se: bool = False) -> str:
     return f"{before}{'SE-' if is_se else ''}{resnet}{depth}{carried}"
 
 
-def _is_probe(record: dict[str, Any]) -> bool:
+def is_probe(record: dict[str, Any]) -> bool:
+    """Return whether a record is that of a linear probe."""
     return "images" in record["training"]
 
 
@@ -186,10 +187,13 @@ def _signed(value: float) -> str:
 
 def _paper(records: Records) -> str:
     """Return the paper's value for the network, or "-"."""
-    if not records or _is_probe(records[0]):
+    if not records or is_probe(records[0]):
         return "-"
     record = records[0]
-    cfg = load_config(record["config"], record["options"])
+    try:
+        cfg = load_config(record["config"], record["options"])
+    except UserError:  # It is a config of the user, which the paper does not have.
+        return "-"
     task, _, value = record["metric"].partition("/")
     tested = cfg.DATASETS.TEST[0]
     # The recompressed images are not the paper's, but the nearest that it has results for.
@@ -199,7 +203,7 @@ def _paper(records: Records) -> str:
 
 def _details(record: dict[str, Any]) -> str:
     training = record["training"]
-    if _is_probe(record):
+    if is_probe(record):
         return f"{training['images']:,} images, features of {record['config'].partition('_')[2]}"
     link = f"[{record['config']}](../configs/{record['config']}.yaml)"
     return f"{training['steps']:,} steps of {training['images_per_step']} images, {link}"

@@ -21,8 +21,9 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
     Raises:
         UserError: If the number, the names or the order of the classes differ.
     """
-    first = sources[0]
-    for other in sources[1:]:
+    # The class names of some published files are not known.
+    first = next((found for found in sources if found.cfg.DATASETS.CLASSES), sources[0])
+    for other in sources:
         files = f"{first.cfg.MODEL.WEIGHTS} and {other.cfg.MODEL.WEIGHTS}"
         counts = _class_count(first), _class_count(other)
         if counts[0] != counts[1]:
@@ -30,7 +31,7 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
                 f"{files} have {counts[0]} and {counts[1]} classes; expected the same classes. "
                 "Combine only models that were trained on the same data."
             )
-        if _has_caffe_order(first) != _has_caffe_order(other):
+        if has_caffe_order(first) != has_caffe_order(other):
             raise UserError(
                 f"The class orders of {files} differ: one of them is a Caffe model with "
                 "the order of ImageNet's development kit, and the other one is not. Combine only "
@@ -55,7 +56,7 @@ def _class_count(found: ModelSource) -> int:
     return (found.source and found.source.num_classes) or found.cfg.MODEL.CLASSIFIER.NUM_CLASSES
 
 
-def _has_caffe_order(found: ModelSource) -> bool:
+def has_caffe_order(found: ModelSource) -> bool:
     """Return whether a model is one of the paper's authors' ImageNet classifiers."""
     published = found.source is not None and found.source.family.name == "caffe"
     return published and not found.cfg.DATASETS.CLASSES and _class_count(found) == 1000

@@ -1,6 +1,7 @@
 """Evaluation of a classifier, from loading the model to writing the results."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.multi_scale import MultiScaleTransform, ViewOptions, views_record
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.reading import reading_of
-from senet_transfer.engine.inference.ensembles import check_same_classes
+from senet_transfer.engine.inference.ensembles import check_same_classes, has_caffe_order
 from senet_transfer.engine.inference.saved_logits import evaluate_saved_logits
 from senet_transfer.engine.model_from import LoadedModel, ModelSource
 from senet_transfer.engine.results import write_results
@@ -77,6 +78,7 @@ def run_evaluation(
     sources = [found.examined() for found in sources]
     check_same_classes(sources)
     dataset = _open_data(sources, data)
+    _check_order(sources, dataset)
     loaded = [_with_classes(found, dataset.num_classes).build(device) for found in sources]
     transform = _common_transform(loaded, views or ViewOptions())
     models = [one.model for one in loaded]
@@ -109,6 +111,21 @@ def run_evaluation(
         "published": [asdict(row) for row in published],
     }
     return _written(evaluation, results, output, predictions)
+
+
+def _check_order(
+    sources: Sequence[ModelSource], dataset: ClassificationDataset | ImageArrays
+) -> None:
+    """Raise a UserError if the labels are in the usual order of ImageNet, but not the outputs."""
+    names = list(dataset.classes)
+    if all(re.fullmatch(r"n\d{8}", name) for name in names) and names == sorted(names):
+        for found in filter(has_caffe_order, sources):
+            raise UserError(
+                f"The outputs of {found.cfg.MODEL.WEIGHTS} have the order of ImageNet's "
+                f"development kit, but the classes of {dataset.origin} are sorted by WordNet id. "
+                "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or give "
+                "a CSV file with the labels of the kit."
+            )
 
 
 def run_saved_evaluation(

@@ -122,7 +122,9 @@ def write_card(
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "model.safetensors")
         write_own(weights, contents.tensors, contents.metadata)
-        card = Card(os.fspath(source), title, use=_UNPUBLISHED, **statements)
+        shown = os.fspath(source)  # without the folders of this machine
+        shown = Path(shown).name if os.path.isabs(os.path.expanduser(shown)) else shown
+        card = Card(shown, title, use=_UNPUBLISHED, **statements)
         text = card.of_file(contents, weights)
     try:
         Path(path).write_text(text, encoding="utf-8")

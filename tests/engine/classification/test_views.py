@@ -18,6 +18,7 @@ from senet_transfer import UserError, create_classifier, get_senet_config, save_
 from senet_transfer.cli.evaluate import main, parser
 from senet_transfer.data.images.multi_scale import pack
 from senet_transfer.engine.inference.ensembles import check_same_classes
+from senet_transfer.engine.inference.evaluate import _check_order
 from senet_transfer.engine.model_from import ModelSource
 from senet_transfer.models.backbones.vgg import VGGNeck
 from senet_transfer.models.dense import DenseClassifier
@@ -219,6 +220,23 @@ def test_the_authors_caffe_models_have_another_order_of_the_classes():
     check_same_classes([source("cadene"), source("torchvision_v1")])
     with pytest.raises(UserError, match="order of ImageNet's development kit"):
         check_same_classes([source("cadene"), source("caffe")])
+    folders = SimpleNamespace(classes=["n01440764", "n01443537"], origin="imagenet/val")
+    _check_order([source("cadene")], folders)
+    _check_order([source("caffe")], SimpleNamespace(classes=["0", "1"]))
+    with pytest.raises(UserError, match="imagenet/val are sorted by WordNet id"):
+        _check_order([source("caffe")], folders)
+
+
+def test_models_are_compared_even_if_the_first_one_has_no_class_names():
+    def source(*classes: str) -> ModelSource:
+        cfg = get_senet_config()
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.CLASSIFIER.NUM_CLASSES = "ImageClassifier", 2
+        cfg.DATASETS.CLASSES = list(classes)
+        return ModelSource(cfg)
+
+    check_same_classes([source(), source("cat", "dog"), source("cat", "dog")])
+    with pytest.raises(UserError, match="class 0 is cat and dog"):
+        check_same_classes([source(), source("cat", "dog"), source("dog", "cat")])
 
 
 @pytest.mark.parametrize(

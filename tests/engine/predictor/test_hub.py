@@ -184,6 +184,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     alone = (tmp_path / "card.md").read_text()
     assert "\n# Scenes\n" in alone
     assert "The weights are not published" in alone
+    assert str(tmp_path) not in alone
     assert text.partition("## Training")[2].partition("## File")[0] in alone
     assert not hub.asked  # with --folder, nothing is uploaded
 
