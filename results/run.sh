@@ -4,6 +4,7 @@
 #   results/run.sh data SOURCE        prepare the data from SOURCE, which contains bccd, cifar10_jpeg
 #                                     (train.tar.xz and test.tar.xz) and mini_places365
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
+#   results/run.sh gates              draw the gates of the networks with SE and seed 0
 #   results/run.sh tables             update the tables and curves in the documents
 #   results/run.sh publish            write a model card for each config with a finished seed 0, and
 #                                     the small networks to senet_transfer/pretrained
@@ -60,6 +61,18 @@ bundle() {
     publish "$run" "senet_transfer/$1" --bundle --half --evaluate
 }
 
+# Draw the gates of a network: draw_gates CONFIG NAME [OPTION ...]
+draw_gates() {
+    run=output/$1/seed0
+    name=$2
+    shift 2
+    "$python" -m senet_transfer.cli.main gates --weights "$run/model_final.pth" \
+        --output "output/gates/$name" --quiet "$@"
+    cp "output/gates/$name/blocks.png" "docs/images/gates_$name.png"
+    mkdir -p "${RECORDS:-results}/gates"
+    cp "output/gates/$name/blocks.csv" "${RECORDS:-results}/gates/$name.csv"
+}
+
 case $part in
 data)
     source=$(realpath "${1:?is missing: the folder SOURCE}")
@@ -96,6 +109,15 @@ probe)
             --record "${RECORDS:-results}/probe_cifar10_64px_$network/seed0.json"
     done
     ;;
+gates)
+    draw_gates cifar10_se_resnet20 cifar10 --data "$root/cifar10_jpeg/test"
+    draw_gates transfer_demo_places365_se_r18 scenes --data "$root/places365/val"
+    for group in class size; do
+        draw_gates demo_faster_rcnn_se_r18 "shapes_by_$group" --group-by $group \
+            --data "$root/shapes/annotations/val.json" --images "$root/shapes/val"
+        draw_gates bccd_se_r18 "bccd_by_$group" --group-by $group --data "$root/bccd:test"
+    done
+    ;;
 publish)
     for folder in "${RECORDS:-results}"/*/; do
         name=$(basename "$folder")
@@ -120,7 +142,7 @@ tables)
         --curves docs/images
     ;;
 *)
-    sed -n '2,18p' "$0" >&2
+    sed -n '2,19p' "$0" >&2
     exit 2
     ;;
 esac
