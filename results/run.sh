@@ -114,7 +114,7 @@ gates)
     draw_gates transfer_demo_places365_se_r18 scenes --data "$root/places365/val"
     for group in class size; do
         draw_gates demo_faster_rcnn_se_r18 "shapes_by_$group" --group-by $group \
-            --data "$root/shapes/annotations/val.json" --images "$root/shapes/val"
+            --data "$root/shapes/annotations/instances_val.json" --images "$root/shapes/val"
         draw_gates bccd_se_r18 "bccd_by_$group" --group-by $group --data "$root/bccd:test"
     done
     ;;
