@@ -42,9 +42,10 @@ cifar() {
         $graph "$@"
 }
 
-# As sweep, in bfloat16.
+# As sweep, for 10 epochs and in bfloat16.
 places() {
-    sweep "$@" MODEL.CLASSIFIER.CHANNELS_LAST True SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
+    sweep "$@" SOLVER.EPOCHS 10 MODEL.CLASSIFIER.CHANNELS_LAST True SOLVER.AMP.ENABLED True \
+        SOLVER.AMP.DTYPE bfloat16
 }
 
 # Write what is published of the current run: publish RUN NAME [OPTION ...]
