@@ -84,6 +84,17 @@ def test_every_config_builds_its_backbone(path):
     assert has_se == any(word in path.stem for word in ("se_", "senet", "finetune_", "scratch_"))
 
 
+def test_gates_start_open_unless_the_network_is_trained_from_scratch():
+    kept = {"cifar10_se_resnet20", "demo_faster_rcnn_se_r18"}  # whose results are published
+    for path in CONFIGS:
+        cfg = load_config(str(path))
+        if "se" not in backbone_name(cfg).split("_") or path.stem in kept:
+            continue
+        scratch = not cfg.MODEL.WEIGHTS or path.stem.startswith("transfer_")
+        expected = "random" if scratch else "open"
+        assert expected == cfg.MODEL.SE.INIT, path.stem
+
+
 def test_the_csail_recipe_is_the_data_sets_own():
     names = "places365_csail_r152", "places365_csail_se_r152"
     assert difference(*names) == {"MODEL.SE.ENABLED"}

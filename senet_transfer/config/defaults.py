@@ -113,6 +113,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.DIVISOR = 1
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
+    # "open" for networks that start from the weights of a network without SE, whose features the
+    # gates then hardly change; "random" for training from scratch, as in the paper.
+    cfg.MODEL.SE.INIT = "open"
     # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
     # "auto" (on a GPU, where they are faster including their launches), True (an error on other
     # devices) or False. With SOLVER.COMPILE graph, "auto" is the same as True.

@@ -10,7 +10,7 @@ Differences from other implementations:
 * ``fc1`` and ``fc2`` are linear layers on ``(N, C)``, which are faster on a CPU than 1x1
   convolutions on 1x1 feature maps. The parameters are the same; weights of shape
   ``(O, I, 1, 1)`` are reshaped when a file is loaded.
-* The gates are initialised open; see :meth:`SqueezeExcitation.reset_parameters`.
+* Gates can be initialised open; see :meth:`SqueezeExcitation.reset_parameters`.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from senet_transfer.utils.private_api import is_exporting
 SQUEEZES = ("avg", "max", "none")
 
 EXCITATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+
+INITS = ("open", "random")
 
 PLACEMENTS = ("standard", "pre", "post", "identity", "3x3", "mixture")
 
@@ -61,6 +63,7 @@ class SEOptions:
             ``channels // ratio``.
         relu_before: Whether to add a ReLU between the residual branch and its gate, as in timm's
             legacy_seresnet18 and 34 but not in the paper. Only valid for the standard placement.
+        init: Initialisation, "open" or "random"; see :meth:`SqueezeExcitation.reset_parameters`.
 
     Raises:
         UserError: If an option has an invalid value.
@@ -74,11 +77,13 @@ class SEOptions:
     bias: bool = True
     divisor: int = 1
     relu_before: bool = False
+    init: str = "open"
 
     def __post_init__(self) -> None:
         check_choice("The squeeze", self.squeeze, SQUEEZES)
         check_choice("The excitation", self.excitation, EXCITATIONS)
         check_choice("The SE placement", self.placement, PLACEMENTS)
+        check_choice("The SE initialisation", self.init, INITS)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int) or self.ratio < 1:
             raise UserError(f"The SE reduction ratio is {self.ratio!r}, expected an integer >= 1.")
         if isinstance(self.divisor, bool) or not isinstance(self.divisor, int) or self.divisor < 1:
@@ -108,6 +113,7 @@ class SEOptions:
             squeeze=self.squeeze,
             excitation=self.excitation,
             divisor=self.divisor,
+            init=self.init,
         )
 
 
@@ -126,6 +132,7 @@ class SqueezeExcitation(nn.Module):
         squeeze: str = "avg",
         excitation: str = "sigmoid",
         divisor: int = 1,
+        init: str = "open",
     ):
         """
         Args:
@@ -137,6 +144,7 @@ class SqueezeExcitation(nn.Module):
                 turns the two layers into 1x1 convolutions (the paper's NoSqueeze).
             excitation: Activation of the gate, "sigmoid", "tanh" or "relu".
             divisor: Number of which the hidden width is a multiple; see :class:`SEOptions`.
+            init: "open" or "random"; see :meth:`reset_parameters`.
 
         Raises:
             UserError: If a value is invalid, such as a ratio larger than the number of channels.
@@ -144,6 +152,7 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         check_choice("The squeeze", squeeze, SQUEEZES)
         check_choice("The excitation", excitation, EXCITATIONS)
+        check_choice("The initialisation", init, INITS)
         if not 1 <= ratio <= channels:
             raise UserError(
                 f"The SE reduction ratio is {ratio}, expected 1 to {channels}: with a larger "
@@ -153,6 +162,7 @@ class SqueezeExcitation(nn.Module):
         self.channels = channels
         self.squeeze = squeeze
         self.excitation = excitation
+        self.init = init
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
         # True if fc1 takes the pooled input of the preceding convolution; see `fold_squeeze`.
@@ -160,24 +170,30 @@ class SqueezeExcitation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise fc1 with He's initialisation, and fc2 so that the gates are open.
+        """Initialise fc1 with He's initialisation, and fc2 as ``init`` states.
 
-        With biases, the weights of fc2 are zero, and its bias sets every gate to 0.98 (sigmoid). An
-        SE backbone initialised from a plain ResNet then computes the same as the ResNet, up to 2%
-        per residual branch, and training moves the gates from there. Random weights around zero
-        would give gates near 0.5 instead, which halve every residual branch; frozen batch norms
-        could not compensate for that. A network trained from scratch starts like its plain
-        counterpart.
+        "open" is for networks that start from the weights of a plain network. The weights of fc2
+        are zero, and its bias sets every gate to 0.98 (sigmoid). An SE backbone initialised from a
+        plain ResNet then computes the same as the ResNet, up to 2% per residual branch, and
+        training moves the gates from there. Gates near 0.5 would halve every residual branch;
+        frozen batch norms could not compensate for that.
 
-        Without biases, no weights open a sigmoid for every input. Both layers then use He's
-        initialisation, and the gates start near 0.5. Do not expect pretrained weights of a plain
-        network to work in this case.
+        "random" is He's initialisation for fc2, too, with biases of zero, as in the paper's
+        training from scratch. The gates start near 0.5, where a sigmoid is 14 times as steep as at
+        0.98. With open gates, weight decay can reduce fc1 to nothing before fc2 has learnt, and
+        the gates become constant.
+
+        Without biases, no weights open a sigmoid for every input. "open" is then the same as
+        "random". Do not expect pretrained weights of a plain network to work in this case.
         """
+        is_open = self.init == "open" and self.fc1.bias is not None
         nn.init.kaiming_normal_(self.fc1.weight, nonlinearity="relu")
-        if self.fc1.bias is None:
+        for layer in (self.fc1, self.fc2):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if not is_open:
             nn.init.kaiming_normal_(self.fc2.weight, nonlinearity="relu")
             return
-        nn.init.zeros_(self.fc1.bias)
         nn.init.zeros_(self.fc2.weight)
         nn.init.constant_(self.fc2.bias, _OPEN_BIAS[self.excitation])
 

@@ -69,6 +69,20 @@ def test_gradients_are_those_of_finite_differences(squeeze):
     assert torch.autograd.gradcheck(se.gate_and_add, (x, y))
 
 
+def test_random_gates_start_near_a_half_and_have_hes_standard_deviations():
+    torch.manual_seed(0)
+    se = SqueezeExcitation(1024, ratio=4, init="random")
+    assert se.fc1.weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.02)
+    assert se.fc2.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    assert not se.fc1.bias.any()
+    assert not se.fc2.bias.any()
+    gates = se.gate(torch.rand(16, 1024, 2, 2))
+    assert gates.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert (SqueezeExcitation(64).gate(torch.rand(4, 64, 2, 2)) > 0.98).all()
+    with pytest.raises(UserError, match=r"initialisation is .*shut.* expected .*open.*random"):
+        SEOptions(init="shut")
+
+
 @pytest.mark.parametrize(("channels", "ratio", "hidden"), [(64, 16, 4), (608, 16, 38), (16, 16, 1)])
 def test_the_hidden_layer_has_channels_over_ratio_units(channels, ratio, hidden):
     se = SqueezeExcitation(channels, ratio=ratio)
