@@ -4,18 +4,18 @@
 #   results/run.sh data SOURCE        prepare the data from SOURCE, which contains bccd, cifar10_jpeg
 #                                     (train.tar.xz and test.tar.xz) and mini_places365
 #   results/run.sh PART [ARGUMENTS]   train; ARGUMENTS are passed to tools/run_seeds.py
-#   results/run.sh gates              draw the gates of the networks with SE and seed 0
+#   results/run.sh gates              draw the gates of the networks with SE
 #   results/run.sh tables             update the tables and curves in the documents
-#   results/run.sh publish            write a model card for each config with a finished seed 0, and
-#                                     the small networks to senet_transfer/pretrained
+#   results/run.sh publish            write a model card for each config, and the small networks to
+#                                     senet_transfer/pretrained
 #
 # PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places
 # or probe. pretrain must be finished before the parts after it. Repeat a command to continue.
 # Several parts can run at the same time.
 #
-# Variables: SEEDS="0 1 2", JOBS=1 (runs at the same time), MINUTES (time limit of the command),
-# RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there
-# is no git or no .git, GIT_COMMIT.
+# Variables: SEEDS="0 1 2", SEED=0 (for gates and publish), JOBS=1 (runs at the same time), MINUTES
+# (time limit of the command), RECORDS=results (folder of the records), PYTHON=python,
+# DETECTRON2_DATASETS=datasets and, if there is no git or no .git, GIT_COMMIT.
 set -eu
 python=${PYTHON:-python}
 root=${DETECTRON2_DATASETS:-datasets}
@@ -64,7 +64,7 @@ bundle() {
 
 # Draw the gates of a network: draw_gates CONFIG NAME [OPTION ...]
 draw_gates() {
-    run=output/$1/seed0
+    run=output/$1/seed${SEED:-0}
     name=$2
     shift 2
     "$python" -m senet_transfer.cli.main gates --weights "$run/model_final.pth" \
@@ -122,7 +122,7 @@ gates)
 publish)
     for folder in "${RECORDS:-results}"/*/; do
         name=$(basename "$folder")
-        run=output/$name/seed0
+        run=output/$name/seed${SEED:-0}
         [ -e "$run/model_final.pth" ] || continue
         case $name in
         demo_faster_rcnn_*) data="rendered shapes (datasets/prepare_shapes.py)" ;;

@@ -17,6 +17,7 @@ from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.formats.reader import OWN_METADATA
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import examine
+from senet_transfer.weights.mapping.target import target_of
 from senet_transfer.weights.save import model_metadata
 
 
@@ -143,6 +144,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.report = load_source(self.model, checkpoint.pop("model"), exact=self._whole)
+        if OWN_METADATA in checkpoint:  # A resumed run keeps the origin of its initial weights.
+            origin = checkpoint[OWN_METADATA].get("source", {})
+            target_of(self.model).backbone.weights_source = origin
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:

@@ -43,6 +43,23 @@ def test_a_run_is_taken_up_with_all_its_state(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("initial", ["", "first.pth"])
+def test_a_resumed_run_keeps_the_origin_of_its_initial_weights(tmp_path, initial):
+    (tmp_path / "other").mkdir()
+    _run(tmp_path / "other")[2].save("first")
+    _, _, checkpointer = _run(tmp_path)
+    if initial:
+        checkpointer.load(str(tmp_path / "other" / initial), checkpointables=[])
+    checkpointer.save("model_0000004", iteration=4)
+    for name in ("model_0000009", "model_final"):
+        _, _, checkpointer = _run(tmp_path, seed=1)
+        checkpointer.resume_or_load("", resume=True)
+        checkpointer.save(name, iteration=9)
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)["senet_transfer"]
+    assert saved["source"].get("file", "") == initial
+
+
+@pytest.mark.long
 def test_checkpoints_say_what_their_network_is(tmp_path):
     _, _, checkpointer = _run(tmp_path)
     checkpointer.save("model_final")
