@@ -62,11 +62,12 @@ bundle() {
     publish "$run" "senet_transfer/$1" --bundle --half --evaluate
 }
 
-# Draw the gates of a network: draw_gates CONFIG NAME [OPTION ...]
+# Draw the gates of a network if it has been trained: draw_gates CONFIG NAME [OPTION ...]
 draw_gates() {
     run=output/$1/seed${SEED:-0}
     name=$2
     shift 2
+    [ -e "$run/model_final.pth" ] || return 0
     "$python" -m senet_transfer.cli.main gates --weights "$run/model_final.pth" \
         --output "output/gates/$name" --quiet "$@"
     cp "output/gates/$name/blocks.png" "docs/images/gates_$name.png"
@@ -112,7 +113,7 @@ probe)
     ;;
 gates)
     draw_gates cifar10_se_resnet20 cifar10 --data "$root/cifar10_jpeg/test"
-    draw_gates transfer_demo_places365_se_r18 scenes --data "$root/places365/val"
+    draw_gates demo_places365_se_r18 scenes --data "$root/places365/val"
     for group in class size; do
         draw_gates demo_faster_rcnn_se_r18 "shapes_by_$group" --group-by $group \
             --data "$root/shapes/annotations/instances_val.json" --images "$root/shapes/val"
