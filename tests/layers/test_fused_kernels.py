@@ -935,19 +935,48 @@ def test_networks_compute_the_same(name, options):
         assert relative(found, expected) < accepted
 
 
-@runs_kernels
-def test_a_deployed_block_squeezes_the_input_of_its_last_convolution():
+def deployed_block() -> nn.Module:
     torch.manual_seed(0)
     block = SEBottleneckBlock(8, 8, bottleneck_channels=6, se=SEOptions(ratio=2))
     nn.init.normal_(block.se.fc2.weight)
     block = deploy(block.to(DEVICE, DOUBLE))
     assert block.se.takes_input
-    x = draw((2, 8, 3, 5), DOUBLE, True, 1)
+    return block
+
+
+@runs_kernels
+def test_a_deployed_block_squeezes_the_input_of_its_last_convolution():
+    block, x = deployed_block(), draw((2, 8, 3, 5), DOUBLE, True, 1)
     with torch.no_grad():
         set_fused(block, True)
         found = block(x)
         set_fused(block, False)
         assert relative(found, block(x)) < (1e-9 if INTERPRETED else 5e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("leaf", ["x", "conv3.weight", "se.fc1.weight"])
+def test_a_deployed_block_has_gradients(leaf):
+    block, x = deployed_block(), draw((2, 8, 3, 5), DOUBLE, True, 1)
+    leaf = x if leaf == "x" else block.get_parameter(leaf)
+    leaf.requires_grad_()
+    results = []
+    for fused_option in (True, False):
+        set_fused(block, fused_option)
+        out = block(x)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaf)])
+    for found, expected in zip(*results, strict=True):
+        assert relative(found, expected) < (1e-9 if INTERPRETED else 5e-6)
+
+
+@runs_kernels
+def test_a_gradient_of_an_exported_deployed_block_is_an_error():
+    block, x = deployed_block(), draw((2, 8, 3, 5), DOUBLE, True, 1)
+    set_fused(block, True)
+    exported = torch.export.export(block, (x,)).module()
+    torch.testing.assert_close(exported(x), block(x))
+    with pytest.raises(RuntimeError, match="squeezed.*before deploy"):
+        exported(x.requires_grad_()).sum().backward()
 
 
 @runs_kernels

@@ -148,6 +148,8 @@ def residual_end(
     if conv.activation is not None or not _is_selected(fused, x, norm, se, conv):
         return None
     squeezed = x if se is not None and se.takes_input else None
+    if se is not None and se.takes_input and _learns(conv, se, x, shortcut):
+        return None  # The operator has no gradient for the feature map that the gate reads.
     if shortcut is not None and se is not None and _repeats_conv(conv, se, x, shortcut):
         (_, values, eps), (gate, excitation) = _norm_values(norm), _gate_values(se)
         weight = conv.weight.to(x.dtype)
@@ -254,6 +256,12 @@ def _uses_batch(norm: nn.Module) -> bool:
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
     """Return whether a batch has one value per channel; the norm then raises an error."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
+
+
+def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | None) -> bool:
+    """Return whether the gradient of a feature map or a parameter may be needed."""
+    tensors = (x, shortcut, *conv.parameters(), *se.parameters())
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:

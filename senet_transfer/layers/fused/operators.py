@@ -110,13 +110,14 @@ def _fake_gate(*parameters: Maybe) -> tuple[Maybe, ...]:
 
 
 def _save_end(ctx: Any, inputs: tuple[Any, ...], output: tuple[Maybe, ...]) -> None:
-    x, shortcut, _, mean, var, weight, bias, *gate = inputs[:11]
+    x, shortcut, squeezed, mean, var, weight, bias, *gate = inputs[:11]
     eps, batch, excitation, relu = inputs[11:15]
     out, batch_mean, batch_var, *saved = output
     if batch:
         mean, var = batch_mean, batch_var
     has_gate = gate[0] is not None
     sums = batch or any(ctx.needs_input_grad[5:7])
+    ctx.is_squeezed_given = squeezed is not None
     options = (eps, batch, excitation, shortcut is not None, sums, is_channels_last(x))
     _keep(
         ctx,
@@ -131,6 +132,11 @@ def _save_end(ctx: Any, inputs: tuple[Any, ...], output: tuple[Maybe, ...]) -> N
 
 
 def _end_gradients(ctx: Any, dout: Maybe, backward: _Backward) -> tuple[Maybe, ...]:
+    if ctx.is_squeezed_given:
+        raise RuntimeError(
+            "norm_gate_add computes no gradients if the gate reads another feature map (squeezed). "
+            "Use the network from before deploy(), or set fused to False."
+        )
     if dout is None:
         return _needed(ctx, ())
     out, *tensors = ctx.saved_tensors
