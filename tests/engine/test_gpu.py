@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from senet_transfer.cli.train import run_options
 from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
+from senet_transfer.layers.fused import launch
+from senet_transfer.layers.fused.functions import set_fused
 
 DEVICE = "cuda"
 
@@ -33,6 +36,7 @@ def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
 def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
+    """Compare in float64, in which a GPU computes with PyTorch's operators only."""
     torch.manual_seed(0)
     stages = ["res2", "res3", "res4", "res5"]
     on_cpu = create_backbone(name, out_features=stages, norm=norm).double()
@@ -43,6 +47,50 @@ def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-7, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("se_resnet18", "BN"),
+        ("se_resnet50", "BN"),
+        ("se_resnet50", "FrozenBN"),
+        ("se_cifar_resnet20", "BN"),
+    ],
+)
+def test_fused_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
+    """Compare in float32 with float64, and the errors with those of PyTorch's operators."""
+    torch.manual_seed(0)
+    # Open gates would hide errors, because they hardly depend on the feature maps.
+    net = create_backbone(name, norm=norm, se_init="random")
+    images = torch.randn(4, 3, 96, 64)
+    exact = outputs_and_gradients(copy.deepcopy(net).double(), images.double())
+    errors = {}
+    for option in (False, "auto"):
+        on_gpu = copy.deepcopy(net).to(DEVICE, memory_format=layout)
+        set_fused(on_gpu, option)
+        with (
+            mock.patch.object(launch, "_launch", wraps=launch._launch) as launches,
+            torch.backends.cudnn.flags(allow_tf32=False),
+        ):
+            found = outputs_and_gradients(on_gpu, images.to(DEVICE, memory_format=layout))
+        kernels = {call.args[0].__name__ for call in launches.call_args_list}
+        both_passes = {"hidden_units", "apply", "gate_backward", "input_gradient"}
+        assert kernels >= both_passes if option else not kernels
+        assert found.keys() == exact.keys()
+        errors[option] = [
+            max(relative_error(found[key], exact[key]) for key in exact if ("." in key) == gradient)
+            for gradient in (False, True)
+        ]
+    print(f"relative errors of features and gradients: {errors}")
+    # A rounding error can change the sign of a ReLU's input, and thereby a gradient by 1e-2.
+    for own, other, rounding in zip(errors["auto"], errors[False], (1e-5, 3e-2), strict=True):
+        assert own <= rounding + 3 * other
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def losses(trainer: Trainer) -> list[float]:
