@@ -315,23 +315,6 @@ def test_a_gate_without_biases(norm):
     check(End(6, norm, "tanh", bias=False), maps)
 
 
-@runs_kernels
-@pytest.mark.slow
-@settings(max_examples=30 if INTERPRETED else 5, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(
-        st.integers(1, 4), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)
-    ).filter(lambda shape: shape[0] * shape[2] * shape[3] > 1),
-    last=st.booleans(),
-    norm=st.sampled_from(NORMS),
-    gate=st.sampled_from(["sigmoid", "tanh", "relu", ""]),
-    relu=st.booleans(),
-)
-def test_any_shape(shape, last, norm, gate, relu):
-    maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
-    check(End(shape[1], norm, gate, relu=relu), maps)
-
-
 class Layouts:
     """Feature maps in layouts that are neither contiguous nor channels-last."""
 
@@ -523,11 +506,19 @@ def test_one_of_the_outputs_of_a_pre_activation_block_is_unused(unused):
 class Branch(nn.Module):
     """Last convolution of a residual branch, and the end of the block."""
 
-    def __init__(self, norm: str, *, gate: bool = True, kernel: int = 1, groups: int = 1):
+    def __init__(
+        self,
+        norm: str,
+        *,
+        channels: int = 8,
+        gate: str = "sigmoid",
+        kernel: int = 1,
+        groups: int = 1,
+    ):
         super().__init__()
-        parts = End(8, norm, "sigmoid" if gate else "")
+        parts = End(channels, norm, gate)
         self.conv = Conv2d(
-            4, 8, kernel, padding=kernel // 2, groups=groups, bias=False, norm=parts.norm
+            4, channels, kernel, padding=kernel // 2, groups=groups, bias=False, norm=parts.norm
         )
         self.se, self.plain = parts.se, False
         self.train(parts.training)
@@ -542,11 +533,42 @@ class Branch(nn.Module):
 
 
 @runs_kernels
-@pytest.mark.parametrize("options", [{}, {"gate": False}, {"kernel": 3}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gate": ""}, {"kernel": 3}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_convolution_and_the_end_of_a_block(norm, options):
     maps = [draw((2, size, 3, 4), DOUBLE, size == 8, size) for size in (4, 8)]
     check(Branch(norm, **options), maps)
+
+
+@runs_kernels
+@pytest.mark.slow
+@settings(max_examples=60 if INTERPRETED else 10, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(
+        st.integers(1, 4), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)
+    ).filter(lambda shape: shape[0] * shape[2] * shape[3] > 1),
+    last=st.booleans(),
+    form=st.sampled_from(
+        [
+            *[(End, norm) for norm in NORMS],
+            *[(PreAct, norm) for norm in NORMS if norm],
+            *[(Branch, norm) for norm in ("BN", "FrozenBN")],
+        ]
+    ),
+    gate=st.sampled_from(["sigmoid", "tanh", "relu", ""]),
+    relu=st.booleans(),
+)
+def test_any_shape(shape, last, form, gate, relu):
+    model, norm = form
+    n, channels, *size = shape
+    maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
+    if model is End:
+        check(End(channels, norm, gate, relu=relu), maps)
+    elif model is PreAct:
+        check(PreAct(channels, norm, gate), maps, outputs=2)
+    else:
+        maps[0] = draw((n, 4, *size), DOUBLE, last, 1)
+        check(Branch(norm, channels=channels, gate=gate), maps)
 
 
 @runs_kernels
@@ -746,7 +768,7 @@ def test_a_gate_saves_no_feature_map_more(norm):
     inputs = draw((2, 4, 24, 24), DOUBLE, False, 1).requires_grad_()
     shortcut = draw((2, 8, 24, 24), DOUBLE, False, 2).requires_grad_()
     kept = {}
-    for name, gate in (("plain", False), ("fused", False), ("gated", True)):
+    for name, gate in (("plain", ""), ("fused", ""), ("gated", "sigmoid")):
         model = Branch(norm, gate=gate).to(DEVICE, DOUBLE)
         model.plain = name == "plain"
         outputs = []
