@@ -780,6 +780,33 @@ def test_a_gate_saves_no_feature_map_more(norm):
 
 
 @runs_kernels
+@pytest.mark.parametrize("norm", NORMS[:3])
+def test_a_gate_saves_its_input_in_a_pre_activation_block(norm):
+    """PyTorch's block without a gate saves the norm's input (frozen: nothing) and the output."""
+    shape = (2, 8, 24, 24)
+    kept, saved = {}, {}
+    for name, gate in (("plain", ""), ("fused", ""), ("gated", "sigmoid")):
+        maps = [draw(shape, DOUBLE, False, seed).requires_grad_() for seed in (1, 2)]
+        model, outputs = PreAct(8, norm, gate).to(DEVICE, DOUBLE), []
+        model.plain = name == "plain"
+        kept[name] = saved_bytes(lambda: outputs.extend(model(*maps)), model)  # noqa: B023
+        if not model.plain:
+            names = dict(
+                zip([x.data_ptr() for x in (maps[0], *outputs)], ["x", "sum", "out"], strict=True)
+            )
+            tensors = [tensor for tensor in outputs[1].grad_fn.saved_tensors if tensor is not None]
+            large = [tensor.data_ptr() for tensor in tensors if tensor.shape == shape]
+            saved[name] = sorted(names.get(pointer, "other") for pointer in large)
+    print(f"bytes saved for the backward pass with {norm}: {kept}")
+    expected = ["out"] if norm == "FrozenBN" else ["out", "sum"]
+    assert saved == {"fused": expected, "gated": [*expected, "x"]}
+    small = 8 * (2 * 8 * 3 + 2 * 8)  # Values per image and channel.
+    one_map = maps[0].nbytes
+    assert kept["fused"] <= kept["plain"] + small
+    assert kept["gated"] <= kept["plain"] + one_map + 2 * small
+
+
+@runs_kernels
 @pytest.mark.parametrize(
     ("name", "forward", "backward"),
     [
