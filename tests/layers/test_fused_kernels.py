@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from benchmark import saved_bytes
@@ -759,6 +760,48 @@ def test_without_gradients_nothing_is_saved():
         assert saved_bytes(lambda: model(*maps), model) == 0
     with torch.inference_mode():
         model(*maps)
+
+
+class AllOperators(nn.Module):
+    """Network that uses each of the three operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Branch("BN"), Branch("FrozenBN")
+        self.third = PreAct(8, "BN", "sigmoid")
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        out = self.second(x, self.first(x, shortcut))
+        return sum(out.square().sum() for out in self.third(out, shortcut))
+
+
+def save_gradients(rank: int, folder: Path) -> None:
+    """Compute the gradients of one of two processes with DistributedDataParallel."""
+    options = {"rank": rank, "world_size": 2, "init_method": f"file://{folder / 'store'}"}
+    torch.distributed.init_process_group("gloo", **options)
+    model = DistributedDataParallel(AllOperators().double())
+    model(*maps_of_rank(rank)).backward()
+    gradients = {name: p.grad for name, p in model.module.named_parameters()}
+    torch.save(gradients, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def maps_of_rank(rank: int) -> list[torch.Tensor]:
+    return [draw((2, size, 3, 3), DOUBLE, False, 2 * rank + size) for size in (4, 8)]
+
+
+@runs_kernels
+@pytest.mark.slow
+def test_gradients_of_two_processes_are_the_mean_of_those_of_each(tmp_path):
+    if not INTERPRETED:
+        pytest.skip("two processes need two GPUs")
+    multiprocessing.spawn(save_gradients, (tmp_path,), nprocs=2)
+    model = AllOperators().double()
+    (sum(model(*maps_of_rank(rank)) for rank in range(2)) / 2).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, msg=name)
 
 
 @runs_kernels
