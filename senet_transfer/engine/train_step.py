@@ -10,8 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -227,13 +230,19 @@ class StepTrainer(SimpleTrainer):
         steps, self._unread = self._unread, []
         if not steps:
             return
-        rows = torch.cat([step.values for step in steps]).cpu()
-        for step, row in zip(steps, rows.split([len(step.values) for step in steps]), strict=True):
+        values = torch.cat([step.values for step in steps]).cpu()
+        rows = [row.tolist() for row in values.split([len(step.values) for step in steps])]
+        metrics = [
+            (step.data_time, {} if row[0] else dict(zip(step.losses, row[2:], strict=True)))
+            for step, row in zip(steps, rows, strict=True)
+        ]
+        # One collective operation for all steps; only the main process receives the metrics.
+        ranks = comm.gather(metrics)
+        for index, (step, row) in enumerate(zip(steps, rows, strict=True)):
             if row[0]:
-                self.guard.report(step, row.tolist())
+                self.guard.report(step, row)
             else:
-                losses = dict(zip(step.losses, row[2:], strict=True))
-                self.write_metrics(losses, step.data_time, step.iteration)
+                _log(step, [rank[index] for rank in ranks])
 
     def _next_batch(self) -> tuple[Any, float]:
         """Return the next batch and the seconds spent waiting for it.
@@ -303,6 +312,25 @@ class StepTrainer(SimpleTrainer):
         options = {key: own[key] for key in ("foreach", "fused") if key in own}
         saved = state_dict["optimizer"]
         return {**saved, "param_groups": [{**group, **options} for group in saved["param_groups"]]}
+
+
+def _log(step: Step, ranks: list[tuple[float, dict[str, float]]]) -> None:
+    """Log the metrics of a step, as Detectron2's ``SimpleTrainer.write_metrics`` does.
+
+    Args:
+        step: The step.
+        ranks: In the main process, the data times and losses of all processes; otherwise empty.
+    """
+    storage, iteration = get_event_storage(), step.iteration
+    storage.put_scalar("rank_data_time", step.data_time, cur_iter=iteration)
+    if not ranks:
+        return
+    times, losses = zip(*ranks, strict=True)
+    means = {name: np.mean([own[name] for own in losses]) for name in losses[0]}
+    storage.put_scalar("data_time", max(times), cur_iter=iteration)
+    storage.put_scalar("total_loss", sum(means.values()), cur_iter=iteration)
+    if len(means) > 1:
+        storage.put_scalars(cur_iter=iteration, **means)
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:

@@ -6,9 +6,12 @@ Such a run has to be the same as one that reads the losses after each step, to t
 import json
 import os
 import socket
+from unittest import mock
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -128,6 +131,37 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
         assert name == f"nonfinite_{report['iteration']:07d}_rank0.json"
 
 
+def check_logged_metrics(rank=None):
+    """Compare all metrics with those that Detectron2 logs, and count the collective operations."""
+    net, losses = Net(), []
+    net.register_forward_hook(
+        lambda *call: losses.append({k: v.detach() for k, v in call[2].items()})
+    )
+    model = net if rank is None else DistributedDataParallel(net, broadcast_buffers=False)
+    optimizer = fused(net.parameters(), "SGD")
+    trainer = StepTrainer(
+        model, batches(rank or 0), optimizer, reads_after=lambda done: done == STEPS - 1
+    )
+    with EventStorage() as found, mock.patch.object(comm, "gather", wraps=comm.gather) as gather:
+        for trainer.iter in range(STEPS):
+            trainer.run_step()
+    assert gather.call_count == 1
+    seconds = [value for value, _ in found.history("rank_data_time").values()]
+    with EventStorage() as expected:
+        for iteration in range(STEPS):
+            SimpleTrainer.write_metrics(losses[iteration], seconds[iteration], iteration)
+    values = [
+        [(name, history.values()) for name, history in storage.histories().items()]
+        for storage in (found, expected)
+    ]
+    assert len(values[0]) == (1 if rank else 5)
+    assert values[0] == values[1]
+
+
+def test_losses_read_together_are_logged_as_by_detectron2():
+    check_logged_metrics()
+
+
 _IN_PROCESSES = [("loss", ()), ("loss", (0, 3)), ("gradient", (2, 4, 5, 7)), ("raised", (1,))]
 
 
@@ -145,6 +179,7 @@ def _rank(rank, port, folder):
             reports = runs[1][2].values()
             assert all(report["problem"] and report["rank"] == rank for report in reports)
             assert len(reports) == min(len(bad), 3)
+    check_logged_metrics(rank)
     torch.distributed.destroy_process_group()
 
 
