@@ -543,29 +543,25 @@ def test_a_convolution_and_the_end_of_a_block(norm, options):
 
 @runs_kernels
 @pytest.mark.slow
-@settings(max_examples=60 if INTERPRETED else 10, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    ("form", "norms"), [(End, NORMS), (PreAct, NORMS[:3]), (Branch, ["FrozenBN"])]
+)
+@settings(max_examples=30 if INTERPRETED else 5, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(
         st.integers(1, 4), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)
     ).filter(lambda shape: shape[0] * shape[2] * shape[3] > 1),
     last=st.booleans(),
-    form=st.sampled_from(
-        [
-            *[(End, norm) for norm in NORMS],
-            *[(PreAct, norm) for norm in NORMS if norm],
-            *[(Branch, norm) for norm in ("BN", "FrozenBN")],
-        ]
-    ),
     gate=st.sampled_from(["sigmoid", "tanh", "relu", ""]),
-    relu=st.booleans(),
+    data=st.data(),
 )
-def test_any_shape(shape, last, form, gate, relu):
-    model, norm = form
+def test_any_shape(form, norms, shape, last, gate, data):
+    norm = data.draw(st.sampled_from(norms), "norm")
     n, channels, *size = shape
     maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
-    if model is End:
-        check(End(channels, norm, gate, relu=relu), maps)
-    elif model is PreAct:
+    if form is End:
+        check(End(channels, norm, gate, relu=data.draw(st.booleans(), "relu")), maps)
+    elif form is PreAct:
         check(PreAct(channels, norm, gate), maps, outputs=2)
     else:
         maps[0] = draw((n, 4, *size), DOUBLE, last, 1)
