@@ -6,8 +6,6 @@ shard is complete and on disk; a resumed conversion skips shards with such a fil
 written last.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +13,6 @@ import math
 import re
 import shutil
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +28,7 @@ from senet_transfer.data.shards.manifest import Manifest, Shard, parse_shard
 from senet_transfer.data.shards.tar import ShardWriter
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
+from senet_transfer.utils.folder_lock import only_writer
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
@@ -116,7 +114,7 @@ def convert(
     plans = plan_shards(images, split=split, seed=seed, shard_mb=shard_mb)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with _only_writer(output):
+        with only_writer(output):
             return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
@@ -307,25 +305,3 @@ def _written(
         return
     for plan, entry in run_parallel(write_shard, pending, output, workers):
         yield entry, len(plan.names)
-
-
-@contextlib.contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the folder inside the context.
-
-    Raises:
-        UserError: If another run has locked the folder.
-    """
-    with open(output / ".lock", "w") as lock:
-        for attempt in range(20):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # The workers of a run that was just killed may hold the lock for a moment.
-                if attempt == 19:
-                    raise UserError(
-                        f"Another run is writing to {output}. Wait until it finishes, or stop it."
-                    ) from None
-                time.sleep(0.25)
-        yield
