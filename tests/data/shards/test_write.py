@@ -18,6 +18,7 @@ from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards import write as convert_module
 from senet_transfer.data.shards.verify import verify
 from senet_transfer.data.shards.write import convert
+from senet_transfer.utils import folder_lock
 from tests.data.drawn_places import CLASSES, command, jpeg, shard_bytes, write_val
 
 
@@ -196,9 +197,9 @@ def test_shards_of_other_settings_are_not_mixed(val, tmp_path, prepare, capsys):
 
 
 def test_two_runs_cannot_write_to_one_folder(val, tmp_path, prepare, capsys, monkeypatch):
-    monkeypatch.setattr(convert_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(folder_lock, "_PAUSE", 0)
     (tmp_path / "out").mkdir()
-    with convert_module._only_writer(tmp_path / "out"):
+    with folder_lock.only_writer(tmp_path / "out"):
         assert prepare(val, tmp_path / "out") == 2
     assert "Another run is writing" in capsys.readouterr().err
 
