@@ -135,7 +135,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
     total = int(blocks.sum()) * tarfile.BLOCKSIZE
     count = min(math.ceil(total / (shard_mb * 1e6)), len(images))
     digest = hashlib.sha256(f"{PLAN_VERSION} {split} {seed} {count}\n".encode())
-    digest.update("\n".join(images.classes).encode() + b"\n\n" + _names(images.names))
+    digest.update("\n".join(images.classes).encode() + b"\n\n" + _on_disk(images.names))
     digest.update(images.labels.tobytes())
     plan = digest.hexdigest()
     return [
@@ -185,9 +185,9 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
         yield RawSample(key, int(plan.labels[place]), data, name)
 
 
-def _names(names: Sequence[str]) -> bytes:
-    # Names that are not UTF-8 are hashed as the bytes on disk.
-    return "\n".join(names).encode("utf-8", "surrogateescape")
+def _on_disk(lines: Sequence[str]) -> bytes:
+    """Join lines with image names; those that are not UTF-8 become the same bytes as on disk."""
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _json_name(shard_name: str) -> str:
@@ -287,7 +287,7 @@ def _too_many_broken(
 ) -> UserError:
     lines = [f"{entry['name']} ({entry['reason']})" for entry in skipped]
     with atomic_file(output / "broken.txt") as stream:
-        stream.write("".join(line + "\n" for line in lines).encode())
+        stream.write(_on_disk([*lines, ""]))
     return UserError(
         f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
         f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. "

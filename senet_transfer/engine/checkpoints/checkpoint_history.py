@@ -35,9 +35,12 @@ def write_sum(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; on failure, an existing file is left unchanged."""
+    """Write a text file atomically; on failure, an existing file is left unchanged.
+
+    Paths in the text that are not UTF-8 are written as the same bytes as on disk.
+    """
     with atomic_file(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="surrogateescape"))
 
 
 def checkpoints(folder: str | Path) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from senet_transfer import UserError
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards import write as convert_module
@@ -292,6 +293,17 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
     offenders(message, *(f"Places365_val_{number:08d}.jpg" for number in (3, 9, 12, 15)))
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_broken_image_whose_name_is_not_utf_8_is_listed_as_on_disk(tmp_path):
+    names = [b"caf\xe9.jpg", "\u8336.jpg".encode()]
+    (tmp_path / "images" / "drink").mkdir(parents=True)
+    for name in names:
+        Path(tmp_path, "images", "drink", os.fsdecode(name)).write_bytes(b"broken")
+    with pytest.raises(UserError, match="2 images in .* cannot be decoded"):
+        convert(open_folder(tmp_path / "images"), tmp_path / "out", split="val")
+    lines = (tmp_path / "out" / "broken.txt").read_bytes().splitlines()
+    assert {line.split(b" (")[0] for line in lines} == {b"drink/" + name for name in names}
 
 
 def test_tolerated_broken_images_are_left_out_and_recorded(broken, tmp_path, prepare, capsys):
