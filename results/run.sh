@@ -115,6 +115,8 @@ probe)
 gates)
     draw_gates cifar10_se_resnet20 cifar10 --data "$root/cifar10_jpeg/test"
     draw_gates demo_places365_se_r18 scenes --data "$root/places365/val"
+    [ ! -e output/gates/scenes/figure6.png ] ||
+        cp output/gates/scenes/figure6.png docs/images/gates.png
     for group in class size; do
         draw_gates demo_faster_rcnn_se_r18 "shapes_by_$group" --group-by $group \
             --data "$root/shapes/annotations/instances_val.json" --images "$root/shapes/val"

@@ -18,6 +18,22 @@ from senet_transfer.utils.import_hook import (
 # them with the originals.
 ABLATION_AXES = ("ratio", "squeeze", "excitation", "stages", "placement", "bias")
 CIFAR_DOWNLOADS = ("cifar10", "cifar100")
+CONFIG_KEYS = (
+    "CUDNN_BENCHMARK",
+    "DATALOADER",
+    "DATASETS",
+    "DETERMINISTIC",
+    "GLOBAL",
+    "INPUT",
+    "MODEL",
+    "OUTPUT_DIR",
+    "SEED",
+    "SOLVER",
+    "TEST",
+    "TRACKING",
+    "VERSION",
+    "VIS_PERIOD",
+)
 DETECTION_FORMATS = ("voc", "yolo", "labelme", "cvat", "labelstudio", "via")
 CROPS = (1, 10)
 EVAL_MODES = ("short_side", "squash", "ten_crop")
@@ -77,7 +93,7 @@ with status 128 plus the signal number.
 """
 
 
-_CONFIG_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+_CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -229,7 +245,9 @@ def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
     flag = ""
     for word in words:
         if word.startswith("-") or _is_key(word):
-            flag = word if word in flags else ""
+            # argparse also accepts the beginning of a flag.
+            is_list = word[2:] and any(name.startswith(word) for name in flags)
+            flag = word if is_list else ""
         elif flag and found[-1] != flag:
             found.append(flag)
         found.append(word)

@@ -19,6 +19,7 @@ from senet_transfer.cli.arguments import Parser, run_command
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--size",)
     add = parser.add_argument
     add("--weights", default="", help="a checkpoint or weight file; default: random weights")
     add("--model", default="", help="a name in senet_transfer.list_models()")
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--size",
         type=int,
-        nargs="+",
+        action="append",
         help="image size in pixels: one side length, or height and width; default: the test crop",
     )
     add(

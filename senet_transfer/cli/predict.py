@@ -21,6 +21,7 @@ FORMATS = ("json", "coco", "csv", "yolo")
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--input",)
     add = parser.add_argument
     add(
         "--weights",
@@ -31,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add(
         "--input",
-        nargs="+",
+        action="append",
         required=True,
-        help="image files, folders, patterns, .txt lists of images, http(s) addresses, video "
-        "files, streams (rtsp://...) or the index of a camera",
+        help="one or several image files, folders, patterns, .txt lists of images, http(s) "
+        "addresses, video files, streams (rtsp://...) or the index of a camera",
     )
     add("--output", default="predictions", help="output folder (predictions)")
     add(

@@ -26,7 +26,7 @@ from senet_transfer.data.classification.loader import (
     build_classification_eval_loader,
     build_classification_train_loader,
 )
-from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.classification.open import matches_files, open_dataset
 from senet_transfer.data.images.augmentation import build_augmentation
 from senet_transfer.data.images.class_names import match_names
 from senet_transfer.data.images.decode import Reading
@@ -195,9 +195,9 @@ def find_dataset(name: str) -> str:
     """Return the absolute path of a data set.
 
     Args:
-        name: Path relative to the working directory or to ``$DETECTRON2_DATASETS``, the name of a
-            prepared data set such as ``cifar10_train``, or a remote address, which is returned
-            unchanged.
+        name: Path, or pattern of shards, relative to the working directory or to
+            ``$DETECTRON2_DATASETS``; the name of a prepared data set such as ``cifar10_train``; or
+            a remote address, which is returned unchanged.
 
     Raises:
         UserError: If the data set does not exist.
@@ -213,10 +213,11 @@ def find_dataset(name: str) -> str:
     name = NAMES.get(name, name)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
-    for place in places:
-        # The last path component may be a glob pattern that selects shards.
-        if os.path.exists(place) or ("*" in name and os.path.isdir(os.path.dirname(place))):
-            return place
+    # A name that exists has priority, because it may contain the characters of a pattern.
+    for is_found in (os.path.exists, matches_files):
+        for place in places:
+            if is_found(place):
+                return place
     if cifar is not None:
         remedy = f"Run `senet data cifar --download {cifar}`, or correct the path"
     else:

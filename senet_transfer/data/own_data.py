@@ -26,6 +26,9 @@ from senet_transfer.errors import UserError
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 
+# Entries of a JSON file in COCO's format that are required.
+_COCO_KEYS = ("images", "annotations", "categories")
+
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
 
 
@@ -87,11 +90,11 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
         UserError: If the data can't be split.
     """
     if data.image_dir:
-        # Without COCO's optional object `info`, which describes the original file.
         content = read_annotations(*data, upright=upright)
-        lists = {k: v for k, v in content.items() if isinstance(v, list)}
-        contents, table = split_coco(lists, data.path, Split())
-        write_dataset(contents, folder, data.image_dir, source=data.path)
+        # Without optional entries such as `info`, which describes the original file.
+        needed = {key: content[key] for key in _COCO_KEYS if key in content}
+        contents, table = split_coco(needed, data.path, Split())
+        write_dataset(contents, folder, data.image_dir, source=data.path, replace=True)
         names = [f"{name}.json" for name in (TRAIN, VAL)]
     else:
         names = [f"{name}.csv" for name in (TRAIN, VAL)]

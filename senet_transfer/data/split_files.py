@@ -5,7 +5,8 @@ import io
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,20 +70,33 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
         data = _open_classes(source, output)
     files, table = _split(data, split)
     paths = {name: output / f"{name}{data.suffix}" for name in files}
-    existing = [str(path) for path in paths.values() if path.exists()]
+    with writing_parts(output, [path for path in paths.values() if path.exists()]):
+        for name, images in files.items():
+            data.write(paths[name], images)
+    return table
+
+
+@contextmanager
+def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
+    """Create the folder for the files of a split, and raise a UserError if they can't be written.
+
+    Args:
+        output: The folder.
+        existing: Files of a split that are already in the folder. If there are any, an error is
+            raised.
+    """
     if existing:
         raise UserError(
-            f"{first_of(existing, 3)} already exist. Choose a different --output, or delete them."
+            f"{first_of(map(str, existing), 3)} already exist. Choose a different --output, or "
+            "delete them."
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, images in files.items():
-            data.write(paths[name], images)
+        yield
     except OSError as error:
         raise UserError(
             f"Cannot write to {output}: {error}. Choose a different --output."
         ) from error
-    return table
 
 
 def split_coco(

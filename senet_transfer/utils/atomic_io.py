@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# A list of numbers that json.dumps writes with an indentation.
-_NUMBER_LIST = re.compile(r"\[\s+(?:[-+.\deE]+|null)(?:,\s+(?:[-+.\deE]+|null))*\s+\]")
+# A list of numbers that json.dumps writes with an indentation. It contains line breaks, unlike the
+# same characters in a string.
+_NUMBER_LIST = re.compile(r"\[\n\s*(?:[-+.\deE]+|null)(?:,\n\s*(?:[-+.\deE]+|null))*\n\s*\]")
 
 
 @contextmanager

@@ -344,7 +344,10 @@ def printed(tmp_path):
         """#!/bin/sh
 for word; do
     printf "%s\\n" "$word"
-    case $before in --output) mkdir -p "$word" && touch "$word/blocks.png" "$word/blocks.csv" ;; esac
+    if [ "$before" = --output ]; then
+        mkdir -p "$word"
+        touch "$word/blocks.png" "$word/blocks.csv"
+    fi
     before=$word
 done
 echo END

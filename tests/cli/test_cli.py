@@ -12,8 +12,11 @@ from detectron2.engine import default_argument_parser
 
 from senet_transfer.analysis.ablation import PAPER
 from senet_transfer.cli import arguments as choices
+from senet_transfer.cli.analysis import sweep
 from senet_transfer.cli.arguments import argument_parser
+from senet_transfer.cli.data import PREPARATIONS
 from senet_transfer.cli.main import COMMANDS
+from senet_transfer.config import get_senet_config
 from senet_transfer.data.cifar.archives import DOWNLOADS
 from senet_transfer.data.detection.formats.source import FORMATS
 from senet_transfer.data.images import imagenet
@@ -60,6 +63,34 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
 )
 def test_the_stated_choices_are_those_of_the_package(stated, values):
     assert stated == tuple(values)
+
+
+def test_the_stated_config_keys_are_those_of_the_config():
+    assert set(choices.CONFIG_KEYS) == set(get_senet_config())
+
+
+def test_options_with_several_values_leave_the_config_options_that_follow():
+    names = [name for name, _ in COMMANDS.values()]
+    modules = [importlib.import_module(f"senet_transfer.cli.{name}") for name in names]
+    parsers = [made.parser() for made in (*modules, *PREPARATIONS.values())]
+    number = 0
+    for parser in (parser for parser in parsers if "opts" in facts(parser)):
+        actions = {flag: action for action in parser._actions for flag in action.option_strings}
+        needed = [flag for flag, action in actions.items() if action.required]
+        if actions.pop("--opts", None):  # Its values are config options.
+            continue
+        assert not [flag for flag, action in actions.items() if action.nargs in ("+", "*")]
+        for flag in parser.lists:
+            kind, choices = actions[flag].type or str, actions[flag].choices
+            values = list(choices)[:2] if choices else ["3", "4"] if kind is int else ["RBC", "WBC"]
+            words = [word for other in needed if other != flag for word in (other, "x")]
+            found = parser.parse_args([*words, flag, *values, "MODEL.DEVICE", "cpu", "SEED", "1"])
+            assert getattr(found, actions[flag].dest) == [kind(value) for value in values]
+            assert found.opts == ["MODEL.DEVICE", "cpu", "SEED", "1"]
+            number += 1
+    assert number >= 10
+    found = sweep.parser().parse_args(["--seed", "0", "1", "--quiet"])
+    assert (found.seeds, found.opts) == ([0, 1], [])
 
 
 def test_every_command_has_a_module_and_a_parser():

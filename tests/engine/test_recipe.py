@@ -88,6 +88,20 @@ def test_facts_are_those_counted_by_hand(tmp_path):
     assert describe_data(train, train) == DataFacts("detection", 2, 2, 100, 0.1, 10)
 
 
+def test_boxes_without_a_size_are_rejected_as_in_training(tmp_path, caplog):
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [3, 4, 0, 0], "area": 0, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 10}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [box],
+    }
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    train, _ = find_parts(str(tmp_path))
+    with pytest.raises(UserError, match="none of the 1 annotations can be trained on: 1 boxes"):
+        describe_data(train, train)
+
+
 @pytest.mark.parametrize(
     ("train", "val"),
     [
@@ -136,7 +150,10 @@ def test_pascal_vocs_image_sets_are_the_parts(shared_data):
 
 def test_data_without_a_validation_part_is_split(shapes, tmp_path):
     names = {}
-    whole, none = find_parts(f"{shapes}/annotations/instances_tiny.json")
+    content = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
+    content |= {"classes": ["an entry", "of another program"], "info": {"version": 1}}
+    (tmp_path / "whole.json").write_text(json.dumps(content))
+    whole, none = find_parts(str(tmp_path / "whole.json"), image_dir=f"{shapes}/tiny")
     assert (whole.image_dir, none) == (f"{shapes}/tiny", None)
     for part in divide(whole, tmp_path / "boxes")[:2]:
         images = json.loads(Path(part.path).read_text())["images"]
@@ -189,6 +206,16 @@ def test_without_a_connection_training_starts_from_random_weights(shapes, monkey
     assert found["_BASE_"].value == "scratch_detector"
     assert found["MODEL.WEIGHTS"].value == ""
     assert "can't be downloaded" in found["MODEL.WEIGHTS"].reason
+
+
+def test_the_recipe_contains_any_name(shapes, tmp_path):
+    data = tmp_path / "📷 Größe \\ud83d \u2028"
+    shutil.copytree(shapes, data)
+    options = ("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
+    with make.use_recipe(RunOptions(data=str(data), options=options), resume=False) as used:
+        cfg = load_config(used.config_file)
+        (tmp_path / "run").mkdir()
+    assert cfg.DATASETS.REGISTER[0][2] == str(data / "train")
 
 
 @pytest.mark.long

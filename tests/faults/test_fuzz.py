@@ -199,7 +199,7 @@ def test_other_formats_with_any_change_are_read_or_refused(name, data):
     path.write_text(text)
     with contextlib.suppress(UserError):
         datasets, images = import_dataset(name, SCRATCH if name == "voc" else path, SCRATCH)
-        write_dataset(datasets, SCRATCH / "out", images, source=str(path))
+        write_dataset(datasets, SCRATCH / "out", images, source=str(path), replace=True)
 
 
 @fuzz(400)

@@ -1,5 +1,6 @@
 """Tests of atomic file writing."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -96,6 +97,15 @@ def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mod
     for path in tmp_path.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == mode
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]
+
+
+def test_json_has_lists_of_numbers_on_one_line_and_strings_as_they_are(tmp_path):
+    strings = ["scan [ 12 ].jpg", "[ 1.0, 2 ]", "[\n 3\n]"]
+    value = {"strings": strings, "box": [1.5, None, -2]}
+    write_json(tmp_path / "a", value)
+    text = (tmp_path / "a").read_text()
+    assert json.loads(text) == value
+    assert '"box": [1.5, null, -2]\n' in text
 
 
 def test_json_has_the_same_bytes_whatever_the_order_of_the_keys(tmp_path):

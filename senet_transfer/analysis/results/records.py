@@ -193,8 +193,10 @@ def training_difference(
 
 def _settings(cfg: CfgNode) -> str:
     """Return the hash of all settings that determine a run's result, except for its seed."""
-    own = {*_SPEED, "SEED", "OUTPUT_DIR"}
-    changed = {key: value for key, value in changed_items(cfg).items() if key not in own}
+    own = (*_SPEED, "SEED", "OUTPUT_DIR")
+    if "se" not in backbone_name(cfg).split("_"):
+        own += ("MODEL.SE.",)
+    changed = {key: value for key, value in changed_items(cfg).items() if not key.startswith(own)}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 

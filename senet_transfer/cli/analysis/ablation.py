@@ -22,16 +22,23 @@ from senet_transfer.cli.arguments import ABLATION_AXES, Parser, run_command
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--axes", "--seeds")
     add = parser.add_argument
     add("--config-file", required=True, help="config file of a classifier")
     add(
         "--axes",
-        nargs="+",
+        action="append",
         choices=ABLATION_AXES,
         default=[],
-        help="SE options to vary; default: all",
+        help="one or several SE options to vary; default: all",
     )
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds for each variant (0)")
+    add(
+        "--seeds",
+        type=int,
+        action="append",
+        default=[],
+        help="one or several seeds for each variant (0)",
+    )
     add("--output", default="output/ablation", help="parent folder of all runs (output/ablation)")
     add("--list", action="store_true", help="only show the variants and their complexity")
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
@@ -55,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     results, unfinished = run_grid(
         args.config_file,
         variants,
-        args.seeds,
+        args.seeds or [0],
         args.output,
         flags=("--num-gpus", str(args.num_gpus)),
         quiet=args.quiet,

@@ -19,6 +19,7 @@ from senet_transfer.errors import UserError
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--size",)
     add = parser.add_argument
     add("--model", action="append", default=[], help="model name or pattern; can be repeated")
     add("--config-file", default="", help="config of a classifier or detector, instead of --model")
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--size",
         type=int,
-        nargs="+",
+        action="append",
         help="image size in pixels: height and width, or one side length",
     )
     add("--paper", action="store_true", help="compare with all values in the paper")

@@ -40,6 +40,7 @@ from senet_transfer.cli.arguments import Parser, add_running_arguments, run_comm
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--classes", "--prune-stage")
     add = parser.add_argument
     add("--weights", required=True, help="weights of an SE classifier or detector")
     add("--model", default="", help="model name, unless a config or the weights specify it")
@@ -56,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="output folder for figures and tables")
     add("--record", default="", metavar="FILE", help="also write the command, the machine and the "
         "numbers of images")  # fmt: skip
-    add("--classes", nargs="+", help="classes to plot; default: a random selection")
+    add(
+        "--classes",
+        action="append",
+        help="one or several classes to plot; default: a random selection",
+    )
     add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
     add("--images-per-class", type=int, default=50, help="number of images per class (50)")
     add("--channels", type=int, default=50, help="number of channels per figure (50)")
@@ -64,9 +69,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--prune-stage",
         type=int,
-        nargs="+",
+        action="append",
         default=[],
-        help="stages from which to remove the gates",
+        help="one or several stages from which to remove the gates",
     )
     add_running_arguments(parser)
     return parser

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
+    parser.lists = ("--seeds", "--update")
     add = parser.add_argument
     add(
         "--config-file",
@@ -42,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     )
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train with (0 1 2)"
+        "--seeds",
+        type=int,
+        action="append",
+        default=[],
+        help="one or several seeds to train with (0 1 2)",
     )
     runs.add_argument(
         "--folds",
@@ -71,10 +76,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--update",
-        nargs="+",
+        action="append",
         default=[],
         metavar="DOCUMENT",
-        help="write the tables of the records in --results to these documents",
+        help="write the tables of the records in --results to one or several documents",
     )
     add(
         "--curves",
@@ -160,7 +165,7 @@ def _runs(args: argparse.Namespace, config: str) -> "list[Run]":
     if args.folds:
         folds = fold_options(config, args.folds, args.opts, images=args.images)
         return fold_runs(config, folds, args.opts, folder)
-    return seed_runs(config, args.seeds, args.opts, folder)
+    return seed_runs(config, args.seeds or [0, 1, 2], args.opts, folder)
 
 
 def command(words: list[str] | None = None) -> None:

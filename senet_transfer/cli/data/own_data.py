@@ -62,7 +62,7 @@ def run_check(args: argparse.Namespace) -> None:
     from senet_transfer.data.detection.image_checks import check_dataset_images
     from senet_transfer.data.images.decode import Reading
 
-    name = os.path.basename(args.json_file)
+    name = os.path.basename(os.path.abspath(args.json_file))
     reading = Reading(tuple(args.value_range), upright=not args.ignore_exif)
     register_coco_dataset(
         name, args.json_file, args.images, outlines=args.masks, upright=reading.upright
@@ -143,7 +143,12 @@ def import_parser() -> argparse.ArgumentParser:
         help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
         "Studio or VIA",
     )
-    add("--output", type=Path, required=True, help="folder for the JSON files")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the JSON files, without those of an earlier import",
+    )
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
     _add_exif_argument(parser)
     _add_split_arguments(parser, val=None)

@@ -255,9 +255,20 @@ def _open_local(
     return ImageDataset(open_folder(path, classes))
 
 
+def matches_files(pattern: str) -> bool:
+    """Return True if a pattern with wildcards or braces, as in `open_dataset`, matches a file."""
+    return any(glob.glob(name) for name in _expand(pattern))
+
+
 def _expand(path: str) -> list[str]:
     """Expand braces such as `{000..003}` or `{a,b}` in a path or address, as in webdataset."""
-    return expand_urls(path) if "{" in path else [path]
+    try:
+        return expand_urls(path) if "{" in path else [path]
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not the name of an existing file, nor a pattern of shards: {error}. "
+            "Correct the path."
+        ) from error
 
 
 def _common_folder(path: object, folders: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from senet_transfer.data.detection.annotation_checks import CocoSummary
 from senet_transfer.data.detection.coco import ENTRY_FORM, CocoDataset, registered_entry
 from senet_transfer.data.detection.formats.source import annotations_exist
 from senet_transfer.data.detection.json_file import sniff_json
@@ -199,17 +200,22 @@ def check_trainable(names: Sequence[str]) -> None:
     datasets = [registered_entry(name) for name in names]
     own = [dataset for dataset in datasets if isinstance(dataset, CocoDataset)]
     summaries = [dataset.refresh() for dataset in own]
-    if len(own) < len(datasets) or any(summary.num_trainable for summary in summaries):
+    if len(own) == len(datasets):
+        check_objects([dataset.json_file for dataset in own], summaries)
+
+
+def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> None:
+    """Raise a UserError if annotation files with these summaries have no object to train on."""
+    if any(summary.num_trainable for summary in summaries):
         return
     total, zero, crowd = (
         sum(getattr(summary, key) for summary in summaries)
         for key in ("num_annotations", "num_zero_size", "num_crowd")
     )
     raise UserError(
-        f"{' and '.join(dataset.json_file for dataset in own)}: none of the {total} annotations "
-        f"can be trained on: {zero} boxes have zero width or height, and {crowd} annotations have "
-        "iscrowd=1. Expected objects with iscrowd=0 and a box [x, y, width, height] in pixels. "
-        "Check how the file was exported."
+        f"{' and '.join(files)}: none of the {total} annotations can be trained on: {zero} boxes "
+        f"have zero width or height, and {crowd} annotations have iscrowd=1. Expected objects with "
+        "iscrowd=0 and a box [x, y, width, height] in pixels. Check how the file was exported."
     )
 
 

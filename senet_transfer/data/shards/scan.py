@@ -19,6 +19,7 @@ import numpy as np
 
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.data.shards.manifest import MANIFEST, Manifest, Shard
+from senet_transfer.data.shards.storage import PLAIN_NAME
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
 from senet_transfer.utils.progress import progress
@@ -49,8 +50,15 @@ def scan_shards(
         label.
 
     Raises:
-        UserError: If a file is not a complete, uncompressed tar file of labelled images.
+        UserError: If a file is not a complete, uncompressed tar file of labelled images, or its
+            name is not plain.
     """
+    odd = [path.name for path in paths if not PLAIN_NAME.fullmatch(path.name)]
+    if odd:
+        raise UserError(
+            f"Cannot read the shards {first_of(odd, 3)} in {paths[0].parent}; expected names that "
+            "consist of letters, digits, '.', '-' and '_'. Rename the files."
+        )
     indices = []
     for path in progress(paths, unit="shard", desc="count", quiet=len(paths) < 16):
         indices.append(_scan(path))

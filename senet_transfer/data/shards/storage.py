@@ -21,6 +21,9 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
+# Name of a file in a shard folder, which is valid in paths and addresses.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
 # A single letter before the colon is a drive letter, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
@@ -91,7 +94,7 @@ def join(base: str, name: str) -> str:
     Raises:
         UserError: If `name`, which comes from a manifest, is not a plain file name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not PLAIN_NAME.fullmatch(name):
         raise UserError(
             f"The manifest of {base} lists the file {name!r}; expected a plain name that consists "
             "of letters, digits, '.', '-' and '_'. The manifest was not written by this project, "

@@ -13,6 +13,7 @@ from PIL import Image
 
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.detection.annotation_checks import read_coco_summary
+from senet_transfer.data.detection.dataset_checks import check_objects
 from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.own_data import DataPart
 
@@ -67,7 +68,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
         upright: Whether annotations are those of the images with their EXIF orientation.
 
     Raises:
-        UserError: If the data is missing or invalid.
+        UserError: If the data is missing or invalid, or there is no object to train on.
     """
     if not train.image_dir:
         dataset = open_dataset(train.path, split="train_standard")
@@ -85,6 +86,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
         )
     summaries = [read_coco_summary(*part, upright=upright) for part in (train, val)]
     summary = summaries[0]
+    check_objects([train.path], [summary])
     sides_by_id = {number: min(width, height) for _, width, height, number in summary.images}
     objects = [
         item
@@ -104,7 +106,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
         images=len({item["image_id"] for item in objects}),
         classes=len(summary.classes),
         short_side=int(np.median(list(sides_by_id.values()))),
-        object_size=sizes[place][0] if sizes else 1.0,
+        object_size=sizes[place][0],
         most_objects=max(part.most_objects for part in summaries),
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -220,5 +221,7 @@ def _lines(tree: dict[str, Any], indent: str) -> Iterator[str]:
             continue
         value = find_config(found.value) if name == "_BASE_" else found.value
         yield f"{indent}# {found.reason}\n"
-        # JSON is valid YAML.
-        yield f"{indent}{name}: {json.dumps(value)}\n"
+        # JSON is valid YAML, except for the escapes of characters beyond 16 bits.
+        text = json.dumps(value, ensure_ascii=False)
+        text = re.sub(r"[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+        yield f"{indent}{name}: {text}\n"

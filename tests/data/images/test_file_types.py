@@ -12,11 +12,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from senet_transfer import UserError
 from senet_transfer.config.load import load_config
-from senet_transfer.data.build import use_classification_datasets
+from senet_transfer.data.build import find_dataset, use_classification_datasets
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.decode import decode_exact, decode_fast
 from senet_transfer.data.images.file_types import FORMATS, IMAGE_SUFFIXES, is_image_name
+from senet_transfer.data.own_data import find_parts
 from senet_transfer.data.shards.verify import verify
 from senet_transfer.engine.predictor.inputs import find_photos
 from tests.data.drawn_places import command, jpeg
@@ -204,6 +205,33 @@ def test_braces_name_shards_as_in_webdataset(tmp_path, counted):
     (tmp_path / "copy" / "own-000000.tar").write_bytes((root / "own-000000.tar").read_bytes())
     with pytest.raises(UserError, match="in 2 folders"):
         open_dataset(f"{tmp_path}/{{shards,copy}}/own-000000.tar")
+
+
+def test_commands_find_patterns_of_shards(tmp_path, monkeypatch):
+    write_webdataset(tmp_path / "shards")
+    (tmp_path / "datasets" / "own [2]" / "a").mkdir(parents=True)
+    (tmp_path / "datasets" / "own {2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    for pattern, count in {"*": 8, "00000?": 8, "00000[02]": 5, "{000000..000001}": 6}.items():
+        train, val = find_parts(f"shards/own-{pattern}.tar")
+        assert (train.path, val) == (f"{tmp_path}/shards/own-{pattern}.tar", None)
+        assert len(open_dataset(train.path)) == count
+    for name in ("own [2]", "own {2"):
+        assert find_dataset(name) == f"{tmp_path}/datasets/{name}"
+    with pytest.raises(UserError, match="not found; tried"):
+        find_dataset("shards/own-?.tar")
+    with pytest.raises(UserError, match="nor a pattern of shards: Unbalanced braces"):
+        find_dataset("shards/own-{0.tar")
+
+
+def test_shards_that_could_not_be_read_by_their_names_are_rejected(tmp_path, capsys):
+    write_webdataset(tmp_path / "shards")
+    (tmp_path / "shards" / "own-000001.tar").rename(tmp_path / "shards" / "own+val-000001.tar")
+    with pytest.raises(UserError, match=r"the shards own\+val-000001\.tar in .* Rename"):
+        open_dataset(tmp_path / "shards")
+    assert command("manifest")([tmp_path / "shards"]) == 2
+    assert not (tmp_path / "shards" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("cut", [700, 5000])

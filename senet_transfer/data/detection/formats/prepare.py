@@ -1,14 +1,19 @@
 """Conversion of a data set in another format to files in COCO's format."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from senet_transfer.data.detection.annotation_checks import CocoSummary, summarize_coco
 from senet_transfer.data.detection.formats.records import NOTES, SOURCE, to_coco
 from senet_transfer.data.detection.formats.source import FORMATS, find_source
+from senet_transfer.data.split_files import writing_parts
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import write_json
+
+# Name of the file of a split or fold, without the extension.
+_PART = re.compile(r"train|val|test|fold\d+_(train|val)")
 
 
 def import_dataset(
@@ -54,7 +59,12 @@ def import_dataset(
 
 
 def write_dataset(
-    datasets: dict[str, dict[str, Any]], output: Path, image_dir: str, *, source: str
+    datasets: dict[str, dict[str, Any]],
+    output: Path,
+    image_dir: str,
+    *,
+    source: str,
+    replace: bool = False,
 ) -> dict[str, CocoSummary]:
     """Check data sets and write each to a JSON file in COCO's format.
 
@@ -65,20 +75,24 @@ def write_dataset(
         output: The folder to write to.
         image_dir: The folder to which the file names are relative.
         source: The file or folder that was read, for errors.
+        replace: Whether to replace existing files.
 
     Returns:
         The summary of each split.
 
     Raises:
-        UserError: If an annotation is invalid or an image is missing.
+        UserError: If an annotation is invalid, an image is missing, the files can't be written, or
+            the folder contains such files of any split and `replace` is False.
     """
     summaries = {
         split: summarize_coco(content, source, image_dir, allow_empty=split != "train")
         for split, content in datasets.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
-    for split, content in datasets.items():
-        write_json(output / f"{split}.json", _without_sources(content), indent=None)
+    # Files of all splits, because training would use those that are left from an earlier import.
+    found = sorted(path for path in output.glob("*.json") if _PART.fullmatch(path.stem))
+    with writing_parts(output, () if replace else found):
+        for split, content in datasets.items():
+            write_json(output / f"{split}.json", _without_sources(content), indent=None)
     return summaries
 
 

@@ -206,6 +206,38 @@ def test_the_command_writes_nothing_if_an_image_is_missing(tmp_path, voc, capsys
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_the_command_leaves_files_of_an_earlier_import(tmp_path, voc, capsys):
+    root = tmp_path / "cells"
+    make_images(root, a=(64, 48))
+    (root / "a.xml").write_text(VOC)
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ["--from", "voc", "--source", str(root), "--output", str(out)]
+    # Training would use each of these as validation data or folds, or they would be overwritten.
+    for name in ("train", "val", "test", "fold0_val"):
+        (out / f"{name}.json").write_text("mine")
+        with pytest.raises(SystemExit, match="2"):
+            prepare("import", words)
+        assert f"{name}.json already exist" in capsys.readouterr().err
+        assert [path.read_text() for path in out.iterdir()] == ["mine"]
+        (out / f"{name}.json").unlink()
+    (out / "classes.json").write_text("mine")
+    prepare("import", words)
+    assert sorted(path.name for path in out.iterdir()) == ["classes.json", "train.json"]
+    with pytest.raises(SystemExit, match="2"):
+        prepare("import", [*words[:-1], str(root / "a.xml" / "out")])
+    assert "a.xml/out: [Errno" in capsys.readouterr().err
+
+
+def test_the_command_checks_a_folder_with_a_slash_at_the_end(tmp_path, monkeypatch, capsys):
+    make_images(tmp_path, a=(64, 48))
+    (tmp_path / "a.xml").write_text(VOC)
+    monkeypatch.chdir(tmp_path)
+    for path in (f"{tmp_path}/", "."):
+        prepare("check", [path, "--quiet"])
+        assert "no errors in the annotations and 1 images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "datasets", "opts"),
     [
