@@ -210,9 +210,9 @@ def grid_table(
                 variant.value,
                 f"{variant.cost.parameters:,}" if variant.cost else "-",
                 f"{variant.cost.macs / 1e6:.1f}" if variant.cost else "-",
-                _error(errors.get(variant.folder)) + _place(variant, ours, ranked),
+                _error(errors.get(variant.folder)) + _rank(variant, ours, ranked),
                 "" if variant.paper is None
-                else f"{variant.paper:.2f}" + _place(variant, paper, ranked),
+                else f"{variant.paper:.2f}" + _rank(variant, paper, ranked),
             ]
         )  # fmt: skip
     headers = ("", "", "parameters", "MMACs", "top-1 error", "paper's, on ImageNet")
@@ -229,7 +229,7 @@ def _error(found: tuple[float, float] | None) -> str:
     return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _place(variant: Variant, values: dict[str, float], ranked: bool) -> str:
+def _rank(variant: Variant, values: dict[str, float], ranked: bool) -> str:
     if not ranked or variant.folder not in values:
         return ""
     return f" ({1 + sum(value < values[variant.folder] for value in values.values())})"

@@ -172,17 +172,17 @@ def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
 
 
 def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[RawSample]:
-    for place, name in enumerate(plan.names):
-        offset = None if plan.offsets is None else int(plan.offsets[place])
-        data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
+    for row, name in enumerate(plan.names):
+        offset = None if plan.offsets is None else int(plan.offsets[row])
+        data = read_image_bytes(plan.root, name, int(plan.sizes[row]), offset)
         try:
             # Decoding is the only reliable check, and is cheap compared with reading.
             decode_fast(data, reading=ANY_RANGE)
         except BrokenImageError as error:
             skipped.append({"name": name, "reason": str(error)})
             continue
-        key = make_key(name, int(plan.indices[place]))
-        yield RawSample(key, int(plan.labels[place]), data, name)
+        key = make_key(name, int(plan.indices[row]))
+        yield RawSample(key, int(plan.labels[row]), data, name)
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
