@@ -13,7 +13,7 @@ from senet_transfer.analysis.complexity.breakdown import report
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.excitations.collect import backbone_of
 from senet_transfer.analysis.excitations.gates import gates_of, stage_of
-from senet_transfer.analysis.repeated_runs import mean_and_deviation, run_seeds
+from senet_transfer.analysis.repeated_runs import mean_and_deviation, run_all, seed_runs
 from senet_transfer.config import is_classification
 from senet_transfer.data.build import use_classification_datasets
 from senet_transfer.engine.model_from import build_to_count, model_config
@@ -90,7 +90,8 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
         basic blocks, ``refused`` contains the reason.
 
     Raises:
-        UserError: If an axis is unknown, or if the config does not describe a classifier with SE.
+        UserError: If an axis is unknown, or if the config does not describe a classifier with SE
+            that is evaluated on one data set.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
@@ -101,6 +102,11 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {config_file} is {cfg.MODEL.META_ARCHITECTURE}; expected "
             "ImageClassifier."
+        )
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(
+            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected one data set, on which the variants "
+            "are compared."
         )
     # Training takes the number of classes from the data, which may not exist yet.
     with suppress(UserError):
@@ -146,7 +152,7 @@ def run_grid(
     seeds: Sequence[int],
     output_dir: str | Path,
     **arguments: Any,
-) -> dict[str, list[dict[str, Any]]]:
+) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """Train each variant with each seed, except variants that can't be built and finished runs.
 
     Args:
@@ -155,21 +161,28 @@ def run_grid(
         seeds: The values for ``SEED``.
         output_dir: The parent folder of all runs. Finished runs in it are kept, and interrupted
             runs are resumed.
-        arguments: Keyword arguments for :func:`senet_transfer.analysis.repeated_runs.run_once`.
+        arguments: Keyword arguments for :func:`senet_transfer.analysis.repeated_runs.run_all`.
 
     Returns:
-        A mapping from :attr:`Variant.folder` to the results of the variant's runs.
+        A mapping from :attr:`Variant.folder` to the results of the variant's finished runs, and
+        the number of unfinished runs.
     """
-    results = {}
+    by_variant = {
+        variant.folder: seed_runs(
+            config_file, seeds, variant.options, Path(output_dir) / variant.folder
+        )
+        for variant in variants
+        if variant.cost is not None
+    }
     # Train all variants with one seed before starting the next seed, so that the variants can be
     # compared even if the grid is interrupted.
-    for done in range(1, len(seeds) + 1):
-        for variant in variants:
-            if variant.cost is not None:
-                folder = Path(output_dir) / variant.folder
-                runs = run_seeds(config_file, seeds[:done], variant.options, folder, **arguments)
-                results[variant.folder] = list(runs.values())
-    return results
+    runs = [run for group in zip(*by_variant.values(), strict=True) for run in group]
+    done = run_all(runs, **arguments)
+    found = {run: result for run, result in zip(runs, done, strict=True) if result is not None}
+    results = {
+        name: [found[run] for run in group if run in found] for name, group in by_variant.items()
+    }
+    return {name: group for name, group in results.items() if group}, done.count(None)
 
 
 def grid_table(
@@ -197,9 +210,9 @@ def grid_table(
                 variant.value,
                 f"{variant.cost.parameters:,}" if variant.cost else "-",
                 f"{variant.cost.macs / 1e6:.1f}" if variant.cost else "-",
-                _error(errors.get(variant.folder)) + _place(variant, ours, ranked),
+                _error(errors.get(variant.folder)) + _rank(variant, ours, ranked),
                 "" if variant.paper is None
-                else f"{variant.paper:.2f}" + _place(variant, paper, ranked),
+                else f"{variant.paper:.2f}" + _rank(variant, paper, ranked),
             ]
         )  # fmt: skip
     headers = ("", "", "parameters", "MMACs", "top-1 error", "paper's, on ImageNet")
@@ -216,7 +229,7 @@ def _error(found: tuple[float, float] | None) -> str:
     return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _place(variant: Variant, values: dict[str, float], ranked: bool) -> str:
+def _rank(variant: Variant, values: dict[str, float], ranked: bool) -> str:
     if not ranked or variant.folder not in values:
         return ""
     return f" ({1 + sum(value < values[variant.folder] for value in values.values())})"

@@ -34,6 +34,7 @@ from senet_transfer.evaluation.paper_results import published_on_cifar
 from senet_transfer.models.build import backbone_name
 from senet_transfer.utils.atomic_io import write_json
 from senet_transfer.utils.environment import origin
+from senet_transfer.utils.folder_lock import LOCK, only_writer
 from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 
@@ -104,7 +105,7 @@ def run_all(
     on_finish: Callable[[Run], object] = lambda _: None,
     **arguments: Any,
 ) -> list[dict[str, Any] | None]:
-    """Train several runs, except those that are already finished.
+    """Train several runs as ``senet train`` does, except those that are already finished.
 
     Args:
         runs: The runs, in the order in which they are started.
@@ -112,14 +113,26 @@ def run_all(
         minutes: A time limit. When it has passed, the current runs save a checkpoint and stop, and
             no others are started. SIGTERM and Ctrl-C have the same effect.
         on_finish: Called in this thread with each finished run, including earlier ones.
-        arguments: ``flags`` and ``quiet``, as in :func:`run_once`.
+        arguments: ``flags``, other command-line arguments such as ``("--num-gpus", "8")``, which
+            may differ when a run is resumed; and ``quiet``: if True, write the log only to
+            ``log.txt``.
 
     Returns:
-        The results of each run, or None for a run that is not finished.
+        The contents of each run's ``results.json``, or None for a run that is not finished: metrics
+        by task, such as ``{"classification": {"top1_error": 6.4, ...}}``, and ``{"training":
+        {"iterations", "seconds_per_iteration"}}``. The time excludes evaluation and checkpointing,
+        and is measured since the run was last resumed.
 
     Raises:
-        UserError: If any run or ``on_finish`` failed. The other runs are trained nevertheless.
+        UserError: If several runs have the same folder; if the config of a run is invalid, its
+            folder contains a different run or is used by another process, or its training failed;
+            or if ``on_finish`` failed. The other runs are trained nevertheless.
     """
+    if len({run.output_dir for run in runs}) < len(runs):
+        raise UserError(
+            "Several runs have the same output folder, because a seed or the name of a config is "
+            "given twice. Remove one of them."
+        )
     limit = TimeLimit(minutes)
     results: list[dict[str, Any] | None] = []
     failures = []
@@ -137,41 +150,6 @@ def run_all(
     return results
 
 
-def run_once(
-    config_file: str,
-    options: Sequence[str],
-    output_dir: str | Path,
-    *,
-    flags: Sequence[str] = (),
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Train in the same way as ``tools/train_net.py``, unless the run is already finished.
-
-    Args:
-        config_file: The config file, as for ``--config-file``.
-        options: Alternating keys and values that override the config.
-        output_dir: The run's folder, which must not be shared with other runs. It overrides
-            ``OUTPUT_DIR``.
-        flags: Other command-line arguments, such as ``("--num-gpus", "8")``. They don't identify
-            the run: an interrupted run can be resumed with different flags.
-        quiet: If True, write the log only to ``log.txt``.
-
-    Returns:
-        The contents of ``results.json``: metrics by task, such as ``{"classification":
-        {"top1_error": 6.4, ...}}``, and ``{"training": {"iterations", "seconds_per_iteration"}}``.
-        The time excludes evaluation and checkpointing, and is measured since the run was last
-        resumed.
-
-    Raises:
-        UserError: If the config is invalid, if the folder contains a different run, or if training
-            failed.
-    """
-    run = Run(config_file, tuple(options), Path(output_dir))
-    found = _train(run, TimeLimit(), flags=flags, quiet=quiet)
-    assert found is not None  # There is no limit.
-    return found
-
-
 def _train(
     run: Run, limit: TimeLimit, *, flags: Sequence[str] = (), quiet: bool = False, share: int = 1
 ) -> dict[str, Any] | None:
@@ -180,8 +158,8 @@ def _train(
     Args:
         run: The run.
         limit: When it has expired, the run saves a checkpoint and stops.
-        flags: See :func:`run_once`.
-        quiet: See :func:`run_once`.
+        flags: See :func:`run_all`.
+        quiet: See :func:`run_all`.
         share: The number of runs that share the CPU cores.
     """
     output_dir = run.output_dir
@@ -197,18 +175,20 @@ def _train(
         return found
     if limit.expired:
         return None
-    # A failed attempt without a checkpoint may still have left files of this run.
-    resume = ["--resume"] if checkpoints(output_dir) else ["--overwrite"]
     command = [sys.executable, "-m", "senet_transfer.cli.train", "--config-file", run.config_file]
-    write_json(output_dir / ORIGIN, origin(on_gpu=cfg.MODEL.DEVICE != "cpu"))
-    process = _start([*command, *flags, *resume, *options], quiet=quiet, share=share)
-    terminated = False
-    while (status := process.poll()) is None:
-        if limit.expired and not terminated:
-            process.terminate()
-            terminated = True
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_POLL)
+    with only_writer(output_dir) as lock:
+        # A failed attempt without a checkpoint may still have left files of this run.
+        resume = ["--resume"] if checkpoints(output_dir) else ["--overwrite"]
+        write_json(output_dir / ORIGIN, origin(on_gpu=cfg.MODEL.DEVICE != "cpu"))
+        words = [*command, *flags, *resume, *options]
+        process = _start(words, quiet=quiet, share=share, lock=lock.fileno())
+        terminated = False
+        while (status := process.poll()) is None:
+            if limit.expired and not terminated:
+                process.terminate()
+                terminated = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL)
     found = finished(output_dir)
     # A process that hasn't started to train doesn't handle signals. Ctrl-C reaches it directly.
     stopped = (signals.STATUS, -signal.SIGTERM, -signal.SIGINT)
@@ -222,11 +202,15 @@ def _train(
     return found
 
 
-def _start(command: list[str], *, quiet: bool, share: int) -> subprocess.Popen[bytes]:
-    """Start a process, because Detectron2's loggers and registries are global."""
+def _start(command: list[str], *, quiet: bool, share: int, lock: int) -> subprocess.Popen[bytes]:
+    """Start a process, because Detectron2's loggers and registries are global.
+
+    The process inherits the lock of its folder, which it holds even if this process is killed.
+    """
     threads = max(len(os.sched_getaffinity(0)) // share, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if share > 1 else None
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, env=environment)
+    stdout = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen(command, stdout=stdout, env=environment, pass_fds=(lock,))
 
 
 def finished(output_dir: str | Path) -> dict[str, Any] | None:
@@ -261,7 +245,7 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
                 f"{config.get(first)}. Choose a different output folder, or delete this one."
             )
         return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    if output_dir.is_dir() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise UserError(
             f"{output_dir} contains files but no {_RECORD}, so its run can't be identified. Choose "
             "a different output folder, or empty this one."
@@ -285,24 +269,6 @@ def seed_runs(
         Run(config_file, (*options, "SEED", str(seed)), Path(output_dir) / f"seed{seed}")
         for seed in seeds
     ]
-
-
-def run_seeds(
-    config_file: str,
-    seeds: Sequence[int],
-    options: Sequence[str],
-    output_dir: str | Path,
-    **arguments: Any,
-) -> dict[int, dict[str, Any]]:
-    """Train the runs of :func:`seed_runs` one after another, and return the results by seed.
-
-    Keyword arguments are those of :func:`run_once`.
-    """
-    runs = seed_runs(config_file, seeds, options, output_dir)
-    return {
-        seed: run_once(run.config_file, run.options, run.output_dir, **arguments)
-        for seed, run in zip(seeds, runs, strict=True)
-    }
 
 
 def fold_runs(

@@ -112,7 +112,7 @@ def setup(options: RunOptions) -> CfgNode:
         UserError: If the run can't start with these options.
     """
     try:
-        with use_recipe(options, resume=options.resume or _restarted()) as used:
+        with use_recipe(options, resume=options.resume or restarted()) as used:
             cfg = _prepare(used)
     except UserError as error:
         error.on_all_ranks = True
@@ -153,10 +153,10 @@ def resumes(cfg: CfgNode, options: RunOptions) -> bool:
         return options.resume
     # The main process decides: on a shared file system, other processes may not see a new
     # checkpoint yet.
-    return comm.all_gather(_restarted() and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
+    return comm.all_gather(restarted() and bool(history.checkpoints(cfg.OUTPUT_DIR)))[0]
 
 
-def _restarted() -> bool:
+def restarted() -> bool:
     """Return whether torchrun or SLURM has started this command again after a failure."""
     counts = (os.environ.get(name, "") for name in _RESTARTS)
     return any(count.isdigit() and int(count) > 0 for count in counts)
@@ -203,7 +203,7 @@ def _prepare(options: RunOptions) -> CfgNode:
     if before:
         check_changes(cfg, before)
     if not (resume or eval_only):
-        claim_output_folder(cfg, overwrite=options.overwrite, restarted=_restarted())
+        claim_output_folder(cfg, overwrite=options.overwrite, restarted=restarted())
         if options.overwrite and comm.is_main_process():
             drop_earlier_log(cfg.OUTPUT_DIR, logged)
     return cfg

@@ -4,6 +4,7 @@ import csv
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from senet_transfer.evaluation.classification_evaluator import TOP, Classificati
 from senet_transfer.models.averaged import AveragedClassifier
 from senet_transfer.models.dense import DenseClassifier
 from senet_transfer.models.image_classifier import ImageClassifier
+from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.progress import progress
 
 _SHOWN = 10
@@ -113,7 +115,10 @@ class Evaluation:
             header += [f"logit{label}" for label in range(len(self.classes))]
         header.append("path")
         try:
-            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with (
+                atomic_path(Path(path)) as partial,
+                open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            ):
                 writer = csv.writer(file)
                 writer.writerow(header)
                 for row in self.predictions:

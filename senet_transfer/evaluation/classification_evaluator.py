@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.atomic_io import atomic_file
 
 TOP = 5
 
@@ -150,7 +152,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         path = os.path.join(self.output_dir, "predictions.json")
         try:
             os.makedirs(self.output_dir, exist_ok=True)
-            with open(path, "w") as file:
-                json.dump(columns, file, separators=(",", ":"))
+            with atomic_file(Path(path)) as file:
+                file.write(json.dumps(columns, separators=(",", ":")).encode())
         except OSError as error:
             raise UserError(f"Cannot write predictions to {path}: {error}.") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
-from senet_transfer.export.formats import quiet, removed_on_error
+from senet_transfer.export.formats import quiet, written_if_valid
 
 # Maximum allowed differences in boxes (in pixels) and scores (in [0, 1]).
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
@@ -41,13 +41,12 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     model = copy.deepcopy(model).cpu().eval()
     adapter = TracingAdapter(deploy(model), [{"image": image}], infer)
     part = crop(image)
-    with torch.no_grad(), quiet():
+    with written_if_valid(path) as partial, torch.no_grad(), quiet():
         traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
         expected = infer(model, [{"image": part}])[0]
         names = [*expected.get_fields(), "image_size"]
-        torch.jit.save(traced, str(path), _extra_files={"outputs": json.dumps(names)})
-        found = adapter.outputs_schema(torch.jit.load(str(path))(part))[0]
-    with removed_on_error(path):
+        torch.jit.save(traced, str(partial), _extra_files={"outputs": json.dumps(names)})
+        found = adapter.outputs_schema(torch.jit.load(str(partial))(part))[0]
         _compare(path, expected, found)
     return len(expected)
 

@@ -3,11 +3,13 @@
 import copy
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import Preprocessing, channels_of, normalise
+from senet_transfer.utils.atomic_io import atomic_path
 from senet_transfer.utils.private_api import compile_program, open_compiled
 
 FORMATS = {
@@ -119,20 +122,25 @@ def export_network(
         "torchscript": _write_traced,
         "aot_inductor": _write_compiled,
     }
-    with torch.no_grad(), quiet():
-        run = write[form](model, example, Path(path), names, metadata)
-    with removed_on_error(path):
-        return _check(path, eager, run, 255 * torch.rand(3, channels, *size))
+    with written_if_valid(path) as partial, torch.no_grad(), quiet():
+        run = write[form](model, example, partial, names, metadata)
+        return _check(partial.name, eager, run, 255 * torch.rand(3, channels, *size))
 
 
 @contextmanager
-def removed_on_error(path: str | Path) -> Iterator[None]:
-    """Remove an exported file if it turns out to compute something else than the model."""
-    try:
-        yield
-    except UserError:
-        Path(path).unlink(missing_ok=True)
-        raise
+def written_if_valid(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that atomically replaces ``path`` when the block ends.
+
+    The block writes and checks the file. If it raises an exception, any existing file at ``path``
+    is left unchanged. The temporary file has the same name, in a temporary folder, because some
+    formats depend on the name.
+    """
+    path = Path(path)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        yield partial
+        with atomic_path(path) as synced:
+            os.replace(partial, synced)
 
 
 @contextmanager
@@ -190,8 +198,8 @@ def _write_compiled(
         compile_program(_program(model, example), str(path), extra)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} can't be compiled without a C++ compiler. Install one, such as g++, or set "
-            "the environment variable CXX to its path."
+            f"{path.name} can't be compiled without a C++ compiler. Install one, such as g++, or "
+            "set the environment variable CXX to its path."
         ) from error
     return open_compiled(str(path))[0]
 
@@ -213,16 +221,15 @@ def _write_traced(
     return torch.jit.load(str(path))
 
 
-def _check(path: str | Path, eager: nn.Module, run: Run, images: Tensor) -> float:
-    with torch.no_grad():
-        expected, found = eager(images), run(images)
+def _check(name: str, eager: nn.Module, run: Run, images: Tensor) -> float:
+    expected, found = eager(images), run(images)
     worst = max(
         ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item()
         for a, b in zip(expected, found, strict=True)
     )
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{path} does not give the same outputs as the network: the largest difference is "
+            f"{name} does not give the same outputs as the network: the largest difference is "
             f"{worst:.1e} of the largest output; expected at most {TOLERANCE:.0e}. Use a different "
             "format."
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from senet_transfer.errors import UserError
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.detectors import BOX_TOLERANCE, SCORE_TOLERANCE, crop, infer
-from senet_transfer.export.formats import quiet, removed_on_error
+from senet_transfer.export.formats import quiet, written_if_valid
 from senet_transfer.export.onnx_file import open_session, require_onnx, write_onnx
 from senet_transfer.preprocessing import normalise
 
@@ -96,19 +96,19 @@ def export_detector_to_onnx(
     threshold, limit = _score_limits(model)
     values = {**metadata, "score_threshold": threshold}
     texts = {key: json.dumps(value) for key, value in values.items()}
-    with torch.no_grad(), quiet(), removed_on_error(path):
+    with written_if_valid(path) as partial, torch.no_grad(), quiet():
         exported = _trace(deploy(model), image, format)
         detected = any(len(_arrays(model, view, format)["scores"]) for view in views)
         compared = Comparison(threshold if detected else 0.0)
         _set_thresholds(model, exported, compared.threshold)
-        write_onnx(exported, path, texts)
-        run = _runner(path)
+        write_onnx(exported, partial, texts)
+        run = _runner(partial)
         for view in views:
             _compare(path, _arrays(model, view, format), run(view), limit, compared)
         if not detected:
             _set_thresholds(model, exported, threshold)
-            write_onnx(exported, path, texts)
-            run = _runner(path)
+            write_onnx(exported, partial, texts)
+            run = _runner(partial)
         grey = torch.full_like(crop(views[1]), 128)
         expected, found = len(_arrays(model, grey, format)["scores"]), len(run(grey)["scores"])
         if not compared.objects:

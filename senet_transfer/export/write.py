@@ -20,7 +20,7 @@ from senet_transfer.data.images.decode import BrokenImageError
 from senet_transfer.data.reading import reading_of
 from senet_transfer.errors import UserError
 from senet_transfer.export.detectors import export_detector
-from senet_transfer.export.formats import FORMATS, export_network
+from senet_transfer.export.formats import FORMATS, export_network, written_if_valid
 from senet_transfer.export.onnx_detectors import export_detector_to_onnx
 from senet_transfer.models.image_classifier import preprocessing_of
 from senet_transfer.preprocessing import channels_of
@@ -77,20 +77,24 @@ def export_model(
             raise UserError(
                 f"--size is {list(size)}; expected one side length, or height and width, in pixels."
             )
-        worst = export_network(
-            model.backbone if backbone_only else model,
-            output,
-            form=form,
-            preprocessing=preprocessing,
-            size=(size[0], size[-1]),
-            classes=() if backbone_only else cfg.DATASETS.CLASSES,
-            mode=cfg.INPUT.CLASSIFICATION.TEST_MODE if is_classification(cfg) else "short_side",
-            reading=reading_of(cfg),
-        )
-        said = f"Compared with the eager network: the largest relative difference is {worst:.1e}."
-        if precision == "float32":
-            return said
-        return f"{said}\n{_convert(cfg, output, precision, calibration, size, backbone_only)}"
+        with written_if_valid(output) as partial:
+            worst = export_network(
+                model.backbone if backbone_only else model,
+                partial,
+                form=form,
+                preprocessing=preprocessing,
+                size=(size[0], size[-1]),
+                classes=() if backbone_only else cfg.DATASETS.CLASSES,
+                mode=cfg.INPUT.CLASSIFICATION.TEST_MODE if is_classification(cfg) else "short_side",
+                reading=reading_of(cfg),
+            )
+            said = (
+                f"Compared with the eager network: the largest relative difference is {worst:.1e}."
+            )
+            if precision != "float32":
+                converted = _convert(cfg, str(partial), precision, calibration, size, backbone_only)
+                said = f"{said}\n{converted}"
+        return said
     if form in ("torch_export", "aot_inductor"):
         raise UserError(
             f"{output} selects the format {form}, but detectors can only be exported to ONNX and "

@@ -1,5 +1,6 @@
 """Versions and hardware, for the records of runs and for bug reports."""
 
+import contextlib
 import os
 import platform
 import re
@@ -54,11 +55,14 @@ def _machine(on_gpu: bool) -> dict[str, Any]:
 
 def _commit() -> str:
     """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
-    root = str(Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(
-            ["git", "-C", root, *describe], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no clone
-        return os.environ.get("GIT_COMMIT", "unknown")
+    # Git also searches the parent folders. If this package is installed, these may belong to the
+    # user's repository.
+    if Path(root, ".git").exists():
+        # An error means that git is not installed or does not trust the owner of the folder.
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(
+                ["git", "-C", str(root), *describe], capture_output=True, text=True, check=True
+            ).stdout.strip()
+    return os.environ.get("GIT_COMMIT", "unknown")

@@ -1,8 +1,12 @@
 """Tests of the ablation grid: its variants, their training and the printed table."""
 
 import json
+import os
 import re
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +22,7 @@ from senet_transfer.analysis.ablation import (
     write_grid,
 )
 from senet_transfer.analysis.complexity.count import Cost
+from senet_transfer.cli.analysis.ablation import command
 
 CONFIG = "configs/cifar10_se_resnet20.yaml"
 
@@ -67,35 +72,59 @@ def test_the_configs_own_variant_is_the_standard():
 
 
 @pytest.mark.parametrize(
-    ("config", "axes", "said"),
+    ("config", "options", "axes", "said"),
     [
-        (CONFIG, ["depth"], "axis 'depth' is unknown"),
-        ("configs/faster_rcnn_se_r50.yaml", [], "expected ImageClassifier"),
+        (CONFIG, [], ["depth"], "axis 'depth' is unknown"),
+        ("configs/faster_rcnn_se_r50.yaml", [], [], "expected ImageClassifier"),
+        (CONFIG, ["DATASETS.TEST", "('a', 'b')"], [], r"TEST is \('a', 'b'\); expected one"),
+        (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected one data set"),
     ],
 )
-def test_what_has_no_grid_is_refused_in_words(config, axes, said):
+def test_what_has_no_grid_is_refused_in_words(config, options, axes, said):
     with pytest.raises(UserError, match=said):
-        grid(config, axes=axes)
+        grid(config, options, axes)
 
 
 def errors(*values: float) -> list[dict]:
     return [{"classification": {"top1_error": value}} for value in values]
 
 
-@pytest.mark.long
-def test_each_seed_of_all_variants_comes_before_the_next(variants, monkeypatch, tmp_path):
-    runs = []
+SOME = [
+    Variant("", "standard", (), 22.28, Cost(parameters=2)),
+    Variant("", "no SE", ("MODEL.SE.ENABLED", "False"), 23.30, Cost(parameters=1)),
+    Variant("ratio", "32", (), 22.72, None, "too few channels"),
+]
 
-    def run_seeds(config, seeds, options, folder, **arguments):
-        runs.append((folder.name, list(seeds)))
-        return {seed: errors(seed)[0] for seed in seeds}
 
-    monkeypatch.setattr(ablation, "run_seeds", run_seeds)
-    some = [v for v in variants if v.axis in ("", "ratio")]
-    results = run_grid(CONFIG, some, [5, 6], tmp_path)
-    names = ["standard", "no_SE", "ratio_2", "ratio_4", "ratio_8"]
-    assert runs == [(name, seeds) for seeds in ([5], [5, 6]) for name in names]
-    assert {name: len(found) for name, found in results.items()} == dict.fromkeys(names, 2)
+def test_each_seed_of_all_variants_comes_before_the_next(monkeypatch, tmp_path):
+    folders = []
+
+    def run_all(runs, **_):
+        folders.extend(str(run.output_dir.relative_to(tmp_path)) for run in runs)
+        return [errors(8.0)[0], *[None] * (len(runs) - 1)]
+
+    monkeypatch.setattr(ablation, "run_all", run_all)
+    results = run_grid(CONFIG, SOME, [5, 6], tmp_path)
+    assert folders == ["standard/seed5", "no_SE/seed5", "standard/seed6", "no_SE/seed6"]
+    assert results == ({"standard": errors(8.0)}, 3)
+
+
+def test_sigterm_ends_the_run_and_the_command_with_status_75(monkeypatch, tmp_path):
+    terminated = []
+
+    def start(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return SimpleNamespace(
+            poll=lambda: 75 if terminated else None,
+            terminate=lambda: terminated.append(True),
+            wait=time.sleep,
+        )
+
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", start)
+    monkeypatch.setattr(ablation, "grid", lambda *_: SOME)
+    with pytest.raises(SystemExit) as ended:
+        command(["--config-file", CONFIG, "--output", str(tmp_path), "--quiet"])
+    assert (ended.value.code, terminated) == (75, [True])
 
 
 def test_the_table_has_means_deviations_and_places():
@@ -142,10 +171,10 @@ def test_a_grid_is_run_once(tree, tmp_path):
     ]  # fmt: skip
     config = "configs/instant/finetune_folder.yaml"
     variants = grid(config, options, ["excitation"])
-    first = run_grid(config, variants, [0], tmp_path, quiet=True)
+    first, _ = run_grid(config, variants, [0], tmp_path, quiet=True)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed0/results.json")}
     assert len(finished) == 4
     again = run_grid(config, variants, [0], tmp_path, quiet=True)
-    assert again == first
+    assert again == (first, 0)
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert len(re.findall(r"\d+\.\d\d", grid_table(variants, first))) >= 8

@@ -16,13 +16,13 @@ from detectron2.data import DatasetCatalog
 
 from senet_transfer import UserError
 from senet_transfer.analysis.repeated_runs import (
+    Run,
+    _start,
     finished,
     fold_options,
     mean_and_deviation,
     metrics,
     run_all,
-    run_once,
-    run_seeds,
     runs_report,
     seed_runs,
 )
@@ -33,6 +33,7 @@ from senet_transfer.data.cifar.in_memory import ImageArrays, save_images
 from senet_transfer.data.detection.coco import register_datasets
 from senet_transfer.data.split_files import split_data
 from senet_transfer.data.splits import Split
+from senet_transfer.utils import folder_lock
 
 CONFIG = "configs/instant/cifar10_se_resnet20.yaml"
 
@@ -55,6 +56,10 @@ def trains(run_python, monkeypatch):
         return SimpleNamespace(poll=lambda: status)
 
     monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", start)
+
+
+def run_once(config, options, output, **arguments):
+    return run_all([Run(config, tuple(options), output)], **arguments)[0]
 
 
 @pytest.mark.long
@@ -100,21 +105,40 @@ def result(error: float) -> dict:
     return {"classification": {"top1_error": error}, "training": {"iterations": 64}}
 
 
+def test_a_run_is_not_started_again_while_its_process_survives(options, tmp_path, monkeypatch):
+    """The process inherits the lock of the folder, so it outlives the command that started it."""
+    (tmp_path / "run").mkdir()
+    with folder_lock.only_writer(tmp_path / "run") as lock:
+        survivor = _start(["sleep", "60"], quiet=True, share=1, lock=lock.fileno())
+    ended = SimpleNamespace(poll=lambda: 2)
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", lambda *_, **__: ended)
+    monkeypatch.setattr(folder_lock, "_PAUSE", 0)
+    with pytest.raises(UserError, match="Another run is writing to"):
+        run_once(CONFIG, options, tmp_path / "run")
+    survivor.kill()
+    survivor.wait()
+    with pytest.raises(UserError, match="exit status 2"):
+        run_once(CONFIG, options, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with pytest.raises(UserError, match="same output folder"):
+        run_all(seed_runs(CONFIG, [1, 1], [], tmp_path))
+
+
 def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
     calls = []
 
-    def run(config_file, options, folder, **arguments):
-        calls.append((list(options[-2:]), folder.name, arguments))
+    def train(run, *_, **arguments):
+        calls.append((list(run.options), run.output_dir.name, arguments))
         return result(6.0 + len(calls))
 
-    monkeypatch.setattr("senet_transfer.analysis.repeated_runs.run_once", run)
+    monkeypatch.setattr("senet_transfer.analysis.repeated_runs._train", train)
     config = "configs/cifar10_se_resnet110.yaml"
-    found = run_seeds(config, [3, 5], [], tmp_path, quiet=True)
-    assert calls == [
-        (["SEED", "3"], "seed3", {"quiet": True}),
-        (["SEED", "5"], "seed5", {"quiet": True}),
-    ]
-    report = runs_report(config, [], {f"seed {n}": found[n] for n in found}).splitlines()
+    found = run_all(seed_runs(config, [3, 5], [], tmp_path), quiet=True)
+    assert [call[:2] for call in calls] == [(["SEED", "3"], "seed3"), (["SEED", "5"], "seed5")]
+    assert all(arguments["quiet"] for _, _, arguments in calls)
+    report = runs_report(config, [], {"seed 3": found[0], "seed 5": found[1]}).splitlines()
     header = [cell.strip() for cell in report[0].strip("|").split("|")]
     assert header == ["", "seed 3", "seed 5", "mean", "std"]
     cells = [cell.strip() for cell in report[2].strip("|").split("|")]

@@ -61,7 +61,9 @@ def _options(config, shapes, *words):
 
 
 @pytest.mark.long
-def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(config, shapes, one_thread):
+def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(
+    config, shapes, one_thread, monkeypatch
+):
     folder = Path(config.parent, "run")
     main(_options(config, shapes, "train.max_iter=2"))
     saved = torch.load(folder / "model_final.pth", weights_only=True)
@@ -79,6 +81,15 @@ def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(config, shapes, o
     main(_options(config, shapes, "--eval-only", f"train.init_checkpoint={folder}/model_final.pth"))
     again = json.loads((folder / "results.json").read_text())
     assert again["bbox"] == results["bbox"]
+
+    # A launcher restarts a run that was killed while it wrote its first checkpoint.
+    for path in [*folder.glob("model_*"), folder / "last_checkpoint"]:
+        path.unlink()
+    (folder / ".model_0000001.pth.x.tmp").touch()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    main(_options(config, shapes, "train.max_iter=1"))
+    assert (folder / "model_final.pth").is_file()
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.long

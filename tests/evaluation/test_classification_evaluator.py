@@ -1,6 +1,7 @@
 """Tests of the classification evaluator."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -56,7 +57,13 @@ def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
         evaluator.process({"label": labels[part], "key": keys, "index": part}, logits[part])
     evaluator.evaluate()
     assert [row["key"] for row in evaluator.predictions] == [f"image{k}" for k in range(6)]
-    written = json.loads((tmp_path / "val" / "predictions.json").read_text())
+    path = tmp_path / "val" / "predictions.json"
+    with open(path) as opened:
+        evaluator.evaluate()
+        # A program that reads the file during the next evaluation reads the whole old file.
+        assert os.stat(opened.fileno()).st_nlink == 0
+        written = json.load(opened)
+    assert written == json.loads(path.read_text())
     assert written["index"] == [0, 1, 2, 3, 4, 5]
     assert written["label"] == labels.tolist()
     assert written["top"] == logits.argsort(1, descending=True).tolist()

@@ -248,9 +248,12 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
     monkeypatch.setattr(formats, "deploy", wrong)
     options = {"form": "torchscript", "preprocessing": Preprocessing(), "size": (64, 64)}
-    with pytest.raises(UserError, match="does not give the same outputs"):
-        export_network(classifier, tmp_path / "model.ts", **options)
-    assert not any(tmp_path.iterdir())
+    path = tmp_path / "model.ts"
+    path.write_bytes(b"earlier")
+    with pytest.raises(UserError, match="model.ts does not give the same outputs"):
+        export_network(classifier, path, **options)
+    assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.long

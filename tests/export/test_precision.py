@@ -13,7 +13,7 @@ from PIL import Image
 from senet_transfer import UserError, create_classifier
 from senet_transfer.config.load import load_config
 from senet_transfer.data.images.transforms import EvalTransform
-from senet_transfer.export import export_network
+from senet_transfer.export import export_network, write
 from senet_transfer.export.precision import CalibrationImages, convert_precision
 from senet_transfer.export.write import export_model
 from senet_transfer.preprocessing import CIFAR10, normalise
@@ -91,6 +91,25 @@ def test_images_without_classes_have_no_labels_and_a_missing_folder_is_refused(i
     assert CalibrationImages(images.folder, images.transform, ["red", "blue"]).labels() is None
     with pytest.raises(UserError, match="There are no images in the folder"):
         CalibrationImages(str(tmp_path), images.transform).paths()
+
+
+def test_a_conversion_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
+    cfg = load_config(str(Path(__file__).parents[2] / "configs/demo_places365_se_r18.yaml"))
+    path, photos = tmp_path / "model.onnx", tmp_path / "photos"
+    path.write_bytes(b"earlier")
+    photos.mkdir()
+    written = []
+
+    def export_network(_, partial, **__):
+        written.append(Path(partial).write_bytes(b"in float32"))
+        return 0.0
+
+    monkeypatch.setattr(write, "export_network", export_network)
+    options = {"precision": "int8", "calibration": str(photos)}
+    with pytest.raises(UserError, match="There are no images in the folder"):
+        export_model(torch.nn.Identity(), cfg, str(path), **options)
+    assert written
+    assert path.read_bytes() == b"earlier"
 
 
 @pytest.mark.parametrize(

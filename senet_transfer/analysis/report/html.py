@@ -17,6 +17,8 @@ _PACKAGE = "senet_transfer.analysis.report"
 def write_html(output: Path, template: str, *, data: dict[str, Any], **values: Any) -> None:
     """Render a template, and write the page atomically.
 
+    File names that are not UTF-8 are written with question marks.
+
     Args:
         output: The HTML file.
         template: Name of a template in ``assets/``, which extends ``base.html``.
@@ -38,6 +40,6 @@ def write_html(output: Path, template: str, *, data: dict[str, Any], **values: A
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output) as stream:
-            stream.write(html.encode())
+            stream.write(html.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"The page {output} can't be written: {error}.") from error

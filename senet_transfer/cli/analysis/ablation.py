@@ -9,7 +9,8 @@
 
 Each variant changes one key in MODEL.SE of the configured network. Each run has a separate folder.
 After an interruption, repeat the command: finished runs are not trained again, and an unfinished
-run is resumed. The networks in the paper have MODEL.SE.BIAS False.
+run is resumed. The exit status is 75 if runs are unfinished. The networks in the paper have
+MODEL.SE.BIAS False.
 """
 
 import argparse
@@ -51,13 +52,14 @@ def main(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.ablation import grid, grid_table, run_grid, write_grid
+    from senet_transfer.engine.signals import STATUS
 
     setup_logger(name="senet_transfer").setLevel(logging.INFO)
     variants = grid(args.config_file, args.opts, args.axes)
     if args.list:
         print(grid_table(variants))
         return
-    results = run_grid(
+    results, unfinished = run_grid(
         args.config_file,
         variants,
         args.seeds or [0],
@@ -67,6 +69,9 @@ def main(args: argparse.Namespace) -> None:
     )
     print(grid_table(variants, results))
     print(f"Written: {write_grid(variants, results, args.output)}")
+    if unfinished:
+        print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
+        raise SystemExit(STATUS)
 
 
 def command(words: list[str] | None = None) -> None:

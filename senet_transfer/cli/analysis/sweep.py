@@ -139,11 +139,6 @@ def _train(args: argparse.Namespace) -> int:
     by_config = {config: _runs(args, config) for config in args.config_file}
     # All configs are trained with one seed before the next, so that they can be compared early.
     runs = [run for group in zip(*by_config.values(), strict=True) for run in group]
-    if len({run.output_dir for run in runs}) < len(runs):
-        raise UserError(
-            "Several runs have the same output folder, because a seed or the name of a config is "
-            "given twice. Remove one of them."
-        )
     done = run_all(
         runs,
         jobs=args.jobs,

@@ -111,13 +111,13 @@ def build_classification_train_loader(
         UserError: If an argument is out of range or the data set is empty. Also raised during
             iteration if the data is damaged.
     """
-    place = _Place(rank, world_size, num_workers)
+    readers = _Readers(rank, world_size, num_workers)
     order = _Order(seed, start_iter, class_aware, shuffle_block)
     _check_batches(dataset, batch_size)
     if class_aware:
         dataset.labels()  # loaded before the workers are forked, so that they share the memory
     skips = SkipCounter(num_workers, max_skip_ratio)
-    batches = _TrainBatches(dataset, transform, skips, batch_size, place, order)
+    batches = _TrainBatches(dataset, transform, skips, batch_size, readers, order)
     return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
 
 
@@ -153,19 +153,19 @@ def build_classification_eval_loader(
         UserError: If an argument is out of range or the data set is empty. Also raised during
             iteration if the data is damaged.
     """
-    place = _Place(rank, world_size, num_workers)
+    readers = _Readers(rank, world_size, num_workers)
     _check_batches(dataset, batch_size)
     skips = SkipCounter(num_workers, 0.0)
-    batches = _EvalBatches(dataset, transform, skips, batch_size, place)
-    sizes = [end - first for first, end in map(batches.share, range(place.processes))]
+    batches = _EvalBatches(dataset, transform, skips, batch_size, readers)
+    sizes = [end - first for first, end in map(batches.share, range(readers.processes))]
     loader = _data_loader(batches, num_workers, pin_memory)
     total = sum(-(-size // batch_size) for size in sizes)
     return ClassificationLoader(loader, skips, sum(sizes), total)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Rank, world size and number of workers. With 0 workers, the main process reads the data."""
+class _Readers:
+    """Processes that read the data. With 0 workers, the main process of each rank reads it."""
 
     rank: int
     world_size: int
@@ -244,7 +244,7 @@ class _TrainBatches(IterableDataset):
     transform: TrainTransform | EvalTransform
     skips: SkipCounter
     batch_size: int
-    place: _Place
+    readers: _Readers
     order: _Order
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -258,21 +258,21 @@ class _TrainBatches(IterableDataset):
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
         """Return a worker's sample stream, starting with the batch of an iteration."""
-        place, order = self.place, self.order
+        readers, order = self.readers, self.order
         if order.class_aware:
             # The ranks share the sequence of a step, so that its batch has all classes equally.
             firsts = (
-                (step * place.world_size + place.rank) * self.batch_size
-                for step in count(iteration, place.processes)
+                (step * readers.world_size + readers.rank) * self.batch_size
+                for step in count(iteration, readers.processes)
             )
             draws = (first + index for first in firsts for index in range(self.batch_size))
             return class_aware_stream(self.dataset, seed=order.seed, draws=draws)
-        turn, worker = divmod(iteration, place.processes)
+        turn, worker = divmod(iteration, readers.processes)
         return train_stream(
             self.dataset,
             seed=order.seed,
-            consumer=place.consumer(worker),
-            consumers=place.consumers,
+            consumer=readers.consumer(worker),
+            consumers=readers.consumers,
             start=turn * self.batch_size,
             block=order.shuffle_block,
         )
@@ -282,11 +282,11 @@ class _TrainBatches(IterableDataset):
         images = torch.empty(shape, dtype=torch.uint8)
         good: list[int] = []
         last = ""
-        for place, (epoch, sample) in enumerate(samples):
+        for row, (epoch, sample) in enumerate(samples):
             try:
                 rng = sample_rng(self.order.seed, epoch, sample.key)
-                put(self.transform(sample.data, rng), images[place])
-                good.append(place)
+                put(self.transform(sample.data, rng), images[row])
+                good.append(row)
             except BrokenImageError as error:
                 last = f"{sample.key} in {sample.origin} ({error})"
                 logger.warning("Skipping a broken image: %s", last)
@@ -305,10 +305,10 @@ class _TrainBatches(IterableDataset):
                 f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "
                 "the data."
             )
-        for place in set(range(len(samples))).difference(good):
-            other = next((index for index in good if index > place), good[0])
-            images[place] = images[other]
-            samples[place] = samples[other]
+        for row in set(range(len(samples))).difference(good):
+            other = next((index for index in good if index > row), good[0])
+            images[row] = images[other]
+            samples[row] = samples[other]
 
 
 @dataclass(eq=False)
@@ -319,11 +319,11 @@ class _EvalBatches(IterableDataset):
     transform: EvalTransform | MultiScaleTransform
     skips: SkipCounter
     batch_size: int
-    place: _Place
+    readers: _Readers
 
     def share(self, worker: int) -> tuple[int, int]:
         """Return a worker's sample range `[first, end)`."""
-        return share(len(self.dataset), self.place.consumer(worker), self.place.consumers)
+        return share(len(self.dataset), self.readers.consumer(worker), self.readers.consumers)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         process = _worker()
@@ -331,9 +331,9 @@ class _EvalBatches(IterableDataset):
         try:
             stream = eval_stream(self.dataset, first, end)
             while samples := list(islice(stream, self.batch_size)):
-                places = list(range(first, first + len(samples)))
+                indices = list(range(first, first + len(samples)))
                 paths = [sample.path for sample in samples]
-                yield {**self._batch(samples, process), "index": places, "path": paths}
+                yield {**self._batch(samples, process), "index": indices, "path": paths}
                 first += len(samples)
         except UserError as error:
             yield error
@@ -342,7 +342,7 @@ class _EvalBatches(IterableDataset):
         shape = self.transform.output_shape
         images = torch.empty(len(samples), *(shape or ()), dtype=torch.uint8)
         whole: list[list[torch.Tensor]] = []
-        for place, sample in enumerate(samples):
+        for row, sample in enumerate(samples):
             try:
                 views = self.transform(sample.data)
             except BrokenImageError as error:
@@ -353,7 +353,7 @@ class _EvalBatches(IterableDataset):
             if shape is None:
                 whole.append(views)
             else:
-                put(views, images[place])
+                put(views, images[row])
         self.skips.count(process, 0, len(samples))
         batch = _collate(images, samples)
         return batch if shape is not None else {**batch, **pack(whole)}

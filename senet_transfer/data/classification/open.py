@@ -91,7 +91,7 @@ class ShardDataset(ClassificationDataset):
 
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
         shard = self.manifest.shards[unit]
-        url = self._place(shard)
+        url = self._address(shard)
         if self.manifest.plan == FOREIGN:
             first = int(self._ends[unit]) - shard.samples
             for index in range(first + skip, first + shard.samples):
@@ -109,7 +109,7 @@ class ShardDataset(ClassificationDataset):
         unit = int(np.searchsorted(ends, index, side="right"))
         row = index - (int(ends[unit - 1]) if unit else 0)
         offset, size, label = (int(value) for value in self._index(unit)[row])
-        url = self._place(self.manifest.shards[unit])
+        url = self._address(self.manifest.shards[unit])
         block = tarfile.BLOCKSIZE
         data = read_range(url, self.storage, offset - block, size + block)
         try:
@@ -139,7 +139,7 @@ class ShardDataset(ClassificationDataset):
             self._indices[unit] = parse_index(read_bytes(where, self.storage), shard, where)
         return self._indices[unit]
 
-    def _place(self, shard: Shard) -> str:
+    def _address(self, shard: Shard) -> str:
         url = join(self.origin, shard.name)
         if self.cache is None or not is_remote(url):
             return url

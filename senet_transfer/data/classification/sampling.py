@@ -88,8 +88,8 @@ def train_stream(
         samples = dataset.read_unit(unit, done)
         while chunk := list(islice(samples, block)):
             order = _block_order(len(chunk), seed, epoch, unit, done)
-            for place in order[max(skip - done, 0) :]:
-                yield epoch, chunk[place]
+            for index in order[max(skip - done, 0) :]:
+                yield epoch, chunk[index]
             done += len(chunk)
 
 
@@ -122,11 +122,11 @@ def class_aware_stream(
     orders: dict[int, tuple[int, np.ndarray]] = {}
     classes_of: tuple[int, np.ndarray] = (-1, present)
     for draw in draws:
-        turn, place = divmod(draw, len(present))
+        turn, index = divmod(draw, len(present))
         if classes_of[0] != turn:
             order = np.random.default_rng([seed, turn]).permutation(len(present))
             classes_of = (turn, order)
-        which = int(classes_of[1][place])
+        which = int(classes_of[1][index])
         # Each class is drawn once per turn, so the turn is also the class's number of previous
         # draws.
         begin, end = int(bounds[which]), int(bounds[which + 1])

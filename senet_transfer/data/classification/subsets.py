@@ -20,9 +20,9 @@ class ClassSample(SingleImages):
         """
         labels = dataset.labels()
         order = np.argsort(labels, kind="stable")
-        places = np.searchsorted(labels[order], np.arange(dataset.num_classes + 1))
+        bounds = np.searchsorted(labels[order], np.arange(dataset.num_classes + 1))
         chosen: list[int] = []
-        for label, (first, end) in enumerate(zip(places, places[1:], strict=False)):
+        for label, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             random = np.random.default_rng([seed, label])
             drawn = random.permutation(end - first)[:images_per_class]
             chosen += sorted(order[first:end][drawn].tolist())
@@ -45,5 +45,5 @@ class ClassSample(SingleImages):
 
 def draw(items: Sequence, count: int, *, seed: int = 0) -> list:
     """Return up to `count` randomly chosen items in their original order."""
-    places = np.random.default_rng(seed).permutation(len(items))[:count]
-    return [items[place] for place in sorted(places.tolist())]
+    chosen = np.random.default_rng(seed).permutation(len(items))[:count]
+    return [items[index] for index in sorted(chosen.tolist())]

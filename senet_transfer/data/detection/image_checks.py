@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,7 +13,13 @@ from PIL import Image
 
 from senet_transfer.data.detection.coco import CocoDataset, registered_entry
 from senet_transfer.data.detection.mapper import UnreadableImageError, read_checked
-from senet_transfer.data.images.decode import UPRIGHT, Reading, bits_of, size_of
+from senet_transfer.data.images.decode import (
+    UPRIGHT,
+    Reading,
+    bits_of,
+    no_truncated_images,
+    size_of,
+)
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 
@@ -92,7 +99,13 @@ def check_dataset_images(
     )
     whole = mode == "decode" or reading.channels is not None
     check = read if whole else partial(_check_header, read=read, reading=reading)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    # Reading changes settings of the whole process. They are changed here for all threads, because
+    # a thread that restored them would change them for the others.
+    with (
+        no_truncated_images(),
+        warnings.catch_warnings(action="ignore"),
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
         done = pool.map(lambda record: _problem_of(check, record, max_size), records)
         bar = progress(done, total=len(records), unit="image", desc=dataset.name, quiet=quiet)
         problems = [problem for problem in bar if problem]

@@ -34,7 +34,7 @@ from senet_transfer.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Position in a process's sequence of training images, and index of the image in the data set.
-Place = tuple[int, int]
+SampledIndex = tuple[int, int]
 
 # A schedule with more passes over the data set is probably a mistake.
 MANY_PASSES = 500
@@ -196,7 +196,7 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
     return is_wide
 
 
-class PlannedBatches(Sampler[list[Place]]):
+class PlannedBatches(Sampler[list[SampledIndex]]):
     """Batch sampler that groups images by aspect ratio without reading them.
 
     Images are grouped as in Detectron2's AspectRatioGroupedDataset: an image is held back until
@@ -221,14 +221,14 @@ class PlannedBatches(Sampler[list[Place]]):
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
         self.start_iter = start_iter
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampledIndex]]:
         return islice(self._all(), self.start_iter, None)
 
-    def _all(self) -> Iterator[list[Place]]:
-        waiting: dict[bool, list[Place]] = {False: [], True: []}
-        for place in enumerate(self.sampler):
-            kind = waiting[bool(self.is_wide and self.is_wide(place[1]))]
-            kind.append(place)
+    def _all(self) -> Iterator[list[SampledIndex]]:
+        waiting: dict[bool, list[SampledIndex]] = {False: [], True: []}
+        for sampled in enumerate(self.sampler):
+            kind = waiting[bool(self.is_wide and self.is_wide(sampled[1]))]
+            kind.append(sampled)
             if len(kind) == self.batch_size:
                 yield kind.copy()
                 kind.clear()
@@ -247,8 +247,8 @@ class _SeededImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: Place) -> Any:
-        position, index = place
+    def __getitem__(self, sampled: SampledIndex) -> Any:
+        position, index = sampled
         worker = get_worker_info()
         counter = worker.id if worker else 0
         with seeded_rng(self.seed, self.rank, position, _IMAGES):

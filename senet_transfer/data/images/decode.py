@@ -162,7 +162,11 @@ def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Ima
 
 @contextlib.contextmanager
 def no_truncated_images() -> Iterator[None]:
-    """Make Pillow raise an error for truncated files inside the context."""
+    """Make Pillow raise an error for truncated files inside the context.
+
+    The setting is that of the process. Before several threads use this context, enter it once
+    around all of them.
+    """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:

@@ -30,8 +30,8 @@ class ShardCache:
 
     def path(self, url: str, shard: Shard) -> Path:
         """Return the path of a shard's local copy, which may not exist yet."""
-        place = hashlib.sha256(f"{url}\n{shard.sha256}".encode()).hexdigest()[:24]
-        return self.folder / f"{place}-{shard.name}"
+        digest = hashlib.sha256(f"{url}\n{shard.sha256}".encode()).hexdigest()[:24]
+        return self.folder / f"{digest}-{shard.name}"
 
     def fetch(self, url: str, shard: Shard, storage: RemoteOptions) -> Path:
         """Return the path of a shard's local copy, and create the copy if necessary.

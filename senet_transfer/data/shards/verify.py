@@ -69,10 +69,10 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
             samples = read_shard(stream, str(path), samples=shard.samples, num_classes=num_classes)
             for sample, (offset, size, label) in zip(samples, index.tolist(), strict=True):
                 counts[sample.label] += 1
-                place = stream.tell()
+                position = stream.tell()
                 stream.seek(offset)
                 same = stream.read(size) == sample.data and label == sample.label
-                stream.seek(place)
+                stream.seek(position)
                 if not same:
                     return f"{path} does not match {where.name} at {sample.key}. Prepare it again."
                 decode_fast(sample.data, reading=ANY_RANGE)

@@ -6,8 +6,6 @@ shard is complete and on disk; a resumed conversion skips shards with such a fil
 written last.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +13,6 @@ import math
 import re
 import shutil
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +28,7 @@ from senet_transfer.data.shards.manifest import Manifest, Shard, parse_shard
 from senet_transfer.data.shards.tar import ShardWriter
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
+from senet_transfer.utils.folder_lock import only_writer
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
@@ -116,7 +114,7 @@ def convert(
     plans = plan_shards(images, split=split, seed=seed, shard_mb=shard_mb)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with _only_writer(output):
+        with only_writer(output):
             return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
@@ -137,7 +135,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
     total = int(blocks.sum()) * tarfile.BLOCKSIZE
     count = min(math.ceil(total / (shard_mb * 1e6)), len(images))
     digest = hashlib.sha256(f"{PLAN_VERSION} {split} {seed} {count}\n".encode())
-    digest.update("\n".join(images.classes).encode() + b"\n\n" + _names(images.names))
+    digest.update("\n".join(images.classes).encode() + b"\n\n" + _on_disk(images.names))
     digest.update(images.labels.tobytes())
     plan = digest.hexdigest()
     return [
@@ -174,22 +172,22 @@ def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
 
 
 def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[RawSample]:
-    for place, name in enumerate(plan.names):
-        offset = None if plan.offsets is None else int(plan.offsets[place])
-        data = read_image_bytes(plan.root, name, int(plan.sizes[place]), offset)
+    for row, name in enumerate(plan.names):
+        offset = None if plan.offsets is None else int(plan.offsets[row])
+        data = read_image_bytes(plan.root, name, int(plan.sizes[row]), offset)
         try:
             # Decoding is the only reliable check, and is cheap compared with reading.
             decode_fast(data, reading=ANY_RANGE)
         except BrokenImageError as error:
             skipped.append({"name": name, "reason": str(error)})
             continue
-        key = make_key(name, int(plan.indices[place]))
-        yield RawSample(key, int(plan.labels[place]), data, name)
+        key = make_key(name, int(plan.indices[row]))
+        yield RawSample(key, int(plan.labels[row]), data, name)
 
 
-def _names(names: Sequence[str]) -> bytes:
-    # Names that are not UTF-8 are hashed as the bytes on disk.
-    return "\n".join(names).encode("utf-8", "surrogateescape")
+def _on_disk(lines: Sequence[str]) -> bytes:
+    """Join lines with image names; those that are not UTF-8 become the same bytes as on disk."""
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _json_name(shard_name: str) -> str:
@@ -289,7 +287,7 @@ def _too_many_broken(
 ) -> UserError:
     lines = [f"{entry['name']} ({entry['reason']})" for entry in skipped]
     with atomic_file(output / "broken.txt") as stream:
-        stream.write("".join(line + "\n" for line in lines).encode())
+        stream.write(_on_disk([*lines, ""]))
     return UserError(
         f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
         f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. "
@@ -307,25 +305,3 @@ def _written(
         return
     for plan, entry in run_parallel(write_shard, pending, output, workers):
         yield entry, len(plan.names)
-
-
-@contextlib.contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the folder inside the context.
-
-    Raises:
-        UserError: If another run has locked the folder.
-    """
-    with open(output / ".lock", "w") as lock:
-        for attempt in range(20):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # The workers of a run that was just killed may hold the lock for a moment.
-                if attempt == 19:
-                    raise UserError(
-                        f"Another run is writing to {output}. Wait until it finishes, or stop it."
-                    ) from None
-                time.sleep(0.25)
-        yield

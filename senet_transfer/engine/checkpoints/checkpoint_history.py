@@ -35,9 +35,12 @@ def write_sum(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; on failure, an existing file is left unchanged."""
+    """Write a text file atomically; on failure, an existing file is left unchanged.
+
+    Paths in the text that are not UTF-8 are written as the same bytes as on disk.
+    """
     with atomic_file(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="surrogateescape"))
 
 
 def checkpoints(folder: str | Path) -> list[str]:
@@ -65,6 +68,9 @@ def _lines(folder: str | Path, name: str) -> list[str]:
 def record(folder: str | Path, name: str, keep: int) -> None:
     """Register a saved checkpoint as the newest, and delete the oldest checkpoints.
 
+    Checkpoints that are newer than the one in ``last_checkpoint`` are removed from the list, but
+    not deleted.
+
     Args:
         folder: The run's output folder.
         name: The file name of the checkpoint, which must already exist.
@@ -72,8 +78,12 @@ def record(folder: str | Path, name: str, keep: int) -> None:
             deleted.
     """
     folder = Path(folder)
-    listed = [n for n in _lines(folder, HISTORY) if n != name and (folder / n).is_file()]
-    listed.append(name)
+    listed = [n for n in _lines(folder, HISTORY) if (folder / n).is_file()]
+    for tagged in _lines(folder, TAG)[:1]:
+        if tagged in listed:
+            # If the user has changed the tag, the run did not continue from the later checkpoints.
+            del listed[listed.index(tagged) + 1 :]
+    listed = [*(n for n in listed if n != name), name]
     write_text(folder / HISTORY, "".join(f"{n}\n" for n in listed))
     write_text(folder / TAG, name)
     for old in listed[:-keep] if keep else ():

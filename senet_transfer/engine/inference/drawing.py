@@ -218,11 +218,11 @@ class PredictionDrawing(Visualizer):
         pad = 0.15 * self._text / scale
         width, height = extent.width / scale + 2 * pad, extent.height / scale + 2 * pad
         size = (self.output.width, self.output.height)
-        place = free_place(rect, (width, height), size, self.labels)
-        if place is None:
+        corner = free_corner(rect, (width, height), size, self.labels)
+        if corner is None:
             text.remove()
             return
-        x, y = place
+        x, y = corner
         self.labels.append((x, y, x + width, y + height))
         text.set_position((x + pad, y + pad))
         axes.add_patch(Rectangle((x, y), width, height, color=colour, linewidth=0, zorder=10))
@@ -231,7 +231,7 @@ class PredictionDrawing(Visualizer):
             axes.plot([x0, x1], [y0, y1], color=colour, linewidth=self._points(_LEAST_LINE))
 
 
-def free_place(
+def free_corner(
     rect: Rect, size: tuple[float, float], image: tuple[float, float], taken: Sequence[Rect]
 ) -> tuple[float, float] | None:
     """Return the top left corner for a label near an object, or None if there is no free space.
@@ -252,14 +252,14 @@ def free_place(
     steps = np.arange(-_FARTHEST, _FARTHEST + 0.5, 0.5) * h
     grid = np.stack(np.meshgrid(x0 + steps, y0 - h + steps), -1).reshape(-1, 2)
     grid = grid[np.argsort(np.hypot(*(grid - (x0, y0 - h)).T), kind="stable")]
-    places = np.concatenate([preferred, grid]).clip((0, 0), (most_x, most_y))
+    corners = np.concatenate([preferred, grid]).clip((0, 0), (most_x, most_y))
     if not taken:
-        return tuple(places[0].tolist())
+        return tuple(corners[0].tolist())
     left, top, right, bottom = np.array(taken).T
-    x, y = places[:, :1], places[:, 1:]
+    x, y = corners[:, :1], corners[:, 1:]
     covers = (x < right) & (x + w > left) & (y < bottom) & (y + h > top)
     free = np.flatnonzero(~covers.any(1))
-    return tuple(places[free[0]].tolist()) if len(free) else None
+    return tuple(corners[free[0]].tolist()) if len(free) else None
 
 
 def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:

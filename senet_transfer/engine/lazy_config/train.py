@@ -25,7 +25,7 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.checkpoints.output_folder import claim_output_folder
 from senet_transfer.engine.results import write_results
-from senet_transfer.engine.setup import RunOptions, available_device, resumes
+from senet_transfer.engine.setup import RunOptions, available_device, restarted, resumes
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
@@ -88,7 +88,7 @@ def main(options: RunOptions) -> None:
     run.MODEL = CfgNode({"WEIGHTS": cfg.train.init_checkpoint})
     resume = resumes(run, options)
     if not (resume or options.eval_only):
-        claim_output_folder(run, overwrite=options.overwrite, restarted=False)
+        claim_output_folder(run, overwrite=options.overwrite, restarted=restarted())
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="senet_transfer")
     default_setup(cfg, options)
     register_datasets(options.datasets)
@@ -147,6 +147,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
 
     trainer.register_hooks(_hooks(cfg, trainer, checkpointer, evaluate))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    if comm.is_main_process():
+        history.sweep(cfg.train.output_dir)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     with stop_at_step_end():
         trainer.train(start, cfg.train.max_iter)

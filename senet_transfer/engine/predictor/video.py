@@ -1,5 +1,6 @@
 """Frames of video files, streams and cameras."""
 
+import math
 import os
 from collections.abc import Iterator
 from types import TracebackType
@@ -30,7 +31,7 @@ class Video:
 
     Attributes:
         name: Path of a file, address of a stream, or index of a camera.
-        rate: Frames per second; 25 if the video does not state it.
+        rate: Frames per second; 25 if the video does not state a valid number.
         frames: Number of frames; None if it is unknown.
     """
 
@@ -50,7 +51,8 @@ class Video:
                 f"{name} can't be opened as a video. Expected a video file that OpenCV's FFmpeg "
                 "can read, the address of a stream, or the index of a camera such as 0."
             )
-        self.rate = self._capture.get(cv2.CAP_PROP_FPS) or _USUAL_RATE
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < math.inf else _USUAL_RATE
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.frames = count if count > 0 else None
 

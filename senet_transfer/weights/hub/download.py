@@ -58,7 +58,7 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
 
     If several processes request the same file at once, it is downloaded only once. The file appears
     under its final name only when it is complete and, if ``sha256`` is given, verified. A failed
-    download leaves no files behind.
+    download leaves only the empty file that locks it, ``.<name>.lock``.
 
     Args:
         url: URL, which must use HTTPS, or HTTP on this machine.

@@ -3,13 +3,15 @@
 import itertools
 import logging
 import pickle
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from senet_transfer.cli.data import command
 from senet_transfer.config import get_senet_config
+from senet_transfer.data.detection import image_checks
 from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.image_checks import check_images
 from senet_transfer.data.detection.loader import build_test_loader, build_train_loader
@@ -51,6 +53,22 @@ def test_only_decoding_finds_a_truncated_image(data, files):
     check_images(["mine"])
     with pytest.raises(UserError, match=r"1 of the 3 images.*\n  .*a\.png cannot be read"):
         check_images(["mine"], mode="decode")
+
+
+def test_all_threads_read_with_the_same_settings_which_are_restored(data, files, monkeypatch):
+    register_coco_dataset("mine", *files(data))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    filters, seen = list(warnings.filters), set()
+
+    def problem_of(*_):
+        seen.add((ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[0][0]))
+        return ""
+
+    monkeypatch.setattr(image_checks, "_problem_of", problem_of)
+    check_images(["mine"])
+    assert seen == {(False, "ignore")}
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+    assert list(warnings.filters) == filters
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from senet_transfer import UserError
 from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.shards import write as convert_module
 from senet_transfer.data.shards.verify import verify
 from senet_transfer.data.shards.write import convert
+from senet_transfer.utils import folder_lock
 from tests.data.drawn_places import CLASSES, command, jpeg, shard_bytes, write_val
 
 
@@ -196,9 +198,9 @@ def test_shards_of_other_settings_are_not_mixed(val, tmp_path, prepare, capsys):
 
 
 def test_two_runs_cannot_write_to_one_folder(val, tmp_path, prepare, capsys, monkeypatch):
-    monkeypatch.setattr(convert_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(folder_lock, "_PAUSE", 0)
     (tmp_path / "out").mkdir()
-    with convert_module._only_writer(tmp_path / "out"):
+    with folder_lock.only_writer(tmp_path / "out"):
         assert prepare(val, tmp_path / "out") == 2
     assert "Another run is writing" in capsys.readouterr().err
 
@@ -291,6 +293,17 @@ def test_broken_images_are_all_named_and_fatal(broken, tmp_path, prepare, capsys
     offenders(message, *(f"Places365_val_{number:08d}.jpg" for number in (3, 9, 12, 15)))
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_broken_image_whose_name_is_not_utf_8_is_listed_as_on_disk(tmp_path):
+    names = [b"caf\xe9.jpg", "\u8336.jpg".encode()]
+    (tmp_path / "images" / "drink").mkdir(parents=True)
+    for name in names:
+        Path(tmp_path, "images", "drink", os.fsdecode(name)).write_bytes(b"broken")
+    with pytest.raises(UserError, match="2 images in .* cannot be decoded"):
+        convert(open_folder(tmp_path / "images"), tmp_path / "out", split="val")
+    lines = (tmp_path / "out" / "broken.txt").read_bytes().splitlines()
+    assert {line.split(b" (")[0] for line in lines} == {b"drink/" + name for name in names}
 
 
 def test_tolerated_broken_images_are_left_out_and_recorded(broken, tmp_path, prepare, capsys):

@@ -49,6 +49,9 @@ def test_a_tag_that_was_set_back_is_obeyed(saver, tmp_path):
     saver(3)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
     assert history.checkpoints(tmp_path) == ["model_0000001.pth"]
+    saver(2)
+    assert history.checkpoints(tmp_path) == ["model_0000002.pth", "model_0000001.pth"]
+    assert names(tmp_path) == [f"model_000000{number}.pth" for number in (1, 2, 3)]
 
 
 def test_a_file_that_is_written_again_is_the_newest(saver, tmp_path):

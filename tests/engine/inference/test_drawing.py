@@ -17,7 +17,7 @@ from senet_transfer.engine.inference.drawing import (
     ClassNames,
     PredictionDrawing,
     class_colour,
-    free_place,
+    free_corner,
     text_colour,
 )
 
@@ -87,11 +87,11 @@ def test_the_label_of_a_rotated_box_touches_its_topmost_corner():
 
 def test_a_label_without_a_free_place_near_its_object_is_omitted():
     rect, size, image = (10.0, 10.0, 20.0, 20.0), (40.0, 10.0), (200.0, 200.0)
-    assert free_place(rect, size, image, []) == (10, 0)
-    assert free_place(rect, size, image, [(0.0, 0.0, 200.0, 200.0)]) is None
-    assert free_place(rect, (300.0, 10.0), image, []) is None
+    assert free_corner(rect, size, image, []) == (10, 0)
+    assert free_corner(rect, size, image, [(0.0, 0.0, 200.0, 200.0)]) is None
+    assert free_corner(rect, (300.0, 10.0), image, []) is None
     # Below the object, because the two places above its lower edge are taken.
-    assert free_place(rect, size, image, [(0.0, 0.0, 200.0, 20.0)]) == (10, 20)
+    assert free_corner(rect, size, image, [(0.0, 0.0, 200.0, 20.0)]) == (10, 20)
 
 
 @pytest.mark.parametrize("name", ["$100$ note", "a$b$c", "cost $ 5", r"$\frac{$", "_{x}^2", "50%"])

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import tracemalloc
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -29,6 +31,16 @@ def write_video(path, frames: int, size: tuple[int, int] = (80, 60)) -> None:
         frame[20:40, index % 60 : index % 60 + 20] = (250, 200, index)
         out.write(frame)
     out.release()
+
+
+@pytest.mark.parametrize(
+    ("stated", "used"), [(10.0, 10), (0.0, 25), (-1.0, 25), (math.inf, 25), (math.nan, 25)]
+)
+def test_an_invalid_frame_rate_is_replaced(stated, used, monkeypatch):
+    values = {cv2.CAP_PROP_FPS: stated, cv2.CAP_PROP_FRAME_COUNT: 0.0}
+    opened = SimpleNamespace(isOpened=lambda: True, get=values.get)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: opened)
+    assert Video("0").rate == used
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
