@@ -23,7 +23,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from senet_transfer.config import config_items, is_classification
+from senet_transfer.config import config_items, get_senet_config, is_classification
 from senet_transfer.config.load import load_config
 from senet_transfer.engine import signals
 from senet_transfer.engine.checkpoints.checkpoint_history import checkpoints
@@ -233,7 +233,9 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
     """Record the config of a new run, or raise an error if the folder contains a different run."""
     record = output_dir / _RECORD
     if record.is_file():
-        begun = json.loads(record.read_text())
+        # A run of an earlier version has the default values of keys that were added later.
+        defaults = {key: repr(value) for key, value in config_items(get_senet_config())}
+        begun = {**defaults, **json.loads(record.read_text())}
         other = [key for key in begun.keys() | config.keys() if begun.get(key) != config.get(key)]
         if _WEIGHTS in other and not {_WEIGHTS} <= begun.keys() & config.keys():
             other.remove(_WEIGHTS)  # The file of a finished run may have been deleted.

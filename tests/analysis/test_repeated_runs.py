@@ -84,6 +84,13 @@ def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(option
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     with pytest.raises(UserError, match=r"differs in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
         run_once(CONFIG, [*options, "SOLVER.BASE_LR", "0.5"], output)
+    # An earlier version did not have a key, so its value was what is now the default.
+    begun = json.loads((output / "run.json").read_text())
+    del begun["SOLVER.MICRO_BATCHES"]
+    (output / "run.json").write_text(json.dumps(begun))
+    assert run_once(CONFIG, options, output)["classification"] == found["classification"]
+    with pytest.raises(UserError, match=r"MICRO_BATCHES was 1 and is now 2"):
+        run_once(CONFIG, [*options, "SOLVER.MICRO_BATCHES", "2"], output)
 
 
 def test_a_folder_of_something_else_is_refused(options, tmp_path):
