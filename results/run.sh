@@ -13,12 +13,14 @@
 # or probe. pretrain must be finished before the parts after it. Repeat a command to continue.
 # Several parts can run at the same time.
 #
-# Variables: SEEDS="0 1 2", SEED=0 (for gates and publish), JOBS=1 (runs at the same time), MINUTES
-# (time limit of the command), RECORDS=results (folder of the records), PYTHON=python,
-# DETECTRON2_DATASETS=datasets and, if there is no git or no .git, GIT_COMMIT.
+# Variables: SEEDS="0 1 2", SEED=1 (the run that gates and publish use; seed 0 if there is no other),
+# JOBS=1 (runs at the same time), MINUTES (time limit of the command), RECORDS=results (folder of the
+# records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there is no git or no .git,
+# GIT_COMMIT.
 set -eu
 python=${PYTHON:-python}
 root=${DETECTRON2_DATASETS:-datasets}
+SEED=${SEED:-1}
 part=${1:-}
 [ $# -eq 0 ] || shift
 
@@ -64,14 +66,13 @@ bundle() {
 
 # Draw the gates of a network if it has been trained: draw_gates CONFIG NAME [OPTION ...]
 draw_gates() {
-    run=output/$1/seed${SEED:-0}
+    run=output/$1/seed$SEED
     name=$2
     shift 2
     [ -e "$run/model_final.pth" ] || return 0
     "$python" -m senet_transfer.cli.main gates --weights "$run/model_final.pth" \
-        --output "output/gates/$name" --quiet "$@"
+        --output "output/gates/$name" --record "${RECORDS:-results}/gates/$name.json" --quiet "$@"
     cp "output/gates/$name/blocks.png" "docs/images/gates_$name.png"
-    mkdir -p "${RECORDS:-results}/gates"
     cp "output/gates/$name/blocks.csv" "${RECORDS:-results}/gates/$name.csv"
 }
 
@@ -123,7 +124,8 @@ gates)
 publish)
     for folder in "${RECORDS:-results}"/*/; do
         name=$(basename "$folder")
-        run=output/$name/seed${SEED:-0}
+        run=output/$name/seed$SEED
+        [ -e "$run" ] || run=output/$name/seed0
         [ -e "$run/model_final.pth" ] || continue
         case $name in
         demo_faster_rcnn_*) data="rendered shapes (datasets/prepare_shapes.py)" ;;
@@ -144,7 +146,7 @@ tables)
         --curves docs/images
     ;;
 *)
-    sed -n '2,19p' "$0" >&2
+    sed -n '2,20p' "$0" >&2
     exit 2
     ;;
 esac

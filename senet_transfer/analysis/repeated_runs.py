@@ -239,6 +239,12 @@ def finished(output_dir: str | Path) -> dict[str, Any] | None:
     return found if "training" in found else None
 
 
+def initial_weights(output_dir: Path) -> str | None:
+    """Return the SHA-256 of the file from which a run started, or None for random weights."""
+    hashed = json.loads((output_dir / _RECORD).read_text()).get(_WEIGHTS)
+    return None if hashed is None else str(hashed)
+
+
 def _check_same(output_dir: Path, config: dict[str, str]) -> None:
     """Record the config of a new run, or raise an error if the folder contains a different run."""
     record = output_dir / _RECORD

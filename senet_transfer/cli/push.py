@@ -94,21 +94,22 @@ def main(args: argparse.Namespace) -> None:
             "--private has no effect with --bundle, --card or --folder, which upload nothing. "
             "Remove it."
         )
-    if args.card and (args.bundle or args.folder):
-        raise UserError("--card writes no weights. Remove it, or --bundle and --folder.")
+    if args.card and (args.bundle or args.folder or args.half):
+        raise UserError("--card writes no weights. Remove it, or --bundle, --folder and --half.")
     options = {
         "config_file": args.config_file,
         "licence": args.license,
         "data": args.data,
         "runs": read_runs(args.runs) if args.runs else (),
-        "half": args.half,
         "evaluate": args.evaluate,
         "opts": args.opts,
     }
     if args.card:
         write_card(args.model, args.card, args.repository, **options)
         print(f"Wrote {args.card}.")
-    elif args.bundle:
+        return
+    options["half"] = args.half
+    if args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
         print(f"Wrote {path}. Load it with {args.repository}.")
     elif args.folder:

@@ -25,6 +25,7 @@ class Published:
 
 
 _TABLE_VI = "Squeeze-and-Excitation Networks, Table VI"
+_TABLE_VIII = "Squeeze-and-Excitation Networks, Table VIII, crop of {} pixels"
 
 # Results on the Places365 validation set.
 PLACES365 = (
@@ -72,13 +73,15 @@ def _tables_ii_iii_and_viii() -> dict[str, Published]:
         source = f"Squeeze-and-Excitation Networks, Table {table}"
         found[model] = Published(title, *plain, source)
         found[f"se_{model}"] = Published(f"SE-{title}", *se, source)
-    source = "Squeeze-and-Excitation Networks, Table VIII, crop of 224 pixels"
-    found["senet154"] = Published("SENet-154", 18.68, 4.47, source)
+    found["senet154"] = Published("SENet-154", 18.68, 4.47, _TABLE_VIII.format(224))
     return found
 
 
-# Results of networks that the paper trained on ImageNet, by model name.
+# Results of networks that the paper trained on ImageNet, by model name, with crops of usual size.
 TRAINED_ON_IMAGENET = _tables_ii_iii_and_viii()
+
+# Results on ImageNet for other sizes of the crop, by model name and size.
+LARGE_CROPS = {("senet154", 320): Published("SENet-154", 17.28, 3.79, _TABLE_VIII.format(320))}
 
 
 def published_on_imagenet(classes: Sequence[str], model: str) -> Published | None:

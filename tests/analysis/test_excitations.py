@@ -1,7 +1,9 @@
 """Tests of the gate analysis from images to figures, and of pruned networks."""
 
 import csv
+import hashlib
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -66,9 +68,10 @@ def no_figures(monkeypatch):
         )
 
 
-def arguments(trained, tree, output, *more: str):
+def arguments(trained, tree, output, *more: str, words_only: bool = False):
     words = ["--weights", str(trained / "model.pth"), "--data", str(tree), "--output", str(output)]
-    return gates.parser().parse_args([*words, "--workers", "0", "--quiet", *more])
+    words += ["--workers", "0", "--quiet", *more]
+    return words if words_only else gates.parser().parse_args(words)
 
 
 def test_statistics_are_those_of_the_images_one_by_one(tree):
@@ -117,6 +120,18 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
         table = {row["block"]: row for row in csv.DictReader(file)}
     everything = [float(row["mean"]) for row in rows if row["class"] == "all classes"]
     assert np.mean(everything[:16]) == pytest.approx(float(table["SE_2_1"]["mean"]), abs=1e-5)
+
+
+@pytest.mark.long
+def test_a_record_of_the_gates_states_how_they_were_measured(trained, tree, tmp_path, no_figures):
+    words = arguments(trained, tree, tmp_path, "--images-per-class", "4", words_only=True)
+    gates.command([*words, "--record", str(tmp_path / "gates.json")])
+    found = json.loads((tmp_path / "gates.json").read_text())
+    assert found["images"] == {"bark": 4, "moss/dry": 4, "sand": 4}
+    hashed = hashlib.sha256((trained / "model.pth").read_bytes()).hexdigest()
+    assert found["weights_sha256"] == hashed
+    assert shlex.split(found["command"])[: 2 + len(words)] == ["senet", "gates", *words]
+    assert {"machine", "commit"} < found.keys()
 
 
 @pytest.mark.long

@@ -17,10 +17,19 @@ from senet_transfer import UserError
 from senet_transfer.analysis.repeated_runs import Run
 from senet_transfer.analysis.results.curves import draw_curves, evaluations
 from senet_transfer.analysis.results.records import read_record, write_record
-from senet_transfer.analysis.results.tables import read_records, update_documents, updated_text
+from senet_transfer.analysis.results.tables import (
+    comparison,
+    read_records,
+    transfer,
+    update_documents,
+    updated_text,
+)
 from senet_transfer.analysis.results.welch import difference, t_quantile
+from senet_transfer.cli.analysis.gates import parser as gates
 from senet_transfer.cli.analysis.sweep import command as sweep
 from senet_transfer.cli.analysis.sweep import parser
+from senet_transfer.cli.little_data.probe import parser as probe
+from senet_transfer.cli.push import parser as push
 from senet_transfer.config.load import load_config
 from tests.processes import ROOT
 
@@ -113,8 +122,8 @@ def test_the_curves_have_the_evaluations_that_all_runs_have(tmp_path):
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_the_tables_in_the_documents_are_those_of_the_records(name):
     text = (ROOT / name).read_text()
-    if name == "docs/results.md" or "<!-- results" in text:
-        assert updated_text(text, read_records(RESULTS)) == text, "run results/run.sh tables"
+    assert "<!-- results" in text
+    assert updated_text(text, read_records(RESULTS)) == text, "run results/run.sh tables"
 
 
 def test_records_are_small_and_state_how_they_were_made():
@@ -146,6 +155,7 @@ def finished_run(tmp_path) -> Run:
     results = {"classification": {"top1_error": 9.5}, "training": {"iterations": 1800}}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "model_final.pth").write_bytes(b"weights")
+    (folder / "run.json").write_text("{}")
     return Run(CONFIG, options, folder)
 
 
@@ -186,6 +196,42 @@ def test_runs_of_different_settings_are_not_recorded_together(finished_run, tmp_
                 write_record(run, tmp_path / "results")
         else:
             write_record(run, tmp_path / "results")
+
+
+def test_runs_that_start_from_different_files_are_not_recorded_together(finished_run, tmp_path):
+    begun = finished_run.output_dir / "run.json"
+    hashes = [hashlib.sha256(part).hexdigest() for part in (b"one", b"another")]
+    begun.write_text(json.dumps({"SHA-256 of MODEL.WEIGHTS": hashes[0]}))
+    found = read_record(write_record(finished_run, tmp_path / "results"))
+    assert found["initial_weights_sha256"] == hashes[0]
+    other = Run(CONFIG, (*finished_run.options, "SEED", "5"), finished_run.output_dir)
+    for content in ({"SHA-256 of MODEL.WEIGHTS": hashes[1]}, {}):
+        begun.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="different initial_weights_sha256"):
+            write_record(other, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data", "CIFAR-10"),
+        ("options", ["SOLVER.EPOCHS", "30"]),
+        ("training", {"steps": 32_000, "images_per_step": 128, "minutes": 1.0}),
+        ("training", {"steps": 64_000, "images_per_step": 64, "minutes": 1.0}),
+    ],
+)
+def test_networks_with_different_training_are_not_compared(key, value):
+    names = ("cifar10_resnet110", "cifar10_se_resnet110")
+    records = {name: [record(name, seed, 8.0) for seed in (0, 1)] for name in names}
+    assert "| 8.00 ± 0.00 | 8.00 ± 0.00 |" in comparison(records, names[:1])
+    for one in records[names[1]]:
+        one[key] = value
+    message = f"cifar10_resnet110 and cifar10_se_resnet110 can't be compared, because their {key}"
+    with pytest.raises(UserError, match=message):
+        comparison(records, names[:1])
+    carried = {"transfer_cifar10_resnet110": records[names[1]], names[0]: records[names[0]]}
+    with pytest.raises(UserError, match=f"can't be compared, because their {key}"):
+        transfer(carried, ["transfer_cifar10_resnet110"])
 
 
 @pytest.mark.parametrize("patience", [0, 3])
@@ -265,22 +311,65 @@ def test_arguments_that_do_not_fit_together_are_an_error(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_the_commands_of_the_script_are_valid(tmp_path):
+PARTS = ["cifar20", "cifar110", "shapes", "places", "bccd", "bccd50", "pretrain", "transfer_bccd"]
+
+
+@pytest.mark.parametrize("part", [*PARTS, "transfer_places"])
+def test_the_script_trains_a_network_without_and_with_se(part, printed):
+    ((tool, *words),) = printed(part)
+    assert tool == "tools/run_seeds.py"
+    args = parser().parse_args(words)
+    plain, se = (load_config(config, args.opts) for config in args.config_file)
+    assert (bool(plain.MODEL.SE.ENABLED), se.MODEL.SE.ENABLED) == (False, True)
+    assert args.results == "results"
+    assert Path(args.output) == Path("output")
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "command_parser"),
+    [("tables", 1, parser), ("probe", 2, probe), ("gates", 6, gates), ("publish", 9, push)],
+)
+def test_the_other_commands_of_the_script_are_valid(part, count, command_parser, printed):
+    commands = printed(part)
+    assert len(commands) == count
+    for words in commands:
+        command_parser().parse_args(words[1:] if part == "tables" else words[3:])
+
+
+@pytest.fixture
+def printed(tmp_path):
+    """Return a function that returns the words of each command that a part of the script runs."""
     printer = tmp_path / "python"
-    printer.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done; echo END\n')
+    printer.write_text(
+        """#!/bin/sh
+for word; do
+    printf "%s\\n" "$word"
+    if [ "$before" = --output ]; then
+        mkdir -p "$word"
+        touch "$word/blocks.png" "$word/blocks.csv"
+    fi
+    before=$word
+done
+echo END
+"""
+    )
     printer.chmod(0o755)
-    parts = ("cifar20", "cifar110", "shapes", "places", "bccd", "bccd50", "pretrain")
-    parts += ("transfer_bccd", "transfer_places")
-    for part in parts:
+    for name in ("configs", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    trained = ["cifar10_resnet20", "cifar10_se_resnet20", "bccd_se_r18", "cifar10_64px_r18"]
+    for config in (*trained, "demo_faster_rcnn_se_r18", "demo_places365_se_r18"):
+        (tmp_path / "results" / config).mkdir(parents=True)
+        run = tmp_path / "output" / config / ("seed0" if "64px" in config else "seed1")
+        run.mkdir(parents=True)
+        (run / "model_final.pth").touch()
+    (tmp_path / "results" / "gates").mkdir()
+
+    def run_part(part: str) -> list[list[str]]:
         done = subprocess.run(
-            [ROOT / "results" / "run.sh", part], cwd=ROOT, text=True, capture_output=True,
+            [ROOT / "results" / "run.sh", part], cwd=tmp_path, text=True, capture_output=True,
             env={"PATH": "/usr/bin:/bin", "PYTHON": str(printer)}, check=True,
         )  # fmt: skip
-        for text in done.stdout.split("END\n")[:-1]:
-            tool, *words = text.splitlines()
-            assert tool == "tools/run_seeds.py"
-            args = parser().parse_args(words)
-            plain, se = (load_config(config, args.opts) for config in args.config_file)
-            assert (bool(plain.MODEL.SE.ENABLED), se.MODEL.SE.ENABLED) == (False, True)
-            assert args.results == "results"
-            assert Path(args.output) == Path("output")
+        return [text.splitlines() for text in done.stdout.split("END\n")[:-1]]
+
+    return run_part

@@ -29,14 +29,22 @@ class Excitations:
     Attributes:
         blocks: Statistics of each gate, by the gate's name in the paper.
         drawn: Names of the classes to plot, by label.
-        images: Number of images in the sample.
-        classes: Number of classes in the sample.
+        counts: Name and number of images of each class in the sample.
     """
 
     blocks: dict[str, GateStatistics]
     drawn: dict[int, str]
-    images: int
-    classes: int
+    counts: tuple[tuple[str, int], ...]
+
+    @property
+    def images(self) -> int:
+        """Number of images in the sample."""
+        return sum(count for _, count in self.counts)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes in the sample."""
+        return len(self.counts)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -134,7 +142,8 @@ def collect_excitations(
         for labels, values in batches:
             _add(blocks, labels, values)
             bar.update(len(labels))
-    return Excitations(blocks, drawn, len(sample), int(np.count_nonzero(sample.counts)))
+    pairs = zip(sample.classes, sample.counts.tolist(), strict=True)
+    return Excitations(blocks, drawn, tuple((name, count) for name, count in pairs if count))
 
 
 def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str, Tensor]) -> None:

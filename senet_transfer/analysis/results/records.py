@@ -16,7 +16,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from senet_transfer.analysis.repeated_runs import ORIGIN, Run, finished
+from senet_transfer.analysis.repeated_runs import ORIGIN, Run, finished, initial_weights
 from senet_transfer.analysis.report.run_folder import Run as RunFolder
 from senet_transfer.analysis.report.run_folder import data_label, load_run
 from senet_transfer.config import is_classification
@@ -72,7 +72,7 @@ def write_record(run: Run, folder: str | Path) -> Path:
         if difference := _difference(found, record, steps=not cfg.TEST.PATIENCE):
             raise UserError(
                 f"{other} is the record of a run with different {difference}: {record[difference]} "
-                f"instead of {found[difference]}. Write the records to a different folder, or "
+                f"instead of {found.get(difference)}. Write the records to a different folder, or "
                 "delete it."
             )
         if other == path and found["weights_sha256"] == record["weights_sha256"]:
@@ -119,6 +119,27 @@ def write_probe_record(
     write_results(path, record)
 
 
+def write_gates_record(
+    counts: Sequence[tuple[str, int]], path: str | Path, *, words: Sequence[str], weights: str
+) -> None:
+    """Write how the gates of a network were measured.
+
+    Args:
+        counts: Name and number of images of each class.
+        path: The file to write, such as ``results/gates/cifar10.json``.
+        words: The words of the command.
+        weights: The weights, as on the command line.
+    """
+    record = {
+        "command": " ".join(map(_quoted, ["senet", "gates", *words])),
+        "images": dict(counts),
+        "weights_sha256": file_sha256(local_weights(weights)[0]),
+        **origin(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_results(path, record)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record of a run or a linear probe.
 
@@ -137,29 +158,45 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
     """Return the key of a record in which two runs differ by more than the seed, or ""."""
+    if unlike := training_difference([found], [record], steps=steps):
+        return unlike
+    keys = ("settings", "initial_weights_sha256")
+    return next((key for key in keys if found.get(key) != record.get(key)), "")
+
+
+def training_difference(
+    found: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], *, steps: bool = True
+) -> str:
+    """Return the key of the records in which the training of two networks differs, or "".
+
+    Args:
+        found: The records of one network.
+        others: Those of the other network.
+        steps: If False, the number of steps may differ, as with early stopping.
+    """
 
     def options(one: dict[str, Any]) -> dict[str, str]:
         pairs = zip(one["options"][::2], one["options"][1::2], strict=True)
         return {key: value for key, value in pairs if key not in _SPEED}
 
-    if found["data"] != record["data"]:
-        return "data"
-    if options(found) != options(record):
+    for key in ("data", "metric"):
+        if found[0][key] != others[0][key]:
+            return key
+    if options(found[0]) != options(others[0]):
         return "options"
-    if found.get("settings", record["settings"]) != record["settings"]:
-        return "settings"
+    sizes = [one["training"].get("images_per_step") for one in (found[0], others[0])]
+    lengths = [{one["training"].get("steps") for one in some} for some in (found, others)]
     # With early stopping, each run has its own number of steps.
-    return "training" if steps and _steps(found) != _steps(record) else ""
-
-
-def _steps(record: dict[str, Any]) -> int:
-    return int(record["training"]["steps"])
+    same = not steps or lengths[0] == lengths[1] or max(map(len, lengths)) > 1
+    return "" if sizes[0] == sizes[1] and same else "training"
 
 
 def _settings(cfg: CfgNode) -> str:
     """Return the hash of all settings that determine a run's result, except for its seed."""
-    own = {*_SPEED, "SEED", "OUTPUT_DIR"}
-    changed = {key: value for key, value in changed_items(cfg).items() if key not in own}
+    own = (*_SPEED, "SEED", "OUTPUT_DIR")
+    if "se" not in backbone_name(cfg).split("_"):
+        own += ("MODEL.SE.",)
+    changed = {key: value for key, value in changed_items(cfg).items() if not key.startswith(own)}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -189,6 +226,7 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         "config": config,
         "options": options,
         "settings": _settings(cfg),
+        "initial_weights_sha256": initial_weights(run.output_dir),
         "seed": cfg.SEED,
         "network": _network(cfg),
         "data": _data(tested, results.get(task, {}).get("images")),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from senet_transfer.analysis.report.paper_rows import paper_row
-from senet_transfer.analysis.results.records import read_record
+from senet_transfer.analysis.results.records import read_record, training_difference
 from senet_transfer.analysis.results.welch import difference
 from senet_transfer.config.load import load_config
 from senet_transfer.errors import UserError
@@ -114,6 +114,7 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
         first = next((some[0] for some in found if some), None)
         if first is None:
             raise UserError(f"There are no results of the config {name}. Correct the name.")
+        _check_comparable(*found)
         rows.append(
             [
                 f"{first['data']}, {METRICS.get(first['metric'], first['metric'])}",
@@ -137,6 +138,7 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
     rows = []
     for name in names:
         found = [records[name.removeprefix(TRANSFER)], records[name]]
+        _check_comparable(*found)
         first = found[0][0]
         rows.append(
             [
@@ -148,6 +150,17 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
         )
     header = ["data and metric", "network", "runs", "random weights", "pretrained", "difference"]
     return _table(header, rows)
+
+
+def _check_comparable(first: Records, second: Records) -> None:
+    """Raise a UserError if the records of two networks are not of the same training."""
+    if first and second and (unlike := training_difference(first, second)):
+        names = " and ".join(records[0]["config"] for records in (first, second))
+        found = " and ".join(str(records[0][unlike]) for records in (first, second))
+        raise UserError(
+            f"The results of {names} can't be compared, because their {unlike} differs: {found}. "
+            "Train one of them again with the other's options."
+        )
 
 
 def with_se(name: str, records: dict[str, Records]) -> str:

@@ -30,6 +30,9 @@ of stage 5, and the network without these gates is written to OUTPUT/pruned.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
 
@@ -51,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "large) of more than half of their objects; other images are left out",
     )
     add("--output", required=True, help="output folder for figures and tables")
+    add("--record", default="", metavar="FILE", help="also write the command, the machine and the "
+        "numbers of images")  # fmt: skip
     add("--classes", nargs="+", help="classes to plot; default: a random selection")
     add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
     add("--images-per-class", type=int, default=50, help="number of images per class (50)")
@@ -67,8 +72,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Analyse the gates, and print the results and the paths of the files."""
+def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
+    """Analyse the gates, and print the results and the paths of the files.
+
+    Args:
+        args: The arguments parsed by :func:`parser`.
+        words: The words of the command, for the record.
+    """
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
@@ -95,6 +105,10 @@ def main(args: argparse.Namespace) -> None:
         quiet=args.quiet,
     )
     excitations = found.excitations
+    if args.record:
+        from senet_transfer.analysis.results.records import write_gates_record
+
+        write_gates_record(excitations.counts, args.record, words=words, weights=args.weights)
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
@@ -109,4 +123,5 @@ def main(args: argparse.Namespace) -> None:
 
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
-    run_command(main, parser().parse_args(words))
+    words = sys.argv[1:] if words is None else words
+    run_command(partial(main, words=words), parser().parse_args(words))

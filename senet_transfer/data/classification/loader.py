@@ -13,7 +13,7 @@ The rank and the world size are arguments because worker processes cannot query 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -159,8 +159,8 @@ def build_classification_eval_loader(
     batches = _EvalBatches(dataset, transform, skips, batch_size, place)
     sizes = [end - first for first, end in map(batches.share, range(place.processes))]
     loader = _data_loader(batches, num_workers, pin_memory)
-    count = sum(-(-size // batch_size) for size in sizes)
-    return ClassificationLoader(loader, skips, sum(sizes), count)
+    total = sum(-(-size // batch_size) for size in sizes)
+    return ClassificationLoader(loader, skips, sum(sizes), total)
 
 
 @dataclass(frozen=True)
@@ -258,16 +258,24 @@ class _TrainBatches(IterableDataset):
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
         """Return a worker's sample stream, starting with the batch of an iteration."""
-        turn, worker = divmod(iteration, self.place.processes)
-        row = {
-            "seed": self.order.seed,
-            "consumer": self.place.consumer(worker),
-            "consumers": self.place.consumers,
-            "start": turn * self.batch_size,
-        }
-        if self.order.class_aware:
-            return class_aware_stream(self.dataset, **row)
-        return train_stream(self.dataset, **row, block=self.order.shuffle_block)
+        place, order = self.place, self.order
+        if order.class_aware:
+            # The ranks share the sequence of a step, so that its batch has all classes equally.
+            firsts = (
+                (step * place.world_size + place.rank) * self.batch_size
+                for step in count(iteration, place.processes)
+            )
+            draws = (first + index for first in firsts for index in range(self.batch_size))
+            return class_aware_stream(self.dataset, seed=order.seed, draws=draws)
+        turn, worker = divmod(iteration, place.processes)
+        return train_stream(
+            self.dataset,
+            seed=order.seed,
+            consumer=place.consumer(worker),
+            consumers=place.consumers,
+            start=turn * self.batch_size,
+            block=order.shuffle_block,
+        )
 
     def _batch(self, samples: list[tuple[int, RawSample]], process: int) -> Batch:
         shape = (len(samples), *self.transform.output_shape)

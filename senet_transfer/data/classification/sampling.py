@@ -11,7 +11,7 @@ The samples of a shard are shuffled in blocks. This requires memory for one bloc
 and the position of every sample can be computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -99,12 +99,7 @@ def _block_order(size: int, *seed: int) -> np.ndarray:
 
 
 def class_aware_stream(
-    dataset: ClassificationDataset,
-    *,
-    seed: int,
-    consumer: int,
-    consumers: int,
-    start: int = 0,
+    dataset: ClassificationDataset, *, seed: int, draws: Iterable[int]
 ) -> Iterator[tuple[int, RawSample]]:
     """Yield (epoch, sample) pairs in which all classes are equally frequent.
 
@@ -117,9 +112,8 @@ def class_aware_stream(
         dataset: Training data. Samples are read one at a time, which is slow for remote data
             without a cache.
         seed: Random seed of the order.
-        consumer: Index of the consumer, from 0 to `consumers` - 1.
-        consumers: Number of consumers.
-        start: Number of this consumer's samples to skip.
+        draws: Positions in the infinite sequence of samples, from 0. In consecutive positions, the
+            numbers of samples of two classes differ by at most two.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)
@@ -127,8 +121,7 @@ def class_aware_stream(
     bounds = np.append(firsts, len(labels))
     orders: dict[int, tuple[int, np.ndarray]] = {}
     classes_of: tuple[int, np.ndarray] = (-1, present)
-    draw = consumer + start * consumers
-    while True:
+    for draw in draws:
         turn, place = divmod(draw, len(present))
         if classes_of[0] != turn:
             order = np.random.default_rng([seed, turn]).permutation(len(present))
@@ -142,7 +135,6 @@ def class_aware_stream(
             rng = np.random.default_rng([seed, epoch, int(present[which])])
             orders[which] = (epoch, by_class[begin:end][rng.permutation(end - begin)])
         yield epoch, dataset.read_sample(int(orders[which][1][image]))
-        draw += consumers
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:

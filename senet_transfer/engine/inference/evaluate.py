@@ -24,6 +24,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.evaluation.classification import Evaluation, evaluate_classifier
 from senet_transfer.evaluation.paper_results import (
     IMAGENET,
+    LARGE_CROPS,
     Published,
     published_on_cifar,
     published_on_imagenet,
@@ -95,7 +96,7 @@ def run_evaluation(
         quiet=quiet,
     )
     if len(loaded) == 1:
-        published = published or _published(evaluation, dataset.origin, loaded[0])
+        published = published or _published(evaluation, dataset.origin, loaded[0], transform)
     names = [
         backbone_name(one.cfg) if one.cfg.MODEL.BACKBONE.ARCH else found.config_file
         for one, found in zip(loaded, sources, strict=True)
@@ -257,9 +258,19 @@ def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDatas
     return open_dataset(path, split="val", classes=classes, cache_dir=cache)
 
 
-def _published(evaluation: Evaluation, origin: str, loaded: LoadedModel) -> tuple[Published, ...]:
-    """Return published results for this network on this data."""
+def _published(
+    evaluation: Evaluation,
+    origin: str,
+    loaded: LoadedModel,
+    transform: EvalTransform | MultiScaleTransform,
+) -> tuple[Published, ...]:
+    """Return published results for this network on this data, with one crop of this size."""
     name = backbone_name(loaded.cfg)
+    if not isinstance(transform, EvalTransform) or transform.mode == "ten_crop":
+        return ()
+    if transform.crop != loaded.preprocessing.crop:
+        large = LARGE_CROPS.get((name, transform.crop)) if len(evaluation.classes) == 1000 else None
+        return (large,) if large else ()
     row = published_on_cifar(origin, name)
     if not row and len(evaluation.classes) == 1000:
         row = IMAGENET.get((loaded.family, name))

@@ -96,7 +96,7 @@ class Card:
         run = {key: value for key, value in contents.results.items() if key != "training"}
         columns = {
             "this file": _texts(evaluated),
-            "during training": _texts(run),
+            "this run": _texts(run),
             f"all runs ({len(self.runs)} seeds)": _over_runs(self.runs),
         }
         columns = {title: texts for title, texts in columns.items() if texts}
@@ -119,7 +119,7 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
     yield f"Seeds of the runs: {seeds}. Command of the first: `{runs[0].get('command', 'unknown')}`"
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:
-            yield f"This file was written from the checkpoint of the run with seed {run['seed']}."
+            yield f"The checkpoint is that of the run with seed {run['seed']}."
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in run["machine"].items())
         for run in runs

@@ -9,6 +9,7 @@ from typing import Any
 from senet_transfer.engine.publish.contents import contents_of
 from senet_transfer.engine.publish.model_card import Card
 from senet_transfer.errors import UserError
+from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.hub.repositories import PREFIX, hub_errors, parse_hub_name
 from senet_transfer.weights.save import write_own
 
@@ -102,30 +103,27 @@ def write_card(
     title: str,
     *,
     config_file: str = "",
-    half: bool = False,
     **statements: Any,
 ) -> None:
     """Write only the model card of a model whose weights are not published.
+
+    Its file is the checkpoint.
 
     Args:
         source: The model, as in :func:`push`.
         path: The file to write, in Markdown.
         title: The title of the card.
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
-        half: If True, the card describes a file with kernels and matrices in float16.
         **statements: Fields of :class:`~senet_transfer.engine.publish.model_card.Card`.
 
     Raises:
         UserError: If the model can't be loaded, or the card can't be written.
     """
-    contents = contents_of(source, config_file, half=half)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "model.safetensors")
-        write_own(weights, contents.tensors, contents.metadata)
-        shown = os.fspath(source)  # without the folders of this machine
-        shown = Path(shown).name if os.path.isabs(os.path.expanduser(shown)) else shown
-        card = Card(shown, title, use=_UNPUBLISHED, **statements)
-        text = card.of_file(contents, weights)
+    contents = contents_of(source, config_file)
+    shown = os.fspath(source)  # without the folders of this machine
+    shown = Path(shown).name if os.path.isabs(os.path.expanduser(shown)) else shown
+    card = Card(shown, title, use=_UNPUBLISHED, **statements)
+    text = card.of_file(contents, Path(local_weights(contents.run_cfg.MODEL.WEIGHTS)[0]))
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -87,6 +87,26 @@ def test_resuming_continues_with_the_very_batches_of_the_unbroken_run(
             assert torch.equal(batch["label"], expected["label"])
 
 
+@pytest.mark.long
+def test_class_aware_batches_have_all_classes_equally_whatever_the_ranks_and_workers(val):
+    dataset = open_dataset(val)  # 24 images of 4 classes
+
+    def steps(ranks, workers):
+        options = {"batch_size": 12 // ranks, "num_workers": workers, "class_aware": True}
+        each = [
+            take(loader(dataset, rank=rank, world_size=ranks, **options), 8)
+            for rank in range(ranks)
+        ]
+        return list(zip(*each, strict=True))
+
+    expected = [[key for batch in step for key in batch["key"]] for step in steps(1, 0)]
+    for ranks, workers in [(1, 0), (1, 3), (2, 0), (3, 2)]:
+        for step, keys in zip(steps(ranks, workers), expected, strict=True):
+            labels = torch.cat([batch["label"] for batch in step])
+            assert labels.bincount().tolist() == [3, 3, 3, 3]
+            assert [key for batch in step for key in batch["key"]] == keys
+
+
 def test_batches_are_whole_uint8_and_labelled_as_the_list_says(val):
     dataset = open_dataset(val)
     lines = (val / "places365_val.txt").read_text().splitlines()

@@ -5,6 +5,7 @@ import json
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from torchvision import transforms
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.cli.evaluate import main, parser
+from senet_transfer.config.load import load_config
 from senet_transfer.data.classification.open import open_dataset
+from senet_transfer.data.images.multi_scale import MultiScaleTransform
 from senet_transfer.data.images.places365 import open_places365
 from senet_transfer.data.images.transforms import EvalTransform
 from senet_transfer.data.shards.write import convert
+from senet_transfer.engine.inference.evaluate import _published
 from senet_transfer.evaluation.classification import evaluate_classifier
 from senet_transfer.evaluation.paper_results import PLACES365
 from senet_transfer.models.image_classifier import wrap_classifier
@@ -177,6 +181,25 @@ def test_the_other_views_are_those_of_the_plain_loop(network, weights, places, t
     evaluate("--model", "resnet18", "--weights", weights, *data, *files, *SMALL)
     _, logits = read_logits(tmp_path / "p.csv")
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "views", "published"),
+    [
+        ("senet154", EvalTransform(), 18.68),
+        ("senet154", EvalTransform(resize=366, crop=320), 17.28),
+        ("senet154", EvalTransform(mode="ten_crop"), None),
+        ("senet154", MultiScaleTransform((EvalTransform(), EvalTransform(resize=320))), None),
+        ("se_resnet50", EvalTransform(), 22.37),
+        ("se_resnet50", EvalTransform(resize=366, crop=320), None),
+    ],
+)
+def test_the_paper_is_quoted_for_the_same_views_only(model, views, published):
+    cfg = load_config("imagenet_se_r50", ["MODEL.BACKBONE.ARCH", model])
+    loaded = SimpleNamespace(cfg=cfg, family="caffe", preprocessing=EvalTransform())
+    evaluation = SimpleNamespace(classes=[str(label) for label in range(1000)])
+    rows = _published(evaluation, "imagenet/val", loaded, views)
+    assert [row.top1_error for row in rows] == ([published] if published else [])
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tests of models on the Hugging Face Hub, with a local server that has the Hub's interface."""
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -186,6 +187,8 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     assert "The weights are not published" in alone
     assert str(tmp_path) not in alone
     assert text.partition("## Training")[2].partition("## File")[0] in alone
+    hashed = hashlib.sha256((run / "model_final.pth").read_bytes()).hexdigest()
+    assert f"| SHA-256 | `{hashed}` |" in alone
     assert not hub.asked  # with --folder, nothing is uploaded
 
 
@@ -195,6 +198,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
         (["--opts", "DATASETS.TEST", "('val',)"], "--opts has an effect only with --evaluate"),
         (["--private", "--folder", "out"], "--private has no effect"),
         (["--card", "card.md", "--bundle"], "--card writes no weights"),
+        (["--card", "card.md", "--half"], "--card writes no weights"),
     ],
 )
 def test_options_without_effect_are_errors(words, message):
