@@ -96,6 +96,17 @@ with status 128 plus the signal number.
 _CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that shows which flags take several values, unless they have a ``metavar``."""
+
+    lists: tuple[str, ...] = ()
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        several = action.metavar is None and {*action.option_strings} & {*self.lists}
+        return f"{text} [{text} ...]" if several else text
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
@@ -110,7 +121,12 @@ class Parser(argparse.ArgumentParser):
     lists: tuple[str, ...] = ()
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=_Formatter, **options)
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        formatter = super()._get_formatter()
+        formatter.lists = self.lists
+        return formatter
 
     def parse_args(  # type: ignore[override]  # typeshed has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -284,6 +300,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
         "--weights",
         action="append" if several else "store",
         default=[] if several else "",
+        metavar="WEIGHTS",
         help=f"{'one or several weight files' if several else 'a weight file'}; default: the "
         "config's MODEL.WEIGHTS",
     )

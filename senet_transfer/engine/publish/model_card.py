@@ -119,7 +119,7 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
     yield f"Seeds of the runs: {seeds}. Command of the first: `{runs[0].get('command', 'unknown')}`"
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:
-            yield f"The checkpoint is that of the run with seed {run['seed']}."
+            yield f"The weights are from the checkpoint of the run with seed {run['seed']}."
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in run["machine"].items())
         for run in runs
