@@ -68,7 +68,8 @@ def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]
         for name, curve in curves.items():
             record, is_se = records[name][0], "_se_" in name
             pretrained = name.startswith(TRANSFER)
-            label = f"{network_of(record, is_se=is_se)}, {len(records[name])} runs"
+            count = len(records[name])
+            label = f"{network_of(record, is_se=is_se)}, {count} run{'s' * (count > 1)}"
             colour, line = _SE if is_se else _PLAIN, "--" if pretrained else "-"
             steps, values = list(curve), curve.values()
             axes.plot(steps, list(map(fmean, values)), line, color=colour, label=label)
