@@ -120,11 +120,8 @@ class Parser(argparse.ArgumentParser):
 
     lists: tuple[str, ...] = ()
 
-    def __init__(self, **options: Any):
-        super().__init__(formatter_class=_Formatter, **options)
-
-    def _get_formatter(self) -> argparse.HelpFormatter:
-        formatter = super()._get_formatter()
+    def _get_formatter(self) -> _Formatter:
+        formatter = _Formatter(self.prog)
         formatter.lists = self.lists
         return formatter
 
