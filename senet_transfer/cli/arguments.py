@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from senet_transfer.utils.import_hook import (
     hide_library_warnings,
