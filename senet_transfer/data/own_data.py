@@ -81,7 +81,7 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
     Args:
         data: The data to split.
         folder: Folder for the files; those of an earlier split are replaced.
-        upright: Whether annotations are those of the images with their EXIF orientation.
+        upright: Whether annotations refer to the images with EXIF orientation applied.
 
     Returns:
         The training data, the validation data, and a table with the number of objects or images.

@@ -299,7 +299,7 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Replace each broken sample with the next valid sample in the batch, wrapping at the end."""
+        """Replace each broken sample with the next valid sample in the batch, cyclically."""
         if not good:
             raise UserError(
                 f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "

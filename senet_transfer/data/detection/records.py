@@ -27,7 +27,7 @@ def read_records(
         json_file: Annotation file in COCO's instances format.
         image_dir: Folder to which the `file_name` entries are relative.
         summary: The file's summary.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
         One dictionary per image in Detectron2's format, sorted by image id.

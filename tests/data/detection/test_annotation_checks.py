@@ -203,7 +203,7 @@ def test_areas_that_do_not_fit_the_boxes_are_a_warning(area, data, files, caplog
     with caplog.at_level(logging.WARNING):
         register_coco_dataset("mine", *files(data))
     (said,) = caplog.messages
-    assert "the `area` of 3 of 3 annotations does not fit their box" in said
+    assert "the `area` of 3 of 3 annotations does not match their box" in said
 
 
 def test_crowds_in_the_majority_are_a_warning(data, files, caplog):

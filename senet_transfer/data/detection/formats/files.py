@@ -151,7 +151,7 @@ class ImageFolder:
         """
         Args:
             root: The folder.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If the folder does not exist.

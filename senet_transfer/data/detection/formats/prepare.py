@@ -29,7 +29,7 @@ def import_dataset(
         name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
         path: The file or folder.
         image_dir: The folder with the images; None selects the format's usual folder.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
         The content of an annotation file by split ("train", "val" and "test"), and the image folder

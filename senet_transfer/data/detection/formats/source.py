@@ -84,7 +84,7 @@ class Source:
 
         Args:
             image_dir: The folder with the images; None selects :meth:`image_folder`.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If a file is invalid.
@@ -213,7 +213,7 @@ def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict
     Args:
         path: A file or folder, optionally with a colon and the name of the split.
         image_dir: The folder to which the file names are relative.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
         UserError: If a file is invalid, or a split has to be chosen.
