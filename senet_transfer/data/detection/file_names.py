@@ -71,7 +71,7 @@ def describe_missing(missing: Sequence[str], image_dir: str) -> str:
     """Return a hint about missing images, such as files with similar names, or an empty string."""
     bare = os.path.basename(missing[0].replace("\\", "/"))
     if bare != missing[0] and os.path.isfile(os.path.join(image_dir, bare)):
-        return f" The image folder contains {bare}; remove the folder from the file_names."
+        return f" The image folder contains {bare}, so the folder in the file_names is wrong."
     kinds = {
         "differ only in upper and lower case": _folded,
         "differ only in the file extension": _stem,
