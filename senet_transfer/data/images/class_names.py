@@ -33,8 +33,8 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
         if by_number != by_name:
             logger.warning(
                 "The classes in %s are numbers. Their labels are in the order of the names, as in "
-                "torchvision's ImageFolder: %s. In numeric order, the classes would be: %s. To "
-                "use this order, add --classes numeric.",
+                "torchvision's ImageFolder: %s. The numeric order would be: %s. To use this "
+                "order, add --classes numeric.",
                 root,
                 first_of(by_name, _SHOWN),
                 first_of(by_number, _SHOWN),
