@@ -1,4 +1,4 @@
-"""Tests of complexity counts against layer hooks, closed formulas and the paper's tables."""
+"""Tests for complexity counts against layer hooks, closed formulas and the paper's tables."""
 
 import pytest
 import torch

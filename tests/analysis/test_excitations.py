@@ -1,4 +1,4 @@
-"""Tests of the gate analysis from images to figures, and of pruned networks."""
+"""Tests for the gate analysis from images to figures, and of pruned networks."""
 
 import csv
 import hashlib

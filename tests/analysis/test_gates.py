@@ -1,4 +1,4 @@
-"""Tests of gate names, values and statistics, and of image sampling."""
+"""Tests for gate names, values and statistics, and of image sampling."""
 
 import json
 

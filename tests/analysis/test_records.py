@@ -1,4 +1,4 @@
-"""Tests of the records of runs, and of the tables in the documents."""
+"""Tests for the records of runs, and of the tables in the documents."""
 
 import hashlib
 import json

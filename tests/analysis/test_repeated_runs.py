@@ -1,4 +1,4 @@
-"""Tests of skipping and resuming runs, and of training with several seeds."""
+"""Tests for skipping and resuming runs, and of training with several seeds."""
 
 import json
 import math

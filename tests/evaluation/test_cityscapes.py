@@ -1,4 +1,4 @@
-"""Tests of the evaluators for Cityscapes with the package cityscapesscripts, if it is installed."""
+"""Tests for the evaluators for Cityscapes with the package cityscapesscripts, if it is installed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests of the classification evaluator."""
+"""Tests for the classification evaluator."""
 
 import json
 import os

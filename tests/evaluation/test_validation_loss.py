@@ -1,4 +1,4 @@
-"""Tests of the losses of a detector on an evaluation data set."""
+"""Tests for the losses of a detector on an evaluation data set."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tests of folded networks and exported files against the eager networks."""
+"""Tests for folded networks and exported files against the eager networks."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Tests of detectors in ONNX files against the eager detectors, and of tools/detect_onnx.py."""
+"""Tests for detectors in ONNX files against the eager detectors, and of tools/detect_onnx.py."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Tests of ONNX files with float16 and int8."""
+"""Tests for ONNX files with float16 and int8."""
 
 import json
 from collections import Counter

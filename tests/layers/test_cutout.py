@@ -1,4 +1,4 @@
-"""Tests of the area that Cutout sets to zero."""
+"""Tests for the area that Cutout sets to zero."""
 
 import pytest
 import torch

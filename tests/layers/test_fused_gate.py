@@ -1,4 +1,4 @@
-"""Tests of the fused gated sum against the plain expression ``se(norm(conv(x))) + shortcut``."""
+"""Tests for the fused gated sum against the plain expression ``se(norm(conv(x))) + shortcut``."""
 
 import copy
 

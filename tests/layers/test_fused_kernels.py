@@ -1,4 +1,4 @@
-"""Tests of the fused kernels against the plain expression in float64.
+"""Tests for the fused kernels against the plain expression in float64.
 
 They run on a GPU, or on the CPU in Triton's interpreter, which is selected by
 ``TRITON_INTERPRET=1`` before Triton is imported. Without a GPU and without this variable, only

@@ -1,4 +1,4 @@
-"""Tests of the operators for rotated boxes against OpenCV and torchvision."""
+"""Tests for the operators for rotated boxes against OpenCV and torchvision."""
 
 import cv2
 import numpy as np

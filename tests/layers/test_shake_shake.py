@@ -1,4 +1,4 @@
-"""Tests of the shake-shake operator and of the blocks that use it."""
+"""Tests for the shake-shake operator and of the blocks that use it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests of the SE operator against plain implementations of the paper's equations."""
+"""Tests for the SE operator against plain implementations of the paper's equations."""
 
 import pytest
 import torch

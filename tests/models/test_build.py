@@ -1,4 +1,4 @@
-"""Tests of backbones and detectors built from configs."""
+"""Tests for backbones and detectors built from configs."""
 
 import pytest
 import torch

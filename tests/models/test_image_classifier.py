@@ -1,4 +1,4 @@
-"""Tests of the meta-architecture: inputs, outputs, and equality with the plain classifier."""
+"""Tests for the meta-architecture: inputs, outputs, and equality with the plain classifier."""
 
 import pytest
 import torch

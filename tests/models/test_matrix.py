@@ -1,4 +1,4 @@
-"""Tests of every registered model in bfloat16, exported and compiled."""
+"""Tests for every registered model in bfloat16, exported and compiled."""
 
 import pytest
 import torch

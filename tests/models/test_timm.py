@@ -1,4 +1,4 @@
-"""Tests of timm's networks as backbones and classifiers, compared with timm itself."""
+"""Tests for timm's networks as backbones and classifiers, compared with timm itself."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tests of the benchmark's statistics and command line."""
+"""Tests for the benchmark's statistics and command line."""
 
 import json
 import random

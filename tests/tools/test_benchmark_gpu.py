@@ -1,4 +1,4 @@
-"""Tests of the GPU benchmark: its targets, processes and archive, and a dry run of all its code."""
+"""Tests for the GPU benchmark: targets, processes, archive, and a dry run of all its code."""
 
 import json
 import math

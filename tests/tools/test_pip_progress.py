@@ -1,4 +1,4 @@
-"""Tests of the progress that `make setup` prints, with a script in place of pip."""
+"""Tests for the progress that `make setup` prints, with a script in place of pip."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""Tests of the warnings that commands hide."""
+"""Tests for the warnings that commands hide."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Tests of progress bars, which are only shown on a terminal."""
+"""Tests for progress bars, which are only shown on a terminal."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Tests of the safe pickle reader: valid data is read correctly, and no code is executed."""
+"""Tests for the safe pickle reader: valid data is read correctly, and no code is executed."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""Tests of text formatting for messages."""
+"""Tests for text formatting for messages."""
 
 import pytest
 

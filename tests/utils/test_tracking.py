@@ -1,4 +1,4 @@
-"""Tests of the writers for experiment trackers, with stand-ins for their packages."""
+"""Tests for the writers for experiment trackers, with stand-ins for their packages."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Tests of checkpoints of other projects: they load right, or the error names the remedy."""
+"""Tests for checkpoints of other projects: they load right, or the error names the remedy."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tests of load_weights and save_weights: every tensor is accounted for, or loading fails."""
+"""Tests for load_weights and save_weights: every tensor is accounted for, or loading fails."""
 
 import pytest
 import torch

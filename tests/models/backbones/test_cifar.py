@@ -1,4 +1,4 @@
-"""Tests of the networks for CIFAR against plain-PyTorch implementations of the equations."""
+"""Tests for the networks for CIFAR against plain-PyTorch implementations of the equations."""
 
 import pytest
 import torch

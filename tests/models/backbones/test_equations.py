@@ -1,4 +1,4 @@
-"""Tests of residual blocks with SE against plain-PyTorch implementations."""
+"""Tests for residual blocks with SE against plain-PyTorch implementations."""
 
 import pytest
 import torch

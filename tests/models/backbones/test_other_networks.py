@@ -1,4 +1,4 @@
-"""Tests of VGG, Inception networks, MobileNet and ShuffleNet against plain-PyTorch versions.
+"""Tests for VGG, Inception networks, MobileNet and ShuffleNet against plain-PyTorch versions.
 
 Networks that other packages provide are compared with them in ``tests/weights``. The tests here
 cover the networks that no other package has, mainly the variants with SE.

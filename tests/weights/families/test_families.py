@@ -1,4 +1,4 @@
-"""Tests of families whose projects can't be installed, using their published definitions."""
+"""Tests for families whose projects can't be installed, using their published definitions."""
 
 import pickle
 

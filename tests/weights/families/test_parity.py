@@ -1,4 +1,4 @@
-"""Tests of loaded weights against the networks of installable packages."""
+"""Tests for loaded weights against the networks of installable packages."""
 
 import pytest
 import torch

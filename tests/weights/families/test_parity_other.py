@@ -1,4 +1,4 @@
-"""Tests of loaded VGG and Inception weights against the networks of installable packages."""
+"""Tests for loaded VGG and Inception weights against the networks of installable packages."""
 
 from dataclasses import replace
 

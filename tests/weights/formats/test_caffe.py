@@ -1,4 +1,4 @@
-"""Tests of Caffe files: outputs compared with OpenCV, geometry, old formats, broken files."""
+"""Tests for Caffe files: outputs compared with OpenCV, geometry, old formats, broken files."""
 
 import os
 import time

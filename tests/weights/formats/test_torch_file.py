@@ -1,4 +1,4 @@
-"""Tests of files of torch.save, compared with torch.load(weights_only=True)."""
+"""Tests for files of torch.save, compared with torch.load(weights_only=True)."""
 
 import collections
 import io

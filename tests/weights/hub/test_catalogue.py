@@ -1,4 +1,4 @@
-"""Tests of the catalogue of published weights and of loading weights by name."""
+"""Tests for the catalogue of published weights and of loading weights by name."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Tests of downloads from a local server that simulates failures of real ones."""
+"""Tests for downloads from a local server that simulates failures of real ones."""
 
 import hashlib
 import multiprocessing
