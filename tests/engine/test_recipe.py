@@ -42,7 +42,7 @@ def test_coco_on_eight_gpus_gets_detectron2s_recipe():
 def test_settings_follow_from_the_data_and_the_machine():
     few = replace(COCO, images=100, most_objects=150)
     found = settings(few, MachineFacts(8.0, 1, 4), "cadene/se_resnet50")
-    # At 800 pixels, 8 GB is enough for 2 images. 12,000 samples would be 120 epochs; 100 is the limit.
+    # At 800 pixels, 8 GB is enough for 2 images. 12,000 samples are 120 epochs; the limit is 100.
     assert (found["SOLVER.IMS_PER_BATCH"], found["SOLVER.BASE_LR"]) == (2, 0.0025)
     assert (found["SOLVER.EPOCHS"], found["TEST.EVAL_EPOCHS"]) == (100, 10)
     assert found["TEST.DETECTIONS_PER_IMAGE"] == 200

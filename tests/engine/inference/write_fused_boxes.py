@@ -1,7 +1,6 @@
 """Script that writes fused_boxes.json: boxes of several detectors, fused by ensemble-boxes.
 
-    pip install ensemble-boxes==1.0.9
-    python tests/engine/inference/write_fused_boxes.py
+It needs ``pip install ensemble-boxes==1.0.9``.
 """
 
 import json
