@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` without a GPU, or fail them if `$REQUIRE_GPU` is set."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        reason = "this test needs a CUDA GPU, and torch.cuda.is_available() is False"
+        reason = "this test needs a CUDA GPU, but torch.cuda.is_available() is False"
         if os.environ.get("REQUIRE_GPU"):
             pytest.fail(f"{reason}, although REQUIRE_GPU is set")
         pytest.skip(reason)

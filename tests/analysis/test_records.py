@@ -131,7 +131,7 @@ def test_records_are_small_and_state_how_they_were_made():
         found = json.loads(path.read_text())
         assert found["config"] == path.parent.name
         assert {"commit", "command", "machine", "weights_sha256"} <= found.keys()
-        assert not re.search(r"""[ "'(]/""", path.read_text()), "it contains an absolute path"
+        assert not re.search(r"""[ "'(]/""", path.read_text()), "found an absolute path"
         files = [path] if "probe" in found["network"] else [path, path.with_suffix(".csv")]
         for file in files:
             assert file.stat().st_size < 10_000

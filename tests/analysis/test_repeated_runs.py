@@ -49,7 +49,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def trains(run_python, monkeypatch):
-    """Train in a fork of the tests' warm process instead of a newly started process."""
+    """Run training in a fork of ``run_python``'s process, which is faster than a new process."""
 
     def start(command, **_):
         status = run_python(*command[1:]).returncode

@@ -54,7 +54,7 @@ def read_help(name: str, command: Callable[[], object]) -> str:
 
 
 def help_texts() -> dict[str, str]:
-    """Return the help text of each script in ``tools/`` and ``datasets/`` and console command."""
+    """Return the help texts of console commands and of scripts in ``tools/`` and ``datasets/``."""
     os.environ["COLUMNS"] = "100"
     texts = {}
     scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")]

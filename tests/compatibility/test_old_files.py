@@ -190,7 +190,7 @@ def test_every_old_option_is_still_there(path, interface):
 
 
 def form(words: str) -> str:
-    """Return an option's metavar without the choices in its braces."""
+    """Return an option's metavar with empty braces in place of its choices."""
     return re.sub(r"\{.*?\}", "{}", words)
 
 

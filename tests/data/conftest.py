@@ -12,7 +12,7 @@ from tests.data.drawn_places import write_val
 
 @pytest.fixture
 def make_shards(tmp_path_factory):
-    """Return a function that writes a number of images to a number of shards."""
+    """Return a function that writes a given number of images to a given number of shards."""
 
     def make(count: int, shards: int, seed: int = 0) -> Path:
         source = write_val(tmp_path_factory.mktemp("source"), count, seed)

@@ -30,7 +30,7 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def by_class(sizes, group=1):
-    """Return the classes of each image: one per image, interleaved, in groups of equal size."""
+    """Return images that have one class each and form equal groups; classes are interleaved."""
     names = [(number, label) for label, size in enumerate(sizes) for number in range(size * group)]
     return {f"v{n // group}_{label}_{n}": [f"c{label}"] for n, label in sorted(names)}
 

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a side stream: it negates copies, and records copies and joins."""
+    """Stand-in for a side stream that negates copies, and records copies and joins."""
 
     def __init__(self):
         self.copied, self.joined = [], []
@@ -69,7 +69,7 @@ def test_tensors_on_a_device_stay_where_they_are():
 
 @pytest.mark.gpu
 def test_on_a_gpu_computations_wait_for_the_copies():
-    """Transfer batches while the GPU is busy, and free them at once to provoke early reuse."""
+    """Transfer batches while the GPU is busy, and free each batch at once to provoke reuse."""
     device = torch.device("cuda")
     transfer = Transfer(device)
     large = torch.randn(2048, 2048, device=device)

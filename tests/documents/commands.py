@@ -167,7 +167,7 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without the model in the config's name and the number of GPUs."""
+        """Command without the model's name and the number of GPUs, which is the same per task."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 

@@ -1,4 +1,4 @@
-"""Tests that the documented scripts for other projects give the same detections as this one."""
+"""Tests that documented scripts for other projects give the same detections as this project."""
 
 import re
 import runpy

@@ -207,7 +207,7 @@ def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
     if not printed.strip():
         return f"{line}\nprinted nothing"
     if any(name in line for name in MEASURES) and not re.search(r"\d\.\d|\d,\d", done.stdout):
-        return f"{line}\nprinted no figure: {done.stdout[-1500:]}"
+        return f"{line}\nprinted no number: {done.stdout[-1500:]}"
     for place in map(folder.joinpath, _promised(command.to_run, done.stdout)):
         files = [path for path in (place, *place.rglob("*")) if path.is_file()]
         made = any(path.stat().st_size and path.stat().st_mtime > start - 1 for path in files)

@@ -123,7 +123,7 @@ class _Watch(HookBase):
         self.seen = []
 
     def after_step(self):
-        # Measure two steps earlier, because the loader's workers stop in the last steps.
+        # Measure usage two steps earlier, because the loader's workers stop in the last steps.
         if self.trainer.iter + 2 in LOOKED_AT:
             self.seen.append(usage())
 

@@ -1,4 +1,4 @@
-"""Tests for graceful shutdown and of forwarding signals to child processes."""
+"""Tests for graceful shutdown, and for forwarding signals to child processes."""
 
 import os
 import signal

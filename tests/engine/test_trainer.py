@@ -135,7 +135,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp
 
 @pytest.fixture
 def trained(command, tmp_path):
-    """Return the path of a checkpoint that detects some objects after a short run."""
+    """Train briefly, and return the path of a checkpoint that detects some objects."""
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     return str(tmp_path / "run" / "model_final.pth")
 

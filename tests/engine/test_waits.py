@@ -197,7 +197,7 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Return the waits in three steps of a ``kind`` of trainer, all with the same batch."""
+    """Return the waits in three steps on the same batch with a trainer of class ``kind``."""
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)

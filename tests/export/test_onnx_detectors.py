@@ -56,7 +56,7 @@ def check_detections(
 ) -> int:
     """Compare detections of detect_onnx.py and ``senet predict``, and return their number.
 
-    Both programs report pixels of the original images.
+    Both programs report coordinates in pixels of the original images.
     """
     output = folder / "detections.json"
     detect_without_torch(model, *images, "--output", output, "--threshold", threshold)
@@ -138,7 +138,7 @@ def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypa
 
 @pytest.mark.long
 def test_openvino_detects_the_same(small):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install)")
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is missing (pip install openvino)")
     _, model, images = small
     pixels = np.asarray(Image.open(images[1]), np.float32).transpose(2, 0, 1).copy()
     session = onnxruntime.InferenceSession(str(model))

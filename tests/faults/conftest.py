@@ -21,7 +21,7 @@ from senet_transfer.data.shards.write import convert
 from tests.faults import runs
 from tests.small_networks import SE_RESNEXT50
 
-# Options for all runs. They enable the features whose state checkpoints contain.
+# Options for all runs, which enable the features whose state is stored in checkpoints.
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
@@ -121,7 +121,7 @@ def work(words, disk):
 
 @pytest.fixture(scope="session")
 def straight(words, disk):
-    """Return a function that trains without interruption, and returns the run and its seconds."""
+    """Return a function that trains without interruption; it returns the run and its duration."""
     done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
 
     def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:

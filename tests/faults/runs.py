@@ -91,7 +91,7 @@ class Work:
         """Wait until the output contains the words ``count`` times or the process has ended."""
         until = time.monotonic() + LIMIT
         while self.output().count(words) < count and process.is_alive():
-            assert time.monotonic() < until, f"no {words!r}:\n{self.output()[-3000:]}"
+            assert time.monotonic() < until, f"{words!r} is not in:\n{self.output()[-3000:]}"
             time.sleep(0.01)
 
     def started_at(self) -> int:

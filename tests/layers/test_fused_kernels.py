@@ -1,8 +1,7 @@
 """Tests that compare the fused kernels with plain PyTorch expressions in float64.
 
-The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. Without
-a GPU and this variable, `test_the_kernels_in_the_interpreter` runs this file in a process in which
-the variable is set.
+The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. With
+neither, `test_the_kernels_in_the_interpreter` runs this file in a process with this variable.
 """
 
 import copy
@@ -78,7 +77,7 @@ def _report() -> Iterator[None]:
 @pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernels_in_the_interpreter(tests):
     if INTERPRETED:
-        pytest.skip("this process runs the kernels in the interpreter already")
+        pytest.skip("this process already runs the kernels in the interpreter")
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -254,7 +253,7 @@ SHAPES = [
 
 
 def cases() -> Iterator[tuple]:
-    """Yield cases (shape, layout, norm, gate) that cover every pair of two values."""
+    """Yield cases (shape, layout, norm, gate) in which every pair of values occurs."""
     gates = ["sigmoid", "", "tanh", "relu"]
     for index, shape in enumerate(SHAPES):
         for number, norm in enumerate(NORMS):
@@ -772,7 +771,7 @@ class AllOperators(nn.Module):
 
 
 def save_gradients(rank: int, folder: Path) -> None:
-    """Save the gradients that one of two processes with DistributedDataParallel computes."""
+    """Compute gradients in one of two processes with DistributedDataParallel, and save them."""
     options = {"rank": rank, "world_size": 2, "init_method": f"file://{folder / 'store'}"}
     torch.distributed.init_process_group("gloo", **options)
     model = DistributedDataParallel(AllOperators().double())
@@ -945,7 +944,7 @@ def mutated_kernels(name: str, folder: Path) -> object:
         Path(kernels.__file__).read_text().partition(f"def {name.partition(':')[0]}(")
     )
     kernel, decorator, others = f"{kernel}{after}".partition("@triton.jit")
-    assert kernel.count(old) == 1, f"{kernel.count(old)} times in the kernel: {old}"
+    assert kernel.count(old) == 1, f"found {kernel.count(old)} times in the kernel: {old}"
     path = folder / "mutated.py"
     path.write_text(before + kernel.replace(old, new) + decorator + others)
     spec = importlib.util.spec_from_file_location("mutated", path)

@@ -66,7 +66,7 @@ def test_reduced_precision_stays_reduced(dtype):
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
 @pytest.mark.long
 def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
-    """Compare with the mean over many draws. This needs a sum that the final ReLU does not clip."""
+    """Compare with the mean over many draws, for sums that the final ReLU does not clip."""
     torch.manual_seed(0)
     se = SEOptions(placement=placement) if placement else None
     block = kind(16, 32, stride=2, se=se).eval()

@@ -48,7 +48,7 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
 
 
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
-    """Return two images. By default, all geometries give the same shapes for their size."""
+    """Return two random images. For the default size, all geometries give the same shapes."""
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 

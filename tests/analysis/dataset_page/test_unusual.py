@@ -42,7 +42,7 @@ def test_each_kind_of_mistake_is_found():
         return ([x, y, x + side * ratio, y + side / ratio], 0)
 
     images = [[cell() for _ in range(9)] for _ in range(40)]
-    images[3].append(([10, 10, 11, 40], 1))  # a side of one pixel
+    images[3].append(([10, 10, 11, 40], 1))  # one pixel wide
     images[5].append(([90, 10, 110, 30], 1))  # half of the box is outside the image
     images[7] = images[7][:1]  # only one of nine objects is left
     box = images[9][0][0]

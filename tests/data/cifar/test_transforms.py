@@ -117,7 +117,7 @@ def test_values_that_make_no_sense_are_refused(options):
 
 
 def test_it_is_not_slow():
-    """Require only a tenth of the target (20,000 images/s on two cores); the CPU may be busy."""
+    """Require only a tenth of the target of 20,000 images/s, because the CPU may be busy."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
     start = time.perf_counter()

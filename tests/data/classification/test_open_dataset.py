@@ -23,7 +23,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Write a Places365 train split with nested classes, in the folder that torchvision renames."""
+    """Write a Places365 train split with nested classes and torchvision's folder name."""
     root = write_val(tmp_path / "places", 4)
     lines = []
     for label, name in enumerate(CLASSES):

@@ -27,7 +27,7 @@ def take(batches, count):
 
 
 def consumer_streams(dataset, ranks, workers, batches):
-    """Return the keys in the training batches of each consumer (a worker of a rank)."""
+    """Return the keys in the training batches of each consumer (each worker of each rank)."""
     each = max(workers, 1)
     streams = defaultdict(list)
     for rank in range(ranks):

@@ -1,4 +1,4 @@
-"""Tests that annotation files and images from public bug reports have the right outcome."""
+"""Tests that annotation files and images from public bug reports are read or rejected correctly."""
 
 import contextlib
 import io

@@ -167,7 +167,7 @@ def by_entry(
 def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.ndarray | str:
     """Return a file's expected pixels, or REJECTED.
 
-    They are Pillow's, or computed from the value range for images with more than 8 bits.
+    The pixels are Pillow's or, for images with more than 8 bits, computed from the value range.
     """
     kind = name.partition(".")[0]
     if kind in ("truncated", "html", "drawing", "document"):

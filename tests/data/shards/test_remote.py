@@ -359,7 +359,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Run a local S3 server; yield functions that upload to it and kill it, and its options."""
+    """Run a local S3 server; yield an upload function, client options and a kill function."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")

@@ -310,5 +310,5 @@ def test_on_a_gpu_a_captured_step_has_one_launch_and_waits_every_20th_step(tmp_p
         trainer.run_step()
     launched = Counter(event.name for event in profiler.events())
     assert launched["cudaGraphLaunch"] == 1
-    # Two kernels set the seed, and some copy the results.
+    # Two kernels set the seed, and others copy the results.
     assert sum(n for name, n in launched.items() if "LaunchKernel" in name) < 10

@@ -29,7 +29,7 @@ def cases(shared_data) -> Path:
 
 @pytest.fixture
 def run(cases, command, tmp_path, zero_initial_weights):
-    """Return a function that sets up a run, and a checkpoint's path.
+    """Return a function that sets up a run, and the path of a checkpoint.
 
     The run trains on `base` and evaluates on the given file. The checkpoint has the classes of
     `base`.

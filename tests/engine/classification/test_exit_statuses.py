@@ -18,7 +18,7 @@ command()
 
 
 def senet(*words: object) -> list[str]:
-    """Return Python arguments that run a ``senet`` command."""
+    """Return the Python command-line arguments that run a ``senet`` command."""
     return ["-m", "senet_transfer.cli.main", *map(str, words)]
 
 

@@ -1,4 +1,4 @@
-"""Tests for config and data errors that are found when a run starts, and for the end of runs."""
+"""Tests for errors in configs and data, and for resuming a finished run."""
 
 import json
 import logging

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.long
 
 
 def evaluated_objects(folder: Path, path: Path):
-    """Return the instances that an evaluation with Detectron2 computes for an image."""
+    """Return the instances that a detector finds in an image, computed as in an evaluation."""
     loaded = find_model(weights=str(folder / "model_final.pth")).build("cpu")
     record = CheckedDatasetMapper(loaded.cfg, is_train=False)({"file_name": str(path)})
     record["width"], record["height"] = Image.open(path).size
@@ -395,7 +395,7 @@ def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, class
 
 def test_the_classes_of_places365_are_those_of_the_data_set():
     names = list(places365_classes())
-    # These lines must equal categories_places365.txt, whose MD5 torchvision contains.
+    # These lines must equal categories_places365.txt, whose MD5 is in torchvision.
     lines = "\n".join(f"/{name} {label}" for label, name in enumerate(names))
     meta = torchvision.datasets.Places365._CATEGORIES_META
     assert hashlib.md5(lines.encode()).hexdigest() == meta[1]
@@ -416,7 +416,7 @@ def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, 
         logits = model({"image": predictor.transform(photos.joinpath("a.jpg").read_bytes())[None]})
     x, features = blocks[0]
     inner = torch.relu(last.conv1(x))
-    # Compute the block by hand, with the mean of its gate values in place of each.
+    # Compute the block by hand, with each gate value replaced by their mean.
     mean = last.se.gate(last.conv2(inner)).mean()
     equal = torch.relu(x + mean * last.conv2(inner))
     for label in range(3):

@@ -187,7 +187,7 @@ def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
     for key in STAGES:
         similarity = torch.cosine_similarity(found[key].flatten(), expected[key].flatten(), dim=0)
         assert similarity > 0.999
-        # Gates start at 0.982. At most, the deviations of all blocks multiply.
+        # Gates start at 0.982. In the worst case, each block scales the features by this factor.
         blocks = sum(len(stage) for stage in plain.stages)
         assert 0.982**blocks < found[key].norm() / expected[key].norm() < 1.01
 

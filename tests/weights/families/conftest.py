@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _zero_initial_weights(zero_initial_weights):
-    """Save time in all tests in this folder, because they load files into new networks."""
+    """Initialise networks with zeros, because all tests in this folder load weights into them."""

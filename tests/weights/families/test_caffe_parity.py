@@ -1,4 +1,4 @@
-"""Tests that loaded Caffe networks compute the same as OpenCV with the same files."""
+"""Tests that loaded Caffe networks give the same outputs as OpenCV with the same files."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ slow = pytest.mark.slow
 
 
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
-    """Return res2 to res5 and logits, computed per image because OpenCV's Axpy requires it."""
+    """Return res2 to res5 and logits, computed for each image, as OpenCV's Axpy requires."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
     runner = opencv_network(folder / "net.prototxt", folder / "net.caffemodel")
     # Fusion would remove the intermediate feature maps.

@@ -1,4 +1,4 @@
-"""Tests that loaded weights compute the same as the networks of installable packages."""
+"""Tests that loaded weights give the same outputs as in the packages that they are from."""
 
 import pytest
 import torch

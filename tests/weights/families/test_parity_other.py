@@ -1,4 +1,4 @@
-"""Tests that loaded VGG and Inception weights compute the same as the original packages."""
+"""Tests that loaded VGG and Inception weights give the same outputs as in other packages."""
 
 from dataclasses import replace
 

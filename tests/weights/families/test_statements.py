@@ -197,7 +197,7 @@ def test_csail_s_wideresnet18(tmp_path):
     assert "CSAIL's wideresnet18" in examine(path).lookalikes
 
 
-# Settings by the user.
+# Settings from the user.
 
 _HALF = [127.5, 127.5, 127.5]
 
@@ -293,7 +293,7 @@ def test_an_argument_wins_against_a_guess(tmp_path):
     assert create_backbone("se_resnet18", weights=path).stem.pool == "ceil"
 
 
-# Settings by the publisher.
+# Settings from the publisher.
 
 
 @pytest.mark.long
