@@ -143,7 +143,7 @@ def test_a_cell_that_is_off_is_told():
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
-    # Million MACs in Table 1 of the ShuffleNet paper, by number of groups and channels.
+    # Millions of MACs in Table 1 of the ShuffleNet paper, by number of groups and channels.
     stated = {(1, 144): 143, (2, 200): 140, (3, 240): 137, (4, 272): 133, (8, 384): 137}
     for network, millions in stated.items():
         assert abs(_shufflenet_macs(*network) / 1e6 - millions) < 1

@@ -15,7 +15,7 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
 def show(request, browser):
-    """Return a function that opens a page; check afterwards that it loaded nothing else."""
+    """Return a function that opens a page. After the test, check that the page had no errors."""
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
     complaints, asked = [], []

@@ -50,7 +50,7 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a detection for each object in a file, with the class indices of `base`."""
+    """Return a detection for each object in an annotation file, with class indices of `base`."""
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []
