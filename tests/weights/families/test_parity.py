@@ -1,4 +1,4 @@
-"""Tests that loaded weights give the same outputs as in the packages that they are from."""
+"""Tests that loaded weights give the same outputs as the original packages' networks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests that loaded VGG and Inception weights give the same outputs as in other packages."""
+"""Tests that loaded VGG and Inception weights give the outputs of the original networks."""
 
 from dataclasses import replace
 
