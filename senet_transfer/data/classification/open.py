@@ -30,7 +30,7 @@ from senet_transfer.data.shards.manifest import (
     load_manifest,
     parse_index,
 )
-from senet_transfer.data.shards.scan import FOREIGN, find_shards, scan_shards
+from senet_transfer.data.shards.scan import FOREIGN, find_shards, is_shard_name, scan_shards
 from senet_transfer.data.shards.storage import (
     RemoteOptions,
     is_remote,
@@ -243,7 +243,7 @@ def _open_local(
         return dataset
     if path.is_dir():
         matches = find_shards(path)
-    elif path.suffix == ".tar":
+    elif is_shard_name(path.name):
         matches = matches or [path]
     if matches:
         manifest, indices = scan_shards(matches, classes)
