@@ -157,7 +157,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     """Return the fsspec file system for an address.
 
     Raises:
-        UserError: If the package that implements the address's scheme is not installed.
+        UserError: If the package that supports the address's scheme is not installed.
     """
     scheme = check_scheme(url) or "file"
     try:
