@@ -1,6 +1,6 @@
 """Type and range checks for config values.
 
-Without these checks, invalid values would be detected late or not at all.
+Without these checks, invalid values would be noticed late or not at all.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ RANGES = {
 }
 
 
-# IoU types of a detector's diagnostics: boxes and masks.
+# IoU types for a detector's diagnostics: boxes and masks.
 IOU_TYPES = ("bbox", "segm")
 
 
@@ -227,7 +227,7 @@ def check_input(cfg: CfgNode) -> None:
         )
 
 
-# Values of keys for images with INPUT.CHANNELS. Other values require colour images.
+# Supported values of keys if INPUT.CHANNELS is set. Other values require colour images.
 _SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
     "INPUT.CLASSIFICATION.AUGMENT": ("region",),
     "INPUT.CLASSIFICATION.COLOR_JITTER": ((), []),
@@ -240,7 +240,7 @@ _SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
 
 
 def _check_channels(cfg: CfgNode, count: int | None) -> None:
-    """Raise a UserError for settings that are not supported for images with many channels."""
+    """Raise a UserError for settings that are not supported together with ``INPUT.CHANNELS``."""
     for key, supported in _SUPPORTED_WITH_CHANNELS.items():
         value = config_value(cfg, key)
         if count is not None and value not in supported:
