@@ -159,13 +159,13 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
     ("name", "options", "message"),
     [
         ("timm/test_vit", {}, "have the strides 16; expected 4, 8, 16 and 32"),
-        ("timm/test_coatnet", {}, "only takes images of"),
+        ("timm/test_coatnet", {}, "only accepts images of"),
         ("timm/regnety_02", {}, "Did you mean .*timm/regnety_002"),
         ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* It has: .*resnet18.a1_in1k"),
         ("timm/test_resnet", {"norm": "GN"}, "The norm is GN"),
         ("timm/test_resnet", {"freeze_at": 6}, "freeze_at is 6"),
         ("timm/test_resnet", {"out_features": ["stem"]}, "expected a list of names from: res2"),
-        ("timm/test_resnet", {"se_ratio": 8}, "timm builds its SE layers"),
+        ("timm/test_resnet", {"se_ratio": 8}, "timm builds this network's SE layers"),
     ],
 )
 def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
