@@ -211,7 +211,7 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
     with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
         create_backbone("timm/test_resnet", state_dict(other))
     stated = state_dict(timm.create_model("test_resnet"), ".pth", arch="test_efficientnet")
-    with pytest.raises(UserError, match="states that its network is test_efficientnet"):
+    with pytest.raises(UserError, match="contains the network test_efficientnet"):
         create_backbone("timm/test_resnet", stated)
     with pytest.raises(UserError, match="weight family is 'torchvision_v1'"):
         create_backbone("timm/test_resnet", stated, family="torchvision_v1")
@@ -235,7 +235,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         assert loaded.cfg.INPUT.CLASSIFICATION.TEST_CROP == 160
         assert loaded.classes[:2] == ["tench", "goldfish"]
     assert [call for call in calls if call[1]] == [("test_resnet.r160_in1k", True)]
-    with pytest.raises(UserError, match="states that its network is test_resnet.r160_in1k"):
+    with pytest.raises(UserError, match="contains the network test_resnet.r160_in1k"):
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 

@@ -1,4 +1,4 @@
-"""Descriptions of folders that are given instead of a weight file."""
+"""Descriptions of folders that a user specified instead of a weight file."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _SUFFIXES = (
 
 
 def describe(folder: Path) -> str:
-    """Describe the kind of folder and the file to use instead, in two sentences."""
+    """Return two sentences: the kind of folder, and the file to use instead."""
     names = {entry.name for entry in folder.iterdir()}
     inside = [name for name in sorted(names) if name.endswith(_SUFFIXES)]
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -24,14 +24,14 @@ def describe(folder: Path) -> str:
         return _deepspeed(folder, names)
     if "data.pkl" in names and ("data" in names or "version" in names):
         return (
-            f"{folder} is an unpacked file of torch.save; expected the file itself. Use the "
-            f"original file, or pack it again without compression: cd {folder.parent} && zip -0 -r "
+            f"{folder} is an unpacked torch.save file; expected the file itself. Use the original "
+            f"file, or pack it again without compression: cd {folder.parent} && zip -0 -r "
             f"weights.pth {folder.name}."
         )
     if "saved_model.pb" in names:
         return (
-            f"{folder} is a SavedModel of TensorFlow, which is not supported; expected a weight "
-            "file. Use the PyTorch weights of this network."
+            f"{folder} is a TensorFlow SavedModel, which is not supported; expected a weight file. "
+            "Use PyTorch weights for this network."
         )
     if "config.json" in names or any(name.endswith(".index.json") for name in names):
         return _hugging_face(folder, inside)

@@ -360,7 +360,7 @@ def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
     with pytest.raises(UserError) as error:
         found.build()
     first, _, rest = str(error.value).partition("\n")
-    assert "is a classifier for 8 classes, but the model has 5" in first
+    assert "contains a classifier for 8 classes, but the model has 5" in first
     assert "linear.weight" in rest
 
 
