@@ -196,7 +196,7 @@ def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
     """
     before = {key: config_value(cfg, key) for key in ACCEPT_AUTO}
     for key in before:
-        set_config_value(cfg, key, None)  # yacs accepts any type for a value of None
+        set_config_value(cfg, key, None)  # yacs accepts any type if the old value is None
     yield
     for key, old in before.items():
         value = config_value(cfg, key)
@@ -323,7 +323,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> None:
-    """Raise a UserError if a key in a file's contents is text although its default is a list."""
+    """Raise a UserError if a value in a config file is a string although its default is a list."""
     for key, value in content.items():
         if key not in cfg:
             continue
@@ -334,17 +334,17 @@ def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str
 
 
 def _check_list(source: str, key: str, default: Any, value: Any) -> None:
-    """Raise a UserError if a value is text although the key's default is a list.
+    """Raise a UserError if a value is a string although the key's default is a list.
 
-    In Python, parentheses without a comma are not a tuple: ``('my_train')`` is text.
+    In Python, parentheses without a comma do not create a tuple: ``('my_train')`` is a string.
     """
     if not isinstance(default, list | tuple) or not isinstance(value, str):
         return
-    with contextlib.suppress(ValueError, SyntaxError):  # raised for text without quotes
+    with contextlib.suppress(ValueError, SyntaxError):  # raised for a string without quotes
         value = ast.literal_eval(value)
     if isinstance(value, str):
         raise UserError(
-            f"In {source}: {key} is the text {value!r}; expected a list. A list of one element "
+            f"In {source}: {key} is the string {value!r}; expected a list. A list of one element "
             f"needs square brackets or a comma: \"['{value}']\" or \"('{value}',)\"."
         )
 

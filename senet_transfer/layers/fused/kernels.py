@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return the row, the channels and the mask of the channels of this program."""
+    """Return this program's row, its channels and their mask."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)

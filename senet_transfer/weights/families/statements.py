@@ -78,7 +78,7 @@ class Statements:
 def statements_of(
     metadata: Mapping[str, Any], architecture: Architecture | None, timm: TimmConfig | None = None
 ) -> Statements:
-    """Compare the information in a file, and next to it, with the architecture of its tensors."""
+    """Compare the information in and next to a file with the architecture of its tensors."""
     if architecture is None:
         return Statements()
     found = Statements(timm=timm)

@@ -43,7 +43,7 @@ def _deepspeed(folder: Path, names: set[str]) -> str:
     whole = "mp_rank_00_model_states.pt"
     parts = sorted(folder.glob(f"*/{whole}")) + sorted(folder.glob(whole))
     if parts and not any(folder.glob("**/zero_pp_rank_*_model_states.pt")):
-        return f"{start}Use the model's file in it: {parts[-1].relative_to(folder)}."
+        return f"{start}Use the weight file in this folder: {parts[-1].relative_to(folder)}."
     return (
         f"{start}Join its parts with the script in the checkpoint folder: python zero_to_fp32.py "
         f"{folder if 'zero_to_fp32.py' in names else folder.parent} weights."
@@ -62,7 +62,7 @@ def _hugging_face(folder: Path, inside: list[str]) -> str:
 
 def _advice(inside: list[str]) -> str:
     return (
-        f"Use one of the files in it: {first_of(map(shown, inside), 4)}."
+        f"Use one of the files in this folder: {first_of(map(shown, inside), 4)}."
         if inside
         else ("Check the path.")
     )

@@ -178,7 +178,7 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
     if _is_mmengine(tree) and first == "ema_state_dict" and plain == "state_dict":
         # mmengine's EMAHook swaps the values of these two entries when it saves a checkpoint.
         names = ("ema_state_dict", "state_dict")
-        swapped = ", which mmengine saves in exchanged order"
+        swapped = ", which mmengine swaps when saving a checkpoint"
         take = ema is not False
     else:
         names, swapped = (plain, first), ""

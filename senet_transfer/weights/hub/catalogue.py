@@ -48,7 +48,7 @@ class Entry:
         name: Name that users type.
         url: URL of the file, or of a page that links to it if it must be downloaded by hand. Empty
             for a file in this package.
-        file: File name in the cache, or in the folder.
+        file: File name in the cache or in ``folder``.
         sha256: First digits of the SHA-256 specified by the publisher. If there is none, the value
             is None and the file can't be verified.
         family: Weight family, one of ``FAMILIES``.

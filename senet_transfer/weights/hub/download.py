@@ -103,7 +103,7 @@ def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
     """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
-            f"{path} is damaged or not the expected file: its SHA-256 is {found}; expected "
+            f"{path} is damaged or is not the expected file: its SHA-256 is {found}; expected "
             f"{sha256}... {remedy or 'Delete the file to download it again.'}"
         )
 
@@ -158,7 +158,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _transfer(url: str, file: BinaryIO) -> None:
-    """Download the content of ``url``, in several attempts if needed."""
+    """Download the content of ``url`` to a file, retrying if needed."""
     logger.info("Downloading %s", url)
     tag = ""
     for attempt in range(1, ATTEMPTS + 1):

@@ -1,4 +1,4 @@
-"""Models into which weights are loaded: backbone, tensors and geometry."""
+"""Description of the model that weights are loaded into: backbone, tensors and geometry."""
 
 from dataclasses import dataclass
 from typing import Any
