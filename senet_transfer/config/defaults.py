@@ -69,7 +69,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     # runs are reproducible anyway.
     cfg.DETERMINISTIC = False
     # Experiment trackers that receive the metrics, in addition to metrics.json and TensorBoard:
-    # "wandb" and "mlflow". The package must be installed.
+    # "wandb" and "mlflow". The tracker's package must be installed.
     cfg.TRACKING = ()
     _add_model_config(cfg)
     _add_data_config(cfg)
@@ -99,18 +99,20 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.ENABLED = None
     # The reduction ratio r of the two fully connected layers.
     cfg.MODEL.SE.RATIO = 16
-    # "avg", "max" or "none".
+    # The pooling in the squeeze operation: "avg", "max" or "none".
     cfg.MODEL.SE.SQUEEZE = "avg"
-    # "sigmoid", "tanh" or "relu".
+    # The activation of the gates: "sigmoid", "tanh" or "relu".
     cfg.MODEL.SE.EXCITATION = "sigmoid"
-    # "standard", "pre", "post", "identity" or "3x3". Shake networks also support "mixture".
+    # The position of the gates: "standard", "pre", "post", "identity" or "3x3". Shake networks also
+    # support "mixture".
     cfg.MODEL.SE.PLACEMENT = "standard"
     # The stages with SE.
     cfg.MODEL.SE.STAGES = (2, 3, 4, 5)
-    # If True, the two layers have biases, as in the authors' weight files. The networks in the
-    # paper's ablations have no biases.
+    # If True, the two fully connected layers have biases, as in the authors' weight files. The
+    # networks in the paper's ablations have no biases.
     cfg.MODEL.SE.BIAS = True
-    # The hidden width is rounded to a multiple of this value. timm uses 8 in SE-ResNet-18 and -34.
+    # The hidden width of the SE layers is rounded to a multiple of this value. timm uses 8 in
+    # SE-ResNet-18 and -34.
     cfg.MODEL.SE.DIVISOR = 1
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
@@ -150,8 +152,8 @@ def _add_model_config(cfg: CfgNode) -> None:
     # other values. Values that were only guessed from the tensor names are overridden, with a
     # message in the log.
     cfg.MODEL.WEIGHTS_PIN = False
-    # The keys whose values are kept although WEIGHTS_PIN is False. Loading a config adds the keys
-    # that are set in the user's config file or options.
+    # The keys whose values in the config are kept although WEIGHTS_PIN is False. Loading a config
+    # adds the keys that are set in the user's config file or options.
     cfg.MODEL.WEIGHTS_KEEP = []
 
 
@@ -181,9 +183,9 @@ def _add_data_config(cfg: CfgNode) -> None:
     # The class names in the order of the class indices. They are read from the data sets at the
     # start of a run, so the saved config is sufficient to interpret predictions.
     cfg.DATASETS.CLASSES = []
-    # The ids of these classes in the data sets' JSON files. They are set at the start of a run.
+    # The ids of DATASETS.CLASSES in the data sets' JSON files. They are set at the start of a run.
     cfg.DATASETS.CATEGORY_IDS = []
-    # The class names of a semantic segmentation, in the order of the label values, and the names of
+    # The class names for semantic segmentation, in the order of the label values, and the names of
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
@@ -201,10 +203,10 @@ def _add_detection_input(cfg: CfgNode) -> None:
     cfg.INPUT.SATURATION = ()
     # The probability of a vertical flip, in addition to RANDOM_FLIP.
     cfg.INPUT.VERTICAL_FLIP = 0.0
-    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    # If True, rotate images by 0, 90, 180 or 270 degrees, with equal probability.
     cfg.INPUT.RIGHT_ANGLES = False
     # Large-scale jitter (Ghiasi et al. 2021), instead of MIN_SIZE_TRAIN: an image is resized to fit
-    # in SIZE (height, width), multiplied by a random factor from SCALE, and cropped to SIZE.
+    # in SIZE (height, width), scaled by a random factor from the range SCALE, and cropped to SIZE.
     cfg.INPUT.LARGE_SCALE_JITTER = CfgNode()
     cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
     cfg.INPUT.LARGE_SCALE_JITTER.SCALE = (0.1, 2.0)
@@ -382,7 +384,7 @@ def _add_classification_input(cfg: CfgNode) -> None:
     # The keys from here to ERASING add torchvision's augmentations to AUGMENT "region", in this
     # order. VERTICAL_FLIP is the probability of a vertical flip.
     cfg.INPUT.CLASSIFICATION.VERTICAL_FLIP = 0.0
-    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    # If True, rotate images by 0, 90, 180 or 270 degrees, with equal probability.
     cfg.INPUT.CLASSIFICATION.RIGHT_ANGLES = False
     # "rand_augment" (Cubuk et al. 2020), "trivial_augment" (Mueller and Hutter 2021) or "none".
     # RAND_AUGMENT contains RandAugment's number of operations and their magnitude from 0 to 30.

@@ -23,7 +23,7 @@ from senet_transfer.config.defaults import (
 from senet_transfer.config.validation import MOST_CHANNELS, check_elements
 from senet_transfer.errors import UserError
 
-# Keys whose values may have several types: whole numbers or fractions of epochs, or text or a list.
+# Keys whose values may have several types: an integer or a float (epochs), a string or a list.
 _SEVERAL_TYPES = {
     "MODEL.CLASSIFIER.CLASS_WEIGHTS",
     "SOLVER.CHECKPOINT_EPOCHS",

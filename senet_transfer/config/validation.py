@@ -169,7 +169,7 @@ def check_ranges(cfg: CfgNode) -> None:
     if unknown := set(cfg.TEST.DIAGNOSTICS) - set(IOU_TYPES):
         raise UserError(
             f"TEST.DIAGNOSTICS (--iou-types) contains {sorted(unknown)[0]!r}; expected "
-            f"{' and '.join(map(repr, IOU_TYPES))}."
+            f"{' or '.join(map(repr, IOU_TYPES))}."
         )
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
@@ -183,7 +183,7 @@ MOST_CHANNELS = 16
 
 
 def check_input(cfg: CfgNode) -> None:
-    """Check the keys that describe the images given to the model.
+    """Check the keys that describe the model's input images.
 
     Raises:
         UserError: If the image format is not supported, or the mean, std or value range is invalid.

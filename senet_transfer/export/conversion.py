@@ -76,7 +76,7 @@ def convert_file(
         to: One of ``senet_transfer.weights.convert.TARGETS``.
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
-        check: If True, compare the network's outputs with the weights of both files.
+        check: If True, check that the network has the same outputs with the weights of both files.
         backbone_only: If True, convert the backbone only, without the classifier or the other parts
             of a detector.
         choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.

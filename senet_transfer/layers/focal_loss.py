@@ -4,9 +4,12 @@ Lin et al. define the loss for one sigmoid per class. This module implements its
 
     -sum_c t_c w_c (1 - p_c)^gamma log(p_c),
 
-for a target distribution t and class weights w. For a hard label y, the loss is -w_y (1 -
-p_y)^gamma log(p_y). With gamma 0, it is the cross-entropy. With two classes, it equals the sigmoid
-form for the difference of the logits.
+for a target distribution t and class weights w. For a hard label y, the loss is
+
+    -w_y (1 - p_y)^gamma log(p_y).
+
+With gamma 0, it is the cross-entropy. With two classes, it equals the sigmoid form for the
+difference of the logits.
 """
 
 import torch

@@ -6,14 +6,15 @@ compute the same result, up to rounding, and save only tensors that a block with
 anyway:
 
 * Batch norm, in training or evaluation mode, saves the convolution's output. The gradients of gate
-and norm need only two sums per channel and image over these feature maps. One further pass computes
-the gradient of the convolution's output (:class:`_NormSum`). * A frozen norm saves nothing, but
-norm and gate only scale and shift channels, so the norm is folded into the weights of a 1x1
-convolution. The gradient of these weights, computed per image, also yields the gradient of the
-gates (:class:`_LargeConvSum`). For small feature maps with many weights, recomputing the
-convolution is cheaper (:class:`_SmallConvSum`). * The mean over positions commutes with a 1x1
-convolution and with a norm with fixed statistics. The squeeze can therefore read the convolution's
-input. In a bottleneck, it has a quarter of the output's channels.
+  and norm need only two sums per channel and image over these feature maps. One further pass
+  computes the gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm saves nothing, but norm and gate only scale and shift channels, so the norm is
+  folded into the weights of a 1x1 convolution. The gradient of these weights, computed per image,
+  also yields the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
+  weights, recomputing the convolution is cheaper (:class:`_SmallConvSum`).
+* The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics. The
+  squeeze can therefore read the convolution's input. In a bottleneck, the input has a quarter of
+  the output's channels.
 
 The plain expression is used on other devices, with hooks, under compilers, tracers and dispatch
 modes, and for variants that these methods do not support. For the kernels used on GPUs, see

@@ -6,10 +6,11 @@ that the paper does not specify follow the authors' released network definitions
 Differences from other implementations:
 
 * Gating and adding the shortcut are one fused multiply-add, as in the authors' Axpy layer. The
-gated feature map is therefore never written to memory. * ``fc1`` and ``fc2`` are linear layers on
-``(N, C)``. On a CPU, they are faster than 1x1 convolutions on 1x1 feature maps. The parameters are
-the same: when a weight file is loaded, weights of shape ``(O, I, 1, 1)`` are reshaped. * Gates can
-be initialised to be almost open; see :meth:`SqueezeExcitation.reset_parameters`.
+  gated feature map is therefore never written to memory.
+* ``fc1`` and ``fc2`` are linear layers on ``(N, C)``. On a CPU, they are faster than 1x1
+  convolutions on 1x1 feature maps. The parameters are the same: when a weight file is loaded,
+  weights of shape ``(O, I, 1, 1)`` are reshaped.
+* Gates can be initialised to be almost open; see :meth:`SqueezeExcitation.reset_parameters`.
 """
 
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ class SEOptions:
         divisor: The hidden width is rounded to a multiple of this number (8 in timm). With 1, the
             width is ``channels // ratio``.
         relu_before: Whether to add a ReLU between the residual branch and its gate, as in timm's
-            legacy_seresnet18 and 34 but not in the paper. Only supported with the standard
-            placement.
+            legacy_seresnet18 and legacy_seresnet34 but not in the paper. Only supported with the
+            standard placement.
         init: Initialisation, "open" or "random"; see :meth:`SqueezeExcitation.reset_parameters`.
 
     Raises:

@@ -142,7 +142,7 @@ def residual_end(
         se: The gate for the convolution's output; None for a block without a gate.
         x: Input of the convolution, ``(N, K, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``; None for no shortcut.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
         relu: Whether to apply the ReLU.
     """
     norm = conv.norm
@@ -185,7 +185,7 @@ def gate_and_add(
         se: The gate.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
         scale: Factor of the gated branch; only 1 is fused.
     """
     fits = scale == 1 and x.dtype == shortcut.dtype and x.shape == shortcut.shape
@@ -204,7 +204,7 @@ def gate_add_norm(
         norm: The norm of the sum, which is the first one of the next pre-activation block.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
     """
     if not _is_selected(fused, x, norm, se) or _lacks_variance(norm, x):
         return None

@@ -350,9 +350,9 @@ def gate_backward(
 ):  # fmt: skip
     """Compute the gradients of an image's fc2 output, fc1 output and pooled features.
 
-    They are written to ``dsum_ptr``, ``dhidden_ptr`` and ``dpooled_ptr``. With ``SUMS``, also write
-    the image's contributions to the gradients of the norm's bias and weight. These contributions
-    include the gradients through the gated feature map and the squeeze.
+    These gradients are written to ``dsum_ptr``, ``dhidden_ptr`` and ``dpooled_ptr``. With ``SUMS``,
+    also write the image's contributions to the gradients of the norm's bias and weight. These
+    contributions include the gradients through the gated feature map and the squeeze.
     """
     n = tl.program_id(0)
     at = n.to(tl.int64) * C

@@ -1,11 +1,12 @@
 """Operators that fuse batch norm, SE gate, sum and ReLU, with their gradients.
 
-=============== ========================================================================= operator
-result =============== =========================================================================
-`norm_gate_add` ``relu(gate(norm(x)) * norm(x) + shortcut)``, the end of a residual block
-`conv_gate_add` the same for ``norm(conv(x))``, with a 1x1 convolution and a frozen norm
-`gate_add_norm` ``gate(x) * x + shortcut``, and ``relu(norm(...))`` of it (pre-activation)
-=============== =========================================================================
+===============  =========================================================================
+operator         result
+===============  =========================================================================
+`norm_gate_add`  ``relu(gate(norm(x)) * norm(x) + shortcut)``, the end of a residual block
+`conv_gate_add`  the same for ``norm(conv(x))``, with a 1x1 convolution and a frozen norm
+`gate_add_norm`  ``s = gate(x) * x + shortcut`` and ``relu(norm(s))`` (pre-activation)
+===============  =========================================================================
 
 The gate is optional, except in `conv_gate_add`. In `norm_gate_add`, norm, shortcut and ReLU are
 optional, too.

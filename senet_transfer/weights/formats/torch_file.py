@@ -5,10 +5,10 @@ A model consists of dense tensors in plain containers. Unlike with
 skipped without running their code. ``torch.load(weights_only=True)`` is not used, because it is not
 safe for damaged or hostile files:
 
-- it does not verify zip checksums, so a flipped byte results in a wrong weight; - it accepts a
-tensor larger than its storage, and fills the rest with uninitialised memory; - it does not limit
-the memory and time of unpickling; - it can't read the tar format, some Python 2 pickles, or files
-with objects of other classes.
+- it does not verify zip checksums, so a flipped byte results in a wrong weight;
+- it accepts a tensor larger than its storage, and fills the rest with uninitialised memory;
+- it does not limit the memory and time of unpickling;
+- it can't read the tar format, some Python 2 pickles, or files with objects of other classes.
 """
 
 import io
