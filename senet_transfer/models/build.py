@@ -142,11 +142,11 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     entry, options = backbone_from_config(cfg)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
         logger.warning(
-            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have the "
-            "statistics 0 and 1. Detectron2's DetectionCheckpointer does not load published "
-            "weights by name or files from other projects. Call "
-            "senet_transfer.apply_file_geometry(cfg) before building the model and "
-            "senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) after it.",
+            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have mean "
+            "0 and variance 1. Detectron2's DetectionCheckpointer does not load published weights "
+            "by name or files from other projects. Call senet_transfer.apply_file_geometry(cfg) "
+            "before building the model and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
+            "after it.",
             backbone_name(cfg),
         )
     backbone = build_backbone(

@@ -30,8 +30,8 @@ class DenseClassifier(nn.Module):
         self.model = model
         if model.neck is not None and not hasattr(model.neck, "side"):
             raise UserError(
-                f"Dense evaluation does not support {type(model.neck).__name__}, which has no "
-                "attribute side, the side length of its input. Evaluate crops instead."
+                f"Dense evaluation does not support {type(model.neck).__name__}, which does not "
+                "specify the side length of its input (attribute side). Evaluate crops instead."
             )
 
     @property

@@ -325,8 +325,8 @@ def create_backbone(
         load_source(backbone, source)
     elif norm == "FrozenBN":
         logger.warning(
-            "%s is built with norm='FrozenBN' and without weights: its norms have the statistics "
-            "0 and 1, and training does not change them. Pass weights=, or call "
+            "%s is built with norm='FrozenBN' and without weights: its norms have mean 0 and "
+            "variance 1, and training does not change these statistics. Pass weights=, or call "
             "senet_transfer.load_weights(backbone, path) before using it.",
             name,
         )

@@ -159,7 +159,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
         notes.append(
-            "the file specifies neither geometry nor preprocessing, so the model's are kept"
+            "the file specifies neither geometry nor preprocessing, so those of the model are kept"
         )
     report = LoadReport(
         path=source.path,

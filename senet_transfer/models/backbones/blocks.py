@@ -205,8 +205,8 @@ class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with an option for the pool's padding.
 
     If the input's height and width are multiples of 4, both options give feature maps of the same
-    size. Weights trained with the other option can therefore be loaded without an error, but the
-    accuracy is lower.
+    size. Weights trained with one option can therefore be loaded into a network with the other
+    option without an error, but the accuracy is lower.
     """
 
     def __init__(

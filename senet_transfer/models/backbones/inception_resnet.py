@@ -235,7 +235,7 @@ def _stage(
     blocks.append(MixedBlock(inputs, MIXED[stage], projection=projection, norm=norm, pad=pad))
     channels = blocks[-1].out_channels
     for index in range(COUNTS[stage]):
-        # The last block of res5 adds its residual unscaled and has no ReLU.
+        # The last block of res5 adds its residual without scaling and has no ReLU.
         last = stage == 5 and index == COUNTS[stage] - 1
         blocks.append(
             InceptionResidualBlock(

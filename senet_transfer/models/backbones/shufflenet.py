@@ -66,7 +66,7 @@ class ShuffleUnit(GatedBlock):
         self.expand = make_conv(inner, residual, 1, groups=num_groups, norm=norm)
         if se is not None:
             # Number of channels of the gated tensor. All other placements gate the input or the
-            # shortcut, which have in_channels.
+            # shortcut, which have in_channels channels.
             channels = {"standard": residual, "post": out_channels}
             self.placement = se.placement
             self.se = se.operator(channels.get(se.placement, in_channels))

@@ -20,8 +20,8 @@ _WORDS = {
 class Geometry:
     """Network options that tensor shapes do not determine.
 
-    Loading a file into a network with a different geometry would cause no error, but a lower
-    accuracy. None means that an option is unknown or does not apply to the network.
+    Loading a file into a network with a different geometry causes no error but lowers the accuracy.
+    None means that an option is unknown or does not apply to the network.
 
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
@@ -87,11 +87,12 @@ def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometr
         backbone: The model's backbone.
         stages: Stages by name, including res5 of a C4 head, which is not part of the backbone.
     """
-    # Imported here to avoid a circular import: it registers the models, which import this module.
+    # Imported here to avoid a circular import: importing Detectron2 registers the models, which
+    # import this module.
     from detectron2.modeling.backbone.resnet import BasicStem
 
     stem = getattr(backbone, "stem", None)
-    # Detectron2's own stem has no such option and always pads.
+    # Detectron2's own stem has no option for the pool and always pads.
     pool = getattr(stem, "pool", "pad" if isinstance(stem, BasicStem) else None)
     stride, relu = None, None
     for stage in stages.values():

@@ -36,7 +36,8 @@ def stated_network(path: Path, metadata: Mapping[str, Any], network: str) -> str
 
     Args:
         path: Path of the file.
-        metadata: Values in the file, such as the architecture in checkpoints of timm's training.
+        metadata: Values in the file, such as the architecture in checkpoints from timm's training
+            script.
         network: Name of the model, such as "timm/regnety_002".
 
     Raises:

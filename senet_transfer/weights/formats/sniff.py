@@ -42,7 +42,7 @@ def sniff(path: Path) -> str:
     head = _head(path)
     if path.suffix == ".distcp" or path.name == ".metadata":
         raise UserError(
-            f"{path} is a part of a distributed checkpoint. {folders.describe(path.parent)}"
+            f"{path} is part of a distributed checkpoint. {folders.describe(path.parent)}"
         )
     if head.startswith(b"PK\x03\x04"):
         return ZIP

@@ -55,7 +55,7 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("architecture"), str):
         return None
-    # Files written before timm 0.9 contain the values of pretrained_cfg themselves.
+    # Files written before timm 0.9 contain the values of pretrained_cfg at the top level.
     stated = content.get("pretrained_cfg") or content
     try:
         model_args = dict(content.get("model_args") or {})
@@ -65,7 +65,7 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
             raise ValueError(f"model_args contains {', '.join(map(shown, unknown))}")
         names = content.get("label_names") or stated.get("label_names") or ()
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-            raise ValueError("label_names is not a list of text")
+            raise ValueError("label_names is not a list of strings")
         return TimmConfig(content["architecture"], _preprocessing(stated), tuple(names))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(

@@ -22,7 +22,7 @@ _FILE = re.compile(r"(?P<name>\w+)-(?P<sha256>[0-9a-f]{8,64})\.safetensors")
 
 
 def is_bundled_name(name: object) -> bool:
-    """Return whether a name has the form of a name for weights in this package."""
+    """Return whether a name has the form used for weights in this package."""
     return isinstance(name, str) and name.startswith(f"{PUBLISHER}/")
 
 

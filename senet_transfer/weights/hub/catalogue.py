@@ -195,7 +195,7 @@ def names_published(weights: str | Path) -> bool:
 
 
 def only_in_timm(name: str) -> bool:
-    """Return whether a name refers to weights that timm provides but this catalogue does not.
+    """Return whether a name refers to weights that timm provides but the catalogue does not.
 
     A network name without a tag is ambiguous if the catalogue contains weights for the network.
     """

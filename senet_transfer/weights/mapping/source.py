@@ -231,7 +231,7 @@ def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
             continue
         source = replace(source, **{part: replace(fields_of, **{name: value})})
         notes.append(
-            f"{name} is {value}, as stated, although the tensor names of the family "
+            f"{name} is {value}, as specified by the user, although the tensor names of the family "
             f"{source.family.name} suggest {suggested}"
         )
         logger.info("%s: %s.", source.path, notes[-1])

@@ -92,7 +92,7 @@ def _blob(message: Any) -> np.ndarray:
     if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape):
         raise ValueError(f"a blob has the invalid shape {shape}")
     if int(np.prod(shape, dtype=object)) != values.size:
-        raise ValueError(f"a blob has {values.size} values, which does not match its shape {shape}")
+        raise ValueError(f"a blob has {values.size} values, which do not match its shape {shape}")
     return values.reshape(shape)
 
 
