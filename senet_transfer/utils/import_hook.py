@@ -45,9 +45,9 @@ def require_detectron2() -> None:
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(
             "senet_transfer requires Detectron2, which is not installed. It can't be installed by "
-            "name from the package index. Run `install_detectron2.py`, which pip has installed "
-            "next to the program `senet` (in a clone of this project: "
-            "`python tools/install_detectron2.py`), or build Detectron2 from its official source."
+            "name from the package index. Run `install_detectron2.py`, which pip installed next to "
+            "the `senet` program (in a clone of this project: `python "
+            "tools/install_detectron2.py`), or build Detectron2 from its official source."
         )
 
 

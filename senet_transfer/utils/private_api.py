@@ -1,8 +1,8 @@
 """Wrappers for private APIs of other libraries, with the versions they were tested with.
 
 No other module of the package reads or writes a private attribute of torch, fvcore, Detectron2 or
-Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so that a
-test fails if an upgrade changes a private API. Importing this module does not import any of these
+Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so a test
+fails if an upgrade changes a private API. Importing this module does not import any of these
 libraries.
 """
 
@@ -86,7 +86,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Return the norm of each tensor, ``(N,)``, computed in few kernels.
+    """Return the norm of each tensor, ``(N,)``, using few kernels.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_norm``.
     """
@@ -106,7 +106,7 @@ def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its target, in few kernels.
+    """Copy each value into its target, using few kernels.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_copy_``.
     """

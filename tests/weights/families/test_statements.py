@@ -243,7 +243,7 @@ def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, c
         apply_file_geometry(cfg)
         assert cfg.MODEL.PIXEL_MEAN == _HALF
         assert cfg.MODEL.RESNETS.STEM_POOL == "pad"
-        assert "stem_pool is pad, as stated" in caplog.text
+        assert "stem_pool is pad, as specified" in caplog.text
         # The config.yaml of a run keeps this, although it contains all keys.
         (tmp_path / "run.yaml").write_text(cfg.dump())
         again = load_config(str(tmp_path / "run.yaml"))
