@@ -20,7 +20,7 @@ def read_once() -> Iterator[None]:
 
     For example, a run verifies a weight file, reads its geometry and loads it into the model.
     Within the block, only the first of these steps reads the file. The cache is cleared when the
-    block ends, so that no tensors are kept in memory.
+    block ends, so no tensors are kept in memory.
     """
     token = _RESULTS.set({})
     try:
