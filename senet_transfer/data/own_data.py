@@ -46,7 +46,7 @@ class DataPart(NamedTuple):
 
 
 def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart, DataPart | None]:
-    """Find the training and validation data of a data set for detection or classification.
+    """Find training and validation data for detection or classification.
 
     Args:
         path: JSON file in COCO format; folder with such files for each part, such as `train.json`,

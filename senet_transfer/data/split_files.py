@@ -111,8 +111,8 @@ def split_coco(
         split: Options of the split.
 
     Returns:
-        A dictionary from the names of the new files, without extension, to their contents, and the
-        table; see :func:`split_data`.
+        A dictionary from the names of the new files, without extension, to their contents, and a
+        table with the number of objects per class and part.
 
     Raises:
         UserError: If the content is invalid, or a part would be empty.
@@ -122,7 +122,7 @@ def split_coco(
 
 
 def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
-    """Return the images in each new file, by file name without extension, and the table."""
+    """Assign images to the new files, and return the images per file and a table of counts."""
     part_of = split_images(data.objects, split)
     images: dict[str, set[str]] = defaultdict(set)
     for name, part in part_of.items():

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Variant of Detectron2's COCOEvaluator that uses faster-coco-eval, eight times as fast.
+    """Variant of Detectron2's COCOEvaluator based on faster-coco-eval, about eight times as fast.
 
     The metrics are computed with consecutive numbers instead of the ids in the annotation file; see
     :class:`~senet_transfer.evaluation.numbering.Numbering`. The prediction files contain the ids

@@ -40,9 +40,9 @@ def read_source(
     if splits is None:
         raise UserError(
             f"{source} has an unsupported format; expected an official CIFAR-10 or CIFAR-100 "
-            "archive (binary or Python version), the folder it was unpacked to, or a folder with "
-            "train and test (or train.tar.xz and test.tar.xz), each with one folder per class. "
-            "Pass one of these."
+            "archive (binary or Python version), an unpacked archive, or a folder with train and "
+            "test (or train.tar.xz and test.tar.xz), each with one folder per class. Pass one of "
+            "these."
         )
     return splits
 

@@ -307,7 +307,7 @@ def _matches(path: Path) -> list[Path]:
 
 
 def _check_shards(manifest: Manifest, folder: Path) -> None:
-    """Raise a UserError if local shards are missing. Otherwise, training would fail later."""
+    """Raise a UserError if local shards are missing, before training starts."""
     missing = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
     if missing:
         raise UserError(

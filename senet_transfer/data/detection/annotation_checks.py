@@ -390,7 +390,7 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
     area = item.get("area")
     if area is not None and not _is_finite(area):
-        return f"has area {area!r}", "a finite number of square pixels"
+        return f"has area {area!r}", "a finite number, the area in square pixels"
     return _box_problem(item["bbox"], sizes[item["image_id"]])
 
 

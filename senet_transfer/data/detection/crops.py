@@ -34,7 +34,7 @@ class CocoCrops(SingleImages):
         """
         Args:
             json_file: Annotation file in COCO instances format.
-            image_dir: Folder with its images.
+            image_dir: Folder with the annotated images.
             min_side: Minimum width and height of a box, in pixels.
             reading: Settings for reading the images.
 
@@ -94,7 +94,7 @@ class CocoImages(SingleImages):
         """
         Args:
             json_file: Annotation file in COCO instances format.
-            image_dir: Folder with its images.
+            image_dir: Folder with the annotated images.
             by: "class", or "size" for COCO's size classes: small (an area below 32² pixels), medium
                 (below 96² pixels) and large.
             upright: Whether the annotations refer to the images with EXIF orientation applied.

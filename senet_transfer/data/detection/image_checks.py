@@ -140,7 +140,7 @@ def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) 
 
 
 def _check_header(record: dict, *, read: Callable[[dict], object], reading: Reading) -> None:
-    """Check an image without decoding it. If this fails, read the image for the reason."""
+    """Check an image without decoding it. On failure, read it completely to find the reason."""
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)

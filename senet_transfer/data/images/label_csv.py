@@ -114,7 +114,7 @@ def _read_text(path: Path) -> str:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
             f"{path}, line {line}: not UTF-8 ({error.reason}). {_EXAMPLE}. Save the file again "
-            "with the encoding UTF-8."
+            "with UTF-8 encoding."
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error}. {_EXAMPLE}.") from error

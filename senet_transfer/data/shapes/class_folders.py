@@ -1,4 +1,4 @@
-"""Small classification data set of crops from the shapes data set, without a download."""
+"""Small classification data set with crops from the shapes data set; no download is required."""
 
 import json
 import logging

@@ -145,7 +145,7 @@ BAD_ENTRIES = [
     ("annotations.1.bbox", [-4, 2, 4, 4], "outside its image"),
     ("annotations.1.bbox", [1, -9, 3, 4], "outside its image"),
     ("annotations.1.bbox", [10**400, 2, 3, 4], "outside its image"),
-    ("annotations.1.area", float("nan"), "has area nan.*a finite number of square pixels"),
+    ("annotations.1.area", float("nan"), "has area nan.*a finite number, the area"),
     ("annotations.1.area", float("inf"), "has area inf"),
     ("annotations.1.area", "12", "has area '12'"),
     ("annotations.1.ignore", 1, "has `ignore` 1"),

@@ -138,7 +138,7 @@ def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
 
 
 def label_text(value: object, where: str) -> str:
-    """Return a class name without surrounding spaces."""
+    """Return a class name without leading and trailing spaces."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     found = "no label" if value is None else f"the label {shown(value)}"

@@ -168,7 +168,7 @@ def _names(value: object) -> list[Any]:
 def _shape(
     value: dict[str, Any], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline | None] | None:
-    """Return the shape of a region in pixels, or None if there is none."""
+    """Return a region's shape in pixels, or None if the region has no supported shape."""
     x_unit, y_unit = size[0] / 100, size[1] / 100
 
     def pixels(name: str) -> float:

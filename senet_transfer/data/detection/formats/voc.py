@@ -77,7 +77,7 @@ def _check_unique(found: list[ImportedImage]) -> None:
         other = first.setdefault(image.file_name, image.source)
         if other != image.source:
             raise UserError(
-                f"{other} and {image.source} belong to the same image, {image.file_name}; expected "
+                f"{other} and {image.source} refer to the same image, {image.file_name}; expected "
                 "one image per XML file. Correct the <filename> in one of the files, or add its "
                 "image."
             )

@@ -190,7 +190,7 @@ def test_the_command_writes_nothing_if_an_image_is_missing(tmp_path, voc, capsys
     words = ["--from", "voc", "--source", str(voc), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="2"):
         prepare("import", words)
-    assert "c.xml belong to the same image, a.png" in capsys.readouterr().err
+    assert "c.xml refer to the same image, a.png" in capsys.readouterr().err
     text = (voc / "Annotations" / "c.xml").read_text()
     (voc / "Annotations" / "c.xml").write_text(text.replace("a.png", "c.png"))
     with pytest.raises(SystemExit, match="2"):
