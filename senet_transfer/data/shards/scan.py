@@ -128,7 +128,8 @@ def find_shards(folder: Path) -> list[Path]:
         example = next(filter(_split_of, patterns))
         raise UserError(
             f"{folder} contains the shards of several splits: {first_of(patterns)}. Expected one "
-            f"split. Pass the pattern of a split, such as '{folder / example}'."
+            f"split. Pass the pattern of a split, such as '{folder / example}', or move each split "
+            "to its own folder."
         )
     return [folder / name for name in names]
 
