@@ -214,6 +214,13 @@ def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, mo
         recipe = make.use_recipe(RunOptions(data="flowers", **given), resume=False)
         with pytest.raises(UserError, match="--data.*can't be combined with"), recipe:
             pass
+    for given in (
+        RunOptions(data="caf\udce9"),
+        RunOptions(data="flowers", options=("OUTPUT_DIR", "caf\udce9")),
+    ):
+        recipe = make.use_recipe(given, resume=False)
+        with pytest.raises(UserError, match=r"caf\\xe9.* is not UTF-8"), recipe:
+            pass
 
 
 def test_without_a_connection_training_starts_from_random_weights(shapes, monkeypatch):
