@@ -59,7 +59,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _cycled(count: int) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
 def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
@@ -139,8 +139,8 @@ def papers_blocks(names: list[str]) -> list[str]:
 
 
 def _spread(names: list[str], count: int) -> list[str]:
-    places = np.linspace(0, len(names) - 1, min(len(names), count)).round().astype(int)
-    return [names[place] for place in places]
+    indices = np.linspace(0, len(names) - 1, min(len(names), count)).round().astype(int)
+    return [names[index] for index in indices]
 
 
 def _figure6(found: Excitations, channels: int, seed: int) -> Figure:
