@@ -1,5 +1,6 @@
 """Search for training and validation data at a path specified by the user."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.detection.formats.prepare import write_dataset
+from senet_transfer.data.detection.formats.records import NOTES
 from senet_transfer.data.detection.formats.source import (
     annotations_exist,
     find_source,
@@ -30,6 +32,8 @@ _VAL_NAMES = ("val", "valid", "validation")
 _COCO_KEYS = ("images", "annotations", "categories")
 
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
+
+logger = logging.getLogger(__name__)
 
 
 class DataPart(NamedTuple):
@@ -91,6 +95,8 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
     """
     if data.image_dir:
         content = read_annotations(*data, upright=upright)
+        for note in content.get(NOTES, ()):  # the new files do not contain them
+            logger.warning("%s: %s.", data.path, note)
         # Optional entries such as `info`, which describes the original file, are omitted.
         needed = {key: content[key] for key in _COCO_KEYS if key in content}
         contents, table = split_coco(needed, data.path, Split())

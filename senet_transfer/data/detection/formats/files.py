@@ -211,9 +211,10 @@ class ImageFolder:
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises exceptions of many types for damaged files
-            found = "does not exist" if isinstance(error, FileNotFoundError) else "can't be read"
+            missing = isinstance(error, FileNotFoundError)
+            found = "does not exist" if missing else f"can't be read ({error})"
             raise UserError(
-                f"{where} lists the image {path}, which {found} ({error}); its size is required. "
+                f"{where} lists the image {path}, which {found}; its size is required. "
                 "Restore the image, or specify the folder that contains the images."
             ) from None
 
