@@ -1,6 +1,6 @@
-"""Detection of the format of an annotation file or folder, and reading of any format.
+"""Functions for detecting annotation formats and reading data sets in any supported format.
 
-A path may end in the name of a split, as in ``voc:train`` or ``data.yaml:val``.
+A path may end with a colon and the name of a split, as in ``voc:train`` or ``data.yaml:val``.
 """
 
 import os
@@ -23,19 +23,19 @@ from senet_transfer.data.detection.formats.records import (
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.errors import UserError
 
-# The number of bytes at the start of a file that are examined.
+# Number of bytes examined at the start of a file.
 _HEAD = 4096
 _YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format with the functions that read it.
+    """Annotation format and the functions for reading it.
 
     Attributes:
-        title: The format's name.
-        image_folder: Function that returns the folder of the images of a file or folder.
-        read: Function that reads a file or folder, given the folder of the images.
+        title: Name of the format.
+        image_folder: Function that returns the image folder for an annotation file or folder.
+        read: Function that reads an annotation file or folder, given the image folder.
     """
 
     title: str
@@ -61,10 +61,10 @@ class Source:
     """Annotations in a format other than COCO's.
 
     Attributes:
-        format: A key of :data:`FORMATS`.
-        path: The file or folder that was given.
-        locations: The file or folder to read by split. The key is empty if the format itself states
-            the splits, or there are none.
+        format: Key of :data:`FORMATS`.
+        path: File or folder that the user specified.
+        locations: File or folder to read, by split. The key is empty if the format itself defines the
+            splits or there are no splits.
     """
 
     format: str
@@ -72,7 +72,7 @@ class Source:
     locations: dict[str, Path]
 
     def image_folder(self) -> str:
-        """Return the folder with the images."""
+        """Return the default image folder."""
         if "" in self.locations:
             return os.path.abspath(FORMATS[self.format].image_folder(self.locations[""]))
         return os.path.abspath(self.path)
@@ -80,11 +80,11 @@ class Source:
     def read(
         self, image_dir: str | os.PathLike | None = None, *, upright: bool = True
     ) -> ImportedData:
-        """Read the data set.
+        """Read the annotations as a data set.
 
         Args:
             image_dir: The folder with the images; None selects :meth:`image_folder`.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If a file is invalid.
@@ -95,8 +95,8 @@ class Source:
             return read(self.locations[""], ImageFolder(root, upright=upright))
         whole = ImportedData()
         for split, location in self.locations.items():
-            # The images are in the same place below `root` as below the annotations, or in a folder
-            # named after the split, or in `root` itself.
+            # The images are in the same relative folder as the annotations, in a folder named after
+            # the split, or in `root` itself.
             below = os.path.relpath(FORMATS[self.format].image_folder(location), self.path)
             name = os.path.relpath(location, self.path).split(os.sep)[0]
             folders = [root / below] * (not below.startswith(os.pardir)) + [root / name]
@@ -113,11 +113,11 @@ class Source:
 
 
 def find_source(path: str | os.PathLike, name: str | None = None) -> Source | None:
-    """Return the annotations at a path; None if they are in none of the formats.
+    """Return the annotations at a path; None if their format is not in :data:`FORMATS`.
 
     Args:
         path: A file or folder. A folder may contain one folder per split.
-        name: The format, a key of :data:`FORMATS`; None detects it.
+        name: The format, a key of :data:`FORMATS`. If None, the format is detected.
     """
     path = Path(path)
     if path.is_dir():
@@ -136,18 +136,18 @@ def find_source(path: str | os.PathLike, name: str | None = None) -> Source | No
     kind = name or _format_of(path)
     if kind == "voc":
         raise UserError(
-            f"{path} is a single file of Pascal VOC; expected the folder of the data set, which "
-            "contains the XML files. Specify the folder."
+            f"{path} is a single Pascal VOC file; expected the data set's folder, which contains "
+            "the XML files. Specify the folder."
         )
     return Source(kind, path, {"": path}) if kind else None
 
 
 def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
-    """Return the format of a folder, and the file or folder to read."""
+    """Return a folder's annotation format, and the file or folder to read."""
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    # A YOLO data set may contain other files, such as those of its export.
+    # A YOLO data set may contain other YAML or JSON files, such as information about the export.
     first = [path for path in files if path.name in _YOLO_FILES]
     for path in first + files:
         kind = _format_of(path) if path.suffix.lower() in _SUFFIXES else None
@@ -160,7 +160,7 @@ _SUFFIXES = (".xml", ".json", ".yaml", ".yml")
 
 
 def _format_of(path: Path) -> str | None:
-    """Return the format of a file from its extension and first bytes; None for COCO's."""
+    """Detect the format of a file from its extension and first bytes; None for COCO format."""
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as file:
@@ -173,7 +173,7 @@ def _format_of(path: Path) -> str | None:
     if suffix in (".yaml", ".yml"):
         return "yolo" if re.search(r"^[\"']?names[\"']?\s*:", head, re.MULTILINE) else None
     if head.startswith("["):
-        # COCO's format for results is a list, too.
+        # Files in COCO results format also contain a list.
         results = '"image_id"' in head or '"score"' in head
         return "labelstudio" if re.match(r"\[\s*\{", head) and not results else None
     key = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(\{?)', head)
@@ -187,7 +187,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def split_path(path: str | os.PathLike) -> tuple[str, str]:
-    """Divide a path such as `data.yaml:val` into the path and the name of the split, or ""."""
+    """Divide a path such as `data.yaml:val` into the path and the split, which may be empty."""
     path = os.fspath(path)
     before, _, split = path.rpartition(":")
     if split in SPLITS and os.path.exists(before) and not os.path.exists(path):
@@ -196,27 +196,27 @@ def split_path(path: str | os.PathLike) -> tuple[str, str]:
 
 
 def annotations_exist(path: str) -> bool:
-    """Return True if the file or folder of a data set exists."""
+    """Return True if the annotation file or folder exists, ignoring the split in the path."""
     return os.path.exists(split_path(path)[0])
 
 
 def default_image_folder(path: str) -> str:
-    """Return the folder of the images for annotations that were given without one."""
+    """Return the default image folder for annotations."""
     location, _ = split_path(path)
     source = find_source(location)
     return source.image_folder() if source else os.path.dirname(os.path.abspath(location))
 
 
 def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict[str, Any]:
-    """Read annotations in any supported format as COCO's instances format.
+    """Read annotations in any supported format, and convert them to COCO instances format.
 
     Args:
-        path: A file or folder, optionally with a colon and the name of the split.
+        path: A file or folder, optionally followed by a colon and the name of a split.
         image_dir: The folder to which the file names are relative.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
-        UserError: If a file is invalid, or a split has to be chosen.
+        UserError: If a file is invalid, or the path does not determine the split.
     """
     location, split = split_path(path)
     if find_source(location) is None:
@@ -248,7 +248,7 @@ def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> obj
 
 
 def _imported(location: str, image_dir: str, upright: bool) -> ImportedData:
-    """Read annotations, unless they are unchanged since an earlier call."""
+    """Read annotations, or return the cached data if the files have not changed."""
     data, state = _read(location, image_dir, upright)
     if _state(data.files) != state:
         _read.cache_clear()
@@ -256,7 +256,7 @@ def _imported(location: str, image_dir: str, upright: bool) -> ImportedData:
     return data
 
 
-# The training and validation data of a run.
+# Two entries, for the training and validation data of a run.
 @lru_cache(maxsize=2)
 def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
     source = find_source(location)
@@ -266,7 +266,7 @@ def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, o
 
 
 def _state(paths: list[str]) -> tuple[int, int, int]:
-    """Return the number of files, the time of the last change and the total size."""
+    """Return the number, last modification time and total size of files."""
     found = []
     for path in dict.fromkeys(paths):
         try:
