@@ -2,8 +2,8 @@
 
 Reading a value from a GPU makes the host wait until the GPU has computed it. The guard therefore
 decides on the device whether a step is skipped, and the host reads the decisions of several steps
-together. Once more steps were skipped than are allowed, all later steps are skipped as well, until
-the host reads the decisions and raises the error.
+together. Once more steps have been skipped than are allowed, all later steps are skipped as well
+until the host reads the decisions and raises an error.
 """
 
 import logging
@@ -29,7 +29,7 @@ _LISTED = 20
 
 @dataclass
 class Step:
-    """Values of a training step that the host has not read yet, and what describes the step.
+    """Description of a training step, and its values, which the host has not read yet.
 
     Attributes:
         iteration: The number of the iteration.
@@ -72,7 +72,8 @@ class StepGuard:
         """
         Args:
             model: The model to train.
-            max_skips: The number of steps to skip before ending the run with an error.
+            max_skips: The number of steps that may be skipped. If more are skipped, the run ends
+                with an error.
             output_dir: The folder for reports about skipped steps, which help to reproduce them.
                 If empty, no reports are written.
             deferred: If True, no method except :meth:`report` reads a value from the device.
@@ -182,13 +183,16 @@ class StepGuard:
         return skip, overflow
 
     def _norms(self) -> tuple[list[str], Tensor]:
-        """Return the parameters with gradients, and norms that are finite if the gradients are."""
+        """Return the names of parameters with gradients, and the norms of these gradients.
+
+        Each of them is an L2 norm or a maximum norm, and is finite if its gradient is finite.
+        """
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:
             return [], self.halted.new_zeros(0)
         names, gradients = zip(*named, strict=True)
         if not self.deferred:
-            # On a CPU, the sum of squares takes a tenth of the time of the maximum, but it can
+            # On a CPU, the sum of squares takes a tenth of the time of the maximum. However, it can
             # overflow even if all values are finite.
             norms = norms_of(gradients, 2)
             if norms.isfinite().all():
