@@ -32,7 +32,7 @@ from senet_transfer.errors import UserError
 if TYPE_CHECKING:
     from senet_transfer.engine.model_from import ModelSource
 
-# Options for the views of an image by a classifier; --scales is also for detectors.
+# Options for a classifier's views of an image. --scales also applies to detectors.
 _VIEWS = ("crop_mode", "resize", "crop", "crops", "dense")
 
 _PLACES365 = """\
@@ -64,7 +64,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "--scales", type=int, action="append", default=[], help="one or several sizes of the "
         "shorter side in pixels; the predictions for all views of an image are combined",
     )  # fmt: skip
-    add("--crops", type=int, choices=CROPS, help="crops per scale; default: that of the crop mode")
+    add("--crops", type=int, choices=CROPS, help="crops per scale; default: as in the crop mode")
     add("--dense", action="store_true", help="apply the network to whole resized images")
     add(
         "--predictions",
@@ -137,7 +137,7 @@ def _check_saved(args: argparse.Namespace) -> None:
     names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "opts")
     if given := _given(args, names):
         raise UserError(
-            f"--saved-logits evaluates files without a model, so {given} can't be given too. "
+            f"--saved-logits evaluates files without a model, so {given} can't be used as well. "
             "Remove one of them."
         )
 
@@ -151,8 +151,8 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     names = ("model", "family", "data", *_VIEWS, "predictions", "logits")
     if given := _given(args, names):
         raise UserError(
-            f"{given} can't be given for a detector, such as the model in {args.weights[0]}. "
-            "Remove them; to select the data of a detector, set DATASETS.TEST."
+            f"{given} can't be used for a detector, such as the model in {args.weights[0]}. Remove "
+            "them; to select the data of a detector, set DATASETS.TEST."
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]
@@ -179,7 +179,7 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
-    """Return those of several options that are given, as text."""
+    """Return the names of the options that the user has set, as text."""
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     flags["opts"] = " ".join(args.opts)
     return ", ".join(flags[name] for name in names if getattr(args, name))

@@ -300,7 +300,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
     [
         ([], "nothing to do"),
         (["--config-file", CONFIG], "--output is missing"),
-        (["--update", "README.md"], "--update and --curves need"),
+        (["--update", "README.md"], "--update and --curves require"),
         (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
         (["--config-file", CONFIG, "--output", "o", "--seeds", "0", "0"], "same output folder"),
     ],
