@@ -95,7 +95,9 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
-        raise UserError(f"The axis {unknown[0]!r} is unknown; expected any of: {', '.join(PAPER)}.")
+        raise UserError(
+            f"The axis {unknown[0]!r} is unknown; expected one or more of: {', '.join(PAPER)}."
+        )
     options = (*options, "MODEL.SE.ENABLED", "True")
     cfg = model_config(config_file=config_file, options=list(options))
     if not is_classification(cfg):
@@ -190,7 +192,7 @@ def grid_table(
 ) -> str:
     """Format a table of the variants with their cost, measured error and error in the paper.
 
-    The number in brackets is the variant's rank by error among all variants of the same axis and
+    The number in parentheses is the variant's rank by error among the variants of the same axis and
     the network as configured.
     """
     errors = {

@@ -110,8 +110,8 @@ def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
         return measure(_Whole(model), torch.zeros(1, channels, *size))
     except RuntimeError as error:
         raise UserError(
-            f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. "
-            "Give a larger --size."
+            f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. Pass a "
+            "larger --size."
         ) from error
 
 

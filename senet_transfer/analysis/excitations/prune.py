@@ -89,7 +89,8 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     wrong = [stage for stage in stages if stage not in has]
     if wrong:
         raise UserError(
-            f"The stages {wrong} have no gates; expected any of: {', '.join(map(str, has))}."
+            f"The stages {wrong} have no gates; expected one or more of: "
+            f"{', '.join(map(str, has))}."
         )
     cfg = cfg.clone()
     cfg.defrost()

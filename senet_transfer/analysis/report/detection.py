@@ -28,7 +28,7 @@ from senet_transfer.utils.text import folder_name
 LEAST_SCORE = 0.1
 # Score and IoU thresholds for the F1 score by which images are selected for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
-# Size of the images in the page, which can be enlarged.
+# Size of the images in the page in pixels. Images can be enlarged on the page.
 SIDE = 640
 
 
