@@ -87,8 +87,8 @@ def engine_loop(
 
     Args:
         name: Name of the network.
-        data_file: Prepared file of small images, or other data with the keys for it. Logs are
-            written to its folder.
+        data_file: Prepared file of small images, or other data if ``keys`` contains the settings
+            for the data. Logs are written to the same folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.
