@@ -42,7 +42,7 @@ def load(
         preprocessing: The entry "preprocessing" in the metadata of the ONNX file.
         size: Height and width of the model's input.
         mode: The metadata entry "mode": "short_side" and "squash" take the central crop; "ten_crop"
-            takes five crops of the image and of its mirror image.
+            takes five crops each of the image and its mirror image.
         value_range: The metadata entry "value_range".
         upright: The metadata entry "upright".
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-SHOWN_LINES = 15  # Number of last lines of the log to show after a failure.
+SHOWN_LINES = 15  # last lines of the log to show after a failure
 
 # Lines in pip's output: a requirement, and the download of a package with its size.
 FOUND = re.compile(r"Collecting ([^\s=<>~!;\[(]+)")

@@ -107,8 +107,8 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
         )
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected one data set, on which the variants "
-            "are compared."
+            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected a single data set for comparing the "
+            "variants."
         )
     # Training takes the number of classes from the data, which may not exist yet.
     with suppress(UserError):

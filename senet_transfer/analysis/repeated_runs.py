@@ -108,7 +108,7 @@ def run_all(
     """Train several runs as ``senet train`` does, except those that are already finished.
 
     Args:
-        runs: The runs, in the order in which they are started.
+        runs: The runs, in starting order.
         jobs: The number of runs to train at the same time.
         minutes: A time limit. When it has passed, the current runs save a checkpoint and stop, and
             no others are started. SIGTERM and Ctrl-C have the same effect.

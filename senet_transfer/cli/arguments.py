@@ -174,7 +174,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite and copies of Detectron2's arguments; importing Detectron2 would be slow."""
+    """Add --overwrite and copies of Detectron2's arguments, whose import would be slow."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")

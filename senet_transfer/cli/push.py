@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "--runs",
         default="",
         metavar="FOLDER",
-        help="records seed<N>.json of all runs of the same config, for the model card",
+        help="folder with records (seed<N>.json) of all runs with the same config, for the model "
+        "card",
     )
     add("--half", action="store_true", help="store kernels and matrices in float16")
     add(

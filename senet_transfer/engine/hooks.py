@@ -150,9 +150,7 @@ class DataWaits(HookBase):
     def after_train(self) -> None:
         """Log the fraction for the complete run."""
         share = _share(self._start, self._now())
-        logger.info(
-            "%.1f%% of the time of the training steps was spent waiting for data.", 100 * share
-        )
+        logger.info("%.1f%% of the training time was spent waiting for data.", 100 * share)
 
     def _now(self) -> tuple[float, float]:
         return self.trainer.timer.seconds, self.trainer.waited

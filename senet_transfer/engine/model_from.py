@@ -80,7 +80,7 @@ class ModelSource:
         cfg: The config. ``MODEL.WEIGHTS`` is the weight file.
         source: The contents of the weight file, or of the checkpoint to load in its place. None if
             the file has not been read yet.
-        config_file: The file from which the config was read. Empty for a model specified by name.
+        config_file: The config file that was read. Empty for a model specified by name.
     """
 
     cfg: CfgNode
@@ -191,7 +191,7 @@ def find_model(
         merge_options(cfg, list(options))
     if weights:
         if family or weights != cfg.MODEL.WEIGHTS:
-            # The family in the config applies to the weights from which training started.
+            # The family in the config applies to the initial weights of the training run.
             cfg.MODEL.WEIGHTS_FAMILY = family
         if weights != cfg.MODEL.WEIGHTS:
             for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
@@ -219,8 +219,7 @@ def model_config(
 ) -> CfgNode:
     """Return a model's config for complexity analysis.
 
-    The arguments are the same as those of :func:`find_model`. The file in ``MODEL.WEIGHTS`` is not
-    read.
+    For the arguments, see :func:`find_model`. The file in ``MODEL.WEIGHTS`` is not read.
     """
     found = find_model(model, config_file, weights, options=options)
     if weights:

@@ -254,7 +254,9 @@ def _problem(step: Step, values: list[float], gradients: list[str]) -> str:
     named = zip(step.losses, losses, strict=True)
     bad = [f"{name} is {loss:g}" for name, loss in named if not math.isfinite(loss)]
     if not bad and gradients and checked:
-        bad.append(f"{len(gradients)} gradients are not finite, such as that of {gradients[0]}")
+        bad.append(
+            f"{len(gradients)} gradients are not finite, such as the gradient of {gradients[0]}"
+        )
     if bad and comm.get_world_size() > 1:
         bad.append(f"in process {comm.get_rank()}")
     return ", ".join(bad)

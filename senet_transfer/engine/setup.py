@@ -57,7 +57,7 @@ from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published
 from senet_transfer.weights.mapping.source import Source
 
-# Environment variables in which launchers count how often they have restarted the command.
+# Environment variables that launchers use to count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -188,7 +188,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         if options.classes:
             raise UserError(
                 f"--classes is {options.classes}, but it is only supported for classifiers. The "
-                "classes of a detector are those of its JSON files. Remove --classes."
+                "classes of a detector are read from its JSON files. Remove --classes."
             )
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
@@ -347,7 +347,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
 
     Raises:
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
-            from those of the other data sets or the model.
+            from the classes of the other data sets or of the model.
     """
     names = register_datasets(
         cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright

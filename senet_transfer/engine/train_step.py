@@ -66,8 +66,8 @@ class StepTrainer(SimpleTrainer):
             dtype: The autocast dtype, "float16" or "bfloat16", or None to disable autocast. An
                 empty string selects float16 on a GPU and bfloat16 on a CPU, where float16 is slow.
                 With float16, the loss is scaled.
-            micro_batches: The number of equal parts into which each batch is split. Their
-                gradients are accumulated, which gives the gradient of the mean loss.
+            micro_batches: The number of equal parts that each batch is split into. The accumulated
+                gradients of the parts equal the gradient of the mean loss.
             max_skips: The number of steps with non-finite values that may be skipped. If there are
                 more, the run ends with an error.
             output_dir: The folder for reports about skipped steps. If empty, no reports are

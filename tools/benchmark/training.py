@@ -184,7 +184,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Measure the sampling, augmentation and normalisation of batches of 128 images of 32x32."""
+    """Measure sampling, augmentation and normalisation for batches of 128 CIFAR-sized images."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

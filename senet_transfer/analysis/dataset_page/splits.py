@@ -88,7 +88,7 @@ class Split:
         return isinstance(self.images, ArrayDataset)
 
     def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of images and of objects of each class, ``(C,)`` each.
+        """Return the numbers of images and objects per class, ``(C,)`` each.
 
         In classification data, each image counts as one object.
         """
@@ -191,8 +191,8 @@ def data_config(
     names += [entry[0] for entry in datasets]
     if not names and not config_file:
         raise UserError(
-            "No data is given. Pass its path with --data, register it with --dataset, or pass "
-            "--config-file with a config that names data sets."
+            "No data is specified. Pass a path with --data, register data sets with --dataset, or "
+            "pass --config-file with a config that names data sets."
         )
     cfg = load_config(config_file or _recipe(names, entries), list(options))
     cfg.MODEL.DEVICE = "cpu"

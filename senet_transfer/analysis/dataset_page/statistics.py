@@ -27,7 +27,7 @@ def imbalance(counts: np.ndarray) -> float:
 
 
 def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
-    """Return the factors by which training resizes images, ``(M, 2)`` for width and height.
+    """Return the resize factors used in training, ``(M, 2)`` for width and height.
 
     Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; this function uses the median. With
     ``INPUT.LARGE_SCALE_JITTER``, it uses 1 for the random factor.
@@ -58,8 +58,8 @@ class AnchorFit:
         labels: Label of each object according to Detectron2's IoU thresholds: 1 for a positive
             example, 0 for a negative example, -1 in between, int ``(N,)``.
         thresholds: The config's IoU thresholds.
-        border: Number of pixels by which an anchor may cross the border of the image
-            (``MODEL.RPN.BOUNDARY_THRESH``); negative for no limit.
+        border: Number of pixels that an anchor may extend beyond the image
+            (``MODEL.RPN.BOUNDARY_THRESH``). If negative, there is no limit.
     """
 
     overlaps: np.ndarray
@@ -106,15 +106,15 @@ def best_overlaps(
 ) -> np.ndarray:
     """Return the largest IoU of each box with an anchor.
 
-    Anchors of one shape lie on a grid, and the IoU of two boxes of fixed sizes decreases with the
-    distance of their centres in each direction. Therefore, it is enough to compare each box with
-    the nearest anchor of each shape.
+    All anchors with the same shape lie on a grid, and the IoU of two boxes with fixed sizes
+    decreases with the distance between their centres in each direction. Therefore, it is enough to
+    compare each box with the nearest anchor of each shape.
 
     Args:
         boxes: Left, top, right and bottom in pixels, ``(N, 4)``.
         sizes: Width and height of each box's image in pixels, ``(N, 2)``.
         generator: Detectron2's anchor generator.
-        divisor: Number by which the sides of the padded image are divisible.
+        divisor: The sides of the padded image are multiples of this number.
         border: See :class:`AnchorFit`.
 
     Returns:

@@ -109,7 +109,7 @@ def write_overview(
 ) -> list[str]:
     """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    The arguments are the same as those of :func:`write_blocks`.
+    For the arguments, see :func:`write_blocks`.
 
     Returns:
         The paths of the files.

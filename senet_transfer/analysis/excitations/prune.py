@@ -63,7 +63,7 @@ class Pruned:
 
 
 def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> CfgNode:
-    """Return the config of the network without the gates of the given stages.
+    """Return the config of the network without the gates in the given stages.
 
     Raises:
         UserError: If a stage has no gates, or the model's gates can't be removed.
@@ -106,7 +106,7 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """Build the network without some of its gates, with the other weights of the given model.
+    """Build the network without some of its gates, with all other weights copied from the model.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
@@ -116,7 +116,7 @@ def without_gates(
 
     Returns:
         The network in evaluation mode on the model's device, or None if a gate doesn't directly
-        follow a convolution into which its scale can be folded.
+        follow a convolution and its scale therefore can't be folded into one.
     """
     with weights_follow():
         pruned = build_model(cfg)

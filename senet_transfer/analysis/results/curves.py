@@ -32,7 +32,7 @@ def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
 
     Args:
         records: The folder of the records.
-        folder: The folder to which the figures ``curves_<config>.png`` are written.
+        folder: The output folder for the figures, ``curves_<config>.png``.
 
     Returns:
         The paths of the figures. There is no figure for runs with a single evaluation.
@@ -86,7 +86,7 @@ def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
     """Return the metric of each run at the iterations where all runs were evaluated.
 
     Args:
-        folder: The folder of the records of one config.
+        folder: The folder with the records of one config.
         records: The records of this config.
 
     Raises:

@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
-    """Return a key of the records in which two runs differ by more than the seed, or ""."""
+    """Return the first key that differs between the records of two runs, or ""; ignore seeds."""
     if unlike := training_difference([found], [record], steps=steps):
         return unlike
     keys = ("settings", "initial_weights_sha256")
@@ -167,7 +167,7 @@ def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -
 def training_difference(
     found: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], *, steps: bool = True
 ) -> str:
-    """Return a key of the records in which the training of two networks differs, or "".
+    """Return the first key in which two networks' training settings differ, or "".
 
     Args:
         found: The records of one network.

@@ -5,8 +5,8 @@ A document contains a table between two comments::
     <!-- results: NAME ... -->
     <!-- end of results -->
 
-NAME is the name of a baseline config, such as ``cifar10_resnet20``, whose results are compared with
-those of its SE counterpart. Without names, the table contains all results.
+NAME is the name of a baseline config, such as ``cifar10_resnet20``. Its results are compared with
+the results of its SE counterpart. Without names, the table contains all results.
 """
 
 import math

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DOCUMENT",
-        help="write the tables of the records in --results to one or several documents",
+        help="update the result tables in one or several documents from the records in --results",
     )
     add(
         "--curves",

@@ -25,7 +25,7 @@ def check_parser() -> argparse.ArgumentParser:
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="folder to which file names are relative; default: the format's usual folder",
+        help="image folder; file names are relative to it; default: the format's usual folder",
     )
     add("--masks", action="store_true", help="also check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")

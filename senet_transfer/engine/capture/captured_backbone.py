@@ -43,7 +43,7 @@ class CapturedBackbone:
         """
         Args:
             backbone: The backbone, with an FPN if it has one. Its ``forward`` is replaced.
-            capture: A function that captures a module for the given inputs. If None, modules are
+            capture: A function that captures a module for sample inputs. If None, modules are
                 captured as CUDA graphs that share one memory pool.
             max_sizes: The maximum number of captured sizes.
             occurrences: How often a size must occur before it is captured; 3 means at its third

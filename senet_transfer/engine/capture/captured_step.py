@@ -23,10 +23,10 @@ _REMEDY = "Set SOLVER.COMPILE to none or default."
 class CapturedStep:
     """Training step that is captured as a graph and then replayed on the device.
 
-    The first calls are eager. They are ordinary steps, and they also perform initialisations that
-    are impossible during a capture, such as those of the optimizer's state and the choice of
-    convolution algorithms. A capture only records the step without computing it, so no state has to
-    be restored afterwards. Eager and replayed steps compute the same values.
+    The first calls are eager. They are ordinary steps, and they also perform initialisation that is
+    impossible during a capture, such as creating the optimizer's state and choosing convolution
+    algorithms. A capture only records the step without computing it, so no state has to be restored
+    afterwards. Eager and replayed steps compute the same values.
 
     Calls whose input shapes differ from the captured shapes, such as an incomplete batch, run
     eagerly. After ``warm_up`` such calls in a row, the step is captured again and replaces the

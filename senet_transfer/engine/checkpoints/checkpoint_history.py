@@ -68,8 +68,8 @@ def _lines(folder: str | Path, name: str) -> list[str]:
 def record(folder: str | Path, name: str, keep: int) -> None:
     """Register a saved checkpoint as the newest, and delete the oldest checkpoints.
 
-    Checkpoints that are newer than the one in ``last_checkpoint`` are removed from the list, but
-    not deleted.
+    Checkpoints that are newer than the checkpoint named in ``last_checkpoint`` are removed from the
+    list, but not deleted.
 
     Args:
         folder: The run's output folder.

@@ -27,7 +27,7 @@ def check_changes(cfg: CfgNode, before: CfgNode) -> None:
 
     Args:
         cfg: The current config.
-        before: The config with which the run was started.
+        before: The run's original config.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` has changed. The checkpoint's optimizer state does not

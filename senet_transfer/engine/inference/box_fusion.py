@@ -15,8 +15,8 @@ def fuse_boxes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge overlapping boxes of the same class into their mean, weighted by score.
 
-    The result equals that of ``weighted_boxes_fusion`` in the package ensemble-boxes with equal
-    weights and ``conf_type="avg"``. The score of a merged box is the mean score of its boxes,
+    The result is the same as with ``weighted_boxes_fusion`` in the package ensemble-boxes with
+    equal weights and ``conf_type="avg"``. The score of a merged box is the mean score of its boxes,
     multiplied by min(boxes, detectors) / detectors.
 
     Args:

@@ -54,7 +54,7 @@ class ClassNames:
     Attributes:
         things: The class names of objects.
         stuff: The class names of a semantic segmentation.
-        families: The font families in the order in which they are tried.
+        families: The font families, in the order of preference.
     """
 
     things: Sequence[str]
@@ -122,7 +122,7 @@ class PredictionDrawing(Visualizer):
             self._label(label, (0.0, bottom, 0.0, bottom), class_colour(index))
 
     def draw_segments(self, segments: dict[int, np.ndarray]) -> None:
-        """Draw a semantic segmentation, given the mask (H, W) of each class."""
+        """Draw a semantic segmentation from the mask (H, W) of each class."""
         for index, mask in segments.items():
             if mask.sum() < _LEAST_AREA:
                 continue

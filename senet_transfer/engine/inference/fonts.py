@@ -26,7 +26,7 @@ def drawable_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
         names: The class names.
 
     Returns:
-        The names to draw, and the families in the order in which matplotlib must try them.
+        The names to draw, and the font families in the order of preference for matplotlib.
     """
     families, missing = _families("".join(names))
     drawn = [
@@ -72,7 +72,7 @@ def _families(text: str) -> tuple[list[str], set[str]]:
 
 
 def _covered(entry: FontEntry, characters: set[str]) -> set[str]:
-    """Return the characters for which a font has a glyph."""
+    """Return the characters that a font has glyphs for."""
     if entry.name.startswith(_PLACEHOLDERS):
         return set()
     try:

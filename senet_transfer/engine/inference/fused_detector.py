@@ -21,10 +21,10 @@ _FIELDS = {"pred_boxes", "scores", "pred_classes"}
 class FusedDetector(nn.Module):
     """One or more detectors of any meta-architecture, whose boxes are merged.
 
-    The boxes of several models are merged by weighted boxes fusion, and those of several views of
-    an image by non-maximum suppression, as in Detectron2's test-time augmentation. With several
-    models and views, weighted boxes fusion merges the boxes of all of them. This module has the
-    interface of Detectron2's meta-architectures.
+    Boxes from several models are merged by weighted boxes fusion. Boxes from several views of an
+    image are merged by non-maximum suppression, as in Detectron2's test-time augmentation. If there
+    are several models and several views, weighted boxes fusion merges all boxes. This module has
+    the interface of Detectron2's meta-architectures.
 
     Attributes:
         models: The detectors.

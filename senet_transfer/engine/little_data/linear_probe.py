@@ -45,10 +45,10 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Fit a linear probe, and select its regularisation on a held-out part of the training images.
 
-    A fifth of the images of each class is held out. The strength with the lowest top-1 error on
-    these images is selected; in case of a tie, the one with the lowest loss. The probe is then
-    fitted to all images. Features are standardised for the fit, and the layer is converted to one
-    for the original features.
+    A fifth of the images in each class is held out. The strength with the lowest top-1 error on
+    these images is selected; ties are resolved by the lowest loss. The probe is then fitted to all
+    images. Features are standardised for the fit, and the layer is converted to one for the
+    original features.
 
     Args:
         features: Features of the training images ``(N, D)``.

@@ -44,7 +44,7 @@ def run_probe(
     workers: int = 2,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fit a linear probe, evaluate it and the nearest neighbours, and save the results.
+    """Evaluate a linear probe and nearest neighbours, and save the results.
 
     The classifier is saved as ``model_final.pth`` with a ``config.yaml``, and the results as
     ``probe.json``.

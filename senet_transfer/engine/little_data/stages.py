@@ -60,8 +60,8 @@ class GradualUnfreezing(HookBase):
         """
         Args:
             model: The model, without a wrapper for distributed training.
-            starts: The iterations from which the last stage, the stage before it, and so on are
-                trained. Stages without a number stay frozen.
+            starts: The iterations at which the last stage, the stage before it, and so on are
+                unfrozen. Stages without a number stay frozen.
             wrap: A function that wraps the model for distributed training again. The wrapper only
                 supports the parameters that required gradients when it was created.
 

@@ -150,7 +150,7 @@ def is_video(name: str) -> bool:
 
 
 def find_photos(inputs: Iterable[str]) -> list[Photo]:
-    """Return the images given by paths, URLs, folders, glob patterns and lists of images.
+    """Find images by paths, URLs, folders, glob patterns and lists of images.
 
     Folders are searched recursively. A list is a ``.txt`` file with one path or URL per line; paths
     are relative to the list's folder or to the working directory.

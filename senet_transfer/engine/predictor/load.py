@@ -70,8 +70,8 @@ def load(
         A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Classification`, or a
         :class:`~senet_transfer.engine.predictor.predictor.DetectorPredictor`, which returns
-        :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one
-        image, the results are bitwise identical to those of the evaluation.
+        :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one image,
+        the results are bitwise identical to the predictions in evaluation.
 
     Raises:
         UserError: If the source is unknown, a file can't be read, or an argument is invalid.

@@ -126,7 +126,7 @@ class Classification(_Shown):
     def of(
         cls, photo: Photo, probabilities: np.ndarray, classes: Classes, top: int
     ) -> "Classification":
-        """Return the ``top`` classes of an image, given the probabilities ``(C,)``."""
+        """Return the ``top`` most probable classes of an image from the probabilities ``(C,)``."""
         best = np.argsort(-probabilities, kind="stable")[:top].tolist()
         outdoor = None
         if classes.outdoors is not None:

@@ -35,12 +35,12 @@ class Card:
     """Information on a model card that the model itself does not contain.
 
     Attributes:
-        name: Name or path by which the model is loaded, such as "hf-hub:owner/name".
+        name: Name or path for loading the model, such as "hf-hub:owner/name".
         title: Title of the card; default: the last part of the name.
         licence: Licence of the weights; empty if unspecified.
         data: Names of the training data; empty if unspecified.
         use: Intended use; empty if unspecified.
-        runs: Records of all runs of the same config, one per seed; see :func:`read_runs`.
+        runs: Records of all runs with the same config, one per seed; see :func:`read_runs`.
         evaluate: If True, the weight file is evaluated on the run's ``DATASETS.TEST``.
         opts: Config options for the evaluation, such as local data sets.
     """
@@ -133,7 +133,7 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
 
 
 def read_runs(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the records ``seed<N>.json`` of the runs of one config, in the order of their seeds.
+    """Read the records ``seed<N>.json`` of one config's runs, sorted by seed.
 
     Raises:
         UserError: If there are no records, or a record is invalid.

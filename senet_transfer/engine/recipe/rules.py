@@ -64,7 +64,7 @@ def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "")
         weights: Pretrained weights of the backbone, or "" for random weights.
         arch: Name of the backbone that ``weights`` belong to, if they are the user's own.
     """
-    why = "the network of the weight file" if arch else _why_backbone(machine, weights)
+    why = "the network in the weight file" if arch else _why_backbone(machine, weights)
     arch = arch or (backbone(machine)[0] if weights else "se_resnet18")
     base = "finetune" if weights else "scratch"
     choices = [

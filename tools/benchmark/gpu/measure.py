@@ -175,7 +175,7 @@ def autocast(settings: Settings, dtype: torch.dtype | None, *, cache: bool) -> t
 
 
 def keep_finite(model: nn.Module) -> nn.Module:
-    """Scale the last norm of each residual block, so that random weights give finite outputs."""
+    """Scale the last norm in each residual block to keep outputs finite with random weights."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("conv3.norm.weight"):
             nn.init.constant_(tensor, 0.2)
