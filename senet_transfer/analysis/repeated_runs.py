@@ -105,7 +105,7 @@ def run_all(
     on_finish: Callable[[Run], object] = lambda _: None,
     **arguments: Any,
 ) -> list[dict[str, Any] | None]:
-    """Train several runs as ``senet train`` does, except those that are already finished.
+    """Train several runs as ``senet train`` does, except runs that are already finished.
 
     Args:
         runs: The runs, in starting order.

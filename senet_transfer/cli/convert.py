@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--ema",
         choices=("auto", "true", "false"),
         default="auto",
-        help="whether to use averaged (EMA) weights in IN; default: as in its project",
+        help="whether to use the averaged (EMA) weights in IN; default: as in IN's project",
     )
     parser.add_argument(
         "--head",

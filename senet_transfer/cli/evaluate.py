@@ -1,7 +1,7 @@
 """Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
-The weights of a detector are evaluated with the metrics of its data; the boxes of several detectors
-are fused.
+Detectors are evaluated with the metrics of their data sets, and the boxes of several detectors are
+fused.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
     senet eval --model se_resnet50 --weights se_resnet50.pth \\
@@ -74,8 +74,12 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
-        "--saved-logits", action="append", default=[], metavar="FILE", help="one or several CSV "
-        "files written with --predictions and --logits, whose probabilities are averaged",
+        "--saved-logits", action="append", default=[], metavar="FILE", help="average the "
+                                                                            "probabilities in one "
+                                                                            "or several CSV files "
+                                                                            "written with "
+                                                                            "--predictions and "
+                                                                            "--logits",
     )  # fmt: skip
     add_running_arguments(parser)
     return parser

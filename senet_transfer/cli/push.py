@@ -96,7 +96,10 @@ def main(args: argparse.Namespace) -> None:
             "Remove it."
         )
     if args.card and (args.bundle or args.folder or args.half):
-        raise UserError("--card writes no weights. Remove it, or --bundle, --folder and --half.")
+        raise UserError(
+            "--card writes no weights, so it can't be combined with --bundle, --folder "
+            "or --half. Remove one of them."
+        )
     options = {
         "config_file": args.config_file,
         "licence": args.license,

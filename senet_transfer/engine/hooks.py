@@ -171,7 +171,7 @@ class FrozenStatistics(HookBase):
         """
         Args:
             model: The model whose batch norms are frozen.
-            iterations: The number of final iterations during which they are frozen.
+            iterations: The number of final iterations during which the norms are frozen.
         """
         self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
@@ -477,7 +477,7 @@ class AverageSaver(HookBase):
 class CheckpointSaver(PeriodicCheckpointer):
     """PeriodicCheckpointer that also saves before a graceful shutdown.
 
-    It runs in all processes: if saving fails in the main process, all processes stop.
+    This hook runs in all processes: if saving fails in the main process, all processes stop.
     """
 
     def after_step(self) -> None:

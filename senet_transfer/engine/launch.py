@@ -38,8 +38,8 @@ def run(
     no GPUs, or if ``MODEL.DEVICE`` is "cpu", the processes share the CPU.
 
     The exit status is 2 for a :class:`UserError` and 1 for a :class:`RunError`; both are printed
-    without a traceback. It is 1 for any other error, and 75 (``signals.STATUS``) after a graceful
-    shutdown.
+    without a traceback. The exit status is also 1 for any other error, and 75 (``signals.STATUS``)
+    after a graceful shutdown.
 
     Args:
         main: A module-level function, so that it can be pickled.
@@ -181,7 +181,7 @@ def _guarded(main: Callable[[Any], object], argument: Any) -> None:
 
 
 def exit_with(error: UserError | RunError) -> NoReturn:
-    """Print an error and exit with its status.
+    """Print an error and exit with the corresponding status.
 
     If all processes raise the same error, only the main process prints it.
     """

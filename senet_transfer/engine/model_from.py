@@ -64,7 +64,8 @@ class LoadedModel:
     def classes(self) -> list[str]:
         """Class names, or an empty list if they are unknown.
 
-        The names of published classifiers, whose files don't contain them, are known here.
+        For published classifiers, whose files don't contain class names, this package has the
+        names.
         """
         names = list(self.cfg.DATASETS.CLASSES)
         if names or not is_classification(self.cfg):

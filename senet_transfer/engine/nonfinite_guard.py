@@ -232,7 +232,7 @@ class StepGuard:
         if self._skipped > self.max_skips:
             raise RunError(
                 f"{said} Resuming with --resume repeats the steps since the last checkpoint and "
-                "ends in the same way. The usual cause is a learning rate that is too high for "
+                "fails in the same way. The usual cause is a learning rate that is too high for "
                 "the batch size: reduce SOLVER.BASE_LR, use a longer warm-up, or set "
                 "SOLVER.CLIP_GRADIENTS. To skip up to K such steps, set SOLVER.MAX_NONFINITE_STEPS "
                 "to K."

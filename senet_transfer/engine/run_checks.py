@@ -120,7 +120,7 @@ def check_augmentation(cfg: CfgNode) -> None:
     architecture = cfg.MODEL.META_ARCHITECTURE
     problem = ""
     if is_classification(cfg):
-        problem = "is a classifier; for classifiers, senet eval has --scales, --crops and --weights"
+        problem = "is a classifier; senet eval has --scales, --crops and --weights for classifiers"
     elif predicts(cfg) != {OBJECTS}:
         problem = f"predicts {' and '.join(sorted(predicts(cfg)))}"
     elif predicts_rotated_boxes(cfg):
@@ -132,7 +132,7 @@ def check_augmentation(cfg: CfgNode) -> None:
         problem += "augmentation of a single GeneralizedRCNN"
     if problem:
         raise UserError(
-            f"{used}, which supports detectors of boxes, but the {architecture} of this config "
+            f"{used}, which requires a box detector, but the {architecture} in this config "
             f"{problem}. Set {remedy}."
         )
     if several and not 0 <= cfg.TEST.ENSEMBLE.IOU < 1:
@@ -302,7 +302,7 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
                 f"pass and INPUT.CLASSIFICATION.CROP {side}, the last feature map has a single "
                 f"pixel (SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for "
                 f"{comm.get_world_size()} processes, SOLVER.MICRO_BATCHES is "
-                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch, a "
+                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch or a "
                 "larger crop, or set MODEL.RESNETS.NORM to GN or FrozenBN."
             ) from error
     except RuntimeError:
@@ -338,8 +338,8 @@ def _check_padding(cfg: CfgNode) -> None:
     multiple = cfg.INPUT.SIZE_DIVISIBILITY
     if multiple and (is_classification(cfg) or cfg.MODEL.BACKBONE.NAME not in FPN_BUILDERS):
         raise UserError(
-            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors with "
-            f"the MODEL.BACKBONE.NAME {' or '.join(FPN_BUILDERS)}. Set it to 0."
+            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors whose "
+            f"MODEL.BACKBONE.NAME is {' or '.join(FPN_BUILDERS)}. Set it to 0."
         )
 
 

@@ -33,7 +33,7 @@ RESULTS = "results.json"
 
 
 def evaluated_file(cfg: CfgNode) -> str:
-    """Return the name of the weight file whose evaluation a training run writes to ``RESULTS``."""
+    """Return the name of the weight file that is evaluated at the end of a training run."""
     return f"{AVERAGE_NAME}.pth" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
 
 

@@ -36,7 +36,7 @@ NORMALISE = [
 
 
 def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> None:
-    """Write JPEG images of smooth random colours for two classes, as large as photographs."""
+    """Write JPEG images of two classes, with smooth random colours and the sizes of photographs."""
     draw = np.random.default_rng(0)
     for index in range(images):
         coarse = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)

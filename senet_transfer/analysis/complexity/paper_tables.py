@@ -149,7 +149,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Explain the difference by the number of residual blocks, which varies between sources."""
+    """Explain a difference in GFLOPs by the number of residual blocks in published networks."""
     blocks: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, InceptionResidualBlock):
@@ -168,18 +168,18 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain the difference by the number of groups in the pointwise convolutions."""
+    """Explain a difference in GFLOPs by the number of groups in the pointwise convolutions."""
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
         "The ShuffleNet paper (Table 1) reports 140 MFLOPs for 2 groups in the pointwise "
         "convolutions and 137 MFLOPs for 3 groups, both without the classifier. Counted layer by "
-        f"layer, they need {two:.1f} and {three:.1f} MMACs. This network has 3 groups and needs "
-        f"{_without_gates(found.total) / 1e6:.1f} MMACs with the classifier."
+        f"layer, these two variants need {two:.1f} and {three:.1f} MMACs. This network has 3 "
+        f"groups and needs {_without_gates(found.total) / 1e6:.1f} MMACs with the classifier."
     )
 
 
 def _shufflenet_macs(groups: int, width: int) -> int:
-    """Compute the MACs of a ShuffleNet without its classifier from Table 1 of its paper."""
+    """Compute ShuffleNet's MACs without the classifier, from Table 1 of the ShuffleNet paper."""
     channels, macs = 24, 24 * 3 * 9 * 112**2
     for level, units in enumerate((4, 8, 4)):
         outputs, places = width * 2**level, (28 // 2**level) ** 2

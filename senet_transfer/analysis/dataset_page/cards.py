@@ -25,7 +25,7 @@ _LEAST_PICTURE = 320
 
 
 def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
-    """Return the pictures of a training input and of the same image without augmentation."""
+    """Return pictures of a training input with and without augmentation."""
     panels = []
     for view, text in zip(views, ("training input", "without augmentation"), strict=True):
         height, width = view.pixels.shape[:2]

@@ -179,7 +179,7 @@ def write_data_page(
         anchors=_anchor_values(content),
         kinds=_kinds(content),
         sampled=[
-            f"{len(found.index):,} of the {len(split.images):,} images of the {split.role}"
+            f"{len(found.index):,} of the {len(split.images):,} images in the {split.role}"
             for split, found in zip(splits, prints, strict=True)
             if len(found.index) + len(found.broken) < len(split.images)
         ],
@@ -200,7 +200,7 @@ def _find_unusual(splits: list[Split], prints: list[Fingerprints]) -> list[Unusu
 
 
 def _sorted_groups(content: _Content) -> list[Duplicates]:
-    """Return the groups to show, starting with those across labels or across data sets."""
+    """Return the groups to show, starting with groups across labels or data sets."""
     return sorted(
         content.groups,
         key=lambda group: (not content.is_contradictory(group), not content.is_shared(group)),
@@ -335,7 +335,7 @@ def _object_findings(content: _Content) -> list[tuple[str, str]]:
     for split in content.splits:
         if split.objects is not None and (empty := int((split.objects.counts == 0).sum())):
             skips = split.trains and content.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-            left_out = ", which training leaves out (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
+            left_out = ", which are excluded from training (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
             findings.append(
                 f"images without objects in the {split.role}: {empty:,} of "
                 f"{len(split.images):,}{left_out if skips else ''}."

@@ -137,8 +137,8 @@ def _few(objects: Objects) -> Iterator[Unusual]:
         yield Unusual(
             "few", float(deviation[image]), int(image), (),
             f"{'One object is' if count == 1 else f'{count} objects are'} annotated here. The "
-            f"median is {middle}, and half of the images have {low} to {high}. Check that all "
-            "objects are annotated.",
+            f"median is {middle}, and half of the images have {low} to {high} objects. Check that "
+            "all objects are annotated.",
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     if isinstance(model.backbone, TimmBackbone):
         raise UserError(
             f"The gates of {model.backbone.model_name} can't be removed, because timm builds this "
-            "network. Use a network of this project, such as se_resnet50."
+            "network. Use one of this project's networks, such as se_resnet50."
         )
     if cfg.MODEL.SE.RELU_BEFORE:
         raise UserError(
@@ -115,8 +115,8 @@ def without_gates(
             None, the gates are replaced by 1.
 
     Returns:
-        The network in evaluation mode on the model's device, or None if a gate doesn't directly
-        follow a convolution and its scale therefore can't be folded into one.
+        The network in evaluation mode on the model's device, or None if the scale of a gate can't
+        be folded into a convolution directly before the gate.
     """
     with weights_follow():
         pruned = build_model(cfg)
@@ -167,7 +167,7 @@ def measure_pruning(
     transform: EvalTransform,
     **options: Any,
 ) -> list[Pruned]:
-    """Evaluate a classifier with all gates, with some replaced by 1, and with some by their means.
+    """Evaluate a classifier with all gates, and with some gates replaced by 1 or by their means.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.

@@ -94,7 +94,7 @@ def write_probe_record(
         path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
         words: The words of the command line, for the record.
         data: The evaluation data, as on the command line.
-        seed: The seed of the held-out images.
+        seed: The seed for choosing the held-out images.
     """
     path = Path(path)
     name = probe["model"].removeprefix("se_").replace("resnet", "ResNet-")
@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
-    """Return the first key that differs between the records of two runs, or ""; ignore seeds."""
+    """Return the first key except the seed in which two records differ, or "" if there is none."""
     if unlike := training_difference([found], [record], steps=steps):
         return unlike
     keys = ("settings", "initial_weights_sha256")

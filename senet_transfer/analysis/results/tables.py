@@ -50,7 +50,7 @@ def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> Non
     """Update the result tables in documents from the records in a folder.
 
     Raises:
-        UserError: If a document can't be read or contains no place for a table.
+        UserError: If a document can't be read or contains no placeholder for a table.
     """
     records = read_records(folder)
     for path in map(Path, documents):
@@ -68,7 +68,7 @@ def updated_text(text: str, records: dict[str, Records]) -> str:
     """Return a document's text with updated result tables.
 
     Raises:
-        UserError: If the text contains no place for a table.
+        UserError: If the text contains no placeholder for a table.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -79,8 +79,8 @@ def updated_text(text: str, records: dict[str, Records]) -> str:
     updated, count = re.subn(f"{_BEGIN}.*?{_END}", table, text, flags=re.S)
     if not count:
         raise UserError(
-            "The document contains no place for a table of results; expected the lines "
-            f"<!-- results --> and {_END}. Add them."
+            "The document contains no placeholder for a result table; expected the lines <!-- "
+            f"results --> and {_END}. Add them."
         )
     return updated
 
@@ -164,12 +164,12 @@ def _check_comparable(first: Records, second: Records) -> None:
 
 
 def with_se(name: str, records: dict[str, Records]) -> str:
-    """Return a baseline's SE counterpart: the only config whose name differs just by ``_se_``."""
+    """Return a baseline's SE counterpart: the config whose name differs only by ``_se_``."""
     return next((se for se in records if se != name and se.replace("_se_", "_") == name), "")
 
 
 def network_of(record: dict[str, Any], *, is_se: bool = False) -> str:
-    """Return the name, in the tables, of a record's network or of its SE counterpart."""
+    """Return the display name of a record's network or of its SE counterpart."""
     before, resnet, depth = record["network"].rpartition("ResNet-")
     carried = ", pretrained" if record["config"].startswith(TRANSFER) else ""
     return f"{before}{'SE-' if is_se else ''}{resnet}{depth}{carried}"

@@ -55,8 +55,12 @@ def parser() -> argparse.ArgumentParser:
         "medium, large) of more than half of their objects; other images are left out",
     )
     add("--output", required=True, help="output folder for figures and tables")
-    add("--record", default="", metavar="FILE", help="also write the command, the machine and the "
-        "numbers of images")  # fmt: skip
+    add(
+        "--record",
+        default="",
+        metavar="FILE",
+        help="also write a record of the command, the machine and the numbers of images",
+    )
     add(
         "--classes",
         action="append",

@@ -1,4 +1,4 @@
-"""Train with several seeds or folds, and print the results and those in the paper.
+"""Train with several seeds or folds, and compare the results with the paper.
 
     senet sweep --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110

@@ -25,7 +25,7 @@ def check_parser() -> argparse.ArgumentParser:
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="image folder; file names are relative to it; default: the format's usual folder",
+        help="folder that file names are relative to; default: the format's usual folder",
     )
     add("--masks", action="store_true", help="also check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
@@ -105,7 +105,8 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         type=int,
         default=0,
         metavar="K",
-        help="write K pairs of train and val data for cross-validation; each image is in one val",
+        help="write K pairs of train and val data for cross-validation; each image is in exactly "
+        "one val set",
     )
     add("--test", type=float, default=0.0, help="fraction of images in test (0)")
     add("--seed", type=int, default=0, help="seed for the random split (0)")
@@ -186,7 +187,7 @@ def run_import(args: argparse.Namespace) -> None:
 def _split_import(
     args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Split imported data and print the table; raise an error if it is already split."""
+    """Split imported data and print a table; raise an error if the data is already split."""
     from senet_transfer.data.split_files import split_coco
     from senet_transfer.data.splits import Split
 

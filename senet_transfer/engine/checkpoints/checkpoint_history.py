@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the checksum file for ``path``, which is in ``sha256sum`` format."""
+    """Return the path of the checksum file for ``path``, a file in ``sha256sum`` format."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -47,7 +47,7 @@ def checkpoints(folder: str | Path) -> list[str]:
     """Return the names of a run's checkpoints, starting with the one to resume from.
 
     The first name is read from ``last_checkpoint``, which the user may have changed to an earlier
-    checkpoint. It is followed by the checkpoints written before it, newest first.
+    checkpoint. The checkpoints written before that checkpoint follow, newest first.
     """
     tagged = _lines(folder, TAG)[:1]
     listed = [name for name in _lines(folder, HISTORY) if Path(folder, name).is_file()]

@@ -111,7 +111,7 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint. All processes of a job must call this together."""
+        """Return the newest intact checkpoint. All processes of a job must call this method."""
         return str(history.newest_whole(self.save_dir))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

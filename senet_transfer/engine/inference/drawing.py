@@ -52,8 +52,8 @@ class ClassNames:
     """Class names to draw, and the fonts for them.
 
     Attributes:
-        things: The class names of objects.
-        stuff: The class names of a semantic segmentation.
+        things: The names of object classes.
+        stuff: The names of semantic segmentation classes.
         families: The font families, in the order of preference.
     """
 

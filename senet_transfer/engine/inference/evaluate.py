@@ -122,7 +122,7 @@ def _check_order(
     if all(re.fullmatch(r"n\d{8}", name) for name in names) and names == sorted(names):
         for found in filter(has_caffe_order, sources):
             raise UserError(
-                f"The outputs of {found.cfg.MODEL.WEIGHTS} have the order of ImageNet's "
+                f"The outputs of {found.cfg.MODEL.WEIGHTS} have the class order of ImageNet's "
                 f"development kit, but the classes of {dataset.origin} are sorted by WordNet id. "
                 "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or pass "
                 "a CSV file with the development kit's labels."

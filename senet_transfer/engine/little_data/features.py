@@ -45,7 +45,7 @@ class Features:
     classes: list[str]
 
     def write(self, path: str) -> None:
-        """Write the attributes to an .npz or a .safetensors file.
+        """Write the features, labels, paths and class names to an .npz or .safetensors file.
 
         A .safetensors file contains the paths and classes as JSON in its metadata.
 
@@ -74,7 +74,7 @@ def check_features_file(path: str) -> None:
 
 
 def load_backbone(found: ModelSource, device: str = "") -> LoadedModel:
-    """Build a classifier and load its backbone; the weight file needs no linear layer.
+    """Build a classifier and load its backbone; the weight file may lack the linear layer.
 
     Raises:
         UserError: If the model is not a classifier, or the weight file lacks a part of the

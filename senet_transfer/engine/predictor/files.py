@@ -56,7 +56,7 @@ def predict_files(
         images: Paths of images, or the images found by :func:`~.inputs.find_photos`. A path that
             occurs several times is processed once.
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
-            ``labels`` of YOLO) and the drawings. A drawing has the relative path of its image.
+            ``labels`` for YOLO) and the drawings. A drawing has the relative path of its image.
         form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
         draw: If True, write drawings. By default, drawings are written only for detectors.
         batch_size: See :meth:`Predictor.stream`.
@@ -196,7 +196,7 @@ def check_all_read(broken: list[str], images: int, path: str) -> None:
         more = f"\n... and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
         raise UserError(
             f"{len(broken)} of {images} images can't be read or processed. The predictions for the "
-            f"others are in {path}. The reasons:\n" + "\n".join(broken[:_LISTED]) + more
+            f"other images are in {path}. The problems:\n" + "\n".join(broken[:_LISTED]) + more
         )
 
 

@@ -200,7 +200,7 @@ def _photos(name: str) -> Iterator[Photo]:
 
 
 def _listed(path: str) -> Iterator[Photo]:
-    """Yield the images named in a list file, with the paths in the list as relative paths."""
+    """Yield the images in a list file. Their relative paths are the paths in the list."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

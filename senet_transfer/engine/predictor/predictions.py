@@ -192,7 +192,7 @@ class Detections(_Shown):
     def boxes(self) -> np.ndarray:
         """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixels of the image as it is read.
 
-        The model's ``INPUT.EXIF`` determines if the EXIF orientation is applied.
+        The model's ``INPUT.EXIF`` determines whether the EXIF orientation is applied.
 
         A rotated box has five values; see :func:`~.annotations.object_annotations`.
         """
@@ -236,8 +236,7 @@ class Detections(_Shown):
     def to_dict(self) -> dict[str, Any]:
         """Return the path, the image size, and the class, label, score and box of each object.
 
-        An object has a ``segmentation`` or ``keypoints`` in COCO's format if the model predicts
-        them.
+        An object has a ``segmentation`` or ``keypoints`` in COCO format if the model predicts them.
         """
         height, width = self.instances.image_size
         objects = []

@@ -42,8 +42,8 @@ Result = TypeVar("Result", Classification, Detections)
 class _ImagesAsIndices(Dataset):
     """Data set whose indices are the images themselves.
 
-    A data loader can then send the images of an iterable to its workers, and reads ahead in the
-    iterable only by its prefetch limit.
+    A data loader can then send images from an iterable to its workers without reading the whole
+    iterable first.
     """
 
     def __getitem__(self, photo: Photo) -> Photo:
@@ -227,7 +227,7 @@ class ClassifierPredictor(Predictor[Classification]):
             transform: The evaluation transform of the model.
             classes: The classes of the model.
             top: The number of most probable classes in a result.
-            options: Further arguments of :class:`Predictor`.
+            options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, reading=transform.reading, **options)
         self.run, self.transform, self.top = run, transform, top
@@ -283,7 +283,7 @@ class DetectorPredictor(Predictor[Detections]):
             input_format: The model's channel order, such as "BGR"; "L" for grey images; or, for
                 example, "C5" for images with 5 channels.
             threshold: The minimum score of the objects in a result.
-            options: Further arguments of :class:`Predictor`.
+            options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, **options)
         if not 0 <= threshold <= 1:
