@@ -20,7 +20,7 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     """Open a file from tools/export.py, and return a session and the file's metadata.
 
     Raises:
-        SystemExit: If the file can't be read, or is for another task than ``task``.
+        SystemExit: If the file can't be read, or if it is for a different task.
     """
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

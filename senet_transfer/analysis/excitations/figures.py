@@ -69,7 +69,7 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
     # this range.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
-    axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
+    axes.set_xlabel(f"channel ({len(channels)} of {total}, sorted by mean)")
 
 
 def write_blocks(

@@ -1,4 +1,4 @@
-"""Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's own."""
+"""Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's code."""
 
 import copy
 import math
