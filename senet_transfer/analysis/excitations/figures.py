@@ -124,11 +124,11 @@ def write_overview(
 
 
 def papers_blocks(names: list[str]) -> list[str]:
-    """Select the blocks for Figure 6.
+    """Select the blocks for a figure like Figure 6 in the paper.
 
-    These are the last block of each stage, and all blocks of the last stage. If the last stage has
-    more than four blocks, only the first, middle and last are selected. For a network without
-    stages, up to six evenly spaced blocks are selected.
+    The selection consists of the last block in each stage and all blocks in the last stage. If the
+    last stage has more than four blocks, only the first, middle and last are selected. For a
+    network without stages, up to six evenly spaced blocks are selected.
     """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:
