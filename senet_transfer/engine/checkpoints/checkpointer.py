@@ -140,7 +140,10 @@ class Checkpointer(DetectionCheckpointer):
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
         if resumed:
-            return {**state, "model": examine(filename, None)}  # as in apply_file_geometry
+            return {
+                **state,
+                "model": examine(filename, None),
+            }  # same call as in apply_file_geometry
         return {"model": examine(filename, self._family, **self.choice)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
