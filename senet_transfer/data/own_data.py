@@ -95,7 +95,7 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
     """
     if data.image_dir:
         content = read_annotations(*data, upright=upright)
-        for note in content.get(NOTES, ()):  # the new files do not contain them
+        for note in content.get(NOTES, ()):  # the new files don't contain them
             logger.warning("%s: %s.", data.path, note)
         # Optional entries such as `info`, which describes the original file, are omitted.
         needed = {key: content[key] for key in _COCO_KEYS if key in content}

@@ -70,7 +70,7 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
     # this range.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
-    axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
+    axes.set_xlabel(f"channel ({len(channels)} of {total}, sorted by mean)")
 
 
 def write_blocks(
@@ -110,7 +110,7 @@ def write_overview(
 ) -> list[str]:
     """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    The arguments are the same as those of :func:`write_blocks`.
+    For the arguments, see :func:`write_blocks`.
 
     Returns:
         The paths of the files.
@@ -124,11 +124,11 @@ def write_overview(
 
 
 def papers_blocks(names: list[str]) -> list[str]:
-    """Select the blocks for Figure 6.
+    """Select the blocks for a figure like Figure 6 in the paper.
 
-    These are the last block of each stage, and all blocks of the last stage. If the last stage has
-    more than four blocks, only the first, middle and last are selected. For a network without
-    stages, up to six evenly spaced blocks are selected.
+    The selection consists of the last block in each stage and all blocks in the last stage. If the
+    last stage has more than four blocks, only the first, middle and last are selected. For a
+    network without stages, up to six evenly spaced blocks are selected.
     """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:

@@ -181,7 +181,7 @@ def _bad(
 
 
 def _entry_name(json_file: str, section: str, index: int, item: dict) -> str:
-    """Describe an entry's file and its position in this file, for error messages."""
+    """Describe the file and position of an entry, for error messages."""
     if SOURCE in item:
         return str(item[SOURCE])
     return f"{json_file}: {section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")

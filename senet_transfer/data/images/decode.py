@@ -138,8 +138,8 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Return a 16-bit colour image as uint16 RGB `(H, W, 3)`; None for other images."""
     if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF", "PPM"):
         return None
-    # Pillow does not report the bit depth of colour images. OpenCV is told to ignore the EXIF
-    # orientation.
+    # Pillow does not report the bit depth of colour images. The decoding with OpenCV ignores the
+    # EXIF orientation.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
         return None
