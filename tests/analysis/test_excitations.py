@@ -301,7 +301,7 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--images-per-class", "0"), "images_per_class is 0"),
         (("--prune-stage", "5"), "have no gates"),
         (("--images", "somewhere"), "--images requires annotations"),
-        (("--group-by", "size"), "--group-by requires annotations"),
+        (("--group-by", "size"), "--group-by requires object annotations"),
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     trainer.resume_or_load(resume=True)
     assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {same.SOLVER.BASE_LR}
     setup(command("--resume"))  # the saved config is valid for resuming again
-    with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
+    with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume used.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
     with pytest.raises(UserError, match="does not match this run's optimizer"):
