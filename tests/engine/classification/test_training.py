@@ -316,5 +316,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(
 def test_a_classifier_is_not_evaluated_on_other_classes(command, tmp_path):
     model = Trainer.build_model(setup(command()))
     Checkpointer(model, str(tmp_path), classes=("a", "b", "c", "d")).save("other")
-    with pytest.raises(UserError, match=r"(?s)other classes.*'a', 'b', 'c', 'd'.*'blue', 'green'"):
+    with pytest.raises(
+        UserError, match=r"(?s)classes that differ.*'a', 'b', 'c', 'd'.*'blue', 'green'"
+    ):
         setup(command("--eval-only", **{"MODEL.WEIGHTS": str(tmp_path / "other.pth")}))
