@@ -361,7 +361,7 @@ def test_the_report_reads_well(r18, caplog):
     text = str(load_weights(model, r18))
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
-    assert "could also be: torchvision_v2, timm" in text
+    assert "could also be of the family torchvision_v2, timm" in text
     assert "initialised, 32 (SE layers: the file has none): backbone.res2.0.se" in text
     assert "and 20 more" in text
     assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

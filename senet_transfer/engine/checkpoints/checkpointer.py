@@ -111,8 +111,14 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint. All processes of a job must call this method."""
-        return str(history.newest_whole(self.save_dir))
+        """Return the newest intact checkpoint. All processes of a job must call this method.
+
+        Damaged checkpoints that are newer are no longer among those to keep. They are not deleted.
+        """
+        path = history.newest_whole(self.save_dir)
+        if self.save_to_disk:
+            history.write_text(path.with_name(history.TAG), path.name)
+        return str(path)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint or pretrained weights.

@@ -232,13 +232,15 @@ def test_results_are_written_next_to_a_checkpoint_but_not_to_a_folder_named_afte
     outputs = [cfg.OUTPUT_DIR for cfg in found]
     assert outputs == [str(tmp_path / "evaluation"), "output/evaluation"]
     assert [cfg.DATALOADER.NUM_WORKERS for cfg in found] == [0, 0]
+    with pytest.raises(UserError, match="--batch-size can't be given for a detector"):
+        main(parser().parse_args(["--weights", str(checkpoint), "--batch-size", "32"]))
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "predicts classes of pixels and objects"),
-        ({"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}, "predicts classes of pixels"),
+        ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "predicts pixel classes and objects"),
+        ({"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}, "predicts pixel classes"),
         ({"MODEL.META_ARCHITECTURE": "ImageClassifier"}, "senet eval has --scales"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.MASK_ON": "True"}, "masks .* only for"),
         ({"MODEL.KEYPOINT_ON": "True"}, "keypoints"),
