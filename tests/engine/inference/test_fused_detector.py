@@ -210,7 +210,7 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
     expected = [row for row in found[0] if row["image_id"] == photo["image_id"]]
     boxes = BoxMode.convert(predict(photo["file_name"]).boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     np.testing.assert_array_equal(boxes, [row["bbox"] for row in expected])
-    with pytest.raises(UserError, match="--crops can't be given for a detector"):
+    with pytest.raises(UserError, match="--crops can't be used for a detector"):
         evaluate("--crops", "10")
     save_weights(Trainer.build_model(cfg), weights[1], classes=cfg.DATASETS.CLASSES[::-1])
     with pytest.raises(UserError, match="class orders of .* differ"):
