@@ -57,7 +57,7 @@ from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published
 from senet_transfer.weights.mapping.source import Source
 
-# Environment variables in which launchers count how often they have restarted the command.
+# Environment variables that launchers use to count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -71,15 +71,17 @@ class RunOptions:
         options: Alternating config keys and values that override the config file.
         datasets: Data sets to register, each as (name, annotations) or (name, annotations, image
             folder); see ``DATASETS.REGISTER``.
-        classes: Order of a classifier's labels: "numeric", or a file with one class name per line.
+        classes: The order of a classifier's labels: "numeric", or a file with one class name per
+            line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
         deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
         overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
         data: Training data, for which a config is made instead of reading ``config_file``.
-        val: Validation data. If empty, it is searched for in ``data``.
-        images: Image folder of the JSON files in ``data`` and ``val``. If empty, it is found.
+        val: Validation data. If empty, ``data`` is searched for it.
+        images: Image folder for the JSON files in ``data`` and ``val``. If empty, the folder is
+            found automatically.
     """
 
     config_file: str = ""
@@ -186,7 +188,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         if options.classes:
             raise UserError(
                 f"--classes is {options.classes}, but it is only supported for classifiers. The "
-                "classes of a detector are those of its JSON files. Remove --classes."
+                "classes of a detector are read from its JSON files. Remove --classes."
             )
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
@@ -210,7 +212,7 @@ def _prepare(options: RunOptions) -> CfgNode:
 
 
 def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> Source | None:
-    """Examine the weight file; if it can't be downloaded, name the recipe that needs none."""
+    """Examine the weight file. If its download fails, recommend a config without weights."""
     try:
         return examine_config_weights(cfg, resumed)
     except UserError as error:
@@ -221,11 +223,11 @@ def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> S
 
 
 def _config_of_start(cfg: CfgNode, logger: logging.Logger) -> CfgNode | None:
-    """Return the config with which the run to resume was started, or None if it can't be read."""
+    """Return the original config of the run to resume, or None if it can't be read."""
     try:
         return load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
     except UserError as error:
-        logger.warning("Can't compare the config with the start of the run: %s", error)
+        logger.warning("Can't compare the config with the run's original config: %s", error)
         return None
 
 
@@ -256,7 +258,7 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
-    # Detectron2 logs the traceback of every exception. These are printed when the command ends.
+    # Detectron2 logs the traceback of every exception, but these errors are printed at the end.
     if record.exc_info and isinstance(record.exc_info[1], UserError | RunError):
         return False
     message = record.getMessage()
@@ -273,7 +275,7 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """Return the device name, or warn and return "cpu" if a GPU is named and there are no GPUs.
+    """Return the device name. If it is a GPU and there are no GPUs, warn and return "cpu".
 
     Raises:
         UserError: If the name is invalid, or if it is a GPU that does not exist.
@@ -298,7 +300,7 @@ def available_device(name: str, logger: logging.Logger) -> str:
 
 
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
-    """Train on the first data set of ``--dataset``, and evaluate on the second.
+    """Set the config to train on the first data set of ``--dataset`` and evaluate on the second.
 
     This applies if the config names data sets that are not registered, as the recipes for a user's
     own data do, and if the command line does not set the key. With ``--eval-only``, a single data
@@ -307,7 +309,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
     Args:
         cfg: The config, which is changed in place.
         options: The run's options.
-        logger: The logger for the choice.
+        logger: The logger for messages about the choice.
     """
     register_shapes()
     # A malformed entry or name is rejected when the data sets are registered and checked.
@@ -325,7 +327,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
             continue
         if names and not given and configured and not registered.issuperset(configured):
             logger.info(
-                "DATASETS.%s is %s, the data set of --dataset, because %s of the config is not "
+                "DATASETS.%s is %s, the data set of --dataset, because the config's %s is not "
                 "registered.",
                 key,
                 names[0],
@@ -345,7 +347,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
 
     Raises:
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
-            from those of the other data sets or the model.
+            from the classes of the other data sets or of the model.
     """
     names = register_datasets(
         cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
@@ -416,7 +418,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
     """Check the images of the data sets in the main process, for all processes.
 
     Raises:
-        UserError: If images are unreadable or of another size than annotated.
+        UserError: If images are unreadable, or if their sizes differ from the annotations.
     """
     check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
     problem = ""
@@ -437,7 +439,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
 
 
 def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the outlines of the objects, and set the mask format that they require.
+    """Check the objects' outlines, and set the mask format that they require.
 
     Raises:
         UserError: If an outline is missing or invalid, or a required package is not installed.

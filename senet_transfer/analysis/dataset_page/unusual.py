@@ -1,9 +1,10 @@
 """Unusual annotations, which are often mistakes, and unusual images.
 
-Each check finds items and gives each a score, by which they are sorted. The scores of sizes, aspect
-ratios and counts are robust deviations: the distance from the median, divided by 1.4826 times the
-median absolute deviation. For normally distributed values, this divisor is the standard deviation.
-Sizes and aspect ratios are compared on a logarithmic scale, and counts by their square roots.
+Each check finds items, assigns a score to each item, and sorts the items by score. The scores of
+sizes, aspect ratios and counts are robust deviations: the distance from the median, divided by
+1.4826 times the median absolute deviation. For normally distributed values, this divisor is the
+standard deviation. Sizes and aspect ratios are compared on a logarithmic scale, and counts by their
+square roots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,16 @@ from senet_transfer.analysis.dataset_page.splits import Objects
 
 # Minimum shorter side of a box in pixels; smaller boxes can't be learned.
 LEAST_SIDE = 2.0
-# Fraction of a box outside the image, and IoUs of two almost identical boxes, of the same class and
-# of different classes, from which they are reported.
+# Thresholds for reporting boxes: fraction outside the image, and IoU of two almost identical boxes
+# of the same class and of different classes.
 OUTSIDE, SAME, SAME_OTHER_CLASS = 0.05, 0.9, 0.8
-# Robust deviations from which sizes and aspect ratios, or numbers of objects, are unusual.
+# Minimum robust deviations of unusual sizes and aspect ratios, and of unusual object counts.
 DEVIATION, FEW = 4.0, 3.0
 # Classes with fewer objects have no reliable median.
 LEAST_OBJECTS = 10
-# Distance to the border of the image in pixels, below which a box may be cut off.
+# Boxes closer than this many pixels to the border of the image may be cut off.
 _BORDER = 2.0
-# Smallest assumed standard deviations. The square root of a Poisson variable has one of 0.5.
+# Minimum assumed standard deviations. For the square root of a Poisson variable, it is 0.5.
 _LEAST_SPREAD, _COUNT_SPREAD = 0.1, 0.5
 
 KINDS = {
@@ -55,7 +56,7 @@ class Unusual:
         image: Index of the image.
         objects: Indices of the objects; empty if the whole image is unusual.
         why: The reason, as a sentence.
-        split: Number of the data set.
+        split: Index of the data set.
     """
 
     kind: str
@@ -67,7 +68,7 @@ class Unusual:
 
 
 def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.ndarray:
-    """Return the robust deviation of each value from the median, with its sign."""
+    """Return the signed robust deviation of each value from the median."""
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))
     return (values - middle) / max(spread, least_spread)
@@ -136,8 +137,8 @@ def _few(objects: Objects) -> Iterator[Unusual]:
         yield Unusual(
             "few", float(deviation[image]), int(image), (),
             f"{'One object is' if count == 1 else f'{count} objects are'} annotated here. The "
-            f"median is {middle}, and half of the images have {low} to {high}. Check that all "
-            "objects are annotated.",
+            f"median is {middle}, and half of the images have {low} to {high} objects. Check that "
+            "all objects are annotated.",
         )  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
 
 def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     sides = np.maximum(objects.boxes[:, 2:] - objects.boxes[:, :2], 1e-9)
-    usable = sides.min(1) >= LEAST_SIDE  # The others are degenerate.
+    usable = sides.min(1) >= LEAST_SIDE  # The other boxes are degenerate.
     # Objects at the border may be cut off, which makes them smaller and more elongated.
     sizes = objects.sizes[objects.images]
     whole = (objects.boxes[:, :2] > _BORDER).all(1) & (objects.boxes[:, 2:] < sizes - _BORDER).all(
@@ -180,10 +181,10 @@ def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
             continue
         width, height = sides[places].T
         for kind, values, text in (
-            ("size", np.sqrt(width * height), "is {0:.0f} pixels large (root of its area), the "
-             "median of the class is {1:.0f}"),
-            ("aspect", width / height, "is {0:.2g} times as wide as high, the median of the class "
-             "is {1:.2g}"),
+            ("size", np.sqrt(width * height), "has a size (square root of its area) of {0:.0f} "
+                                              "pixels; the median of the class is {1:.0f}"),
+            ("aspect", width / height, "has an aspect ratio (width / height) of {0:.2g}; the "
+                                       "median of the class is {1:.2g}"),
         ):  # fmt: skip
             deviation = deviations(np.log(values))
             judged = whole[places] | ((kind == "size") & (deviation > 0))
@@ -217,7 +218,7 @@ def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -
             found.append(
                 Unusual(
                     kind, score, int(index[place]), (),
-                    f"The image is {width[place]:.0f} x {height[place]:.0f} pixels, the medians "
+                    f"The image is {width[place]:.0f} x {height[place]:.0f} pixels; the medians "
                     f"are {usual[0]} x {usual[1]}: {score:.1f} robust deviations.",
                 )
             )  # fmt: skip

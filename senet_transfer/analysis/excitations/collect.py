@@ -117,7 +117,7 @@ def collect_excitations(
         seed: The seed for the random selection of images and classes.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
-        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
+        quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
 
     Raises:
         UserError: If the model has no gates, if a class is unknown, or if an image is corrupted.
@@ -164,7 +164,7 @@ def _batches(
 def _whole_images(
     predictor: Predictor, gates: dict[str, nn.Module], sample: ClassSample
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the same as :func:`_batches` for each image, as the predictor processes it."""
+    """Yield the same as :func:`_batches`, but for single images processed by the predictor."""
     with capture_gates(gates) as values:
         for index, label in enumerate(sample.labels()):
             predictor(sample.read_sample(index).path)

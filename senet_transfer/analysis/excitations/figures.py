@@ -69,7 +69,7 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
     # this range.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
-    axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
+    axes.set_xlabel(f"channel ({len(channels)} of {total}, sorted by mean)")
 
 
 def write_blocks(
@@ -109,7 +109,7 @@ def write_overview(
 ) -> list[str]:
     """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    The arguments are the same as those of :func:`write_blocks`.
+    For the arguments, see :func:`write_blocks`.
 
     Returns:
         The paths of the files.

@@ -182,7 +182,7 @@ def _gallery(
 def pictures(
     cfg: CfgNode, name: str, places: list[int], say: Callable[[str], None], quiet: bool
 ) -> dict[int, str]:
-    """Return the images of a test set at the given places as data URIs, by place.
+    """Return the images at the given indices of a test set as data URIs, by index.
 
     Args:
         cfg: The run's config.

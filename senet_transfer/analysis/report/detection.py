@@ -26,9 +26,9 @@ from senet_transfer.utils.text import folder_name
 
 # Detections with lower scores are not shown.
 LEAST_SCORE = 0.1
-# Score and IoU thresholds for the F1 score by which images are selected for the gallery.
+# Score and IoU thresholds of the F1 score that is used to select images for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
-# Size of the images in the page, which can be enlarged.
+# Size of the images in the page in pixels. Images can be enlarged on the page.
 SIDE = 640
 
 

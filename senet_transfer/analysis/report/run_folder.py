@@ -67,7 +67,7 @@ class Run:
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """Return a result of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
+        """Return a metric of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]

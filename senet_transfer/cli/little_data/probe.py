@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--train", required=True, help="labelled images to fit the classifier to")
-    add("--data", required=True, help="labelled images to evaluate it on")
+    add("--data", required=True, help="labelled images to evaluate the classifier on")
     add("--output", required=True, help="output folder for the classifier and the results")
     add("--neighbours", type=int, default=20, metavar="K", help="number of neighbours (20)")
     add("--seed", type=int, default=0, help="seed for the held-out part of --train (0)")
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
 
     Args:
         args: The arguments parsed by :func:`parser`.
-        words: The words of the command, for the record.
+        words: The words of the command line, for the record.
     """
     from senet_transfer.engine.little_data.probe import run_probe
     from senet_transfer.engine.model_from import find_model

@@ -14,7 +14,7 @@ _USUAL_RATE = 25.0
 
 
 def check_path(path: str) -> None:
-    """Raise a UserError for a path that is not UTF-8, with which OpenCV would crash."""
+    """Raise a UserError if a path is not valid UTF-8, because OpenCV would crash."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -27,18 +27,18 @@ def check_path(path: str) -> None:
 class Video:
     """Iterable over the frames of a video, which are read one by one.
 
-    It is a context manager that closes the video.
+    A video is also a context manager, which closes it on exit.
 
     Attributes:
-        name: Path of a file, address of a stream, or index of a camera.
-        rate: Frames per second; 25 if the video does not state a valid number.
+        name: Path of a file, URL of a stream, or index of a camera.
+        rate: Frames per second; 25 if the video does not specify a valid rate.
         frames: Number of frames; None if it is unknown.
     """
 
     def __init__(self, name: str):
         """
         Args:
-            name: Path, address or index that OpenCV can open.
+            name: Path, URL or camera index that OpenCV can open.
 
         Raises:
             UserError: If the video can't be opened.
@@ -49,7 +49,7 @@ class Video:
         if not self._capture.isOpened():
             raise UserError(
                 f"{name} can't be opened as a video. Expected a video file that OpenCV's FFmpeg "
-                "can read, the address of a stream, or the index of a camera such as 0."
+                "can read, the URL of a stream, or the index of a camera such as 0."
             )
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < math.inf else _USUAL_RATE

@@ -149,7 +149,7 @@ def test_a_model_is_not_evaluated_on_other_classes(run, cases, tmp_path, caplog)
         make(other, "--eval-only", **options)
     with caplog.at_level(logging.WARNING):
         assert make(other, **options).DATASETS.CLASSES == ["person", "mug", "chair"]
-    assert any("predictors start from those weights" in message for message in caplog.messages)
+    assert any("starts from the predictors in this file" in message for message in caplog.messages)
 
 
 @pytest.mark.long

@@ -174,7 +174,10 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
         (["--scales", "40", "--resize", "40"], "Give only --scales"),
         (["--crops", "10", "--crop-mode", "squash"], "without --crop-mode"),
         (["--dense", "--crops", "10"], "whole images"),
-        (["--saved-logits", "a.csv", "SEED", "1"], "--weights, --data, SEED 1 can't be given"),
+        (
+            ["--saved-logits", "a.csv", "SEED", "1"],
+            "--weights, --data, SEED 1 can't be used as well",
+        ),
     ],
 )
 @pytest.mark.long
