@@ -114,10 +114,10 @@ def main(args: argparse.Namespace) -> None:
         **options,
     )
     if classifies:
-        print(f"{len(images)} images: predictions in {path}")
+        print(f"{count(len(images), 'image')}: predictions in {path}")
     else:
         drawings = "" if args.draw is False else f"drawings in {args.output}, "
-        print(f"{len(images)} images: {drawings}detections in {path}")
+        print(f"{count(len(images), 'image')}: {drawings}detections in {path}")
 
 
 def command(words: list[str] | None = None) -> None:

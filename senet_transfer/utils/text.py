@@ -27,6 +27,17 @@ def shown(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def count(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with a noun, such as "1 image" or "1,200 images".
+
+    Args:
+        number: The number.
+        singular: The noun in the singular.
+        plural: The noun in the plural; by default, the singular with an s.
+    """
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
 def mean_text(values: Sequence[float]) -> str:
     """Return the mean and, of several values, the sample standard deviation: ``"7.30 ± 0.12"``."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
