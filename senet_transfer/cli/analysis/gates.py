@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
-from senet_transfer.utils.text import count
+from senet_transfer.utils.text import counted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
-        few = count(left_out, "image")
+        few = counted(left_out, "image")
         print(f"Left out {few}: no {args.group_by} has more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from senet_transfer.cli.arguments import DETECTION_FORMATS, Parser, add_dataset_argument
 from senet_transfer.errors import UserError
-from senet_transfer.utils.text import count
+from senet_transfer.utils.text import counted
 
 
 def check_parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def run_check(args: argparse.Namespace) -> None:
         check_outlines([name])
     mode = "header" if args.headers_only else "decode"
     images = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
-    print(f"{args.json_file}: no errors in the annotations and {count(images, 'image')}")
+    print(f"{args.json_file}: no errors in the annotations and {counted(images, 'image')}")
 
 
 def split_parser() -> argparse.ArgumentParser:
@@ -171,9 +171,9 @@ def run_import(args: argparse.Namespace) -> None:
         logging.warning(warning)
     for split, summary in summaries.items():
         print(
-            f"{args.output / split}.json: {count(summary.num_images, 'image')}, "
-            f"{count(summary.num_annotations, 'object')}, "
-            f"{count(len(summary.classes), 'class', 'classes')}"
+            f"{args.output / split}.json: {counted(summary.num_images, 'image')}, "
+            f"{counted(summary.num_annotations, 'object')}, "
+            f"{counted(len(summary.classes), 'class', 'classes')}"
         )
     options = [
         f"--dataset my_{split} {args.output / split}.json {images}"

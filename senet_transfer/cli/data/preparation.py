@@ -12,7 +12,7 @@ from senet_transfer.cli.arguments import (
     PLACES365_SPLITS,
 )
 from senet_transfer.errors import UserError
-from senet_transfer.utils.text import count
+from senet_transfer.utils.text import counted
 
 if TYPE_CHECKING:
     from senet_transfer.data.images.listing import Images
@@ -108,8 +108,8 @@ def run_manifest(args: argparse.Namespace) -> None:
 
     classes = read_class_list(args.classes) if args.classes else None
     manifest = write_manifest(args.folder, classes)
-    shards = count(len(manifest.shards), "shard")
-    print(f"{args.folder}: {count(manifest.samples, 'image')} in {shards}")
+    shards = counted(len(manifest.shards), "shard")
+    print(f"{args.folder}: {counted(manifest.samples, 'image')} in {shards}")
 
 
 def cifar_parser() -> argparse.ArgumentParser:
@@ -214,11 +214,11 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
         skip_broken=args.skip_broken,
         quiet=args.quiet,
     )
-    shards = count(len(manifest.shards), "shard")
-    print(f"{args.output}: {count(manifest.samples, 'image')} in {shards}")
+    shards = counted(len(manifest.shards), "shard")
+    print(f"{args.output}: {counted(manifest.samples, 'image')} in {shards}")
     if manifest.skipped:
         print(
-            f"skipped {count(len(manifest.skipped), 'unreadable image')}, listed in manifest.json"
+            f"skipped {counted(len(manifest.skipped), 'unreadable image')}, listed in manifest.json"
         )
     if args.verify:
         verify(args.output, workers=args.workers, quiet=args.quiet)
