@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert annotations of Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA to COCO's format.
+"""Convert Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA annotations to COCO format.
 
 python datasets/prepare_coco.py --from voc --source SOURCE --output datasets/mine
 """

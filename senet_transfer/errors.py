@@ -1,16 +1,16 @@
-"""Exceptions that end a command with a message instead of a traceback."""
+"""Exceptions that end a command with an error message instead of a traceback."""
 
 
 class UserError(Exception):
     """Base class of errors caused by invalid arguments, configs or input files.
 
-    The message states the invalid value, what was expected and how to fix it. Commands print the
-    message without a traceback and exit with status 2. The constructor takes a single string, so
-    that the exception can be pickled and sent to the main process by a data loader worker.
+    The message contains the invalid value, the expected value and a way to fix the error. Commands
+    print the message without a traceback and exit with status 2. The constructor takes a single
+    string, so a data loader worker can pickle the exception and send it to the main process.
 
     Attributes:
-        on_all_ranks: True if every process of a job raises the same error, so that only the main
-            process needs to print it.
+        on_all_ranks: True if every process of a job raises the same error. Only the main process
+            then prints the message.
         exit_status: Exit status of a command that fails with this error.
     """
 
@@ -21,8 +21,8 @@ class UserError(Exception):
 class RunError(Exception):
     """Failure of a run that was started correctly, such as a full disk or non-finite losses.
 
-    The message states what happened and how to fix it. Commands print it without a traceback and
-    exit with status 1. Every process of a job raises the same error.
+    The message describes the failure and how to fix it. Commands print the message without a
+    traceback and exit with status 1. Every process of a job raises the same error.
     """
 
     on_all_ranks = True

@@ -12,14 +12,15 @@ _LUMA = (19595, 38470, 7471)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Parameters for converting an image to a model's input. The defaults are torchvision's.
+    """Parameters for converting an image to a model's input. The defaults are those of torchvision.
 
     Attributes:
-        format: Channel order of the model's input, "RGB" or "BGR", or "L" for grey images, or "C5"
-            for images with 5 channels, in the order of their files.
+        format: Channel order of the model's input: "RGB" or "BGR", "L" for grey images, or a format
+            such as "C5" for images with 5 channels, which keep the order of the file.
         mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
-            With the format "L", a network with three input channels has three values: it is given
-            the grey image three times, and can start from weights for colour images.
+            A network with three input channels has three values even with the format "L". The grey
+            image is then repeated in all three channels, so the network can start from weights for
+            colour images.
         std: Standard deviation to divide by, in the same order and units.
         resize: Length in pixels to which the shorter side is resized for classification.
         crop: Side length in pixels of the center crop for classification.
@@ -38,7 +39,7 @@ class Preprocessing:
         return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
     def grey(self) -> "Preprocessing":
-        """Return the preprocessing for the same network with one input channel for grey images."""
+        """Return the preprocessing for the same network with one grey input channel."""
         order = reversed(_LUMA) if self.format == "BGR" else iter(_LUMA)
         weights = [weight / 65536 for weight in order]
         mean, std = (
@@ -48,7 +49,7 @@ class Preprocessing:
         return replace(self, format="L", mean=(mean,), std=(std,))
 
     def with_channels(self, count: int) -> "Preprocessing":
-        """Return the preprocessing for images with any number of channels, all normalised alike."""
+        """Return the preprocessing for images with ``count`` channels, all normalised alike."""
         grey = self.grey()
         return replace(grey, format=f"C{count}", mean=grey.mean * count, std=grey.std * count)
 
@@ -59,21 +60,21 @@ def channels_of(format: str) -> int | None:
     return int(match[1]) if match else None
 
 
-# Mean and std of the training images, which are neither resized nor cropped.
+# Mean and std are those of the training images, which are neither resized nor cropped.
 CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), resize=32, crop=32)
 CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), resize=32, crop=32)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") -> Tensor:
-    """Normalise RGB images and reorder their channels as a model expects.
+    """Normalise RGB images and convert them to the channel order that a model expects.
 
     Args:
-        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``;
-            with a format such as "C5", images ``(N, 5, H, W)``.
+        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
+            For a format such as "C5", images ``(N, 5, H, W)``.
         mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
         std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
-        format: Channel order of the model's input, "RGB" or "BGR", or "L" to convert the images to
-            grey as Pillow does.
+        format: Channel order of the model's input, such as "RGB" or "BGR"; "L" converts the images
+            to grey as Pillow does.
 
     Returns:
         Normalised images ``(N, C, H, W)``, in the dtype of ``mean`` and the channel order of
@@ -90,7 +91,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
 
 
 def same_pixels(first: object, second: object) -> bool:
-    """Return whether two channel orders, means or stds are equal, the latter within 0.005."""
+    """Return True if two channel orders, means or stds are equal (numbers within 0.005)."""
     if not isinstance(first, list | tuple) or not isinstance(second, list | tuple):
         return first == second
     return len(first) == len(second) and all(

@@ -1,4 +1,4 @@
-"""Code shared by classify_onnx.py and detect_onnx.py, which does not need torch.
+"""Code that classify_onnx.py and detect_onnx.py share. It does not need torch.
 
 Images are read in the same way as by senet_transfer/data/images/decode.py.
 """

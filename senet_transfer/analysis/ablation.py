@@ -240,7 +240,7 @@ def _rank(variant: Variant, values: dict[str, float], ranked: bool) -> str:
 def write_grid(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]], output_dir: str | Path
 ) -> str:
-    """Write the table's data to ``ablation.json``.
+    """Write the variants and their results to ``ablation.json``.
 
     Returns:
         The path of the file.

@@ -39,7 +39,7 @@ from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 
 _RECORD = "run.json"
-ORIGIN = "origin.json"  # Name of the file with the machine and the commit of a run.
+ORIGIN = "origin.json"  # the file with the machine and the commit of a run
 _WEIGHTS = "SHA-256 of MODEL.WEIGHTS"
 
 # Seconds between two checks of a run's time limit.

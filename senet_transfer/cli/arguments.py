@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
-    often append ``--resume`` to their previous command.
+    often append ``--resume`` to their previous command. The parsed arguments include ``words``, the
+    words of the command line, for the records of results.
 
     Attributes:
         lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
@@ -128,14 +129,15 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config options."""
-        words = _with_image_folders(list(sys.argv[1:] if args is None else args))
-        words = _with_repeated_flags(words, self.lists)
+        given = list(sys.argv[1:] if args is None else args)
+        words = _with_repeated_flags(_with_image_folders(given), self.lists)
         pairs: list[str] = []
         while True:
             found = super().parse_args(words, namespace)
             is_flag = [word[:2] == "--" != word for word in found.opts]
             if True not in is_flag:
                 found.opts = pairs + found.opts
+                found.words = given
                 return found
             # Keep the options before the flag, and parse the flag and everything after it again.
             first = is_flag.index(True)

@@ -33,6 +33,8 @@ from senet_transfer.utils.text import counted
 if TYPE_CHECKING:
     from senet_transfer.engine.model_from import ModelSource
 
+_BATCH_SIZE = 32
+
 # Options for a classifier's views of an image. --scales also applies to detectors.
 _VIEWS = ("crop_mode", "resize", "crop", "crops", "dense")
 
@@ -76,13 +78,10 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
         "--saved-logits", action="append", default=[], metavar="FILE", help="average the "
-                                                                            "probabilities in one "
-                                                                            "or several CSV files "
-                                                                            "written with "
-                                                                            "--predictions and "
-                                                                            "--logits",
+        "probabilities in one or several CSV files written with --predictions and --logits",
     )  # fmt: skip
     add_running_arguments(parser)
+    parser.set_defaults(batch_size=None)  # unlike _BATCH_SIZE, not given
     return parser
 
 
@@ -128,7 +127,7 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
         device=args.device,
         data=args.data,
         views=views,
-        batch_size=args.batch_size,
+        batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
         workers=args.workers,
         quiet=args.quiet,
         **options,
@@ -153,11 +152,12 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     from senet_transfer.engine.setup import RunOptions
     from senet_transfer.engine.train import main as evaluate
 
-    names = ("model", "family", "data", *_VIEWS, "predictions", "logits")
+    names = ("model", "family", "data", *_VIEWS, "predictions", "logits", "batch_size")
     if given := _given(args, names):
         raise UserError(
-            f"{given} can't be used for a detector, such as the model in {args.weights[0]}. Remove "
-            "them; to select the data of a detector, set DATASETS.TEST."
+            f"{given} can't be used for a detector, such as the model in {args.weights[0]}. "
+            "Remove them; to select the data of a detector, set DATASETS.TEST. Detectors are "
+            "evaluated one image at a time."
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]

@@ -19,7 +19,7 @@ class RawSample:
         key: Sample name, unique within its data set. It is never used as a path.
         label: Class index.
         data: Encoded image.
-        origin: File or shard from which the image was read; used in messages.
+        origin: File or shard from which the image was read; used in error messages.
     """
 
     key: str
@@ -29,7 +29,7 @@ class RawSample:
 
     @property
     def path(self) -> str:
-        """Path of the image, which for an image in a shard ends with its key."""
+        """Path of the image; for an image in a shard, the shard's path followed by the key."""
         return f"{self.origin}/{self.key}" if self.origin.endswith(".tar") else self.origin
 
 
@@ -51,7 +51,7 @@ class ClassificationDataset(ABC):
     Attributes:
         classes: Class names, indexed by label.
         unit_sizes: Number of samples per unit, int64 `(U,)`.
-        origin: Path or address of the data set; used in messages.
+        origin: Path or address of the data set; used in error messages.
     """
 
     def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
@@ -69,7 +69,7 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yield a unit's encoded samples in order, leaving out the first `skip`."""
+        """Yield a unit's encoded samples in order, except for the first `skip` samples."""
 
     @abstractmethod
     def labels(self) -> np.ndarray:
@@ -81,7 +81,7 @@ class ClassificationDataset(ABC):
 
 
 class SingleImages(ClassificationDataset):
-    """Data set in which each image is a unit."""
+    """Data set in which each image is a unit of its own."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

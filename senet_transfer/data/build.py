@@ -1,7 +1,7 @@
 """Builders of classification data sets, transforms and loaders from a config.
 
-All config keys for classification data are read in this module, except those of the augmentation in
-:mod:`senet_transfer.data.images.augmentation`.
+All config keys for classification data are read in this module, except for the augmentation keys,
+which are read in :mod:`senet_transfer.data.images.augmentation`.
 """
 
 import functools
@@ -44,13 +44,14 @@ AUGMENTS = ("region", "pad_crop")
 def use_classification_datasets(
     cfg: CfgNode, *, eval_only: bool = False, classes: str = ""
 ) -> None:
-    """Open the data sets in the config, and store their absolute paths and classes in it.
+    """Open the data sets in a config, and store their absolute paths and classes in the config.
 
     Args:
         cfg: Config, modified in place.
         eval_only: Open only the data sets in ``DATASETS.TEST``.
         classes: Order of the labels: "numeric", or the path of a file with one class name per line.
-            If empty, ``DATASETS.CLASSES`` or, by default, the order of the data is used.
+            If empty, the order of ``DATASETS.CLASSES`` is used or, if that is also empty, the order
+            in the data.
 
     Raises:
         UserError: If a data set is missing or damaged, or the data sets have different classes.
@@ -91,7 +92,7 @@ def use_classification_datasets(
 
 
 def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:
-    """Return the path of the folder that contains a data set's class folders."""
+    """Return the folder that contains a data set's class folders."""
     path = Path(name)
     if in_memory(cfg) and path.is_dir():
         return split_path(path, "test" if eval_only else "train") or path
@@ -99,14 +100,14 @@ def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:
 
 
 def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Replace ``MODEL.CLASSIFIER.CLASS_WEIGHTS`` "auto" with numbers, and check them.
+    """Replace "auto" in ``MODEL.CLASSIFIER.CLASS_WEIGHTS`` with numbers, and check the weights.
 
-    The weight of a class is proportional to 1 / its number of training images. The mean weight of
-    the classes with images is 1, which is also the weight of a class without images.
+    A class's weight is inversely proportional to its number of training images. The weights of the
+    classes with images have a mean of 1. A class without images has a weight of 1.
 
     Args:
-        cfg: Config with its final classes, modified in place. That of a detector is not changed.
-        eval_only: If True, the config is not changed, because the weights are not used.
+        cfg: Config with its final classes, modified in place. A detector's config is not changed.
+        eval_only: If True, leave the config unchanged, because evaluation does not use the weights.
 
     Raises:
         UserError: If the weights are not one non-negative number per class.
@@ -135,16 +136,17 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False) -> bool:
-    """Set the order of the classes in a config if its data sets can be labelled in that order.
+    """Set the class order of a config, if its data sets support that order.
 
     Args:
         cfg: Config after :func:`use_classification_datasets`.
-        classes: Class names, which are those of the data sets in another order, or more.
+        classes: Names of the data sets' classes in the new order. They may include additional
+            classes.
         eval_only: Ignore the training data.
 
     Returns:
-        False if the data sets have other classes or fixed labels, such as those of shards. The
-        config is not changed in this case.
+        True if the order was set. False if the data sets have other classes or fixed labels, as
+        shards do; the config is then not changed.
     """
     found = list(cfg.DATASETS.CLASSES)
     if len(match_names(found, classes)) < len(found):
@@ -168,7 +170,7 @@ def _check_augment(cfg: CfgNode) -> None:
     options = cfg.INPUT.CLASSIFICATION
     check_choice("INPUT.CLASSIFICATION.AUGMENT", options.AUGMENT, AUGMENTS)
     if in_memory(cfg):
-        # Called only for validation: CifarAugment checks the other pad_crop options.
+        # Called only to validate the other pad_crop options, which CifarAugment checks.
         small_augment(cfg)
         sizes = (options.CROP, options.TEST_RESIZE, options.TEST_CROP)
         if set(sizes) != {SIDE} or options.TEST_MODE == "ten_crop":
@@ -187,7 +189,7 @@ def _check_augment(cfg: CfgNode) -> None:
 
 
 def in_memory(cfg: CfgNode) -> bool:
-    """Return True if the config's data sets are small images that are kept in memory."""
+    """Return True if the config's data sets contain small images that are kept in memory."""
     return cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"
 
 
@@ -213,7 +215,7 @@ def find_dataset(name: str) -> str:
     name = NAMES.get(name, name)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     places = [os.path.abspath(os.path.expanduser(place)) for place in (name, f"{root}/{name}")]
-    # A name that exists has priority, because it may contain the characters of a pattern.
+    # Existing paths have priority, because a file name may contain pattern characters.
     for is_found in (os.path.exists, matches_files):
         for place in places:
             if is_found(place):
@@ -272,7 +274,7 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    """Open a data set; ``small`` has the settings for reading small images into memory."""
+    """Open a data set. For images that are kept in memory, ``small`` has the reading settings."""
     if is_prepared(name) and not small:
         raise UserError(
             "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
@@ -330,7 +332,8 @@ def train_loader(
         cfg: Config of the run.
         seed: Random seed of the run; must be the same in all processes.
         start_iter: Iteration to start from.
-        transform: Transform instead of the config's, for images that are not kept in memory.
+        transform: Transform to use instead of the config's. Not used for images that are kept in
+            memory.
 
     Raises:
         UserError: If the sampler is not supported or the data cannot be opened.

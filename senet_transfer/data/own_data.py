@@ -1,5 +1,6 @@
-"""Search for the training and validation data below a path that a user names."""
+"""Search for training and validation data at a path specified by the user."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.detection.formats.prepare import write_dataset
+from senet_transfer.data.detection.formats.records import NOTES
 from senet_transfer.data.detection.formats.source import (
     annotations_exist,
     find_source,
@@ -22,23 +24,25 @@ from senet_transfer.data.split_files import split_coco, split_data
 from senet_transfer.data.splits import TRAIN, VAL, Split
 from senet_transfer.errors import UserError
 
-# Names of the folders and files of each part, in lower case.
+# Names of the folders and files for each part, in lower case.
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 
-# Entries of a JSON file in COCO's format that are required.
+# Required entries of a JSON file in COCO format.
 _COCO_KEYS = ("images", "annotations", "categories")
 
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
+
+logger = logging.getLogger(__name__)
 
 
 class DataPart(NamedTuple):
     """Training or validation data.
 
     Attributes:
-        path: Annotations for detection, as in `DATASETS.REGISTER`, or the path or address of
-            labelled images, as in `DATASETS.TRAIN` of a classifier.
-        image_dir: Folder with the images of annotations; empty for labelled images.
+        path: Path of detection annotations, as in `DATASETS.REGISTER`, or path or address of
+            labelled images, as in `DATASETS.TRAIN` for a classifier.
+        image_dir: Folder with the images for detection annotations; empty for labelled images.
     """
 
     path: str
@@ -46,21 +50,21 @@ class DataPart(NamedTuple):
 
 
 def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart, DataPart | None]:
-    """Find the training and validation data of a data set for detection or classification.
+    """Find training and validation data for detection or classification.
 
     Args:
-        path: JSON file in COCO's format; folder that contains such files for the parts, as
-            `train.json`, `train/_annotations.coco.json` or `annotations/instances_train*.json`;
-            annotations in another supported format; or labelled images as in `DATASETS.TRAIN` of a
-            classifier, or a folder that contains them in the folders `train` and `val`.
-        val: The same for the validation data; empty to search for it in `path`.
-        image_dir: Image folder of the annotations; empty to search for it.
+        path: JSON file in COCO format; folder with such files for each part, such as `train.json`,
+            `train/_annotations.coco.json` or `annotations/instances_train*.json`; annotations in
+            another supported format; labelled images as in `DATASETS.TRAIN` for a classifier; or
+            folder with labelled images in its subfolders `train` and `val`.
+        val: Path of the validation data, in the same form as `path`; empty to search in `path`.
+        image_dir: Image folder for detection annotations; empty to search for this folder.
 
     Returns:
-        The training data, and the validation data or None.
+        The training data, and the validation data or None if there is none.
 
     Raises:
-        UserError: If no data is found, or the two parts are of different kinds.
+        UserError: If no data is found, or only one of the two parts is for detection.
     """
     train, found = _parts(path, image_dir)
     if val:
@@ -69,19 +73,19 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     if found and bool(found.image_dir) != bool(train.image_dir):
         kinds = ["detection" if part.image_dir else "classification" for part in (train, found)]
         raise UserError(
-            f"{train.path} is data for {kinds[0]}, but {found.path} is data for {kinds[1]}; "
-            "expected the same kind of data for training and validation. Correct --data or --val."
+            f"{train.path} is {kinds[0]} data, but {found.path} is {kinds[1]} data; expected the "
+            "same kind of data for training and validation. Correct --data or --val."
         )
     return train, found
 
 
 def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataPart, DataPart, str]:
-    """Split data into training and validation data, and write the files of both.
+    """Split data into training and validation data, and write the files for both parts.
 
     Args:
         data: The data to split.
-        folder: Folder for the files; those of an earlier split are replaced.
-        upright: Whether annotations are those of the images with their EXIF orientation.
+        folder: Folder for the files. Files from an earlier split are replaced.
+        upright: Whether annotations refer to the images with EXIF orientation applied.
 
     Returns:
         The training data, the validation data, and a table with the number of objects or images.
@@ -91,7 +95,9 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
     """
     if data.image_dir:
         content = read_annotations(*data, upright=upright)
-        # Without optional entries such as `info`, which describes the original file.
+        for note in content.get(NOTES, ()):  # the new files don't contain them
+            logger.warning("%s: %s.", data.path, note)
+        # Optional entries such as `info`, which describes the original file, are omitted.
         needed = {key: content[key] for key in _COCO_KEYS if key in content}
         contents, table = split_coco(needed, data.path, Split())
         write_dataset(contents, folder, data.image_dir, source=data.path, replace=True)
@@ -106,19 +112,19 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
 
 
 def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
-    """Return the training data at a path, or all of its data, and the validation data or None."""
+    """Return the training data (or all data) at a path, and the validation data or None."""
     if is_remote(path):
         return DataPart(path), None
     path = os.path.expanduser(path)
     if not annotations_exist(path):
-        path = find_dataset(path)  # relative to the root of all data
+        path = find_dataset(path)  # relative to $DETECTRON2_DATASETS
     if Path(path, MANIFEST).is_file():
         return DataPart(find_dataset(path)), None
     return _coco_parts(Path(path), image_dir) or _annotated(path, image_dir) or _image_parts(path)
 
 
 def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the parts of annotations in COCO's format, or None for other data."""
+    """Return the training and validation parts of COCO annotations, or None for other data."""
     if path.is_dir():
         train, val = (_coco_file(path, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
@@ -130,7 +136,7 @@ def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] 
 
 
 def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
-    """Return the parts of labelled images."""
+    """Return the training and validation parts of labelled images."""
     folder = Path(path)
     if folder.is_dir():
         train, val = (_subfolder(folder, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
@@ -143,7 +149,7 @@ def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the parts of annotations in a format other than COCO's, or None for other data."""
+    """Return the training and validation parts of annotations in other formats, or None."""
     place, split = split_path(path)
     source = find_source(place)
     if source is None:
@@ -156,7 +162,7 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
     train = next((name for name in (TRAIN, "trainval") if name in splits), None)
     if train is None:
         raise UserError(
-            f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Name the split to "
+            f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Specify the split to "
             f"train on: --data {place}:{next(iter(splits))}."
         )
     found = [DataPart(f"{whole.path}:{name}", folder) for name in (train, VAL)]
@@ -164,7 +170,7 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
 
 
 def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the JSON file of one part of the data in a folder."""
+    """Return the JSON file for one part of the data in a folder, or None."""
     for name in names:
         annotations = folder / "annotations"
         listed = sorted(annotations.iterdir()) if annotations.is_dir() else []
@@ -177,13 +183,13 @@ def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the folder of one part of the data; the case of its name is ignored."""
+    """Return the subfolder for one part of the data, ignoring the case of its name, or None."""
     entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
     return next((entries[name] for name in names if name in entries), None)
 
 
 def _coco_part(file: Path, image_dir: str) -> DataPart:
-    """Return a JSON file with the folder to which its file names are relative.
+    """Return a JSON file and the folder to which its file names are relative.
 
     Raises:
         UserError: If the first image is in none of the usual folders.
@@ -191,7 +197,7 @@ def _coco_part(file: Path, image_dir: str) -> DataPart:
     path = str(file.absolute())
     if image_dir:
         return DataPart(path, os.path.abspath(os.path.expanduser(image_dir)))
-    if source := find_source(file):  # such as train.json and val.json of Label Studio
+    if source := find_source(file):  # such as Label Studio's train.json and val.json
         return DataPart(path, source.image_folder())
     images = read_json_object(path).get("images")
     first = images[0] if isinstance(images, list) and images else None
@@ -201,10 +207,10 @@ def _coco_part(file: Path, image_dir: str) -> DataPart:
     places = [place for base in near for place in (base, base / "images", base / part)]
     places += [base / "images" / part for base in near]
     for place in places:
-        # An invalid file is reported with its details when it is read.
+        # The details of an invalid file are reported later, when the file is read.
         if not isinstance(name, str) or (place / name.replace("\\", "/")).is_file():
             return DataPart(path, str(place))
     raise UserError(
-        f"The images of {file} are not found: {name} is in none of the folders "
-        f"{', '.join(map(str, places))}. Give their folder: --images FOLDER."
+        f"Cannot find the images of {file}: {name} is in none of the folders "
+        f"{', '.join(map(str, places))}. Specify the image folder: --images FOLDER."
     )

@@ -1,4 +1,4 @@
-"""Settings in a config for reading images."""
+"""Config settings for reading images."""
 
 from detectron2.config import CfgNode
 
@@ -8,7 +8,7 @@ from senet_transfer.preprocessing import channels_of
 
 
 def reading_of(cfg: CfgNode) -> Reading:
-    """Return the settings in a config, which may be Detectron2's own."""
+    """Return the image reading settings in a config, which may lack this project's keys."""
     channels, exif = channels_of(cfg.INPUT.FORMAT), cfg.INPUT.get("EXIF", "auto")
     upright = exif == "apply"
     if exif == "auto":  # the defaults of Detectron2 and torchvision

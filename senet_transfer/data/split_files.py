@@ -1,4 +1,4 @@
-"""Split of detection data in COCO's format, CSV files and folders of classes into new files."""
+"""Splitting of COCO annotations, CSV files and class folders into files for each part."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.text import first_of, shown
 
-# A part whose fraction of the images differs more than this from the requested one is reported.
+# Maximum difference between a part's requested and actual fraction of the images without a warning.
 _TOLERANCE = 0.05
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ class _Source:
 
     Attributes:
         classes: Class names, in the order of the table.
-        objects: Number of objects of each class, by file name of the image.
+        objects: Number of objects of each class, by image file name.
         suffix: Extension of the files to write.
-        write: Function that writes the images with the given file names to a file.
+        write: Function that writes the annotations of the given images to a file.
     """
 
     classes: list[str]
@@ -50,11 +50,11 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
     """Split a data set and write the files of its parts.
 
     Args:
-        source: JSON file in COCO's format, CSV file, or folder with one folder per class.
-        output: Folder for ``train``, ``val`` and ``test`` or, with folds, ``fold0_train``,
-            ``fold0_val``, ...: JSON files for a JSON file, otherwise CSV files. Images are not
-            copied: the ``file_name`` entries of a JSON file are unchanged, and the paths in a CSV
-            file are relative to the new file.
+        source: JSON file in COCO format, CSV file, or folder with one folder per class.
+        output: Output folder. Its files are named ``train``, ``val`` and ``test`` or, with folds,
+            ``fold0_train``, ``fold0_val`` and so on. A JSON file is split into JSON files, other
+            data into CSV files. Images are not copied: the ``file_name`` entries of a JSON file are
+            unchanged, and the paths in a CSV file are relative to the new file.
         split: Options of the split.
 
     Returns:
@@ -78,11 +78,11 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
 
 @contextmanager
 def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
-    """Create the folder for the files of a split, and raise a UserError if they can't be written.
+    """Create the folder for the files of a split, and convert write errors to UserErrors.
 
     Args:
-        output: The folder.
-        existing: Files of a split that are already in the folder. If there are any, an error is
+        output: The output folder.
+        existing: Files of a split that already exist in the folder. If there are any, an error is
             raised.
     """
     if existing:
@@ -102,16 +102,16 @@ def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
 def split_coco(
     content: dict[str, Any], path: str | Path, split: Split
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Split the content of an annotation file in COCO's format.
+    """Split the content of an annotation file in COCO format.
 
     Args:
         content: Content of the file.
-        path: Path of the file; used in messages.
+        path: Path of the file; used in error messages.
         split: Options of the split.
 
     Returns:
-        The content of each file as in :func:`split_data`, by its name without extension, and the
-        table.
+        A dictionary from the names of the new files, without extension, to their contents, and a
+        table with the number of objects per class and part.
 
     Raises:
         UserError: If the content is invalid, or a part would be empty.
@@ -121,7 +121,7 @@ def split_coco(
 
 
 def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
-    """Return the images in each file, by the file's name without extension, and the table."""
+    """Assign images to the new files, and return the images per file and a table of counts."""
     part_of = split_images(data.objects, split)
     images: dict[str, set[str]] = defaultdict(set)
     for name, part in part_of.items():
@@ -155,7 +155,7 @@ def _coco_source(content: dict[str, Any], path: str | Path) -> _Source:
 
 
 def _select(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the content of a COCO file with only the images with the given file names."""
+    """Return the content of a COCO file, reduced to the images with the given file names."""
     images = [image for image in content["images"] if image["file_name"] in names]
     ids = {image["id"] for image in images}
     annotations = [item for item in content["annotations"] if item["image_id"] in ids]
@@ -166,11 +166,11 @@ def _open_classes(path: Path, output: Path) -> _Source:
     if not (is_label_csv(path) or path.is_dir()) or (path / MANIFEST).exists():
         found = "shards" if path.is_dir() else "another file" if path.exists() else "missing"
         raise UserError(
-            f"Cannot split {path} ({found}); expected a JSON file in COCO's format, a CSV file "
-            "with the columns path and label, or a folder with one folder per class."
+            f"Cannot split {path} ({found}); expected a JSON file in COCO format, a CSV file with "
+            "the columns path and label, or a folder with one folder per class."
         )
     images = open_images(path)
-    # Without symbolic links, because ".." leads from a link to the parent of its target.
+    # Symbolic links are resolved, because ".." refers to the parent of a link's target.
     root, folder = os.path.realpath(images.root), os.path.realpath(output)
     labels = [images.classes[label] for label in images.labels]
     rows = {
@@ -182,7 +182,7 @@ def _open_classes(path: Path, output: Path) -> _Source:
             if text != text.strip() or text.encode(errors="replace").decode() != text:
                 raise UserError(
                     f"{shown(text)!r} in {path} can't be written to a CSV file; expected UTF-8 "
-                    "without blanks at the ends. Rename the file or folder."
+                    "without leading or trailing spaces. Rename the file or folder."
                 )
 
     def write(target: Path, names: Collection[str]) -> None:
@@ -198,7 +198,7 @@ def _open_classes(path: Path, output: Path) -> _Source:
 
 
 def _count(data: _Source, images: Collection[str]) -> Counter[str]:
-    """Return the number of objects of each class in some images."""
+    """Return the number of objects of each class in the given images."""
     counts: Counter[str] = Counter()
     for name in images:
         counts.update(data.objects[name])
@@ -215,8 +215,8 @@ def _warn(
         missing = [label for label in data.classes if known[label] and not counts[label]]
         if missing:
             logger.warning(
-                "No images of %d classes are in %s: %s. They have too few images or groups, or "
-                "these contain several classes; another --seed may help.",
+                "No images of %d classes are in %s: %s. These classes have too few images or "
+                "groups, or their images contain several classes. Another --seed may help.",
                 len(missing),
                 part,
                 first_of(missing),

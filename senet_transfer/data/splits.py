@@ -1,16 +1,16 @@
-"""Random splits of a data set, stratified by class, with groups of images kept together.
+"""Random data set splits that are stratified by class and keep groups of images together.
 
 The algorithm is iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the
 stratification of multi-label data"): the class with the fewest remaining groups is distributed
-first, each of its groups to the part that lacks most images of this class. An image with objects of
-several classes is therefore placed by its rarest class. There are three differences:
+first, and each of its groups is assigned to the part that lacks the most images of this class. The
+rarest class of an image therefore determines its part. There are three differences:
 
-- Groups are placed instead of images, large ones first.
-- A part that has too few images so far gets more images of the next class. Otherwise, rounding
+- Groups of images are assigned instead of single images, starting with the largest groups.
+- A part with too few images so far gets more images of the next class. Otherwise, the rounding
   errors of many small classes would add up.
-- The last groups of a class are reserved for parts that have none. If a class is still missing from
-  a part, because its groups were placed by rarer classes, groups are exchanged and, in small data
-  sets, other random orders are tried.
+- The last groups of a class are reserved for parts without this class. A class may still be missing
+  from a part if rarer classes determined the parts of its groups. In this case, groups are
+  exchanged and, for small data sets, other random orders are tried.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
-# Class of the images without classes, so that they are distributed too.
+# Class assigned to images without classes, which are then also distributed.
 NO_CLASS = ""
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
-# With up to _SMALL groups, several random orders are tried, and the first with the fewest classes
-# that are missing from a part is used.
+# With up to _SMALL groups, several random orders are tried. The first order with the fewest missing
+# classes is used.
 _SMALL = 500
 _ATTEMPTS = 10
 
@@ -43,11 +43,13 @@ class Split:
     Attributes:
         val: Fraction of the images in "val"; ignored if `folds` is given.
         test: Fraction of the images in "test".
-        folds: Number of equal parts "fold0", "fold1", ..., instead of "train" and "val". A group
-            that is the only one of a class is in "train", that is, in no fold.
-        seed: Random seed. The result depends on it and on the file names, but not on their order.
-        group_by: Regular expression. Images are in one group if its first group, or its match if it
-            has no groups, is the same in their names. If empty, each image is a group.
+        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". The
+            only group of a class is not in any fold, but in "train".
+        seed: Random seed. The result depends on the seed and the file names, but not on the order
+            of the files.
+        group_by: Regular expression that is searched for in the file names. Images with the same
+            match, or the same first capturing group, are kept together. If empty, each image is a
+            group of its own.
     """
 
     val: float = 0.2
@@ -71,7 +73,7 @@ class Split:
             )
 
     def fractions(self) -> dict[str, float]:
-        """Return the fraction of the images in each part, except in "train" with folds."""
+        """Return the fraction of the images in each part. With folds, "train" is not included."""
         if self.folds:
             parts = {f"fold{i}": (1 - self.test) / self.folds for i in range(self.folds)}
         else:
@@ -82,19 +84,19 @@ class Split:
 def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[str, str]:
     """Assign each image to a part.
 
-    A class with a single group is in "train". A class with two or more is also in "val" or, with
-    folds, in two or more folds, unless groups with several classes make this impossible. This has
-    priority over the fractions.
+    A class with a single group is in "train". A class with two or more groups is also in "val" or,
+    with folds, in at least two folds, unless groups with several classes make this impossible. This
+    rule has priority over the fractions.
 
     Args:
-        classes: Names of each image's classes, by file name.
+        classes: Class names of each image, by file name.
         split: Options of the split.
 
     Returns:
-        The name of the part, by file name.
+        The name of each image's part, by file name.
 
     Raises:
-        UserError: If the pattern for groups is invalid, or a part would be empty.
+        UserError: If the pattern in ``group_by`` is invalid, or a part would be empty.
     """
     parts = split.fractions()
     names = list(parts)
@@ -102,7 +104,8 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     if split.test:
         levels.append([len(names) - 1])
     groups = _groups(classes, split.group_by)
-    # In a fold, the only group of a class would be evaluated without training on this class.
+    # If the only group of a class were in a fold, it would be evaluated without any training on
+    # this class.
     single = _single_classes(groups) if split.folds else set()
     kept = [group for group in groups if not single.intersection(group.counts)]
     attempts = (
@@ -146,7 +149,7 @@ def _groups(classes: Mapping[str, Collection[str]], pattern: str) -> list[_Group
 def _shuffled(groups: list[_Group], seed: str) -> list[_Group]:
     """Return the groups in a random order that depends only on the seed and their names."""
 
-    # In contrast to random generators, hashes are the same in all versions of all libraries.
+    # Unlike random numbers, hashes are the same in all library versions.
     def key(group: _Group) -> bytes:
         return hashlib.sha256(f"{seed} {group.names[0]}".encode(errors="surrogateescape")).digest()
 
@@ -167,19 +170,20 @@ def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
     except re.error as error:
         raise UserError(
             f"--group-by is {pattern!r}, which is not a regular expression: {error}. Expected a "
-            "pattern of Python's re module, such as '^(.*)_frame'."
+            "pattern for Python's re module, such as '^(.*)_frame'."
         ) from error
     keys, others = {}, []
     for name in names:
         match = expression.search(name)
         found = match[1 if expression.groups else 0] if match else None
-        # A slash at the end distinguishes a group from the file name of an image without group.
+        # A trailing slash distinguishes a group from the file name of an ungrouped image.
         keys[name] = name if found is None else f"{found}/"
         others += [name] if found is None else []
     if len(others) == len(names):
         raise UserError(
             f"--group-by is {pattern!r}, which matches none of the {len(names)} file names: "
-            f"{first_of(others, 3)}. Expected a regular expression of a part of these names."
+            f"{first_of(others, 3)}. Expected a regular expression that matches a part of these "
+            "names."
         )
     if others:
         logger.warning(
@@ -193,7 +197,7 @@ def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
 
 
 def _single_classes(groups: list[_Group]) -> set[str]:
-    """Return the classes that are in a single group."""
+    """Return the classes that occur in only one group."""
     numbers = Counter(name for group in groups for name in group.counts)
     return {name for name, number in numbers.items() if number == 1}
 
@@ -211,8 +215,8 @@ class _Allocation:
         Args:
             groups: Groups in random order.
             fractions: Fraction of the images in each part.
-            levels: Parts in the order in which they get the groups of a class that has fewer groups
-                than there are parts.
+            levels: Parts by priority. If a class has fewer groups than there are parts, the parts
+                in the first list get its groups first.
         """
         self.groups = groups
         self.fractions = fractions
@@ -249,14 +253,14 @@ class _Allocation:
             left = {other: number for other, number in left.items() if number}
 
     def _choose(self, name: str, wanted: list[float], left: int) -> int:
-        """Return the part for the next of the `left` remaining groups of a class."""
+        """Choose the part for the next group of a class, of which `left` groups remain."""
         counts = [counts[name] for counts in self._counts]
         parts = list(range(len(counts)))
         lacking = [part for part in parts if not counts[part]]
         if left <= len(lacking):
             first = next(level for level in self.levels if set(level).intersection(lacking))
             parts = [part for part in first if not counts[part]]
-        # Rounded, because equal values must not differ by rounding errors.
+        # The values are rounded, so equal values do not differ by rounding errors.
         return max(
             parts,
             key=lambda part: (
@@ -275,9 +279,10 @@ class _Allocation:
         self.part_of[index] = part
 
     def missing(self, names: Iterable[str]) -> int:
-        """Return in how many parts classes are missing although they have enough groups.
+        """Return a penalty for classes that are missing from parts despite having enough groups.
 
-        A class that is missing from a part of an earlier level counts a thousand times as much.
+        Each missing class counts as 1000 in the last level, and 1000 times more in each earlier
+        level.
         """
         missing = 0
         for name in names:
@@ -290,14 +295,14 @@ class _Allocation:
         return missing
 
     def _repair(self) -> None:
-        """Exchange or move groups so that fewer classes are missing from a part."""
+        """Exchange or move groups to reduce the number of classes that are missing from parts."""
         for name in sorted(self.totals, key=lambda name: (len(self._members[name]), name)):
             for part in range(len(self.fractions)):
                 if self.missing([name]) and not self._counts[part][name]:
                     self._bring(name, part)
 
     def _bring(self, name: str, part: int) -> None:
-        """Bring a group with a class into a part, if fewer classes are then missing from parts."""
+        """Move a group with a class to a part, if this reduces the number of missing classes."""
         others = [index for index, place in enumerate(self.part_of) if place == part]
         for index in self._members[name]:
             size = len(self.groups[index].names)

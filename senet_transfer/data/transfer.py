@@ -1,4 +1,4 @@
-"""Transfer of batches from the host to a GPU on a side stream."""
+"""Transfer of batches from the host to a GPU, using a side stream."""
 
 from typing import Any, Protocol
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SideStream(Protocol):
-    """Stream for copies that run in parallel with the computation."""
+    """Protocol for streams with copies that run in parallel with the computation."""
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Start to copy a tensor to the device, and return the copy."""
@@ -19,8 +19,8 @@ class SideStream(Protocol):
 class CudaSideStream:
     """A CUDA stream for copies from pinned memory.
 
-    The copy of a batch starts as soon as the host has read it. Because the host runs ahead, the GPU
-    is still computing earlier steps at this time.
+    The copy of a batch starts as soon as the host has read it. The host runs ahead of the GPU,
+    which is still computing earlier steps at this time.
     """
 
     def __init__(self, device: torch.device):
@@ -40,8 +40,8 @@ class CudaSideStream:
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
         for copy in copies:
-            # Their memory may be reused on the side stream only after the current stream has used
-            # them.
+            # The side stream may reuse the memory of the copies only after the current stream has
+            # used them.
             copy.record_stream(current)
 
 
@@ -49,9 +49,9 @@ class Transfer:
     """Function that moves the tensors of a batch to a device.
 
     A batch is a dict of tensors and other values, or a list of such dicts. Its tensors are copied
-    without waiting if they are in pinned memory. Batches are not read ahead, so that a resumed run
-    uses the same batches, and an unreadable image is reported in its own step. On a CPU, the batch
-    is returned unchanged.
+    without waiting if they are in pinned memory. Batches are not read ahead, so a resumed run uses
+    the same batches, and an unreadable image is reported in its own step. On a CPU, the batch is
+    returned unchanged.
 
     Args:
         device: Device of the model.

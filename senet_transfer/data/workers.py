@@ -1,7 +1,7 @@
-"""Start-up and error handling of data loader workers.
+"""Initialisation and error handling for data loader workers.
 
 PyTorch adds the worker's traceback to the message of an exception that it re-raises. UserError
-messages are meant for users, so workers return these errors as values, and the main process raises
+messages are meant for users, so workers return UserErrors as values, and the main process raises
 them unchanged.
 """
 
@@ -63,12 +63,12 @@ class RaisingLoader:
 
 
 def init_worker(_worker: int) -> None:
-    """Limit the worker to one thread and let only the main process terminate it.
+    """Limit a worker to one thread, and allow only the main process to terminate the worker.
 
     Job schedulers send SIGINT or SIGTERM to all processes of a job, but the main process needs its
     workers until it has finished the current step and saved a checkpoint. Workers cannot ignore
-    SIGTERM, because the main process also uses it to stop them, so they check which process sent
-    it.
+    SIGTERM, because the main process also uses this signal to stop them. They therefore check which
+    process sent the signal.
     """
     torch.set_num_threads(1)
     # Workers inherit the wakeup file descriptor, but their signals must not wake the main process.

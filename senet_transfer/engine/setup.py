@@ -165,13 +165,18 @@ def restarted() -> bool:
     return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
-def _prepare(options: RunOptions) -> CfgNode:
-    eval_only = options.eval_only
-    if options.overwrite and (options.resume or eval_only):
+def check_overwrite(options: RunOptions) -> None:
+    """Raise a UserError if a run that needs the files of an earlier run would delete them."""
+    if options.overwrite and (options.resume or options.eval_only):
         raise UserError(
             "--overwrite deletes an earlier run, so it can't be combined with "
             f"{'--resume' if options.resume else '--eval-only'}. Remove one of the two."
         )
+
+
+def _prepare(options: RunOptions) -> CfgNode:
+    eval_only = options.eval_only
+    check_overwrite(options)
     cfg = load_config(options.config_file, list(options.options))
     logged = log_size(cfg.OUTPUT_DIR)
     logger = _start_logging(cfg, quiet=options.quiet)

@@ -1,4 +1,4 @@
-"""Evaluation of classifiers on labelled images: errors, confusion matrix and predictions."""
+"""Evaluation of classifiers: error rates, confusion matrix and predictions."""
 
 import csv
 import time
@@ -46,7 +46,7 @@ class Evaluation:
         seconds: Duration of the evaluation in seconds.
         waited: Time spent waiting for images to be read and decoded, in seconds.
         classes: Class names, indexed by label.
-        confusion: Confusion matrix: the number of images by label and prediction, ``(C, C)``.
+        confusion: Confusion matrix with the number of images by label and prediction, ``(C, C)``.
         predictions: One row per image, in the order of the data. Empty unless requested.
     """
 
@@ -103,8 +103,8 @@ class Evaluation:
     def write_predictions(self, path: str) -> None:
         """Write a CSV file with one row per image: key, label, class name, top classes and path.
 
-        If the logits were kept, they are also written. The encoding is UTF-8, except that paths
-        which are not UTF-8 consist of the same bytes as on disk.
+        Logits are also written if they were kept. The encoding is UTF-8, but paths that are not
+        UTF-8 keep their bytes on disk.
 
         Raises:
             UserError: If the file can't be written.
@@ -142,7 +142,7 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a classifier on all images of a data set, in this process only.
+    """Evaluate a classifier on all images of a data set, using only this process.
 
     Args:
         model: The classifier, on the device to use.
@@ -152,10 +152,11 @@ def evaluate_classifier(
         workers: The number of processes that read and decode images.
         keep_predictions: If True, return the top classes of each image.
         keep_logits: If True, return the logits and top classes of each image.
-        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
+        quiet: If True, hide the progress bar. It is always hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: If the number of classes differs, or if an image is missing or corrupted.
+        UserError: If the model and the data set have different numbers of classes, or if an image
+            is missing or corrupted.
     """
     _check_classes(model, dataset)
     evaluator = ClassificationEvaluator(
@@ -195,7 +196,7 @@ def eval_batches(
     workers: int,
     quiet: bool,
 ) -> "ShownBatches":
-    """Return batches of all images of a data set for a model, with a progress bar."""
+    """Return a loader of a data set's images for a model, which shows a progress bar."""
     loader: ClassificationLoader | CifarEvalLoader
     if isinstance(dataset, ImageArrays):
         _check_view(dataset, transform)
@@ -223,7 +224,7 @@ def _check_view(data: ImageArrays, transform: Transform) -> None:
 
 
 class ShownBatches:
-    """Data loader wrapper that shows a progress bar and measures the time spent waiting."""
+    """Data loader wrapper that shows a progress bar and measures the time waiting for batches."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader

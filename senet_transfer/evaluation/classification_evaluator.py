@@ -18,11 +18,11 @@ TOP = 5
 
 
 class ClassificationEvaluator(DatasetEvaluator):
-    """Evaluator that counts correct predictions over all processes.
+    """Evaluator that counts correct predictions across all processes.
 
     Attributes:
-        confusion: Confusion matrix: the number of images by label and prediction, int64
-            ``(C, C)``. After :meth:`evaluate`, the main process has the sum over all processes.
+        confusion: Confusion matrix, int64 ``(C, C)``: the number of images by label and prediction.
+            After :meth:`evaluate`, the main process has the sum over all processes.
         predictions: One row per image, in the order of the data. Empty unless predictions or
             logits are kept.
     """
@@ -40,14 +40,14 @@ class ClassificationEvaluator(DatasetEvaluator):
         """
         Args:
             num_classes: The number of classes in the model and the data.
-            expected: The number of images in the data set. It is used to check that all images
-                were evaluated.
+            expected: The number of images in the data set, for checking that all images were
+                evaluated.
             with_loss: If True, compute the mean cross-entropy, without label smoothing.
             keep_predictions: If True, keep the key, label and top classes of each image.
             keep_logits: If True, also keep the logits of each image.
-            output_dir: The folder for ``predictions.json``, which contains one list per column:
-                ``index`` (in the data set), ``label``, ``top`` (the top classes) and
-                ``probability`` (of the best class, in [0, 1]). If empty, the file isn't written.
+            output_dir: The folder for ``predictions.json``; if empty, the file isn't written. It
+                contains one list per column: ``index`` (in the data set), ``label``, ``top`` (the
+                top classes) and ``probability`` (of the best class, in [0, 1]).
         """
         self.num_classes = num_classes
         self.expected = expected
@@ -65,7 +65,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
-        """Add the labels and logits ``(N, C)`` of a batch from the evaluation loader."""
+        """Add a batch from the evaluation loader and its logits ``(N, C)`` to the counts."""
         logits, labels = outputs.float().cpu(), inputs["label"].cpu()
         if logits.shape[1] != self.num_classes:
             raise UserError(
@@ -79,8 +79,8 @@ class ClassificationEvaluator(DatasetEvaluator):
             ]
             raise UserError(
                 f"The logits of {len(keys)} images are not finite; the first image is {keys[0]}. "
-                "Either training diverged, or the model was built with options that differ from "
-                "those in training."
+                "Either training diverged, or the model was built with different options than in "
+                "training."
             )
         self.loss += F.cross_entropy(logits.double(), labels, reduction="sum")
         best = logits.topk(min(TOP, self.num_classes)).indices

@@ -1,7 +1,7 @@
-"""Detectron2's COCO evaluator with faster-coco-eval, which computes the metrics in C++.
+"""Detectron2's COCO evaluator, accelerated with faster-coco-eval.
 
-The results are bitwise identical to those of pycocotools, which is used if faster-coco-eval isn't
-installed.
+faster-coco-eval computes the metrics in C++. The results are bitwise identical to those of
+pycocotools. If faster-coco-eval isn't installed, pycocotools is used.
 """
 
 import contextlib
@@ -32,37 +32,37 @@ try:
 except ImportError:
     faster_coco_eval = None
 
-# The file with the diagnostics in the evaluator's output folder.
+# Name of the diagnostics file in the evaluator's output folder.
 DIAGNOSTICS = "diagnostics.json"
 
 logger = logging.getLogger(__name__)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator with faster-coco-eval, which is about eight times as fast.
+    """Variant of Detectron2's COCOEvaluator based on faster-coco-eval, about eight times as fast.
 
     The metrics are computed with consecutive numbers instead of the ids in the annotation file; see
-    :class:`~senet_transfer.evaluation.numbering.Numbering`. The prediction files contain the ids of
-    the annotation file.
+    :class:`~senet_transfer.evaluation.numbering.Numbering`. The prediction files contain the ids
+    from the annotation file.
 
     Attributes:
-        diagnostics: The diagnostics by IoU type; see
-            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. They are also written to
-            ``diagnostics.json`` in the output folder.
+        diagnostics: Dictionary from IoU type to diagnostics; see
+            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. The diagnostics are also
+            written to ``diagnostics.json`` in the output folder.
     """
 
     def __init__(self, *arguments: Any, diagnostics: Sequence[str] = (), **options: Any):
         """
         Args:
             arguments: Arguments of Detectron2's COCOEvaluator.
-            diagnostics: The IoU types for which diagnostics are computed, if the model predicts
-                them: "bbox" for boxes and "segm" for masks.
+            diagnostics: The IoU types for which diagnostics are computed: "bbox" for boxes and
+                "segm" for masks. Types that the model does not predict are ignored.
             options: Other arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``.
 
         Raises:
             UserError: If the annotation file can't be read.
         """
-        # Detectron2's class can't read all annotation files that this project's loader can read.
+        # This project's loader supports annotation files that Detectron2's class can't read.
         with _replaced(coco_evaluation, "COCO", self._read_truth):
             super().__init__(*arguments, use_fast_impl=False, **options)
         self.diagnostics: dict[str, dict[str, Any]] = {}
@@ -74,7 +74,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         return _indexed(COCO(), read_annotations(json_file, image_dir, upright=upright))
 
     def reset(self) -> None:
-        """Discard all predictions, and the diagnostics of an earlier evaluation."""
+        """Discard all predictions and the diagnostics of an earlier evaluation."""
         super().reset()
         self.diagnostics = {}
         if self._output_dir and comm.is_main_process():
@@ -87,7 +87,7 @@ class FastCOCOEvaluator(COCOEvaluator):
             self._diagnose([result for image in predictions for result in image["instances"]])
 
     def _diagnose(self, results: list[dict]) -> None:
-        """Compute the diagnostics of results, whose category ids are those of the annotations."""
+        """Compute the diagnostics for results with the category ids of the annotation file."""
         start = time.perf_counter()
         dataset = self._coco_api.dataset
         names = self._metadata.get("thing_classes") or [
@@ -144,16 +144,17 @@ def _indexed(truth: Any, dataset: dict[str, Any]) -> Any:
 
 @contextmanager
 def _fast_metrics() -> Iterator[None]:
-    """Replace the classes for the metrics in Detectron2's module, if faster-coco-eval is installed.
+    """Replace the metric classes in Detectron2's module, if faster-coco-eval is installed.
 
-    Detectron2's fast implementation is not included in every build and rounds differently.
+    Detectron2's own fast implementation is not used: it is not part of every build, and rounds
+    differently.
     """
     if faster_coco_eval is None:
         yield
         return
     with (
         _replaced(coco_evaluation, "COCOeval", ExactCOCOeval),
-        # Detectron2's class for more than 100 detections per image, which the fast class supports.
+        # The fast class also replaces Detectron2's class for more than 100 detections per image.
         _replaced(coco_evaluation, "COCOevalMaxDets", ExactCOCOeval),
     ):
         yield

@@ -17,7 +17,7 @@ def coco_arrays(
     *,
     masks: bool = False,
 ) -> tuple[list[ImageObjects], list[ImageDetections]]:
-    """Return the objects and detections in each image, in the order of the images' ids.
+    """Return the objects and detections in each image, sorted by image id.
 
     Ids can be any numbers or text. Objects and detections whose image or category is unknown are
     ignored, as in the COCO metrics.
@@ -25,8 +25,8 @@ def coco_arrays(
     Args:
         dataset: The content of an annotation file.
         results: Detections in COCO's results format, with the ids of the annotation file.
-        class_of_category: The class index by category id. If None, the classes are in the order of
-            the category ids.
+        class_of_category: Dictionary from category id to class index. If None, the classes are in
+            the order of the category ids.
         masks: If True, return masks instead of boxes.
     """
     images = {image["id"]: image for image in dataset["images"]}
@@ -89,7 +89,7 @@ def _regions(rows: Sequence[Mapping[str, Any]], image: Mapping[str, Any], masks:
 
 
 def _mask(segmentation: Any, image: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mask in COCO's compressed run-length encoding, from any of COCO's encodings."""
+    """Convert a mask in any of COCO's formats to COCO's compressed run-length encoding."""
     if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
         return dict(segmentation)
     size = image["height"], image["width"]

@@ -1,6 +1,6 @@
-"""Diagnostics of a detector: the causes of lost precision and recall.
+"""Detector diagnostics that explain losses of precision and recall.
 
-The AP, precision and recall are those of the COCO metrics; see
+AP, precision and recall are computed as in the COCO metrics; see
 :mod:`~senet_transfer.evaluation.matching`. The error types are those of TIDE; see
 :mod:`~senet_transfer.evaluation.error_types`.
 """
@@ -28,17 +28,17 @@ from senet_transfer.evaluation.matching import (
     rank_in_group,
 )
 
-# COCO's ranges of an object's area, in square pixels.
+# COCO's object size ranges, as areas in square pixels.
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
-# Minimum number of objects per image in each group; a group ends where the next one starts.
+# Minimum number of objects per image in each group. A group ends where the next one starts.
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 
-# Positions of IoU thresholds in IOU_THRESHOLDS.
+# Indices of IoU thresholds in IOU_THRESHOLDS.
 _IOU50, _IOU75, _IOU90 = 0, 5, 8
 _CURVES = {"0.5": _IOU50, "0.75": _IOU75, "0.9": _IOU90}
-# The number of objects for which the summary compares sizes.
+# Minimum number of objects of a size for a comparison in the summary.
 _MANY = 20
-# Decimal places of the precision in curves.
+# Number of decimal places of the precision in curves.
 _DIGITS = 4
 
 
@@ -49,7 +49,7 @@ def diagnose(
     *,
     max_detections: int = 100,
 ) -> dict[str, Any]:
-    """Compute the diagnostics of a detector.
+    """Compute diagnostics for a detector.
 
     The AP is in percent; precision, recall, F1 and thresholds are in [0, 1]; undefined values are
     NaN. The result contains:
@@ -58,27 +58,27 @@ def diagnose(
     - ``images``, ``objects``, ``detections``: the number of each;
     - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
     - ``by_size``, ``by_count``: the ``AP``, ``AP50`` and the numbers of objects and images, for
-      groups of objects by area, and for groups of images by number of objects;
-    - ``errors``: for each error type, the ``AP50`` that it costs and the ``count``. The costs of
-      ``false_positive`` and ``false_negative`` are those of all such errors together;
-    - ``error_AP50``: the AP50 that the costs refer to, which includes classes that are detected
-      but have no objects;
+      objects grouped by area, and for images grouped by number of objects;
+    - ``errors``: for each error type, the lost ``AP50`` and the ``count``. ``false_positive`` and
+      ``false_negative`` have the loss for all such errors together;
+    - ``error_AP50``: the AP50 on which these losses are based. It includes classes that are
+      detected but have no objects;
     - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
       ``recall`` and ``F1`` of the detections above it;
     - ``classes``: for each class, the numbers of objects and detections, the AP, the values of
       ``best`` for this class, and the ``curve``;
     - ``curves``: for each IoU threshold, the interpolated precision at recalls of 0, 0.01, ...,
       1, averaged over classes. The ``curve`` of a class is for the threshold 0.5;
-    - ``confusion``: the ``matrix`` counts the detections with at least the given ``score``, by
-      class of the object (row) and class of the detection (column). The last row counts
-      detections without an object, and the last column objects without a detection.
+    - ``confusion``: the ``matrix`` of the number of detections with at least the given ``score``,
+      by the class of the object (row) and of the detection (column). The last row counts detections
+      without an object, and the last column objects without a detection.
 
     Args:
         objects: The ground-truth objects in each image.
         detections: The detections in each image, in the same order.
         classes: The names of the classes.
-        max_detections: The number of detections per image to consider: of each class for the COCO
-            metrics, and of all classes for the error types.
+        max_detections: The maximum number of detections per image: for each class in the COCO
+            metrics, and for all classes together in the error types.
 
     Returns:
         A JSON-serialisable dict with the entries above.
@@ -119,13 +119,13 @@ def _mean(values: Floats) -> float:
 
 
 def _aps(curves: Floats) -> dict[str, float]:
-    """Return the AP, AP50 and AP75 of curves by class, IoU threshold and recall, in percent."""
+    """Compute AP, AP50 and AP75 in percent from curves by class, IoU threshold and recall."""
     one = {"AP50": curves[:, _IOU50], "AP75": curves[:, _IOU75]}
     return {name: 100 * _mean(values) for name, values in ({"AP": curves} | one).items()}
 
 
 def _curve(curves: Floats) -> list[float]:
-    """Return the mean of classes' curves ``(C, 101)``, or an empty list if there are no objects."""
+    """Return the mean of class curves ``(C, 101)``, or an empty list if there are no objects."""
     known = curves[np.isfinite(curves[:, 0])]
     return np.round(known.mean(0), _DIGITS).tolist() if len(known) else []
 
@@ -173,9 +173,9 @@ def _best_threshold(
 
     Args:
         overlaps: The detections and objects.
-        matches: Their matches.
+        matches: The matches of these detections and objects.
         rows: The detections to consider.
-        label: The class whose objects are counted. If None, all are counted.
+        label: The class whose objects are counted. If None, all objects are counted.
     """
     objects = ~overlaps.crowd
     if label is not None:
@@ -226,9 +226,9 @@ def _by_class(
 def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float) -> Ints:
     """Return the confusion matrix at an IoU of 0.5, ``(C + 1, C + 1)``.
 
-    True positives are those of the COCO metrics. By decreasing score, each other detection is
-    matched with the unmatched object of a different class that has the highest IoU.
-    Detections in a crowd are not counted.
+    True positives are defined as in the COCO metrics. The other detections are processed by
+    decreasing score: each is matched with the unmatched object of a different class that has the
+    highest IoU. Detections in a crowd are not counted.
     """
     kept = np.zeros(len(overlaps.scores), bool)
     kept[matches.considered] = True
@@ -245,7 +245,7 @@ def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float)
         ignored=overlaps.crowd,
     )[0]
     other[hit] = matches.match[_IOU50, hit]
-    # The index -1 of detections without an object selects the background.
+    # Detections without an object have the index -1, which selects the background.
     labels = np.append(overlaps.object_classes, classes)
     matrix = np.zeros((classes + 1, classes + 1), np.int64)
     np.add.at(matrix, (labels[other[kept]], overlaps.classes[kept]), 1)
@@ -266,15 +266,15 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _main_loss(found: dict[str, Any]) -> str:
-    """Return a sentence about the largest part of the loss.
+    """Return a sentence about the main cause of lost AP.
 
-    The costs of the error types at an IoU of 0.5 are compared with each other. Any loss at higher
-    IoU thresholds counts as localisation.
+    The losses for the error types are compared at an IoU of 0.5. Losses at higher IoU thresholds
+    count as localisation errors.
     """
     ap, ap50, ap75 = (found[name] for name in ("AP", "AP50", "AP75"))
     both = f"AP50 {ap50:.1f}, AP75 {ap75:.1f}"
     costs = {name: found["errors"][name]["AP50"] for name in _SENTENCES}
-    # The cost is undefined if correcting the errors leaves no classes.
+    # The loss is undefined if no classes remain after correcting the errors.
     losses = {name: cost if math.isfinite(cost) else 0.0 for name, cost in costs.items()}
     losses["localisation"] += max(ap50 - ap, 0)
     worst = max(losses, key=lambda name: losses[name])
@@ -296,7 +296,7 @@ _SENTENCES = {
 
 
 def _confused(found: dict[str, Any]) -> str:
-    """Return a sentence about the most confused classes, if the number is worth mentioning."""
+    """Return a sentence about the most confused classes, or an empty string for few confusions."""
     matrix = np.array(found["confusion"]["matrix"])[:-1, :-1]
     wrong = matrix * ~np.eye(len(matrix), dtype=bool)
     if wrong.size == 0 or wrong.max() < 2:
@@ -311,14 +311,14 @@ def _confused(found: dict[str, Any]) -> str:
 
 
 def _worst_size(found: dict[str, Any]) -> str:
-    """Return a sentence about the size of objects with the lowest AP, if it is much lower."""
-    # The AP of a few objects says little.
+    """Return a sentence about the object size with the lowest AP, or an empty string."""
+    # The AP of only a few objects is not meaningful.
     known = [row for row in found["by_size"] if row["objects"] >= _MANY]
     known.sort(key=lambda row: row["AP"])
     if len(known) < 2 or known[0]["AP"] > 0.75 * known[-1]["AP"]:
         return ""
     worst, best = known[0], known[-1]
     return (
-        f"The AP of {worst['size']} objects is {worst['AP']:.1f}, that of {best['size']} objects "
-        f"{best['AP']:.1f}."
+        f"The AP of {worst['size']} objects is {worst['AP']:.1f}, while that of {best['size']} "
+        f"objects is {best['AP']:.1f}."
     )

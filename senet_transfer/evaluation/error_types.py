@@ -1,19 +1,20 @@
-"""Error types of a detector and the AP that each of them costs.
+"""Error types of detectors, and the AP lost to each type.
 
 The definitions are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
-Errors" (ECCV 2020), and the numbers those of the authors' program. Each error is one of six types:
+Errors" (ECCV 2020), and the numbers equal those of the authors' program. Each error has one of six
+types:
 
 - classification: IoU of 0.5 or more with an object of another class;
 - localisation: IoU between 0.1 and 0.5 with an object of the same class;
-- both: IoU between 0.1 and 0.5 with an object of another class only;
+- both: IoU between 0.1 and 0.5, only with objects of other classes;
 - duplicate: IoU of 0.5 or more with an object of the same class that has a better detection;
 - background: IoU of at most 0.1 with all objects;
 - missed: an object without a detection, and without a classification or localisation error.
 
-The cost of a type is the AP at an IoU of 0.5 that correcting only this type would add. To correct
-classification or localisation errors, the best such detection of each object becomes a true
-positive, and the others are removed. To correct the other types, the detections or the missed
-objects are removed.
+The cost of an error type is the increase in AP, at an IoU of 0.5, if only errors of this type are
+corrected. Classification and localisation errors are corrected by turning the best such detection
+of each object into a true positive and removing the others. Other errors are corrected by removing
+the detections or the missed objects.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "backgroun
 _CLASSIFICATION, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND = range(5)
 
 IOU = 0.5
-# The program's recalls, which differ from pycocotools' in the last bit.
+# The recalls of the authors' program, which differ from those of pycocotools in the last bit.
 _RECALLS = np.arange(101) / 100
 
 
@@ -46,10 +47,11 @@ class Errors:
     """Errors of a detector.
 
     Attributes:
-        kind: Index in :data:`ERROR_TYPES` of each detection's error, or -1 for a true positive and
-            for a detection that isn't considered, ``(D,)``. Detections in a crowd have an error,
-            but don't count as false positives.
-        target: Index of the object of a classification or localisation error, or -1, ``(D,)``.
+        kind: Index of each detection's error type in :data:`ERROR_TYPES`, ``(D,)``. True positives
+            and detections that are not considered have -1. Detections in a crowd have an error
+            type, but don't count as false positives.
+        target: Index of the object for a classification or localisation error, otherwise -1,
+            ``(D,)``.
         corrected: True for the errors that become true positives when corrected, ``(D,)``.
         hit: True for true positives, ``(D,)``.
         ignored: True for detections in a crowd, ``(D,)``.
@@ -70,15 +72,15 @@ class Errors:
 
 @dataclass(frozen=True)
 class ErrorCosts:
-    """The AP that errors cost, in percent.
+    """AP lost to errors, in percent.
 
     Attributes:
-        ap: AP at an IoU of 0.5. In contrast to the COCO metrics, it is 0 for classes that are
-            detected but have no objects.
-        costs: AP that correcting all errors of a type would add, by type.
+        ap: AP at an IoU of 0.5. Unlike in the COCO metrics, the AP of classes that are detected but
+            have no objects is 0.
+        costs: AP gained by correcting all errors of a type, by type.
         counts: Number of errors by type.
-        false_positives: AP that removing all false positives would add.
-        false_negatives: AP that removing all objects without a true positive would add.
+        false_positives: AP gained by removing all false positives.
+        false_negatives: AP gained by removing all objects without a true positive.
     """
 
     ap: float
@@ -93,7 +95,8 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
     Args:
         overlaps: The detections and objects.
-        max_detections: The number of detections per image, of all classes, to consider.
+        max_detections: The maximum number of detections per image to consider, for all classes
+            together.
     """
     considered = rank_in_group(overlaps.image) < max_detections
     same = overlaps.same_class & considered[overlaps.detection]
@@ -139,16 +142,16 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
 
 def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
-    """Return True for detections that are in at least one of the selected pairs."""
+    """Return a mask of the detections that are in at least one of the selected pairs."""
     found = np.zeros(len(overlaps.scores), bool)
     found[overlaps.detection[pairs]] = True
     return found
 
 
 def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
-    """Return each detection's object with the highest IoU in the selected pairs, and the IoU.
+    """Return the index and the IoU of each detection's best object among the selected pairs.
 
-    For detections without a pair, the object is -1 and the IoU is 0.
+    For detections without a pair, the index is -1 and the IoU is 0.
     """
     rows = np.flatnonzero(pairs)
     detection, target, iou = overlaps.detection[rows], overlaps.object[rows], overlaps.iou[rows]
@@ -168,7 +171,7 @@ class _Points:
     scores: Floats
     hit: Bools
     kept: Bools
-    order: Ints  # among equal scores
+    order: Ints  # order of detections with equal scores
     objects: Ints
 
     def class_aps(self) -> Iterator[float]:
@@ -190,7 +193,7 @@ class _Points:
 
 
 def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
-    """Compute the AP that errors cost.
+    """Compute the AP that is lost to each type of error.
 
     Args:
         overlaps: The detections and objects.
@@ -211,7 +214,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
         objects=per_class(~overlaps.crowd),
     )
     ap = base.ap()
-    # The authors' program puts false positives first among equal scores when it corrects errors.
+    # When correcting errors, the authors' program sorts false positives first among equal scores.
     sorted_last = replace(base, order=position + len(position) * errors.hit)
     costs = {}
     for number, name in enumerate(ERROR_TYPES):

@@ -1,4 +1,4 @@
-"""Detectron2's evaluators, selected by a data set's ``evaluator_type`` and the model's outputs."""
+"""Selection of Detectron2 evaluators by a data set's ``evaluator_type`` and the model's outputs."""
 
 import contextlib
 import importlib.util
@@ -32,7 +32,7 @@ from senet_transfer.config.architectures import (
 )
 from senet_transfer.errors import UserError
 
-# The predictions that each kind of evaluator evaluates.
+# The types of predictions that each kind of evaluator uses.
 _EVALUATED = {
     "coco": {OBJECTS, PROPOSALS},
     "rotated": {OBJECTS, PROPOSALS},
@@ -57,7 +57,7 @@ _KINDS = {
     "cityscapes_sem_seg": ("cityscapes_sem_seg",),
 }
 
-# The package that a kind of evaluator imports, and the command to install it.
+# The package that each kind of evaluator imports, and the command to install this package.
 _PACKAGES = {
     "lvis": ("lvis", "pip install --no-deps lvis"),
     "panoptic": (
@@ -70,7 +70,7 @@ _PACKAGES = {
 
 
 def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
-    """Return the kinds of evaluators for a model's predictions on a data set.
+    """Return the kinds of evaluators that support both a data set and a model's predictions.
 
     Args:
         cfg: The model's config.
@@ -78,7 +78,7 @@ def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
 
     Raises:
         UserError: If the data set's ``evaluator_type`` is unknown, or if none of its evaluators
-            evaluates the model's predictions.
+            supports the model's predictions.
     """
     metadata = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type", "coco")
@@ -107,7 +107,7 @@ def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
 
 
 def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
-    """Check before a run that its data sets can be read and its predictions evaluated.
+    """Check that a run's data sets can be read and its predictions can be evaluated.
 
     Args:
         cfg: The run's config.
@@ -115,11 +115,11 @@ def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
         test: The names of the data sets to evaluate.
 
     Raises:
-        UserError: If there is no evaluator for a data set, if its package is not installed, or if
-            metadata that the evaluator needs is missing.
+        UserError: If there is no evaluator for a data set, or if a package or metadata required for
+            reading or evaluation is missing.
     """
     for name in train:
-        # Detectron2 also reads these annotations with this package.
+        # Detectron2 also requires this package to read the annotations.
         if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
             _check_package("lvis", name)
     for name in test:
@@ -128,8 +128,8 @@ def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
             _check_package(kind, name)
         if "sem_seg" in kinds and MetadataCatalog.get(name).get("ignore_label") is None:
             raise UserError(
-                f"The metadata of the data set {name} has no ignore_label, which the evaluation of "
-                "a semantic segmentation needs. Set it in the code that registers the data set: "
+                f"The metadata of the data set {name} has no ignore_label, which is required to "
+                "evaluate semantic segmentation. Set it in the code that registers the data set: "
                 f"MetadataCatalog.get({name!r}).set(ignore_label=255)."
             )
 
@@ -138,8 +138,8 @@ def _check_package(kind: str, name: str) -> None:
     package, command = _PACKAGES.get(kind, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise UserError(
-            f"The data set {name} needs the package {package}, which is not installed. Install it "
-            f"with: {command}"
+            f"The data set {name} requires the package {package}, which is not installed. Install "
+            f"it with: {command}"
         )
 
 
@@ -152,7 +152,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
         output_dir: The folder for the predictions.
     """
     if kind == "rotated":
-        # A file cached by an earlier run may describe different data.
+        # The file may have been cached by an earlier run for different data.
         return RotatedCOCOEvaluator(name, output_dir=output_dir, allow_cached_coco=False)
     if kind == "sem_seg":
         return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=_read_labels)
@@ -169,7 +169,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
 
 
 class _CurrentNumpy(DatasetEvaluator):
-    """Evaluator based on a package that uses names which NumPy has removed.
+    """Base class for evaluators whose packages use names that were removed from NumPy.
 
     lvis 0.5.3 uses ``numpy.float``, and cityscapesscripts 2.3.0 uses ``numpy.in1d``.
     """
@@ -183,7 +183,7 @@ class _CurrentNumpy(DatasetEvaluator):
 
 
 class CurrentLVISEvaluator(_CurrentNumpy, LVISEvaluator):
-    """Detectron2's LVIS evaluator, which also works with current versions of NumPy."""
+    """Detectron2's LVIS evaluator, made compatible with current NumPy versions."""
 
 
 class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator):

@@ -1,4 +1,4 @@
-"""COCO metrics of faster-coco-eval, corrected to be bitwise identical to those of pycocotools."""
+"""COCO metrics from faster-coco-eval, corrected to be bitwise identical to those of pycocotools."""
 
 from typing import Any
 
@@ -6,25 +6,26 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 # pycocotools' precision after a single, correct detection. pycocotools divides by the number of
-# detections plus the machine epsilon; the sum equals the number for all numbers except 1.
+# detections plus the machine epsilon, which only makes a difference if the number is 1.
 _FIRST = 1 / (1 + np.spacing(1))
 
 
 def recalls_of_two(counts: np.ndarray) -> np.ndarray:
-    """Return a recall that two of n objects reach, but not one, for each number of objects.
+    """Return recalls that are reached by two correct detections but not by one.
 
-    The recalls are powers of two, so that a few are sufficient for all numbers. For fewer than two
-    objects, the result is 2, which is not reached.
+    The result has one recall for each number of objects in `counts`. The recalls are powers of two,
+    so a few different values are sufficient. For fewer than two objects, the result is 2, which
+    can't be reached.
     """
     _, exponents = np.frexp(np.maximum(counts, 1) - 1)
     return np.ldexp(1.0, 1 - exponents)
 
 
 class ExactCOCOeval(COCOeval_faster):
-    """Metrics in C++ that are bitwise identical to those of pycocotools.
+    """COCO metrics computed in C++ that are bitwise identical to those of pycocotools.
 
-    faster-coco-eval differs in the last bit of a precision of 1 that is based on one detection, and
-    ignores classes without objects in the evaluation of keypoints.
+    Two differences of faster-coco-eval are corrected: the last bit of a precision of 1 that is
+    based on a single detection, and the omission of classes without objects in keypoint evaluation.
     """
 
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):
@@ -39,7 +40,7 @@ class ExactCOCOeval(COCOeval_faster):
         self.params.catIds = sorted(truth.getCatIds())
 
     def evaluate(self) -> None:
-        """Match predictions with the ground truth, and compute precisions and recalls."""
+        """Match predictions with the ground truth, and compute precision and recall."""
         usual = self.params.recThrs
         # The precision at these recalls is 1 if the first two detections are correct.
         seconds = recalls_of_two(self._count_objects())
@@ -61,7 +62,7 @@ class ExactCOCOeval(COCOeval_faster):
         self.eval["counts"][1] = len(usual)
 
     def _count_objects(self) -> np.ndarray:
-        """Return the number of objects to detect, by class and area range."""
+        """Return the number of objects that are not ignored, by class and area range."""
         p = self.params
         items = self.cocoGt.loadAnns(self.cocoGt.getAnnIds(imgIds=p.imgIds, catIds=p.catIds))
         counted = [

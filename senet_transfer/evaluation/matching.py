@@ -1,6 +1,6 @@
-"""Matches between detections and objects, and average precision, on flat arrays of all images.
+"""Matching of detections and objects, and average precision, using flat arrays for all images.
 
-The definitions follow the COCO metrics, and the results equal those of pycocotools.
+The definitions are those of the COCO metrics, and the results equal those of pycocotools.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-# Pairs of a detection and an object with a lower IoU are irrelevant for all definitions.
+# Pairs of a detection and an object with a lower IoU are irrelevant for all metrics and error
+# types.
 LEAST_OVERLAP = 0.1
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # pycocotools' recall thresholds. Some differ from multiples of 0.01 in the last bit.
@@ -30,7 +31,8 @@ class ImageObjects:
         regions: Boxes (left, top, width, height) in pixels, ``(N, 4)``, or masks in COCO's
             compressed run-length encoding.
         classes: Class indices, ``(N,)``.
-        crowd: True for regions of many objects, in which detections are ignored, ``(N,)``.
+        crowd: True for crowds (regions with many objects), in which detections are ignored,
+            ``(N,)``.
         areas: Areas in square pixels that determine the objects' sizes, ``(N,)``.
     """
 
@@ -45,7 +47,7 @@ class ImageDetections:
     """Detections in an image, in any order.
 
     Attributes:
-        regions: Boxes or masks of the same kind as those of the objects.
+        regions: Boxes or masks, in the same format as in :class:`ImageObjects`.
         classes: Class indices, ``(N,)``.
         scores: Scores, ``(N,)``.
     """
@@ -57,23 +59,23 @@ class ImageDetections:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Detections and objects of all images, and the pairs of them that overlap.
+    """Detections and objects of all images, and the pairs of overlapping detections and objects.
 
     Attributes:
         images: Number of images.
-        image: Image of each detection, ``(D,)``. Detections are sorted by image, and in an image by
-            decreasing score.
+        image: Image index of each detection, ``(D,)``. Detections are sorted by image and, within
+            an image, by decreasing score.
         classes: Class of each detection, ``(D,)``.
         scores: Score of each detection, ``(D,)``.
         areas: Area of each detection in square pixels, ``(D,)``.
-        object_image: Image of each object, ``(G,)``.
+        object_image: Image index of each object, ``(G,)``.
         object_classes: Class of each object, ``(G,)``.
         object_areas: Area of each object in square pixels, ``(G,)``.
-        crowd: True for regions of many objects, ``(G,)``.
+        crowd: True for crowds (regions with many objects), ``(G,)``.
         detection: Index of each pair's detection, ``(P,)``.
         object: Index of each pair's object, ``(P,)``.
-        iou: IoU of each pair, at least :data:`LEAST_OVERLAP`, ``(P,)``. For a crowd, it is the
-            part of the detection that is in the crowd.
+        iou: IoU of each pair, at least :data:`LEAST_OVERLAP`, ``(P,)``. For a crowd, the fraction
+            of the detection that is inside the crowd.
     """
 
     images: int
@@ -154,7 +156,7 @@ def _joined(parts: Sequence[NDArray], dtype: type) -> NDArray:
 
 
 def rank_in_group(*keys: NDArray) -> Ints:
-    """Return the position of each element among the elements with equal keys, ``(N,)``."""
+    """Return each element's position among the elements with equal keys, ``(N,)``."""
     order = np.lexsort(keys)
     new = np.ones(len(order), bool)
     new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
@@ -173,10 +175,10 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match each detection with the best object that is not matched with a higher-ranked detection.
+    """Match each detection with the best object not yet matched with a higher-ranked detection.
 
-    As in the COCO metrics, an ignored object is matched only if no other is available, and a crowd
-    can be matched repeatedly.
+    As in the COCO metrics, an ignored object is matched only if no other object is available, and a
+    crowd can be matched repeatedly.
 
     Args:
         overlaps: The detections and objects.
@@ -185,8 +187,8 @@ def greedy_matches(
             common, ``(D,)``.
         thresholds: The minimum IoU for a match, ``(T,)``.
         ignored: True for objects that are ignored, ``(G,)``.
-        first_of_equal: If True, the first of several objects with equal IoU is matched, otherwise
-            the last.
+        first_of_equal: If True, match the first of several objects with equal IoU, otherwise the
+            last one.
 
     Returns:
         The index of each detection's object, or -1, ``(T, D)``.
@@ -203,7 +205,7 @@ def greedy_matches(
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         some, theirs, overlap = detection[begin:end], target[begin:end], iou[begin:end]
         for row, threshold in enumerate(thresholds):
-            # pycocotools lowers a threshold of 1, because rounding can reduce the IoU.
+            # pycocotools reduces a threshold of 1 slightly, because rounding can reduce the IoU.
             good = np.flatnonzero(free[row, theirs] & (overlap >= min(threshold, 1 - 1e-10)))
             best = good[_starts(some[good])]
             matches[row, some[best]] = theirs[best]
@@ -212,7 +214,7 @@ def greedy_matches(
 
 
 def _starts(values: NDArray) -> Bools:
-    """Return True where a sorted array has a new value."""
+    """Return a mask that is True where the value in a sorted array changes."""
     start = np.ones(len(values), bool)
     start[1:] = values[1:] != values[:-1]
     return start
@@ -224,7 +226,7 @@ class Matches:
 
     Attributes:
         hit: True for detections that are matched with an object, ``(T, D)``.
-        ignored: True for detections that count neither as true nor as false positives, ``(T, D)``.
+        ignored: True for detections that are neither true nor false positives, ``(T, D)``.
         match: Index of each detection's object, or -1, ``(T, D)``.
         counted: True for objects that are not ignored, ``(G,)``.
         considered: Indices of the highest-scoring detections of each image and class, sorted by
@@ -249,9 +251,9 @@ def match_by_class(
 
     Args:
         overlaps: The detections and objects.
-        area: The minimum and maximum area in square pixels. Other objects are ignored.
+        area: The minimum and maximum object area in square pixels. Other objects are ignored.
         thresholds: The minimum IoU for a match, ``(T,)``.
-        max_detections: The number of detections per image and class to consider.
+        max_detections: The maximum number of detections per image and class.
     """
     rank = rank_in_group(overlaps.classes, overlaps.image)
     considered = rank < max_detections
@@ -292,7 +294,7 @@ def precision_at_recalls(
         least: A number that is added to the denominator of the precision, as pycocotools does.
 
     Returns:
-        The largest precision at each recall or above it, and 0 for recalls that aren't reached,
+        The largest precision at or above each recall, or 0 for recalls that aren't reached,
         ``(R,)``.
     """
     true = np.cumsum(hit, dtype=np.float64)
@@ -304,11 +306,11 @@ def precision_at_recalls(
 def precisions(
     overlaps: Overlaps, matches: Matches, classes: int, images: Bools | None = None
 ) -> Floats:
-    """Return the interpolated precision of each class at pycocotools' recalls.
+    """Return the interpolated precision of each class at the recalls used by pycocotools.
 
     Args:
         overlaps: The detections and objects.
-        matches: Their matches.
+        matches: The matches of these detections and objects.
         classes: The number of classes.
         images: True for the images to consider, ``(images,)``. If None, all are considered.
 

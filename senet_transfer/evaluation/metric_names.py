@@ -1,4 +1,4 @@
-"""Names of the metrics that the evaluations of a run will return."""
+"""Names of the metrics that will be returned by a run's evaluations."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -17,11 +17,11 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that the evaluations during training will return a metric, if its task is known.
+    """Check that evaluations during training will return a metric of a known task.
 
     Args:
         cfg: The config of the run.
-        key: The config key that names the metric, for the message.
+        key: The config key with the metric's name, for error messages.
         metric: The metric's name. If empty, nothing is checked.
 
     Raises:
@@ -57,7 +57,7 @@ def _known(cfg: CfgNode) -> list[str]:
 
 
 def _exists(cfg: CfgNode, name: str, known: list[str]) -> bool:
-    """Return whether a metric is known, or its task has metrics that are not listed here."""
+    """Return True if a metric is known, or if its task has metrics that are not listed here."""
     task = name.partition("/")[0]
     if task == "validation":
         return cfg.TEST.LOSS and (name in known or not is_classification(cfg))

@@ -6,24 +6,24 @@ from typing import Any
 
 
 class Numbering:
-    """Numbers from 1 that replace the ids in an annotation file.
+    """Consecutive numbers, starting at 1, that replace the ids in an annotation file.
 
     The libraries for the COCO metrics silently return wrong results for some ids: they store ids as
-    doubles or 64-bit integers, and treat a match with the annotation id 0 as no match. Images are
-    numbered in the order of their ids, which is the order in which pycocotools evaluates them.
-    Categories are numbered in the order of the classes, and annotations in the order of the file.
+    doubles or 64-bit integers, and ignore matches with the annotation id 0. Images are numbered in
+    the order of their ids, which is the order in which pycocotools evaluates them. Categories are
+    numbered in the order of the classes, and annotations in the order of the file.
 
     Attributes:
         dataset: A copy of the ground truth with numbers instead of ids. Annotations whose image or
-            category is not in the file are omitted, because the metrics ignore them.
+            category is not in the file are omitted, as the metrics ignore them.
     """
 
     def __init__(self, dataset: dict[str, Any], class_of_category: dict[Any, int] | None = None):
         """
         Args:
-            dataset: The content of an annotation file, which is not changed.
-            class_of_category: The class index by category id. If None, the classes are in the order
-                of the category ids.
+            dataset: The content of an annotation file, which is not modified.
+            class_of_category: Dictionary from category id to class index. If None, the classes are
+                in the order of the category ids.
         """
         classes = class_of_category or {}
         images = in_order(image["id"] for image in dataset["images"])
@@ -48,11 +48,11 @@ class Numbering:
         }
 
     def image_numbers(self, ids: Sequence[Any]) -> list[int]:
-        """Return the numbers of images."""
+        """Return the numbers for image ids."""
         return [self._images[key] for key in ids]
 
     def results(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return copies of predictions in COCO's results format, with numbers instead of ids."""
+        """Copy predictions in COCO results format, with ids replaced by numbers."""
         return [self._numbered(result) for result in results]
 
     def _numbered(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +61,9 @@ class Numbering:
 
 
 def in_order(ids: Iterable[Any]) -> list[Any]:
-    """Return unique ids in ascending order, or in the given order if they can't be compared.
+    """Return unique ids in ascending order, or in the given order if they can't be sorted.
 
-    Numbers can't be compared with text.
+    A mixture of numbers and text can't be sorted.
     """
     unique = list(dict.fromkeys(ids))
     try:

@@ -14,7 +14,7 @@ class Published:
     Attributes:
         name: Network name.
         top1_error: Top-1 error in percent.
-        top5_error: Top-5 error in percent. None if it wasn't published.
+        top5_error: Top-5 error in percent; None if it wasn't published.
         source: Publication and table.
     """
 
@@ -77,15 +77,15 @@ def _tables_ii_iii_and_viii() -> dict[str, Published]:
     return found
 
 
-# Results of networks that the paper trained on ImageNet, by model name, with crops of usual size.
+# The paper's ImageNet results by model name, with crops of the usual size.
 TRAINED_ON_IMAGENET = _tables_ii_iii_and_viii()
 
-# Results on ImageNet for other sizes of the crop, by model name and size.
+# ImageNet results for other crop sizes, by model name and crop size.
 LARGE_CROPS = {("senet154", 320): Published("SENet-154", 17.28, 3.79, _TABLE_VIII.format(320))}
 
 
 def published_on_imagenet(classes: Sequence[str], model: str) -> Published | None:
-    """Return the paper's result of a model trained on ImageNet, or None.
+    """Return the paper's result for a model trained on ImageNet, or None if there is none.
 
     Args:
         classes: The classes of the data, which are WordNet ids for ImageNet.
@@ -108,7 +108,7 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
         ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
     ):
         source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
-        # The result of the baseline was published before Cutout.
+        # The baseline's result was published before Cutout.
         bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
         note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
         found[data, model] = Published(bare, plain, None, source + note)
@@ -121,7 +121,7 @@ CIFAR = _tables_iv_and_v()
 
 
 def published_on_cifar(dataset: str, model: str) -> Published | None:
-    """Return the published result of a model on a CIFAR data set, or None.
+    """Return the published result of a model on a CIFAR data set, or None if there is none.
 
     Args:
         dataset: The name or path of the data set, as in a config.

@@ -11,29 +11,29 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Modules that remain in evaluation mode although the model computes losses.
+# Modules that stay in evaluation mode while the model computes losses.
 _EVALUATED = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout1d,
     nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
 
-# Running mean with which Detectron2's dense detectors normalise their losses.
+# Name of the running mean that Detectron2's dense detectors use to normalise their losses.
 _NORMALISER = "loss_normalizer"
 
 
 def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str, float]:
     """Return the mean losses per image, without changing the model.
 
-    The backbone, batch norms and dropout are in evaluation mode. A detector's proposals are sampled
-    randomly, but identically in each call. All processes must call this function together.
+    The backbone, batch normalisation and dropout are in evaluation mode. A detector's proposals are
+    sampled randomly, but with the same result in each call. All processes must call this function
+    together.
 
     Args:
         model: A detector, which returns a dict of losses in training mode.
         loader: A loader of batches with ground truth.
 
     Returns:
-        The losses by name, and their sum ``total_loss``. They are means over the images of all
-        processes.
+        The losses by name, and their sum ``total_loss``, averaged over the images of all processes.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -61,7 +61,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str
 
 @contextlib.contextmanager
 def _loss_mode(model: nn.Module) -> Iterator[None]:
-    """Set a detector to the mode in which it returns losses, and restore its state on exit."""
+    """Make a detector return losses inside the context, and restore its state on exit."""
     modes = [(module, module.training) for module in model.modules()]
     normaliser = vars(model).get(_NORMALISER)
     model.train()

@@ -300,8 +300,8 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--channels", "0"), "--channels is 0"),
         (("--images-per-class", "0"), "images_per_class is 0"),
         (("--prune-stage", "5"), "have no gates"),
-        (("--images", "somewhere"), "--images requires annotations"),
-        (("--group-by", "size"), "--group-by requires annotations"),
+        (("--images", "somewhere"), "--images requires object annotations"),
+        (("--group-by", "size"), "--group-by requires object annotations"),
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )

@@ -239,7 +239,7 @@ def test_existing_files_and_other_data_are_rejected(tree, tmp_path, capsys):
         tmp_path / "missing": "(missing); expected a JSON file",
         tmp_path / "list.json": "list.json contains an empty `images` list",
         tmp_path / "val.csv": "line 1: the header has 0 columns named path",
-        tmp_path / "blank": "can't be written to a CSV file; expected UTF-8 without blanks",
+        tmp_path / "blank": "expected UTF-8 without leading or trailing spaces",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             prepare("split", [str(source), "--output", str(tmp_path)])

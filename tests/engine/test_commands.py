@@ -82,7 +82,7 @@ def test_iou_types_are_those_of_the_flag_or_of_the_config(words, expected):
 
 def test_an_unknown_iou_type_is_named_with_the_known_ones():
     options = run_options(argument_parser().parse_args(["--iou-types", "masks"]))
-    with pytest.raises(UserError, match="contains 'masks'; expected 'bbox' and 'segm'"):
+    with pytest.raises(UserError, match="contains 'masks'; expected 'bbox' or 'segm'"):
         check_ranges(load_config("", list(options.options)))
 
 

@@ -136,8 +136,8 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[[0.5, 1.0]]]"}, "ASPECT_RATIOS is"),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[-1.0]]"}, "ASPECT_RATIOS is"),
-        ({"DATASETS.TRAIN": "('own')"}, r"TRAIN is the text 'own'.*\"\('own',\)\""),
-        ({"DATASETS.TRAIN": "own"}, r"TRAIN is the text 'own'.*\"\['own'\]\""),
+        ({"DATASETS.TRAIN": "('own')"}, r"TRAIN is the string 'own'.*\"\('own',\)\""),
+        ({"DATASETS.TRAIN": "own"}, r"TRAIN is the string 'own'.*\"\['own'\]\""),
     ],
 )
 def test_a_key_that_cannot_work_is_an_error_at_the_start(keys, message, command):
@@ -149,7 +149,7 @@ def test_a_key_that_cannot_work_is_an_error_at_the_start(keys, message, command)
 def test_a_name_without_a_comma_in_a_config_file_is_explained(text, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"DATASETS:\n  TRAIN: {text}\n")
-    with pytest.raises(UserError, match=rf"In {path}: DATASETS.TRAIN is the text 'mine'"):
+    with pytest.raises(UserError, match=rf"In {path}: DATASETS.TRAIN is the string 'mine'"):
         load_config(str(path))
     path.write_text("DATASETS:\n  TRAIN: ('mine',)\n")
     assert load_config(str(path)).DATASETS.TRAIN == ("mine",)

@@ -362,6 +362,6 @@ def test_the_summary_compares_sizes_of_which_there_are_many_objects():
         return diagnose(*zip(data, strict=True), ["a"])["summary"]
 
     assert text(small[:5], large).endswith(
-        "The AP of small objects is 25.7, that of large objects 100.0."
+        "The AP of small objects is 25.7, while that of large objects is 100.0."
     )
     assert "large objects" not in text(small[:19], large)

@@ -303,7 +303,7 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "se_resnet18", "--output", "model.h5"], "Expected one of: .onnx, .pt2, .ts"),
+        (["--model", "se_resnet18", "--output", "model.h5"], "expected one of: .onnx, .pt2, .ts"),
         (
             ["--model", "se_resnet18", "--output", "missing/model.ts"],
             "folder missing does not exist",

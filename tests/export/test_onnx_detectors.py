@@ -130,7 +130,7 @@ def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypa
     monkeypatch.setattr(onnx_detectors, "deploy", wrong)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
-    with pytest.raises(UserError, match="which differ from the 100 objects detected by the model"):
+    with pytest.raises(UserError, match="They differ from the 100 objects detected by the model"):
         export_model(loaded.model, loaded.cfg, str(path), image=images[0])
     assert path.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [path]

@@ -159,13 +159,13 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
     ("name", "options", "message"),
     [
         ("timm/test_vit", {}, "have the strides 16; expected 4, 8, 16 and 32"),
-        ("timm/test_coatnet", {}, "only takes images of"),
+        ("timm/test_coatnet", {}, "only accepts images of"),
         ("timm/regnety_02", {}, "Did you mean .*timm/regnety_002"),
         ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* It has: .*resnet18.a1_in1k"),
         ("timm/test_resnet", {"norm": "GN"}, "The norm is GN"),
         ("timm/test_resnet", {"freeze_at": 6}, "freeze_at is 6"),
         ("timm/test_resnet", {"out_features": ["stem"]}, "expected a list of names from: res2"),
-        ("timm/test_resnet", {"se_ratio": 8}, "timm builds its SE layers"),
+        ("timm/test_resnet", {"se_ratio": 8}, "timm builds this network's SE layers"),
     ],
 )
 def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
@@ -211,7 +211,7 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
     with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
         create_backbone("timm/test_resnet", state_dict(other))
     stated = state_dict(timm.create_model("test_resnet"), ".pth", arch="test_efficientnet")
-    with pytest.raises(UserError, match="states that its network is test_efficientnet"):
+    with pytest.raises(UserError, match="contains the network test_efficientnet"):
         create_backbone("timm/test_resnet", stated)
     with pytest.raises(UserError, match="weight family is 'torchvision_v1'"):
         create_backbone("timm/test_resnet", stated, family="torchvision_v1")
@@ -235,7 +235,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         assert loaded.cfg.INPUT.CLASSIFICATION.TEST_CROP == 160
         assert loaded.classes[:2] == ["tench", "goldfish"]
     assert [call for call in calls if call[1]] == [("test_resnet.r160_in1k", True)]
-    with pytest.raises(UserError, match="states that its network is test_resnet.r160_in1k"):
+    with pytest.raises(UserError, match="contains the network test_resnet.r160_in1k"):
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 

@@ -361,7 +361,7 @@ def test_the_report_reads_well(r18, caplog):
     text = str(load_weights(model, r18))
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
-    assert "could also be: torchvision_v2, timm" in text
+    assert "could also be of the family torchvision_v2, timm" in text
     (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert "torchvision_v1 is assumed" in warning.message
     assert "torchvision_v2 (with resize 232) or timm (with interp" in warning.message

@@ -40,8 +40,8 @@ def _view_picture(view: View) -> dict[str, Any]:
     scale = width / view.pixels.shape[1]
     boxes = [[*_rect(box * scale), k] for box, k in zip(view.boxes, view.classes, strict=False)]
     outlines = [
-        [" ".join(f"{x:.1f},{y:.1f}" for x, y in points * scale), view.classes[place]]
-        for place, points in view.outlines
+        [" ".join(f"{x:.1f},{y:.1f}" for x, y in points * scale), view.classes[index]]
+        for index, points in view.outlines
     ]
     return {
         "name": view.name.rpartition("/")[2], "src": source, "width": width, "height": height,
@@ -68,9 +68,9 @@ def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any
     boxes, classes = np.zeros((0, 4)), np.zeros(0, np.int64)
     flagged = np.zeros(0, bool)
     if split.objects is not None:
-        places = np.flatnonzero(split.objects.images == item.image)
-        boxes, classes = split.objects.boxes[places], split.objects.classes[places]
-        flagged = np.isin(places, item.objects)
+        indices = np.flatnonzero(split.objects.images == item.image)
+        boxes, classes = split.objects.boxes[indices], split.objects.classes[indices]
+        flagged = np.isin(indices, item.objects)
     left, top, right, bottom = crop_around(boxes[flagged], pixels.shape[1], pixels.shape[0])
     source, (width, height) = data_uri(pixels[top:bottom, left:right], SIDE)
     # Lines and labels are drawn in the picture's units, so the picture must not be tiny.

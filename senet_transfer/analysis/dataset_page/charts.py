@@ -122,8 +122,8 @@ def _chart(
     edges: np.ndarray,
 ) -> dict[str, Any]:
     series = [
-        {"name": name, "style": f"c{place % 10}", "values": shares(one, edges).tolist()}
-        for place, (name, one) in enumerate(zip(names, values, strict=True))
+        {"name": name, "style": f"c{index % 10}", "values": shares(one, edges).tolist()}
+        for index, (name, one) in enumerate(zip(names, values, strict=True))
     ]
     ticks = list(range(0, len(labels), math.ceil(len(labels) / _MOST_TICKS)))
     return {

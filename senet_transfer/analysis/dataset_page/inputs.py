@@ -104,8 +104,8 @@ def _object_view(item: dict[str, Any], image_format: str) -> View:
         rows = boxes.tensor.tolist()
     if found.has("gt_masks"):
         outlines = [
-            (place, np.asarray(polygon).reshape(-1, 2))
-            for place, polygons in enumerate(_polygons(found.gt_masks))
+            (index, np.asarray(polygon).reshape(-1, 2))
+            for index, polygons in enumerate(_polygons(found.gt_masks))
             for polygon in polygons
         ]
     boxes = np.array(rows, np.float64).reshape(-1, 4)

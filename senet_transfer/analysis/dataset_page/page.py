@@ -64,7 +64,7 @@ class _Content:
     anchors: AnchorFit | None
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
+    def indices(self) -> list[tuple[int, int]]:
         """Index of the data set, and of the image in it, for each member of ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
@@ -75,13 +75,13 @@ class _Content:
 
     def is_shared(self, group: Duplicates) -> bool:
         """Return True if a group contains images from both the training and the evaluation data."""
-        uses = {self.splits[self.places[member][0]].trains for member in group.members}
+        uses = {self.splits[self.indices[member][0]].trains for member in group.members}
         return len(uses) == 2
 
     def is_contradictory(self, group: Duplicates) -> bool:
         """Return True if a group contains images with different labels."""
-        places = [self.places[member] for member in group.members]
-        return len({int(self.labels[number][index]) for number, index in places}) > 1
+        indices = [self.indices[member] for member in group.members]
+        return len({int(self.labels[number][index]) for number, index in indices}) > 1
 
 
 def write_data_page(
@@ -156,7 +156,7 @@ def write_data_page(
             duplicates_card(
                 [
                     (splits[number], index)
-                    for number, index in map(content.places.__getitem__, one.members)
+                    for number, index in map(content.indices.__getitem__, one.members)
                 ],
                 identical=one.identical,
                 reading=reading,

@@ -105,11 +105,11 @@ def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusua
 
 def _degenerate(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    for place in np.flatnonzero(sides.min(1) < LEAST_SIDE):
-        width, height = sides[place]
+    for index in np.flatnonzero(sides.min(1) < LEAST_SIDE):
+        width, height = sides[index]
         yield Unusual(
-            "degenerate", -float(width * height), int(objects.images[place]), (int(place),),
-            f"The box of this {classes[objects.classes[place]]} is {width:.3g} x {height:.3g} "
+            "degenerate", -float(width * height), int(objects.images[index]), (int(index),),
+            f"The box of this {classes[objects.classes[index]]} is {width:.3g} x {height:.3g} "
             "pixels.",
         )  # fmt: skip
 
@@ -119,11 +119,11 @@ def _outside(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     clipped = objects.boxes.clip(0, np.tile(sizes, 2))
     areas, inside = (_areas(boxes) for boxes in (objects.boxes, clipped))
     part = 1 - inside / np.maximum(areas, 1e-9)
-    for place in np.flatnonzero((part > OUTSIDE) & (areas > 0)):
-        width, height = sizes[place].astype(int)
+    for index in np.flatnonzero((part > OUTSIDE) & (areas > 0)):
+        width, height = sizes[index].astype(int)
         yield Unusual(
-            "outside", float(part[place]), int(objects.images[place]), (int(place),),
-            f"{part[place]:.0%} of the box of this {classes[objects.classes[place]]} is outside "
+            "outside", float(part[index]), int(objects.images[index]), (int(index),),
+            f"{part[index]:.0%} of the box of this {classes[objects.classes[index]]} is outside "
             f"the image of {width} x {height} pixels.",
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
         overlaps = np.triu(coco_mask.iou(own, own, np.zeros(len(own), np.uint8)), 1)
         for one, other in np.argwhere(overlaps >= SAME_OTHER_CLASS) + first:
             overlap = float(overlaps[one - first, other - first])
-            names = [classes[objects.classes[place]] for place in (one, other)]
+            names = [classes[objects.classes[index]] for index in (one, other)]
             same = names[0] == names[1]
             if overlap < (SAME if same else SAME_OTHER_CLASS):
                 continue
@@ -176,22 +176,22 @@ def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
         1
     )
     for label, name in enumerate(classes):
-        places = np.flatnonzero((objects.classes == label) & usable)
-        if len(places) < LEAST_OBJECTS:
+        indices = np.flatnonzero((objects.classes == label) & usable)
+        if len(indices) < LEAST_OBJECTS:
             continue
-        width, height = sides[places].T
+        width, height = sides[indices].T
         for kind, values, text in (
             ("size", np.sqrt(width * height), "has a size (square root of its area) of {0:.0f} "
-                                              "pixels; the median of the class is {1:.0f}"),
+             "pixels; the median of the class is {1:.0f}"),
             ("aspect", width / height, "has an aspect ratio (width / height) of {0:.2g}; the "
-                                       "median of the class is {1:.2g}"),
+             "median of the class is {1:.2g}"),
         ):  # fmt: skip
             deviation = deviations(np.log(values))
-            judged = whole[places] | ((kind == "size") & (deviation > 0))
+            judged = whole[indices] | ((kind == "size") & (deviation > 0))
             for k in np.flatnonzero((np.abs(deviation) >= DEVIATION) & judged):
-                place, score = int(places[k]), float(abs(deviation[k]))
+                index, score = int(indices[k]), float(abs(deviation[k]))
                 yield Unusual(
-                    kind, score, int(objects.images[place]), (place,),
+                    kind, score, int(objects.images[index]), (index,),
                     f"This {name} {text.format(values[k], np.median(values))}: "
                     f"{score:.1f} robust deviations.",
                 )  # fmt: skip
@@ -202,23 +202,23 @@ def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -
     if not len(index):
         return []
     found = []
-    for place in np.flatnonzero(contrast < LEAST_CONTRAST):
+    for row in np.flatnonzero(contrast < LEAST_CONTRAST):
         found.append(
             Unusual(
-                "blank", -float(contrast[place]), int(index[place]), (),
-                f"The brightness has a standard deviation of {contrast[place]:.1f} grey levels.",
+                "blank", -float(contrast[row]), int(index[row]), (),
+                f"The brightness has a standard deviation of {contrast[row]:.1f} grey levels.",
             )
         )  # fmt: skip
     width, height = sizes.T.astype(np.float64)
     for kind, values in (("size", np.sqrt(width * height)), ("aspect", width / height)):
         deviation = deviations(np.log(values))
-        for place in np.flatnonzero(np.abs(deviation) >= DEVIATION):
-            score = float(abs(deviation[place]))
+        for row in np.flatnonzero(np.abs(deviation) >= DEVIATION):
+            score = float(abs(deviation[row]))
             usual = np.median(sizes, axis=0).astype(int)
             found.append(
                 Unusual(
-                    kind, score, int(index[place]), (),
-                    f"The image is {width[place]:.0f} x {height[place]:.0f} pixels; the medians "
+                    kind, score, int(index[row]), (),
+                    f"The image is {width[row]:.0f} x {height[row]:.0f} pixels; the medians "
                     f"are {usual[0]} x {usual[1]}: {score:.1f} robust deviations.",
                 )
             )  # fmt: skip

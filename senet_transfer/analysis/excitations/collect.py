@@ -30,11 +30,13 @@ class Excitations:
         blocks: Statistics of each gate, by the gate's name in the paper.
         drawn: Names of the classes to plot, by label.
         counts: Name and number of images of each class in the sample.
+        unit: Word for a class in figures, "class" or "size".
     """
 
     blocks: dict[str, GateStatistics]
     drawn: dict[int, str]
     counts: tuple[tuple[str, int], ...]
+    unit: str = "class"
 
     @property
     def images(self) -> int:
@@ -45,6 +47,11 @@ class Excitations:
     def classes(self) -> int:
         """Number of classes in the sample."""
         return len(self.counts)
+
+    @property
+    def units(self) -> str:
+        """Plural of ``unit``."""
+        return "sizes" if self.unit == "size" else "classes"
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -143,7 +150,8 @@ def collect_excitations(
             _add(blocks, labels, values)
             bar.update(len(labels))
     pairs = zip(sample.classes, sample.counts.tolist(), strict=True)
-    return Excitations(blocks, drawn, tuple((name, count) for name, count in pairs if count))
+    counts = tuple((name, count) for name, count in pairs if count)
+    return Excitations(blocks, drawn, counts, getattr(dataset, "by", "class"))
 
 
 def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str, Tensor]) -> None:

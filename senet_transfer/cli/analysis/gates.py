@@ -30,9 +30,6 @@ of stage 5, and the network without these gates is written to OUTPUT/pruned.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
-from functools import partial
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
 from senet_transfer.utils.text import counted
@@ -82,13 +79,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Analyse the gates, and print the results and the paths of the files.
-
-    Args:
-        args: The arguments parsed by :func:`parser`.
-        words: The words of the command line, for the record.
-    """
+def main(args: argparse.Namespace) -> None:
+    """Analyse the gates, and print the results and the paths of the files."""
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
@@ -118,7 +110,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
     if args.record:
         from senet_transfer.analysis.results.records import write_gates_record
 
-        write_gates_record(excitations.counts, args.record, words=words, weights=args.weights)
+        write_gates_record(excitations.counts, args.record, words=args.words, weights=args.weights)
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
@@ -134,5 +126,4 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
 
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
-    words = sys.argv[1:] if words is None else words
-    run_command(partial(main, words=words), parser().parse_args(words))
+    run_command(main, parser().parse_args(words))

@@ -1,7 +1,7 @@
-"""Official CIFAR-10 and CIFAR-100 distributions: Python and binary versions, packed or unpacked.
+"""Official CIFAR-10 and CIFAR-100 distributions: Python and binary versions, archives or folders.
 
 torchvision downloads the Python version and provides its file names and checksums. Other data in
-the same format is also supported, so pickles are always loaded with the unpickler in
+the same format is also supported and may be untrusted, so pickles are always loaded with
 :mod:`senet_transfer.utils.safe_pickle`, which does not execute code.
 """
 
@@ -47,7 +47,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """Files and checksums of a binary version, with attributes named as in torchvision's classes.
+    """Files and checksums of a binary version. Attributes are named as in torchvision's classes.
 
     Each image is preceded by ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
@@ -109,8 +109,8 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
     """Read an official distribution from an archive or folder.
 
     Args:
-        path: Tar archive (compressed or uncompressed), the folder it was unpacked to, or the parent
-            of that folder.
+        path: Tar archive (compressed or uncompressed), an unpacked archive, or the parent folder of
+            an unpacked archive.
         verify: Raise an error if an archive's checksum or the number of images differs from the
             official distribution.
 
@@ -149,7 +149,7 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
 def _verify_checksums(
     form: type[CIFAR10] | BinaryVersion, path: Path, files: dict[str, bytes]
 ) -> None:
-    """Verify checksums: raise an error for an archive, log a warning for unpacked files."""
+    """Verify checksums. Raise an error for an archive, but log a warning for unpacked files."""
     if path.is_file():
         if (md5 := calculate_md5(path)) != form.tgz_md5:
             raise UserError(
@@ -165,7 +165,7 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return the MD5 checksums of all required files by name; None if unknown."""
+    """Return the MD5 checksum of each required file by name; None for an unknown checksum."""
     return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
 
 
@@ -202,7 +202,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             if name in wanted and member.isfile():
                 files[name] = read_member(archive, member, _MAX_BYTES)
             elif not files and is_image_name(name):
-                break  # an archive of images, which may be large
+                break  # an archive of images; it may be large, so it is not read to the end
     return files
 
 

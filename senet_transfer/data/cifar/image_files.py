@@ -1,4 +1,4 @@
-"""Small image files in one folder per class, with a folder or archive per split."""
+"""Reading of small image files from one folder per class, in a folder or archive per split."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -79,8 +79,8 @@ def read_images(
 
     Args:
         path: Folder or archive with one folder per class.
-        classes: Class names in label order, including those of all class folders. None to sort
-            the names of the class folders.
+        classes: Class names in label order, which must include every class folder. None to use the
+            sorted names of the class folders.
         reading: Settings for reading the images.
         quiet: Do not show a progress bar.
 
@@ -94,8 +94,8 @@ def read_images(
     ]
     if not found:
         raise UserError(
-            f"{path} contains no images in one folder per class; expected files such as .png or "
-            ".jpg. Pass the folder that contains the splits."
+            f"{path} contains no images in one folder per class; expected image files, such as "
+            ".png or .jpg files. Pass the folder that contains the splits."
         )
     found.sort(key=lambda row: row[:2])
     groups = {group for group, _, _ in found}

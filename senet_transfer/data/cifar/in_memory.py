@@ -36,7 +36,7 @@ class ImageArrays:
         images: RGB images, uint8 `(N, 3, 32, 32)`.
         labels: Class indices, int64 `(N,)`.
         classes: Class names, indexed by label.
-        origin: Path of the data; used in messages.
+        origin: Path of the data; used in error messages.
 
     Raises:
         UserError: If a shape or type is wrong, or a label is out of range.

@@ -18,7 +18,7 @@ from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.transforms import CifarAugment, Draws, to_device
 from senet_transfer.errors import UserError
 
-# Random stream of the sample order, independent of the stream of the augmentation.
+# Random stream for the sample order, independent of the augmentation stream.
 _STREAM = 0
 
 
@@ -103,11 +103,11 @@ class CifarTrainLoader:
         return self.assemble({key: to_device(value, device) for key, value in plan.items()})
 
     def plan(self, iteration: int) -> dict[str, Tensor]:
-        """Return the random choices for this process's batch in an iteration, on the CPU.
+        """Return a plan, which contains the random choices for this process's batch, on the CPU.
 
         Returns:
-            ``"index"``, the image indices, int64 ``(N,)``, and with augmentation the attributes of
-            :class:`~senet_transfer.data.cifar.transforms.Draws` by name.
+            A dictionary with the image indices ``"index"``, int64 ``(N,)``. With augmentation, it
+            also contains the attributes of :class:`~senet_transfer.data.cifar.transforms.Draws`.
         """
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         plan = {"index": torch.from_numpy(self.indices(iteration)[rows])}
@@ -122,7 +122,7 @@ class CifarTrainLoader:
         return plan | vars(draws.part(self.rank, self.batch_size))
 
     def assemble(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Build the batch for a plan whose tensors are on the loader's device."""
+        """Build a batch from a plan whose tensors are on the loader's device."""
         index = plan["index"]
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:
@@ -136,11 +136,11 @@ class CifarTrainLoader:
 class CifarEvalLoader:
     """One-pass iterator over this process's share of the data, in order and without augmentation.
 
-    A batch contains ``"image"`` and ``"label"`` as in training, ``"key"``, the image names, and
-    ``"index"``, the image indices in the data set.
+    A batch contains ``"image"`` and ``"label"`` as in training, the image names ``"key"``, and the
+    image indices in the data set, ``"index"``.
 
     Attributes:
-        expected: Number of images for this process.
+        expected: Number of images that this process loads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Functions that open data sets of small images in any supported format."""
+"""Functions for opening data sets of small images in any supported format."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ def open_cifar(
     The supported formats are:
 
     - a prepared split, or the folder with both prepared splits;
-    - an official CIFAR archive, or the folder it was unpacked to;
+    - an official CIFAR archive, packed or unpacked;
     - a folder with a subfolder or archive per split;
     - any format supported by :func:`~senet_transfer.data.classification.open.open_dataset`, such as
-      shards or a folder with one folder per class. Only in these formats may images be larger than
-      32x32 pixels; they are resized and cropped.
+      shards or a folder with one folder per class. Only these formats support images larger than
+      32x32 pixels, which are resized and cropped.
 
     Args:
         path: Path of a file or folder, or a remote address.
@@ -77,7 +77,7 @@ def cifar_name(dataset: str) -> str | None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Return True if the path is that of a prepared split (a safetensors file)."""
+    """Return True if a path refers to a prepared split (a safetensors file)."""
     return str(path).endswith(_PREPARED)
 
 
@@ -102,7 +102,7 @@ def _open_split(
 
 
 class ArrayDataset(SingleImages):
-    """Classification data set backed by images in memory."""
+    """Classification data set of images that are kept in memory."""
 
     def __init__(self, data: ImageArrays):
         super().__init__(list(data.classes), len(data), data.origin)
@@ -118,7 +118,7 @@ class ArrayDataset(SingleImages):
 
 
 def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> ImageArrays:
-    """Decode all images of a data set, and resize and crop them to 32x32 pixels as in evaluation.
+    """Decode all images of a data set. They are resized and cropped to 32x32 as in evaluation.
 
     Raises:
         UserError: If an image cannot be decoded or the data set is empty.

@@ -19,7 +19,7 @@ def read_source(
     """Read CIFAR or similar data in any supported format.
 
     Args:
-        source: Official archive (binary or Python version), the folder it was unpacked to, or a
+        source: Official archive (binary or Python version), an unpacked official archive, or a
             folder with `train` and `test` subfolders or archives, each with one folder per class.
         verify: See :func:`~senet_transfer.data.cifar.archives.read_official`.
         quiet: Do not show progress bars.
@@ -40,9 +40,9 @@ def read_source(
     if splits is None:
         raise UserError(
             f"{source} has an unsupported format; expected an official CIFAR-10 or CIFAR-100 "
-            "archive (binary or Python version), the folder it was unpacked to, or a folder with "
-            "train and test (or train.tar.xz and test.tar.xz), each with one folder per class. "
-            "Pass one of these."
+            "archive (binary or Python version), an unpacked archive, or a folder with train and "
+            "test (or train.tar.xz and test.tar.xz), each with one folder per class. Pass one of "
+            "these."
         )
     return splits
 

@@ -20,12 +20,12 @@ from senet_transfer.errors import UserError, check_choice
 
 PADDINGS = ("zero", "reflect")
 
-# Random stream of the augmentation, independent of the stream of the sample order.
+# Random stream for the augmentation, independent of the stream for the sample order.
 _STREAM = 1
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values to a device, without waiting for the copy to a GPU."""
+    """Copy a tensor to a device. Copies to a GPU are asynchronous."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -51,7 +51,7 @@ class Draws:
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 
     def to(self, device: torch.device) -> "Draws":
-        """Return the parameters on a device; see :func:`to_device`."""
+        """Copy the parameters to a device; see :func:`to_device`."""
         return Draws(
             *(to_device(values, device) for values in (self.flip, self.offset, self.centre))
         )
@@ -134,6 +134,6 @@ class CifarAugment:
 
 
 def _reflect(index: Tensor, side: int) -> Tensor:
-    """Reflect out-of-range indices at the image's border pixels."""
+    """Reflect out-of-range pixel indices at the image's border."""
     index = index.abs()
     return torch.where(index >= side, 2 * (side - 1) - index, index)

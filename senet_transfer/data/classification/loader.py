@@ -2,10 +2,10 @@
 
 Worker processes build complete uint8 batches, with a random crop and flip for each image. On each
 rank, worker `b % num_workers` builds batch `b` as its own batch number `b // num_workers`. The
-workers of all ranks are the `world_size * num_workers` consumers in `sampling`, and each worker has
-the consumer index `rank * num_workers + worker`. A batch therefore depends only on its index, and a
-run that is resumed with the same seed, ranks, workers and batch size gets the same batches as an
-uninterrupted run.
+workers of all ranks are the `world_size * num_workers` consumers described in `sampling`: a worker
+has the consumer index `rank * num_workers + worker`. A batch therefore depends only on its index,
+and a run that is resumed with the same seed, ranks, workers and batch size gets the same batches as
+an uninterrupted run.
 
 The rank and the world size are arguments because worker processes cannot query them.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClassificationLoader:
-    """Batch iterator that raises UserErrors from worker processes in the main process.
+    """Batch iterator that re-raises UserErrors from worker processes in the main process.
 
     Attributes:
         skips: Counter of the samples seen and skipped on this rank.
@@ -88,8 +88,8 @@ def build_classification_train_loader(
     """Build an infinite loader of training batches.
 
     A batch is `{"image": uint8 (N, 3, H, W) RGB, "label": int64 (N,), "key": list[str]}`. A broken
-    image is replaced with the next valid image in its batch, so that the order of the other samples
-    does not change.
+    image is replaced with the next valid image in its batch, so the order of the other samples does
+    not change.
 
     Args:
         dataset: Training data.
@@ -115,7 +115,7 @@ def build_classification_train_loader(
     order = _Order(seed, start_iter, class_aware, shuffle_block)
     _check_batches(dataset, batch_size)
     if class_aware:
-        dataset.labels()  # loaded before the workers are forked, so that they share the memory
+        dataset.labels()  # loaded before the workers are forked, which lets them share the memory
     skips = SkipCounter(num_workers, max_skip_ratio)
     batches = _TrainBatches(dataset, transform, skips, batch_size, readers, order)
     return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
@@ -135,7 +135,7 @@ def build_classification_eval_loader(
 
     A batch contains the entries of a training batch and `index`, the image indices in the data set
     (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
-    whole images, `image` and `shapes` are the result of `pack`. The last batch of a worker may be
+    whole images, `image` and `shapes` are returned by `pack`. The last batch of a worker may be
     smaller, and the number of images per rank may differ by one. A broken image raises an error,
     because skipping it would change the metrics. A wrong number of loaded images also raises an
     error.
@@ -165,7 +165,7 @@ def build_classification_eval_loader(
 
 @dataclass(frozen=True)
 class _Readers:
-    """Processes that read the data. With 0 workers, the main process of each rank reads it."""
+    """Processes that read the data. With 0 workers, each rank's main process reads the data."""
 
     rank: int
     world_size: int
@@ -226,8 +226,8 @@ def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
-        # Creating an iterator draws a random number. A separate generator is used because advancing
-        # PyTorch's global generator would change the first step of a resumed run.
+        # Creating an iterator draws a random number. A separate generator is used, because
+        # advancing PyTorch's global generator would change the first step of a resumed run.
         generator=torch.Generator(),
     )
 
@@ -257,10 +257,10 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """Return a worker's sample stream, starting with the batch of an iteration."""
+        """Return a worker's sample stream, starting at the batch for an iteration."""
         readers, order = self.readers, self.order
         if order.class_aware:
-            # The ranks share the sequence of a step, so that its batch has all classes equally.
+            # The ranks draw from one sequence, so the classes are balanced across their batches.
             firsts = (
                 (step * readers.world_size + readers.rank) * self.batch_size
                 for step in count(iteration, readers.processes)
@@ -299,7 +299,7 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Replace each broken sample with the batch's next valid one, or else its first."""
+        """Replace each broken sample with the next valid sample in the batch, cyclically."""
         if not good:
             raise UserError(
                 f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "

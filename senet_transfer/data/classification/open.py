@@ -1,4 +1,4 @@
-"""Functions that open shards, folders and archives as classification data sets.
+"""Functions for opening shards, folders and archives as classification data sets.
 
 A data set is a sequence of units, which are shards or single images. This module reads the units,
 and `sampling` assigns them to processes.
@@ -78,9 +78,9 @@ class ShardDataset(ClassificationDataset):
             manifest: Shard manifest.
             base: Path or address of the shard folder.
             storage: Options for reading remote files.
-            cache: Cache for local copies of remote shards; None to read the shards without copying
-                them.
-            indices: Index of each shard; empty to read them from files when they are needed.
+            cache: Cache for local copies of remote shards; None to read remote shards without
+                copying.
+            indices: Index of each shard; empty to read each index from its file when it is needed.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
@@ -123,7 +123,8 @@ class ShardDataset(ClassificationDataset):
                 "shard does not match its index. Prepare the data again."
             )
         if self.manifest.plan == FOREIGN:
-            # The header of a long name contains only its beginning, so the index makes it unique.
+            # The header contains only the beginning of a long name, so the index makes the key
+            # unique.
             return RawSample(make_key(header.name, index), label, data[block:], url)
         check_member(header.name, url)
         return RawSample(header.name.rpartition(".")[0], label, data[block:], url)
@@ -163,20 +164,21 @@ def open_dataset(
       (`http(s)://`, `s3://` and other object stores);
     - individual shards in such a folder, given as the path of a `.tar` file or a pattern with
       wildcards (local shards) or braces, such as `train-{000..099}.tar`;
-    - local shards of webdataset without a manifest, which are read once to count their samples;
+    - local webdataset shards without a manifest, which are read once to count their samples;
     - the official Places365 distribution: the folder with the lists, or an image folder (`val_256`)
       or archive (`val_256.tar`) next to the lists;
-    - ImageNet as downloaded: an archive, or the folder that contains it and the development kit;
+    - ImageNet as downloaded: an archive, or the folder that contains the archives and the
+      development kit;
     - a CSV file with the columns `path` and `label`;
     - a folder with one folder per class.
 
     Args:
         path: Path of a folder or file, or a remote address.
-        split: Places365 split ("val", "train_standard" or "train_challenge"), or ImageNet's
+        split: Places365 split ("val", "train_standard" or "train_challenge"), or ImageNet split
             ("val" or "train"); ignored if the path determines the split.
         size: Places365 image size, "256" or "large"; None to use the existing size, preferably 256.
-        classes: Expected class names in label order. In a CSV file or a folder with one folder per
-            class, some classes may have no images.
+        classes: Expected class names in label order. Classes without images are only allowed for a
+            CSV file or a folder with one folder per class.
         cache_dir: Folder for local copies of remote shards.
         storage: Options for reading remote files.
 
@@ -256,7 +258,7 @@ def _open_local(
 
 
 def matches_files(pattern: str) -> bool:
-    """Return True if a pattern with wildcards or braces, as in `open_dataset`, matches a file."""
+    """Return True if a pattern with wildcards or braces, see `open_dataset`, matches any file."""
     return any(glob.glob(name) for name in _expand(pattern))
 
 
@@ -266,8 +268,8 @@ def _expand(path: str) -> list[str]:
         return expand_urls(path) if "{" in path else [path]
     except ValueError as error:
         raise UserError(
-            f"{path} is not the name of an existing file, nor a pattern of shards: {error}. "
-            "Correct the path."
+            f"{path} is neither an existing file nor a valid pattern for shards: {error}. Correct "
+            "the path."
         ) from error
 
 
@@ -285,7 +287,8 @@ def _matches(path: Path) -> list[Path]:
     """Return the files that match a pattern with wildcards and braces, in order.
 
     Raises:
-        UserError: If a name from the braces has no match, or the files are in several folders.
+        UserError: If a name expanded from braces does not exist, or the files are in several
+            folders.
     """
     if path.exists():
         return [path]
@@ -294,7 +297,7 @@ def _matches(path: Path) -> list[Path]:
     missing = [name for name in names if not found[name]]
     if missing and len(names) > 1:
         raise UserError(
-            f"{path} names {len(names)} shards, but {len(missing)} do not exist: "
+            f"{path} specifies {len(names)} shards, but {len(missing)} do not exist: "
             f"{first_of(missing)}. Copy the missing shards, or correct the pattern."
         )
     matches = [Path(match) for group in found.values() for match in group]
@@ -304,7 +307,7 @@ def _matches(path: Path) -> list[Path]:
 
 
 def _check_shards(manifest: Manifest, folder: Path) -> None:
-    """Raise a UserError if local shards are missing, which training would find only later."""
+    """Raise a UserError if local shards are missing, before training starts."""
     missing = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
     if missing:
         raise UserError(
@@ -322,7 +325,7 @@ def _open_published(path: Path, split: str, size: str | None) -> ImageDataset | 
 
 
 def _check_remote_shards(dataset: ShardDataset) -> None:
-    """Raise a UserError if remote shards are missing, unless there is a local copy."""
+    """Raise a UserError if remote shards without a local copy are missing."""
     shards = [(join(dataset.origin, shard.name), shard) for shard in dataset.manifest.shards]
     cache = dataset.cache
     urls = [url for url, shard in shards if cache is None or not cache.is_present(url, shard)]
@@ -337,7 +340,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the folder may contain either train split, and `split` is neither of them.
+        UserError: If the folder may contain either of the two train splits, but `split` is another
+            split.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [

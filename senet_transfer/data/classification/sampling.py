@@ -1,4 +1,4 @@
-"""Resumable sampling: sample order as a function of the seed, consumer and sample count.
+"""Resumable sampling, in which the seed, consumer and sample count determine the sample order.
 
 Training uses C = ranks x workers consumers. The U units (shards or single images) of all epochs
 form one infinite sequence: epoch e covers the positions e*U to (e+1)*U-1, in a random order that
@@ -7,7 +7,7 @@ consumer gets data even if there are fewer shards than consumers, the consumers 
 epoch exactly once, and a consumer's state is determined by the number of samples it has read. Only
 this number is required to resume.
 
-The samples of a shard are shuffled in blocks. This requires memory for one block of encoded images,
+The samples of a shard are shuffled in blocks. Only one block of encoded images is kept in memory,
 and the position of every sample can be computed.
 """
 
@@ -94,7 +94,8 @@ def train_stream(
 
 
 def _block_order(size: int, *seed: int) -> np.ndarray:
-    # The units of a folder are single images. Creating a generator for each would be slow.
+    # The units of a folder are single images, and creating a generator for each image would be
+    # slow.
     return np.zeros(1, int) if size == 1 else np.random.default_rng(seed).permutation(size)
 
 
@@ -103,7 +104,7 @@ def class_aware_stream(
 ) -> Iterator[tuple[int, RawSample]]:
     """Yield (epoch, sample) pairs in which all classes are equally frequent.
 
-    Samples a class, then one of its images, as in Shen et al. 2016, "Relay backpropagation". The
+    Sample a class, then one of its images, as in Shen et al. 2016, "Relay backpropagation". The
     class list and each class's image list are traversed in random order and reshuffled after each
     pass. Classes without images are skipped. A sample's epoch is the number of completed passes
     over the images of its class.
@@ -112,8 +113,8 @@ def class_aware_stream(
         dataset: Training data. Samples are read one at a time, which is slow for remote data
             without a cache.
         seed: Random seed of the order.
-        draws: Positions in the infinite sequence of samples, from 0. In consecutive positions, the
-            numbers of samples of two classes differ by at most two.
+        draws: Positions in the infinite sequence of samples, starting at 0. In any range of
+            consecutive positions, the sample counts of any two classes differ by at most two.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)
@@ -138,7 +139,7 @@ def class_aware_stream(
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
-    """Return the range `[first, end)` of a consumer's samples when they are divided evenly."""
+    """Return a consumer's range `[first, end)` when the samples are divided evenly."""
     return total * consumer // consumers, total * (consumer + 1) // consumers
 
 
@@ -146,7 +147,7 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
     """Yield the samples of a data set from index `first` to `end - 1`, in order.
 
     Raises:
-        UserError: If the data contains fewer samples than stated in its manifest.
+        UserError: If the data contains fewer samples than its manifest specifies.
     """
     position = 0
     delivered = 0
@@ -156,7 +157,7 @@ def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterato
         skip = max(first - position, 0)
         if skip < size:
             wanted = min(end - position, size) - skip
-            # Without a limit, the end of the shard is also checked after the last sample.
+            # If the whole shard is read, its end is checked after the last sample.
             stop = None if skip + wanted == size else wanted
             for sample in islice(dataset.read_unit(unit, skip), stop):
                 delivered += 1

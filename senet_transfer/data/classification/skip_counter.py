@@ -13,7 +13,7 @@ _VERIFY = (
 
 
 class SkipCounter:
-    """Shared-memory counter of samples and broken samples across a rank's workers."""
+    """Counter of samples and broken samples in memory shared by a rank's workers."""
 
     def __init__(self, workers: int, max_ratio: float):
         """

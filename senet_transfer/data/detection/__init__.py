@@ -1,1 +1,1 @@
-"""Detection data in COCO format: checks, registration, mapper and loader."""
+"""Detection data in COCO format: checks, registration, mapping and loading."""

@@ -31,7 +31,8 @@ _BOX_FORM = "[x, y, width, height] in pixels"
 class OutlineSummary:
     """Summary of the outlines (`segmentation` entries) of an annotation file.
 
-    The problems are complete sentences about the first annotation that has one.
+    `first_missing` and `first_problem` describe the first annotation without an outline and the
+    first one with an invalid outline.
     """
 
     num_rle: int = 0  # run-length encodings of objects that are not crowds
@@ -52,12 +53,12 @@ class CocoSummary:
     num_crowd: int = 0
     num_zero_size: int = 0
     num_over_the_edge: int = 0
-    num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, required by COCO's metric
+    num_not_evaluable: int = 0  # annotations without `area` or `iscrowd`, which COCO AP requires
     num_without_keypoints: int = 0  # annotations without `keypoints` or `num_keypoints`
-    keypoints: list[str] = field(default_factory=list)  # of the first category that has them
-    most_objects: int = 0  # in one image, without crowds
+    keypoints: list[str] = field(default_factory=list)  # of the first category with keypoints
+    most_objects: int = 0  # largest number of objects in an image, except crowds
     num_trainable: int = 0  # annotations that are not crowds and have a box
-    num_odd_areas: int = 0  # annotations whose `area` does not fit their box
+    num_odd_areas: int = 0  # annotations whose `area` does not match their box
     outlines: "OutlineSummary | None" = None  # None if the outlines were not examined
     # File name, width, height and id of each image.
     images: list[tuple[str, int, int, int]] = field(default_factory=list, repr=False)
@@ -81,15 +82,15 @@ def read_coco_summary(
 ) -> CocoSummary:
     """Read and validate annotations, and check that their images exist.
 
-    Invalid outlines are not an error, because detectors of boxes do not use them.
+    Invalid outlines do not raise an error, because box detectors do not use outlines.
 
     Args:
-        json_file: Annotation file in COCO's instances format, or file or folder in another
+        json_file: Annotation file in COCO instances format, or a file or folder in another
             supported format.
         image_dir: Folder to which the `file_name` entries are relative.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
-        allow_empty: Accept a file without usable annotations, such as that of a test set whose
-            ground truth is not public.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
+        allow_empty: Accept a file without usable annotations, such as a test set whose ground truth
+            is not public.
         outlines: Also examine the outlines of the objects.
 
     Raises:
@@ -110,7 +111,7 @@ def summarize_coco(
 ) -> CocoSummary:
     """Validate the content of an annotation file; see :func:`read_coco_summary`.
 
-    If `image_dir` is None, the images need not exist.
+    If `image_dir` is None, the images are not required to exist.
     """
     images = _section(json_file, data, "images")
     categories = _section(json_file, data, "categories")
@@ -130,7 +131,7 @@ def summarize_coco(
                 "objects, set iscrowd to 0."
             )
         if outlines:
-            summary.outlines = _examine_outlines(annotations, sizes)
+            summary.outlines = _examine_outlines(json_file, annotations, sizes)
     summary.warnings += [f"{json_file}: {note}." for note in data.get(NOTES, ())]
     if image_dir is not None:
         names = [image["file_name"] for image in images]
@@ -139,7 +140,7 @@ def summarize_coco(
         listed, found = next(iter(summary.renamed.items()))
         summary.warnings.append(
             f"{json_file}: {len(summary.renamed)} of the {len(images)} file_names are spelled "
-            f"differently from the files that are read, such as {listed!r} for {found!r}."
+            f"differently from the image files on disk, such as {listed!r} for {found!r}."
         )
     return summary
 
@@ -173,17 +174,17 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
 def _bad(
     json_file: str, section: str, index: int, item: object, found: str, expected: str
 ) -> UserError:
-    name = f"{section}[{index}]"
+    name = f"{json_file}: {section}[{index}]"
     if isinstance(item, dict):
-        name = _entry_name(section, index, item)
-    return UserError(f"{json_file}: {name} {found}; expected {expected}. {_REPAIR}.")
+        name = _entry_name(json_file, section, index, item)
+    return UserError(f"{name} {found}; expected {expected}. {_REPAIR}.")
 
 
-def _entry_name(section: str, index: int, item: dict) -> str:
-    """Return the position of an entry in the file from which it was read."""
+def _entry_name(json_file: str, section: str, index: int, item: dict) -> str:
+    """Describe the file and position of an entry, for error messages."""
     if SOURCE in item:
         return str(item[SOURCE])
-    return f"{section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
+    return f"{json_file}: {section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
 
 
 def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
@@ -224,7 +225,7 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
     """Return an image entry's problem and the expected value; None if the entry is valid."""
     name = image.get("file_name")
     if type(image.get("id")) is not int:
-        # String ids would work here, but not in every implementation of COCO's metric.
+        # String ids would work here, but not in every implementation of the COCO metrics.
         found = f"has id {image['id']!r}" if "id" in image else "has no `id`"
         return found, "a whole number"
     if not isinstance(name, str) or not name.strip():
@@ -268,7 +269,8 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
     return CocoSummary(
         warnings=[
             f"{json_file}: the class names {' and '.join(map(repr, group))} differ only in spaces "
-            "or upper and lower case. They are different classes; if that is a mistake, merge them."
+            "or upper and lower case. They are treated as different classes. If this is a "
+            "mistake, merge them."
             for group in doubtful
         ],
         classes=[category["name"] for category in ordered],
@@ -288,7 +290,7 @@ def _keypoint_names(category: dict) -> list[str]:
 def _check_annotations(
     json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
 ) -> None:
-    """Validate all annotations, and add counts and warnings for unusual ones to `summary`."""
+    """Validate all annotations, and add counts and warnings to `summary`."""
     id_map, over_the_edge, not_evaluable, odd_areas = summary.id_map, 0, 0, 0
     for index, item in enumerate(annotations):
         if not _is_usual(item, sizes, id_map):
@@ -303,7 +305,7 @@ def _check_annotations(
         area = item.get("area")
         if area is None or item.get("iscrowd") is None:
             not_evaluable += 1
-        # The area of an outline is at most that of its box. Tolerances are for rounding.
+        # The area of an outline is at most the area of its box. The tolerances allow for rounding.
         if area is not None and w * h > 9 and not 1 < area < 1.1 * (w + 2) * (h + 2):
             odd_areas += 1
     _check_unique_ids(json_file, "annotations", annotations)
@@ -325,8 +327,8 @@ def _check_annotations(
     if largest == 0:
         raise UserError(
             f"{json_file}: all {len(annotations)} boxes are [0, 0, 0, 0]; expected {_BOX_FORM}. "
-            "Export the file again with boxes. If it has outlines, the boxes can be computed from "
-            "them."
+            "Export the file again with boxes. If the file has outlines, the boxes can be "
+            "computed from them."
         )
     if largest <= 1:
         raise _bad(
@@ -388,7 +390,7 @@ def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str
         return f"has iscrowd {item['iscrowd']!r}", "0 or 1"
     area = item.get("area")
     if area is not None and not _is_finite(area):
-        return f"has area {area!r}", "a finite number of square pixels"
+        return f"has area {area!r}", "a finite number, the area in square pixels"
     return _box_problem(item["bbox"], sizes[item["image_id"]])
 
 
@@ -405,12 +407,12 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
     return None
 
 
-def _examine_outlines(annotations: list[dict], sizes: dict) -> OutlineSummary:
+def _examine_outlines(json_file: str, annotations: list[dict], sizes: dict) -> OutlineSummary:
     found = OutlineSummary()
     for index, item in enumerate(annotations):
         outline = item.get("segmentation")
         problem = outline_problem(outline, *sizes[item["image_id"]])
-        name = _entry_name("annotations", index, item)
+        name = _entry_name(json_file, "annotations", index, item)
         if problem:
             found.num_invalid += 1
             found.first_problem = (
@@ -444,8 +446,9 @@ def _warnings(json_file: str, summary: CocoSummary) -> list[str]:
         )
     if 2 * summary.num_odd_areas > total:
         found.append(
-            f"the `area` of {summary.num_odd_areas} of {total} annotations does not fit their box; "
-            "COCO's AP by object size (APs, APm, APl) depends on it. Training does not use it"
+            f"the `area` of {summary.num_odd_areas} of {total} annotations does not match their "
+            "box; COCO's AP by object size (APs, APm, APl) depends on `area`, but training does "
+            "not"
         )
     if summary.num_over_the_edge:
         found.append(
@@ -456,7 +459,7 @@ def _warnings(json_file: str, summary: CocoSummary) -> list[str]:
     if summary.num_not_evaluable:
         found.append(
             f"{summary.num_not_evaluable} of {total} annotations have no `area` or no `iscrowd`; "
-            "the file can be used for training, but not for evaluation with COCO's metric"
+            "the file can be used for training, but not for evaluation with the COCO metrics"
         )
     return [f"{json_file}: {text}." for text in found]
 
@@ -476,7 +479,7 @@ def _check_folder(image_dir: str, json_file: str) -> None:
 
 
 def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, str]:
-    """Return the files that are listed under a different spelling of their name.
+    """Return the existing file names of images that are listed with a different spelling.
 
     Raises:
         UserError: If listed images are missing from the folder.
@@ -489,6 +492,6 @@ def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, s
     raise UserError(
         f"{len(missing)} of the {len(names)} images listed in {json_file} are not in {image_dir}, "
         f"for example {', '.join(missing[:3])}.{describe_missing(missing, image_dir)} Expected all "
-        "file_names to be relative to that folder. Pass the correct image folder, or remove these "
+        "file_names to be relative to this folder. Pass the correct image folder, or remove these "
         "images from the file."
     )

@@ -1,4 +1,4 @@
-"""Detectron2 registration of detection data sets in COCO format and the formats converted to it.
+"""Registration of data sets in COCO or another supported format with Detectron2.
 
 In contrast to Detectron2's `register_coco_instances`, the annotation file is validated on
 registration and whenever it has changed, a data set can be registered twice, and the class names
@@ -26,7 +26,7 @@ from senet_transfer.errors import UserError
 ENTRY_FORM = '["my_train", "path/to/train.json", "path/to/images"]'
 _PARTS = (2, 3)  # the image folder is optional
 
-# Words that distinguish the names of two keypoints that a horizontal flip exchanges.
+# Words that distinguish the names of two keypoints that are swapped by a horizontal flip.
 _SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ class CocoDataset:
 
     Attributes:
         name: Data set name in the catalogs.
-        json_file: Annotation file in COCO format, or file or folder in another supported format,
-            which may end in a colon and the name of a split.
+        json_file: Annotation file in COCO format, or a file or folder in another supported format.
+            The path may end with a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
         allow_empty: Whether to accept a file without objects.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
         summary: Summary of the file as last read; None if it has not been read.
         class_order: Order of the classes; empty for the order of the category ids.
     """
@@ -128,9 +128,9 @@ class CocoDataset:
         )
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Order the classes differently from the category ids.
+        """Change the class order, which by default is the order of the category ids.
 
-        A model requires this if its training data used different ids for the same classes.
+        This is required for a model whose training data used different ids for the same classes.
 
         Args:
             classes: The class names in the new order. If they differ from the file's class names,
@@ -149,9 +149,9 @@ class CocoDataset:
     ) -> None:
         """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
 
-        `Metadata` itself does not allow values to be changed, but they must change if the file has
-        changed. The object is updated in place because evaluators and visualisers keep references
-        to it.
+        `Metadata` does not allow values to be changed, but they must be updated if the annotation
+        file has changed. The object is updated in place, because evaluators and visualisers keep
+        references to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,
@@ -196,15 +196,15 @@ def register_coco_dataset(
 
     Args:
         name: Data set name for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: Annotation file in COCO's instances format, or file or folder in another
-            supported format, such as a folder in Pascal VOC's format. It may end in a colon and the
-            name of a split: `voc:train`.
-        image_dir: Folder to which the `file_name` entries are relative; None selects the usual
-            folder of the format, and for COCO's format the folder of the file.
-        allow_empty: Accept a file without objects, such as that of a test set whose ground truth is
-            not public.
-        outlines: Also examine the outlines, so that a run with masks need not read the file again.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        json_file: Annotation file in COCO instances format, or a file or folder in another
+            supported format, such as a folder in Pascal VOC format. The path may end with a colon
+            and the name of a split, such as `voc:train`.
+        image_dir: Folder to which the `file_name` entries are relative; None selects the format's
+            default folder, which for COCO is the folder of the annotation file.
+        allow_empty: Accept a file without objects, such as a test set whose ground truth is not
+            public.
+        outlines: Also examine the outlines. A run with masks then does not read the file again.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
         UserError: If the file or folder is invalid, or the name belongs to a data set that was not
@@ -278,10 +278,10 @@ def register_datasets(
 
 
 def register_shapes() -> None:
-    """Register `shapes_{train,val,tiny}` without reading their files.
+    """Register the data sets `shapes_{train,val,tiny}` without reading their files.
 
-    The files are expected in `$DETECTRON2_DATASETS/shapes`; the variable is read on each call.
-    Repeated calls are allowed.
+    The files are expected in `$DETECTRON2_DATASETS/shapes`; the environment variable is read on
+    each call. Repeated calls are allowed.
     """
     # This is also the root of Detectron2's own data sets.
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "shapes")
@@ -312,7 +312,7 @@ def registered_entry(name: str) -> object | None:
 
 
 def flip_pairs(keypoints: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs of keypoints that a horizontal flip exchanges: left and right ones."""
+    """Return the pairs of left and right keypoints, which a horizontal flip swaps."""
     pairs = []
     for name in keypoints:
         for left, right in _SIDES.items():

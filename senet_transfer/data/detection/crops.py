@@ -1,4 +1,4 @@
-"""Labelled crops of the objects in a data set in COCO format, and labelled whole images."""
+"""Classification data sets based on annotations in COCO format: object crops or whole images."""
 
 import math
 import os
@@ -19,8 +19,8 @@ class CocoCrops(SingleImages):
     """Data set with one crop for each object in an annotation file.
 
     A crop is the square around an object's box, limited to the image, so that a classification
-    network sees the object undistorted and in context. Crowds are left out, and so are boxes with a
-    side below ``min_side``, which show little detail.
+    network sees the object undistorted and in context. Crowds are left out. Boxes with a side
+    shorter than ``min_side`` are also left out, because they show little detail.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class CocoCrops(SingleImages):
     ):
         """
         Args:
-            json_file: Annotation file in COCO's instances format.
-            image_dir: Folder with its images.
+            json_file: Annotation file in COCO instances format.
+            image_dir: Folder with the annotated images.
             min_side: Minimum width and height of a box, in pixels.
             reading: Settings for reading the images.
 
@@ -75,7 +75,7 @@ class CocoCrops(SingleImages):
         return RawSample(f"object_{index:09d}", label, encode_exact(cut), path)
 
 
-# Upper limits of the areas of COCO's metrics, in pixels.
+# Upper area limits of COCO's size classes, in square pixels.
 SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
@@ -83,24 +83,27 @@ class CocoImages(SingleImages):
     """Data set of the images in an annotation file, labelled with a property of their objects.
 
     The label of an image is the class or size of more than half of its objects. Images without
-    such a majority are left out. Crowds don't count. Samples contain no data, only the path.
+    such a majority are left out. Crowds are ignored. Samples contain only the image's path, no
+    data.
 
     Attributes:
+        by: Property by which the images are grouped, "class" or "size".
         left_out: Number of images that were left out.
     """
 
     def __init__(self, json_file: str, image_dir: str, *, by: str, upright: bool = True):
         """
         Args:
-            json_file: Annotation file in COCO's instances format.
-            image_dir: Folder with its images.
-            by: "class", or "size" for COCO's small, medium and large objects, whose areas are
-                divided by 32² and 96² pixels of the image.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            json_file: Annotation file in COCO instances format.
+            image_dir: Folder with the annotated images.
+            by: "class", or "size" for COCO's size classes: small (an area below 32² pixels), medium
+                (below 96² pixels) and large.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If the annotation file is invalid or no image has a majority.
         """
+        self.by = by
         summary = read_coco_summary(json_file, image_dir, upright=upright)
         content = read_annotations(json_file, image_dir, upright=upright)
         votes: dict[int, Counter[int]] = defaultdict(Counter)
@@ -117,7 +120,7 @@ class CocoImages(SingleImages):
         self.left_out = len(content["images"]) - len(self.images)
         if not self.images:
             raise UserError(
-                f"{json_file} contains no image of which more than half of the objects have the "
+                f"{json_file} contains no image in which more than half of the objects have the "
                 f"same {by}. Use a different file, or group objects instead of images."
             )
         classes = list(SIZES) if by == "size" else summary.classes
@@ -132,7 +135,7 @@ class CocoImages(SingleImages):
 
 
 def _size(item: dict) -> int:
-    """Return the index in ``SIZES`` of an annotation's size."""
+    """Return the index of an annotation's size class in ``SIZES``."""
     area = item.get("area") or item["bbox"][2] * item["bbox"][3]
     return next(index for index, limit in enumerate(SIZES.values()) if area < limit)
 
@@ -140,7 +143,7 @@ def _size(item: dict) -> int:
 def square_around(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """Return the square around a box, shifted and cropped to fit within the image.
+    """Return the square around a box, shifted and cropped to fit into the image.
 
     Args:
         box: Box as (x, y, width, height) in pixels, as in COCO.

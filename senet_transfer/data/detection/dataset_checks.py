@@ -19,7 +19,7 @@ OWN_DATA_COMMAND = """\
   senet train --config-file configs/finetune_detector.yaml \\
       --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
-# Keys in Detectron2's metadata that contain paths, for all types of data sets.
+# Keys of paths in Detectron2's metadata, for all types of data sets.
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
@@ -31,11 +31,11 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
     """Return the class names of a run's data sets, which must all be the same.
 
+    If the classes of a data set are in a different order, the order of the first data set is used.
+
     Args:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
             registered.
-
-    If the classes of a data set are in a different order, the order of the first data set is used.
 
     Returns:
         The class names in the order of the model outputs; empty if there are no data sets.
@@ -88,7 +88,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 
     Args:
         names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`.
-        evaluated: Names of the data sets to evaluate with COCO's metric.
+        evaluated: Names of the data sets to evaluate with the COCO metrics.
 
     Raises:
         UserError: If a name is unknown, a file is missing or invalid, or a data set cannot be used
@@ -122,7 +122,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 def category_ids(name: str) -> list[int]:
     """Return a data set's category ids in class order.
 
-    If the metadata contains no ids, they are 1 to N.
+    If the metadata contains no ids, the ids 1 to N are returned.
     """
     metadata = MetadataCatalog.get(name)
     found = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -181,21 +181,22 @@ def check_outlines(names: Sequence[str]) -> bool:
             if count:
                 what = "an invalid `segmentation`" if first == found.first_problem else "none"
                 raise UserError(
-                    f"{dataset.json_file}: {first}. {count} of {summary.num_annotations} "
-                    f"annotations have {what}, but MODEL.MASK_ON requires a valid one for each "
-                    "object. Correct the file, or set MODEL.MASK_ON to False to train on the boxes."
+                    f"{first}. {count} of {summary.num_annotations} annotations have {what}, but "
+                    "MODEL.MASK_ON requires a valid one for each object. Correct the file, or set "
+                    "MODEL.MASK_ON to False to train on boxes only."
                 )
         has_rle = has_rle or found.num_rle > 0
     return has_rle
 
 
 def check_trainable(names: Sequence[str]) -> None:
-    """Check that the training data contain an object to train on.
+    """Check that the training data contains at least one object to train on.
 
     Data sets that are not registered by this project are not checked.
 
     Raises:
-        UserError: If no data set has an object with a box that is not a crowd.
+        UserError: If no data set contains an object that is not a crowd and has a box of positive
+            size.
     """
     datasets = [registered_entry(name) for name in names]
     own = [dataset for dataset in datasets if isinstance(dataset, CocoDataset)]
@@ -205,7 +206,7 @@ def check_trainable(names: Sequence[str]) -> None:
 
 
 def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> None:
-    """Raise a UserError if annotation files with these summaries have no object to train on."""
+    """Raise a UserError if the summaries of annotation files contain no object to train on."""
     if any(summary.num_trainable for summary in summaries):
         return
     total, zero, crowd = (
@@ -229,7 +230,7 @@ def _classes(name: str) -> list[str]:
         if annotations_exist(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
-        # Data sets registered with Detectron2's own function get their class names when they are
+        # Data sets registered with Detectron2's own function have no class names until they are
         # loaded.
         problems = _missing_paths(name)
         if problems:
@@ -264,7 +265,7 @@ def _check_evaluable(dataset: CocoDataset) -> None:
     if summary is not None and summary.num_not_evaluable:
         raise UserError(
             f"{dataset.json_file}: {summary.num_not_evaluable} of {summary.num_annotations} "
-            "annotations have no `area` or no `iscrowd`, which COCO's metric requires. Training "
+            "annotations have no `area` or no `iscrowd`, which the COCO metrics require. Training "
             f"would fail with a KeyError in the first evaluation on '{dataset.name}'. Add both "
             "keys to the file (area in square pixels, iscrowd 0 or 1), or remove the data set "
             "from DATASETS.TEST."

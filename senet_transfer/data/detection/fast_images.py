@@ -1,7 +1,8 @@
-"""Faster decoding and resizing of a detector's images than in Detectron2.
+"""Image decoding and resizing for detectors, faster than in Detectron2.
 
 Decoding with simplejpeg returns the same pixels as Pillow, because both bundle libjpeg-turbo.
-Enlarging with PyTorch returns slightly different pixels, and is therefore an option for training.
+Enlarging with PyTorch returns slightly different pixels, so it is optional and only used in
+training.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
         image_format: "RGB" or "BGR".
 
     Returns:
-        The same pixels as with Pillow, uint8 `(H, W, 3)`. None if the file or pixel format is not
-        supported or the file is damaged; Pillow must then read the file.
+        The same pixels as with Pillow, uint8 `(H, W, 3)`. None if the format is not supported or
+        the file is damaged; the caller must then use Pillow.
     """
     if image_format not in _COLOURS or jpeg_size(data) is None:
         return None
@@ -38,12 +39,12 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
 
 
 class FastResize(T.ResizeTransform):
-    """Detectron2's `ResizeTransform` that enlarges images with PyTorch.
+    """Variant of Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 
     The values differ from Pillow's by at most one grey level, because both interpolate linearly.
-    Pillow is used for images that become smaller, where it is faster, for other interpolations, and
-    for images that are not uint8 `(H, W, C)`. OpenCV is avoided because its threads do not survive
-    the fork of a worker process, which would wait for them forever.
+    Pillow is still used to shrink images, which it does faster, for other interpolation modes, and
+    for images that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the
+    fork of a worker process, and the worker would wait for them forever.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
@@ -56,15 +57,15 @@ class FastResize(T.ResizeTransform):
         image = torch.from_numpy(np.array(img.transpose(2, 0, 1), order="C"))[None]
         size = (self.new_h, self.new_w)
         found = F.interpolate(image, size, mode="bilinear", align_corners=False)
-        # The mapper returns images (C, H, W), so that the layout of the result saves a copy.
+        # The mapper returns images of shape (C, H, W). Keeping this memory layout saves a copy.
         return found[0].permute(1, 2, 0).numpy()
 
 
 class FastResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's `ResizeShortestEdge` with :class:`FastResize`; it draws the same sizes."""
+    """Variant of Detectron2's `ResizeShortestEdge` that uses :class:`FastResize`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Draw the size, and return the transform."""
+        """Sample the same sizes as Detectron2, and return the transform."""
         found = super().get_transform(image)
         if not isinstance(found, T.ResizeTransform):
             return found
@@ -72,19 +73,20 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
 
 
 class ChannelResize(T.ResizeTransform):
-    """Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
+    """Variant of Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
 
-    Pillow does not support five channels, and treats the last of two or four as transparency.
+    Pillow does not support images with five channels, and treats the last of two or four channels
+    as transparency.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Resize an image `(H, W, C)`."""
+        """Resize an image of shape `(H, W, C)`."""
         bands = np.split(img, img.shape[2], axis=2)
         return np.concatenate([super(ChannelResize, self).apply_image(b, interp) for b in bands], 2)
 
 
 class ChannelResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's `ResizeShortestEdge` with :class:`ChannelResize`."""
+    """Variant of Detectron2's `ResizeShortestEdge` that uses :class:`ChannelResize`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Return the transform for an image."""
@@ -95,12 +97,12 @@ class ChannelResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def with_channel_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Return augmentations that resize images with any number of channels."""
+    """Replace `ResizeShortestEdge` with a class that supports any number of channels."""
     return [_resized_by(ChannelResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Return augmentations in which `ResizeShortestEdge` is replaced by the faster class."""
+    """Replace `ResizeShortestEdge` with a faster class."""
     return [_resized_by(FastResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 

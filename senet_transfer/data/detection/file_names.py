@@ -1,7 +1,7 @@
-"""Search for the images that an annotation file lists under a slightly different name.
+"""Search for images that an annotation file lists under slightly different names.
 
-Annotation tools write backslashes on Windows, percent-encoded names, and accented letters in
-another Unicode form than the file system (NFC and NFD).
+Annotation tools may write backslashes (on Windows), percent-encoded names, or accented letters in a
+different Unicode form (NFC or NFD) than the file system.
 """
 
 import os
@@ -33,7 +33,8 @@ def find_missing(names: Sequence[str], image_dir: str) -> list[str]:
             there = set(os.listdir(os.path.join(image_dir, folder)))
         except OSError:
             there = set()
-        # Check these individually, because the file system may ignore case or not allow listing.
+        # Check the remaining names individually, because the file system may ignore case or not
+        # allow listing.
         missing += [
             name
             for name in members
@@ -44,7 +45,7 @@ def find_missing(names: Sequence[str], image_dir: str) -> list[str]:
 
 
 def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
-    """Return the existing files that missing names stand for, such as `a/b.jpg` for `a\\b.jpg`.
+    """Map missing names to the existing files they refer to, such as `a\\b.jpg` to `a/b.jpg`.
 
     Only different spellings of the same name are resolved: backslashes, percent encoding and
     Unicode forms.
@@ -57,7 +58,7 @@ def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
                 break
     rest = [name for name in missing if name not in found]
     if any(not name.isascii() or "%" in name for name in rest):
-        # Folder and file may be in different Unicode forms.
+        # The names of the folder and the file may use different Unicode forms.
         files = _by_key(image_dir, _plain)
         for name in rest:
             matches = files.get(_plain(name), [])
@@ -67,7 +68,7 @@ def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
 
 
 def describe_missing(missing: Sequence[str], image_dir: str) -> str:
-    """Return a hint about missing images, such as similar names; empty if there is none."""
+    """Return a hint about missing images, such as files with similar names, or an empty string."""
     bare = os.path.basename(missing[0].replace("\\", "/"))
     if bare != missing[0] and os.path.isfile(os.path.join(image_dir, bare)):
         return f" The image folder contains {bare}, so the folder in the file_names is wrong."
@@ -83,7 +84,7 @@ def describe_missing(missing: Sequence[str], image_dir: str) -> str:
         if near:
             shown = [f"{there!r} for {name!r}" for name, there in list(near.items())[:_SHOWN]]
             return (
-                f" The image folder contains similar names for {len(near)} of them that "
+                f" For {len(near)} of them, the image folder contains similar names that "
                 f"{difference}: {', '.join(shown)}. Rename the files, or correct the file_names."
             )
     return ""

@@ -1,4 +1,4 @@
-"""Checks of a data set's image files before a run, which report all bad files at once."""
+"""Checks of image files before a run, which report all invalid files of a data set at once."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ from senet_transfer.utils.progress import progress
 
 MODES = ("header", "decode")
 
-# Number of 16-bit images whose values are examined.
+# Number of 16-bit images whose pixel values are examined.
 _SAMPLED = 8
 
 # 16-bit images below this value use less than a quarter of the range.
@@ -47,16 +47,16 @@ def check_images(
     """Check the images of data sets registered by this project.
 
     Args:
-        names: Names of registered data sets. Those of other code are not checked.
-        mode: "header" reads only the files' headers, and compares the sizes with the annotations;
-            "decode" reads the images completely.
-        reading: Settings for reading images. With a number of channels, images are read completely
-            in both modes.
-        max_size: The length in pixels to which longer sides are reduced.
+        names: Names of registered data sets. Data sets registered by other code are not checked.
+        mode: "header" reads only the file headers and compares the image sizes with the
+            annotations; "decode" decodes the complete images.
+        reading: Settings for reading images. If they specify a number of channels, images are
+            decoded completely in both modes.
+        max_size: The maximum length of an image's longer side after resizing, in pixels.
 
     Raises:
-        UserError: If images are unreadable or of another size than annotated. The message lists
-            all of them.
+        UserError: If any image is unreadable or differs in size from its annotation. The message
+            lists all such images.
     """
     for name in dict.fromkeys(names):
         dataset = registered_entry(name)
@@ -82,9 +82,9 @@ def check_dataset_images(
     Args:
         dataset: The data set.
         mode: One of :data:`MODES`.
-        reading: Settings for reading images. With a number of channels, images are read completely
-            in both modes.
-        max_size: The length in pixels to which longer sides are reduced.
+        reading: Settings for reading images. If they specify a number of channels, images are
+            decoded completely in both modes.
+        max_size: The maximum length of an image's longer side after resizing, in pixels.
         quiet: If True, show no progress bar.
 
     Returns:
@@ -99,8 +99,8 @@ def check_dataset_images(
     )
     whole = mode == "decode" or reading.channels is not None
     check = read if whole else partial(_check_header, read=read, reading=reading)
-    # Reading changes settings of the whole process. They are changed here for all threads, because
-    # a thread that restored them would change them for the others.
+    # Reading an image changes process-wide settings. They are set here once for all threads,
+    # because a thread that restores them would affect the other threads.
     with (
         no_truncated_images(),
         warnings.catch_warnings(action="ignore"),
@@ -126,9 +126,9 @@ def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) 
     short, long = sorted((record["width"], record["height"]))
     if max_size * short / long < 0.5:
         return (
-            f"{record['file_name']} is {record['width']}x{record['height']} pixels: reduced to "
-            f"{max_size:g} pixels (INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST), its shorter side "
-            "would have no pixels. Crop or split it, or increase these keys"
+            f"{record['file_name']} is {record['width']}x{record['height']} pixels: resizing the "
+            f"longer side to {max_size:g} pixels (INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST) would "
+            "reduce the shorter side to 0 pixels. Crop or split the image, or increase these keys"
         )
     try:
         check(record)
@@ -140,11 +140,11 @@ def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) 
 
 
 def _check_header(record: dict, *, read: Callable[[dict], object], reading: Reading) -> None:
-    """Check an image without decoding it; the complete check describes what is wrong with it."""
+    """Check an image without decoding it. On failure, read it completely to find the reason."""
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)
-            # Pillow decodes a PNG file to find EXIF data, unless it precedes the pixels.
+            # In a PNG file, Pillow only finds EXIF data after the pixels by decoding the image.
             known = image.format != "PNG" or "exif" in image.info
             size = size_of(image, upright=reading.upright and known)
             fine = size == (record["width"], record["height"])
@@ -158,7 +158,7 @@ def _check_header(record: dict, *, read: Callable[[dict], object], reading: Read
 
 
 def _check_values(dataset: CocoDataset, records: list[dict]) -> None:
-    """Warn about 16-bit images that would be almost black, such as those with 12-bit data."""
+    """Warn about 16-bit images that would be almost black, such as images with 12-bit data."""
     step = max(1, len(records) // _SAMPLED)
     largest = -1
     for record in records[::step][:_SAMPLED]:
@@ -171,7 +171,7 @@ def _check_values(dataset: CocoDataset, records: list[dict]) -> None:
         return
     high = (1 << max(1, largest).bit_length()) - 1
     logger.warning(
-        "%s: all values of the 16-bit images that were examined are below %d of 65535, so the "
-        "images are almost black. If they contain %d-bit data, set INPUT.VALUE_RANGE to [0, %d].",
+        "%s: all pixel values of the examined 16-bit images are below %d of 65535, so the images "
+        "are almost black. If they contain %d-bit data, set INPUT.VALUE_RANGE to [0, %d].",
         dataset.json_file, high + 1, high.bit_length(), high,
     )  # fmt: skip

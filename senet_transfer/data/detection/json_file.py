@@ -1,4 +1,4 @@
-"""Loading of annotation files, with descriptive errors for files that are not JSON."""
+"""Loading of JSON annotation files, with descriptive errors for other files."""
 
 import codecs
 import json
@@ -22,12 +22,12 @@ def read_json_object(path: str) -> dict:
     if problem:
         raise UserError(problem)
     try:
-        # Windows programs write a byte order mark, which this encoding skips.
+        # This encoding skips the byte order mark that some Windows programs write.
         with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
     except json.JSONDecodeError as error:
-        # `from None` is used because the exception keeps the document, which may be hundreds of
-        # megabytes.
+        # `from None` is used because the exception holds the document, which may be hundreds of
+        # megabytes in size.
         cut = error.pos >= len(error.doc.rstrip()) or not error.doc.rstrip().endswith("}")
         how = "is truncated" if cut else f"is not valid JSON ({error.msg})"
         raise UserError(
@@ -48,7 +48,7 @@ def read_json_object(path: str) -> dict:
 def sniff_json(path: str) -> str | None:
     """Check the first and last bytes of a file that should contain a JSON object.
 
-    This takes only two small reads, so that all files can be checked before a run starts.
+    This requires only two small reads, so all files can be checked before a run starts.
 
     Returns:
         A complete error message, or None if no problem was found.
@@ -57,8 +57,8 @@ def sniff_json(path: str) -> str | None:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return (
                 f"{path} is a folder; expected an annotation file in COCO format, or a folder with "
-                "annotations of Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA. Pass the "
-                "path of the file."
+                "Pascal VOC, YOLO, LabelMe, CVAT, Label Studio or VIA annotations. Pass the path "
+                "of the file."
             )
         with open(path, "rb") as file:
             head = file.read(_SNIFFED_BYTES)
@@ -102,6 +102,6 @@ def _describe_head(head: bytes) -> str | None:
 def _not_an_object(path: str, found: str) -> str:
     return (
         f"{path} contains {found}; expected a JSON object with `images`, `annotations` and "
-        "`categories` (COCO's instances format). Pass the annotation file, or download or export "
-        "it again."
+        "`categories` (COCO instances format). Pass the annotation file, or download or export it "
+        "again."
     )

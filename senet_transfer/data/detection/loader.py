@@ -33,14 +33,14 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Position in a process's sequence of training images, and index of the image in the data set.
+# Position in a process's sequence of training images, and index of this image in the data set.
 SampledIndex = tuple[int, int]
 
-# A schedule with more passes over the data set is probably a mistake.
+# A schedule with more passes over the data set than this is probably a mistake.
 MANY_PASSES = 500
 
-# Separates the random streams of images from those of training steps, which are also seeded with
-# the seed and the rank.
+# Separates the random streams for images from those for training steps, which also depend on the
+# seed and the rank.
 _IMAGES = 1
 
 _DATA_CHECK = "`senet data check` lists all unreadable images of a data set."
@@ -91,8 +91,8 @@ def build_train_loader(
         seed: Random seed of the order and augmentation; must be the same in all processes.
         start_iter: Iteration to start from.
     """
-    # Detectron2's samplers draw a random seed if none is given, except for the
-    # RepeatFactorTrainingSampler, which is given the config's, where -1 stands for a random one.
+    # Detectron2's samplers choose a random seed if none is given. Only the
+    # RepeatFactorTrainingSampler uses the seed in the config, where -1 means a random seed.
     seeded = cfg.clone()
     seeded.defrost()
     seeded.SEED = seed
@@ -119,8 +119,8 @@ def build_train_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         worker_init_fn=init_worker,
-        # Creating an iterator draws a random number. A separate generator is used so that PyTorch's
-        # global generator is not advanced.
+        # Creating an iterator draws a random number. A separate generator is used to avoid
+        # advancing PyTorch's global generator.
         generator=torch.Generator(),
         pin_memory=cfg.MODEL.DEVICE != "cpu",
     )
@@ -146,7 +146,7 @@ def _build_detectron2_loader(cfg: CfgNode) -> Any:
     try:
         return build_detection_train_loader(cfg, mapper=_unmapped)
     except AssertionError as error:
-        # Detectron2 asserts that images remain after it has removed those without objects.
+        # Detectron2 removes images without objects, and asserts that any images remain.
         raise UserError(
             f"The training data {', '.join(cfg.DATASETS.TRAIN)} can't be used: {error} Expected "
             "images with objects that are not crowds (and with MODEL.KEYPOINT_ON, at least "
@@ -169,12 +169,12 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
         return
     logger.warning(
         "%d steps with %d images each are %.0f passes over only %d images; the paper's schedule on "
-        "COCO has 24. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to shorten training.", *facts
+        "COCO has 24 passes. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to shorten training.", *facts
     )  # fmt: skip
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a predicate on image indices that is True for images wider than they are high.
+    """Return a predicate that takes an image index and is True if the image is wider than high.
 
     Detectron2 groups images by this criterion.
     """
@@ -183,7 +183,7 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
     def is_wide(index: int) -> bool:
         record = records[index]
         if not {"width", "height"} <= record.keys():
-            # Detectron2's records of semantic segmentations contain no sizes.
+            # Detectron2's records for semantic segmentation contain no image sizes.
             with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
                 return image.width > image.height
             raise UserError(
@@ -235,14 +235,14 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
 
 
 class _SeededImages(Dataset):
-    """Data set wrapper that seeds the random generators for each image from its position.
+    """Data set wrapper that seeds the random generators for each image from its sequence position.
 
-    An unreadable image is replaced with the next readable one, and counted.
+    Unreadable images are counted and replaced with the next readable image.
     """
 
     def __init__(self, images: Dataset, seed: int, rank: int, skips: SkipCounter):
         self.images, self.seed, self.rank, self.skips = images, seed, rank, skips
-        self.warned: set[int] = set()  # images that this process has warned about
+        self.warned: set[int] = set()  # indices of the images that this process has warned about
 
     def __len__(self) -> int:
         return len(self.images)
@@ -260,7 +260,7 @@ class _SeededImages(Dataset):
                 try:
                     self.skips.check(str(item), _DATA_CHECK)
                 except UserError as error:
-                    # With a ratio of 0, every unreadable image is an error.
+                    # If the tolerated ratio is 0, every unreadable image is an error.
                     return error if self.skips.max_ratio else item
                 if broken == len(self.images):
                     return item

@@ -2,20 +2,20 @@
 
 Differences from Detectron2's own `DatasetMapper` and `read_image`:
 
-- An image that cannot be read completely raises a `UserError` that includes the image's path, its
-  id and its annotation file. This applies to truncated files even if other code has set Pillow's
+- An image that cannot be read completely raises a `UserError` with the image's path, id and
+  annotation file. This applies to truncated files even if other code has set Pillow's
   `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
 - 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
-- The orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. With
-  ``INPUT.EXIF`` "ignore", the orientation of all other files is ignored.
+- The EXIF orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. If
+  ``INPUT.EXIF`` is "ignore", the orientation of all other files is ignored.
 - A vertical flip, which mirrors a person, also swaps left and right keypoints.
 - Cropping supports images without objects for models with masks.
-- ``INPUT`` has further augmentation, which is off by default.
+- ``INPUT`` has keys for additional augmentation, which is disabled by default.
 
-Everything else, including the pixels of all other images, is the same as in Detectron2, unless
-``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster.
+Everything else is the same as in Detectron2, including the pixels of all other images, unless
+``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster, with identical pixels.
 """
 
 import copy
@@ -61,21 +61,21 @@ class UnreadableImageError(UserError):
     """Error for an image file that cannot be decoded. Training skips and counts such images.
 
     Attributes:
-        reason: The reason, without advice.
+        reason: Reason for the error, without advice on how to fix it.
     """
 
     reason = ""
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's `DatasetMapper` with errors that name a broken image and explain how to fix it.
+    """Variant of Detectron2's `DatasetMapper` with informative errors for broken images.
 
     Args:
         is_train: Whether to map annotations in addition to images.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
-            used in messages.
+            used in error messages.
         labels: Number of classes in label images, and the label to ignore; None if the model does
-            not use them.
+            not use label images.
         rotated: Whether the model uses rotated boxes.
         reading: Settings for reading images.
         **kwargs: Other arguments of `DatasetMapper`.
@@ -100,7 +100,8 @@ class CheckedDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
-        # Stored in the mapper, because the catalog may be empty in worker processes.
+        # The annotation files are stored in the mapper, because the catalog may be empty in worker
+        # processes.
         annotation_files: dict[str, list[str]] = {}
         for name in names:
             if name in MetadataCatalog:
@@ -112,7 +113,7 @@ class CheckedDatasetMapper(DatasetMapper):
         if is_train:
             theirs["augmentations"] = with_augmentation(cfg, theirs["augmentations"])
             theirs["recompute_boxes"] = removes_parts(cfg) and cfg.MODEL.MASK_ON
-        # The config may be Detectron2's own, without these keys.
+        # A config of Detectron2 itself does not have this key.
         if is_train and cfg.INPUT.get("FAST_RESIZE", False) and not channels_of(cfg.INPUT.FORMAT):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
         if channels_of(cfg.INPUT.FORMAT):
@@ -194,9 +195,10 @@ class CheckedDatasetMapper(DatasetMapper):
         self._swap_keypoints(dataset_dict["instances"], transforms)
 
     def _swap_keypoints(self, instances: Instances, transforms: T.TransformList) -> None:
-        """Swap left and right keypoints after a vertical flip. Detectron2 handles horizontal ones.
+        """Swap left and right keypoints after a vertical flip.
 
-        Both flips together are a rotation, and swap the keypoints twice.
+        Detectron2 does the same after a horizontal flip. Both flips together are a rotation, for
+        which the keypoints are swapped twice.
         """
         flips = sum(isinstance(part, T.VFlipTransform) for part in transforms.transforms)
         if flips % 2 and instances.has("gt_keypoints") and self.keypoint_hflip_indices is not None:
@@ -214,7 +216,7 @@ class CheckedDatasetMapper(DatasetMapper):
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
     def _check_keypoints(self, dataset_dict: dict) -> None:
-        """Add invisible keypoints to objects without keypoints, and check the number of others."""
+        """Add invisible keypoints to objects without keypoints, and check all other keypoints."""
         if not self.use_keypoint or self.keypoint_hflip_indices is None:
             return
         length = 3 * len(self.keypoint_hflip_indices)
@@ -246,18 +248,18 @@ def read_checked(
     reading: Reading = UPRIGHT,
     annotation_files: Mapping[str, list[str]],
 ) -> np.ndarray:
-    """Read an image with :func:`read_image`, and compare its size with its dictionary.
+    """Read an image with :func:`read_image`, and compare its size with the annotated size.
 
     Args:
-        dataset_dict: Image's dictionary in Detectron2's format.
+        dataset_dict: Dictionary of the image in Detectron2's format.
         image_format: See :func:`read_image`.
         reading: See :func:`read_image`.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
-            used in messages.
+            used in error messages.
 
     Raises:
         UnreadableImageError: If the image cannot be read.
-        UserError: If its size differs from the size in the dictionary.
+        UserError: If the image's size differs from the size in its dictionary.
     """
     path, image_name = dataset_dict["file_name"], _describe(dataset_dict, annotation_files)
     try:
@@ -306,7 +308,7 @@ def _rotated_box(annotation: dict) -> list[float]:
 def read_labels(
     path: str, shape: tuple[int, int], labels: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Read the label image of a semantic segmentation.
+    """Read a label image for semantic segmentation.
 
     Args:
         path: Path of a single-channel image.
@@ -314,15 +316,15 @@ def read_labels(
         labels: Number of classes, and the label to ignore; None accepts any label.
 
     Returns:
-        The class of each pixel (H, W), uint8.
+        The class of each pixel, uint8 (H, W).
 
     Raises:
-        UserError: If the file cannot be read, or has another size or unknown labels.
+        UserError: If the file cannot be read, has a different size, or contains unknown labels.
     """
     try:
         with PathManager.open(path, "rb") as file:
             image: Image.Image = Image.open(file)
-            # The values of a palette image are its labels.
+            # The labels in a palette image are its palette indices.
             found = np.asarray(image if image.mode == "P" else image.convert("L"))
     except Exception as error:  # decoders raise exceptions of many types for damaged files
         raise UserError(
@@ -331,7 +333,7 @@ def read_labels(
     if found.shape != tuple(shape):
         raise UserError(
             f"The label image {path} is {found.shape[1]}x{found.shape[0]} pixels (width x height); "
-            f"expected {shape[1]}x{shape[0]}, as its image."
+            f"expected {shape[1]}x{shape[0]}, the size of its image."
         )
     if labels is not None:
         count, ignored = labels
@@ -352,14 +354,16 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
         image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
             It is not used if ``reading`` contains a number of channels; the image can then be in
             any format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
-        reading: Settings. The default is to apply the EXIF orientation, as Detectron2 does.
+        reading: Settings for reading the image. By default, the EXIF orientation is applied, as in
+            Detectron2.
 
     Returns:
-        The image (H, W, C) as returned by Detectron2's `read_image`: uint8, 0-255, except for the
-        format "YUV-BT.601".
+        The image (H, W, C), as returned by Detectron2's `read_image`: uint8 from 0 to 255, except
+        for the format "YUV-BT.601".
 
     Raises:
-        BrokenImageError: If the image has 32 bits per value and no range is given.
+        BrokenImageError: If the image has 32 bits per value and ``reading`` contains no value
+            range.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """
     with PathManager.open(path, "rb") as file:
@@ -416,13 +420,13 @@ def _size_advice(dataset_dict: dict, found: tuple[int, int], reading: Reading) -
         orientation = exif_orientation(Image.open(file))
     if orientation in SIDEWAYS and reading.upright:
         return (
-            f"The image is rotated according to its EXIF orientation, {orientation}, but it was "
-            "annotated without the rotation. If the boxes match the stored image, set "
-            "INPUT.EXIF to ignore, or remove the EXIF tag. Otherwise, annotate the rotated image."
+            f"The image is rotated according to its EXIF orientation, {orientation}, but was "
+            "annotated without this rotation. If the boxes match the stored image, set INPUT.EXIF "
+            "to ignore, or remove the EXIF tag. Otherwise, annotate the rotated image."
         )
     if orientation in SIDEWAYS:
         return (
-            f"Its EXIF orientation, {orientation}, is not applied, but it was annotated with it. "
-            "Set INPUT.EXIF to apply, or annotate the stored image."
+            f"The EXIF orientation of the image, {orientation}, is not applied, but the image was "
+            "annotated with this rotation. Set INPUT.EXIF to apply, or annotate the stored image."
         )
-    return "Width and height are swapped in the annotation file. Correct them there."
+    return "Width and height are swapped in the annotation file. Correct the annotation file."

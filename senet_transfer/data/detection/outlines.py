@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-# A polygon needs three points. Tools also export points and lines as polygons.
+# A polygon requires three points, but tools also export points and lines as polygons.
 _MIN_COORDINATES = 6
 
-# Larger numbers are certainly wrong, and their sum could overflow.
+# Larger coordinates are certainly wrong, and their sum could overflow.
 _LIMIT = 1e100
 
 Problem = tuple[str, str]
@@ -70,8 +70,8 @@ def _coordinates_problem(polygon: object) -> Problem | None:
     if not isinstance(polygon, list):
         return f"{str(polygon)[:40]!r}", expected
     try:
-        # The built-in functions are many times as fast as a loop. The sum is NaN or infinite if
-        # one of the numbers is, and raises TypeError for text and lists.
+        # The built-in functions are many times faster than a loop. The sum is NaN or infinite if
+        # one of the numbers is NaN or infinite, and raises TypeError for text and lists.
         finite = math.isfinite(sum(polygon)) and bool not in map(type, polygon)
     except (TypeError, OverflowError):
         finite = False
@@ -117,16 +117,16 @@ def _runs_problem(runs: list[int], pixels: int) -> Problem | None:
     elif sum(runs) != pixels:
         found = f"has a run-length encoding whose runs add up to {sum(runs)} pixels"
         if _are_pairs(runs):
-            found += "; they look like pairs of start and length"
-    expected = f"lengths of runs, alternately background and object, of {pixels} pixels in total"
+            found += "; the numbers look like pairs of start and length"
+    expected = f"alternating run lengths of background and object that add up to {pixels} pixels"
     return (found, expected) if found else None
 
 
 def _decode_counts(text: str) -> np.ndarray | None:
-    """Decode the text of a run-length encoding as pycocotools does; None if it is invalid.
+    """Decode the text of a run-length encoding as pycocotools does; return None if it is invalid.
 
-    Each number is stored in groups of 5 bits, of which a sixth bit marks all but the last. From the
-    fourth number on, the difference from the number two places before is stored.
+    Each number is stored in groups of 5 bits. A sixth bit is set in all groups but the last. From
+    the fourth number on, the difference from the number two positions earlier is stored.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -150,6 +150,6 @@ def _decode_counts(text: str) -> np.ndarray | None:
 
 
 def _are_pairs(runs: list[int]) -> bool:
-    """Return True if every other number increases, as start positions do."""
+    """Return True if every second number increases, as start positions do."""
     starts = runs[0::2]
     return len(starts) > 2 and all(a < b for a, b in zip(starts, starts[1:], strict=False))

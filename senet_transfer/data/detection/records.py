@@ -1,8 +1,8 @@
-"""Conversion of an annotation file in COCO format to Detectron2's records.
+"""Conversion of COCO annotations to Detectron2's records.
 
-The records equal those of Detectron2's `load_coco_json`, with these differences: an object is not
-dropped for an invalid outline, but loses the outline; different spellings of a file name are
-resolved; and files with a byte order mark and null values are read.
+The records equal the output of Detectron2's `load_coco_json`, with three differences. An object
+with an invalid outline is kept without the outline. Different spellings of a file name are
+resolved. Files with a byte order mark and null values are supported.
 """
 
 import os
@@ -24,10 +24,10 @@ def read_records(
     """Read an annotation file that has been validated.
 
     Args:
-        json_file: Annotation file in COCO's instances format.
+        json_file: Annotation file in COCO instances format.
         image_dir: Folder to which the `file_name` entries are relative.
         summary: The file's summary.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
         One dictionary per image in Detectron2's format, sorted by image id.
@@ -64,7 +64,7 @@ def _object(item: dict, width: int, height: int, id_map: dict[int, int]) -> dict
         found["segmentation"] = outline
     points = item.get("keypoints")
     if points:
-        # Keypoints are pixel indices, but boxes are continuous coordinates.
+        # Keypoints are pixel indices, but boxes have continuous coordinates.
         found["keypoints"] = [
             value if index % 3 == 2 else value + 0.5 for index, value in enumerate(points)
         ]

@@ -1,4 +1,4 @@
-"""Checks of data sets for semantic segmentation and keypoints before a run starts."""
+"""Checks of data sets with semantic segmentation or keypoints before a run starts."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from senet_transfer.data.detection.coco import CocoDataset, registered_entry
 from senet_transfer.errors import UserError
 
 _SHOWN = 3
-# COCO's constants are defined for the 17 keypoints of its persons.
+# COCO defines these constants for the 17 keypoints of a person.
 _COCO_KEYPOINTS = 17
 _DEFAULT_IGNORED = 255
 
@@ -30,8 +30,9 @@ def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
     for name, other in found.items():
         if other != expected:
             raise UserError(
-                f"The data sets {first} and {name} have different classes of pixels or ignored "
-                f"labels: {expected} and {other}. All data sets of a run must have the same."
+                f"The data sets {first} and {name} have different pixel classes or ignored labels: "
+                f"{expected} and {other}. All data sets of a run must have the same classes and "
+                "ignored label."
             )
     return expected
 
@@ -42,9 +43,9 @@ def _stuff(name: str) -> tuple[list[str], int]:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("stuff_classes"):
         raise UserError(
-            f"The data set {name} has no classes of pixels, which this MODEL.META_ARCHITECTURE "
-            "needs; expected `stuff_classes` in its metadata. Set them in the code that registers "
-            f"the data set: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
+            f"The data set {name} has no pixel classes, which this MODEL.META_ARCHITECTURE "
+            "requires; expected `stuff_classes` in its metadata. Set them in the code that "
+            f"registers the data set: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
             "ignore_label=255)."
         )
     paths = [record.get("sem_seg_file_name") for record in records]
@@ -59,15 +60,15 @@ def _stuff(name: str) -> tuple[list[str], int]:
 
 
 def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the keypoints of data sets, and copy their names and number to the config.
+    """Check the keypoints of data sets, and copy their number and names to the config.
 
     Args:
-        cfg: The run's config with ``MODEL.KEYPOINT_ON``, which is changed in place.
+        cfg: The config of a run with ``MODEL.KEYPOINT_ON``, modified in place.
         names: The names of registered data sets, at least one.
 
     Raises:
         UserError: If a data set has no keypoints, if two data sets have different keypoints, or if
-            ``TEST.KEYPOINT_OKS_SIGMAS`` does not fit them.
+            ``TEST.KEYPOINT_OKS_SIGMAS`` does not match the keypoints.
     """
     found = {name: _keypoints(name) for name in names}
     first, keypoints = next(iter(found.items()))
@@ -84,8 +85,8 @@ def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
             raise UserError(
                 f"The data set {name}: {summary.num_without_keypoints} of "
                 f"{summary.num_annotations} annotations have no `keypoints` or `num_keypoints`, "
-                "which COCO's metric for keypoints requires. For an object without visible "
-                "keypoints, both are 0: three zeros per keypoint, and num_keypoints 0."
+                "which the COCO metrics for keypoints require. For an object without visible "
+                "keypoints, set `keypoints` to three zeros per keypoint and `num_keypoints` to 0."
             )
     cfg.DATASETS.KEYPOINTS = keypoints
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints)
@@ -94,9 +95,9 @@ def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
     if cfg.DATASETS.TEST and len(sigmas) not in expected:
         raise UserError(
             f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but the data has {count} "
-            f"keypoints ({', '.join(keypoints)}); expected one value per keypoint. It is the "
+            f"keypoints ({', '.join(keypoints)}); expected one value per keypoint. A sigma is the "
             "typical deviation between annotators, relative to the object's size. COCO's values "
-            "are 0.025 (eyes) to 0.107 (hips). To use the same for all, set "
+            "are 0.025 (eyes) to 0.107 (hips). To use the same value for all keypoints, set "
             f"TEST.KEYPOINT_OKS_SIGMAS {[0.05] * count}."
         )
 
@@ -105,9 +106,9 @@ def _keypoints(name: str) -> list[str]:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("keypoint_names"):
         raise UserError(
-            f"The data set {name} has no names of keypoints, which MODEL.KEYPOINT_ON requires; "
+            f"The data set {name} has no keypoint names, which MODEL.KEYPOINT_ON requires; "
             "expected `keypoints` in the categories of its annotation file, as in COCO's person "
-            "keypoints, or `keypoint_names` in its metadata. Add them, or set MODEL.KEYPOINT_ON to "
-            "False."
+            "keypoints, or `keypoint_names` in its metadata. Add them, or set MODEL.KEYPOINT_ON "
+            "to False."
         )
     return list(metadata.keypoint_names)

@@ -1,6 +1,6 @@
-"""Optional augmentation of a classifier's training crops with torchvision's transforms.
+"""Optional augmentation of a classifier's training crops, using torchvision's transforms.
 
-The transforms draw from PyTorch's global generator, which
+The transforms use PyTorch's global random generator, which
 :class:`~senet_transfer.data.images.transforms.TrainTransform` seeds for each image.
 """
 
@@ -17,7 +17,7 @@ from senet_transfer.errors import UserError, check_choice
 
 POLICIES = ("none", "rand_augment", "trivial_augment")
 
-# Keys in INPUT.CLASSIFICATION that enable augmentation, in the order in which it is applied.
+# Keys in INPUT.CLASSIFICATION that enable augmentation, in the order of application.
 ENABLING_KEYS = ("VERTICAL_FLIP", "RIGHT_ANGLES", "POLICY", "COLOR_JITTER", "BLUR", "ERASING")
 _DISABLED: tuple[object, ...] = (0, "none", (), [])
 
@@ -29,7 +29,8 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
         A transform of images `(3, S, S)`, or None if no augmentation is enabled.
 
     Raises:
-        UserError: If a value is invalid, or the images are kept in memory (``AUGMENT`` pad_crop).
+        UserError: If a value is invalid, or augmentation is enabled for images that are kept in
+            memory (``AUGMENT`` is pad_crop).
     """
     options = cfg.INPUT.CLASSIFICATION
     check_choice("INPUT.CLASSIFICATION.POLICY", options.POLICY, POLICIES)
@@ -39,8 +40,8 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
         key = enabled[0]
         raise UserError(
             f"INPUT.CLASSIFICATION.{key} is {options[key]!r}, which requires AUGMENT region, but "
-            f"AUGMENT is {options.AUGMENT}, whose images are augmented in memory, on the device. "
-            f"Remove {key}. To augment small images in this way, store them as one folder per "
+            f"AUGMENT is {options.AUGMENT}, which keeps the images in memory and augments them on "
+            f"the device. Remove {key}. To use it with small images, store them in one folder per "
             "class and set AUGMENT to region."
         )
     if not enabled:
@@ -51,7 +52,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
         ),
         "trivial_augment": lambda: v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR),
     }
-    # The kernel extends to three standard deviations.
+    # The kernel extends to three standard deviations on each side.
     sigma = tuple(options.BLUR_SIGMA)
     blur = v2.GaussianBlur(2 * math.ceil(3 * sigma[1]) + 1, sigma)
     turns = [v2.Lambda(functools.partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
@@ -67,7 +68,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
 
 
 def _mean_colour(cfg: CfgNode) -> list[float]:
-    """Return the mean pixel in RGB order, which is 0 after normalisation, up to rounding."""
+    """Return the mean pixel in RGB order, which becomes 0 in normalisation, except for rounding."""
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
     if cfg.INPUT.FORMAT == "L" and len(mean) == 1:
         return mean * 3

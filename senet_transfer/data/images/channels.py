@@ -1,8 +1,8 @@
 """Decoding of images with any number of channels, such as multispectral images.
 
 The supported files are NumPy arrays (.npy) of shape ``(H, W)`` or ``(H, W, C)``, TIFF files with
-several bands, pages or both, and all other formats that Pillow reads. The channels have the order
-of the file.
+several bands, pages or both, and all other formats that Pillow reads. The order of the channels is
+that of the file.
 """
 
 import io
@@ -36,16 +36,15 @@ def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
 
     Args:
         data: Encoded image.
-        reading: Settings with the expected number of channels. If they contain no value range,
-            8-bit values are unchanged, 16-bit values are divided by 257, and other values raise an
-            error.
+        reading: Settings with the expected number of channels. Without a value range, 8-bit values
+            are unchanged, 16-bit values are divided by 257, and other values raise an error.
 
     Returns:
         The image, uint8 ``(H, W, C)``.
 
     Raises:
-        BrokenImageError: If the data is damaged, too large or not an image, has another number of
-            channels, or requires a value range.
+        BrokenImageError: If the data is damaged, too large or not an image, has a different number
+            of channels, or requires a value range.
     """
     try:
         with warnings.catch_warnings():
@@ -59,11 +58,14 @@ def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
 
 
 def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
-    """Convert the values of an image to 8 bits, and check the number of channels.
+    """Convert the values of an image to 8 bits, and check its number of channels.
 
     Args:
-        values: Numbers ``(H, W)`` or ``(H, W, C)``, which are not turned.
-        reading: See :func:`decode_channels`, also for the errors.
+        values: Values of the image, ``(H, W)`` or ``(H, W, C)``. No EXIF orientation is applied.
+        reading: See :func:`decode_channels`.
+
+    Raises:
+        BrokenImageError: If the number of channels is wrong, or a value range is required.
     """
     values = values[..., None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] != reading.channels:
@@ -97,7 +99,7 @@ def _values(data: bytes, upright: bool) -> np.ndarray:
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Return the first three channels of an image ``(H, W, C)``, or a single one as grey."""
+    """Return the first three channels of an image ``(H, W, C)``. A single channel becomes grey."""
     if pixels.shape[2] == 1:
         return pixels.repeat(3, axis=2)
     missing = max(3 - pixels.shape[2], 0)
@@ -109,9 +111,12 @@ def decode_shown(data: bytes, reading: Reading, min_size: int | None = None) -> 
 
     Args:
         data: Encoded image.
-        reading: Settings. Of images that are not converted to RGB, the first three channels are
-            returned.
-        min_size: See :func:`~senet_transfer.data.images.decode.decode_fast`, as for the errors.
+        reading: Settings for reading the image. If they specify a number of channels, the first
+            three channels are returned.
+        min_size: See :func:`~senet_transfer.data.images.decode.decode_fast`.
+
+    Raises:
+        BrokenImageError: If the image cannot be decoded.
     """
     if reading.channels:
         return as_rgb(decode_channels(data, reading))
@@ -121,8 +126,8 @@ def decode_shown(data: bytes, reading: Reading, min_size: int | None = None) -> 
 def _tiff_values(data: bytes, upright: bool) -> np.ndarray:
     """Return the values of a TIFF file ``(H, W, C)``.
 
-    Pillow reads palettes, 1-bit images and the compressions that tifffile does not support by
-    itself, but only up to four bands.
+    Pillow reads palette images, 1-bit images and compression methods that tifffile does not support
+    without additional packages, but only up to four bands.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page, series = file.pages.first, file.series[0]

@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
-    """Sort class names as torchvision's ImageFolder does, and warn if they are numbers.
+    """Sort class names as torchvision's ImageFolder does, and warn if the names are numbers.
 
-    As text, "10" is before "9". Labels in another order make every prediction wrong.
+    Sorted as text, "10" precedes "9". If labels are in a different order than in training, all
+    predictions are wrong.
 
     Args:
         names: Class names.
@@ -31,9 +32,9 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
         by_number = _sort_by_number(by_name)
         if by_number != by_name:
             logger.warning(
-                "The classes in %s are numbers. Their labels are in the order of the names, "
-                "as in torchvision's ImageFolder: %s. The order of the numbers would be: %s. To "
-                "use it, add --classes numeric.",
+                "The classes in %s are numbers. Their labels are in the order of the names, as in "
+                "torchvision's ImageFolder: %s. The numeric order would be: %s. To use this "
+                "order, add --classes numeric.",
                 root,
                 first_of(by_name, _SHOWN),
                 first_of(by_number, _SHOWN),
@@ -42,7 +43,7 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
 
 
 def sort_by_number(names: Iterable[str], root: str | Path) -> list[str]:
-    """Sort class names that are whole numbers in the order of the numbers.
+    """Sort class names that are whole numbers by their numeric value.
 
     Raises:
         UserError: If a name is not a whole number.
@@ -51,7 +52,8 @@ def sort_by_number(names: Iterable[str], root: str | Path) -> list[str]:
     if others:
         raise UserError(
             f"--classes is {NUMERIC}, but {len(others)} classes in {root} are not numbers: "
-            f"{first_of(others)}. Rename them, or give a file with one class name per line."
+            f"{first_of(others)}. Rename these classes, or pass a file with one class name per "
+            "line."
         )
     return _sort_by_number(names)
 
@@ -74,24 +76,24 @@ def read_class_list(path: str | Path) -> list[str]:
     if not names or twice:
         found = f"contains {first_of(twice)} more than once" if twice else "is empty"
         raise UserError(
-            f"The class list {path} {found}; expected one class name per line in label order, each "
-            "once. Correct the file."
+            f"The class list {path} {found}; expected each class name once, one per line, in label "
+            "order. Correct the file."
         )
     return names
 
 
 def match_names(found: Iterable[str], classes: Iterable[str]) -> dict[str, str]:
-    """Match the names of class folders with class names, also in another Unicode form.
+    """Match the names of class folders with class names, even in different Unicode forms.
 
-    macOS and some archives store accented letters as a letter and a combining accent (NFD), other
-    systems as one character (NFC).
+    macOS and some archives store an accented letter as a letter and a combining accent (NFD). Other
+    systems store it as one character (NFC).
 
     Args:
         found: Names of class folders.
         classes: Class names.
 
     Returns:
-        The class name of each folder, without the folders that match no class.
+        Dictionary from folder name to class name, without the folders that match no class.
     """
     known = set(classes)
     forms = {normal_form(name): name for name in known}
@@ -105,12 +107,12 @@ def match_names(found: Iterable[str], classes: Iterable[str]) -> dict[str, str]:
 
 
 def normal_form(name: str) -> str:
-    """Return a name in the Unicode form NFC."""
+    """Convert a name to the Unicode form NFC."""
     return unicodedata.normalize("NFC", name)
 
 
 def check_encoding(names: Iterable[str], root: str | Path) -> None:
-    """Raise a UserError for class names that are not UTF-8, which can't be stored in a model."""
+    """Raise a UserError for class names that are not UTF-8, because a model can't store them."""
     for name in names:
         try:
             name.encode()

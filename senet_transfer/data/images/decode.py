@@ -1,8 +1,8 @@
 """Image decoding.
 
-All images are reduced to 8 bits per channel here, for detection and classification. 16-bit values
-are divided by 257, which maps 0-65535 to 0-255. The range of 32-bit integers and floating-point
-numbers must be given (``INPUT.VALUE_RANGE``), as for 12-bit data stored in 16 bits.
+This module reduces all images for detection and classification to 8 bits per channel. 16-bit values
+are divided by 257, which maps 0-65535 to 0-255. The value range of 32-bit integers, floating-point
+numbers and 12-bit data stored in 16 bits must be set with ``INPUT.VALUE_RANGE``.
 
 Evaluation decodes images only with Pillow, so that its results match the usual pipeline of Pillow
 and torchvision. Training decodes JPEG images with simplejpeg, which is three times as fast. Both
@@ -27,7 +27,7 @@ from senet_transfer.data.images.file_types import FORMATS
 MAX_PIXELS = 100_000_000
 
 _TURNED = range(2, 9)  # EXIF orientations of images that are not upright
-SIDEWAYS = range(5, 9)  # those that swap width and height
+SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Reading:
     Attributes:
         value_range: Values that are mapped to 0 and 255 in images with more than 8 bits per
             channel; see :func:`to_8_bit`.
-        upright: Whether to apply the EXIF orientation. The orientation of a TIFF file, which
-            Pillow applies, is always applied to colour and grey images.
-        channels: Number of channels of images that are not converted to RGB, in the order of their
-            files; None to convert them.
+        upright: Whether to apply the EXIF orientation. For colour and grey images in TIFF files,
+            Pillow always applies the orientation.
+        channels: Number of channels of images that are not converted to RGB, with the channels in
+            the order of the file. None to convert images to RGB.
     """
 
     value_range: tuple[float, ...] = ()
@@ -49,7 +49,7 @@ class Reading:
 
 
 AS_STORED, UPRIGHT = Reading(), Reading(upright=True)
-# For decoding an image only to check that it is whole.
+# For decoding an image only to check that it is complete.
 ANY_RANGE = Reading(value_range=(0.0, 1.0))
 
 
@@ -68,8 +68,8 @@ def bits_of(image: Image.Image) -> int:
 def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation of an opened image, 1-8.
 
-    It is None if there is none, if the EXIF data is broken, and for TIFF files, which Pillow turns
-    when it decodes them.
+    None is returned if the image has no orientation, if its EXIF data is broken, and for TIFF
+    files, because Pillow applies their orientation when it decodes them.
     """
     if image.format == "TIFF":
         return None
@@ -80,13 +80,13 @@ def exif_orientation(image: Image.Image) -> int | None:
 
 
 def size_of(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """Return the width and height of an opened image, with its EXIF orientation if ``upright``."""
+    """Return an opened image's width and height, after EXIF orientation if ``upright`` is True."""
     sideways = upright and exif_orientation(image) in SIDEWAYS
     return (image.height, image.width) if sideways else image.size
 
 
 def turn_upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
-    """Apply an EXIF orientation, 1-8, to pixels `(H, W, C)`."""
+    """Apply an EXIF orientation from 1 to 8 to pixels `(H, W, C)`."""
     if orientation in (2, 3, 7, 8):  # mirrored horizontally first
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 6, 7):
@@ -105,8 +105,8 @@ def to_8_bit(
         image: Opened image. It is returned unchanged if it has 8 bits per value.
         value_range: Values that are mapped to 0 and 255; empty to map the whole range of a 16-bit
             image.
-        data: The encoded image, from which 16-bit colour images are read with their full precision
-            if ``value_range`` is given. Otherwise, Pillow returns their upper 8 bits.
+        data: The encoded image. If ``data`` and ``value_range`` are given, 16-bit colour images are
+            read with full precision. Otherwise, only their upper 8 bits are used, as in Pillow.
 
     Raises:
         BrokenImageError: If the image has 32 bits per value and no range is given.
@@ -123,12 +123,12 @@ def to_8_bit(
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
     raise BrokenImageError(
         f"its pixels are {kind}, whose value range is unknown; set INPUT.VALUE_RANGE to [low, "
-        "high], the values of black and white, or convert it to 8 bits per channel"
+        "high], the values of black and white, or convert the image to 8 bits per channel"
     )
 
 
 def scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
-    """Map the two values of a range to 0 and 255, and clip other values; NaN becomes black."""
+    """Map a range of values to 0-255. Clip values outside the range, and convert NaN to black."""
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
@@ -138,7 +138,8 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Return a 16-bit colour image as uint16 RGB `(H, W, 3)`; None for other images."""
     if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF", "PPM"):
         return None
-    # Pillow does not report the bits of colour images. OpenCV ignores the EXIF orientation here.
+    # Pillow does not report the bit depth of colour images. The decoding with OpenCV ignores the
+    # EXIF orientation.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
         return None
@@ -150,8 +151,11 @@ def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Ima
 
     Args:
         image: Opened image.
-        reading: Settings, whose ``channels`` are not used.
-        data: See :func:`to_8_bit`, as for the errors.
+        reading: Settings for reading the image; ``channels`` is ignored.
+        data: See :func:`to_8_bit`.
+
+    Raises:
+        BrokenImageError: If the image requires a value range.
     """
     orientation = exif_orientation(image) if reading.upright else None
     rgb = to_8_bit(image, reading.value_range, data).convert("RGB")
@@ -164,8 +168,8 @@ def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Ima
 def no_truncated_images() -> Iterator[None]:
     """Make Pillow raise an error for truncated files inside the context.
 
-    The setting is that of the process. Before several threads use this context, enter it once
-    around all of them.
+    The setting affects the whole process. If several threads decode images, enter this context
+    once, around all threads.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -182,14 +186,15 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
 
     Args:
         data: Encoded image.
-        reading: Settings, whose ``channels`` are not used.
+        reading: Settings for reading the image; ``channels`` is ignored.
 
     Raises:
         BrokenImageError: If the data is truncated, damaged, too large or not an image.
     """
     try:
         with warnings.catch_warnings(), no_truncated_images():
-            # Pillow warns about palettes, metadata and sizes. Relevant problems raise exceptions.
+            # Pillow warns about palettes, metadata and sizes, but raises exceptions for relevant
+            # problems.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=allowed_formats())
             if image.width * image.height > MAX_PIXELS:
@@ -203,13 +208,13 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
 
 @functools.cache
 def allowed_formats() -> list[str]:
-    """Return the formats that Pillow is allowed to open, without those of later versions."""
+    """Return the formats that Pillow may open. Formats added by later versions are excluded."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encode_exact(image: Image.Image) -> bytes:
-    """Encode an image losslessly, so that `decode_exact` returns the same pixels."""
+    """Encode an image losslessly: `decode_exact` returns the same pixels."""
     stored = io.BytesIO()
     image.save(stored, "BMP")  # lossless and fast
     return stored.getvalue()
@@ -223,7 +228,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # CMYK files follow several conventions, which only Pillow handles.
+    # Only Pillow handles the different conventions for CMYK files.
     usual = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS
     return (height, width) if usual else None
 
@@ -245,7 +250,7 @@ def decode_fast(
         data: Encoded image in any format that `decode_exact` supports.
         min_size: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if both sides keep at least
             this many pixels. This is faster, but changes the pixels. None to decode at full size.
-        reading: Settings, whose ``channels`` are not used.
+        reading: Settings for reading the image; ``channels`` is ignored.
 
     Returns:
         The image, uint8 RGB `(H, W, 3)`.

@@ -1,9 +1,9 @@
-"""Names of image files, and of files and folders that operating systems and devices add to data."""
+"""Names of image files, and of system files and folders that are not part of a data set."""
 
 import re
 
-# Pillow's formats for photographs, with the extensions of their files. Its other plugins run
-# external programs, read only metadata or read vector graphics.
+# Pillow's photograph formats and their file extensions. Other Pillow plugins run external programs,
+# read only metadata or read vector graphics.
 FORMATS = {
     "AVIF": (".avif", ".avifs"),
     "BMP": (".bmp",),
@@ -25,8 +25,8 @@ FORMATS = {
 
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes))
 
-# Files and folders of Windows, macOS, NAS devices and file systems, in lower case. Names that start
-# with a dot are also hidden, such as `._photo.jpg`, macOS's metadata of `photo.jpg`.
+# Files and folders created by Windows, macOS, NAS devices and file systems, in lower case. Names
+# that start with a dot are also hidden, such as `._photo.jpg`, the macOS metadata for `photo.jpg`.
 _SYSTEM = {
     "$recycle.bin",
     "#recycle",
@@ -44,19 +44,19 @@ _SYSTEM = {
 
 
 def is_hidden(name: str) -> bool:
-    """Return True if a part of a relative path is hidden, or is a system file or folder.
+    """Return True if any part of a relative path is hidden, or is a system file or folder.
 
-    Such a file is not part of a data set even if it has the extension of an image.
+    Hidden files are not part of a data set, even if they have the extension of an image file.
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
     return any(part.startswith(".") or part.lower() in _SYSTEM for part in parts)
 
 
 def is_array_name(name: str) -> bool:
-    """Return True if a relative path is that of a NumPy array that is not hidden."""
+    """Return True if a relative path is that of a NumPy file (.npy) that is not hidden."""
     return name.lower().endswith(".npy") and not is_hidden(name)
 
 
 def is_image_name(name: str) -> bool:
-    """Return True if a relative path is that of an image that is not hidden."""
+    """Return True if a relative path is that of an image file that is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)

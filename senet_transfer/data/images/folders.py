@@ -1,4 +1,4 @@
-"""Images in one folder per class, and the order of their classes."""
+"""Image data sets with one folder per class, and the order of their classes."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from senet_transfer.data.images.listing import Images, find_listed_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
-# Names of folders that contain the class folders of a split.
+# Names of folders that contain a split's class folders.
 _SPLITS = {"test", "testing", "train", "training", "val", "valid", "validation"}
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,16 @@ def open_folder(
     """List the images in a folder with one folder per class.
 
     Class names are folder paths relative to the root. If all class folders are directly below the
-    root, this is the layout of torchvision's ImageFolder, with classes sorted by name. A nested
-    folder, such as `dogs/husky`, is a separate class.
+    root, the layout and the class order are those of torchvision's ImageFolder. A nested folder
+    such as `dogs/husky` is a separate class.
 
     Args:
         root: Folder that contains the class folders.
         classes: Class names in label order. Required if some classes have no images, or if the
             labels must match those of a different folder. None to use the sorted paths of the class
             folders.
-        skip_empty: Maximum number of empty files to leave out. A larger number raises an error.
+        skip_empty: Maximum number of empty files to leave out. If there are more, an error is
+            raised.
 
     Raises:
         UserError: If the folder contains no images, images outside of class folders, or class
@@ -80,8 +81,8 @@ def open_folder(
     empty = sorted(set(by_class).difference(found))
     if empty and classes is None:
         raise UserError(
-            f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. The labels "
-            "depend on whether these folders are classes. Remove the folders or add images."
+            f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. Labels depend "
+            "on whether these folders count as classes. Remove the folders or add images."
         )
     check_encoding(found, root)
     _check_splits(found, root, classes)
@@ -102,20 +103,20 @@ def open_folder(
 
 
 def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> None:
-    """Raise a UserError if the folders are those of several splits, not of classes."""
+    """Raise a UserError if the folders are splits instead of classes."""
     tops = {folder.partition("/")[0] for folder in found}
     if len(tops) < 2 or not {top.lower() for top in tops} <= _SPLITS:
         return
     if classes is None or not set(found).issubset(classes):
         raise UserError(
             f"{root} contains the folders {first_of(sorted(tops))}, which are splits, not classes. "
-            f"Pass one of them, such as {root / min(tops, key=len)}. If they are classes, list "
-            "them in a file for --classes, or in DATASETS.CLASSES."
+            f"Pass one of these folders, such as {root / min(tops, key=len)}. If the folders are "
+            "classes, list them in a file for --classes, or in DATASETS.CLASSES."
         )
 
 
 def choose_classes(choice: str, root: str | Path) -> list[str]:
-    """Return the class names in the order of ``--classes``.
+    """Return the class names in the order selected with ``--classes``.
 
     Args:
         choice: "numeric", or the path of a file with one class name per line.
@@ -128,10 +129,11 @@ def choose_classes(choice: str, root: str | Path) -> list[str]:
 
 
 def numeric_classes(root: str | Path) -> list[str]:
-    """Return the classes of a folder or CSV file, sorted as numbers.
+    """Return the classes in a folder or CSV file in numeric order.
 
     Raises:
-        UserError: If the path is neither, or a name is not a whole number.
+        UserError: If the path is neither a folder nor a CSV file, or a class name is not a whole
+            number.
     """
     if is_label_csv(root):
         return sort_by_number({label for label, _ in read_label_csv(root).values()}, root)
@@ -152,9 +154,9 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Return sorted image paths by folder, including empty folders without subfolders.
+    """Return the sorted image paths in each folder, including empty folders without subfolders.
 
-    NumPy arrays are images if there are no other images.
+    NumPy arrays are only treated as images if there are no other images.
     """
     photos = any(is_image_name(name) for _, _, files in _walk(root) for name in files)
     is_image = is_image_name if photos else is_array_name

@@ -1,9 +1,9 @@
-"""ImageNet (ILSVRC 2012) as downloaded: archives, or unpacked folders.
+"""ImageNet (ILSVRC 2012) as downloaded: archives or unpacked folders.
 
 Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge". The classes are
 WordNet ids such as `n01440764`, sorted by name. This is the label order of torchvision's ImageNet
-class and of most published weights. The development kit numbers the classes differently, and lists
-the labels of the validation images by these numbers. torchvision reads the kit.
+class and of most published weights. The development kit, which is read with torchvision, numbers
+the classes differently and uses its own numbers as labels of the validation images.
 """
 
 import os
@@ -43,12 +43,13 @@ def open_imagenet(
     """Find a split's images and labels.
 
     Args:
-        source: Folder with the archives or the folders `train` and `val`, and for validation images
-            that are not in class folders, the development kit.
+        source: Folder with the archives or the folders `train` and `val`. It must also contain the
+            development kit if the validation images are not in class folders.
         split: One of `SPLITS`.
-        exclude: File with one image per line to leave out: its name, or the number of a validation
-            image, as in the challenge's blacklist.
-        skip_missing: Maximum number of empty images to leave out. A larger number raises an error.
+        exclude: File that lists the images to leave out, one per line: file names or, as in the
+            challenge's blacklist, numbers of validation images.
+        skip_missing: Maximum number of empty files to leave out. If there are more, an error is
+            raised.
 
     Raises:
         UserError: If a file is missing or damaged, or the labels do not match the images.
@@ -57,12 +58,12 @@ def open_imagenet(
     if split not in SPLITS or not source.is_dir():
         raise UserError(
             f"The split is {split!r}, in {source}; expected one of {', '.join(SPLITS)}, and a "
-            "folder with the archives of ImageNet. Check the path."
+            "folder with the ImageNet archives. Check the path."
         )
     place = _images_of(source, split)
     if place is None:
         raise UserError(
-            f"No images of {split} found in {source}; expected the folder {split} or the archive "
+            f"No {split} images found in {source}; expected the folder {split} or the archive "
             f"{ARCHIVES[split]}. Download the archive from image-net.org, or pass the folder that "
             "contains it."
         )
@@ -71,13 +72,13 @@ def open_imagenet(
 
 
 def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
-    """Return the images and the split that a path stands for, or None if it is other data.
+    """Return the ImageNet archive or folder at a path and its split, or None for other data.
 
     Args:
-        path: Archive of ImageNet, folder that contains an archive or the development kit, or folder
-            of validation images that are not in class folders.
-        split: Split to read from a folder that contains both; names that begin with "train" select
-            the training images.
+        path: ImageNet archive, folder that contains an archive or the development kit, or folder of
+            validation images that are not in class folders.
+        split: Split to select in a folder that contains both. Names that begin with "train" select
+            the training images, other names the validation images.
     """
     for name, archive in ARCHIVES.items():
         if path.name == archive:
@@ -90,8 +91,8 @@ def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
 
 
 def _images_of(folder: Path, split: str) -> Path | None:
-    """Return the archive or folder of a split, or None if there is neither."""
-    # The archive first, because the folder may contain the shards that are made of it.
+    """Return a split's archive or folder, or None if neither exists."""
+    # The archive has priority, because the folder may contain shards converted from the archive.
     places = folder / ARCHIVES[split], folder / split
     return next((place for place in places if place.exists()), None)
 
@@ -99,8 +100,8 @@ def _images_of(folder: Path, split: str) -> Path | None:
 def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Images:
     """Find the images in an archive, a folder of class folders, or a folder of validation images.
 
-    The development kit, or the `meta.bin` that torchvision makes of it, is searched for in the
-    parent folder. It is required for validation images that are not in class folders.
+    The development kit, or the `meta.bin` that torchvision creates from the kit, is searched for in
+    the parent folder. One of them is required for validation images that are not in class folders.
 
     Raises:
         UserError: If a file is missing or damaged, or the labels do not match the images.
@@ -123,13 +124,13 @@ def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Im
     if len(ids) != len(names):
         raise UserError(
             f"{path} contains {len(names)} images; expected {len(ids)}, the number of labels in "
-            "the development kit, because labels are assigned in the order of the names. Unpack or "
-            "download the archive again. To leave out images, use --exclude."
+            "the development kit, because labels are assigned in the order of the image names. "
+            "Unpack or download the archive again. To leave out images, use --exclude."
         )
     if unknown := sorted(set(ids).difference(classes)):
         raise UserError(
             f"{path} contains the classes {first_of(unknown)}, which are not among the "
-            f"{len(classes)} classes of the development kit. Use the files of ILSVRC 2012."
+            f"{len(classes)} classes of the development kit. Use the ILSVRC 2012 files."
         )
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[name] for name in ids], np.int32)
@@ -144,16 +145,17 @@ def _is_flat(path: Path) -> bool:
 
 
 def _read_devkit(folder: Path) -> tuple[list[str], list[str]] | None:
-    """Return the classes in label order, and the classes of the validation images by name.
+    """Read the development kit in a folder.
 
     Returns:
-        None if the folder contains no development kit.
+        The classes in label order, and the class of each validation image in order of the file
+        names. None if the folder contains no development kit.
     """
     try:
         if (folder / META_FILE).is_file():
             names, labels = load_meta_file(folder)
         elif (folder / DEVKIT).is_file():
-            # torchvision writes next to the archive, in a folder that may be read-only.
+            # torchvision writes to the archive's folder, which may be read-only.
             with tempfile.TemporaryDirectory() as temporary:
                 Path(temporary, DEVKIT).symlink_to((folder / DEVKIT).absolute())
                 parse_devkit_archive(temporary)
@@ -167,14 +169,14 @@ def _read_devkit(folder: Path) -> tuple[list[str], list[str]] | None:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"Cannot read the development kit in {folder}: {error}. Expected {DEVKIT} with the MD5 "
-            f"checksum {ARCHIVE_META['devkit'][1]}, or the {META_FILE} that torchvision makes of "
-            "it. Download the kit again."
+            f"checksum {ARCHIVE_META['devkit'][1]}, or the {META_FILE} that torchvision creates "
+            "from this archive. Download the kit again."
         ) from error
     return sorted(names), list(labels)
 
 
 def _without(images: Images, path: Path) -> Images:
-    """Return the images that are not listed in a file."""
+    """Return a copy of the image list without the images listed in a file."""
     try:
         lines = path.read_text("utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -189,8 +191,8 @@ def _without(images: Images, path: Path) -> Images:
     if unknown := sorted(listed.difference(base)):
         raise UserError(
             f"{path} lists {len(unknown)} images that are not in {images.root}: "
-            f"{first_of(unknown)}. Expected names of images, or numbers of validation images. Use "
-            "a list for this split."
+            f"{first_of(unknown)}. Expected image names, or numbers of validation images. Use a "
+            "list for this split."
         )
     keep = np.array([index for index, name in enumerate(base) if name not in listed], int)
     return replace(

@@ -1,4 +1,4 @@
-"""CSV files with the columns `path` and `label`, which list the images of a data set."""
+"""CSV files that list the images of a data set in the columns `path` and `label`."""
 
 import csv
 import io
@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 def is_label_csv(path: str | Path) -> bool:
-    """Return True if a path is that of a CSV file."""
+    """Return True if a path refers to an existing CSV file."""
     return Path(path).suffix.lower() == ".csv" and os.path.isfile(path)
 
 
 def read_label_csv(path: str | Path) -> dict[str, tuple[str, int]]:
-    """Read the rows of a CSV file. Other columns and blank lines are ignored.
+    """Read the images and labels in a CSV file. Other columns and blank lines are ignored.
 
     Args:
-        path: CSV file, in which image paths are relative to its folder.
+        path: CSV file. Its image paths are relative to the folder that contains it.
 
     Returns:
-        The label and the line number of each image, by path.
+        Dictionary from image path to label and line number.
 
     Raises:
-        UserError: If the file is not UTF-8, lacks a column, has an empty value, or has two labels
-            for an image. The message names the line.
+        UserError: If the file is not UTF-8, lacks a column, has an empty value, or has two
+            different labels for an image. The message contains the line number.
     """
     rows: dict[str, tuple[str, int]] = {}
     repeated = 0
@@ -66,8 +66,8 @@ def open_label_csv(
         classes: Class names in label order, as for
             :func:`~senet_transfer.data.images.folders.open_folder`. None to sort the labels by
             name.
-        skip_missing: Maximum number of missing or empty images to leave out. A larger number raises
-            an error.
+        skip_missing: Maximum number of missing or empty images to leave out. If there are more, an
+            error is raised.
 
     Raises:
         UserError: If the file is invalid, an image is missing, or a label is not in `classes`.
@@ -102,7 +102,7 @@ def open_label_csv(
 
 
 def _existing(root: Path, name: str) -> str:
-    """Replace the backslashes in a path written by a program on Windows, if that file exists."""
+    """Replace the backslashes in a path written on Windows, if the resulting file exists."""
     slashed = name.replace("\\", "/")
     return slashed if slashed != name and os.path.exists(root / slashed) else name
 
@@ -114,7 +114,7 @@ def _read_text(path: Path) -> str:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
             f"{path}, line {line}: not UTF-8 ({error.reason}). {_EXAMPLE}. Save the file again "
-            "with the encoding UTF-8."
+            "with UTF-8 encoding."
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error}. {_EXAMPLE}.") from error
@@ -143,7 +143,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
                     if not value or "\0" in value:
                         raise UserError(
                             f"{path}, line {line}: the {column} is "
-                            f"{'binary data' if value else 'empty'}; expected a text. Correct or "
+                            f"{'binary data' if value else 'empty'}; expected text. Correct or "
                             "remove the line."
                         )
                 yield line, os.path.normpath(name), label

@@ -1,4 +1,4 @@
-"""Labelled images in a folder or a tar archive."""
+"""Lists of labelled images in a folder or tar archive."""
 
 import os
 import tarfile
@@ -84,18 +84,18 @@ def find_listed_images(
     """Find every listed image in a folder or an archive.
 
     Args:
-        root: Folder, or tar archive with all members in one folder, as in Places365.
-        names: Image paths relative to that folder.
+        root: Folder, or tar archive with one top folder that contains all members, as in Places365.
+        names: Image paths relative to the folder or to the archive's top folder.
         labels: Image labels, `(N,)`.
         classes: Class names.
-        complete: Raise an error if there are images that are not listed.
-        skip_missing: Maximum number of missing images to leave out. A larger number raises an
-            error.
-        members: Result of :func:`archive_members` for an archive; None to read it.
+        complete: Raise an error if the folder or archive contains images that are not listed.
+        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+            raised.
+        members: Result of :func:`archive_members` for an archive; None to read the archive.
 
     Raises:
-        UserError: If too many listed images are missing or empty, or if `complete` is set and there
-            are unlisted images. The message names the first ones.
+        UserError: If too many listed images are missing or empty, or if `complete` is True and
+            there are unlisted images. The message contains the first paths.
     """
     archived = not root.is_dir()
     if not archived:
@@ -126,7 +126,7 @@ def find_listed_images(
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
-    """Return (offset, size) of each file in a folder by name. The offset is always 0."""
+    """Return a dictionary from file name to (offset, size). The offset is always 0."""
     found = {}
     for name in names:
         try:
@@ -143,10 +143,10 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
 
 
 def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
-    """Return the offset and the size of each image in an uncompressed tar archive, by path.
+    """Return a dictionary from image path to (offset, size) for an uncompressed tar archive.
 
-    The path does not contain the top folder. In an archive of archives, such as that of ImageNet's
-    training images, the name of the inner archive is the folder of its images.
+    The paths do not contain the top folder. In an archive of archives, such as ImageNet's training
+    images, each inner archive is treated as a folder.
 
     Raises:
         UserError: If the archive is damaged, or contains an image twice.

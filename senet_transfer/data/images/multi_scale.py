@@ -1,4 +1,4 @@
-"""Evaluation at several scales, with one or ten crops or on whole images."""
+"""Transforms for evaluation at several scales, with one crop, ten crops or whole images."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,7 +19,7 @@ CROPS = (1, 10)
 
 @dataclass(frozen=True)
 class MultiScaleTransform:
-    """Transform that returns the views of several transforms, which have the same crop size.
+    """Transform that returns the views of several transforms with the same crop size.
 
     Attributes:
         parts: One transform per scale.
@@ -69,16 +69,17 @@ class WholeImageTransform(EvalTransform):
 
 
 def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
-    """Join the views of several images, which have different sizes, in one tensor.
+    """Join views of different sizes in one tensor.
 
-    A worker process passes each tensor through a file descriptor, and their number is limited.
+    A worker process uses a file descriptor for each tensor that it sends, and the number of file
+    descriptors is limited.
 
     Args:
-        images: For each image its views, uint8 ``(C, H, W)``.
+        images: Views of each image, uint8 ``(C, H, W)``.
 
     Returns:
-        ``image``, all pixels, uint8 ``(P,)``, and ``shapes``, which contains the shapes of each
-        image's views.
+        Dictionary with the pixels of all views, ``image``, uint8 ``(P,)``, and the list of the
+        shapes of each image's views, ``shapes``.
     """
     return {
         "image": torch.cat([view.flatten() for views in images for view in views]),
@@ -88,7 +89,7 @@ def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """A user's choice of the views of each image; values that are not set are a model's.
+    """Options for the views of each image. Options that are not set default to the model's values.
 
     Attributes:
         mode: Evaluation mode, one of ``EVAL_MODES``.
@@ -109,7 +110,7 @@ class ViewOptions:
 
     def __post_init__(self) -> None:
         if self.scales and self.resize is not None:
-            raise UserError("Both --scales and --resize are given. Give only --scales.")
+            raise UserError("Both --scales and --resize are given. Remove one of them.")
         if min(self.scales, default=1) < 1 or len(set(self.scales)) < len(self.scales):
             raise UserError(
                 f"--scales is {' '.join(map(str, self.scales))}; expected different sizes of at "
@@ -127,10 +128,10 @@ class ViewOptions:
             )
 
     def transform(self, default: EvalTransform) -> EvalTransform | MultiScaleTransform:
-        """Return the transform for these views.
+        """Return the transform that produces these views.
 
         Args:
-            default: The model's transform, from which values that are not set are taken.
+            default: The model's transform, which provides the values of options that are not set.
 
         Raises:
             UserError: If a crop is larger than a scale.
@@ -140,7 +141,7 @@ class ViewOptions:
         if self.scales and not self.dense and crop > min(scales):
             raise UserError(
                 f"--scales contains {min(scales)}, but the crop is {crop} pixels; expected a scale "
-                "at least as large as the crop. Remove this scale, or give a smaller --crop."
+                "at least as large as the crop. Remove this scale, or pass a smaller --crop."
             )
         mode = self.mode or default.mode
         if self.crops == 10:
@@ -159,7 +160,7 @@ class ViewOptions:
 
 
 def views_record(transform: EvalTransform | MultiScaleTransform) -> dict[str, Any]:
-    """Return the entries of the results that describe the views of each image."""
+    """Describe the views of each image as entries for the result file."""
     dense = isinstance(transform, MultiScaleTransform) and transform.dense
     parts = transform.parts if isinstance(transform, MultiScaleTransform) else (transform,)
     crops = 10 if parts[0].mode == "ten_crop" else 1

@@ -28,7 +28,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Return the 365 class names in label order, and whether each scene is outdoors."""
+    """Return the 365 class names in label order, each with True if the scene is outdoors."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}
@@ -56,8 +56,8 @@ def open_places365(
         source: Folder with the lists and the image folders or archives.
         split: One of `SPLITS`.
         size: Image size, "256" or "large".
-        skip_missing: Maximum number of missing images to leave out. A larger number raises an
-            error.
+        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+            raised.
 
     Raises:
         UserError: If a list is missing or damaged, or the images do not match the list.
@@ -76,9 +76,8 @@ def open_places365(
     found = [source / place for place in places if (source / place).exists()]
     if not found:
         raise UserError(
-            f"No images of {split} found in {source}; expected one of {', '.join(places)}. "
-            "Download the archive from the data set's website, or pass the folder that contains "
-            "it."
+            f"No {split} images found in {source}; expected one of {', '.join(places)}. Download "
+            "the archive from the data set's website, or pass the folder that contains it."
         )
     return open_places365_images(found[0], source, split, skip_missing=skip_missing)
 
@@ -92,8 +91,8 @@ def open_places365_images(
         images: Folder or archive with the images.
         lists: Folder with the lists.
         split: One of `SPLITS`.
-        skip_missing: Maximum number of missing images to leave out. A larger number raises an
-            error.
+        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+            raised.
 
     Raises:
         UserError: If a list is missing or damaged, or the images do not match the list.
@@ -101,7 +100,7 @@ def open_places365_images(
     classes = read_categories(_read_list(lists, CATEGORIES), str(lists / CATEGORIES))
     where = lists / list_name(split)
     names, labels = read_list(_read_list(lists, list_name(split)), str(where), len(classes))
-    # A folder of train images may contain both variants, and thus images that are not in the list.
+    # A folder of training images may contain both variants, including images that are not listed.
     complete = split == "val"
     return find_listed_images(
         images, names, labels, classes, complete=complete, skip_missing=skip_missing
@@ -137,7 +136,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
 
     Raises:
         UserError: If a line is malformed, a label is out of range, or a path is outside of the
-            image folder or listed twice. The message names the first such lines.
+            image folder or listed twice. The message contains the first such lines.
     """
     names, labels, bad, seen = [], [], [], set()
     for number, line in enumerate(text.splitlines(), 1):
@@ -168,7 +167,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
 
 
 def _read_list(folder: Path, name: str) -> str:
-    """Read a list from a folder, or from an archive of lists in that folder."""
+    """Read a list from a folder, or from an archive of lists in the folder."""
     try:
         if (folder / name).is_file():
             return (folder / name).read_text("utf-8")

@@ -1,9 +1,9 @@
-"""Class names of published classifiers, whose files don't contain them."""
+"""Class names of published classifiers whose weight files do not contain class names."""
 
 from senet_transfer.data.images.places365 import places365_classes
 
-# Weight families whose classifiers have ImageNet's 1000 classes in the order of torchvision. The
-# original Caffe models of SENet use the order of the ILSVRC development kit.
+# Weight families whose classifiers have ImageNet's 1000 classes in torchvision's order. The
+# original SENet Caffe models use the order in the ILSVRC development kit.
 _IMAGENET = (
     "cadene",
     "mmpretrain",

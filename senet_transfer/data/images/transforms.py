@@ -50,11 +50,12 @@ class TrainTransform:
         ratio: Minimum and maximum aspect ratio (width / height) of the crop.
         flip: Probability of a horizontal flip.
         interpolation: Antialiased interpolation, "bilinear" or "bicubic".
-        draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop remains at least as
+        draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop is still at least as
             large as the output. This is faster for large images, but changes the pixels.
-        reading: Settings for reading images; ``C`` is 3 if they contain no number of channels.
-        augment: Further augmentation of the flipped crop, which draws from PyTorch's global
-            generator; see :func:`.build_augmentation`.
+        reading: Settings for reading images. They may specify the number of channels, which is 3 by
+            default.
+        augment: Additional augmentation of the flipped crop, which uses PyTorch's global generator;
+            see :func:`.build_augmentation`.
     """
 
     size: int = 224
@@ -93,7 +94,7 @@ class TrainTransform:
             BrokenImageError: If the image cannot be decoded.
         """
         pixels, (top, left, height, width) = self._decoded(data, rng)
-        # PyTorch resizes contiguous channels-last images 1.5 times as fast.
+        # PyTorch resizes contiguous channels-last images 1.5 times as fast as other layouts.
         crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         square = F.resize(
             crop.permute(2, 0, 1)[None],
@@ -104,7 +105,7 @@ class TrainTransform:
         image = square[0].flip(-1) if rng.random() < self.flip else square[0]
         if self.augment is None:
             return image
-        # Seeding one generator is faster than torch.manual_seed, and leaves GPUs alone.
+        # Seeding this generator is faster than torch.manual_seed, and does not affect GPUs.
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return self.augment(image)
@@ -159,8 +160,8 @@ class TrainTransform:
 class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
-    Images are decoded and resized with Pillow. Resizing tensors would change pixels by one grey
-    level, and thereby logits in the third digit.
+    Images are decoded and resized with Pillow. Resizing tensors instead would change pixels by up
+    to one grey level, and logits in the third digit.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
@@ -169,7 +170,8 @@ class EvalTransform:
         resize: Side length after resizing, in pixels.
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
-        reading: Settings for reading images; ``C`` is 3 if they contain no number of channels.
+        reading: Settings for reading images. They may specify the number of channels, which is 3 by
+            default.
     """
 
     mode: str = "short_side"
@@ -204,7 +206,7 @@ class EvalTransform:
         return self.view(decode_exact(data, self.reading))
 
     def view_of_channels(self, pixels: np.ndarray) -> Tensor:
-        """Return the same as :meth:`__call__` for the pixels of all channels, `(H, W, C)`."""
+        """Return the same as :meth:`__call__` for decoded pixels, `(H, W, C)`."""
         bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0).copy())
         return torch.cat([self.view(band) for band in bands], dim=-3)
 
@@ -223,7 +225,7 @@ class EvalTransform:
 
 
 def put(image: Tensor, place: Tensor) -> None:
-    """Copy an image into `place`, its slice of a batch."""
+    """Copy an image into `place`, a slice of a batch."""
     alike = (image.shape, image.dtype) == (place.shape, place.dtype)
     if alike and image.ndim == 3 and image.stride(0) == 1:
         # OpenCV splits interleaved channels eight times as fast as PyTorch. It writes to the given

@@ -1,4 +1,4 @@
-"""Small classification data set of crops from the shapes data set; it requires no download."""
+"""Small classification data set with crops from the shapes data set; no download is required."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Number of images per class. Smoke tests do not need more.
+# Number of images per class, which is sufficient for smoke tests.
 PER_CLASS = 6
 
 
@@ -50,7 +50,7 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                     if image is None:
                         raise UserError(
                             f"Cannot read {path}: it is missing or not an image. Delete {shapes} "
-                            "and run `senet data shapes` to render it again."
+                            "and run `senet data shapes` to render the data set again."
                         )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]

@@ -1,9 +1,9 @@
 """The shapes data set: a small detection data set that is rendered rather than downloaded.
 
 It consists of a few hundred images of coloured shapes on textured backgrounds, with annotations in
-COCO format. The shapes occlude each other, extend beyond the image and vary in size, so that the
-task requires a real detector. They have enough contrast for a small detector to be trained from
-scratch on a CPU.
+COCO format. The shapes occlude each other, extend beyond the image and vary in size, so the task
+requires a real detector. Their contrast is high enough to train a small detector from scratch on a
+CPU.
 """
 
 import json
@@ -29,8 +29,8 @@ __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "rende
 
 TINY_IMAGES = 8
 
-# Incremented whenever the images or annotations for a given seed change, so that a data set written
-# by an older release is not mistaken for a current one.
+# Incremented whenever the images or annotations for a given seed change. A data set written by an
+# older release is then not mistaken for a current one.
 VERSION = 3
 
 JPEG_QUALITY = 92
@@ -69,7 +69,7 @@ def make_shapes(
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
-    # Resolved so that a symbolic link to a folder on a different disk is kept.
+    # The path is resolved to keep a symbolic link to a folder on a different disk.
     target = output_dir.resolve()
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:
@@ -103,7 +103,7 @@ def _listed(settings: dict[str, int]) -> str:
 
 
 def _is_present(target: Path, settings: dict[str, int]) -> bool:
-    """Return True if the folder contains the data set, False if it is empty or does not exist.
+    """Return True if a folder contains the data set, or False if it is empty or does not exist.
 
     Raises:
         UserError: If the folder contains anything else.
@@ -120,13 +120,13 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
             return True
     raise UserError(
         f"{target} already exists and is {found}; expected no folder, an empty folder or the "
-        f"shapes data set with {_listed(settings)}. Move it or choose a different folder. Nothing "
-        "was changed."
+        f"shapes data set with {_listed(settings)}. Move this folder or choose a different one. "
+        "Nothing was changed."
     )
 
 
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
-    """Describe how a non-empty folder differs from the data set; return None if it does not."""
+    """Describe how a non-empty folder differs from the data set; None if it does not differ."""
     try:
         found = json.loads((target / "shapes.json").read_text())
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _move(built: Path, target: Path, settings: dict[str, int]) -> None:
-    """Move the finished folder to its final path, atomically."""
+    """Atomically move the finished folder to its final path."""
     try:
         built.replace(target)
     except OSError:
@@ -225,7 +225,7 @@ def _annotation(shape: ShapeObject, image_id: int, annotation_id: int) -> dict:
 def _keypoints(mask: np.ndarray) -> list[int]:
     """Return the outermost pixels of a mask (H, W) in the order of `SHAPE_KEYPOINTS`.
 
-    Each keypoint has its coordinates x and y and COCO's value for a visible keypoint, 2.
+    Each keypoint consists of x, y and 2, COCO's value for a visible keypoint.
     """
     y, x = np.nonzero(mask)
     ends = (x.argmin(), x.argmax(), y.argmin(), y.argmax())
@@ -233,7 +233,7 @@ def _keypoints(mask: np.ndarray) -> list[int]:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """Return polygons, [x0, y0, x1, y1, ...] in pixels, that cover a mask (H, W).
+    """Return polygons that cover a mask (H, W), as [x0, y0, x1, y1, ...] in pixels.
 
     OpenCV's contour runs through the centres of the outermost pixels, half a pixel inside the
     mask's edge. Tracing an enlarged mask reduces this offset to an eighth of a pixel.
@@ -252,6 +252,6 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
             left[:, cut:] = False
             right[:, :cut] = False
             return _polygons(left) + _polygons(right)
-    # A tolerance of half a pixel is small enough for a single pixel to keep its corners.
+    # With a tolerance of half a pixel, even a single pixel keeps its corners.
     outlines = [cv2.approxPolyDP(contour, scale / 2, closed=True) for contour in contours]
     return [((outline.reshape(-1) + 0.5) / scale).tolist() for outline in outlines]

@@ -1,4 +1,4 @@
-"""Rendering of the shapes data set, including the mask and visible fraction of each shape."""
+"""Renderer for the shapes data set, which also computes each shape's mask and visible fraction."""
 
 import math
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ MAX_SHAPES = 6
 MAX_TURN = 20.0
 
 # Shapes with a smaller visible fraction are not annotated, because usually only a straight or round
-# edge remains, which shows neither the class nor the extent.
+# edge is visible, which does not reveal the class or extent.
 MIN_VISIBLE = 0.25
 # A shape is placed so that at least this fraction of every shape below it remains visible, if one
 # of PLACEMENT_TRIES positions allows it. Heavily occluded images are of little use for training.
 COMFORTABLE_VISIBLE = 0.5
 # Fraction of shapes that are placed on top of another shape, if one of PLACEMENT_TRIES positions
-# allows it. Few shapes would overlap by chance.
+# allows it. By chance, few shapes would overlap.
 OVERLAPPING = 0.5
 PLACEMENT_TRIES = 4
 
@@ -134,7 +134,7 @@ def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """Return the one of several random vivid RGB colours that differs most from those in use."""
+    """Return the random vivid RGB colour that differs most from the colours in use."""
     candidates = [
         _from_hsv(rng.uniform(0, 360), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0))
         for _ in range(8)
@@ -172,15 +172,15 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
     angle = math.radians(rng.uniform(-MAX_TURN, MAX_TURN))
     cos, sin = math.cos(angle), math.sin(angle)
     points = points @ np.array([[cos, sin], [-sin, cos]])
-    # Log-uniform: as many shapes from 16 to 32 pixels as from 32 to 64.
+    # Log-uniform: shapes from 16 to 32 pixels are as frequent as shapes from 32 to 64 pixels.
     size = math.exp(rng.uniform(*np.log(SHAPE_SIZES)))
     points *= size / np.ptp(points, axis=0).max()
-    # Shapes may extend beyond the image by a fraction of their size, like objects in photographs.
+    # As in photographs, shapes may extend beyond the image by a fraction of their size.
     margin = 0.4 * size
     points += rng.uniform((margin, margin), (width - margin, height - margin))
 
     canvas = np.zeros((height * OVERSAMPLING, width * OVERSAMPLING), np.uint8)
-    # OpenCV's integer coordinates are at pixel centres, half a pixel from the pixel's edges.
+    # OpenCV's integer coordinates refer to pixel centres, half a pixel from the pixel edges.
     cv2.fillPoly(canvas, [np.rint(points * OVERSAMPLING - 0.5).astype(np.int32)], 255)
     coverage = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     area = cv2.contourArea(points.astype(np.float32))
@@ -236,7 +236,7 @@ def _paint(
     inside = ramp[coverage > 0]
     ramp = (ramp - inside.min()) / max(float(np.ptp(inside)), 1.0)
     shade = 0.85 + 0.25 * np.clip(ramp, 0, 1) + 0.1 * (_cloud_noise(rng, height, width) - 0.5)
-    # A darker rim separates two shapes of nearly the same colour.
+    # A darker rim separates overlapping shapes of similar colours.
     rim = coverage - cv2.erode(coverage, np.ones((3, 3), np.uint8))
     filled = colour * (shade * (1 - 0.4 * rim))[..., None]
     alpha = coverage[..., None]

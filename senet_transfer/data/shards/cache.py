@@ -1,7 +1,7 @@
 """Local cache for remote shards.
 
-The file name of a copy depends on the shard's address and SHA-256 checksum, so no outdated copy is
-used after a shard has been prepared again. Copies are verified and written atomically.
+The file name of a copy depends on the shard's address and SHA-256 checksum, so outdated copies are
+not used after a shard has been prepared again. Copies are verified and written atomically.
 """
 
 import fcntl
@@ -23,8 +23,9 @@ class ShardCache:
     def __init__(self, folder: str | Path):
         """
         Args:
-            folder: Folder for the copies, created if it does not exist. It grows to the size of the
-                data that is read and is never cleaned up, but can be deleted between runs.
+            folder: Folder for the copies, created if it does not exist. The folder grows to the
+                size of the data that is read and is never cleaned up, but can be deleted between
+                runs.
         """
         self.folder = Path(folder)
 
@@ -45,7 +46,7 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
-                # Only one worker on this machine copies the shard; the others wait.
+                # Only one worker on this machine copies the shard, while the others wait.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self.is_present(url, shard):
                     self._copy(url, shard, storage, path)
@@ -58,8 +59,9 @@ class ShardCache:
         return path
 
     def is_present(self, url: str, shard: Shard) -> bool:
-        """Return whether there is a local copy of a shard."""
-        # The content was verified when it was copied. Comparing the size detects later truncation.
+        """Return True if there is a local copy of a shard."""
+        # The content was verified when the shard was copied. Comparing the size detects later
+        # truncation.
         path = self.path(url, shard)
         return path.is_file() and path.stat().st_size == shard.bytes
 
@@ -73,5 +75,5 @@ class ShardCache:
             if digest.hexdigest() != shard.sha256:
                 raise UserError(
                     f"{url} has SHA-256 {digest.hexdigest()}; expected {shard.sha256} as in its "
-                    "manifest. The shard was damaged or replaced. Upload it again."
+                    "manifest. The shard is damaged or was replaced. Upload it again."
                 )

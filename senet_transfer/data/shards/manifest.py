@@ -1,7 +1,7 @@
 """Manifest of a shard folder: classes, shards and sample counts.
 
-A tar file that is truncated between two members can be read without an error. Missing samples are
-therefore detected by comparing the sample count with the manifest.
+A tar file that is truncated between two members can be read without an error, so missing samples
+are detected by comparing the sample count with the manifest.
 """
 
 import io
@@ -23,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """Manifest entry of a shard, which is one tar file.
+    """Manifest entry for a shard, a single tar file.
 
     Attributes:
         name: File name in the manifest's folder.
@@ -41,7 +41,7 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        """Name of the shard's index file, an array with each image's offset, size and label."""
+        """Name of the shard's index file, which contains each image's offset, size and label."""
         return self.name.removesuffix(".tar") + ".index.npy"
 
 
@@ -54,9 +54,9 @@ class Manifest:
         shards: Shards in order.
         split: Split name, such as `val` or `train_standard`.
         seed: Random seed of the global shuffle.
-        plan: Hash of everything that determines the bytes of the shards. Equal plans produce
+        plan: Hash of everything that determines the content of the shards. Equal hashes mean
             identical shards.
-        skipped: Broken images that were left out, with reasons.
+        skipped: Broken images that were left out, with the reasons.
     """
 
     classes: list[str]
@@ -141,7 +141,7 @@ def parse_shard(entry: dict[str, Any]) -> Shard:
 
 
 def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
-    """Parse a shard's index, int64 (N, 3) with each image's offset, size and label.
+    """Parse a shard's index: each image's offset, size and label, int64 `(N, 3)`.
 
     Raises:
         UserError: If the index is damaged or belongs to a different shard.
@@ -181,6 +181,6 @@ def _check(manifest: Manifest, content: dict[str, Any], base: str, where: str) -
             )
     if not manifest.shards or manifest.samples != content["samples"]:
         raise UserError(
-            f"{where} states {content['samples']} samples, but its {len(manifest.shards)} shards "
-            f"contain {manifest.samples} in total. Prepare the data again."
+            f"{where} specifies {content['samples']} samples, but its {len(manifest.shards)} "
+            f"shards contain {manifest.samples} in total. Prepare the data again."
         )

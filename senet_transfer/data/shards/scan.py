@@ -1,9 +1,9 @@
-"""Shards without a manifest, as webdataset and other programs write them.
+"""Support for shards without a manifest, such as those written by webdataset.
 
-The members of a sample are consecutive files with the same name up to the first dot: an image, and
-its label in a `.cls` file or as the number `label` or `cls` in a `.json` file. Other members, such
-as captions, are ignored. The headers are read once when the data set is opened, to count and locate
-the samples.
+A sample consists of consecutive members with the same name up to the first dot: an image and a
+label. The label is in a `.cls` file, or is the number `label` or `cls` in a `.json` file. Other
+members, such as captions, are ignored. When the data set is opened, the headers are read once to
+count and locate the samples.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from senet_transfer.utils.atomic_io import atomic_file
 from senet_transfer.utils.progress import progress
 from senet_transfer.utils.text import first_of
 
-# Value of `Manifest.plan` for shards that were not written by this project.
+# Value of `Manifest.plan` for shards not written by this project.
 FOREIGN = "shards of another program"
 
-# A label is a small file. A larger one is not read.
+# Maximum size of a label file. Larger files are not read.
 _MAX_LABEL = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def scan_shards(
 
     Args:
         paths: Tar files in one folder.
-        classes: Class names in label order. None to name the classes "0", "1" and so on, up to the
+        classes: Class names in label order. None to use the names "0", "1" and so on, up to the
             largest label.
-        checksums: Compute the checksums of the files, which requires reading them completely.
+        checksums: Compute the checksums of the files, which requires reading the complete files.
 
     Returns:
         The manifest, and the index of each shard, int64 `(n, 3)` with each image's offset, size and
@@ -51,7 +51,7 @@ def scan_shards(
 
     Raises:
         UserError: If a file is not a complete, uncompressed tar file of labelled images, or its
-            name is not plain.
+            name contains unsupported characters.
     """
     odd = [path.name for path in paths if not PLAIN_NAME.fullmatch(path.name)]
     if odd:
@@ -69,7 +69,7 @@ def scan_shards(
         raise UserError(
             f"The shards in {paths[0].parent} have labels up to {largest}, but there are "
             f"{len(classes)} classes; expected labels from 0 to {len(classes) - 1}. List all "
-            "classes, or use the data of these classes."
+            "classes, or use data with these classes."
         )
     shards = [
         Shard(
@@ -98,18 +98,19 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Manifest:
-    """Write the manifest and the indices of shards that another program has written.
+    """Write a manifest and index files for shards written by another program.
 
     Args:
         folder: Folder with tar files.
         classes: Class names in label order, or None for numbers.
 
     Raises:
-        UserError: If the folder has a manifest, or its files are not shards of labelled images.
+        UserError: If the folder already has a manifest, or its files are not shards of labelled
+            images.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        raise UserError(f"{folder / MANIFEST} exists already. Delete it to write a new one.")
+        raise UserError(f"{folder / MANIFEST} already exists. Delete it to write a new one.")
     paths = find_shards(folder) if folder.is_dir() else []
     if not paths:
         raise UserError(
@@ -123,7 +124,9 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
                 np.save(stream, index)
         manifest.save(folder)
     except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error}. Copy the shards first.") from error
+        raise UserError(
+            f"Cannot write to {folder}: {error}. Copy the shards to a writable folder first."
+        ) from error
     return manifest
 
 
@@ -135,7 +138,7 @@ def _scan(path: Path) -> np.ndarray:
         with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for key, members in _samples(tar):
                 rows.append(_row(path, key, members, stream))
-            # Without the marker at its end, the file is truncated, which tarfile does not report.
+            # A file without an end marker is truncated, but tarfile does not report an error.
             stream.seek(tar.offset)
             complete = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (OSError, tarfile.TarError, EOFError) as error:
@@ -146,7 +149,7 @@ def _scan(path: Path) -> np.ndarray:
     if not rows:
         raise UserError(
             f"Shard {path} contains no samples; expected images with labels in .cls or .json files "
-            f"of the same name. Without {MANIFEST}, this is the layout of webdataset."
+            f"of the same name, as in webdataset's shards, which have no {MANIFEST}."
         )
     index = np.array(rows, np.int64)
     if not complete or int((index[:, 0] + index[:, 1]).max()) > size:
@@ -158,7 +161,7 @@ def _scan(path: Path) -> np.ndarray:
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield consecutive members with the same key, by extension."""
+    """Yield each sample's key, and its members by extension."""
     key, members = "", dict[str, tarfile.TarInfo]()
     for member in tar:
         # TarFile would keep all members in memory.

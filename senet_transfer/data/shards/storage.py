@@ -1,7 +1,7 @@
-"""Reading from local files, HTTP(S) servers and object stores.
+"""Functions for reading from local files, HTTP(S) servers and object stores.
 
-Every path or address of shard data is checked by `check_scheme`, which rejects schemes that run
-commands, such as `pipe:` in webdataset.
+Every path or address of shard data is checked with `check_scheme`, which rejects schemes that run
+commands, such as webdataset's `pipe:`.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# Name of a file in a shard folder, which is valid in paths and addresses.
+# Pattern for file names in a shard folder, which must be valid in paths and addresses.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # A single letter before the colon is a drive letter, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
-# Number of simultaneous requests for missing files.
+# Number of simultaneous requests in a search for missing files.
 _REQUESTS = 8
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class RemoteOptions:
     Attributes:
         options: Arguments for the fsspec file system, such as `{"anon": True}` for a public bucket.
         retries: Number of retries after a failed read.
-        backoff: Delay before the first retry in seconds; doubled for each further retry, up to a
-            minute.
-        timeout: Time in seconds after which a read without an HTTP(S) response fails.
+        backoff: Delay before the first retry in seconds. The delay doubles with each further retry,
+            up to one minute.
+        timeout: Time in seconds to wait for an HTTP(S) response before a read fails.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def local_path(url: str) -> Path:
 
 
 def join(base: str, name: str) -> str:
-    """Return the address of a file in a folder.
+    """Return the path or address of a file in a folder.
 
     Raises:
         UserError: If `name`, which comes from a manifest, is not a plain file name.
@@ -106,12 +106,12 @@ def join(base: str, name: str) -> str:
 def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> BinaryIO:
     """Open a file for sequential reading.
 
-    After a broken connection, reading a remote file is resumed at the same byte.
+    If the connection to a server breaks, reading resumes at the same byte.
 
     Args:
         url: Local path or remote address.
         storage: Options for reading remote files.
-        size: File size in bytes, if known. If the stream ends earlier, this is treated as a broken
+        size: File size in bytes, if known. A stream that ends earlier is treated as a broken
             connection.
 
     Raises:
@@ -157,7 +157,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     """Return the fsspec file system for an address.
 
     Raises:
-        UserError: If the package that implements the address's scheme is not installed.
+        UserError: If the package that supports the address's scheme is not installed.
     """
     scheme = check_scheme(url) or "file"
     try:
@@ -165,8 +165,8 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
         if scheme.startswith("http"):
             import aiohttp
 
-            # The default timeout of five minutes applies to the whole file, which is too short for
-            # a large file and too long for a server that does not respond.
+            # The default timeout of five minutes applies to the whole file. This is too short for a
+            # large file, and too long for a server that does not respond.
             limit = aiohttp.ClientTimeout(sock_connect=storage.timeout, sock_read=storage.timeout)
             options["client_kwargs"] = {"timeout": limit} | options.get("client_kwargs", {})
         return fsspec.filesystem(scheme, **options)
@@ -179,9 +179,10 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
 
 
 def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
-    """Return the addresses of one server at which no file exists.
+    """Return the addresses, all on one server, at which no file exists.
 
-    The result is empty if the server does not answer. Reading then raises an error after retries.
+    The result is empty if the server does not respond. In this case, reading fails later, after
+    retries.
     """
 
     def is_missing(url: str) -> bool:
@@ -267,8 +268,8 @@ class ResumingReader(io.RawIOBase):
                 time.sleep(delay)
         raise UserError(
             f"Cannot read {self.url} beyond byte {self.position} after {self.storage.retries} "
-            f"retries: {type(failure).__name__}: {failure}. Check that the server is up and "
-            "reachable. Training can be resumed from its last checkpoint."
+            f"retries: {type(failure).__name__}: {failure}. Check that the server is reachable. "
+            "Training can be resumed from its last checkpoint."
         ) from failure
 
     def _read(self, wanted: int) -> bytes:
@@ -286,8 +287,8 @@ class ResumingReader(io.RawIOBase):
             file.seek(self.position)
             return file
         if self.position:
-            # Some servers do not support range requests. fsspec then raises ValueError on the first
-            # read.
+            # Some servers do not support range requests. In this case, fsspec raises ValueError on
+            # the first read.
             with contextlib.suppress(ValueError):
                 file = system.open(self.url, "rb", block_size=1 << 22, size=self.size)
                 file.seek(self.position)
@@ -321,7 +322,7 @@ def _is_absent(error: BaseException) -> bool:
 
 
 def _is_denied(error: BaseException) -> bool:
-    """Return True for an authentication or authorization error, which is not worth retrying."""
+    """Return True for an authentication or authorization error. These errors are not retried."""
     # Checked by name because botocore may not be installed.
     unknown = "Credentials" in type(error).__name__
     return (

@@ -1,9 +1,10 @@
 """Reading and writing of tar shards with webdataset.
 
-This is the only module that imports webdataset. It uses the tar writer, the member iterator and the
-grouping of members into samples. Other parts of webdataset are replaced by `storage`, `decode` and
-`sampling`: its address handling runs shell commands (`pipe:`), its decoders execute pickles, its
-splitters read environment variables in worker processes, and its shuffles cannot be resumed.
+This is the only module that imports webdataset. It uses webdataset's tar writer, its member
+iterator and its grouping of members into samples. Other parts of webdataset are replaced by
+`storage`, `decode` and `sampling` for four reasons: the address handling runs shell commands
+(`pipe:`), the decoders execute pickles, the splitters read environment variables in worker
+processes, and the shuffles cannot be resumed.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ OTHER_EXTENSIONS = ("cls", "json")
 
 
 def image_extension(data: bytes) -> str:
-    """Return the file extension that matches the content of an encoded image."""
+    """Return the file extension for an encoded image, based on its content."""
     return "png" if data.startswith(b"\x89PNG\r\n\x1a\n") else "jpg"
 
 
@@ -38,7 +39,7 @@ class ShardWriter:
         self.index: list[tuple[int, int, int]] = []
 
     def write(self, sample: RawSample) -> None:
-        """Append a sample: `<key>.cls` with the label, then the unchanged image data."""
+        """Append a sample: `<key>.cls` with the label, then the image file with unchanged data."""
         extension = image_extension(sample.data)
         label = str(sample.label).encode()
         # Members are sorted by extension, so the label precedes the image. The image data follows
@@ -83,13 +84,13 @@ def read_shard(
 
     Args:
         stream: Tar archive, which is read sequentially.
-        url: Path or address of the shard; used in messages.
+        url: Path or address of the shard; used in error messages.
         samples: Expected number of samples, from the manifest.
         num_classes: Number of classes.
 
     Raises:
         UserError: If the archive is damaged, contains the wrong number of samples, or contains a
-            member that is not a sample's image, label or JSON.
+            member other than an image, a label or a JSON file.
     """
     count = 0
     try:
@@ -125,8 +126,8 @@ def _members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
 def check_member(name: str, url: str) -> None:
     """Raise a UserError for a member with an unsafe path or an unsupported extension.
 
-    This project never uses keys as paths and never unpickles members. Nevertheless, a shard with
-    such a member is malicious or intended for a different program.
+    This project never uses keys as paths and never unpickles members. However, a shard with such a
+    member is malicious or intended for another program.
     """
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")

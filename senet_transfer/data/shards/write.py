@@ -1,9 +1,8 @@
 """Reproducible and resumable conversion of images to globally shuffled tar shards.
 
-Before anything is written, the contents of all shards are determined from the image list, the total
-size of the images, the seed and the shard size. A JSON file is written for each shard once the
-shard is complete and on disk; a resumed conversion skips shards with such a file. The manifest is
-written last.
+The contents of all shards are planned first, based on the image list, the total size of the images,
+the seed and the shard size. Once a shard is complete and on disk, a JSON file is written for it. A
+resumed conversion skips shards with a JSON file. The manifest is written last.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ from senet_transfer.utils.text import first_of
 # Incremented when the same images and settings result in different bytes.
 PLAN_VERSION = 1
 
-# The conversion is aborted after this number of broken images beyond the tolerated number.
+# The conversion stops when the tolerated number of broken images is exceeded by this number.
 ENOUGH_BROKEN = 1000
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class ShardPlan:
         plan: Hash of the plan of all shards.
         root: Folder or archive with the images.
         names: Image names, in order.
-        indices: Image indices in the source's list, `(n,)`.
+        indices: Image indices in the list of all images, `(n,)`.
         labels: Image labels, `(n,)`.
         sizes: Image sizes in bytes, `(n,)`.
         offsets: Image offsets in the archive, `(n,)`; None for a folder.
@@ -91,12 +90,12 @@ def convert(
         seed: Random seed of the global shuffle, 0 or more.
         shard_mb: Approximate size of each shard, in 10^6 bytes.
         workers: Number of worker processes.
-        skip_broken: Maximum number of broken images to leave out and record in the manifest. A
-            larger number raises an error.
+        skip_broken: Maximum number of broken images to leave out and record in the manifest. If
+            there are more, an error is raised.
         quiet: Do not show a progress bar.
 
     Raises:
-        UserError: If too many images are broken, the folder contains shards of a different plan,
+        UserError: If too many images are broken, the folder contains shards with other contents,
             another run is writing to it, the disk is full, or an argument is out of range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
@@ -126,8 +125,8 @@ def convert(
 def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> list[ShardPlan]:
     """Shuffle images and divide them into shards with equal numbers of images.
 
-    The sizes of individual images have no effect, so restoring a damaged image changes only the
-    shard that contains it.
+    The plan does not depend on the sizes of individual images, so restoring a damaged image changes
+    only the shard that contains the image.
     """
     # NumPy guarantees stable random numbers for the legacy generator, but not for newer ones.
     order = np.random.RandomState(seed).permutation(len(images))
@@ -186,7 +185,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Join lines with image names; those that are not UTF-8 become the same bytes as on disk."""
+    """Encode lines that contain image names. Names that are not UTF-8 keep their bytes on disk."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -238,10 +237,10 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
     """Return the JSON content of each complete shard by shard name.
 
     Raises:
-        UserError: If the folder contains shards of a different plan.
+        UserError: If the folder contains shards with other contents than planned.
     """
     for path in output.glob(".*.tmp"):
-        path.unlink()  # left by a run that was killed; the lock excludes concurrent runs
+        path.unlink()  # left by a killed run; the lock prevents concurrent runs
     entries = {}
     known = {plan.name for plan in plans}
     for path in sorted(output.glob("*.json")):
@@ -261,8 +260,8 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
                 "contents of this one."
             )
         name = entry.get("name")
-        # Shards without their broken images are written again, because the images may have been
-        # restored.
+        # Shards from which broken images were left out are written again, because these images may
+        # have been restored.
         if name in known and not entry["skipped"]:
             shard = parse_shard(entry)
             tar = output / shard.name
@@ -290,8 +289,8 @@ def _too_many_broken(
         stream.write(_on_disk([*lines, ""]))
     return UserError(
         f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
-        f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. "
-        f"Restore them and run again, or leave them out with --skip-broken {len(skipped)}."
+        f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. Restore "
+        f"these images and run again, or leave them out with --skip-broken {len(skipped)}."
     )
 
 

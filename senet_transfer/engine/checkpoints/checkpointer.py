@@ -111,8 +111,14 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint. All processes of a job must call this method."""
-        return str(history.newest_whole(self.save_dir))
+        """Return the newest intact checkpoint. All processes of a job must call this method.
+
+        Damaged checkpoints that are newer are no longer among those to keep. They are not deleted.
+        """
+        path = history.newest_whole(self.save_dir)
+        if self.save_to_disk:
+            history.write_text(path.with_name(history.TAG), path.name)
+        return str(path)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint or pretrained weights.
@@ -140,7 +146,10 @@ class Checkpointer(DetectionCheckpointer):
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
         if resumed:
-            return {**state, "model": examine(filename, None)}  # as in apply_file_geometry
+            return {
+                **state,
+                "model": examine(filename, None),
+            }  # same call as in apply_file_geometry
         return {"model": examine(filename, self._family, **self.choice)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:

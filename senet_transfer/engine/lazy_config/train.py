@@ -25,7 +25,13 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.checkpoints.output_folder import claim_output_folder
 from senet_transfer.engine.results import write_results
-from senet_transfer.engine.setup import RunOptions, available_device, restarted, resumes
+from senet_transfer.engine.setup import (
+    RunOptions,
+    available_device,
+    check_overwrite,
+    restarted,
+    resumes,
+)
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
@@ -44,6 +50,7 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
     Raises:
         UserError: If the file or a section is missing, or if an option is invalid.
     """
+    check_overwrite(options)
     path = options.config_file
     if not Path(path).is_file():
         raise UserError(

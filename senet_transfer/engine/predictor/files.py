@@ -19,10 +19,11 @@ from senet_transfer.engine.predictor.predictor import (
     DetectorPredictor,
     describe_problem,
 )
-from senet_transfer.engine.predictor.video import Video, check_path
+from senet_transfer.engine.predictor.video import Video
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import check_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def video_stem(name: str) -> str:
 
 
 def _video_writer(path: str, rate: float, image: np.ndarray) -> cv2.VideoWriter:
-    check_path(path)
+    check_utf8(path, "videos")
     height, width = image.shape[:2]
     out = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
     if not out.isOpened():

@@ -1,7 +1,6 @@
 """Frames of video files, streams and cameras."""
 
 import math
-import os
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -9,19 +8,9 @@ import cv2
 
 from senet_transfer.engine.predictor.inputs import Photo
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import check_utf8
 
 _USUAL_RATE = 25.0
-
-
-def check_path(path: str) -> None:
-    """Raise a UserError if a path is not valid UTF-8, because OpenCV would crash."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"The path {os.fsencode(path)!r} is not UTF-8; expected UTF-8 for videos. Rename the "
-            "file or the folder."
-        ) from None
 
 
 class Video:
@@ -44,7 +33,7 @@ class Video:
             UserError: If the video can't be opened.
         """
         self.name = name
-        check_path(name)
+        check_utf8(name, "videos")  # With other paths, OpenCV would crash.
         self._capture = cv2.VideoCapture(int(name) if name.isdigit() else name)
         if not self._capture.isOpened():
             raise UserError(

@@ -82,7 +82,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
             except (
                 OSError,
                 ValueError,
-            ):  # Pillow can't read the image; training reports such images.
+            ):  # Pillow can't read the image; training handles such images.
                 continue
         return DataFacts(
             "classification", count, dataset.num_classes, int(np.median(sides or [224]))

@@ -22,6 +22,7 @@ from senet_transfer.engine.recipe.rules import Choice, backbone, choose
 from senet_transfer.errors import UserError
 from senet_transfer.models.registry import list_models
 from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.utils.text import check_utf8
 from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import resolve
 
@@ -61,6 +62,9 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
     if comm.is_main_process():
         try:
             _check(options)
+            # The recipe is a text file that contains these paths.
+            for path in (options.data, options.val, options.images, str(saved.parent)):
+                check_utf8(path, "--data, --val, --images and OUTPUT_DIR")
             if not (resume and saved.is_file()):
                 if not options.overwrite:
                     check_unused(saved.parent)

@@ -120,7 +120,7 @@ def _detection(data: DataFacts, machine: MachineFacts, pretrained: bool) -> list
         Choice(
             "MODEL.ANCHOR_GENERATOR.SIZES",
             [[first * 2**level] for level in range(5)],
-            f"the smallest tenth of the objects is at most {data.object_size * side:.0f} px",
+            f"the smallest 10% of the objects are at most {data.object_size * side:.0f} px",
         ),
     ]
     if data.most_objects > 100:

@@ -145,7 +145,7 @@ BAD_ENTRIES = [
     ("annotations.1.bbox", [-4, 2, 4, 4], "outside its image"),
     ("annotations.1.bbox", [1, -9, 3, 4], "outside its image"),
     ("annotations.1.bbox", [10**400, 2, 3, 4], "outside its image"),
-    ("annotations.1.area", float("nan"), "has area nan.*a finite number of square pixels"),
+    ("annotations.1.area", float("nan"), "has area nan.*a finite number, the area"),
     ("annotations.1.area", float("inf"), "has area inf"),
     ("annotations.1.area", "12", "has area '12'"),
     ("annotations.1.ignore", 1, "has `ignore` 1"),
@@ -203,7 +203,7 @@ def test_areas_that_do_not_fit_the_boxes_are_a_warning(area, data, files, caplog
     with caplog.at_level(logging.WARNING):
         register_coco_dataset("mine", *files(data))
     (said,) = caplog.messages
-    assert "the `area` of 3 of 3 annotations does not fit their box" in said
+    assert "the `area` of 3 of 3 annotations does not match their box" in said
 
 
 def test_crowds_in_the_majority_are_a_warning(data, files, caplog):

@@ -70,7 +70,7 @@ READ = {
     "base_val": (44, ""),
     "area_missing": (57, "57 of 57 annotations have no `area`"),
     "area_null": (57, "57 of 57 annotations have no `area`"),
-    "area_one": (57, "the `area` of 56 of 57 annotations does not fit their box"),
+    "area_one": (57, "the `area` of 56 of 57 annotations does not match their box"),
     "bom": (57, ""),
     "cat0": (57, ""),
     "crlf": (57, ""),

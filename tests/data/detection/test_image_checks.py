@@ -99,7 +99,7 @@ def test_an_image_that_resizing_would_make_empty_is_named(data, files):
     Image.new("RGB", (3000, 6)).save(images / "a.png")
     register_coco_dataset("mine", path, images)
     check_images(["mine"], max_size=300)
-    with pytest.raises(UserError, match=r"a\.png is 3000x6 pixels: reduced to 96 pixels"):
+    with pytest.raises(UserError, match=r"a\.png is 3000x6 pixels: resizing the longer side to 96"):
         check_images(["mine"], max_size=96)
 
 

@@ -178,7 +178,7 @@ def test_16_bit_images_are_scaled_to_8_bits(kind, channels, tmp_path, mapper):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_images_without_a_range_are_refused(dtype, tmp_path, mapper):
     Image.fromarray(np.zeros((32, 48), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="INPUT.VALUE_RANGE.*convert it to 8 bits"):
+    with pytest.raises(UserError, match="INPUT.VALUE_RANGE.*convert the image to 8 bits"):
         mapper(record(tmp_path / "a.tif"))
 
 

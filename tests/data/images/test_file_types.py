@@ -221,7 +221,7 @@ def test_commands_find_patterns_of_shards(tmp_path, monkeypatch):
         assert find_dataset(name) == f"{tmp_path}/datasets/{name}"
     with pytest.raises(UserError, match="not found; tried"):
         find_dataset("shards/own-?.tar")
-    with pytest.raises(UserError, match="nor a pattern of shards: Unbalanced braces"):
+    with pytest.raises(UserError, match="nor a valid pattern for shards: Unbalanced braces"):
         find_dataset("shards/own-{0.tar")
 
 

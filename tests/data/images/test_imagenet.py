@@ -163,5 +163,5 @@ def test_missing_and_damaged_files_are_reported(root):
     with pytest.raises(UserError, match="Cannot read archive|truncated"):
         open_imagenet(root, "train")
     archive.unlink()
-    with pytest.raises(UserError, match="No images of train found"):
+    with pytest.raises(UserError, match="No train images found"):
         open_imagenet(root, "train")

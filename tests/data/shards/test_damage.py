@@ -215,7 +215,7 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
         (lambda content: content.pop("format"), "not a shard manifest"),
         (lambda content: content.update(version=99), "version 99"),
         (lambda content: content.pop("shards"), "damaged: KeyError"),
-        (lambda content: content.update(samples=25), "states 25 samples"),
+        (lambda content: content.update(samples=25), "specifies 25 samples"),
         (lambda content: content["shards"][0].update(samples=11), "is inconsistent"),
         (lambda content: content["shards"][0].update(name="../x.tar"), "plain name"),
         (lambda content: content["shards"][0].update(name="pipe:ls"), "plain name"),

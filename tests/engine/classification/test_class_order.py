@@ -55,7 +55,7 @@ def test_folders_named_by_numbers_have_image_folders_order_with_a_warning(
     assert any("are numbers" in text for text in caplog.messages) == warns
     if warns:
         by_number = ", ".join(sorted(names, key=int))
-        assert f"{', '.join(found.classes)}. The order of the numbers would be: {by_number}." in (
+        assert f"{', '.join(found.classes)}. The numeric order would be: {by_number}." in (
             caplog.text
         )
 

@@ -159,7 +159,7 @@ def test_a_pinned_config_takes_precedence_over_the_names_of_tensors(tmp_path, ca
     cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
     cfg.MODEL.WEIGHTS_PIN = True
     assert apply_file_geometry(cfg) == []
-    assert "format is BGR, as stated, although the tensor names" in caplog.text
+    assert "format is BGR, as specified by the user, although the tensor names" in caplog.text
 
 
 @pytest.mark.long

@@ -243,7 +243,7 @@ def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, c
         apply_file_geometry(cfg)
         assert cfg.MODEL.PIXEL_MEAN == _HALF
         assert cfg.MODEL.RESNETS.STEM_POOL == "pad"
-        assert "stem_pool is pad, as stated" in caplog.text
+        assert "stem_pool is pad, as specified" in caplog.text
         # A run's config.yaml contains all keys, but still marks these as set by the user.
         (tmp_path / "run.yaml").write_text(cfg.dump())
         again = load_config(str(tmp_path / "run.yaml"))
@@ -360,7 +360,7 @@ def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
     with pytest.raises(UserError) as error:
         found.build()
     first, _, rest = str(error.value).partition("\n")
-    assert "is a classifier for 8 classes, but the model has 5" in first
+    assert "contains a classifier for 8 classes, but the model has 5" in first
     assert "linear.weight" in rest
 
 

@@ -293,7 +293,7 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
         (b"\x2a\x06" + bytes(6), "a known format"),  # one and a half floats, packed
         (
             b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03",
-            r"2 values, which does not match its shape \(3,\)",
+            r"2 values, which do not match its shape \(3,\)",
         ),
         (b"\x2a\x08" + bytes(8) + b"\x3a\x0c\x0a\x0a" + b"\xff" * 9 + b"\x01", r"shape \(-1,\)"),
         (

@@ -1,4 +1,4 @@
-"""Augmentation of a detector's training images, with Detectron2's transforms."""
+"""Training augmentation for detectors, built from Detectron2's transforms."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ _COLOURS = ("BRIGHTNESS", "CONTRAST", "SATURATION")
 
 
 class RandomSaturation(T.RandomSaturation):
-    """Detectron2's `RandomSaturation`, which requires RGB images, for RGB or BGR images."""
+    """Variant of Detectron2's `RandomSaturation` that supports both RGB and BGR images."""
 
     def __init__(self, intensity_min: float, intensity_max: float, image_format: str):
         super().__init__(intensity_min, intensity_max)
         self.image_format = image_format
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Draw the saturation, and return the transform."""
+        """Sample the saturation, and return the transform."""
         return super().get_transform(image[..., ::-1] if self.image_format == "BGR" else image)
 
 
@@ -31,9 +31,10 @@ def with_augmentation(cfg: CfgNode, found: list[T.Augmentation]) -> list[T.Augme
     """Return a detector's training augmentation.
 
     Args:
-        cfg: The config. Detectron2's own configs do not have this project's keys.
-        found: Detectron2's augmentation for this config: an optional random crop, the resizing and
-            an optional flip.
+        cfg: Config of the run. For a Detectron2 config without this project's keys, `found` is
+            returned unchanged.
+        found: Detectron2's augmentation for this config: an optional random crop, a resize and an
+            optional flip.
     """
     options = cfg.INPUT
     if "RIGHT_ANGLES" not in options:
@@ -43,7 +44,7 @@ def with_augmentation(cfg: CfgNode, found: list[T.Augmentation]) -> list[T.Augme
         if not isinstance(augmentation, T.ResizeShortestEdge):
             changed.append(augmentation)
             continue
-        # Most images are smaller before they are resized.
+        # Colours are changed first, because most images are smaller before the resize.
         changed += _colours(options)
         jitter = options.LARGE_SCALE_JITTER
         if jitter.ENABLED:
@@ -71,13 +72,13 @@ def _colours(options: CfgNode) -> list[T.Augmentation]:
 
 
 def removes_parts(cfg: CfgNode) -> bool:
-    """Return whether the augmentation crops images, so that boxes must be fitted to their masks."""
+    """Return True if the augmentation crops images. Boxes must then be recomputed from masks."""
     jitter = cfg.INPUT.get("LARGE_SCALE_JITTER")
     return cfg.INPUT.CROP.ENABLED or bool(jitter and jitter.ENABLED)
 
 
 def check_detection_augmentation(cfg: CfgNode) -> None:
-    """Check the keys of the augmentation of a detector's training images.
+    """Check the config keys for a detector's training augmentation.
 
     Raises:
         UserError: If a value is invalid, or the model does not support the augmentation.
@@ -112,7 +113,7 @@ def check_detection_augmentation(cfg: CfgNode) -> None:
 
 
 def _check_factors(key: str, value: Sequence[float], or_empty: str = "") -> None:
-    # A factor of 0 would turn an image black, grey or to 0 pixels.
+    # A factor of 0 would result in a black, grey or empty image.
     if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
         raise UserError(
             f"{key} is {tuple(value)}; expected two numbers above 0, the minimum and the maximum "
@@ -146,6 +147,6 @@ def _check_copy_paste(cfg: CfgNode) -> None:
         if present:
             raise UserError(
                 f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE:g}, but {problem}. Copy-paste requires "
-                "a model with masks, without keypoints, precomputed proposals and segmentation of "
-                "pixels. Set INPUT.COPY_PASTE to 0."
+                "a model with masks and without keypoints, precomputed proposals or semantic "
+                "segmentation. Set INPUT.COPY_PASTE to 0."
             )

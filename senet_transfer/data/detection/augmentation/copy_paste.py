@@ -1,8 +1,8 @@
 """Copy-paste augmentation (Ghiasi et al. 2021, "Simple copy-paste is a strong data augmentation").
 
-Both images are augmented first, as in the paper. Objects are pasted at their position, relative to
-the top left corner, without smoothing their borders, which the paper found to make no difference.
-Parts outside the image are cut off.
+Both images are augmented first, as in the paper. Objects keep their position relative to the top
+left corner of the image. Their borders are not smoothed, because the paper found that smoothing
+makes no difference. Parts outside the image are cut off.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from senet_transfer.errors import UserError
 
 
 class CopyPaste(Dataset):
-    """Data set wrapper that pastes objects of random images with a given probability.
+    """Data set wrapper that pastes objects from random images with a given probability.
 
     Random numbers are drawn from the global generators of NumPy and PyTorch.
     """
@@ -25,8 +25,9 @@ class CopyPaste(Dataset):
     def __init__(self, images: MapDataset, probability: float):
         """
         Args:
-            images: Mapped images with masks, or the UserErrors of mapping them.
-            probability: Probability of pasting, for each image.
+            images: Mapped images with masks. Images that cannot be mapped are represented by their
+                UserErrors.
+            probability: Probability that objects are pasted on an image.
         """
         self.images, self.probability = images, probability
 
@@ -39,7 +40,7 @@ class CopyPaste(Dataset):
             return target
         source = self.images[np.random.randint(len(self))]
         if isinstance(source, UnreadableImageError):
-            return target  # The error is reported when the source's own turn comes.
+            return target  # The error is reported when the source image itself is loaded.
         return source if isinstance(source, UserError) else paste(target, source)
 
 
@@ -77,7 +78,7 @@ def paste(target: dict, source: dict) -> dict:
 
 
 def _visible(instances: Instances, visible: Tensor) -> Instances:
-    """Limit masks to the visible pixels (H, W), and remove objects that become invisible."""
+    """Limit masks to the visible pixels `(H, W)`, and remove objects without visible pixels."""
     masks = _bit_masks(instances)
     seen = masks & visible
     changed = (seen != masks).flatten(1).any(1)
@@ -89,7 +90,7 @@ def _visible(instances: Instances, visible: Tensor) -> Instances:
 
 
 def _bit_masks(instances: Instances) -> Tensor:
-    """Return the masks as bool (N, H, W). An image without objects has no masks."""
+    """Return the masks as bool `(N, H, W)`, also for an image without the `gt_masks` field."""
     if not instances.has("gt_masks"):
         return torch.zeros(len(instances), *instances.image_size, dtype=torch.bool)
     masks = instances.gt_masks

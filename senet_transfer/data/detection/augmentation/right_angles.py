@@ -1,7 +1,7 @@
 """Exact rotation of detection images by multiples of 90 degrees.
 
-Detectron2's `RandomRotation` interpolates with OpenCV, whose threads do not survive the fork of a
-worker process, and does not support images with one channel.
+Detectron2's `RandomRotation` does not support images with one channel. It interpolates with OpenCV,
+whose threads do not survive the fork of a worker process.
 """
 
 import numpy as np
@@ -22,11 +22,11 @@ class RightAngleRotation(T.Transform):
         self.turns, self.height, self.width = turns, height, width
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Rotate an image (H, W) or (H, W, C)."""
+        """Rotate an image of shape `(H, W)` or `(H, W, C)`."""
         return np.rot90(img, self.turns)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Rotate points (N, 2) of x and y in pixels."""
+        """Rotate points `(N, 2)`, given as x and y in pixels."""
         x, y = coords[:, 0], coords[:, 1]
         turned = [
             (x, y),
@@ -37,13 +37,13 @@ class RightAngleRotation(T.Transform):
         return np.stack(turned[self.turns], axis=1)
 
     def apply_rotated_box(self, boxes: np.ndarray) -> np.ndarray:
-        """Rotate boxes (N, 5) of centre, width, height and counter-clockwise angle in degrees."""
+        """Rotate boxes `(N, 5)`: centre, width, height and counter-clockwise angle in degrees."""
         return np.concatenate(
             [self.apply_coords(boxes[:, :2]), boxes[:, 2:4], boxes[:, 4:] + 90 * self.turns], axis=1
         )
 
     def inverse(self) -> T.Transform:
-        """Return the opposite rotation."""
+        """Return the inverse rotation."""
         height, width = (self.height, self.width)[:: -1 if self.turns % 2 else 1]
         return RightAngleRotation(-self.turns % 4, height, width)
 
@@ -52,7 +52,7 @@ class RandomRightAngles(T.Augmentation):
     """Rotation by 0, 90, 180 or 270 degrees, with equal probability."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Draw the angle, and return the transform."""
+        """Sample the angle, and return the transform."""
         return RightAngleRotation(int(np.random.randint(4)), *image.shape[:2])
 
 
@@ -63,6 +63,6 @@ def _flip_rotated_boxes(transform: T.VFlipTransform, boxes: np.ndarray) -> np.nd
     return boxes
 
 
-# Detectron2 registers rotated boxes for horizontal flips and resizing.
+# Detectron2 itself supports rotated boxes only for horizontal flips and resizing.
 T.VFlipTransform.register_type("rotated_box", _flip_rotated_boxes)
 T.BlendTransform.register_type("rotated_box", lambda transform, boxes: boxes)

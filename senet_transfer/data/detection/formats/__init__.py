@@ -1,1 +1,1 @@
-"""Readers of annotation formats, whose content is converted to COCO's format."""
+"""Readers for other annotation formats, which are converted to COCO format."""

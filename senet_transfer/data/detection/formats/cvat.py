@@ -1,9 +1,9 @@
-"""CVAT's XML format for images and for videos (version 1.1).
+"""Reader for CVAT's XML formats for images and videos (version 1.1).
 
 Rotated boxes and ellipses become polygons with their bounding boxes. Polylines, points, cuboids,
-skeletons and tags have no equivalent and are skipped. CVAT writes the boxes of a track in every
-frame, so no boxes need to be interpolated. Boxes with `outside="1"` are not visible and are
-skipped.
+skeletons and tags have no equivalent in COCO format and are skipped. CVAT writes a track's box for
+every frame, so boxes do not have to be interpolated. Boxes with `outside="1"` are not visible and
+are skipped.
 """
 
 import re
@@ -37,10 +37,10 @@ _SIDES = ("xtl", "ytl", "xbr", "ybr")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set in CVAT format.
 
     Args:
-        location: The XML file.
+        location: XML file with the annotations.
         images: Folder with the images.
 
     Raises:
@@ -83,7 +83,7 @@ def _read_image(
 def _read_frames(
     root: Element, path: Path, images: ImageFolder, data: ImportedData
 ) -> list[ImportedImage]:
-    """Read the tracks of a video, whose frames CVAT exports as `frame_000000.PNG` and so on."""
+    """Read the tracks of a video. CVAT exports its frames as `frame_000000.PNG` and so on."""
     size = root.find("meta//original_size")
     sides = (size.findtext("width"), size.findtext("height")) if size is not None else (None, None)
     width, height = image_sides(*sides, f"{path}: <original_size>")
@@ -102,10 +102,10 @@ def _read_frames(
     if lacking:
         raise UserError(
             f"{path} has objects in frame {lacking[0]}, but {images.root} has no image "
-            f"frame_{lacking[0]:06d}; expected the frames of the video, as exported by CVAT with "
-            "the images. Extract the frames with these names."
+            f"frame_{lacking[0]:06d}; expected the video frames that CVAT exports with the "
+            "annotations. Extract the frames from the video under these names."
         )
-    # Frames without objects are images without objects.
+    # Frames without tracks become images without objects.
     return [
         ImportedImage(name, width, height, str(path), frames.get(frame, []))
         for frame, name in by_frame.items()
@@ -115,7 +115,7 @@ def _read_frames(
 def _read_shape(
     shape: Element, where: str, size: tuple[int, int], data: ImportedData
 ) -> list[ImportedObject]:
-    """Return the object of a shape in a list, which is empty for unsupported shapes."""
+    """Return a list with a shape's object, or an empty list for an unsupported shape."""
     if shape.tag in _SKIPPED:
         data.notes[f"shapes of type {shape.tag} are skipped"] += 1
         return []
@@ -138,7 +138,7 @@ def _read_shape(
     elif shape.tag == "mask":
         found = _mask(shape, values, where, size)
     else:
-        raise UserError(f"{where} is a <{shape.tag}>; expected a shape of CVAT, such as <box>.")
+        raise UserError(f"{where} is a <{shape.tag}>; expected a CVAT shape, such as <box>.")
     if found is None:
         data.notes["masks are empty and are skipped"] += 1
         return []
@@ -160,8 +160,8 @@ def _points(text: str, where: str) -> list[tuple[float, float]]:
     pairs = [pair.split(",") for pair in text.split(";") if pair.strip()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
-            f"{where} has the points {text[:40]!r}; expected pairs x,y with semicolons between "
-            "them. Correct the file."
+            f"{where} has the points {text[:40]!r}; expected x,y pairs separated by semicolons. "
+            "Correct the file."
         )
     return [(number(x, "point", where), number(y, "point", where)) for x, y in pairs]
 
@@ -169,7 +169,7 @@ def _points(text: str, where: str) -> list[tuple[float, float]]:
 def _mask(
     shape: Element, values: dict[str, float], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline] | None:
-    """Read a mask: the lengths of runs of background and object, alternately, row by row."""
+    """Read a mask, stored row by row as alternating run lengths of background and object."""
     left, top, width, height = (int(values[name]) for name in ("left", "top", "width", "height"))
     text = shape.get("rle", "")
     runs = [int(run) for run in re.findall(r"\d+", text)] if re.fullmatch(r"[\d,\s]+", text) else []

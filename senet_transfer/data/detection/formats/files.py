@@ -1,6 +1,6 @@
-"""Reading of annotation files from untrusted sources, and search for their images.
+"""Functions for reading untrusted annotation files and finding their images.
 
-All errors name the file.
+All error messages contain the path of the file.
 """
 
 import json
@@ -19,13 +19,13 @@ from senet_transfer.data.images.decode import MAX_PIXELS, size_of
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
 from senet_transfer.errors import UserError
 
-# Aliases in a YAML file can describe lists of billions of elements in a few lines.
+# A few lines of YAML with aliases can describe a list with billions of elements.
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 
 
 def shown(value: object) -> str:
-    """Return the start of a value's representation, for errors."""
+    """Return the start of a value's representation, for error messages."""
     return _SHORT.repr(value)[:60]
 
 
@@ -63,12 +63,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the content of a text file in UTF-8, with or without a byte order mark."""
+    """Return the content of a UTF-8 text file, with or without a byte order mark."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not text in UTF-8 ({error}). Save it in this encoding."
+            f"{path} is not UTF-8 text ({error}). Save the file with this encoding."
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -82,9 +82,9 @@ def number(value: object, name: str, where: str) -> float:
     """Return a finite number, which may be stored as text.
 
     Args:
-        value: The value as read.
-        name: Its name in the file.
-        where: The place in the file, for the error.
+        value: The value in the file.
+        name: The name of the value in the file, for the error message.
+        where: The position in the file, for the error message.
 
     Raises:
         UserError: If the value is missing, not a number or not finite.
@@ -110,7 +110,7 @@ def numbers(values: Any, name: str, where: str) -> list[float]:
 
 
 def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
-    """Return a non-empty list of points, each of which is a list of two numbers."""
+    """Return a non-empty list of points, which are stored as lists of two numbers."""
     pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
@@ -131,27 +131,27 @@ def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
     if sides[0] * sides[1] > MAX_PIXELS:
         raise UserError(
             f"{where} has the size {width} x {height}; at most {MAX_PIXELS} pixels are supported. "
-            "Correct the size, or divide the image."
+            "Correct the size, or split the image."
         )
     return int(sides[0]), int(sides[1])
 
 
 def label_text(value: object, where: str) -> str:
-    """Return the name of a class without surrounding spaces."""
+    """Return a class name without leading and trailing spaces."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     found = "no label" if value is None else f"the label {shown(value)}"
-    raise UserError(f"{where} has {found}; expected the name of a class. Correct the file.")
+    raise UserError(f"{where} has {found}; expected a class name. Correct the file.")
 
 
 class ImageFolder:
-    """The folder to which the file names of a data set are relative."""
+    """Folder to which a data set's file names are relative."""
 
     def __init__(self, root: str | Path, *, upright: bool = True):
         """
         Args:
             root: The folder.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If the folder does not exist.
@@ -165,18 +165,18 @@ class ImageFolder:
         self._by_stem: dict[str, str] | None = None
 
     def name_of(self, name: object, base: str | Path, where: str) -> str:
-        """Return the path of an image relative to the folder.
+        """Return the path of an image relative to the image folder.
 
         Args:
             name: The path in the annotation file.
             base: The folder to which this path is relative.
-            where: The place in the annotation file, for the error.
+            where: The position in the annotation file, for the error message.
 
         Raises:
-            UserError: If the path is outside the folder.
+            UserError: If the path is outside the image folder.
         """
         if not isinstance(name, str) or not name.strip() or "\0" in name:
-            raise UserError(f"{where} has the image {shown(name)}; expected a file name.")
+            raise UserError(f"{where} has the image {shown(name)}; expected an image file name.")
         path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))
         relative = os.path.relpath(path, self.root)
         if relative.split(os.sep)[0] == os.pardir:
@@ -191,14 +191,14 @@ class ImageFolder:
         return os.path.isfile(os.path.join(self.root, name))
 
     def with_stem(self, stem: str) -> str | None:
-        """Return the image with this relative path without its extension; None if there is none."""
+        """Return the relative path of the image with a path without extension, or None."""
         if self._by_stem is None:
             names = list_files(self.root, is_image_name)
             self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}
         return self._by_stem.get(stem)
 
     def size(self, name: str, where: str) -> tuple[int, int]:
-        """Return the width and height of an image from the header of its file.
+        """Return the width and height of an image, read from its file header.
 
         Raises:
             UserError: If the image is missing or damaged.
@@ -210,20 +210,20 @@ class ImageFolder:
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises exceptions of many types for damaged files
-            found = "does not exist" if isinstance(error, FileNotFoundError) else "can't be read"
+            missing = isinstance(error, FileNotFoundError)
+            found = "does not exist" if missing else f"can't be read ({error})"
             raise UserError(
-                f"{where} lists the image {path}, which {found} ({error}); its size is needed. "
+                f"{where} lists the image {path}, which {found}; its size is required. "
                 "Restore the image, or specify the folder that contains the images."
             ) from None
 
 
 def list_files(root: str | Path, accept: Any) -> list[str]:
-    """Return the relative paths of the files in a folder and its subfolders, sorted.
+    """Return the sorted relative paths of the visible files in a folder and its subfolders.
 
     Args:
         root: The folder.
-        accept: Function that returns True for the relative paths to list. Hidden files and folders
-            are not listed.
+        accept: Function that returns True for the relative paths to list.
     """
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -234,10 +234,10 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
 
 
 def images_next_to(location: Path) -> Path:
-    """Return the folder `images` next to a file, if it exists, or the folder of the file."""
+    """Return the folder `images` next to a file if it exists, otherwise the file's own folder."""
     return first_folder(location.parent, "images")
 
 
 def first_folder(root: Path, *names: str) -> Path:
-    """Return the first existing subfolder with one of the names, or the folder itself."""
+    """Return the first existing subfolder with one of the names, otherwise the folder itself."""
     return next((root / name for name in names if (root / name).is_dir()), root)

@@ -1,6 +1,6 @@
-"""LabelMe: one JSON file per image.
+"""Reader for the LabelMe format, which has one JSON file per image.
 
-Shapes of the same label and group become one object, as in LabelMe's own conversion to COCO.
+Shapes with the same label and group become one object, as in LabelMe's own conversion to COCO.
 Polygons, rotated rectangles, circles and masks have an outline; rectangles have none. Points and
 lines have no area and are skipped.
 """
@@ -39,12 +39,12 @@ _POLYGONS = ("polygon", "oriented_rectangle", "rotation", "", None)
 
 
 def image_folder(location: Path) -> Path:
-    """Return the folder with the images of a data set."""
+    """Return a data set's image folder."""
     return location if location.is_dir() else location.parent
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set in LabelMe format.
 
     Args:
         location: Folder with JSON files, or a single file.
@@ -64,8 +64,8 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             if len(paths) == 1:
-                raise UserError(f"{path} has no list `shapes`; expected a file of LabelMe.")
-            data.notes["JSON files are not LabelMe's and are not used"] += 1
+                raise UserError(f"{path} has no list `shapes`; expected a file in LabelMe format.")
+            data.notes["JSON files are not in LabelMe format and are skipped"] += 1
             continue
         data.splits["train"].append(_read_image(path, content, images, data))
     return data
@@ -89,7 +89,7 @@ def _read_image(
     for index, shape in enumerate(content["shapes"], 1):
         where = f"{path}: shape {index}"
         if not isinstance(shape, dict):
-            raise UserError(f"{where} is {str(shape)[:40]!r}; expected an object {{...}}.")
+            raise UserError(f"{where} is {str(shape)[:40]!r}; expected a JSON object {{...}}.")
         item = _read_shape(shape, where, (width, height), data)
         if item is None:
             continue
@@ -114,10 +114,10 @@ def _read_shape(
         return ImportedObject(label, *_with_source(shapes.polygon(corners), where))
     if kind not in ("rectangle", "circle", "mask"):
         raise UserError(
-            f"{where} has the shape_type {str(kind)[:40]!r}; expected a shape of LabelMe, such as "
+            f"{where} has the shape_type {str(kind)[:40]!r}; expected a LabelMe shape, such as "
             "polygon or rectangle. Correct the file."
         )
-    # LabelMe's version 4 wrote rectangles with two corners, and other tools write four.
+    # LabelMe 4 wrote rectangles with two corners; other tools write all four corners.
     if len(corners) != 2 and not (kind == "rectangle" and len(corners) == 4):
         raise UserError(f"{where} is a {kind} with {len(corners)} points; expected 2.")
     if kind == "rectangle":
@@ -142,7 +142,7 @@ def _with_source(
 def _read_mask(
     text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline] | None:
-    """Read a mask, a PNG image of the pixels between two corners, both of which are included."""
+    """Read a mask, stored as a PNG image of the region between two corners (inclusive)."""
     (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
     expected = right - left + 1, bottom - top + 1
     try:
@@ -154,17 +154,18 @@ def _read_mask(
     except (binascii.Error, OSError, ValueError, SyntaxError) as error:
         found = f"that can't be read ({error})"
     raise UserError(
-        f"{where} has a mask {found}; expected a PNG image in base64 that covers its points, "
-        f"{expected[0]} x {expected[1]} pixels inside the image. Correct or remove the shape."
+        f"{where} has a mask {found}; expected a base64-encoded PNG image of {expected[0]} x "
+        f"{expected[1]} pixels, the size of the region between its two points, inside the image. "
+        "Correct or remove the shape."
     )
 
 
 def _merge(item: ImportedObject, other: ImportedObject, data: ImportedData) -> None:
-    """Add another shape of the same group to an object."""
+    """Merge another shape of the same group into an object."""
     item.box = shapes.box_of([item.box[:2], item.box[2:], other.box[:2], other.box[2:]])
     both = item.outline, other.outline
     if all(isinstance(outline, list) for outline in both):
         item.outline = [*both[0], *both[1]]  # type: ignore[misc]
     elif both != (None, None):
         item.outline = None
-        data.notes["groups contain rectangles or masks, of which only the box is read"] += 1
+        data.notes["groups contain rectangles or masks, so only the group's box is read"] += 1

@@ -1,8 +1,8 @@
-"""Label Studio's JSON and JSON-MIN exports.
+"""Reader for Label Studio's JSON and JSON-MIN exports.
 
-Coordinates are percentages of the image size. A rectangle or ellipse is rotated clockwise in
-pixels: a rectangle around its top left corner, an ellipse around its centre. Of the annotations of
-several annotators, the last one is read. Tasks without an annotation, and predictions, are skipped.
+Coordinates are percentages of the image size. Rotations are clockwise, in pixel coordinates: a
+rectangle is rotated around its top left corner, an ellipse around its centre. If a task has several
+annotations, the last one is read. Predictions and tasks without an annotation are skipped.
 """
 
 import os
@@ -34,10 +34,10 @@ _SKIPPED = ("brush", "keypoint", "vector", "video")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set exported by Label Studio.
 
     Args:
-        location: The JSON file.
+        location: JSON file with the annotations.
         images: Folder with the images.
 
     Raises:
@@ -70,7 +70,7 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
     if not valid:
         return None
     if len(valid) > 1:
-        data.notes["tasks have several annotations, of which the last one is read"] += 1
+        data.notes["tasks have several annotations, and only the last one is read"] += 1
     last = max(reversed(valid), key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
     regions = last.get("result")
     if not isinstance(regions, list) or not all(isinstance(r, dict) for r in regions):
@@ -93,9 +93,9 @@ def _read_image(
 
 
 def _find_image(values: Any, where: str, images: ImageFolder) -> str:
-    """Return the image of a task relative to the image folder.
+    """Return the path of a task's image relative to the image folder.
 
-    The URL of an image contains folders and a prefix of the server, which a local copy may lack.
+    The URL of an image may contain folders and a server prefix that a local copy does not have.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where} has no object `data`; expected Label Studio's JSON export.")
@@ -114,7 +114,7 @@ def _find_image(values: Any, where: str, images: ImageFolder) -> str:
             f"{where} has the image {paths[0]!r}; expected a path without `..`. Correct the file."
         )
     names = [os.path.join(*parts[start:]) for start in range(len(parts))]
-    # Label Studio adds eight characters to the names of uploaded files.
+    # Label Studio prepends eight characters to the names of uploaded files.
     names.append(re.sub(r"^[0-9a-f]{8}-", "", parts[-1]))
     return next((name for name in names if images.exists(name)), parts[-1])
 
@@ -129,10 +129,10 @@ def _read_region(
     region: dict[str, Any], regions: list[dict], where: str, size: tuple[int, int],
     data: ImportedData,
 ) -> ImportedObject | None:  # fmt: skip
-    """Return the object of a region; None if it has no label or an unsupported shape."""
+    """Return a region's object; None if the region has no label or an unsupported shape."""
     value, kind = region.get("value"), str(region.get("type", ""))
     if not isinstance(value, dict):
-        raise UserError(f"{where} has no `value`. Export the file again.")
+        raise UserError(f"{where} has no `value` with the shape. Export the file again.")
     names = _names(value)
     if kind.startswith(_SKIPPED) or any(key.startswith(_SKIPPED) for key in value):
         data.notes["brush masks, keypoints and other unsupported regions are skipped"] += 1
@@ -152,7 +152,7 @@ def _read_region(
             "in Label Studio, which is not supported. Rotate the image file and label it again."
         )
     if len(names) > 1:
-        data.notes["regions have several labels, of which the first is read"] += 1
+        data.notes["regions have several labels, and only the first one is read"] += 1
     return ImportedObject(label_text(names[0], where), shape[0], where, shape[1])
 
 
@@ -168,7 +168,7 @@ def _names(value: object) -> list[Any]:
 def _shape(
     value: dict[str, Any], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline | None] | None:
-    """Return the shape of a region in pixels, or None if there is none."""
+    """Return a region's shape in pixels, or None if the region has no supported shape."""
     x_unit, y_unit = size[0] / 100, size[1] / 100
 
     def pixels(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Conversion of a data set in another format to files in COCO's format."""
+"""Conversion of data sets in other formats to files in COCO format."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from senet_transfer.data.split_files import writing_parts
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import write_json
 
-# Name of the file of a split or fold, without the extension.
+# File name of a split or fold, without the extension.
 _PART = re.compile(r"train|val|test|fold\d+_(train|val)")
 
 
@@ -23,17 +23,17 @@ def import_dataset(
     *,
     upright: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Read a data set and convert it to COCO's format.
+    """Read a data set and convert it to COCO format.
 
     Args:
         name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
-        path: The file or folder.
+        path: The file or folder with the annotations.
         image_dir: The folder with the images; None selects the format's usual folder.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
-        The content of an annotation file by split ("train", "val" and "test"), and the image folder
-        to which the file names are relative.
+        A dictionary from split ("train", "val" or "test") to annotations in COCO format, and the
+        image folder to which the file names are relative.
 
     Raises:
         UserError: If a file is invalid, or the path contains no data in this format.
@@ -41,13 +41,13 @@ def import_dataset(
     path = Path(path).expanduser()
     source = find_source(path, name)
     if source is None:
-        found = "no files in this format" if os.path.exists(path) else "which does not exist"
+        found = "found no such files" if os.path.exists(path) else "this path does not exist"
         other = find_source(path) if os.path.exists(path) else None
         if other is not None:
-            found = f"files in the format {other.format!r}"
+            found = f"found files in the format {other.format!r}"
         raise UserError(
-            f"The data in {FORMATS[name].title} format was expected in {path}, {found}. Check the "
-            "path and the format."
+            f"Expected data in {FORMATS[name].title} format in {path}, but {found}. Check the path "
+            "and the format."
         )
     folder = os.path.abspath(image_dir or source.image_folder())
     data = source.read(folder, upright=upright)
@@ -66,15 +66,15 @@ def write_dataset(
     source: str,
     replace: bool = False,
 ) -> dict[str, CocoSummary]:
-    """Check data sets and write each to a JSON file in COCO's format.
+    """Check data sets and write each split to a JSON file in COCO format.
 
     Nothing is written if a check fails.
 
     Args:
-        datasets: The content of the files by split.
+        datasets: The content of each file, by split.
         output: The folder to write to.
         image_dir: The folder to which the file names are relative.
-        source: The file or folder that was read, for errors.
+        source: The file or folder that was read, for error messages.
         replace: Whether to replace existing files.
 
     Returns:
@@ -82,13 +82,13 @@ def write_dataset(
 
     Raises:
         UserError: If an annotation is invalid, an image is missing, the files can't be written, or
-            the folder contains such files of any split and `replace` is False.
+            the output folder contains files for any split and `replace` is False.
     """
     summaries = {
         split: summarize_coco(content, source, image_dir, allow_empty=split != "train")
         for split, content in datasets.items()
     }
-    # Files of all splits, because training would use those that are left from an earlier import.
+    # All splits are checked, because training would also use files from an earlier import.
     found = sorted(path for path in output.glob("*.json") if _PART.fullmatch(path.stem))
     with writing_parts(output, () if replace else found):
         for split, content in datasets.items():

@@ -1,4 +1,4 @@
-"""Records that all readers return, and their conversion to COCO's format."""
+"""Records returned by all readers, and their conversion to COCO format."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from pycocotools import mask as coco_mask
 
 Outline = list[list[float]] | dict[str, Any]
 
-# Key of an image or annotation that names the place in the file from which it was read.
+# Key for the place in the source file from which an image or annotation was read.
 SOURCE = "_source"
-# Key of the warnings about what could not be converted.
+# Key for warnings about content that could not be converted.
 NOTES = "_notes"
 
 SPLITS = ("train", "val", "test", "trainval")
@@ -27,7 +27,7 @@ SPLIT_NAMES = {
 
 @dataclass
 class ImportedObject:
-    """An object with its box as left, top, right and bottom edge in pixels.
+    """An object, with its box given as left, top, right and bottom edges in pixels.
 
     The edges are continuous coordinates: the top left pixel of an image extends from 0 to 1.
     """
@@ -41,7 +41,7 @@ class ImportedObject:
 
 @dataclass
 class ImportedImage:
-    """An image with its objects; the file name is relative to the image folder."""
+    """An image and its objects. The file name is relative to the image folder."""
 
     file_name: str
     width: int
@@ -52,12 +52,12 @@ class ImportedImage:
 
 @dataclass
 class ImportedData:
-    """A data set that was read from another format.
+    """A data set read from another format.
 
     Attributes:
-        splits: Images by split; a data set without a division into splits contains "train" only.
+        splits: Images by split. A data set that is not divided into splits contains only "train".
         classes: Class names in the order of the category ids; if empty, they are sorted by name.
-        notes: Number of cases by description, such as "polylines were skipped".
+        notes: Number of occurrences by description, such as "polylines were skipped".
         files: All files and folders on which the content depends.
     """
 
@@ -68,7 +68,7 @@ class ImportedData:
 
 
 def to_coco(data: ImportedData, split: str) -> dict[str, Any]:
-    """Return a split in COCO's instances format.
+    """Return a split in COCO instances format.
 
     Coordinates are rounded to a thousandth of a pixel. The categories are the same for all splits.
     """
@@ -119,7 +119,7 @@ def _annotation(item: ImportedObject) -> dict[str, Any]:
 
 
 def polygon_area(polygon: list[float]) -> float:
-    """Return the area of a polygon x1, y1, x2, y2, ..., by the shoelace formula."""
+    """Return the area of a polygon [x1, y1, x2, y2, ...], using the shoelace formula."""
     xs, ys = polygon[0::2], polygon[1::2]
     following = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
     return abs(sum(x * next_y - next_x * y for x, y, next_x, next_y in following)) / 2

@@ -1,6 +1,6 @@
-"""Boxes and polygons of the shapes that annotation tools draw.
+"""Boxes and outlines of the shapes used by annotation tools.
 
-The y axis points down, so that a positive angle is a clockwise rotation.
+The y axis points down, so positive angles are clockwise rotations.
 """
 
 import math
@@ -31,14 +31,14 @@ def polygon(points: Sequence[Sequence[float]]) -> tuple[Box, Outline]:
 def rotated_box(
     box: Box, degrees: float, pivot: tuple[float, float] | None = None
 ) -> tuple[Box, Outline | None]:
-    """Return the box and outline of a rectangle that is rotated clockwise.
+    """Return the box and outline of a rotated rectangle.
 
-    A rectangle that is not rotated has no outline.
+    The outline is None if the rotation is zero.
 
     Args:
         box: The rectangle before the rotation.
-        degrees: The angle.
-        pivot: The point around which it is rotated; None selects the centre.
+        degrees: The clockwise angle.
+        pivot: The centre of rotation; None selects the centre of the rectangle.
     """
     if degrees % 360 == 0:
         return box, None
@@ -57,11 +57,11 @@ def ellipse(
     """Return the exact box of an ellipse and a polygon that approximates it.
 
     Args:
-        x: The centre.
-        y: The centre.
+        x: The x coordinate of the centre.
+        y: The y coordinate of the centre.
         radius_x: The horizontal radius before the rotation.
         radius_y: The vertical radius before the rotation.
-        degrees: The angle of the clockwise rotation.
+        degrees: The clockwise rotation angle.
     """
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     angles = np.arange(_ELLIPSE_POINTS) * (2 * math.pi / _ELLIPSE_POINTS)
@@ -79,8 +79,8 @@ def mask(
     """Return the box and run-length encoding of a mask; None if no pixel is set.
 
     Args:
-        pixels: Boolean array, the part of the image that starts at ``left`` and ``top``. It must be
-            inside the image.
+        pixels: Boolean array for a region whose top left corner is at ``left`` and ``top``. The
+            region must be inside the image.
         left: The first column.
         top: The first row.
         width: The image width.

@@ -1,6 +1,6 @@
-"""Detection of the format of an annotation file or folder, and reading of any format.
+"""Functions for detecting annotation formats and reading data sets in any supported format.
 
-A path may end in the name of a split, as in ``voc:train`` or ``data.yaml:val``.
+A path may end with a colon and the name of a split, as in ``voc:train`` or ``data.yaml:val``.
 """
 
 import os
@@ -23,19 +23,19 @@ from senet_transfer.data.detection.formats.records import (
 from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.errors import UserError
 
-# The number of bytes at the start of a file that are examined.
+# Number of bytes examined at the start of a file.
 _HEAD = 4096
 _YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format with the functions that read it.
+    """Annotation format and the functions for reading it.
 
     Attributes:
-        title: The format's name.
-        image_folder: Function that returns the folder of the images of a file or folder.
-        read: Function that reads a file or folder, given the folder of the images.
+        title: Name of the format.
+        image_folder: Function that returns the image folder for an annotation file or folder.
+        read: Function that reads an annotation file or folder, given the image folder.
     """
 
     title: str
@@ -61,47 +61,47 @@ class Source:
     """Annotations in a format other than COCO's.
 
     Attributes:
-        format: A key of :data:`FORMATS`.
-        path: The file or folder that was given.
-        places: The file or folder to read by split. The key is empty if the format itself states
-            the splits, or there are none.
+        format: Key of :data:`FORMATS`.
+        path: File or folder that the user specified.
+        locations: File or folder to read, by split. The key is empty if the format itself defines
+            the splits or there are no splits.
     """
 
     format: str
     path: Path
-    places: dict[str, Path]
+    locations: dict[str, Path]
 
     def image_folder(self) -> str:
-        """Return the folder with the images."""
-        if "" in self.places:
-            return os.path.abspath(FORMATS[self.format].image_folder(self.places[""]))
+        """Return the default image folder."""
+        if "" in self.locations:
+            return os.path.abspath(FORMATS[self.format].image_folder(self.locations[""]))
         return os.path.abspath(self.path)
 
     def read(
         self, image_dir: str | os.PathLike | None = None, *, upright: bool = True
     ) -> ImportedData:
-        """Read the data set.
+        """Read the annotations as a data set.
 
         Args:
             image_dir: The folder with the images; None selects :meth:`image_folder`.
-            upright: Whether the annotations are those of the images with their EXIF orientation.
+            upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
             UserError: If a file is invalid.
         """
         root = Path(image_dir or self.image_folder())
         read = FORMATS[self.format].read
-        if "" in self.places:
-            return read(self.places[""], ImageFolder(root, upright=upright))
+        if "" in self.locations:
+            return read(self.locations[""], ImageFolder(root, upright=upright))
         whole = ImportedData()
-        for split, place in self.places.items():
-            # The images are in the same place below `root` as below the annotations, or in a folder
-            # named after the split, or in `root` itself.
-            below = os.path.relpath(FORMATS[self.format].image_folder(place), self.path)
-            name = os.path.relpath(place, self.path).split(os.sep)[0]
+        for split, location in self.locations.items():
+            # The images are in the same relative folder as the annotations, in a folder named after
+            # the split, or in `root` itself.
+            below = os.path.relpath(FORMATS[self.format].image_folder(location), self.path)
+            name = os.path.relpath(location, self.path).split(os.sep)[0]
             folders = [root / below] * (not below.startswith(os.pardir)) + [root / name]
             folder = next((path for path in folders if path.is_dir()), root)
-            part = read(place, ImageFolder(folder, upright=upright))
+            part = read(location, ImageFolder(folder, upright=upright))
             prefix = os.path.relpath(folder, root)
             whole.splits[split] = [image for images in part.splits.values() for image in images]
             for image in whole.splits[split]:
@@ -113,41 +113,41 @@ class Source:
 
 
 def find_source(path: str | os.PathLike, name: str | None = None) -> Source | None:
-    """Return the annotations at a path; None if they are in none of the formats.
+    """Return the annotations at a path; None if their format is not in :data:`FORMATS`.
 
     Args:
         path: A file or folder. A folder may contain one folder per split.
-        name: The format, a key of :data:`FORMATS`; None detects it.
+        name: The format, a key of :data:`FORMATS`. If None, the format is detected.
     """
     path = Path(path)
     if path.is_dir():
         found = _in_folder(path, name)
         if found:
             return Source(found[0], path, {"": found[1]})
-        places = {}
+        locations = {}
         for folder in sorted(path.iterdir()):
             inner = _in_folder(folder, name) if folder.name.lower() in SPLIT_NAMES else None
             if inner and (name is None or inner[0] == name):
                 name = inner[0]
-                places[SPLIT_NAMES[folder.name.lower()]] = inner[1]
-        return Source(name, path, places) if name and places else None
+                locations[SPLIT_NAMES[folder.name.lower()]] = inner[1]
+        return Source(name, path, locations) if name and locations else None
     if not path.is_file():
         return None
     kind = name or _format_of(path)
     if kind == "voc":
         raise UserError(
-            f"{path} is a single file of Pascal VOC; expected the folder of the data set, which "
-            "contains the XML files. Specify the folder."
+            f"{path} is a single Pascal VOC file; expected the data set's folder, which contains "
+            "the XML files. Specify the folder."
         )
     return Source(kind, path, {"": path}) if kind else None
 
 
 def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
-    """Return the format of a folder, and the file or folder to read."""
+    """Return a folder's annotation format, and the file or folder to read."""
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    # A YOLO data set may contain other files, such as those of its export.
+    # A YOLO data set may contain other YAML or JSON files, such as information about the export.
     first = [path for path in files if path.name in _YOLO_FILES]
     for path in first + files:
         kind = _format_of(path) if path.suffix.lower() in _SUFFIXES else None
@@ -160,7 +160,7 @@ _SUFFIXES = (".xml", ".json", ".yaml", ".yml")
 
 
 def _format_of(path: Path) -> str | None:
-    """Return the format of a file from its extension and first bytes; None for COCO's."""
+    """Detect the format of a file from its extension and first bytes; None for COCO format."""
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as file:
@@ -173,7 +173,7 @@ def _format_of(path: Path) -> str | None:
     if suffix in (".yaml", ".yml"):
         return "yolo" if re.search(r"^[\"']?names[\"']?\s*:", head, re.MULTILINE) else None
     if head.startswith("["):
-        # COCO's format for results is a list, too.
+        # Files in COCO results format also contain a list.
         results = '"image_id"' in head or '"score"' in head
         return "labelstudio" if re.match(r"\[\s*\{", head) and not results else None
     key = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(\{?)', head)
@@ -187,7 +187,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def split_path(path: str | os.PathLike) -> tuple[str, str]:
-    """Divide a path such as `data.yaml:val` into the path and the name of the split, or ""."""
+    """Divide a path such as `data.yaml:val` into the path and the split, which may be empty."""
     path = os.fspath(path)
     before, _, split = path.rpartition(":")
     if split in SPLITS and os.path.exists(before) and not os.path.exists(path):
@@ -196,77 +196,77 @@ def split_path(path: str | os.PathLike) -> tuple[str, str]:
 
 
 def annotations_exist(path: str) -> bool:
-    """Return True if the file or folder of a data set exists."""
+    """Return True if the annotation file or folder exists, ignoring the split in the path."""
     return os.path.exists(split_path(path)[0])
 
 
 def default_image_folder(path: str) -> str:
-    """Return the folder of the images for annotations that were given without one."""
-    place, _ = split_path(path)
-    source = find_source(place)
-    return source.image_folder() if source else os.path.dirname(os.path.abspath(place))
+    """Return the default image folder for annotations."""
+    location, _ = split_path(path)
+    source = find_source(location)
+    return source.image_folder() if source else os.path.dirname(os.path.abspath(location))
 
 
 def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict[str, Any]:
-    """Read annotations in any supported format as COCO's instances format.
+    """Read annotations in any supported format, and convert them to COCO instances format.
 
     Args:
-        path: A file or folder, optionally with a colon and the name of the split.
+        path: A file or folder, optionally followed by a colon and the name of a split.
         image_dir: The folder to which the file names are relative.
-        upright: Whether the annotations are those of the images with their EXIF orientation.
+        upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
-        UserError: If a file is invalid, or a split has to be chosen.
+        UserError: If a file is invalid, or the path does not determine the split.
     """
-    place, split = split_path(path)
-    if find_source(place) is None:
+    location, split = split_path(path)
+    if find_source(location) is None:
         content = read_json_object(path)
         content.pop(NOTES, None)
         return content
-    data = _imported(place, image_dir, upright)
-    return to_coco(data, _choose(data, split, place))
+    data = _imported(location, image_dir, upright)
+    return to_coco(data, _choose(data, split, location))
 
 
-def _choose(data: ImportedData, split: str, place: str) -> str:
+def _choose(data: ImportedData, split: str, location: str) -> str:
     if not split and len(data.splits) == 1:
         return next(iter(data.splits))
     if split in data.splits:
         return split
-    choices = ", ".join(f"{place}:{name}" for name in data.splits)
+    choices = ", ".join(f"{location}:{name}" for name in data.splits)
     found = f"no split {split!r}" if split else f"{len(data.splits)} splits"
-    raise UserError(f"{place} has {found}; expected one of: {choices}.")
+    raise UserError(f"{location} has {found}; expected one of: {choices}.")
 
 
 def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:
     """Return a value that changes whenever the annotations change; None if they are missing."""
-    place, _ = split_path(path)
-    if not os.path.exists(place):
+    location, _ = split_path(path)
+    if not os.path.exists(location):
         return None
-    if find_source(place) is None:
-        return _state([place])
-    return _state(_imported(place, image_dir, upright).files)
+    if find_source(location) is None:
+        return _state([location])
+    return _state(_imported(location, image_dir, upright).files)
 
 
-def _imported(place: str, image_dir: str, upright: bool) -> ImportedData:
-    """Read annotations, unless they are unchanged since an earlier call."""
-    data, state = _read(place, image_dir, upright)
+def _imported(location: str, image_dir: str, upright: bool) -> ImportedData:
+    """Read annotations, or return the cached data if the files have not changed."""
+    data, state = _read(location, image_dir, upright)
     if _state(data.files) != state:
         _read.cache_clear()
-        data, _ = _read(place, image_dir, upright)
+        data, _ = _read(location, image_dir, upright)
     return data
 
 
-# The training and validation data of a run.
+# Two entries, for the training and validation data of a run.
 @lru_cache(maxsize=2)
-def _read(place: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
-    source = find_source(place)
+def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
+    source = find_source(location)
     assert source is not None
     data = source.read(image_dir, upright=upright)
     return data, _state(data.files)
 
 
 def _state(paths: list[str]) -> tuple[int, int, int]:
-    """Return the number of files, the time of the last change and the total size."""
+    """Return the number, last modification time and total size of files."""
     found = []
     for path in dict.fromkeys(paths):
         try:

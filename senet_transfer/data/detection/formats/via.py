@@ -1,9 +1,9 @@
-"""JSON of the VGG Image Annotator (VIA), versions 1 and 2.
+"""Reader for JSON files of the VGG Image Annotator (VIA), versions 1 and 2.
 
 The file is an annotation export or a project. The regions of an image are a dictionary in version 1
-and a list in version 2. Circles and ellipses become polygons of 72 points, as in VIA's own export
-to COCO; points and polylines have no area and are skipped. The class is the value of an attribute
-of the regions; regions without attributes have the class "object".
+and a list in version 2. Circles and ellipses become polygons with 72 points, as in VIA's own COCO
+export. Points and polylines have no area and are skipped. A region's class is the value of one of
+its attributes. Regions without attributes have the class "object".
 """
 
 import math
@@ -32,10 +32,10 @@ _SKIPPED = ("point", "polyline", "line")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set in VIA format.
 
     Args:
-        location: The JSON file.
+        location: JSON file with the annotations.
         images: Folder with the images.
 
     Raises:
@@ -47,7 +47,7 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
         content = content.get("_via_img_metadata", content)
     if not isinstance(content, dict) or not all(map(_is_file, content.values())):
         raise UserError(
-            f"{location} is not a file of VIA's versions 1 or 2; expected an entry with `filename` "
+            f"{location} is not a file written by VIA 1 or 2; expected an entry with `filename` "
             "and `regions` for each image. Export the annotations as JSON from VIA 2."
         )
     files = {key: _regions(entry, location) for key, entry in content.items()}
@@ -72,7 +72,7 @@ def _regions(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     ):
         raise UserError(
             f"{path}: the regions of {str(entry['filename'])[:80]!r} are not valid; expected "
-            f"{' and '.join(keys)} for each. Export the file again."
+            f"{' and '.join(keys)} for each region. Export the file again."
         )
     return found
 
@@ -101,11 +101,11 @@ def _read_image(
     width, height = images.size(file_name, where)
     image = ImportedImage(file_name, width, height, where)
     for index, region in enumerate(regions, 1):
-        place = f"{where}, region {index}"
-        label = _label(region["region_attributes"], attribute, place)
-        shape = _shape(region["shape_attributes"], place, data)
+        source = f"{where}, region {index}"
+        label = _label(region["region_attributes"], attribute, source)
+        shape = _shape(region["shape_attributes"], source, data)
         if shape is not None:
-            image.objects.append(ImportedObject(label, shape[0], place, shape[1]))
+            image.objects.append(ImportedObject(label, shape[0], source, shape[1]))
     return image
 
 
@@ -117,7 +117,9 @@ def _label(attributes: dict[str, Any], name: str | None, where: str) -> str:
         chosen = [key for key, checked in value.items() if checked]
         value = chosen[0] if len(chosen) == 1 else str(chosen)
         if len(chosen) != 1:
-            raise UserError(f"{where} has the labels {value[:80]}; expected one. Correct the file.")
+            raise UserError(
+                f"{where} has the labels {value[:80]}; expected one label. Correct the file."
+            )
     return label_text(value, where)
 
 
@@ -138,7 +140,7 @@ def _shape(
     if kind == "circle":
         return shapes.ellipse(value("cx"), value("cy"), value("r"), value("r"))
     if kind == "ellipse":
-        # The angle is in radians. Versions before 2.0.8 had none.
+        # The angle is in radians. VIA versions before 2.0.8 did not write it.
         degrees = math.degrees(number(shape.get("theta", 0), "theta", where))
         return shapes.ellipse(value("cx"), value("cy"), value("rx"), value("ry"), degrees)
     if kind in ("polygon", "polyshape"):

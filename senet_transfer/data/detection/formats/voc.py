@@ -1,10 +1,10 @@
-"""Pascal VOC: one XML file per image, and lists of the images of each split.
+"""Reader for the Pascal VOC format, with one XML file per image and an image list per split.
 
-The corners in the files are pixel indices that start at 1 and include both ends. As in Detectron2
-and supervision, (xmin - 1, ymin - 1, xmax, ymax) are the edges of the box. Objects marked as
-`difficult` become crowds (`iscrowd`): VOC's metric does not count them and ignores detections of
-them, and COCO's metric does the same for crowds. The attributes `truncated`, `occluded` and `pose`
-and the boxes of parts have no equivalent.
+The files specify a box by its first and last pixels, whose indices start at 1. As in Detectron2 and
+supervision, (xmin - 1, ymin - 1, xmax, ymax) are the edges of the box. Objects marked as
+`difficult` become crowds (`iscrowd`). The VOC metric ignores these objects and their detections, as
+the COCO metrics do for crowds. The attributes `truncated`, `occluded` and `pose` and the boxes of
+object parts have no equivalent and are not read.
 """
 
 import os
@@ -33,15 +33,16 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def image_folder(location: Path) -> Path:
-    """Return the folder with the images of a data set."""
+    """Return a data set's image folder."""
     return first_folder(location, "JPEGImages", "images", "Images")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set in Pascal VOC format.
 
     Args:
-        location: Folder with `Annotations` and possibly `ImageSets`, or with XML files.
+        location: Folder that contains `Annotations` and optionally `ImageSets`, or the XML files
+            themselves.
         images: Folder with the images.
 
     Raises:
@@ -66,7 +67,7 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     used = {id(image) for split in data.splits.values() for image in split}
     unused = len(read_images) - len(used)
     if unused:
-        data.notes["XML files are in no list in ImageSets/Main and are not used"] = unused
+        data.notes["XML files are not listed in ImageSets/Main and are skipped"] = unused
     return data
 
 
@@ -76,8 +77,9 @@ def _check_unique(found: list[ImportedImage]) -> None:
         other = first.setdefault(image.file_name, image.source)
         if other != image.source:
             raise UserError(
-                f"{other} and {image.source} belong to the same image, {image.file_name}; expected "
-                "an image for each. Correct the <filename> of one, or add its image."
+                f"{other} and {image.source} refer to the same image, {image.file_name}; expected "
+                "one image per XML file. Correct the <filename> in one of the files, or add its "
+                "image."
             )
 
 
@@ -87,13 +89,13 @@ def _listed(path: Path, read_images: dict[str, ImportedImage]) -> list[ImportedI
         name = line.strip()
         if not name:
             continue
-        # Some tools write the name with its extension, or a label after it.
+        # Some tools add the extension to the name, or write a label after the name.
         spellings = (name, os.path.splitext(name)[0], name.split()[0])
         stem = next((word for word in spellings if word in read_images), None)
         if stem is None:
             raise UserError(
                 f"{path}: line {number_of_line} lists {name[:80]!r}, which has no XML file; "
-                "expected the name of an annotation file without its extension. Correct the list."
+                "expected the name of an XML file without its extension. Correct the list."
             )
         found[stem] = read_images[stem]
     return list(found.values())
@@ -128,9 +130,9 @@ def _read_object(item: Element, where: str, data: ImportedData) -> ImportedObjec
     )
     difficult = number(item.findtext("difficult") or "0", "difficult", where) != 0
     if difficult:
-        data.notes["objects are marked as difficult, which become crowds (iscrowd=1)"] += 1
+        data.notes["objects are marked as difficult and become crowds (iscrowd=1)"] += 1
     if left == right or top == bottom:
-        data.notes["objects have a box whose first and last pixel are the same"] += 1
+        data.notes["objects have a box that is only one pixel wide or high"] += 1
     if item.find("polygon") is not None:
-        data.notes["objects have a polygon, of which only the box is read"] += 1
+        data.notes["objects have a polygon, but only their box is read"] += 1
     return ImportedObject(label, (left - 1, top - 1, right, bottom), where, crowd=difficult)

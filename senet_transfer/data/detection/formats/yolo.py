@@ -1,8 +1,8 @@
-"""YOLO: a `data.yaml` with the class names and splits, and one text file of labels per image.
+"""Reader for the YOLO format: a `data.yaml` with classes and splits, and a label file per image.
 
 Each line of a label file contains a class index and either a box (centre, width and height) or the
-points of a polygon, as fractions of the image size. They are multiplied by the image size without
-rounding to whole pixels. An image without a label file, or with an empty one, has no objects.
+points of a polygon, as fractions of the image size. Pixel coordinates are not rounded to whole
+pixels. An image without a label file, or with an empty one, has no objects.
 """
 
 import os
@@ -29,14 +29,14 @@ from senet_transfer.errors import UserError
 
 _KEYS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
-# Tools round to five or six decimals, and some write boxes that end slightly outside the image.
+# Tools round to five or six decimals, and some write boxes that extend slightly beyond the image.
 _TOLERANCE = 0.01
 
 
 def image_folder(location: Path) -> Path:
-    """Return the folder to which the splits are relative.
+    """Return the folder to which the paths of the splits are relative.
 
-    This is `path` in the file, if it exists, or the folder of the file.
+    This is the folder `path` in the YAML file if it exists, otherwise the folder of the YAML file.
     """
     path = _content(location).get("path")
     if isinstance(path, str) and path.strip():
@@ -47,10 +47,10 @@ def image_folder(location: Path) -> Path:
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set.
+    """Read a data set in YOLO format.
 
     Args:
-        location: The YAML file.
+        location: The data set's YAML file.
         images: Folder that contains the images of all splits.
 
     Raises:
@@ -70,17 +70,17 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     names = [image.file_name for split in data.splits.values() for image in split]
     if not names:
         raise UserError(
-            f"{location} has none of the keys train, val and test; expected the folders with the "
-            "images. Add them to the file."
+            f"{location} has none of the keys train, val and test; expected the image folders. Add "
+            "these keys to the file."
         )
     if missing == len(names):
         raise UserError(
             f"{location}: none of the {missing} images has a label file; expected, for example, "
             f"{_label_path(images, names[0])}. Check the folders `train`, `val` and `test` in the "
-            "file, and where the labels are."
+            "file, and the location of the label files."
         )
     if missing:
-        data.notes["images have no label file, so that they have no objects"] = missing
+        data.notes["images have no label file and are used as images without objects"] = missing
     return data
 
 
@@ -92,7 +92,7 @@ def _content(path: Path) -> dict:
     if not isinstance(content, dict) or "names" not in content:
         raise UserError(
             f"{path} has no key `names`; expected the class names of a YOLO data set and the keys "
-            "`train`, `val` and `test`. Specify its data.yaml."
+            "`train`, `val` and `test`. Specify the data set's data.yaml."
         )
     return content
 
@@ -104,7 +104,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
         names = [by_index[index] for index in range(len(by_index))]
     expected = "a list of names, or names by index 0, 1, ..."
     valid = isinstance(names, list) and names
-    # YAML reads unquoted words such as yes and no as truth values.
+    # YAML parses unquoted words such as yes and no as booleans.
     if not valid or any(isinstance(n, bool) or not isinstance(n, str | int | float) for n in names):
         raise UserError(
             f"{path}: `names` is not valid; expected {expected}. Put names such as yes and no in "
@@ -120,7 +120,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
 
 
 def _key_points(content: dict, path: Path) -> int:
-    """Return the number of values that follow the box in the lines of a pose data set."""
+    """Return the number of keypoint values per line in a pose data set; 0 for other data sets."""
     shape = content.get("kpt_shape")
     if shape is None:
         return 0
@@ -142,7 +142,7 @@ def _split_images(
             listed = [path / name for name in list_files(path, is_image_name)]
         elif path.suffix == ".txt" and path.is_file():
             lines = [line.strip() for line in read_text(path).splitlines()]
-            # As in Ultralytics' reader, "./" stands for the folder of the list.
+            # As in Ultralytics' reader, "./" refers to the folder of the list.
             listed = [
                 (path.parent if line.startswith("./") else root) / line for line in lines if line
             ]
@@ -159,7 +159,7 @@ def _split_images(
 
 
 def _existing(entry: Any, root: Path) -> Any:
-    """Return a path with the first `../` removed if it does not exist otherwise.
+    """Remove a leading `../` from a path that does not exist.
 
     Roboflow writes `../train/images` for a folder next to the YAML file.
     """
@@ -177,7 +177,7 @@ def _label_path(images: ImageFolder, name: str) -> str:
 def _read_image(
     name: str, images: ImageFolder, data: ImportedData, key_points: int
 ) -> tuple[ImportedImage, bool]:
-    """Read an image's labels. The second value is False if there is no label file."""
+    """Read an image's labels, and return True as the second value if there is a label file."""
     path = _label_path(images, name)
     width, height = images.size(name, path)
     image = ImportedImage(name, width, height, path)
@@ -201,17 +201,17 @@ def _read_image(
 
 
 def _read_line(words: list[str], where: str, data: ImportedData, key_points: int) -> ImportedObject:
-    """Read an object, whose coordinates are fractions of the image size."""
+    """Read an object, with coordinates as fractions of the image size."""
     values = [number(word, "value", where) for word in words]
     index = values.pop(0)
     if index != int(index) or not 0 <= index < len(data.classes):
         raise UserError(
             f"{where} has the class {words[0]}; expected a whole number from 0 to "
-            f"{len(data.classes) - 1}, an index of `names` in {data.files[0]}. Correct the line."
+            f"{len(data.classes) - 1}, an index into `names` in {data.files[0]}. Correct the line."
         )
     label = data.classes[int(index)]
     if key_points and len(values) == 4 + key_points:
-        data.notes["objects have keypoints, which are not read"] += 1
+        data.notes["objects have keypoints, but only their box is read"] += 1
         values = values[:4]
     if len(values) == 5:
         raise UserError(

@@ -114,7 +114,7 @@ def voc(text):
         ("via", via('"filename": "a.', '"filename": "z.'), "a.json: 'z.png' lists the image"),
         ("via", via('"r": 12', '"r": Infinity'), "a.json: 'a.png', region 2 has the r"),
         ("via", via('"type":', '"x": 1, "y":'), "a.json: the regions have the attributes 'x', 'y'"),
-        ("via", {"a.json": '{"a": {"filename": "a.png"}}'}, "a.json is not a file of VIA's"),
+        ("via", {"a.json": '{"a": {"filename": "a.png"}}'}, "a.json is not a file written by VIA"),
     ],
 )  # fmt: skip
 def test_an_invalid_file_is_an_error_that_names_it(tmp_path, name, files, message):

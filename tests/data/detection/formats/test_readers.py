@@ -135,7 +135,8 @@ def test_yolo_polygons_are_outlines_and_images_without_labels_have_no_objects(tm
     assert (box["bbox"], box["segmentation"]) == ([-0.2, 32, 100.4, 16], [])
     assert objects(datasets["train"], "images/train/b.png") == []
     assert datasets["train"]["_notes"] == [
-        "1 images have no label file, so that they have no objects (in all splits together)"
+        "1 images have no label file and are used as images without objects (in all splits "
+        "together)"
     ]
     assert objects(datasets["val"])[0]["segmentation"] == [[5, 12.5, 25, 12.5, 25, 37.5]]
 
