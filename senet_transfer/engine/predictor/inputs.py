@@ -1,6 +1,7 @@
 """Input images for prediction: files, folders, patterns, lists, URLs and images in memory."""
 
 import glob
+import itertools
 import os
 import re
 import urllib.request
@@ -16,7 +17,8 @@ from PIL import Image
 from senet_transfer.data.detection.mapper import decode_image
 from senet_transfer.data.images.channels import as_rgb, decode_channels, to_channels
 from senet_transfer.data.images.decode import AS_STORED, Reading, decode_exact, to_rgb
-from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_hidden
+from senet_transfer.data.images.listing import find_images
 from senet_transfer.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".m3u8", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -179,12 +181,7 @@ def _photos(name: str) -> Iterator[Photo]:
     if is_address(name):
         yield Photo(name, name, os.path.basename(name.partition("?")[0]) or "image")
     elif os.path.isdir(name):
-        names: list[str] = []
-        for folder, folders, files in os.walk(name):
-            folders[:] = [entry for entry in folders if not is_hidden(entry)]
-            names += [os.path.relpath(os.path.join(folder, entry), name) for entry in files]
-        # Files with NumPy arrays count as images if there are no other images.
-        for relative in [*filter(is_image_name, names)] or filter(is_array_name, names):
+        for relative in itertools.chain(*find_images(name).values()):
             path = os.path.join(name, relative)
             yield Photo(path, path, relative)
     elif os.path.isfile(name) and name.lower().endswith(".txt"):

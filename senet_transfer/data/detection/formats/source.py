@@ -21,6 +21,7 @@ from senet_transfer.data.detection.formats.records import (
     to_coco,
 )
 from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.images.listing import walk
 from senet_transfer.errors import UserError
 
 # Number of bytes examined at the start of a file.
@@ -146,7 +147,7 @@ def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
     """Return a folder's annotation format, and the file or folder to read."""
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    files = [folder / file for file in next(walk(folder))[2]] if folder.is_dir() else []
     # A YOLO data set may contain other YAML or JSON files, such as information about the export.
     first = [path for path in files if path.name in _YOLO_FILES]
     for path in first + files:
