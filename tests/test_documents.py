@@ -52,6 +52,8 @@ def header(path):
 
 def row(path):
     what, command, expected, hardware = header(path)
+    # The text above the tables describes the adaptation to fewer GPUs for all recipes.
+    hardware = hardware.partition(". With fewer GPUs, divide")[0]
     command = command.replace("\\ ", "")
     return f"| [{path.stem}]({path.name}) | {what} | `{command}` | {expected} | {hardware} |"
 

@@ -18,11 +18,13 @@ from senet_transfer.analysis.repeated_runs import Run
 from senet_transfer.analysis.results.curves import draw_curves, evaluations
 from senet_transfer.analysis.results.records import read_record, write_record
 from senet_transfer.analysis.results.tables import (
+    baselines,
     comparison,
     read_records,
     transfer,
     update_documents,
     updated_text,
+    with_se,
 )
 from senet_transfer.analysis.results.welch import difference, t_quantile
 from senet_transfer.cli.analysis.gates import parser as gates
@@ -124,6 +126,25 @@ def test_the_tables_in_the_documents_are_those_of_the_records(name):
     text = (ROOT / name).read_text()
     assert "<!-- results" in text
     assert updated_text(text, read_records(RESULTS)) == text, "run results/run.sh tables"
+
+
+def test_the_readme_counts_the_comparisons_in_which_se_is_better():
+    records = read_records(RESULTS)
+    better = []
+    for name in baselines(records):
+        values = [
+            [one["metrics"][one["metric"]] for one in records[config]]
+            for config in (name, with_se(name, records))
+        ]
+        sign = -1 if "error" in records[name][0]["metric"] else 1
+        better.append(sign * difference(*values)[0] > 0)
+    assert (len(better), sum(better)) == (8, 5)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    claim = "SE is better in five of our [eight comparisons](docs/results.md) and worse in three."
+    assert claim in readme
+    rows = re.findall(r"\((\S\d+\.\d+) to (\S\d+\.\d+)\)", readme)
+    assert [low[0] == high[0] for low, high in rows] == [True, False, False, False]
+    assert "Only the first interval excludes 0." in readme
 
 
 def test_records_are_small_and_state_how_they_were_made():

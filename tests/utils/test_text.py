@@ -2,7 +2,7 @@
 
 import pytest
 
-from senet_transfer.utils.text import differences, first_of
+from senet_transfer.utils.text import counted, differences, first_of
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,12 @@ from senet_transfer.utils.text import differences, first_of
 )
 def test_as_many_names_are_listed_as_the_limit_allows(limit, text):
     assert first_of(iter("abc"), limit) == text
+
+
+def test_a_noun_is_in_the_singular_only_after_one():
+    assert counted(1, "image") == "1 image"
+    assert counted(0, "image") == "0 images"
+    assert counted(1200, "class", "classes") == "1,200 classes"
 
 
 def test_no_names_give_no_text():

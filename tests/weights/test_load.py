@@ -362,6 +362,9 @@ def test_the_report_reads_well(r18, caplog):
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
     assert "could also be of the family torchvision_v2, timm" in text
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "torchvision_v1 is assumed" in warning.message
+    assert "torchvision_v2 (with resize 232) or timm (with interp" in warning.message
     assert "initialised, 32 (SE layers: the file has none): backbone.res2.0.se" in text
     assert "and 20 more" in text
     assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

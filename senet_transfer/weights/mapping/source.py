@@ -140,7 +140,8 @@ def examine(
     Args:
         path: Path of the file.
         family: Name of the file's family. If None, the family is detected. If several families
-            match, the first one in ``FAMILIES`` is used, and the others are logged.
+            match, the first one in ``FAMILIES`` is assumed, and the others are logged: as a warning
+            if their preprocessing differs.
         prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
             details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to take the averaged weights.
@@ -171,11 +172,13 @@ def examine(
     if family:
         return first
     alternatives = {other.family.name: _difference(first, other) for other in sources[1:]}
-    for name, difference in alternatives.items():
-        logger.info(
-            "%s was detected as %s. Files of the family %s have the same tensor names and "
-            "shapes%s. If the file belongs to that family, set family= or MODEL.WEIGHTS_FAMILY.",
-            path, first.family.name, name, f", but differ in {difference}" if difference else "",
+    if alternatives:
+        pixels = {source.preprocessing for source in sources}
+        logger.log(
+            logging.WARNING if first.preprocessing and len(pixels) > 1 else logging.INFO,
+            "The tensors of %s match several weight families. The family %s is assumed. The file "
+            "could also be from %s. If so, set family= or MODEL.WEIGHTS_FAMILY.",
+            path, first.family.name, _joined(alternatives),
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
 
@@ -554,17 +557,25 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         ) from error
 
 
+def _joined(alternatives: dict[str, str]) -> str:
+    """Return the names of other families and their differences as text for a message."""
+    return " or ".join(
+        f"{name} (with {difference})" if difference else name
+        for name, difference in alternatives.items()
+    )
+
+
 def _difference(first: Source, other: Source) -> str:
     """Describe how the geometry or preprocessing of two sources differs, or return "" if equal."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):
-            parts.append(f"{name} ({value})")
+            parts.append(f"{name} {value}")
     theirs, ours = other.preprocessing, first.preprocessing
     if theirs and ours:
         for name, value in vars(theirs).items():
             if value != getattr(ours, name):
-                parts.append(f"{name} ({value})")
+                parts.append(f"{name} {value}")
     elif theirs != ours:
-        parts.append("preprocessing")
+        parts.append("other preprocessing")
     return ", ".join(parts)

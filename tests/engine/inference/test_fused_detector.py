@@ -239,7 +239,10 @@ def test_results_are_written_next_to_a_checkpoint_but_not_to_a_folder_named_afte
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "objects and panoptic segments and pix"),
+        (
+            {"MODEL.META_ARCHITECTURE": "PanopticFPN"},
+            "predicts objects and panoptic segments and pixel classes",
+        ),
         ({"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}, "predicts pixel classes"),
         ({"MODEL.META_ARCHITECTURE": "ImageClassifier"}, "senet eval has --scales"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.MASK_ON": "True"}, "masks .* only for"),
