@@ -149,7 +149,7 @@ def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path
 
 
 def _load_rgb(model, path):
-    """Load a file for RGB images into a detector, after adapting the detector's preprocessing."""
+    """Load weights for RGB images into a detector, after adapting the detector's preprocessing."""
     model.input_format = "RGB"
     model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
     model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])
