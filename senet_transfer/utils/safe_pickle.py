@@ -132,24 +132,40 @@ class Named:
         return self.value(*arguments)
 
 
+# Classes whose items or attributes are options, such as a training script's arguments.
+_NAMESPACE = re.compile(
+    r"argparse[.]Namespace|types[.]SimpleNamespace|[\w.]+[.](Attr|Attribute|Easy)Dict"
+)
+
+
 class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
-    It accepts arguments, items and attributes, but keeps only the name.
+    It accepts arguments, items and attributes, but keeps only the name and, for a namespace, the
+    plain values.
     """
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "values")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.values: dict[Any, Any] = {}
 
     def __call__(self, *_: Any) -> "Placeholder":
         return Placeholder(self.name)  # a new object, because enum members are distinct keys
 
-    def __setitem__(self, *_: Any) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
+        plain = isinstance(key, str) and isinstance(value, _NAMESPACE_VALUES)
+        if plain and _NAMESPACE.fullmatch(self.name):
+            self.values[key] = value
+
+    def append(self, *_: Any) -> None:
         """Ignore an item."""
 
-    append = extend = add = __setitem__
+    extend = add = append
+
+
+_NAMESPACE_VALUES = (str, int, float, list, tuple, dict, types.NoneType, Placeholder)
 
 
 class _Tuple(tuple):
@@ -257,7 +273,12 @@ class _PlainUnpickler(_Unpickler):
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         # Drop attributes of an OrderedDict, such as a state_dict's _metadata.
-        if type(target) in (dict, Placeholder):
+        if type(target) is dict:
+            return
+        if isinstance(target, Placeholder):
+            self._spend(len(state) if isinstance(state, dict) else 0)
+            for key, value in state.items() if isinstance(state, dict) else ():
+                target[key] = value
             return
         self._charge(state)
         if type(target) is np.ndarray:

@@ -94,6 +94,87 @@ def test_several_networks_are_named_and_one_can_be_chosen(kind, tmp_path):
         _logits(path, prefix="online")
 
 
+@pytest.mark.parametrize("outer", ["model", "net", "teacher"])
+def test_a_prefix_can_be_the_same_word_as_the_key_of_its_state_dict(outer, tmp_path):
+    first, second = tiny(1), tiny(2)
+    inside = prefixed(f"{outer}.", first.state_dict()) | prefixed("aux.", second.state_dict())
+    torch.save({outer: inside, "epoch": 3}, path := tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"2 networks.* {outer}\., aux\."):
+        _logits(path)
+    for prefix in (f"{outer}.", outer, f"{outer}.{outer}."):
+        _assert_is(first, path, prefix=prefix)
+    for prefix in ("aux.", f"{outer}.aux."):
+        _assert_is(second, path, prefix=prefix)
+
+
+_HEADS = [["fc.1.weight"], ["fc.0.weight", "fc.2.bias"], ["projector.0.weight"]]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "model.backbone.", "student.backbone.", "encoder."]
+)
+@pytest.mark.long
+def test_a_head_in_the_backbone_s_module_can_be_ignored(prefix, tmp_path):
+    peer, path = tiny(), tmp_path / "a.pth"
+    body = {n: t for n, t in peer.state_dict().items() if not n.startswith("fc.")}
+    for head in _HEADS:
+        torch.save(prefixed(prefix, body | dict.fromkeys(head, torch.ones(4, 4))), path)
+        with pytest.raises(UserError, match="head='ignore'"):
+            create_backbone("resnet18", weights=path, **_SIZE)
+        _assert_backbone_is(peer, path, head="ignore")
+    torch.save(prefixed(prefix, body | {"layer5.0.weight": torch.ones(4)}), path)
+    with pytest.raises(UserError, match=r"1 unexpected: .*layer5\.0"):
+        create_backbone("resnet18", weights=path, head="ignore", **_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [("model.module.", ""), ("module.module.", ""), ("ema.module.", "ema."), ("a.ema_model.", "a")],
+)
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+def test_counters_behind_a_prefix_are_left_out(wrapper, prefix, kind, tmp_path):
+    outer, _, _ = wrapper.removesuffix(".").rpartition(".")
+    state = prefixed(wrapper, (peer := tiny()).state_dict())
+    counter = "n_averaged" if "module" in wrapper else "step"
+    state |= {f"{outer}.{counter}": torch.tensor(4)}
+    if prefix:
+        state |= {"other.weight": torch.ones(2)}
+    FLAT_WRITERS[kind](state, tmp_path / "a")
+    _assert_is(peer, tmp_path / "a", prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "rest", ["criterion.weight", "model_ema.conv1weight", "logit_scale", "normalize.mean"]
+)
+def test_the_advice_for_tensors_outside_a_prefix_keeps_the_classifier(rest, tmp_path):
+    state = prefixed("net.model.", (peer := tiny()).state_dict()) | {rest: torch.ones(3)}
+    torch.save(layouts.lightning(state), path := tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="with its classifier, set prefix='(.*?)'") as error:
+        _logits(path)
+    advice = re.search("prefix='(.*?)'", str(error.value))
+    _assert_is(peer, path, prefix=advice[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("parts", [r"(layer\d\.)", r"(layer1\.|layer4\.)", r"(layer\d\.\d\.)"])
+@pytest.mark.long
+def test_parts_of_a_network_wrapped_by_data_parallel(prefix, parts, tmp_path):
+    state = (peer := tiny()).state_dict()
+    state = {re.sub(rf"^{parts}", r"\1module.", name): tensor for name, tensor in state.items()}
+    torch.save({"arch": "resnet18", "state_dict": prefixed(prefix, state)}, tmp_path / "a.pth")
+    _assert_is(peer, tmp_path / "a.pth")
+
+
+@pytest.mark.long
+def test_vgg_with_parallel_features_as_saved_by_pytorch_s_imagenet_example(tmp_path):
+    state = (network := peer("torchvision", "vgg16_bn")).state_dict()
+    state = {n.replace("features.", "features.module."): t for n, t in state.items()}
+    torch.save({"arch": "vgg16_bn", "state_dict": state}, path := tmp_path / "a.pth")
+    with torch.no_grad():
+        found = create_classifier("vgg16_bn", weights=path).eval()(images := _IMAGES)
+        torch.testing.assert_close(found, network(images), rtol=1e-3, atol=1e-3)
+
+
 def test_flat_parameters_of_fsdp_name_the_remedy(tmp_path):
     torch.save({"_fsdp_wrapped_module._flat_param": torch.ones(9)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="FULL_STATE_DICT"):
@@ -207,9 +288,10 @@ def test_a_backbone_of_a_detector_of_torchvision(tmp_path):
     state |= {"backbone.fpn.inner_blocks.0.0.weight": torch.ones(4, 64, 1, 1)}
     state |= {"rpn.head.conv.0.0.weight": torch.ones(4, 4, 3, 3)}
     torch.save({"model": state}, path := tmp_path / "model.pth")
-    with pytest.raises(UserError, match="head='ignore'"):
+    with pytest.raises(UserError, match=r"prefix='backbone\.body\.'.*head='ignore'"):
         create_backbone("resnet18", weights=path, **_SIZE)
     _assert_backbone_is(peer, path, head="ignore")
+    _assert_is(peer, path, prefix="backbone.body.")
 
 
 @pytest.mark.long

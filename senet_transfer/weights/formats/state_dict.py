@@ -17,7 +17,13 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import Placeholder, reject_class
 from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
-from senet_transfer.weights.formats.tensor_names import PREFIXES, Wanted, select
+from senet_transfer.weights.formats.tensor_names import (
+    PREFIXES,
+    Wanted,
+    has_prefix,
+    outside_prefix,
+    select,
+)
 
 # Keys for a model's state dict, in order of precedence.
 WRAPPERS = (
@@ -87,6 +93,7 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
     """
     metadata: dict[str, Any] = {}
     notes: list[str] = []
+    outside: list[str] = []
     prefix, averaged = wanted.prefix, False
     for _ in range(_MAX_DEPTH):
         choice = _choose(tree, prefix, wanted.ema, path) if isinstance(tree, dict) else None
@@ -94,6 +101,9 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
             break
         _take_plain(metadata, {k: v for k, v in tree.items() if v is not tree[choice.key]})
         _check_partitions(tree, choice.key, path)
+        if choice.prefix != prefix:
+            others = {key: tree[key] for key in _candidates(tree) if key != choice.key}
+            outside += [name for name, _ in _leaves(others)]
         notes += [choice.note] if choice.note else []
         averaged = averaged or choice.averaged
         tree, prefix = tree[choice.key], choice.prefix
@@ -125,7 +135,8 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
         raise ValueError("its tensors would require far more memory than the file's size")
     selected = select({name: source.size for name, source in sources.items()}, prefix, path)
     tensors = {name: to_tensor(sources[own]) for name, own in selected.kept.items()}
-    return Checkpoint(tensors, metadata, selected.kept, selected.dropped, tuple(notes))
+    dropped = dict.fromkeys(outside, outside_prefix(wanted.prefix)) | selected.dropped
+    return Checkpoint(tensors, metadata, selected.kept, dropped, tuple(notes))
 
 
 def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
@@ -150,10 +161,8 @@ class _Choice(NamedTuple):
 
 def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | None:
     """Select the entry that contains the model, or return None if ``tree`` is a state dict."""
-    start = prefix.removesuffix(".") + "."
-    for key in tree if prefix else ():
-        if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(tree[key]):
-            return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
+    if prefix and (choice := _by_prefix(tree, prefix, ema)):
+        return choice
     plain = _wrapper(tree)
     averaged = [key for key in tree if isinstance(key, str) and _is_averaged(key, tree[key])]
     if not averaged:
@@ -192,6 +201,18 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
         f"the {kinds[0]} weights ({shown(used)}) were taken; the file also contains {kinds[1]} "
         f"weights ({shown(other)}){swapped}: set ema={not take} (MODEL.WEIGHTS_EMA) to use them",
     )
+
+
+def _by_prefix(tree: dict, prefix: str, ema: bool | None) -> _Choice | None:
+    """Select the entry whose key is the first part of the wanted prefix, or return None."""
+    start = prefix.removesuffix(".") + "."
+    for key, value in tree.items():
+        if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(value):
+            if not has_prefix((name for name, _ in _leaves(value)), prefix):
+                return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
+            # The names in this dictionary begin with the same word as its key.
+            return None if ema else _Choice(key, prefix)
+    return None
 
 
 def _is_averaged(key: str, value: Any) -> bool:
@@ -339,13 +360,15 @@ def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:
         raise _NotPlain
+    if isinstance(value, Placeholder) and value.values:
+        value = value.values
     if isinstance(value, list | tuple):
         return [_plain(item, budget, depth + 1) for item in value]
     if isinstance(value, dict):
         return {
             key: _plain(item, budget, depth + 1)
             for key, item in value.items()
-            if isinstance(key, str | int) and not isinstance(item, Placeholder)
+            if isinstance(key, str | int) and (not isinstance(item, Placeholder) or item.values)
         }
     if is_numeric(value) and value.size == 1:
         return to_tensor(value).item()

@@ -123,6 +123,12 @@ def classifier_name(name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+def first_convolution(name: str) -> str:
+    """Return the name of a timm network's first convolution, or "" if it is unknown."""
+    found = pretrained_config(name).get("first_conv") or ""
+    return found if isinstance(found, str) else str(found[0])
+
+
 def fetch_timm(name: str) -> Path:
     """Return the path of timm's pretrained weights, after downloading them on first use.
 
