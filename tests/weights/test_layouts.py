@@ -1,5 +1,6 @@
 """Tests of checkpoints of other projects: they load right, or the error names the remedy."""
 
+import json
 import re
 
 import pytest
@@ -95,6 +96,7 @@ def test_several_networks_are_named_and_one_can_be_chosen(kind, tmp_path):
 
 
 @pytest.mark.parametrize("outer", ["model", "net", "teacher"])
+@pytest.mark.long
 def test_a_prefix_can_be_the_same_word_as_the_key_of_its_state_dict(outer, tmp_path):
     first, second = tiny(1), tiny(2)
     inside = prefixed(f"{outer}.", first.state_dict()) | prefixed("aux.", second.state_dict())
@@ -132,6 +134,7 @@ def test_a_head_in_the_backbone_s_module_can_be_ignored(prefix, tmp_path):
     [("model.module.", ""), ("module.module.", ""), ("ema.module.", "ema."), ("a.ema_model.", "a")],
 )
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
 def test_counters_behind_a_prefix_are_left_out(wrapper, prefix, kind, tmp_path):
     outer, _, _ = wrapper.removesuffix(".").rpartition(".")
     state = prefixed(wrapper, (peer := tiny()).state_dict())
@@ -146,6 +149,7 @@ def test_counters_behind_a_prefix_are_left_out(wrapper, prefix, kind, tmp_path):
 @pytest.mark.parametrize(
     "rest", ["criterion.weight", "model_ema.conv1weight", "logit_scale", "normalize.mean"]
 )
+@pytest.mark.long
 def test_the_advice_for_tensors_outside_a_prefix_keeps_the_classifier(rest, tmp_path):
     state = prefixed("net.model.", (peer := tiny()).state_dict()) | {rest: torch.ones(3)}
     torch.save(layouts.lightning(state), path := tmp_path / "a.ckpt")
@@ -440,6 +444,19 @@ def test_a_sharded_model_loads_from_its_index(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"missing from its folder: model-00002-of-00002"):
         _logits(index)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_sharded_model_of_timm_has_the_preprocessing_in_its_config(name, tmp_path):
+    index = write_shards(tiny().state_dict(), tmp_path)
+    index = index.rename(tmp_path / f"{name}.index.json")
+    half, pretrained = [0.5] * 3, {"input_size": [3, 160, 160], "crop_pct": 0.95}
+    pretrained |= {"mean": half, "std": half, "interpolation": "bicubic"}
+    config = {"architecture": "resnet18", "pretrained_cfg": pretrained}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = create_backbone("resnet18", weights=index, **_SIZE).preprocessing
+    assert (found.mean, found.std) == ((127.5,) * 3, (127.5,) * 3)
+    assert (found.resize, found.crop, found.interpolation) == (168, 160, "bicubic")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_a_statement_about_another_network_of_the_file_is_a_note(nested, tmp_pat
 
 @pytest.mark.parametrize("kind", [dict, Namespace])
 @pytest.mark.parametrize("network", ["", "timm/resnet10t"])
+@pytest.mark.long
 def test_the_options_of_timm_s_train_py_are_the_preprocessing(network, kind, tmp_path):
     data = pytest.importorskip("timm.data")
     none = dict.fromkeys(("mean", "std", "crop_pct", "img_size")) | {"interpolation": ""}
