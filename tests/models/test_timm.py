@@ -1,5 +1,6 @@
 """Tests of timm's networks as backbones and classifiers, compared with timm itself."""
 
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -231,6 +232,10 @@ def test_a_state_dict_behind_a_prefix_loads(name, tmp_path):
     with pytest.raises(UserError, match=r"2 networks.* encoder_q\., encoder_k\."):
         logits()
     assert torch.equal(logits(prefix="encoder_k."), other(images))
+    state = {re.sub(r"^(\w+\.)(?=\d+\.)", r"\1module.", key): t for key, t in state.items()}
+    assert any(".module." in key for key in state)  # DataParallel around a part of the network
+    torch.save(prefixed("model.", state), path)
+    assert torch.equal(logits(), network(images))
 
 
 @pytest.mark.long

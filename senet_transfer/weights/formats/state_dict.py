@@ -4,6 +4,7 @@ Checkpoints wrap a model's tensors in many ways, and often also contain the opti
 and the run's arguments. Only the model's tensors are read into memory.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -356,7 +357,10 @@ class _NotPlain(Exception):  # noqa: N818 - only used in this file
 
 
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain."""
+    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain.
+
+    Items of dictionaries that are not plain are left out.
+    """
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:
         raise _NotPlain
@@ -365,11 +369,12 @@ def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, budget, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {
-            key: _plain(item, budget, depth + 1)
-            for key, item in value.items()
-            if isinstance(key, str | int) and (not isinstance(item, Placeholder) or item.values)
-        }
+        items = {}
+        for key, item in value.items():
+            with contextlib.suppress(_NotPlain):
+                if isinstance(key, str | int):
+                    items[key] = _plain(item, budget, depth + 1)
+        return items
     if is_numeric(value) and value.size == 1:
         return to_tensor(value).item()
     if (

@@ -13,7 +13,7 @@ from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.families import detect
 from senet_transfer.weights.families.registry import FAMILIES, Family
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile
-from senet_transfer.weights.hub.timm_networks import first_convolution
+from senet_transfer.weights.hub.timm_networks import first_convolution, tensor_names
 
 # Families whose detection functions accept tensor names with any prefix.
 _BEHIND_PREFIXES = ("senet_transfer", "detectron2", "detectron2_torchvision")
@@ -64,7 +64,7 @@ def only_network(file: WeightFile, timm: str = "") -> Network:
     tensors = file.tensors
     found = _prefixes(tensors, file.metadata, timm)
     if not found:
-        tensors = _without_parallel(tensors)
+        tensors = _without_parallel(tensors, timm)
         found = _prefixes(tensors, file.metadata, timm)
     if not found:
         return Network(file)
@@ -75,9 +75,7 @@ def only_network(file: WeightFile, timm: str = "") -> Network:
             f"(MODEL.WEIGHTS_PREFIX), such as {shown(found[0])}"
         )
     prefix = found[0]
-    inside = _below(tensors, prefix)
-    if not timm:
-        inside = _without_parallel(inside)
+    inside = _without_parallel(_below(tensors, prefix), timm)
     notes = file.notes
     if prefix:
         note = f"the network's tensor names have the prefix {shown(prefix)}, which was removed"
@@ -86,19 +84,26 @@ def only_network(file: WeightFile, timm: str = "") -> Network:
     return Network(replace(file, tensors=inside, notes=notes), prefix, outside)
 
 
-def contains_network(names: Iterable[str]) -> bool:
-    """Return whether tensor names include those of a network of a known family."""
-    empty = torch.empty(0)
-    return any(True for _ in _networks(dict.fromkeys(names, empty), {}))
+def contains_network(names: Iterable[str], timm: str = "") -> bool:
+    """Return whether tensor names include those of a network of a known family.
+
+    Args:
+        names: Tensor names.
+        timm: Name of a network that timm builds; it is searched for, too.
+    """
+    tensors = dict.fromkeys(names, torch.empty(0))
+    return bool(_prefixes(tensors, {}, timm)) or next(_networks(tensors, {}), None) is not None
 
 
-def _without_parallel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:
     """Remove the name that DataParallel adds if a script wraps only a part of a network.
 
-    If names would no longer be unique, all of them are kept.
+    The names are kept if they would no longer be unique, or if the network has such names.
     """
     renamed = {_PARALLEL.sub("", name): tensor for name, tensor in tensors.items()}
-    return renamed if len(renamed) == len(tensors) else tensors
+    if len(renamed) < len(tensors) or renamed.keys() == tensors.keys():
+        return tensors
+    return tensors if timm and any(map(_PARALLEL.search, tensor_names(timm))) else renamed
 
 
 def _prefixes(tensors: dict[str, Tensor], metadata: Mapping[str, Any], timm: str) -> list[str]:

@@ -201,7 +201,7 @@ def _timm_source(
             "from timm. Omit the family."
         )
     file = found.file
-    several = _has_others(file, wanted)
+    several = _has_others(file, wanted, network)
     stated = stated_network(file.path, file.metadata, network, file.timm, several=several)
     pixels = file.timm.preprocessing if file.timm else timm_preprocessing(stated)
     source = _understand(found, timm_family(network), wanted, ignore_head=head == "ignore")
@@ -209,10 +209,10 @@ def _timm_source(
     return _with_train_options(source, file)
 
 
-def _has_others(file: WeightFile, wanted: Wanted) -> bool:
+def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
     """Return whether a file contains networks other than the one with the specified prefix."""
     reason = outside_prefix(wanted.prefix)
-    return contains_network(name for name, why in file.dropped.items() if why == reason)
+    return contains_network((name for name, why in file.dropped.items() if why == reason), timm)
 
 
 def _with_train_options(source: Source, file: WeightFile) -> Source:

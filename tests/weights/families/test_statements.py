@@ -62,7 +62,8 @@ _ENDLESS.itself = _ENDLESS
         {"config": {"model": {"backbone": {"arch": "resnetblur18"}}}},
         {"args": Namespace(model="resnetblur18", device=torch.device("cpu"))},
         {"args": SimpleNamespace(arch="resnetblur18", start=datetime.now())},
-        {"args": Namespace(model=Namespace(name="resnetblur18"))},
+        {"args": Namespace(model=Namespace(name="resnetblur18"), weights=torch.ones(5))},
+        {"hyper_parameters": {"model": "resnetblur18", "loss": {"weights": torch.ones(5)}}},
         {"args": {"model": "legacy_seresnet18"}},
         {"meta": {"cfg": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))"}},
         {
