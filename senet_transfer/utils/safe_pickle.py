@@ -133,9 +133,7 @@ class Named:
 
 
 # Classes whose items or attributes are options, such as a training script's arguments.
-_NAMESPACE = re.compile(
-    r"argparse[.]Namespace|types[.]SimpleNamespace|[\w.]+[.](Attr|Attribute|Easy)Dict"
-)
+_NAMESPACE = re.compile(r"[\w.]+[.]((Simple)?Namespace|(Attr|Attribute|Easy)Dict)")
 
 
 class Placeholder:
