@@ -321,6 +321,11 @@ def test_deepspeed_s_checkpoints(tmp_path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save(layouts.deepspeed((peer := tiny()).state_dict()), path)
     _assert_is(peer, path)
+    state = prefixed("module.model.", peer.state_dict())
+    callbacks = {"ModelCheckpoint{}": {"best_model_score": torch.tensor(0.5)}}
+    extra = {"callbacks": callbacks, "frozen_param_fragments": dict(list(state.items())[:9])}
+    torch.save(layouts.deepspeed(state) | extra, path)  # as Lightning's DeepSpeedStrategy
+    _assert_is(peer, path)
     torch.save(layouts.deepspeed(peer.state_dict(), zero3=True), path)
     with pytest.raises(UserError, match=r"ZeRO-3.*zero_to_fp32\.py"):
         _logits(path)
@@ -344,6 +349,12 @@ def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
         "timm": (layouts.timm_train(plain, ema), ema),
         "torchvision": (layouts.torchvision_references(plain, ema), plain),
         "mmengine": (layouts.mmengine(plain.state_dict(), ema.state_dict()), ema),
+        "lightning": (
+            layouts.lightning_averaging(
+                prefixed("model.", plain.state_dict()), prefixed("model.", ema.state_dict())
+            ),
+            ema,
+        ),
         "basicsr": ({"params": plain.state_dict(), "params_ema": ema.state_dict()}, plain),
         "next to": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
         "ema_state_dict": (
@@ -364,6 +375,101 @@ def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
         _assert_is(ema, path, ema=True)
         note = " ".join(read_tensors(path).notes)
         assert "(MODEL.WEIGHTS_EMA)" in note, name
+
+
+_AVERAGED = [
+    *("model_avg", "model_averaged", "average_state_dict", "averaged_state_dict", "shadow"),
+    *("model_moving_average", "polyak", "Ema", "modelEMA"),
+]
+
+
+@pytest.mark.parametrize("key", _AVERAGED)
+@pytest.mark.long
+def test_averaged_weights_are_recognised_by_the_words_in_their_key(key, tmp_path):
+    plain, ema = tiny(1), tiny(2)
+    torch.save({"model": plain.state_dict(), key: ema.state_dict()}, path := tmp_path / "a.pth")
+    _assert_is(plain, path)
+    _assert_is(ema, path, ema=True)
+    assert f"({key})" in " ".join(read_tensors(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"decay": 0.9, "shadow_params": [torch.ones(3), torch.ones(2)]}, "list of tensors"),
+        (torch.nn.Linear(2, 2), r"object of the class torch\.nn\.modules\.linear\.Linear"),
+    ],
+)
+def test_averaged_weights_that_cannot_be_loaded_are_reported(value, words, tmp_path):
+    torch.save({"model": (peer := tiny()).state_dict(), "ema": value}, path := tmp_path / "a.pth")
+    _assert_is(peer, path)
+    assert re.search(words, " ".join(read_tensors(path).notes))
+    with pytest.raises(UserError, match=f"can't be loaded: ema is .*{words}"):
+        _logits(path, ema=True)
+
+
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
+def test_averaged_weights_in_flat_files_name_the_choice(kind, tmp_path):
+    plain, ema, path = tiny(1), tiny(2), tmp_path / "a"
+    state = prefixed("ema_model.", ema.state_dict()) | prefixed("online_model.", plain.state_dict())
+    FLAT_WRITERS[kind](state | {"initted": torch.tensor(True), "step": torch.tensor(3)}, path)
+    with pytest.raises(UserError, match=r"prefix='ema_model\.'.*instead of ema=True"):
+        _logits(path, ema=True)
+    _assert_is(ema, path, prefix="ema_model.", ema=True)
+    _assert_is(plain, path, prefix="online_model.")
+    copies = {f"ema_{n.replace('.', '_')}": t for n, t in ema.state_dict().items()}
+    FLAT_WRITERS[kind](plain.state_dict() | copies, path)
+    _assert_is(plain, path)
+    with pytest.raises(UserError, match="mmcv's EMAHook.*CheckpointHook.*Remove ema=True"):
+        _logits(path, ema=True)
+
+
+# Several networks, and other entries next to one.
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("model", "teacher"),
+        ("state_dict", "best_state_dict"),
+        ("model", "net"),
+        ("encoder", "momentum_encoder"),
+        ("online", "momentum"),
+    ],
+)
+@pytest.mark.long
+def test_another_network_in_the_file_is_reported_with_its_prefix(key, other, tmp_path):
+    peers = {other: tiny(2), key: tiny(1)}
+    torch.save({k: m.state_dict() for k, m in peers.items()}, path := tmp_path / "a.pth")
+    _assert_is(peers[key], path)
+    assert any(f"prefix='{other}'" in note for note in read_tensors(path).notes)
+    _assert_is(peers[other], path, prefix=other)
+
+
+_RANDOM_STATE = torch.get_rng_state()
+_STATES = {name: torch.ones_like(tensor) for name, tensor in tiny().state_dict().items()}
+_NEXT_TO_A_NETWORK = {
+    "random state in a dictionary": ("network", {"rng": {"cpu": _RANDOM_STATE}}),
+    "random state": ("resnet", {"rng_state": _RANDOM_STATE}),
+    "metrics": ("weights", {"metrics": {"acc": torch.tensor([0.5, 0.6])}}),
+    "metric": ("classifier", {"best_acc": torch.tensor(0.5)}),
+    "class weights": ("encoder", {"class_weights": torch.ones(5)}),
+    "optimizer by name": ("network", {"opt": {"state": _STATES}}),
+    **{
+        f"key {key}": (key, {})
+        for key in ("example_model", "sample_net", "semantic_net", "momentum_encoder")
+    },
+}
+
+
+@pytest.mark.parametrize("name", _NEXT_TO_A_NETWORK)
+@pytest.mark.long
+def test_a_network_under_any_key_is_found_next_to_other_tensors(name, tmp_path):
+    key, others = _NEXT_TO_A_NETWORK[name]
+    torch.save({key: (peer := tiny()).state_dict(), **others}, path := tmp_path / "a.pth")
+    _assert_is(peer, path)
+    assert not read_tensors(path).notes
 
 
 @pytest.mark.parametrize("key", ["ema", "ema_state_dict", "params_ema", "model_ema", "swa_model"])
@@ -413,6 +519,15 @@ def test_float8_is_converted(dtype, kind, tmp_path):
     # Scaled weights can't be converted, because the meaning of the scales is unknown.
     FLAT_WRITERS[kind](small | {"conv1.weight_scale": torch.ones(1)}, tmp_path / "a")
     with pytest.raises(UserError, match="conv1.weight_scale"):
+        _logits(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.uint64])
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+def test_a_variance_of_another_dtype_is_rejected(dtype, kind, tmp_path):
+    state = tiny().state_dict()
+    FLAT_WRITERS[kind](state | {"bn1.running_var": torch.ones(WIDTH).to(dtype)}, tmp_path / "a")
+    with pytest.raises(UserError, match=f"running_var .{str(dtype)[6:]} in the file"):
         _logits(tmp_path / "a")
 
 

@@ -26,6 +26,7 @@ _COUNTERS = frozenset(
 )
 _MAX_DEPTH = 6
 _AVERAGED_WRAPPERS = frozenset({"module", "ema_model", "online_model", "model", "averaged_model"})
+MMCV_COPY = "copy of mmcv's EMAHook"
 _FLAT_PARAMETER = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 
 
@@ -100,7 +101,7 @@ def _drop_copies(selected: Selected) -> None:
     """Drop plain copies that mmcv's EMAHook registers under names such as ``ema_conv1_weight``."""
     copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
     for name in copies & selected.kept.keys():
-        selected.dropped[selected.kept.pop(name)] = "copy of mmcv's EMAHook"
+        selected.dropped[selected.kept.pop(name)] = MMCV_COPY
 
 
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
