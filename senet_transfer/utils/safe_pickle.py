@@ -132,10 +132,20 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
+    """Return an object as protocols 0 and 1 store it: with its class and a dictionary's items."""
+    if not isinstance(kind, Placeholder):
+        return kind
+    created = kind()
+    for key, value in state.items() if isinstance(state, dict) else ():
+        created[key] = value
+    return created
+
+
 # Stand-ins by name, as spelled in Python 3 and numpy 2. None marks a name that a pickle may pass as
 # an argument but not call.
 PLAIN: Mapping[str, Any] = {
-    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), lambda kind, *_: kind),
+    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), _reconstructed),
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
     "collections.defaultdict": lambda _factory=None, items=(): dict(items),

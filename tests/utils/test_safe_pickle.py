@@ -22,6 +22,7 @@ from senet_transfer.utils.safe_pickle import load_plain
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.file_writers import (
     NEXT_TO_A_MODEL,
+    VALUES_NEXT_TO_A_MODEL,
     python2_pickle,
     python2_torch_file,
     tar_torch_file,
@@ -324,7 +325,7 @@ def test_an_object_next_to_the_tensors_is_left_out_without_a_wrapper_too(
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", NEXT_TO_A_MODEL)
 @pytest.mark.long
-def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp_path):
+def test_only_plain_values_of_objects_next_to_the_model_are_kept(name, protocol, tmp_path):
     value = NEXT_TO_A_MODEL[name]()
     content = {
         "epoch": 3,
@@ -336,8 +337,11 @@ def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
     file = read_tensors(tmp_path / "a.pkl")
     _assert_equal(file.tensors, _arrays())
-    kept = {} if isinstance(value, list) else {"meta": {"classes": ["a"]}}
-    assert file.metadata == {"epoch": 3, **kept}
+    expected = {"epoch": 3, "meta": {"classes": ["a"]}}
+    if plain := VALUES_NEXT_TO_A_MODEL.get(name):
+        expected["meta"]["when"] = plain
+        expected |= {"first": plain, "more": [plain, [plain, {"x": plain}]]}
+    assert file.metadata == expected
 
 
 # A pickle with a model, to which tests append an object of an unknown class and instructions that

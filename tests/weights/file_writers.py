@@ -116,6 +116,12 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     ],
     "0-d array as an argument": lambda: slice(np.array(1.0), 2),
 }
+# Plain values in these objects, which are kept.
+VALUES_NEXT_TO_A_MODEL: dict[str, dict[str, Any]] = {
+    "Namespace": {"lr": 0.1},
+    "SimpleNamespace": {"a": 1},
+    "dict subclass": {"a": 1, "b": {"c": [1]}},
+}
 # The same, and objects with tensors, which only torch.save can write.
 NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
     **NEXT_TO_A_MODEL,

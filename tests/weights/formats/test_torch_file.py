@@ -16,6 +16,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.file_writers import (
     NEXT_TO_A_TORCH_MODEL,
+    VALUES_NEXT_TO_A_MODEL,
     python2_torch_file,
     tar_torch_file,
 )
@@ -104,7 +105,7 @@ def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("name", NEXT_TO_A_TORCH_MODEL)
 @pytest.mark.long
-def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zipped, tmp_path):
+def test_only_plain_values_of_objects_next_to_the_model_are_kept(name, protocol, zipped, tmp_path):
     path = tmp_path / "a.pth"
     torch.save(
         {"epoch": 3, "args": NEXT_TO_A_TORCH_MODEL[name](), "model": _tensors()},
@@ -114,7 +115,8 @@ def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zip
     )
     file = read_tensors(path)
     _assert_same(file.tensors, torch.load(path, weights_only=False)["model"])
-    assert file.metadata == {"epoch": 3}
+    plain = VALUES_NEXT_TO_A_MODEL.get(name)
+    assert file.metadata == {"epoch": 3} | ({"args": plain} if plain else {})
 
 
 @pytest.mark.parametrize("zipped", [True, False])
