@@ -38,9 +38,9 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
         if entry.has_se:
             raise UserError(
                 f"The detector's backbone is {backbone_name(cfg)}. Detectron2's own backbones do "
-                "not support SE, so it can't be converted. Use the checkpoint as it is, in a "
-                "three-line script that imports senet_transfer. docs/detectron2.md contains such "
-                "scripts for Detectron2's demo and for SAHI."
+                "not support SE, so the detector can't be converted. Use the checkpoint as it is, "
+                "in a three-line script that imports senet_transfer. docs/detectron2.md contains "
+                "such scripts for Detectron2's demo and for SAHI."
             )
         resnets = _resnet_keys(entry)
         problems = _problems(cfg, entry, options, resnets)

@@ -1,4 +1,4 @@
-"""Tests of runs on grey images and of the config keys that describe images and anchors."""
+"""Tests for training on grey images, and for config keys that describe images and anchors."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
         DetectorPredictor.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out")
     )
     found = json.loads(Path(path).read_text())["annotations"]
-    # The expected detections are those of Detectron2's model for the grey pixels alone.
+    # Compute the expected detections by passing the grey pixels directly to Detectron2's model.
     image = cv2.imread(str(grey), cv2.IMREAD_GRAYSCALE)[:, :, None]
     side = loaded.cfg.INPUT.MIN_SIZE_TEST
     scale = side / min(image.shape[:2])
@@ -71,14 +71,14 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
         image=str(grey),
     )
     assert "detect the same" in said
-    # The checkpoint is the start of another run, whose config takes its format.
+    # A new run that starts from the checkpoint uses its image format.
     cfg = setup(command(**{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": str(tmp_path / "other")}))
     assert (cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN)) == ("L", channels)
 
 
 @pytest.mark.long
 def test_grey_images_start_from_weights_for_colours(command, tmp_path):
-    """A network for colours that is given a grey image computes the same from three channels."""
+    """Check that a grey image gives the same detections as its three equal colour channels."""
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     colours, grey = (

@@ -1,4 +1,4 @@
-"""Tests of timm's networks as backbones and classifiers, compared with timm itself."""
+"""Tests that compare timm's networks as backbones and classifiers with timm itself."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from senet_transfer.weights.hub import timm_networks
 from tests.engine.conftest import SMALL
 from tests.weights.peers import STAGES, peer, randomise
 
-# Small networks of the families that have SE layers, and of two without.
+# Small networks: some from families with SE layers, and two without.
 NETWORKS = (
     "resnet10t",
     "regnety_002",
@@ -32,13 +32,13 @@ WITH_SE = ("seresnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_
 
 @pytest.fixture(autouse=True)
 def timm():
-    """Return the package, or skip the test without it; its import takes a second."""
+    """Return the package timm, whose import takes a second, or skip the test."""
     return pytest.importorskip("timm")
 
 
 @pytest.fixture
 def state_dict(tmp_path):
-    """Return a function that saves one of timm's networks with random weights by timm's names."""
+    """Return a function that saves a timm network's tensors with timm's names."""
 
     def write(network, suffix=".safetensors", **extra):
         path = tmp_path / f"weights{suffix}"
@@ -151,7 +151,7 @@ def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millio
 def test_preprocessing_is_that_of_the_pretrained_weights():
     found = create_backbone("timm/test_resnet.r160_in1k").preprocessing
     assert (found.format, found.mean, found.std) == ("RGB", (127.5,) * 3, (127.5,) * 3)
-    # timm's crop_pct is 0.95: 160 / 0.95 = 168.4
+    # timm's crop_pct of 0.95 gives 160 / 0.95 = 168.4
     assert (found.resize, found.crop, found.interpolation) == (168, 160, "bilinear")
 
 
