@@ -502,6 +502,13 @@ BOMBS = {
         for i in range(60)
     )
     + b".",
+    "a wide dictionary next to a model again and again": b"\x80\x02}(U\x05model"
+    + pickle.dumps({"w": np.ones(2)}, 2)[2:-1]
+    + b"U\x01x}("
+    + b"".join(b"U\x06%06dN" % i for i in range(50_000))
+    + b"uq\x64"
+    + b"".join(b"U\x06%06dh\x64" % i for i in range(1_000))
+    + b"u.",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "a dictionary in itself": b"\x80\x02}q\x00U\x05modelh\x00s.",
     "four million steps": b"\x80\x02" + b"N0" * 2_000_000 + b"}.",

@@ -54,6 +54,9 @@ _BESIDE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 _MAX_DEPTH = 5
 _MAX_ENTRIES = 200_000
+# Limit for all dictionaries together. Within the limits of safe_pickle, a file has fewer entries
+# unless it refers to the same dictionary repeatedly.
+_MAX_TOTAL = 700_000
 _MAX_PLAIN = 20_000
 _MAX_TEXT = 2**17
 _LISTED = 4
@@ -221,7 +224,8 @@ def _plain_and_averaged(tree: dict, ema: bool | None) -> tuple[str | None, str |
     if pair := _swapped(tree):
         return pair.plain, pair.averaged
     plain = _wrapper(tree)
-    averaged = [key for key in tree if _is_averaged(key, tree[key])]
+    budget = [_MAX_TOTAL]
+    averaged = [key for key in tree if _is_averaged(key, tree[key], budget)]
     if not averaged:
         return plain, None
     usual = [key for key in _USUAL_AVERAGED if key in averaged]
@@ -323,12 +327,12 @@ def _words(key: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)}
 
 
-def _is_averaged(key: Any, value: Any) -> bool:
+def _is_averaged(key: Any, value: Any, budget: list[int]) -> bool:
     return (
         isinstance(key, str)
         and bool(_words(key) & _AVERAGED)
         and not _is_trainer_state(key)
-        and _has_parameters(value)
+        and _has_parameters(value, budget)
     )
 
 
@@ -343,8 +347,8 @@ def _names_parameter(name: str) -> bool:
     return name.rpartition(".")[2] in _PARAMETERS
 
 
-def _has_parameters(value: Any) -> bool:
-    return next(_parameters(value), None) is not None
+def _has_parameters(value: Any, budget: list[int] | None = None) -> bool:
+    return next(_parameters(value, budget), None) is not None
 
 
 def _is_network(value: Any, budget: list[int] | None = None) -> bool:
@@ -428,8 +432,9 @@ def _is_nested(value: dict) -> bool:
 
 def _candidates(tree: dict) -> list[str]:
     """Return the keys of dictionaries that may be the model or one of its parts."""
-    keys = [key for key in tree if isinstance(key, str) and not _is_averaged(key, tree[key])]
-    found = [key for key in keys if not _is_trainer_state(key) and _has_parameters(tree[key])]
+    budget = [_MAX_TOTAL]
+    keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
+    found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
     if found:
         # A momentum encoder, for example, is an average of the network next to it.
         return [key for key in found if not _is_beside(key)] or found
@@ -461,7 +466,8 @@ def _is_flat(tree: dict) -> bool:
     direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
     if any(map(_names_parameter, direct)):
         return True
-    return bool(direct) and not any(map(_has_parameters, tree.values()))
+    budget = [_MAX_TOTAL]
+    return bool(direct) and not any(_has_parameters(value, budget) for value in tree.values())
 
 
 def _is_trainer_state(key: str) -> bool:
@@ -491,7 +497,7 @@ def _leaves(
     for key, value in tree.items():
         budget[0] -= 1
         if budget[0] < 0:
-            raise _TooManyEntries(f"it contains more than {_MAX_ENTRIES:,} entries")
+            raise _TooManyEntries("it contains too many entries")
         if isinstance(key, Placeholder):
             yield prefix, key
         elif not isinstance(key, str):
@@ -503,12 +509,15 @@ def _leaves(
 
 
 def _take_plain(metadata: dict[str, Any], values: dict) -> None:
+    left = _MAX_TOTAL
     for key, value in values.items():
         if isinstance(key, str) and key not in metadata and not _is_beside(key):
-            try:
-                metadata[key] = _plain(value, [_MAX_PLAIN])
-            except _NotPlain:
-                continue
+            budget = [_MAX_PLAIN]
+            with contextlib.suppress(_NotPlain):
+                metadata[key] = _plain(value, budget)
+            left -= _MAX_PLAIN - budget[0]
+            if left < 0:
+                raise _TooManyEntries("it contains too many entries")
 
 
 class _NotPlain(Exception):  # noqa: N818 - only used in this file
