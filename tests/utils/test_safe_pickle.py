@@ -22,6 +22,7 @@ from senet_transfer.utils.safe_pickle import load_plain
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.file_writers import (
     NEXT_TO_A_MODEL,
+    VALUES_NEXT_TO_A_MODEL,
     python2_pickle,
     python2_torch_file,
     tar_torch_file,
@@ -162,7 +163,7 @@ def _payloads(sentinel: Path) -> dict[str, object]:
 
 
 def _names(name: str) -> str:
-    return {"os.system": r"(posix|os)\.system", "getattr": "getattr", "open": "open"}.get(
+    return {"os.system": r"(posix|os)\.system", "getattr": r"os\.system", "open": "open"}.get(
         name, name.replace(".", r"\.")
     )
 
@@ -294,8 +295,7 @@ _NAMESPACE = argparse.Namespace(lr=1)
         {"model": _ONES | {"args": _NAMESPACE}},
         {"model": _ONES | {"nested": {"args": _NAMESPACE}}},
         {"model": _ONES | {pathlib.PurePosixPath("v"): np.ones(2)}},
-        _ONES | {"args": _NAMESPACE},
-        {"backbone": _ONES, "head": _ONES, "optimizer": _NAMESPACE},
+        {"state_dict": _ONES | {"optimizer": _NAMESPACE}},
     ],
 )
 @pytest.mark.parametrize("protocol", range(6))
@@ -306,10 +306,26 @@ def test_an_object_in_the_model_is_rejected_by_name(content, protocol, tmp_path)
     assert "run code on this machine" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        _ONES | {"args": _NAMESPACE, "classes": np.array(["a", 1], object), "cache": [_NAMESPACE]},
+        {"model": _NAMESPACE, "net": _ONES},
+        {"backbone": _ONES, "optimizer": _NAMESPACE},
+    ],
+)
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_object_next_to_the_tensors_is_left_out_without_a_wrapper_too(
+    content, protocol, tmp_path
+):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    _assert_equal(read_tensors(tmp_path / "a.pkl").tensors, _ONES)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", NEXT_TO_A_MODEL)
 @pytest.mark.long
-def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp_path):
+def test_only_plain_values_of_objects_next_to_the_model_are_kept(name, protocol, tmp_path):
     value = NEXT_TO_A_MODEL[name]()
     content = {
         "epoch": 3,
@@ -321,8 +337,11 @@ def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
     file = read_tensors(tmp_path / "a.pkl")
     _assert_equal(file.tensors, _arrays())
-    kept = {} if isinstance(value, list) else {"meta": {"classes": ["a"]}}
-    assert file.metadata == {"epoch": 3, **kept}
+    expected = {"epoch": 3, "meta": {"classes": ["a"]}}
+    if plain := VALUES_NEXT_TO_A_MODEL.get(name):
+        expected["meta"]["when"] = plain
+        expected |= {"first": plain, "more": [plain, [plain, {"x": plain}]]}
+    assert file.metadata == expected
 
 
 # A pickle with a model, to which tests append an object of an unknown class and instructions that
@@ -380,7 +399,8 @@ def test_an_object_of_an_unknown_class_is_inert(instructions, tmp_path, monkeypa
         *("functools reduce", "_functools reduce", "types CodeType"),
         *("types FunctionType", "pathlib Path.unlink", "pathlib os", "pickle loads"),
         *("_pickle loads", "cPickle loads", "io open", "builtins str.format"),
-        *("torch load", "torch.hub load", "commands getoutput"),
+        *("torch load", "torch.hub load", "commands getoutput", "code interact"),
+        *("builtins type.__subclasses__", "operator __call__", "sys exit", "signal signal"),
     ],
 )
 @pytest.mark.parametrize("inside", [b"%s", _UNKNOWN + b"%s\x85R", _UNKNOWN + b"}U\x01a%ssb"])
@@ -391,6 +411,25 @@ def test_a_name_that_acts_on_the_machine_rejects_the_file_anywhere(name, inside,
     with pytest.raises(UserError, match=f"{module}[.]{name}`, which can run code on this machine"):
         read_tensors(tmp_path / "a.pkl")
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [
+        (b"cos\npath\n", b"join"),
+        (b"cbuiltins\nstr\n", b"format"),
+        (b"ctorch\nserialization\n", b"load"),
+        (_UNKNOWN, b"__globals__"),
+        (_UNKNOWN, b"not an identifier"),
+        (_UNKNOWN, b"x" * 300),
+    ],
+)
+def test_an_attribute_that_acts_on_the_machine_rejects_the_file(owner, attribute, tmp_path):
+    text = b"X" + struct.pack("<I", len(attribute)) + attribute
+    call = b"cbuiltins\ngetattr\n" + owner + text + b"\x86R"
+    (tmp_path / "a.pkl").write_bytes(_MODEL + call + b"u.")
+    with pytest.raises(UserError, match="was rejected, because loading it would call"):
+        read_tensors(tmp_path / "a.pkl")
 
 
 def test_object_and_structured_arrays_are_refused(tmp_path):
@@ -463,6 +502,13 @@ BOMBS = {
         for i in range(60)
     )
     + b".",
+    "a wide dictionary next to a model again and again": b"\x80\x02}(U\x05model"
+    + pickle.dumps({"w": np.ones(2)}, 2)[2:-1]
+    + b"U\x01x}("
+    + b"".join(b"U\x06%06dN" % i for i in range(50_000))
+    + b"uq\x64"
+    + b"".join(b"U\x06%06dh\x64" % i for i in range(1_000))
+    + b"u.",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "a dictionary in itself": b"\x80\x02}q\x00U\x05modelh\x00s.",
     "four million steps": b"\x80\x02" + b"N0" * 2_000_000 + b"}.",

@@ -16,6 +16,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.weights.formats.reader import read_tensors
 from tests.weights.file_writers import (
     NEXT_TO_A_TORCH_MODEL,
+    VALUES_NEXT_TO_A_MODEL,
     python2_torch_file,
     tar_torch_file,
 )
@@ -104,7 +105,7 @@ def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("name", NEXT_TO_A_TORCH_MODEL)
 @pytest.mark.long
-def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zipped, tmp_path):
+def test_only_plain_values_of_objects_next_to_the_model_are_kept(name, protocol, zipped, tmp_path):
     path = tmp_path / "a.pth"
     torch.save(
         {"epoch": 3, "args": NEXT_TO_A_TORCH_MODEL[name](), "model": _tensors()},
@@ -114,7 +115,8 @@ def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, zip
     )
     file = read_tensors(path)
     _assert_same(file.tensors, torch.load(path, weights_only=False)["model"])
-    assert file.metadata == {"epoch": 3}
+    plain = VALUES_NEXT_TO_A_MODEL.get(name)
+    assert file.metadata == {"epoch": 3} | ({"args": plain} if plain else {})
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -192,6 +194,29 @@ def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name
     content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     expected = torch.load(path, weights_only=True)["model"]
+    _assert_same(read_tensors(path).tensors, expected)
+
+
+class _OnDevice:
+    """Tensor as torch_xla saves it for a TPU, moved to the CPU."""
+
+    def __init__(self, function: str, data):
+        self.call = getattr(torch._utils, function), (data, torch.float32, "cpu", False)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_tensors_of_other_devices_and_with_attributes_are_read_as_torch_loads_them(numpy, tmp_path):
+    path, weight = tmp_path / "a.pth", torch.randn(2, 3)
+    attributed = torch.randn(3)
+    attributed.partition = 1
+    function = f"_rebuild_device_tensor_from_{'numpy' if numpy else 'cpu_tensor'}"
+    moved = _OnDevice(function, weight.numpy() if numpy else weight)
+    torch.save({"fc.weight": moved, "fc.bias": attributed}, path)
+    expected = torch.load(path, weights_only=not numpy)
+    assert torch.equal(expected["fc.weight"], weight)
     _assert_same(read_tensors(path).tensors, expected)
 
 
@@ -342,8 +367,12 @@ def test_other_archives_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="compression"):
         read_tensors(tmp_path / "c.pth")
     np.savez(tmp_path / "a.npz", w=np.ones(2))
-    with pytest.raises(UserError, match="not written by torch.save"):
+    with pytest.raises(UserError, match=r"not written by torch.save.*from_numpy.*a\.npz"):
         read_tensors(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        archive.writestr("a/archive_format", "pt2")
+    with pytest.raises(UserError, match=r"torch\.export\.load\(\"a\.pt2\"\)\.state_dict"):
+        read_tensors(tmp_path / "a.pt2")
 
 
 def test_a_torchscript_program_is_refused(tmp_path):
@@ -466,16 +495,25 @@ def test_odd_references_and_arguments_are_refused(content, tmp_path):
         read_tensors(path)
 
 
-@pytest.mark.parametrize("kind", ["quantized", "sparse"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("quantized", r"torch\._utils\._rebuild_qtensor.*before its quantization"),
+        ("sparse", r"torch\._utils\._rebuild_sparse_tensor.*to_dense\(\)"),
+        ("meta", r"torch\._utils\._rebuild_meta_tensor.*no values"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*quantiz")
-def test_tensors_that_are_not_dense_are_refused_by_name(kind, tmp_path):
+def test_tensors_that_are_not_dense_are_refused_by_name(kind, expected, tmp_path):
     tensor = torch.ones(2, 2)
     if kind == "sparse":
         tensor = tensor.to_sparse()
+    elif kind == "meta":
+        tensor = tensor.to("meta")
     else:
         tensor = torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8)
     torch.save({"w": tensor}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"torch\._utils\._rebuild_(qtensor|sparse_tensor)"):
+    with pytest.raises(UserError, match=expected):
         read_tensors(tmp_path / "a.pth")
 
 
